@@ -1,0 +1,204 @@
+//! The engine's error: a stable kind (its code is API), a message, and where it happened.
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Result of every engine call.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong, by who can do something about it. Codes are API, messages are not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// Not a qcow2 image, or a header that contradicts itself.
+    InvalidHeader,
+    /// A feature, version, format or option that this library does not know or does not support.
+    UnsupportedFeature,
+    /// Metadata behind the header is damaged.
+    Corrupt,
+    /// The image names another file and the caller did not allow to open it.
+    ReferenceDenied,
+    /// A size or count exceeds a safety limit.
+    Limit,
+    /// Another process holds a conflicting lock on the image.
+    Locked,
+    /// A write to an image or file that is open for reading only.
+    ReadOnly,
+    /// The secret is missing or does not open the image.
+    BadSecret,
+    /// No snapshot has this id or name.
+    NoSnapshot,
+    /// No persistent bitmap has this name.
+    NoBitmap,
+    /// The operation would lose data and was not explicitly acknowledged.
+    DataLoss,
+    /// The backing chain contains itself, is too deep, or a member is missing.
+    Chain,
+    /// The handle is closed.
+    Closed,
+    /// Cancelled by the caller.
+    Aborted,
+    /// An argument is out of range or contradicts another.
+    InvalidArgument,
+    /// The operating system reported an error: `errno` says which.
+    Io,
+    /// A bug in this library.
+    Internal,
+}
+
+impl ErrorKind {
+    /// The stable code that crosses to JavaScript.
+    pub fn code(self) -> &'static str {
+        match self {
+            Self::InvalidHeader => "ERR_QCOW2_INVALID_HEADER",
+            Self::UnsupportedFeature => "ERR_QCOW2_UNSUPPORTED_FEATURE",
+            Self::Corrupt => "ERR_QCOW2_CORRUPT",
+            Self::ReferenceDenied => "ERR_QCOW2_REFERENCE_DENIED",
+            Self::Limit => "ERR_QCOW2_LIMIT",
+            Self::Locked => "ERR_QCOW2_LOCKED",
+            Self::ReadOnly => "ERR_QCOW2_READ_ONLY",
+            Self::BadSecret => "ERR_QCOW2_BAD_SECRET",
+            Self::NoSnapshot => "ERR_QCOW2_NO_SNAPSHOT",
+            Self::NoBitmap => "ERR_QCOW2_NO_BITMAP",
+            Self::DataLoss => "ERR_QCOW2_DATA_LOSS",
+            Self::Chain => "ERR_QCOW2_CHAIN",
+            Self::Closed => "ERR_QCOW2_CLOSED",
+            Self::Aborted => "ERR_QCOW2_ABORTED",
+            Self::InvalidArgument => "ERR_QCOW2_INVALID_ARGUMENT",
+            Self::Io => "ERR_QCOW2_IO",
+            Self::Internal => "ERR_QCOW2_INTERNAL",
+        }
+    }
+}
+
+/// An engine error. Small on the stack: everything lives behind one box.
+pub struct Error(Box<Inner>);
+
+struct Inner {
+    kind: ErrorKind,
+    message: String,
+    path: Option<PathBuf>,
+    offset: Option<u64>,
+    field: Option<&'static str>,
+    errno: Option<i32>,
+    syscall: Option<&'static str>,
+    source: Option<Box<dyn std::error::Error + Send + Sync>>,
+}
+
+impl Error {
+    /// An error of `kind`. The message names the value and the reason, not the file: that is `with_path`.
+    pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self(Box::new(Inner {
+            kind,
+            message: message.into(),
+            path: None,
+            offset: None,
+            field: None,
+            errno: None,
+            syscall: None,
+            source: None,
+        }))
+    }
+
+    /// An operating-system error met in `syscall` (its name as in the manual: `pread`, `fallocate`).
+    pub fn io(error: io::Error, syscall: &'static str) -> Self {
+        let mut e = Self::new(ErrorKind::Io, error.to_string());
+        e.0.errno = error.raw_os_error();
+        e.0.syscall = Some(syscall);
+        e.0.source = Some(Box::new(error));
+        e
+    }
+
+    /// The caller cancelled the job.
+    pub fn aborted() -> Self {
+        Self::new(ErrorKind::Aborted, "the operation was aborted")
+    }
+
+    /// The file this happened in. The innermost file wins: an outer layer does not overwrite it.
+    #[must_use]
+    pub fn with_path(mut self, path: impl AsRef<Path>) -> Self {
+        self.0.path.get_or_insert_with(|| path.as_ref().to_owned());
+        self
+    }
+
+    /// The byte offset in that file.
+    #[must_use]
+    pub fn with_offset(mut self, offset: u64) -> Self {
+        self.0.offset.get_or_insert(offset);
+        self
+    }
+
+    /// The field, by its name in the specification.
+    #[must_use]
+    pub fn with_field(mut self, field: &'static str) -> Self {
+        self.0.field.get_or_insert(field);
+        self
+    }
+
+    /// The error that caused this one.
+    #[must_use]
+    pub fn with_source(mut self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        self.0.source = Some(source.into());
+        self
+    }
+
+    /// What went wrong.
+    pub fn kind(&self) -> ErrorKind {
+        self.0.kind
+    }
+    /// The message without place.
+    pub fn message(&self) -> &str {
+        &self.0.message
+    }
+    /// The file, where one is known.
+    pub fn path(&self) -> Option<&Path> {
+        self.0.path.as_deref()
+    }
+    /// The byte offset in the file, where one is known.
+    pub fn offset(&self) -> Option<u64> {
+        self.0.offset
+    }
+    /// The field of the format, where one is known.
+    pub fn field(&self) -> Option<&'static str> {
+        self.0.field
+    }
+    /// The system's error number for `ErrorKind::Io`.
+    pub fn errno(&self) -> Option<i32> {
+        self.0.errno
+    }
+    /// The system call for `ErrorKind::Io`.
+    pub fn syscall(&self) -> Option<&'static str> {
+        self.0.syscall
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(path) = &self.0.path {
+            write!(f, "{}: ", path.display())?;
+        }
+        if let Some(syscall) = self.0.syscall {
+            write!(f, "{syscall}: ")?;
+        }
+        f.write_str(&self.0.message)?;
+        match (self.0.field, self.0.offset) {
+            (Some(field), Some(offset)) => write!(f, " (field {field}, offset {offset:#x})"),
+            (Some(field), None) => write!(f, " (field {field})"),
+            (None, Some(offset)) => write!(f, " (offset {offset:#x})"),
+            (None, None) => Ok(()),
+        }
+    }
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}({self})", self.0.kind)
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.0.source.as_ref().map(|e| e.as_ref() as &(dyn std::error::Error + 'static))
+    }
+}

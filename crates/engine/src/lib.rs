@@ -1,0 +1,16 @@
+//! The image engine: storage, backing chains, mapping, reading, checking and converting qcow2 images.
+//!
+//! Layering (imports point down only): `node -> engine -> transform -> format`. Nothing here knows of
+//! JavaScript; nothing below here does I/O.
+
+pub mod error;
+pub mod job;
+pub mod memory;
+pub mod source;
+pub mod storage;
+
+pub use error::{Error, ErrorKind, Result};
+pub use job::Job;
+pub use memory::{Mem, MemMut};
+pub use source::{Extent, ExtentKind, GuestSource};
+pub use storage::Storage;

@@ -1,0 +1,49 @@
+//! The seam between formats: whatever can be read as a disk is a [`GuestSource`].
+
+use std::sync::Arc;
+
+use crate::{Job, MemMut, Result, Storage};
+
+/// What a run of guest bytes is made of, seen through the whole chain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ExtentKind {
+    /// Bytes are stored as they are; `host` says where.
+    Data,
+    /// Reads as zeroes by a zero flag or a hole in a layer that has the range.
+    Zero,
+    /// No layer has the range: reads as zeroes.
+    Unallocated,
+    /// Stored compressed.
+    Compressed,
+}
+
+/// A run of guest bytes of one kind, from one layer.
+#[derive(Debug, Clone)]
+pub struct Extent {
+    /// First guest byte.
+    pub start: u64,
+    /// Length in bytes, never 0.
+    pub length: u64,
+    /// What it is made of.
+    pub kind: ExtentKind,
+    /// Layer that decides it: 0 is the top. For `Unallocated`, the deepest layer that was asked.
+    pub depth: u32,
+    /// File and byte offset of the stored bytes, for `Data` (and for `Zero` clusters that keep an allocation).
+    pub host: Option<(Arc<dyn Storage>, u64)>,
+}
+
+/// A disk that can be read: a raw file, a qcow2 chain, a snapshot view, later other formats.
+pub trait GuestSource: Send + Sync {
+    /// Size of the disk in bytes.
+    fn virtual_size(&self) -> u64;
+
+    /// Granularity in bytes at which the source allocates: a good unit for chunks. A power of two.
+    fn cluster_size(&self) -> u64;
+
+    /// Appends the extents of `start..start + length` to `out`, in order and without gaps, neighbours of one
+    /// kind and contiguous host bytes merged. `length` is clamped to the end of the disk.
+    fn extents(&self, start: u64, length: u64, job: &Job, out: &mut Vec<Extent>) -> Result<()>;
+
+    /// Fills `buf` with the guest bytes at `offset`; all of it must lie inside the disk.
+    fn read_at(&self, buf: MemMut<'_>, offset: u64) -> Result<()>;
+}
