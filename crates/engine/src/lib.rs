@@ -13,4 +13,4 @@ pub use error::{Error, ErrorKind, Result};
 pub use job::Job;
 pub use memory::{Mem, MemMut};
 pub use source::{Extent, ExtentKind, GuestSource};
-pub use storage::Storage;
+pub use storage::{Storage, StorageExt};

@@ -1,1 +1,3 @@
 //! Test support for the qcow2 crates.
+
+pub mod storage;

@@ -4,9 +4,20 @@
 //! transfers can be simulated without kernel tricks. Implementations are thread-safe: requests carry their
 //! own offset, there is no cursor. A read beyond the end returns 0 bytes, as `pread` does.
 
+mod ext;
+mod file;
+mod memory;
+mod new_file;
+mod platform;
+
 use std::fmt;
 use std::io;
 use std::path::Path;
+
+pub use ext::StorageExt;
+pub use file::{Access, FileStorage};
+pub use memory::MemoryStorage;
+pub use new_file::{NewFile, Overwrite};
 
 use crate::{Mem, MemMut};
 

@@ -1,0 +1,123 @@
+//! What every user of a [`Storage`] wants of it: whole transfers, and errors that name file and offset.
+
+use std::io;
+
+use super::Storage;
+use crate::{Error, ErrorKind, Mem, MemMut, Result};
+
+/// Whole transfers with the engine's errors, for every storage.
+pub trait StorageExt: Storage {
+    /// `error`, met in `syscall`, with this file's path.
+    fn failure(&self, error: io::Error, syscall: &'static str) -> Error {
+        let error = Error::io(error, syscall);
+        match self.path() {
+            Some(path) => error.with_path(path),
+            None => error,
+        }
+    }
+
+    /// Fills `buf`; the file's end inside it is an error (`Corrupt`: the metadata pointed there).
+    fn read_exact_at(&self, buf: MemMut<'_>, offset: u64) -> Result<()> {
+        let wanted = buf.len();
+        let got = read_all(self, buf, offset)?;
+        if got == wanted {
+            return Ok(());
+        }
+        let message = format!("the file ends after {got} of {wanted} bytes");
+        let error = Error::new(ErrorKind::Corrupt, message).with_offset(offset);
+        Err(match self.path() {
+            Some(path) => error.with_path(path),
+            None => error,
+        })
+    }
+
+    /// Fills `buf`; what lies behind the end of the file reads as zeroes.
+    fn read_padded_at(&self, mut buf: MemMut<'_>, offset: u64) -> Result<()> {
+        let got = read_all(self, buf.reborrow(), offset)?;
+        buf.split_at(got).1.fill_zero();
+        Ok(())
+    }
+
+    /// Writes all of `buf`.
+    fn write_all_at(&self, buf: Mem<'_>, offset: u64) -> Result<()> {
+        let (mut rest, mut at) = (buf, offset);
+        while !rest.is_empty() {
+            let n = self.write_at(rest, at).and_then(progressed);
+            let n = n.map_err(|e| self.failure(e, "pwrite").with_offset(at))?;
+            rest = rest.split_at(n).1;
+            at += n as u64;
+        }
+        Ok(())
+    }
+
+    /// Writes all of `bufs`, one behind the other. The list is consumed: its content afterwards is unspecified.
+    fn write_all_vectored_at(&self, bufs: &mut [Mem<'_>], offset: u64) -> Result<()> {
+        let (mut rest, mut at) = (bufs, offset);
+        loop {
+            let empty = rest.iter().take_while(|b| b.is_empty()).count();
+            rest = rest.get_mut(empty..).unwrap_or_default();
+            if rest.is_empty() {
+                return Ok(());
+            }
+            let n = self.write_vectored_at(rest, at).and_then(progressed);
+            let mut n = n.map_err(|e| self.failure(e, "pwritev").with_offset(at))?;
+            at += n as u64;
+            for buf in rest.iter_mut() {
+                let done = n.min(buf.len());
+                *buf = buf.split_at(done).1;
+                n -= done;
+                if n == 0 {
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Length in bytes.
+    fn size(&self) -> Result<u64> {
+        self.len().map_err(|e| self.failure(e, "fstat"))
+    }
+
+    /// Cuts or extends (with a hole) to `len` bytes.
+    fn resize(&self, len: u64) -> Result<()> {
+        self.set_len(len).map_err(|e| self.failure(e, "ftruncate").with_offset(len))
+    }
+
+    /// Makes what was written durable.
+    fn flush(&self) -> Result<()> {
+        self.sync_data().map_err(|e| self.failure(e, "fdatasync"))
+    }
+
+    /// Makes the range read as zeroes; `unmap` frees its space where the system can.
+    fn zero(&self, offset: u64, length: u64, unmap: bool) -> Result<()> {
+        self.write_zeroes(offset, length, unmap).map_err(|e| self.failure(e, "fallocate").with_offset(offset))
+    }
+
+    /// Reserves space for the range; extends the file.
+    fn reserve(&self, offset: u64, length: u64) -> Result<()> {
+        self.allocate(offset, length).map_err(|e| self.failure(e, "fallocate").with_offset(offset))
+    }
+}
+
+impl<S: Storage + ?Sized> StorageExt for S {}
+
+/// A write that moves nothing would loop for ever.
+fn progressed(n: usize) -> io::Result<usize> {
+    if n == 0 { Err(io::ErrorKind::WriteZero.into()) } else { Ok(n) }
+}
+
+/// Reads until `buf` is full or the file ends; returns how many bytes.
+fn read_all<S: Storage + ?Sized>(storage: &S, mut buf: MemMut<'_>, offset: u64) -> Result<usize> {
+    let mut got = 0;
+    while !buf.is_empty() {
+        let at = offset.saturating_add(got as u64);
+        let n =
+            storage.read_at(buf.reborrow(), at).map_err(|e| storage.failure(e, "pread").with_offset(at))?;
+        if n == 0 {
+            break;
+        }
+        buf.take_front(n);
+        got += n;
+    }
+    Ok(got)
+}

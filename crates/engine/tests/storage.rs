@@ -1,0 +1,256 @@
+//! Files as storage: transfers, holes, kernel copies, and targets that appear only when complete.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
+
+use std::fs::{self, File};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::path::Path;
+use std::sync::Arc;
+
+use qcow2_engine::storage::{Access, FileStorage, MemoryStorage, NewFile, Overwrite, Run};
+use qcow2_engine::{ErrorKind, Mem, MemMut, Storage, StorageExt};
+use qcow2_testkit::storage::{CountingStorage, Fault, FaultStorage, Op, ShortIo};
+
+fn scratch() -> tempfile::TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+fn read_write(path: &Path) -> FileStorage {
+    File::create_new(path).unwrap();
+    FileStorage::open(path, Access::ReadWrite).unwrap()
+}
+
+fn bytes_of(storage: &dyn Storage) -> Vec<u8> {
+    let mut bytes = vec![1; usize::try_from(storage.size().unwrap()).unwrap()];
+    storage.read_exact_at(MemMut::from(&mut bytes[..]), 0).unwrap();
+    bytes
+}
+
+fn pattern(length: usize) -> Vec<u8> {
+    (0..length).map(|i| (i * 7 + i / 251) as u8 | 1).collect()
+}
+
+/// The same sequence of calls on every kind of storage gives the same bytes.
+fn exercise(storage: &dyn Storage) {
+    let data = pattern(200_000);
+    storage.write_all_at(Mem::from(&data[..]), 100_000).unwrap();
+    assert_eq!(storage.size().unwrap(), 300_000);
+    let mut bufs = [Mem::from(&data[..3]), Mem::from(&data[..0]), Mem::from(&data[3..90_000])];
+    storage.write_all_vectored_at(&mut bufs, 5).unwrap();
+    storage.zero(150_001, 9_000, false).unwrap();
+    storage.zero(200_000, 50_000, true).unwrap();
+    storage.zero(299_000, 2_000, true).unwrap();
+    storage.flush().unwrap();
+
+    let mut expected = vec![0; 301_000];
+    expected[100_000..300_000].copy_from_slice(&data);
+    expected[5..90_005].copy_from_slice(&data[..90_000]);
+    expected[150_001..159_001].fill(0);
+    expected[200_000..250_000].fill(0);
+    expected[299_000..].fill(0);
+    assert!(bytes_of(storage) == expected);
+
+    storage.reserve(0, 400_000).unwrap();
+    expected.resize(400_000, 0);
+    assert!(bytes_of(storage) == expected);
+    storage.resize(120_000).unwrap();
+    expected.truncate(120_000);
+    assert!(bytes_of(storage) == expected);
+    storage.resize(130_000).unwrap();
+    expected.resize(130_000, 0);
+    assert!(bytes_of(storage) == expected);
+
+    let mut padded = vec![9; 1000];
+    storage.read_padded_at(MemMut::from(&mut padded[..]), 129_500).unwrap();
+    assert_eq!(padded, vec![0; 1000]);
+    let short = storage.read_exact_at(MemMut::from(&mut padded[..]), 129_500).unwrap_err();
+    assert_eq!((short.kind(), short.offset()), (ErrorKind::Corrupt, Some(129_500)));
+}
+
+#[test]
+fn every_storage_behaves_alike() {
+    let dir = scratch();
+    exercise(&MemoryStorage::new());
+    exercise(&read_write(&dir.path().join("plain")));
+    exercise(&ShortIo::new(Arc::new(MemoryStorage::new()), 777));
+    exercise(&ShortIo::new(Arc::new(read_write(&dir.path().join("short"))), 4099));
+    exercise(&CountingStorage::new(Arc::new(MemoryStorage::new())));
+}
+
+#[test]
+fn holes_are_found() {
+    let dir = scratch();
+    for storage in
+        [Arc::new(read_write(&dir.path().join("a"))) as Arc<dyn Storage>, Arc::new(MemoryStorage::new())]
+    {
+        storage.write_all_at(Mem::from(&[1; 65536][..]), 1 << 20).unwrap();
+        storage.resize(4 << 20).unwrap();
+        assert_eq!(storage.run_at(0).unwrap(), Run { end: 1 << 20, data: false });
+        assert_eq!(storage.run_at(4096).unwrap(), Run { end: 1 << 20, data: false });
+        assert_eq!(storage.run_at(1 << 20).unwrap(), Run { end: (1 << 20) + 65536, data: true });
+        assert_eq!(storage.run_at(2 << 20).unwrap(), Run { end: 4 << 20, data: false });
+        assert_eq!(storage.run_at(4 << 20).unwrap(), Run { end: u64::MAX, data: false });
+        assert!(storage.allocated_bytes().unwrap() < 1 << 20);
+        storage.discard(1 << 20, 65536).unwrap();
+        assert_eq!(storage.run_at(0).unwrap(), Run { end: 4 << 20, data: false });
+        storage.reserve(0, 1 << 20).unwrap();
+    }
+    assert!(fs::metadata(dir.path().join("a")).unwrap().blocks() * 512 >= 1 << 20);
+}
+
+#[test]
+fn kernel_copies_move_bytes_or_say_unsupported() {
+    let dir = scratch();
+    let from = read_write(&dir.path().join("from"));
+    let to = CountingStorage::new(Arc::new(read_write(&dir.path().join("to"))));
+    let data = pattern(1 << 20);
+    from.write_all_at(Mem::from(&data[..]), 0).unwrap();
+    let copied = to.copy_range(&from, 4096, 8192, 65536).unwrap();
+    assert!(copied > 0 && copied <= 65536);
+    assert_eq!(to.of(Op::Copy).bytes, copied);
+    let copied = usize::try_from(copied).unwrap();
+    assert!(bytes_of(&to)[8192..8192 + copied] == data[4096..4096 + copied]);
+    match to.clone_range(&from, 0, 0, 1 << 20) {
+        Ok(()) => assert!(bytes_of(&to) == data),
+        Err(e) => assert_eq!(e.kind(), std::io::ErrorKind::Unsupported),
+    }
+    let memory = MemoryStorage::new();
+    let none = to.copy_range(&memory, 0, 0, 1).unwrap_err();
+    assert_eq!(none.kind(), std::io::ErrorKind::Unsupported);
+}
+
+#[test]
+fn what_is_no_disk_is_refused_at_once() {
+    let dir = scratch();
+    let fifo = dir.path().join("fifo");
+    assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    for access in [Access::ReadOnly, Access::ReadWrite] {
+        let error = FileStorage::open(&fifo, access).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+        assert!(error.to_string().contains("a FIFO"), "{error}");
+        let error = FileStorage::open(dir.path(), access).unwrap_err();
+        assert_eq!((error.kind(), error.errno()), (ErrorKind::Io, Some(21)));
+        assert_eq!(error.path(), Some(dir.path()));
+    }
+    let error = FileStorage::open("/dev/null", Access::ReadOnly).unwrap_err();
+    assert!(error.to_string().contains("a character device"), "{error}");
+    let error = FileStorage::open(dir.path().join("absent"), Access::ReadOnly).unwrap_err();
+    assert_eq!((error.errno(), error.syscall()), (Some(2), Some("open")));
+    let error = NewFile::create(&fifo, Overwrite::Replace, &[]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+}
+
+#[test]
+fn a_borrowed_descriptor_keeps_its_cursor() {
+    use std::io::{Read, Seek};
+    let dir = scratch();
+    fs::write(dir.path().join("f"), b"0123456789").unwrap();
+    let mut owner = File::open(dir.path().join("f")).unwrap();
+    owner.read_exact(&mut [0; 3]).unwrap();
+    let storage = FileStorage::from_borrowed(owner.as_fd()).unwrap();
+    assert!(!storage.traits().writable);
+    assert_eq!(storage.run_at(0).unwrap(), Run { end: 10, data: true });
+    assert_eq!(bytes_of(&storage), b"0123456789");
+    assert_eq!(owner.stream_position().unwrap(), 3);
+    assert_eq!(storage.path().unwrap().file_name().unwrap(), "f");
+    drop(owner);
+    assert_eq!(bytes_of(&storage), b"0123456789");
+    let error = storage.write_all_at(Mem::from(&b"x"[..]), 0).unwrap_err();
+    assert_eq!(error.errno(), Some(9));
+}
+
+#[test]
+fn a_new_file_appears_complete_or_never() {
+    let dir = scratch();
+    let path = dir.path().join("new");
+    let new = NewFile::create(&path, Overwrite::Refuse, &[]).unwrap();
+    new.storage().write_all_at(Mem::from(&b"content"[..]), 0).unwrap();
+    assert!(!path.exists());
+    drop(new);
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+
+    let new = NewFile::create(&path, Overwrite::Refuse, &[]).unwrap();
+    new.storage().write_all_at(Mem::from(&b"content"[..]), 0).unwrap();
+    new.commit().unwrap();
+    assert_eq!(fs::read(&path).unwrap(), b"content");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+
+    let error = NewFile::create(&path, Overwrite::Refuse, &[]).unwrap_err();
+    assert_eq!((error.kind(), error.errno()), (ErrorKind::Io, Some(17)));
+}
+
+#[test]
+fn a_name_taken_meanwhile_is_not_overwritten() {
+    let dir = scratch();
+    let path = dir.path().join("new");
+    let new = NewFile::create(&path, Overwrite::Refuse, &[]).unwrap();
+    fs::write(&path, b"other").unwrap();
+    assert_eq!(new.commit().unwrap_err().errno(), Some(17));
+    assert_eq!(fs::read(&path).unwrap(), b"other");
+}
+
+#[test]
+fn replacing_is_one_step_and_keeps_permissions() {
+    let dir = scratch();
+    let path = dir.path().join("real");
+    fs::write(&path, b"old").unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
+    let link = dir.path().join("link");
+    symlink("real", &link).unwrap();
+
+    let new = NewFile::create(&link, Overwrite::Replace, &[]).unwrap();
+    new.storage().write_all_at(Mem::from(&b"half"[..]), 0).unwrap();
+    drop(new);
+    assert_eq!(fs::read(&path).unwrap(), b"old");
+
+    let new = NewFile::create(&link, Overwrite::Replace, &[]).unwrap();
+    new.storage().write_all_at(Mem::from(&b"whole"[..]), 0).unwrap();
+    assert_eq!(fs::read(&path).unwrap(), b"old");
+    new.commit().unwrap();
+    assert_eq!(fs::read(&path).unwrap(), b"whole");
+    assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o640);
+    assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
+}
+
+#[test]
+fn a_source_is_no_target() {
+    let dir = scratch();
+    let path = dir.path().join("disk");
+    fs::write(&path, b"precious").unwrap();
+    let hard = dir.path().join("hard");
+    fs::hard_link(&path, &hard).unwrap();
+    let identity = FileStorage::open(&path, Access::ReadOnly).unwrap().traits().identity.unwrap();
+    let error = NewFile::create(&hard, Overwrite::Replace, &[identity]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+    assert_eq!(fs::read(&path).unwrap(), b"precious");
+}
+
+#[test]
+fn links_are_followed_and_loops_refused() {
+    let dir = scratch();
+    symlink("absent", dir.path().join("dangling")).unwrap();
+    let new = NewFile::create(dir.path().join("dangling"), Overwrite::Refuse, &[]).unwrap();
+    new.commit().unwrap();
+    assert!(dir.path().join("absent").exists());
+    symlink("b", dir.path().join("a")).unwrap();
+    symlink("a", dir.path().join("b")).unwrap();
+    let error = NewFile::create(dir.path().join("a"), Overwrite::Replace, &[]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Io);
+}
+
+#[test]
+fn faults_name_call_file_and_offset() {
+    let dir = scratch();
+    let file: Arc<dyn Storage> = Arc::new(read_write(&dir.path().join("f")));
+    let full = FaultStorage::new(file.clone(), Fault::from(Op::Write, 1, 28));
+    full.write_all_at(Mem::from(&b"fits"[..]), 0).unwrap();
+    let error = full.write_all_at(Mem::from(&b"does not"[..]), 4).unwrap_err();
+    assert_eq!((error.errno(), error.syscall(), error.offset()), (Some(28), Some("pwrite"), Some(4)));
+    assert_eq!(error.path(), Some(dir.path().join("f").as_path()));
+    let broken = FaultStorage::new(file, Fault::nth(1, 5));
+    bytes_of(&broken);
+    assert_eq!(broken.read_exact_at(MemMut::from(&mut [0; 4][..]), 0).unwrap_err().errno(), Some(5));
+    bytes_of(&broken);
+    assert_eq!(broken.failed(), 1);
+}

@@ -1,0 +1,37 @@
+//! Storage simulators: each wraps a real [`Storage`] and changes one thing about it.
+//!
+//! None but [`CountingStorage`] hands out a descriptor: a wrapper that did would be bypassed by the kernel's
+//! copies.
+
+mod counting;
+mod fault;
+mod short_io;
+
+pub use counting::{CountingStorage, Counts};
+pub use fault::{Fault, FaultStorage};
+pub use short_io::ShortIo;
+
+/// The host calls that a simulator tells apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Op {
+    /// `pread`.
+    Read,
+    /// `pwrite`, `pwritev`.
+    Write,
+    /// `ftruncate`.
+    SetLen,
+    /// `fdatasync`.
+    Sync,
+    /// `fallocate` to zeroes.
+    Zero,
+    /// `fallocate` to a hole, or a discard.
+    Discard,
+    /// `fallocate`.
+    Allocate,
+    /// `lseek` for holes.
+    Run,
+    /// `FICLONERANGE`.
+    Clone,
+    /// `copy_file_range`.
+    Copy,
+}
