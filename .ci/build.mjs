@@ -1,0 +1,4 @@
+// npm run build: installs and builds what changed.
+import { prepare } from './lib.mjs'
+
+await prepare()
