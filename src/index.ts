@@ -1,7 +1,35 @@
 /** Open, create, read, convert, check and inspect qcow2 disk images, in-process. */
-import { native } from './native.js'
+
+export type { Reference, ReferencePolicy } from './backing/policy.js'
+export type { CheckOptions, CheckResult } from './check.js'
+export { type CompareOptions, type CompareResult, compare } from './compare.js'
+export {
+  type Compression,
+  type ConvertOptions,
+  type ConvertResult,
+  convert,
+  type SourceOptions,
+} from './convert.js'
+export { type CreateOptions, create, type Preallocation, type Qcow2Shape } from './create.js'
+export { AbortError, type ErrorPlace, Qcow2Error, type Qcow2ErrorCode, type SystemErrorCode } from './errors.js'
+export {
+  Image,
+  type InfoOptions,
+  type MapEntry,
+  type MapOptions,
+  type OpenOptions,
+  open,
+  type ReadOptions,
+  type ReadStreamOptions,
+  type SparseChunk,
+} from './image.js'
+export type { BitmapInfo, ImageInfo, Qcow2SpecificInfo, SnapshotInfo } from './info.js'
+export { type Finding, type FindingCode, type Inspection, type InspectOptions, inspect } from './inspect.js'
+export { type MeasureOptions, type MeasureResult, measure } from './measure.js'
+export type { Abortable, Limits, LongRunning, Progress } from './options.js'
+export { type KnownFormat, probe } from './probe.js'
+export type { Format, ImageSource, PathLike } from './source.js'
+export type { Size } from './units.js'
 
 /** The version of this package. */
 export const version = '0.1.0'
-
-void native

@@ -1,0 +1,122 @@
+/** The library's error: a stable code, and where it happened. */
+
+/**
+ * What went wrong, by who can do something about it. Codes are API, messages are not.
+ *
+ * - `ERR_QCOW2_INVALID_HEADER`: not a qcow2 image, or a header that contradicts itself
+ * - `ERR_QCOW2_UNSUPPORTED_FEATURE`: a feature, version or format that this library does not know
+ * - `ERR_QCOW2_CORRUPT`: metadata behind the header, or compressed data, is damaged
+ * - `ERR_QCOW2_REFERENCE_DENIED`: the image names another file, and `references` does not allow to open it
+ * - `ERR_QCOW2_LIMIT`: a size or count exceeds one of `limits`
+ * - `ERR_QCOW2_LOCKED`: another process holds a conflicting lock
+ * - `ERR_QCOW2_READ_ONLY`: a write to an image or file that is open for reading only
+ * - `ERR_QCOW2_BAD_SECRET`: the secret is missing or does not open the image
+ * - `ERR_QCOW2_NO_SNAPSHOT`, `ERR_QCOW2_NO_BITMAP`: nothing has this id or name
+ * - `ERR_QCOW2_DATA_LOSS`: the operation would lose data and that was not acknowledged
+ * - `ERR_QCOW2_CHAIN`: the backing chain contains itself, is too deep, or a member is missing
+ * - `ERR_QCOW2_CLOSED`: the handle is closed or closing
+ * - `ERR_QCOW2_INVALID_ARGUMENT`: an argument has the wrong type, is out of range, or contradicts another; an
+ *   unknown option
+ * - `ERR_QCOW2_FORMAT_UNKNOWN`: the file is no qcow2 image and `format` does not say what it is
+ * - `ERR_QCOW2_ADDON_MISSING`: the native addon for this platform is not installed or cannot be loaded
+ * - `ERR_QCOW2_IO`: a system error without a name of its own
+ * - `ERR_QCOW2_INTERNAL`: a bug in this library; the handle refuses further work
+ */
+export type Qcow2ErrorCode =
+  | 'ERR_QCOW2_INVALID_HEADER'
+  | 'ERR_QCOW2_UNSUPPORTED_FEATURE'
+  | 'ERR_QCOW2_CORRUPT'
+  | 'ERR_QCOW2_REFERENCE_DENIED'
+  | 'ERR_QCOW2_LIMIT'
+  | 'ERR_QCOW2_LOCKED'
+  | 'ERR_QCOW2_READ_ONLY'
+  | 'ERR_QCOW2_BAD_SECRET'
+  | 'ERR_QCOW2_NO_SNAPSHOT'
+  | 'ERR_QCOW2_NO_BITMAP'
+  | 'ERR_QCOW2_DATA_LOSS'
+  | 'ERR_QCOW2_CHAIN'
+  | 'ERR_QCOW2_CLOSED'
+  | 'ERR_QCOW2_INVALID_ARGUMENT'
+  | 'ERR_QCOW2_FORMAT_UNKNOWN'
+  | 'ERR_QCOW2_ADDON_MISSING'
+  | 'ERR_QCOW2_IO'
+  | 'ERR_QCOW2_INTERNAL'
+
+/** A system error's name, as Node's own errors carry it. The list names the usual ones; any other can occur. */
+export type SystemErrorCode =
+  | 'EACCES'
+  | 'EBADF'
+  | 'EBUSY'
+  | 'EEXIST'
+  | 'EINVAL'
+  | 'EIO'
+  | 'EISDIR'
+  | 'ENOENT'
+  | 'ENOSPC'
+  | 'ENOTDIR'
+  | 'EPERM'
+  | 'EROFS'
+  | 'ETXTBSY'
+  | (`E${Uppercase<string>}` & {})
+
+/** Where an error happened. All optional: what is not known is absent. */
+export interface ErrorPlace {
+  /** The file, as it was opened. */
+  path?: string | undefined
+  /** Byte offset in that file. */
+  offset?: number | undefined
+  /** The field of the format by its name in the specification, or the argument. */
+  field?: string | undefined
+  /** The system's error number, negative as in Node's own errors. */
+  errno?: number | undefined
+  /** The system call. */
+  syscall?: string | undefined
+  cause?: unknown
+}
+
+/**
+ * Every error of this library. `code` is one of {@link Qcow2ErrorCode}, or the system's name (`ENOENT`, `ENOSPC`) where
+ * the operating system reported it, with `errno`, `syscall` and `path` as in Node's own errors; `ABORT_ERR` for a
+ * request that its signal cancelled ({@link AbortError}).
+ */
+export class Qcow2Error extends Error {
+  readonly code: Qcow2ErrorCode | SystemErrorCode | 'ABORT_ERR'
+  /** The file this happened in, as it was opened. */
+  declare readonly path?: string
+  /** Byte offset in that file. */
+  declare readonly offset?: number
+  /** The field of the format by its name in the specification, or the name of the offending argument. */
+  declare readonly field?: string
+  /** The system's error number, negative as in Node's own errors. */
+  declare readonly errno?: number
+  /** The system call that failed. */
+  declare readonly syscall?: string
+
+  constructor(code: Qcow2Error['code'], message: string, place: ErrorPlace = {}) {
+    super(message, place.cause === undefined ? undefined : { cause: place.cause })
+    this.code = code
+    for (const key of ['path', 'offset', 'field', 'errno', 'syscall'] as const) {
+      const value = place[key]
+      if (value !== undefined) Object.defineProperty(this, key, { value, enumerable: true })
+    }
+  }
+
+  static {
+    Object.defineProperty(Qcow2Error.prototype, 'name', { value: 'Qcow2Error', configurable: true, writable: true })
+  }
+}
+
+/** A request that its `signal` cancelled, as Node words it: `name` is `AbortError`, `cause` the signal's reason. */
+export class AbortError extends Qcow2Error {
+  constructor(reason: unknown) {
+    super('ABORT_ERR', 'The operation was aborted', { cause: reason })
+  }
+
+  static {
+    Object.defineProperty(AbortError.prototype, 'name', { value: 'AbortError', configurable: true, writable: true })
+  }
+}
+
+/** The error for an argument that cannot be used; `field` names it. */
+export const invalidArgument = (field: string, message: string): Qcow2Error =>
+  new Qcow2Error('ERR_QCOW2_INVALID_ARGUMENT', message, { field })
