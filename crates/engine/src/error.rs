@@ -4,6 +4,8 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use qcow2_format::FormatError;
+
 /// Result of every engine call.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -106,6 +108,23 @@ impl Error {
         let mut e = Self::new(ErrorKind::Io, error.to_string());
         e.0.errno = error.raw_os_error();
         e.0.syscall = Some(syscall);
+        e.0.source = Some(Box::new(error));
+        e
+    }
+
+    /// Bytes that break the format. `kind` is `InvalidHeader` for the header and `Corrupt` for what lies behind it;
+    /// unknown features and exceeded limits keep a kind of their own.
+    pub fn format(error: FormatError, kind: ErrorKind) -> Self {
+        let kind = match error {
+            FormatError::UnsupportedVersion(_) | FormatError::UnsupportedFeatures { .. } => {
+                ErrorKind::UnsupportedFeature
+            }
+            FormatError::Limit { .. } => ErrorKind::Limit,
+            _ => kind,
+        };
+        let field = error.field();
+        let mut e = Self::new(kind, error.to_string());
+        e.0.field = field;
         e.0.source = Some(Box::new(error));
         e
     }

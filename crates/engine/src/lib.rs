@@ -4,13 +4,16 @@
 //! JavaScript; nothing below here does I/O.
 
 pub mod error;
+pub mod image;
 pub mod job;
 pub mod memory;
 pub mod source;
 pub mod storage;
 
 pub use error::{Error, ErrorKind, Result};
+pub use image::{Image, Layer, OpenOptions, Qcow2, Raw};
 pub use job::Job;
 pub use memory::{Mem, MemMut};
+pub use qcow2_format as format;
 pub use source::{Extent, ExtentKind, GuestSource};
 pub use storage::{Storage, StorageExt};

@@ -28,6 +28,8 @@ pub struct Extent {
     pub kind: ExtentKind,
     /// Layer that decides it: 0 is the top. For `Unallocated`, the deepest layer that was asked.
     pub depth: u32,
+    /// Known to read as zeroes: always for `Zero` and `Unallocated`, and for `Data` that is a hole of its file.
+    pub zero: bool,
     /// File and byte offset of the stored bytes, for `Data` (and for `Zero` clusters that keep an allocation).
     pub host: Option<(Arc<dyn Storage>, u64)>,
 }

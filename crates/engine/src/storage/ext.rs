@@ -38,6 +38,11 @@ pub trait StorageExt: Storage {
         Ok(())
     }
 
+    /// Fills `buf` as far as the file reaches; returns how many bytes.
+    fn read_up_to_at(&self, buf: MemMut<'_>, offset: u64) -> Result<usize> {
+        read_all(self, buf, offset)
+    }
+
     /// Writes all of `buf`.
     fn write_all_at(&self, buf: Mem<'_>, offset: u64) -> Result<()> {
         let (mut rest, mut at) = (buf, offset);

@@ -1,0 +1,196 @@
+//! The allocation of a chain: extents as `qemu-img map` reports them.
+
+use std::sync::Arc;
+
+use super::chain::Layer;
+use super::mapping::{Segment, SegmentKind};
+use super::qcow2::Qcow2;
+use crate::source::{Extent, ExtentKind};
+use crate::{Job, Result, Storage, StorageExt};
+
+/// Guest bytes planned between two looks at the job.
+const STEP: u64 = 1 << 30;
+
+/// Appends the extents of `start..start + length`, clamped to the disk.
+pub(super) fn collect(
+    layers: &[Layer],
+    start: u64,
+    length: u64,
+    job: &Job,
+    out: &mut Vec<Extent>,
+) -> Result<()> {
+    let size = layers.first().map_or(0, Layer::virtual_size);
+    let end = start.saturating_add(length).min(size);
+    let first = out.len();
+    let mut walk = Walk { layers, out, first };
+    let mut at = start;
+    while at < end {
+        job.checkpoint()?;
+        let step = STEP.min(end - at);
+        walk.range(at, step)?;
+        at += step;
+    }
+    Ok(())
+}
+
+/// What is left to walk, in guest order from the top of a stack: chains can be too long for recursion.
+enum Work {
+    /// Ask the layer at this depth for a range.
+    Range { depth: usize, start: u64, length: u64 },
+    /// The layer at this depth has the segment.
+    Segment { depth: usize, segment: Segment },
+}
+
+struct Walk<'a> {
+    layers: &'a [Layer],
+    out: &'a mut Vec<Extent>,
+    /// Extents before this one are the caller's.
+    first: usize,
+}
+
+impl Walk<'_> {
+    fn range(&mut self, start: u64, length: u64) -> Result<()> {
+        let layers = self.layers;
+        let mut segments = Vec::new();
+        let mut stack = vec![Work::Range { depth: 0, start, length }];
+        while let Some(work) = stack.pop() {
+            let (depth, start, length) = match work {
+                Work::Range { depth, start, length } => (depth, start, length),
+                Work::Segment { depth, segment } => {
+                    if let Some(qcow2) = layers.get(depth).and_then(Layer::as_qcow2) {
+                        self.segment(qcow2, &segment, depth)?;
+                    }
+                    continue;
+                }
+            };
+            let Some(layer) = layers.get(depth) else { continue };
+            let inside = layer.virtual_size().saturating_sub(start).min(length);
+            if inside == 0 {
+                // Behind the end of this layer: the one above decides, by not having it.
+                self.push(unallocated(start, length, depth.saturating_sub(1)));
+                continue;
+            }
+            if inside < length {
+                stack.push(Work::Range { depth, start: start + inside, length: length - inside });
+            }
+            match layer {
+                Layer::Raw(raw) => {
+                    let kind = |data| if data { ExtentKind::Data } else { ExtentKind::Zero };
+                    self.host_runs(raw.storage(), start, start, inside, depth, kind)?;
+                }
+                Layer::Qcow2(qcow2) => {
+                    segments.clear();
+                    qcow2.plan_read(start..start + inside, &mut segments)?;
+                    let deeper = depth + 1 < layers.len();
+                    stack.extend(segments.iter().rev().map(|&segment| {
+                        if deeper && segment.kind == SegmentKind::Unallocated {
+                            Work::Range { depth: depth + 1, start: segment.start, length: segment.length }
+                        } else {
+                            Work::Segment { depth, segment }
+                        }
+                    }));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn segment(&mut self, qcow2: &Qcow2, segment: &Segment, depth: usize) -> Result<()> {
+        let &Segment { start, length, kind } = segment;
+        let storage = || qcow2.data_file().unwrap_or_else(|| qcow2.storage());
+        let extent = match kind {
+            SegmentKind::Data { host } if qcow2.is_metadata_preallocated()? => {
+                return self.host_runs(storage(), start, host, length, depth, |_| ExtentKind::Data);
+            }
+            SegmentKind::Data { host } => Extent {
+                start,
+                length,
+                kind: ExtentKind::Data,
+                depth: depth as u32,
+                zero: false,
+                host: Some((Arc::clone(storage()), host)),
+            },
+            SegmentKind::Zero { host } => Extent {
+                start,
+                length,
+                kind: ExtentKind::Zero,
+                depth: depth as u32,
+                zero: true,
+                host: host.map(|h| (Arc::clone(storage()), h)),
+            },
+            SegmentKind::Compressed(_) => Extent {
+                start,
+                length,
+                kind: ExtentKind::Compressed,
+                depth: depth as u32,
+                zero: false,
+                host: None,
+            },
+            SegmentKind::Unallocated => unallocated(start, length, depth),
+        };
+        self.push(extent);
+        Ok(())
+    }
+
+    /// Splits a stored range by the holes of its file.
+    #[allow(clippy::too_many_arguments, reason = "one range in two address spaces")]
+    fn host_runs(
+        &mut self,
+        storage: &Arc<dyn Storage>,
+        start: u64,
+        host: u64,
+        length: u64,
+        depth: usize,
+        kind: impl Fn(bool) -> ExtentKind,
+    ) -> Result<()> {
+        let file_size = storage.size()?;
+        let mut done = 0;
+        while done < length {
+            let at = host + done;
+            let (end, data) = if at >= file_size {
+                (host + length, false)
+            } else {
+                let run = storage.run_at(at).map_err(|e| storage.failure(e, "lseek"))?;
+                // A file that shrank meanwhile must not stop the walk.
+                (run.end.max(at + 1), run.data)
+            };
+            // A sector that the file holds in part is data up to its end.
+            let end = if data { end.next_multiple_of(super::raw::SECTOR) } else { end };
+            let part = end.min(host + length) - at;
+            self.push(Extent {
+                start: start + done,
+                length: part,
+                kind: kind(data),
+                depth: depth as u32,
+                zero: !data,
+                host: Some((Arc::clone(storage), at)),
+            });
+            done += part;
+        }
+        Ok(())
+    }
+
+    fn push(&mut self, extent: Extent) {
+        let own = self.out.len() > self.first;
+        if let Some(last) = self.out.last_mut().filter(|_| own)
+            && mergeable(last, &extent)
+        {
+            last.length += extent.length;
+            return;
+        }
+        self.out.push(extent);
+    }
+}
+
+fn unallocated(start: u64, length: u64, depth: usize) -> Extent {
+    Extent { start, length, kind: ExtentKind::Unallocated, depth: depth as u32, zero: true, host: None }
+}
+
+fn mergeable(a: &Extent, b: &Extent) -> bool {
+    let host = match (&a.host, &b.host) {
+        (None, None) => true,
+        (Some((fa, ha)), Some((fb, hb))) => Arc::ptr_eq(fa, fb) && ha + a.length == *hb,
+        _ => false,
+    };
+    host && a.kind == b.kind && a.depth == b.depth && a.zero == b.zero
+}

@@ -1,0 +1,23 @@
+//! An open disk image: a chain of layers, top first, read as one disk.
+//!
+//! Reading is plan, then execute: a layer turns a guest range into segments ([`mapping`]), then the bytes are read or
+//! inflated straight into the caller's buffer ([`Image::read_at`]). No lock is held across data I/O.
+
+mod bitmaps;
+mod chain;
+mod extents;
+mod inflated;
+mod mapping;
+mod open;
+mod preallocation;
+mod qcow2;
+mod raw;
+mod slices;
+mod snapshots;
+
+pub use bitmaps::BitmapRecord;
+pub use chain::{Image, Layer};
+pub use mapping::{Segment, SegmentKind};
+pub use open::{OpenOptions, read_header};
+pub use qcow2::{BackingReference, DataFileReference, Qcow2, References};
+pub use raw::Raw;

@@ -1,0 +1,137 @@
+//! Opening one qcow2 layer: header, active or snapshot L1 table, snapshot table. Opens nothing that the image names.
+
+use std::sync::Arc;
+
+use qcow2_format::header::PREAMBLE_LENGTH;
+use qcow2_format::{Geometry, Header, HostOffset, Limits};
+
+use super::inflated::InflatedCache;
+use super::qcow2::{Qcow2, View};
+use super::slices::SliceCache;
+use super::snapshots;
+use crate::{Error, ErrorKind, MemMut, Result, Storage, StorageExt};
+
+/// How to open a qcow2 layer.
+#[derive(Debug, Clone, Default)]
+pub struct OpenOptions {
+    /// Safety limits.
+    pub limits: Limits,
+    /// Id or name of the internal snapshot to view instead of the active disk.
+    pub snapshot: Option<String>,
+    /// Most bytes of L2 table slices to cache. Default: enough for the whole disk, at most 32 MiB.
+    pub l2_cache_bytes: Option<u64>,
+    /// Most bytes of inflated clusters to cache. Default: 16 MiB, but at least four clusters.
+    pub inflated_cache_bytes: Option<u64>,
+    /// Open for a check: a damaged snapshot table is kept as a finding instead of refusing the image.
+    pub for_check: bool,
+}
+
+/// Reads and parses the header of the qcow2 image in `storage`; reads only the first cluster.
+///
+/// # Errors
+/// `InvalidHeader`, `UnsupportedFeature`, `Limit` or `Io`, with the file's path.
+pub fn read_header(storage: &dyn Storage) -> Result<Header> {
+    let fail = |e| on_file(storage, Error::format(e, ErrorKind::InvalidHeader));
+    let mut start = [0u8; PREAMBLE_LENGTH];
+    let got = storage.read_up_to_at(MemMut::from(&mut start[..]), 0)?;
+    let preamble = Header::preamble(start.get(..got).unwrap_or_default()).map_err(fail)?;
+    // At most 2 MiB: the preamble is validated.
+    let mut cluster = vec![0u8; preamble.cluster_size as usize];
+    let got = storage.read_up_to_at(MemMut::from(&mut cluster[..]), 0)?;
+    Header::parse(cluster.get(..got).unwrap_or_default()).map_err(fail)
+}
+
+impl Qcow2 {
+    /// Opens the image in `storage`.
+    ///
+    /// # Errors
+    /// As [`read_header`]; `Corrupt` for tables outside the file; `Limit`; `NoSnapshot`.
+    pub fn open(storage: Arc<dyn Storage>, options: &OpenOptions) -> Result<Self> {
+        let header = read_header(&*storage)?;
+        let fail = |e: Error| on_file(&*storage, e);
+        check_limits(&header, &options.limits).map_err(fail)?;
+        check_placement(&header, storage.size()?).map_err(fail)?;
+        let snapshots = snapshots::load(&*storage, &header, &options.limits).map_err(fail);
+        let (snapshots, snapshot_error) = match snapshots {
+            Ok(list) => (list, None),
+            Err(error) if options.for_check && error.kind() != ErrorKind::Io => (Vec::new(), Some(error)),
+            Err(error) => return Err(error),
+        };
+        let view = match &options.snapshot {
+            None => View {
+                size: header.size,
+                l1: read_l1(&*storage, header.l1_table_offset, header.l1_size)?,
+                snapshot: None,
+            },
+            Some(wanted) => {
+                let index = snapshots::find(&snapshots, wanted).map_err(fail)?;
+                let record = snapshots.get(index).ok_or_else(Error::aborted)?;
+                record
+                    .check_l1(&header.geometry, header.size)
+                    .map_err(|e| fail(Error::format(e, ErrorKind::Corrupt)))?;
+                View {
+                    size: record.disk_size.unwrap_or(header.size),
+                    l1: read_l1(&*storage, record.l1_table_offset, record.l1_size)?,
+                    snapshot: Some(index),
+                }
+            }
+        };
+        let slices = SliceCache::new(&header.geometry, view.size, options.l2_cache_bytes);
+        let inflated = InflatedCache::new(&header.geometry, options.inflated_cache_bytes);
+        Ok(Self::assemble(storage, header, view, snapshots, snapshot_error, slices, inflated, options.limits))
+    }
+}
+
+/// Adds the file's path, where there is one.
+pub(super) fn on_file(storage: &dyn Storage, error: Error) -> Error {
+    match storage.path() {
+        Some(path) => error.with_path(path),
+        None => error,
+    }
+}
+
+fn check_limits(header: &Header, limits: &Limits) -> Result<()> {
+    let limit = |field: &'static str, value: u64, limit: u64| {
+        if value <= limit {
+            return Ok(());
+        }
+        let message = format!("{field} of {value} exceeds the limit of {limit}");
+        Err(Error::new(ErrorKind::Limit, message).with_field(field))
+    };
+    limit("size", header.size, limits.max_virtual_size)?;
+    limit("l1_size", u64::from(header.l1_size) * 8, limits.max_metadata_bytes)?;
+    limit(
+        "refcount_table_clusters",
+        u64::from(header.refcount_table_clusters) * header.geometry.cluster_size(),
+        limits.max_metadata_bytes,
+    )?;
+    limit("nb_snapshots", header.nb_snapshots.into(), limits.max_snapshots.into())
+}
+
+/// The tables that the header points to must lie behind the header and inside the file.
+fn check_placement(header: &Header, file_size: u64) -> Result<()> {
+    let g: &Geometry = &header.geometry;
+    let place = |field: &'static str, start: HostOffset, bytes: u64| {
+        if bytes == 0 {
+            return Ok(());
+        }
+        let end = start.checked_add(bytes).map_or(u64::MAX, HostOffset::get);
+        let reason = if start.0 < g.cluster_size() {
+            "overlaps the header"
+        } else if end > file_size {
+            "lies outside the file"
+        } else {
+            return Ok(());
+        };
+        let message = format!("the table at {start} with {bytes} bytes {reason} ({file_size} bytes)");
+        Err(Error::new(ErrorKind::Corrupt, message).with_field(field).with_offset(start.0))
+    };
+    place("l1_table_offset", header.l1_table_offset, u64::from(header.l1_size) * 8)
+}
+
+/// Reads an L1 table of at most 32 MiB (the header's and the snapshot's checks guarantee that).
+fn read_l1(storage: &dyn Storage, offset: HostOffset, entries: u32) -> Result<Vec<u64>> {
+    let mut bytes = vec![0u8; entries as usize * 8];
+    storage.read_exact_at(MemMut::from(&mut bytes[..]), offset.0).map_err(|e| e.with_field("L1 table"))?;
+    Ok(super::slices::decode_words(&bytes))
+}

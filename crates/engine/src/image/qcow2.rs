@@ -1,0 +1,187 @@
+//! One open qcow2 layer and what its header says.
+
+use std::sync::{Arc, OnceLock};
+
+use qcow2_format::{CryptMethod, Geometry, Header, Limits, SnapshotRecord};
+
+use super::inflated::{Inflate, InflatedCache};
+use super::slices::SliceCache;
+use crate::{Error, ErrorKind, Result, Storage};
+
+/// One qcow2 image file, without its backing file.
+#[derive(Debug)]
+pub struct Qcow2 {
+    storage: Arc<dyn Storage>,
+    data_file: Option<Arc<dyn Storage>>,
+    header: Header,
+    view: View,
+    snapshots: Vec<SnapshotRecord>,
+    snapshot_error: Option<Error>,
+    limits: Limits,
+    pub(super) slices: SliceCache,
+    pub(super) inflated: InflatedCache,
+    pub(super) metadata_preallocated: OnceLock<bool>,
+}
+
+/// The disk that is read: the active one or an internal snapshot's.
+#[derive(Debug)]
+pub(super) struct View {
+    pub(super) size: u64,
+    pub(super) l1: Vec<u64>,
+    pub(super) snapshot: Option<usize>,
+}
+
+/// Files that the image names. Nothing here was opened.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct References {
+    /// The backing file, if there is one.
+    pub backing: Option<BackingReference>,
+    /// The external data file, if there is one.
+    pub data_file: Option<DataFileReference>,
+}
+
+/// A backing file as the header names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BackingReference {
+    /// File name, as bytes: relative to the directory of the image.
+    pub filename: Vec<u8>,
+    /// Format as QEMU names it, where the header says.
+    pub format: Option<Vec<u8>>,
+}
+
+/// An external data file as the header names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DataFileReference {
+    /// File name, as bytes, where the header says.
+    pub filename: Option<Vec<u8>>,
+    /// Whether it is a consistent raw image on its own.
+    pub raw: bool,
+}
+
+impl Qcow2 {
+    #[allow(clippy::too_many_arguments, reason = "the fields of the struct, from one caller")]
+    pub(super) fn assemble(
+        storage: Arc<dyn Storage>,
+        header: Header,
+        view: View,
+        snapshots: Vec<SnapshotRecord>,
+        snapshot_error: Option<Error>,
+        slices: SliceCache,
+        inflated: InflatedCache,
+        limits: Limits,
+    ) -> Self {
+        Self {
+            storage,
+            data_file: None,
+            header,
+            view,
+            snapshots,
+            snapshot_error,
+            limits,
+            slices,
+            inflated,
+            metadata_preallocated: OnceLock::new(),
+        }
+    }
+
+    /// Files that the image names.
+    pub fn references(&self) -> References {
+        References {
+            backing: self.header.backing_file.as_ref().map(|filename| BackingReference {
+                filename: filename.clone(),
+                format: self.header.backing_format().map(<[u8]>::to_vec),
+            }),
+            data_file: self.header.has_data_file().then(|| DataFileReference {
+                filename: self.header.data_file().map(<[u8]>::to_vec),
+                raw: self.header.data_file_raw(),
+            }),
+        }
+    }
+
+    /// Attaches the external data file. Without it, reading stored data fails with `ReferenceDenied`.
+    pub fn set_data_file(&mut self, storage: Arc<dyn Storage>) {
+        self.data_file = Some(storage);
+    }
+
+    /// The image file.
+    pub fn storage(&self) -> &Arc<dyn Storage> {
+        &self.storage
+    }
+    /// The external data file, where it is attached.
+    pub fn data_file(&self) -> Option<&Arc<dyn Storage>> {
+        self.data_file.as_ref()
+    }
+    /// The header as it was read.
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+    /// Cluster size, refcount width and L2 entry form.
+    pub fn geometry(&self) -> &Geometry {
+        &self.header.geometry
+    }
+    /// Size in bytes of the disk that is read.
+    pub fn virtual_size(&self) -> u64 {
+        self.view.size
+    }
+    /// The internal snapshots, in the table's order.
+    pub fn snapshots(&self) -> &[SnapshotRecord] {
+        &self.snapshots
+    }
+    /// Why the snapshot table could not be read, for an image opened for a check.
+    pub fn snapshot_error(&self) -> Option<&Error> {
+        self.snapshot_error.as_ref()
+    }
+    /// The snapshot that is viewed, if any.
+    pub fn viewed_snapshot(&self) -> Option<&SnapshotRecord> {
+        self.snapshots.get(self.view.snapshot?)
+    }
+    /// The limits the image was opened with.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+    /// Entries of the L1 table of the disk that is read.
+    pub fn l1(&self) -> &[u64] {
+        &self.view.l1
+    }
+
+    /// Where guest data is stored.
+    pub(super) fn data_storage(&self) -> Result<&Arc<dyn Storage>> {
+        if !self.header.has_data_file() {
+            return Ok(&self.storage);
+        }
+        self.data_file.as_ref().ok_or_else(|| {
+            let name = self.header.data_file().map(String::from_utf8_lossy);
+            let message = format!(
+                "the guest data is in the external data file '{}', which was not opened",
+                name.unwrap_or_default()
+            );
+            self.error(ErrorKind::ReferenceDenied, message)
+        })
+    }
+
+    /// Refuses to hand out ciphertext.
+    pub(super) fn require_plain(&self) -> Result<()> {
+        match self.header.crypt_method {
+            CryptMethod::None => Ok(()),
+            method => {
+                let name = if method == CryptMethod::Luks { "LUKS" } else { "AES" };
+                let message = format!("reading {name}-encrypted images is not supported");
+                Err(self.error(ErrorKind::UnsupportedFeature, message).with_field("crypt_method"))
+            }
+        }
+    }
+
+    pub(super) fn inflate(&self, descriptor: qcow2_format::CompressedDescriptor) -> Inflate<'_> {
+        Inflate {
+            storage: &*self.storage,
+            descriptor,
+            compression: self.header.compression_type,
+            cluster_size: self.geometry().cluster_len(),
+        }
+    }
+
+    /// An error in this image's file.
+    pub(crate) fn error(&self, kind: ErrorKind, message: impl Into<String>) -> Error {
+        super::open::on_file(&*self.storage, Error::new(kind, message))
+    }
+}

@@ -1,0 +1,78 @@
+//! The cache of L2 table slices: 4 KiB pieces, so that a small read does not load a whole table.
+//!
+//! Loading is single-flight per slice and blocks nobody who asks for another one. Eviction is quick_cache's S3-FIFO.
+
+use std::sync::Arc;
+
+use qcow2_format::{Geometry, L2Entry, SubclusterBitmap};
+use quick_cache::sync::{Cache, GuardResult};
+
+use crate::{MemMut, Result, Storage, StorageExt};
+
+/// Bytes of a slice, unless clusters are smaller.
+const SLICE_BYTES: u64 = 4096;
+/// Default upper end of the cache.
+const DEFAULT_MAX_BYTES: u64 = 32 << 20;
+
+/// Words of one slice in the machine's byte order.
+pub(crate) type Slice = Arc<[u64]>;
+
+#[derive(Debug)]
+pub(crate) struct SliceCache {
+    cache: Cache<u64, Slice>,
+    bytes: u64,
+    words_per_entry: u64,
+}
+
+impl SliceCache {
+    pub(crate) fn new(geometry: &Geometry, disk_size: u64, limit: Option<u64>) -> Self {
+        let bytes = SLICE_BYTES.min(geometry.cluster_size());
+        let words_per_entry = geometry.l2_entry_size() / 8;
+        let whole = geometry.clusters_for(disk_size).saturating_mul(geometry.l2_entry_size());
+        let capacity = limit.unwrap_or(DEFAULT_MAX_BYTES).min(whole).div_ceil(bytes).max(2);
+        Self { cache: Cache::new(capacity as usize), bytes, words_per_entry }
+    }
+
+    /// Entries in one slice.
+    pub(crate) fn entries(&self) -> u64 {
+        self.bytes / 8 / self.words_per_entry
+    }
+
+    /// The slice of the L2 table at `table` that holds entry `l2_index`, and the entry's index in it.
+    pub(crate) fn get(&self, storage: &dyn Storage, table: u64, l2_index: u64) -> Result<(Slice, u64)> {
+        let entries = self.entries();
+        // A table offset has at most 56 bits.
+        let offset = table + l2_index / entries * self.bytes;
+        let slice = match self.cache.get_value_or_guard(&offset, None) {
+            GuardResult::Value(slice) => slice,
+            GuardResult::Guard(guard) => {
+                let slice = load(storage, offset, self.bytes)?;
+                // Refused only when the slice was invalidated meanwhile: then this copy is not kept.
+                let _ = guard.insert(slice.clone());
+                slice
+            }
+            GuardResult::Timeout => load(storage, offset, self.bytes)?,
+        };
+        Ok((slice, l2_index % entries))
+    }
+
+    /// Entry `index` of a slice; zero (unallocated) outside, which no caller asks for.
+    pub(crate) fn entry(&self, slice: &[u64], index: u64) -> L2Entry {
+        let at = (index * self.words_per_entry) as usize;
+        let word = slice.get(at).copied().unwrap_or(0);
+        let bitmap = if self.words_per_entry == 2 { slice.get(at + 1).copied().unwrap_or(0) } else { 0 };
+        L2Entry { word, bitmap: SubclusterBitmap(bitmap) }
+    }
+}
+
+fn load(storage: &dyn Storage, offset: u64, bytes: u64) -> Result<Slice> {
+    let mut buf = vec![0u8; bytes as usize];
+    storage.read_exact_at(MemMut::from(&mut buf[..]), offset).map_err(|e| e.with_field("L2 table"))?;
+    Ok(decode_words(&buf).into())
+}
+
+/// Big-endian words to the machine's; a trailing part of a word is dropped.
+pub(crate) fn decode_words(bytes: &[u8]) -> Vec<u64> {
+    let (words, _) = bytes.as_chunks::<8>();
+    words.iter().map(|w| u64::from_be_bytes(*w)).collect()
+}
