@@ -1,3 +1,32 @@
 //! Test support for the qcow2 crates.
+//!
+//! - [`oracle`]: runs qemu-img and qemu-io, the judges of interoperability
+//! - [`forge`]: images built byte by byte, without the format crate
+//! - [`model`], [`reader`]: what a disk must contain, and a slow reader straight from the specification
+//! - [`matrix`]: geometries and operations that produce every kind of entry
+//! - [`storage`]: simulators of storage
+//!
+//! A failed step here is a failed test, so the code panics freely and says what it was doing.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "test support: a failed step is a failed test"
+)]
 
+pub mod alloc;
+pub mod forge;
+pub mod matrix;
+pub mod model;
+pub mod oracle;
+pub mod reader;
+pub mod rng;
+pub mod sparse;
 pub mod storage;
+
+pub use forge::Forge;
+pub use model::Disk;
+pub use oracle::{Fixture, Qemu};
+pub use rng::Rng;
+pub use sparse::Sparse;
