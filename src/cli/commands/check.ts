@@ -1,0 +1,65 @@
+import type { Command } from 'commander'
+import { CommandFailure, UsageFailure, unsupported } from '../failure.js'
+import { checkExitCode, checkJson, formatCheck } from '../format/check.js'
+import { cacheMode, oneFile, outputOption, refuseDriverSyntax } from '../grammar.js'
+import { withImage } from '../images.js'
+import type { Runner } from '../program.js'
+import { withProgress } from '../progress.js'
+import type { Session } from '../session.js'
+
+interface CheckArguments {
+  readonly format?: string
+  readonly output?: string
+  readonly quiet?: boolean
+}
+
+/** qemu-img's exit code where a format has nothing to check. */
+const CHECK_NOT_SUPPORTED = 63
+
+export function declareCheck(program: Command, run: Runner): void {
+  const command = program
+    .command('check')
+    .summary('check the consistency of an image')
+    .description(
+      'Check the metadata of an image against itself. Exit code: 0 consistent, 1 the check failed, ' +
+        '2 corrupt, 3 leaked clusters only, 63 the format has nothing to check.',
+    )
+    .usage('[options] FILENAME')
+    .argument('[files...]', 'the image')
+    .option('-f, --format <fmt>', 'format of the image: qcow2 or raw (default: what it looks like)')
+    .option(
+      '-T, --cache <mode>',
+      'cache mode, as qemu-img takes it: a check reads through the page cache',
+      cacheMode('source cache'),
+    )
+    .option('-U, --force-share', 'open an image that another process uses')
+    .addOption(outputOption('human', 'json'))
+    .option('-r, --repair <what>', 'not in this version: a check never writes', refuseRepair)
+    .option('-q, --quiet', 'print nothing but errors')
+  refuseDriverSyntax(command)
+  command.action((files: string[], options: CheckArguments) => run(session => check(oneFile(files), options, session)))
+}
+
+function refuseRepair(what: string): never {
+  if (what !== 'leaks' && what !== 'all') {
+    throw new UsageFailure(`Unknown option value for -r (expecting 'leaks' or 'all'): ${what}`)
+  }
+  throw unsupported("Option '-r'", 'this version checks images and does not repair them')
+}
+
+async function check(filename: string, options: CheckArguments, session: Session): Promise<number> {
+  return withImage({ filename, format: options.format }, session, async image => {
+    const { format } = await image.info()
+    if (format === 'raw') {
+      throw new CommandFailure('This image format does not support checks', { exitCode: CHECK_NOT_SUPPORTED })
+    }
+    const quiet = options.quiet ?? false
+    const choice = { progress: false, quiet, verb: 'Checking', step: 1 }
+    const found = { ...(await withProgress(session, choice, job => image.check(job))), filename }
+    for (const message of found.messages) session.stderr.write(`${message}\n`)
+    session.stderr.flush()
+    if (!quiet) session.stdout.write(options.output === 'json' ? checkJson(found) : formatCheck(found))
+    if (found.checkErrors !== 0) throw new CommandFailure('Check failed')
+    return checkExitCode(found)
+  })
+}

@@ -1,0 +1,201 @@
+import { open as openFile } from 'node:fs/promises'
+import { resolve } from 'node:path'
+import type { Command } from 'commander'
+import { type Compression, type ConvertOptions, convert, type Format } from '../../index.js'
+import { describeFormat, optionSpecs, targetFormat, toCreateOptions } from '../create-options.js'
+import { describeError } from '../errors.js'
+import { CommandFailure, unsupported } from '../failure.js'
+import { cacheMode, optionList, refuse, refuseDriverSyntax, wholeNumber } from '../grammar.js'
+import { formatOf, localPath, snapshotOf, withImage } from '../images.js'
+import { asksForHelp, type OptionValue, parseOptionList } from '../options.js'
+import type { Runner } from '../program.js'
+import { withProgress } from '../progress.js'
+import type { Session } from '../session.js'
+import { sizeArgument } from '../size.js'
+import { addBacking, fromImage } from './create.js'
+
+interface ConvertArguments {
+  readonly sourceFormat?: string
+  readonly targetFormat: string
+  readonly targetOptions?: string
+  readonly sourceSnapshot?: string
+  readonly compress?: boolean
+  readonly level?: number
+  readonly backing?: string
+  readonly backingFormat?: string
+  /** `-n`: commander turns `--no-create` into this. */
+  readonly create: boolean
+  readonly targetIsZero?: boolean
+  readonly sparseSize?: number
+  readonly parallel?: number
+  readonly copyRangeOffloading?: boolean
+  readonly targetCache: string
+  readonly progress?: boolean
+  readonly quiet?: boolean
+}
+
+export function declareConvert(program: Command, run: Runner): void {
+  const command = program
+    .command('convert')
+    .summary('copy an image into another, of any format')
+    .description('Copy a disk image into a new file of a format of your choice. An existing file is replaced.')
+    .usage('[options] FILENAME TARGET')
+    .argument('[files...]', 'the image to read and the file to write')
+    .option('-f, --source-format <fmt>', 'format of FILENAME: qcow2 or raw (default: what it looks like)')
+    .option('-O, --target-format <fmt>', 'format of TARGET: qcow2 or raw', 'raw')
+    .option('-o, --target-options <list>', 'options of that format: name=value,... ("-o help" lists them)', optionList)
+    .option('-c, --compress', 'compress (qcow2 only)')
+    .option('--level <n>', 'how hard to compress: zlib 1 to 12, zstd 1 to 19', wholeNumber('compression level', 1, 19))
+    .option('-l, --source-snapshot <snapshot>', 'read this internal snapshot')
+    .option('-B, --backing <file>', 'write only what differs from this image, which backs TARGET')
+    .option('-F, --backing-format <fmt>', 'format of the backing file')
+    .option('-n, --no-create', 'write into TARGET as it exists')
+    .option('--target-is-zero', 'with -n: TARGET reads as zeroes everywhere')
+    .option(
+      '-S, --sparse-size <size>',
+      'zeroes of this length become a hole; 0 stores everything (default: 4k)',
+      sparseSize,
+    )
+    .option(
+      '-m, --parallel <n>',
+      'worker threads (default: one per core, 8 at most)',
+      wholeNumber('number of coroutines', 1, 16),
+    )
+    .option('--concurrency <n>', 'the same as -m', wholeNumber('number of threads', 1, 64))
+    .option('-W, --oob-writes', 'as qemu-img takes it: the threads never wait for each other anyway')
+    .option('-C, --copy-range-offloading', 'as qemu-img takes it: the kernel copies wherever it can anyway')
+    .option(
+      '-t, --target-cache <mode>',
+      'cache mode of TARGET: all but "unsafe" make it durable',
+      cacheMode('cache'),
+      'unsafe',
+    )
+    .option(
+      '-T, --source-cache <mode>',
+      'cache mode, as qemu-img takes it: FILENAME is read through the page cache',
+      cacheMode('source cache'),
+    )
+    .option('-U, --force-share', 'open an image that another process uses')
+    .option('-p, --progress', 'show the progress, also without a terminal')
+    .option('-q, --quiet', 'print nothing but errors')
+  refuseDriverSyntax(command)
+  refuse(command, '--target-image-opts', 'images are given by file name')
+  refuse(command, '--bitmaps', 'this version does not copy bitmaps')
+  refuse(command, '--skip-broken-bitmaps', 'this version does not copy bitmaps')
+  refuse(command, '--salvage', 'this version does not go on after a read error')
+  refuse(command, '-r, --rate <rate>', 'this version has no rate limit')
+  command.action((files: string[], options: ConvertArguments & { concurrency?: number }) =>
+    run(session => convertFiles(files, { ...options, ...threads(options) }, session)),
+  )
+}
+
+const threads = ({ parallel, concurrency }: { parallel?: number; concurrency?: number }) => {
+  const count = concurrency ?? parallel
+  return count === undefined ? {} : { parallel: count }
+}
+
+const SPARSE_LIMIT = 16 << 20
+
+function sparseSize(text: string): number {
+  const size = Number(sizeArgument('buffer size for sparse output', text))
+  if (size % 512 === 0 && size <= SPARSE_LIMIT) return size
+  throw new CommandFailure(
+    'Invalid buffer size for sparse output specified. Valid sizes are multiples of 512 up to ' +
+      `${SPARSE_LIMIT}. Select 0 to disable sparse detection (fully allocates output).`,
+  )
+}
+
+async function convertFiles(files: readonly string[], given: ConvertArguments, session: Session): Promise<number> {
+  refuseContradictions(given)
+  const target = files.length > 1 ? files[files.length - 1] : undefined
+  if (given.targetOptions !== undefined && asksForHelp(given.targetOptions)) {
+    session.stdout.write(describeFormat(targetFormat(given.targetFormat), target))
+    return 0
+  }
+  const [source, ...rest] = files
+  if (source === undefined || target === undefined) throw new CommandFailure('Must specify image file name')
+  if (rest.length > 1) throw unsupported('Concatenating several source images', 'convert them one by one')
+  await convertNamed(source, target, given, session)
+  return 0
+}
+
+function refuseContradictions(given: ConvertArguments): void {
+  const copyRange = given.copyRangeOffloading ?? false
+  if (given.compress && copyRange) throw new CommandFailure('Cannot enable copy offloading when -c is used')
+  if (given.sparseSize !== undefined && copyRange) {
+    throw new CommandFailure('Cannot enable copy offloading when -S is used')
+  }
+  if (!given.create && given.targetOptions !== undefined) {
+    throw new CommandFailure('-o has no effect when skipping image creation')
+  }
+  if (given.targetIsZero && given.create) throw new CommandFailure('--target-is-zero requires use of -n flag')
+  if (given.level !== undefined && !given.compress) throw new CommandFailure('--level requires use of -c flag')
+}
+
+async function convertNamed(source: string, target: string, given: ConvertArguments, session: Session): Promise<void> {
+  // Opened once before anything else: what is wrong with the source is said in its name, and before the target's.
+  await withImage({ filename: source, format: given.sourceFormat }, session, async () => undefined)
+  const from = await formatOf(source, given.sourceFormat, session)
+  const snapshot = await snapshotOf(source, from, given.sourceSnapshot, session)
+  const to = targetFormat(given.targetFormat)
+  const options: ConvertOptions = {
+    from,
+    to,
+    references: 'allow',
+    ...(snapshot !== undefined && { snapshot }),
+    ...(given.sparseSize !== undefined && { sparseSize: given.sparseSize }),
+    ...(given.parallel !== undefined && { concurrency: given.parallel }),
+    ...(given.create ? newTarget(target, to, given) : existingTarget(given)),
+  }
+  const choice = { progress: given.progress ?? false, quiet: given.quiet ?? false, verb: 'Converting', step: 1 }
+  try {
+    await withProgress(session, choice, job => convert(localPath(source), localPath(target), { ...options, ...job }))
+    if (given.targetCache !== 'unsafe') await makeDurable(localPath(target))
+  } catch (error) {
+    if (session.signal.aborted || error instanceof CommandFailure) throw error
+    throw new CommandFailure(`${target}: error while converting ${to}: ${describeError(error)}`, { cause: error })
+  }
+}
+
+function existingTarget(given: ConvertArguments): Partial<ConvertOptions> {
+  if (given.backing !== undefined)
+    throw unsupported('-B together with -n', 'the target exists with its own backing file')
+  if (given.compress) throw unsupported('-c together with -n', 'compressed clusters are written into new images only')
+  return { existingTarget: true, ...(given.targetIsZero && { targetIsZero: true }) }
+}
+
+function newTarget(target: string, to: Format, given: ConvertArguments): Partial<ConvertOptions> {
+  const values: Map<string, OptionValue> = parseOptionList(given.targetOptions ?? '', optionSpecs(to))
+  addBacking(values, given, to)
+  const backing = values.get('backing_file')
+  if (backing !== undefined && !values.has('backing_fmt')) {
+    throw new CommandFailure('Use of backing file requires explicit backing format')
+  }
+  const { preallocation, ...shape } = toCreateOptions(values, to)
+  if (given.compress && to !== 'qcow2') throw new CommandFailure('Compression not supported for this file format')
+  if (given.compress && preallocation !== undefined && preallocation !== 'off') {
+    throw new CommandFailure('Compression and preallocation not supported at the same time')
+  }
+  return {
+    overwrite: true,
+    ...(to === 'qcow2' && { create: shape }),
+    ...(preallocation !== undefined && { preallocation }),
+    ...(given.compress && { compress: compressionOf(shape.compressionType, given.level) }),
+    ...(typeof backing === 'string' && { base: resolve(fromImage(target, backing)) }),
+  }
+}
+
+const compressionOf = (type: Compression['type'], level: number | undefined): Compression => ({
+  ...(type !== undefined && { type }),
+  ...(level !== undefined && { level }),
+})
+
+/** The cache modes other than "unsafe" promise that what is written stays written. */
+async function makeDurable(path: string): Promise<void> {
+  const file = await openFile(path, 'r+')
+  try {
+    await file.sync()
+  } finally {
+    await file.close()
+  }
+}

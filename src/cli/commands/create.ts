@@ -1,0 +1,155 @@
+import { dirname, isAbsolute, join } from 'node:path'
+import type { Command } from 'commander'
+import { create, type Format } from '../../index.js'
+import { describeFormat, optionSpecs, sizeOption, targetFormat, toCreateOptions } from '../create-options.js'
+import { describeError } from '../errors.js'
+import { CommandFailure, UsageFailure } from '../failure.js'
+import { optionList, refuse } from '../grammar.js'
+import { formatOf, localPath, withImage } from '../images.js'
+import { asksForHelp, describeOptions, type OptionValue, parseOptionList } from '../options.js'
+import type { Runner } from '../program.js'
+import type { Session } from '../session.js'
+import { sizeArgument } from '../size.js'
+
+interface CreateArguments {
+  readonly format: string
+  readonly options?: string
+  readonly backing?: string
+  readonly backingFormat?: string
+  readonly backingUnsafe?: boolean
+  readonly quiet?: boolean
+}
+
+export function declareCreate(program: Command, run: Runner): void {
+  const command = program
+    .command('create')
+    .summary('create an image')
+    .description('Create a new disk image. An existing file is replaced.')
+    .usage('[options] FILENAME [SIZE]')
+    .argument('[files...]', 'the image, and its size with an optional suffix k, M, G, T, P or E')
+    .option('-f, --format <fmt>', 'format of the new image: qcow2 or raw', 'raw')
+    .option('-o, --options <list>', 'options of the format: name=value,... ("-o help" lists them)', optionList)
+    .option('-b, --backing <file>', 'read what is not written from this image')
+    .option('-F, --backing-format <fmt>', 'format of the backing file')
+    .option('-u, --backing-unsafe', 'do not open the backing file')
+    .option('-q, --quiet', 'print nothing but errors')
+  refuse(command, '--object <objdef>', 'this version does not write encrypted images')
+  command.action((files: string[], options: CreateArguments) => run(session => createImage(files, options, session)))
+}
+
+async function createImage(files: readonly string[], given: CreateArguments, session: Session): Promise<number> {
+  const [filename, sizeText, excess] = files
+  if (given.options !== undefined && asksForHelp(given.options)) {
+    session.stdout.write(describeFormat(targetFormat(given.format), filename))
+    return 0
+  }
+  if (filename === undefined) throw new UsageFailure('Expecting image file name')
+  const size = sizeText === undefined ? undefined : sizeArgument('image size', sizeText)
+  if (excess !== undefined) throw new UsageFailure(`Unexpected argument: ${excess}`)
+  try {
+    await createNamed(localPath(filename), filename, size, given, session)
+  } catch (error) {
+    if (session.signal.aborted) throw error
+    throw new CommandFailure(`${filename}: ${error instanceof CommandFailure ? error.message : describeError(error)}`, {
+      cause: error,
+      ...(error instanceof CommandFailure && error.hint !== undefined && { hint: error.hint }),
+    })
+  }
+  return 0
+}
+
+async function createNamed(
+  path: string,
+  filename: string,
+  sizeGiven: bigint | undefined,
+  given: CreateArguments,
+  session: Session,
+): Promise<void> {
+  const format = targetFormat(given.format)
+  const specs = optionSpecs(format)
+  const values = parseOptionList(given.options ?? '', specs)
+  addBacking(values, given, format)
+  if (sizeGiven !== undefined) {
+    if (values.has('size')) throw new CommandFailure('The image size must be specified only once')
+    values.set('size', sizeGiven)
+  }
+  await completeBacking(values, filename, given.backingUnsafe ?? false, session)
+  const size = sizeOption(values)
+  if (size === undefined) throw new CommandFailure('Image creation needs a size parameter')
+
+  if (!given.quiet) {
+    session.stdout.write(`Formatting '${filename}', fmt=${format} ${describeOptions(values, specs)}\n`)
+    session.stdout.flush()
+  }
+  const image = await create(path, {
+    format,
+    ...toCreateOptions(values, format),
+    // Whole sectors: a guest's disk has no other size.
+    size: wholeSectors(size),
+    // A backing file that was to be looked at has been: see above.
+    references: 'layer',
+    overwrite: true,
+    signal: session.signal,
+  })
+  await image.close()
+}
+
+/** The next multiple of 512 bytes. */
+export const wholeSectors = (size: number | bigint): bigint => ((BigInt(size) + 511n) / 512n) * 512n
+
+/** `-b` and `-F` are short for options of `-o`, and stronger. */
+export function addBacking(
+  values: Map<string, OptionValue>,
+  { backing, backingFormat }: Pick<CreateArguments, 'backing' | 'backingFormat'>,
+  format: Format,
+): void {
+  if (backing !== undefined) {
+    if (format === 'raw') throw new CommandFailure("Backing file not supported for file format 'raw'")
+    values.set('backing_file', backing)
+  }
+  if (backingFormat !== undefined) {
+    if (format === 'raw') throw new CommandFailure("Backing file format not supported for file format 'raw'")
+    values.set('backing_fmt', backingFormat)
+  }
+}
+
+/** The backing file must be named with its format, be there, and give its size to a disk that has none of its own. */
+async function completeBacking(
+  values: Map<string, OptionValue>,
+  filename: string,
+  unchecked: boolean,
+  session: Session,
+): Promise<void> {
+  const backing = values.get('backing_file')
+  if (typeof backing !== 'string') return
+  if (backing === '') throw new CommandFailure('Expected backing file name, got empty string')
+  if (backing === filename) {
+    throw new CommandFailure('Error: Trying to create an image with the same filename as the backing file')
+  }
+  const named = values.get('backing_fmt')
+  const format = typeof named === 'string' ? named : undefined
+  if (format !== undefined && format !== 'qcow2' && format !== 'raw') {
+    throw new CommandFailure(`Unknown backing file format '${format}'`)
+  }
+  if (unchecked && format !== undefined) return
+
+  const path = fromImage(filename, backing)
+  if (format === undefined) {
+    const detected = await formatOf(path, undefined, session).catch(() => undefined)
+    throw new CommandFailure('Backing file specified without backing format', {
+      ...(detected !== undefined && { hint: `Detected format of ${detected}.` }),
+    })
+  }
+  const size = await withImage({ filename: path, format }, session, async image => image.virtualSize).catch(error => {
+    throw error instanceof CommandFailure
+      ? new CommandFailure(error.message, { hint: 'Could not open backing image.', cause: error })
+      : error
+  })
+  if (!values.has('size')) values.set('size', BigInt(size))
+}
+
+/** A backing file's name is relative to the image that names it. */
+export function fromImage(filename: string, backing: string): string {
+  const path = localPath(backing)
+  return isAbsolute(path) ? path : join(dirname(localPath(filename)), path)
+}

@@ -1,0 +1,121 @@
+import { writeFile } from 'node:fs/promises'
+import { type Command, Option } from 'commander'
+import type { Image } from '../../index.js'
+import { CommandFailure } from '../failure.js'
+import { Allocation, type DiskCaption } from '../format/allocation.js'
+import { colorDepthOf } from '../format/color.js'
+import { humanMap, jsonMap, type MapWriter } from '../format/map.js'
+import { drawPicture, terminalGrid } from '../format/picture.js'
+import { drawSvg, svgGrid } from '../format/svg.js'
+import { oneFile, outputOption, refuseDriverSyntax } from '../grammar.js'
+import { withImage } from '../images.js'
+import type { Runner } from '../program.js'
+import type { Session } from '../session.js'
+import { sizeArgument, toSize } from '../size.js'
+
+interface MapArguments {
+  readonly format?: string
+  readonly output?: string
+  readonly picture?: boolean
+  readonly write?: string
+  readonly startOffset?: bigint
+  readonly maxLength?: bigint
+}
+
+export function declareMap(program: Command, run: Runner): void {
+  const command = program
+    .command('map')
+    .summary('show where the data of an image is')
+    .description('Show which parts of the disk hold data, and in which file: as a list or as a picture.')
+    .usage('[options] FILENAME')
+    .argument('[files...]', 'the image')
+    .option('-f, --format <fmt>', 'format of the image: qcow2 or raw (default: what it looks like)')
+    .option('-s, --start-offset <offset>', 'begin here', text => sizeArgument('start offset', text))
+    .option('-l, --max-length <length>', 'show no more than this', text => sizeArgument('max length', text))
+    .option('-U, --force-share', 'open an image that another process uses')
+    .addOption(outputOption('human', 'json', 'svg'))
+    .addOption(new Option('--picture', 'draw the disk in the terminal'))
+    .option('-o, --write <file>', 'with --output=svg: write the picture into this file')
+  refuseDriverSyntax(command)
+  command.action((files: string[], options: MapArguments) => run(session => map(oneFile(files), options, session)))
+}
+
+async function map(filename: string, options: MapArguments, session: Session): Promise<number> {
+  if (options.picture && options.output !== undefined && options.output !== 'human') {
+    throw new CommandFailure(`--picture cannot be used together with --output=${options.output}.`)
+  }
+  if (options.write !== undefined && options.output !== 'svg') {
+    throw new CommandFailure('-o requires --output=svg.')
+  }
+  await withImage({ filename, format: options.format }, session, async image => {
+    const range = rangeOf(image, options)
+    if (options.picture) return drawTerminal(filename, image, range, session)
+    if (options.output === 'svg') return drawFile(filename, image, range, options.write, session)
+    return list(image, range, options.output === 'json' ? jsonMap(range.start) : humanMap(), session)
+  })
+  return 0
+}
+
+interface Range {
+  readonly start: number
+  readonly length: number
+}
+
+function rangeOf(image: Image, { startOffset = 0n, maxLength }: MapArguments): Range {
+  const rest = BigInt(image.virtualSize) - startOffset
+  const length = maxLength !== undefined && maxLength < rest ? maxLength : rest
+  return { start: Number(toSize(startOffset)), length: length > 0n ? Number(length) : 0 }
+}
+
+async function list(image: Image, range: Range, writer: MapWriter, session: Session): Promise<void> {
+  session.stdout.write(writer.begin)
+  if (range.length > 0) {
+    for await (const extent of image.map({ ...range, signal: session.signal })) {
+      session.stdout.write(writer.extent(extent))
+      if (session.stdout.closed) return
+      await session.stdout.drained()
+    }
+  }
+  session.stdout.write(writer.end)
+}
+
+async function survey(image: Image, range: Range, allocation: Allocation, session: Session): Promise<Allocation> {
+  if (range.length > 0) {
+    for await (const extent of image.map({ ...range, signal: session.signal })) allocation.add(extent)
+  }
+  return allocation
+}
+
+async function captionOf(filename: string, image: Image): Promise<DiskCaption> {
+  const [top, ...below] = await image.chain()
+  if (top === undefined) throw new CommandFailure(`Could not open '${filename}': no layers`)
+  return {
+    filename,
+    format: top.format,
+    virtualSize: top.virtualSize,
+    clusterSize: top.clusterSize,
+    fileSize: top.actualSize,
+    chain: [filename, ...below.map(layer => layer.filename)],
+  }
+}
+
+async function drawTerminal(filename: string, image: Image, range: Range, session: Session): Promise<void> {
+  const { stream } = session.stdout
+  const grid = terminalGrid(range.start, range.length, stream.columns ?? 80)
+  const allocation = await survey(image, range, new Allocation(grid), session)
+  const caption = await captionOf(filename, image)
+  session.stdout.write(drawPicture(allocation, caption, colorDepthOf(stream, session.env)))
+}
+
+async function drawFile(
+  filename: string,
+  image: Image,
+  range: Range,
+  path: string | undefined,
+  session: Session,
+): Promise<void> {
+  const allocation = await survey(image, range, new Allocation(svgGrid(range.start, range.length)), session)
+  const svg = drawSvg(allocation, await captionOf(filename, image))
+  if (path === undefined) session.stdout.write(svg)
+  else await writeFile(path, svg)
+}

@@ -1,0 +1,86 @@
+import type { Command } from 'commander'
+import { measure } from '../../index.js'
+import { optionSpecs, targetFormat, toCreateOptions } from '../create-options.js'
+import { describeError, openFailure } from '../errors.js'
+import { CommandFailure, UsageFailure } from '../failure.js'
+import { formatMeasure, measureJson } from '../format/measure.js'
+import { optionList, outputOption, refuseDriverSyntax } from '../grammar.js'
+import { formatOf, localPath, snapshotOf } from '../images.js'
+import { parseOptionList } from '../options.js'
+import type { Runner } from '../program.js'
+import type { Session } from '../session.js'
+import { sizeArgument, toSize } from '../size.js'
+
+interface MeasureArguments {
+  readonly format?: string
+  readonly targetFormat: string
+  readonly options?: string
+  readonly size?: bigint
+  readonly snapshot?: string
+  readonly output?: string
+}
+
+export function declareMeasure(program: Command, run: Runner): void {
+  const command = program
+    .command('measure')
+    .summary('tell how large an image will be')
+    .description('Tell the size of the file that an image, or a new disk of a size, needs in a format.')
+    .usage('[options] (--size SIZE | FILENAME)')
+    .argument('[files...]', 'the image to be converted')
+    .option('-O, --target-format <fmt>', 'format of the planned image: qcow2 or raw', 'raw')
+    .option('-o, --options <list>', 'options of that format: name=value,...', optionList)
+    .option('-s, --size <size>', 'a new disk of this size', text => sizeArgument('image size', text))
+    .option('-f, --format <fmt>', 'format of FILENAME: qcow2 or raw (default: what it looks like)')
+    .option('-l, --snapshot <snapshot>', 'measure this internal snapshot of FILENAME')
+    .option('-U, --force-share', 'open an image that another process uses')
+    .addOption(outputOption('human', 'json'))
+  refuseDriverSyntax(command)
+  command.action((files: string[], options: MeasureArguments) => run(session => show(files, options, session)))
+}
+
+async function show(files: readonly string[], options: MeasureArguments, session: Session): Promise<number> {
+  const result = await measured(sourceOf(files, options), options, session)
+  session.stdout.write(options.output === 'json' ? measureJson(result) : formatMeasure(result))
+  return 0
+}
+
+function sourceOf(files: readonly string[], { size, format, snapshot }: MeasureArguments): string | bigint {
+  const [filename, excess] = files
+  if (excess !== undefined) throw new UsageFailure('At most one filename argument is allowed.')
+  if (filename === undefined && (format !== undefined || snapshot !== undefined)) {
+    throw new CommandFailure('--image-opts, -f, and -l require a filename argument.')
+  }
+  if (filename !== undefined && size !== undefined) {
+    throw new CommandFailure('--size N cannot be used together with a filename.')
+  }
+  const source = filename ?? size
+  if (source === undefined) throw new CommandFailure('Either --size N or one filename must be specified.')
+  return source
+}
+
+async function measured(source: string | bigint, options: MeasureArguments, session: Session) {
+  const target = targetFormat(options.targetFormat)
+  const { preallocation, ...shape } = toCreateOptions(parseShape(options, target), target)
+  const plan = { to: target, ...(target === 'qcow2' && { create: shape }), preallocation, signal: session.signal }
+  if (typeof source === 'bigint') {
+    return measure({ size: toSize(source) }, plan).catch(error => {
+      throw session.signal.aborted ? error : new CommandFailure(describeError(error), { cause: error })
+    })
+  }
+  try {
+    const from = await formatOf(source, options.format, session)
+    const snapshot = await snapshotOf(source, from, options.snapshot, session)
+    return await measure(localPath(source), { ...plan, from, snapshot, references: 'allow' })
+  } catch (error) {
+    throw session.signal.aborted ? error : openFailure(source, error)
+  }
+}
+
+function parseShape({ options }: MeasureArguments, target: 'qcow2' | 'raw') {
+  try {
+    return parseOptionList(options ?? '', optionSpecs(target))
+  } catch (error) {
+    if (!(error instanceof CommandFailure)) throw error
+    throw new CommandFailure(`${error.message}\nInvalid options for file format '${target}'`, { cause: error })
+  }
+}

@@ -1,0 +1,167 @@
+/** The `-o` options of each format: what QEMU knows, what it prints in the "Formatting" line, what the library gets. */
+
+import type { Format, Qcow2Shape } from '../index.js'
+import { CommandFailure, unsupported } from './failure.js'
+import { type OptionSpec, type OptionValue, type OptionValues, optionHelp } from './options.js'
+import { toSize } from './size.js'
+
+/** In the order in which qemu-img prints them. */
+const QCOW2_OPTIONS: readonly OptionSpec[] = [
+  {
+    name: 'encryption',
+    type: 'bool',
+    help: "Encrypt the image with format 'aes'. (Deprecated in favor of encrypt.format=aes)",
+  },
+  { name: 'encrypt.format', type: 'string', help: "Encrypt the image, format choices: 'aes', 'luks'" },
+  { name: 'encrypt.key-secret', type: 'string', help: 'ID of secret providing qcow AES key or LUKS passphrase' },
+  { name: 'encrypt.cipher-alg', type: 'string', help: 'Name of encryption cipher algorithm' },
+  { name: 'encrypt.cipher-mode', type: 'string', help: 'Name of encryption cipher mode' },
+  { name: 'encrypt.ivgen-alg', type: 'string', help: 'Name of IV generator algorithm' },
+  { name: 'encrypt.ivgen-hash-alg', type: 'string', help: 'Name of IV generator hash algorithm' },
+  { name: 'encrypt.hash-alg', type: 'string', help: 'Name of encryption hash algorithm' },
+  { name: 'encrypt.iter-time', type: 'number', help: 'Time to spend in PBKDF in milliseconds' },
+  { name: 'cluster_size', type: 'size', help: 'qcow2 cluster size', fallback: '65536' },
+  { name: 'extended_l2', type: 'bool', help: 'Extended L2 tables', fallback: 'off' },
+  {
+    name: 'preallocation',
+    type: 'string',
+    help: 'Preallocation mode (allowed values: off, metadata, falloc, full)',
+  },
+  {
+    name: 'compression_type',
+    type: 'string',
+    help: 'Compression method used for image cluster compression',
+    fallback: 'zlib',
+  },
+  { name: 'size', type: 'size', help: 'Virtual disk size' },
+  { name: 'compat', type: 'string', help: 'Compatibility level (v2 [0.10] or v3 [1.1])' },
+  { name: 'backing_file', type: 'string', help: 'File name of a base image' },
+  { name: 'backing_fmt', type: 'string', help: 'Image format of the base image' },
+  { name: 'data_file', type: 'string', help: 'File name of an external data file' },
+  { name: 'data_file_raw', type: 'bool', help: 'The external data file must stay valid as a raw image' },
+  { name: 'lazy_refcounts', type: 'bool', help: 'Postpone refcount updates', fallback: 'off' },
+  { name: 'refcount_bits', type: 'number', help: 'Width of a reference count entry in bits', fallback: '16' },
+]
+
+const SIZE_OPTION: OptionSpec = { name: 'size', type: 'size', help: 'Virtual disk size' }
+
+/** Options of the file that an image is stored in. */
+const FILE_OPTIONS: readonly OptionSpec[] = [
+  SIZE_OPTION,
+  { name: 'preallocation', type: 'string', help: 'Preallocation mode (allowed values: off, falloc, full)' },
+  { name: 'nocow', type: 'bool', help: 'Turn off copy-on-write (valid only on btrfs)' },
+  { name: 'extent_size_hint', type: 'size', help: 'Extent size hint for the image file, 0 to disable' },
+]
+
+/** Formats that QEMU has and this version does not write, to say so rather than "unknown". */
+const FOREIGN_FORMATS = ['luks', 'qcow', 'qed', 'vdi', 'vhdx', 'vmdk', 'vpc', 'parallels', 'bochs', 'cloop', 'dmg']
+
+export function targetFormat(name: string): Format {
+  if (name === 'qcow2' || name === 'raw') return name
+  if (FOREIGN_FORMATS.includes(name)) {
+    throw new CommandFailure(`Format driver '${name}' is not supported: formats are qcow2 and raw`)
+  }
+  throw new CommandFailure(`Unknown file format '${name}'`)
+}
+
+/** Every option that may be given when a file of this format is made. */
+export function optionSpecs(format: Format): readonly OptionSpec[] {
+  if (format === 'raw') return FILE_OPTIONS
+  const own = new Set(QCOW2_OPTIONS.map(({ name }) => name))
+  return [...QCOW2_OPTIONS, ...FILE_OPTIONS.filter(({ name }) => !own.has(name))]
+}
+
+/** The text of `-o help`. With a file name, the options of the file itself are listed too. */
+export function describeFormat(format: Format, filename: string | undefined): string {
+  if (filename !== undefined) return `Supported options:\n${optionHelp(optionSpecs(format))}`
+  const own = format === 'raw' ? [SIZE_OPTION] : QCOW2_OPTIONS
+  return (
+    `Supported ${format} options:\n${optionHelp(own)}\n` +
+    'The protocol level may support further options.\nSpecify the target filename to include those options.\n'
+  )
+}
+
+/** What the library is told of an `-o` list; the size is the command's own matter. */
+export function toCreateOptions(values: OptionValues, format: Format): Qcow2Shape {
+  refuseUnsupported(values)
+  const options: Qcow2Shape = {}
+  const allowed = format === 'raw' ? (['off', 'falloc', 'full'] as const) : PREALLOCATIONS
+  const preallocation = choice(values, 'preallocation', allowed)
+  if (preallocation) options.preallocation = preallocation
+  return format === 'raw' ? options : qcow2Options(values, options)
+}
+
+const PREALLOCATIONS = ['off', 'metadata', 'falloc', 'full'] as const
+
+function qcow2Options(values: OptionValues, options: Qcow2Shape): Qcow2Shape {
+  const version = versionOf(text(values, 'compat'))
+  if (version) options.version = version
+  const clusterSize = values.get('cluster_size')
+  if (typeof clusterSize === 'bigint') options.clusterSize = Number(clusterSize)
+  const extendedL2 = values.get('extended_l2')
+  if (typeof extendedL2 === 'boolean') options.extendedL2 = extendedL2
+  const lazyRefcounts = values.get('lazy_refcounts')
+  if (typeof lazyRefcounts === 'boolean') options.lazyRefcounts = lazyRefcounts
+  const compressionType = choice(values, 'compression_type', ['zlib', 'zstd'] as const)
+  if (compressionType) options.compressionType = compressionType
+  const refcountBits = values.get('refcount_bits')
+  if (typeof refcountBits === 'bigint') options.refcountBits = refcountWidth(refcountBits)
+  const backingFile = text(values, 'backing_file')
+  if (backingFile !== undefined) options.backingFile = backingFile
+  const backingFormat = choice<Format>(values, 'backing_fmt', ['qcow2', 'raw'])
+  if (backingFormat !== undefined) {
+    if (backingFile === undefined) throw new CommandFailure('Backing format cannot be used without backing file')
+    options.backingFormat = backingFormat
+  }
+  const dataFile = text(values, 'data_file')
+  if (dataFile !== undefined) options.dataFile = dataFile
+  const dataFileRaw = values.get('data_file_raw')
+  if (typeof dataFileRaw === 'boolean') options.dataFileRaw = dataFileRaw
+  return options
+}
+
+const text = (values: OptionValues, name: string): string | undefined => {
+  const value: OptionValue | undefined = values.get(name)
+  return typeof value === 'string' ? value : undefined
+}
+
+function choice<T extends string>(values: OptionValues, name: string, allowed: readonly T[]): T | undefined {
+  const value = text(values, name)
+  const found = allowed.find(candidate => candidate === value)
+  if (value !== undefined && found === undefined) {
+    throw new CommandFailure(`Parameter '${name.replaceAll('_', '-')}' does not accept value '${value}'`)
+  }
+  return found
+}
+
+function versionOf(compat: string | undefined): 2 | 3 | undefined {
+  if (compat === undefined) return undefined
+  if (compat === '0.10' || compat === 'v2') return 2
+  if (compat === '1.1' || compat === 'v3') return 3
+  throw new CommandFailure(`Parameter 'version' does not accept value '${compat}'`)
+}
+
+const REFCOUNT_WIDTHS = [1, 2, 4, 8, 16, 32, 64] as const
+
+function refcountWidth(bits: bigint): (typeof REFCOUNT_WIDTHS)[number] {
+  const width = REFCOUNT_WIDTHS.find(candidate => BigInt(candidate) === bits)
+  if (width === undefined) {
+    throw new CommandFailure('Refcount width must be a power of two and may not exceed 64 bits')
+  }
+  return width
+}
+
+function refuseUnsupported(values: OptionValues): void {
+  for (const [name, value] of values) {
+    const encrypts = name === 'encryption' ? value === true : name.startsWith('encrypt.')
+    if (encrypts) throw unsupported(`Option '${name}'`, 'this version does not write encrypted images')
+    const tunesFile = (name === 'nocow' && value === true) || (name === 'extent_size_hint' && value !== 0n)
+    if (tunesFile) throw unsupported(`Option '${name}'`, 'this version does not set attributes of the file system')
+  }
+}
+
+/** The size of the new disk from `-o size=`. */
+export const sizeOption = (values: OptionValues): number | bigint | undefined => {
+  const size = values.get('size')
+  return typeof size === 'bigint' ? toSize(size) : undefined
+}

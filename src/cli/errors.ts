@@ -1,0 +1,60 @@
+/** The words for what went wrong. */
+
+import { getSystemErrorMap } from 'node:util'
+import { Qcow2Error } from '../index.js'
+import { CommandFailure } from './failure.js'
+
+/** Where libuv's words are not the C library's. */
+const STRERROR: Readonly<Record<string, string>> = {
+  EBUSY: 'Device or resource busy',
+  EEXIST: 'File exists',
+  EINVAL: 'Invalid argument',
+  EIO: 'Input/output error',
+  EISDIR: 'Is a directory',
+  ELOOP: 'Too many levels of symbolic links',
+  EMFILE: 'Too many open files',
+  ENAMETOOLONG: 'File name too long',
+  ENXIO: 'No such device or address',
+  ETXTBSY: 'Text file busy',
+}
+
+/** The C library's words for a system error's name, if it is one. */
+export function strerror(code: string): string | undefined {
+  const known = STRERROR[code]
+  if (known !== undefined) return known
+  for (const [name, message] of getSystemErrorMap().values()) {
+    if (name === code) return message.charAt(0).toUpperCase() + message.slice(1)
+  }
+  return undefined
+}
+
+interface ErrorFields extends Error {
+  readonly code?: unknown
+  readonly path?: unknown
+  readonly syscall?: unknown
+}
+
+/**
+ * What an error says, without the name of the image that the caller puts in front. System errors in the system's words;
+ * those of the library with their code, which scripts can look for.
+ */
+export function describeError(error: unknown): string {
+  if (!(error instanceof Error)) return String(error)
+  const { code, path, syscall } = error as ErrorFields
+  const system = typeof code === 'string' ? strerror(code) : undefined
+  if (system !== undefined) {
+    const opening = typeof path === 'string' && (syscall === 'open' || syscall === 'openat' || syscall === undefined)
+    return opening ? `Could not open '${path}': ${system}` : system
+  }
+  return error instanceof Qcow2Error ? `${error.message} (${error.code})` : error.message
+}
+
+/** An image that cannot be opened, in qemu-img's words. */
+export const openFailure = (filename: string, error: unknown, exitCode = 1): CommandFailure =>
+  error instanceof CommandFailure
+    ? new CommandFailure(error.message, {
+        exitCode,
+        cause: error,
+        ...(error.hint !== undefined && { hint: error.hint }),
+      })
+    : new CommandFailure(`Could not open '${filename}': ${describeError(error)}`, { exitCode, cause: error })

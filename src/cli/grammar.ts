@@ -1,0 +1,54 @@
+/** Options that several commands share, and how commander is told about qemu-img's habits. */
+
+import { type Command, Option } from 'commander'
+import { CommandFailure, UsageFailure, unsupported } from './failure.js'
+import { joinOptionLists } from './options.js'
+
+/** `-o` lists join up; a list that cannot be joined is refused at once. */
+export const optionList = (list: string, previous: string | undefined): string => joinOptionLists(previous, list)
+
+export const outputOption = (...formats: readonly string[]): Option =>
+  new Option('--output <format>', `format of the output: ${formats.join(', ')}`).argParser(value => {
+    if (formats.includes(value)) return value
+    throw new CommandFailure(`--output must be used with ${formats.join(' or ')} as argument.`)
+  })
+
+/** Options that qemu-img has and this version does not: known, so that the message can say why they are refused. */
+export function refuse(command: Command, flags: string, why: string): void {
+  const option = new Option(flags).hideHelp()
+  command.addOption(option)
+  command.on(`option:${option.name()}`, () => {
+    throw unsupported(`Option '${option.short ?? option.long}'`, why)
+  })
+}
+
+export function refuseDriverSyntax(command: Command): void {
+  refuse(command, '--object <objdef>', 'this version does not open or write encrypted images')
+  refuse(command, '--image-opts', 'images are given by file name')
+}
+
+const CACHE_MODES = ['none', 'writeback', 'unsafe', 'directsync', 'writethrough', 'off']
+
+/** A cache mode by QEMU's names. */
+export const cacheMode =
+  (what: string, exitCode = 1) =>
+  (value: string): string => {
+    if (CACHE_MODES.includes(value)) return value
+    throw new CommandFailure(`Invalid ${what} option: ${value}`, { exitCode })
+  }
+
+/** A whole number in a range. */
+export const wholeNumber =
+  (what: string, least: number, most: number) =>
+  (value: string): number => {
+    const number = /^\d+$/.test(value) ? Number(value) : Number.NaN
+    if (number >= least && number <= most) return number
+    throw new CommandFailure(`Invalid ${what}. It must be between ${least} and ${most}, not '${value}'`)
+  }
+
+/** The one file that a command works on. */
+export function oneFile(files: readonly string[]): string {
+  const [filename] = files
+  if (filename === undefined || files.length !== 1) throw new UsageFailure('Expecting one image file name')
+  return filename
+}

@@ -1,0 +1,100 @@
+/** Images that the command line names: their format, and opening them as qemu-img does. */
+
+import { type Format, type Image, type OpenOptions, open, probe } from '../index.js'
+import { openFailure } from './errors.js'
+import { CommandFailure } from './failure.js'
+import type { Session } from './session.js'
+
+/**
+ * The path that an argument names. Like qemu-img, a colon before the first slash makes it a protocol, of which only
+ * `file:` is followed here.
+ */
+export function localPath(filename: string): string {
+  if (process.platform === 'win32' && /^[a-z]:/i.test(filename)) return filename
+  const protocol = /^([^/:]*):/.exec(filename)?.[1]
+  if (protocol === undefined) return filename
+  if (protocol === 'file') return filename.slice('file:'.length)
+  throw new CommandFailure(
+    protocol === 'json'
+      ? `Could not open '${filename}': json: descriptions are not followed, only file names`
+      : `Could not open '${filename}': Unknown protocol '${protocol}'`,
+  )
+}
+
+/** The format given with `-f`, by name. */
+export function namedFormat(filename: string, name: string): Format {
+  if (name === 'qcow2' || name === 'raw') return name
+  throw new CommandFailure(`Could not open '${filename}': Unknown driver '${name}' (formats are qcow2 and raw)`)
+}
+
+/**
+ * The format to open a file in: what `-f` says, else what its first bytes say. A file that looks like none of the known
+ * formats is raw; one that looks like a format that is not read here is refused, not taken as raw.
+ */
+export async function formatOf(filename: string, requested: string | undefined, session: Session): Promise<Format> {
+  if (requested !== undefined) return namedFormat(filename, requested)
+  const format = await probe(localPath(filename), { signal: session.signal })
+  if (format === 'qcow2' || format === 'raw') return format
+  throw new CommandFailure(
+    `Could not open '${filename}': Image is in ${format} format, which is not supported ` +
+      '(formats are qcow2 and raw; -f raw takes it as the plain bytes of a disk)',
+  )
+}
+
+export interface Request extends Pick<OpenOptions, 'snapshot' | 'references'> {
+  readonly filename: string
+  readonly format: string | undefined
+  /** Of a failure to open. Default 1. */
+  readonly exitCode?: number
+}
+
+/** Opens an image and everything below it, runs `work` on it, and closes it whatever happens. */
+export async function withImage<T>(
+  { filename, format, exitCode, snapshot, references = 'allow' }: Request,
+  session: Session,
+  work: (image: Image) => Promise<T>,
+): Promise<T> {
+  const image = await openImage(filename, format, { snapshot, references }, session).catch(error => {
+    throw session.signal.aborted ? error : openFailure(filename, error, exitCode)
+  })
+  try {
+    return await work(image)
+  } finally {
+    await image.close()
+  }
+}
+
+async function openImage(
+  filename: string,
+  requested: string | undefined,
+  options: Pick<OpenOptions, 'snapshot' | 'references'>,
+  session: Session,
+): Promise<Image> {
+  const format = await formatOf(filename, requested, session)
+  return open(localPath(filename), { ...options, format, signal: session.signal })
+}
+
+/**
+ * The id of the snapshot that `-l` means: an id or a name, or `snapshot.id=ID,snapshot.name=NAME` with either or both,
+ * which must then match.
+ */
+export async function snapshotOf(
+  filename: string,
+  format: Format,
+  parameter: string | undefined,
+  session: Session,
+): Promise<string | undefined> {
+  if (parameter === undefined || !parameter.startsWith('snapshot.')) return parameter
+  const wanted = new Map(parameter.split(',').map(part => part.split(/=(.*)/s, 2) as [string, string | undefined]))
+  const id = wanted.get('snapshot.id')
+  const name = wanted.get('snapshot.name')
+  if ([...wanted.keys()].some(key => key !== 'snapshot.id' && key !== 'snapshot.name') || (!id && !name)) {
+    throw new CommandFailure(`Failed in parsing snapshot param '${parameter}'`)
+  }
+  const found = await withImage({ filename, format, references: 'layer' }, session, async image => {
+    const { snapshots } = await image.info()
+    return snapshots.find(each => (id === undefined || each.id === id) && (name === undefined || each.name === name))
+  })
+  if (!found) throw new CommandFailure(`Failed to load snapshot: Can't find snapshot '${id ?? name}'`)
+  return found.id
+}

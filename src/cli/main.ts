@@ -1,0 +1,54 @@
+/** The process: its name, its signals, its exit code. */
+
+import { basename, extname } from 'node:path'
+import { describeError } from './errors.js'
+import { CommandFailure } from './failure.js'
+import { runProgram } from './program.js'
+import { Output, type Session } from './session.js'
+
+const SIGNALS = { SIGHUP: 1, SIGINT: 2, SIGTERM: 15 } as const
+type Signal = keyof typeof SIGNALS
+
+/** Runs the command line of this process and sets its exit code. Never rejects. */
+export async function main(argv: readonly string[]): Promise<void> {
+  const abort = new AbortController()
+  const session: Session = {
+    program: programName(argv[1]),
+    stdout: new Output(process.stdout),
+    stderr: new Output(process.stderr),
+    env: process.env,
+    signal: abort.signal,
+  }
+  let caught: Signal | undefined
+  const onSignal = (signal: Signal): void => {
+    // The second time the user means it: what is open is left to the operating system.
+    if (caught !== undefined) process.exit(128 + SIGNALS[signal])
+    caught = signal
+    abort.abort(new Error(`interrupted by ${signal}`))
+  }
+  for (const signal of Object.keys(SIGNALS)) process.on(signal, onSignal)
+  try {
+    process.exitCode = await runProgram(argv.slice(2), session)
+  } catch (error) {
+    process.exitCode = caught === undefined ? report(error, session) : 128 + SIGNALS[caught]
+  } finally {
+    for (const signal of Object.keys(SIGNALS)) process.off(signal, onSignal)
+    session.stdout.flush()
+    session.stderr.flush()
+  }
+}
+
+/** As the user called it: a link named `qemu-img` speaks as qemu-img does. */
+function programName(script: string | undefined): string {
+  const name = basename(script ?? 'qcow2')
+  return extname(name) === '.js' ? 'qcow2' : name
+}
+
+/** Writes what went wrong, after all that was printed before. Returns the exit code. */
+function report(error: unknown, session: Session): number {
+  session.stdout.flush()
+  const failure = error instanceof CommandFailure ? error : new CommandFailure(describeError(error), { cause: error })
+  for (const line of failure.message.split('\n')) session.stderr.write(`${session.program}: ${line}\n`)
+  if (failure.hint !== undefined) session.stderr.write(`${failure.hint}\n`)
+  return failure.exitCode
+}

@@ -1,0 +1,99 @@
+/** The commands, and how a command line becomes a call of one of them. */
+
+import { readFileSync } from 'node:fs'
+import { join } from 'node:path'
+import { Command, CommanderError } from 'commander'
+import { declareCheck } from './commands/check.js'
+import { declareCompare } from './commands/compare.js'
+import { declareConvert } from './commands/convert.js'
+import { declareCreate } from './commands/create.js'
+import { declareInfo } from './commands/info.js'
+import { declareMap } from './commands/map.js'
+import { declareMeasure } from './commands/measure.js'
+import { CommandFailure, UsageFailure } from './failure.js'
+import type { Session } from './session.js'
+
+/** Runs what a command line asked for; resolves to its exit code. */
+export type Runner = (work: (session: Session) => Promise<number>) => Promise<void>
+
+/** Commands of qemu-img that this version does not have: known, so that the message can say so. */
+const LATER = ['amend', 'bench', 'bitmap', 'commit', 'dd', 'rebase', 'resize', 'snapshot']
+
+const VALUES = `
+Sizes take the suffixes k, M, G, T, P and E, powers of 1024. Formats are qcow2 and raw.
+Backing files are followed by file name only, never json: or a protocol.`
+
+function buildProgram(session: Session, run: Runner): Command {
+  const program = new Command(session.program)
+    .description('Create, convert, check and inspect qcow2 and raw disk images, with the grammar of qemu-img.')
+    .usage('COMMAND [options] ...')
+    .version(`${session.program} version ${packageVersion()}`, '-V, --version', 'print the version')
+    .helpOption('-h, --help', 'print this help')
+    .helpCommand(false)
+    .addHelpText('after', `${VALUES}\n\nRun ${session.program} COMMAND --help for the options of a command.`)
+    .showSuggestionAfterError(false)
+    .exitOverride()
+    .configureOutput({
+      writeOut: text => session.stdout.write(text),
+      // Errors are thrown too, and worded in one place.
+      writeErr: () => undefined,
+    })
+  for (const declare of [
+    declareCreate,
+    declareConvert,
+    declareInfo,
+    declareMap,
+    declareCheck,
+    declareMeasure,
+    declareCompare,
+  ]) {
+    declare(program, run)
+  }
+  return program
+}
+
+function packageVersion(): string {
+  const manifest: { version: string } = JSON.parse(readFileSync(join(__dirname, '../../package.json'), 'utf8'))
+  return manifest.version
+}
+
+/** Understands a command line and runs it. Resolves to the exit code; rejects with what `main` is to report. */
+export async function runProgram(args: readonly string[], session: Session): Promise<number> {
+  let exitCode = 0
+  const program = buildProgram(session, async work => {
+    exitCode = await work(session)
+  })
+  const [first] = args
+  const hint = (command?: string) =>
+    `Try '${[session.program, command].filter(Boolean).join(' ')} --help' for more information`
+  if (first === undefined) throw new CommandFailure('Not enough arguments', { hint: hint() })
+  const command = program.commands.find(candidate => candidate.name() === first)?.name()
+  if (command === undefined && !first.startsWith('-')) throw unknownCommand(first, hint())
+  try {
+    await program.parseAsync([...args], { from: 'user' })
+  } catch (error) {
+    if (error instanceof CommanderError && error.exitCode === 0) return 0
+    if (error instanceof CommanderError) throw new CommandFailure(usageMessage(error), { hint: hint(command) })
+    if (error instanceof UsageFailure) throw new CommandFailure(error.message, { hint: hint(command) })
+    throw error
+  }
+  return exitCode
+}
+
+function unknownCommand(name: string, hint: string): CommandFailure {
+  if (LATER.includes(name)) {
+    return new CommandFailure(`Command not supported in this version: ${name} (ERR_QCOW2_UNSUPPORTED_COMMAND)`, {
+      hint,
+    })
+  }
+  return new CommandFailure(`Command not found: ${name}`, { hint })
+}
+
+/** commander's finding in qemu-img's words. */
+function usageMessage(error: CommanderError): string {
+  const [, quoted = ''] = /'([^']*)'/.exec(error.message) ?? []
+  const option = quoted.split(/[ ,]/)[0] ?? quoted
+  if (error.code === 'commander.unknownOption') return `unrecognized option '${quoted}'`
+  if (error.code === 'commander.optionMissingArgument') return `missing argument for option '${option}'`
+  return error.message.replace(/^error: /, '')
+}

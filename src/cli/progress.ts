@@ -1,0 +1,143 @@
+/** How far a job is: a bar on a terminal, qemu-img's own line elsewhere when asked for, nothing with `-q`. */
+
+import { type Options, SingleBar } from 'cli-progress'
+import type { LongRunning, Progress } from '../index.js'
+import { fixed, humanSize } from './format/number.js'
+import type { Session } from './session.js'
+
+export interface ProgressChoice {
+  /** `-p`. */
+  readonly progress: boolean
+  /** `-q`. */
+  readonly quiet: boolean
+  /** What is being done, for the bar: "Converting". */
+  readonly verb: string
+  /** Percent between two lines without a terminal, as qemu-img has it for the command. */
+  readonly step: number
+}
+
+interface Reporter {
+  update(progress: Progress): void
+  /** `done` says whether the job succeeded. */
+  finish(done: boolean): void
+}
+
+/** Runs a job with what it needs to report how far it is, and to be cancelled. */
+export async function withProgress<T>(
+  session: Session,
+  choice: ProgressChoice,
+  job: (options: Pick<LongRunning, 'onProgress' | 'progressInterval' | 'signal'>) => Promise<T>,
+): Promise<T> {
+  const reporter = reporterFor(session, choice)
+  if (!reporter) return job({ signal: session.signal })
+  let done = false
+  try {
+    const result = await job({
+      signal: session.signal,
+      progressInterval: 100,
+      onProgress: progress => reporter.update(progress),
+    })
+    done = true
+    return result
+  } finally {
+    reporter.finish(done)
+  }
+}
+
+function reporterFor(session: Session, { progress, quiet, verb, step }: ProgressChoice): Reporter | undefined {
+  if (quiet) return undefined
+  // A bar that moves among the lines of a listing helps nobody: both streams must be the terminal.
+  const terminal = session.stdout.stream.isTTY && session.stderr.stream.isTTY
+  if (terminal && session.env['TERM'] !== 'dumb') return new Bar(session, verb)
+  return progress ? new Lines(session, step) : undefined
+}
+
+/** `    (45.34/100%)` and a carriage return: what programs that run qemu-img look for. */
+class Lines implements Reporter {
+  readonly #session: Session
+  readonly #step: number
+  #shown = 0
+
+  constructor(session: Session, step: number) {
+    this.#session = session
+    this.#step = step
+    this.#print(0)
+  }
+
+  update({ current, total }: Progress): void {
+    const percent = total === 0 ? 0 : Math.min(100, (current * 100) / total)
+    if (percent - this.#shown < this.#step) return
+    this.#print(percent)
+  }
+
+  finish(done: boolean): void {
+    if (done) this.#print(100)
+    this.#session.stdout.write('\n')
+    this.#session.stdout.flush()
+  }
+
+  #print(percent: number): void {
+    this.#shown = percent
+    this.#session.stdout.write(`    (${fixed(percent, 2)}/100%)\r`)
+    this.#session.stdout.flush()
+  }
+}
+
+/** A job that ends sooner shows no bar at all. */
+const PATIENCE_MS = 250
+
+class Bar implements Reporter {
+  readonly #session: Session
+  readonly #verb: string
+  readonly #started = Date.now()
+  #bar: SingleBar | undefined
+  #last: Progress = { phase: '', current: 0, total: 0 }
+
+  constructor(session: Session, verb: string) {
+    this.#session = session
+    this.#verb = verb
+  }
+
+  update(progress: Progress): void {
+    this.#last = progress
+    if (progress.total === 0 || Date.now() - this.#started < PATIENCE_MS) return
+    if (!this.#bar) {
+      this.#bar = new SingleBar(this.#options())
+      this.#bar.start(progress.total, progress.current, this.#payload())
+      return
+    }
+    this.#bar.setTotal(progress.total)
+    this.#bar.update(progress.current, this.#payload())
+  }
+
+  finish(done: boolean): void {
+    if (!this.#bar) return
+    if (done) {
+      this.#last = { ...this.#last, current: this.#last.total }
+      this.#bar.update(this.#last.total, this.#payload())
+    }
+    this.#bar.stop()
+  }
+
+  #payload(): { done: string; whole: string; speed: string } {
+    const { current, total } = this.#last
+    const seconds = Math.max((Date.now() - this.#started) / 1000, 0.001)
+    return { done: humanSize(current), whole: humanSize(total), speed: `${humanSize(current / seconds)}/s` }
+  }
+
+  #options(): Options {
+    const columns = this.#session.stderr.stream.columns ?? 80
+    return {
+      stream: process.stderr,
+      format: `${this.#verb} {bar} {percentage}%  {done} of {whole}  {speed}  ETA {eta_formatted}`,
+      barsize: Math.max(10, Math.min(40, columns - this.#verb.length - 58)),
+      barCompleteChar: '━',
+      barIncompleteChar: '╌',
+      hideCursor: true,
+      // Signals are this program's: it aborts the job, and the bar is stopped with it.
+      gracefulExit: false,
+      etaBuffer: 50,
+      fps: 10,
+    }
+  }
+}

@@ -1,0 +1,69 @@
+/** What a command may use of the process: its streams, its environment, and the signal that ends it early. */
+
+import { once } from 'node:events'
+
+export interface Session {
+  /** The name that messages begin with. */
+  readonly program: string
+  readonly stdout: Output
+  readonly stderr: Output
+  readonly env: NodeJS.ProcessEnv
+  /** Aborted by SIGINT, SIGTERM and SIGHUP. */
+  readonly signal: AbortSignal
+}
+
+/** What the command line needs of a stream. */
+export interface Sink {
+  readonly isTTY?: boolean
+  readonly columns?: number
+  readonly rows?: number
+  readonly writableNeedDrain: boolean
+  write(text: string): boolean
+  on(event: 'error', listener: (error: NodeJS.ErrnoException) => void): unknown
+  once(event: 'drain' | 'close', listener: () => void): unknown
+  getColorDepth?(env?: object): number
+}
+
+const CHUNK = 1 << 16
+
+/**
+ * A stream of text. Writes are gathered, so that a listing of a million lines is not a million system calls, and a reader
+ * who has seen enough (`| head`) ends the output quietly, not the work.
+ */
+export class Output {
+  readonly stream: Sink
+  #pending = ''
+  #closed = false
+
+  constructor(stream: Sink) {
+    this.stream = stream
+    stream.on('error', error => {
+      if (error.code !== 'EPIPE' && error.code !== 'ERR_STREAM_DESTROYED') throw error
+      this.#closed = true
+    })
+  }
+
+  /** Nobody reads any more. */
+  get closed(): boolean {
+    return this.#closed
+  }
+
+  write(text: string): void {
+    this.#pending += text
+    if (this.#pending.length >= CHUNK) this.flush()
+  }
+
+  /** Hands what is gathered to the stream. */
+  flush(): void {
+    const text = this.#pending
+    this.#pending = ''
+    if (text !== '' && !this.#closed) this.stream.write(text)
+  }
+
+  /** Waits until the reader has caught up. */
+  async drained(): Promise<void> {
+    if (this.stream.writableNeedDrain && !this.#closed) {
+      await Promise.race([once(this.stream as never, 'drain'), once(this.stream as never, 'close')])
+    }
+  }
+}
