@@ -1,0 +1,201 @@
+//! L2 tables. A table of a large image is mostly one run of clusters that follow each other in the file, so the loop
+//! looks for runs and judges each as a whole; everything else goes entry by entry.
+
+use qcow2_format::l1::OFFSET_MASK;
+use qcow2_format::l2::ZERO;
+use qcow2_format::limits::MAX_HOST_OFFSET;
+use qcow2_format::{CompressedDescriptor, L2Entry, SubclusterBitmap};
+
+use super::Stop;
+use super::report::FindingCode;
+use super::walk::Walk;
+
+/// Entries whose words count up by the cluster size, all sound by themselves.
+#[derive(Default)]
+struct Run {
+    first: u64,
+    /// The word that would continue the run.
+    next: u64,
+    length: u64,
+}
+
+/// One table while it is judged.
+struct Table {
+    active: bool,
+    judge_copied: bool,
+    run: Run,
+    /// Host offset behind the last standard cluster; 0 before the first. Starts anew with each table, as in QEMU.
+    next_contiguous: u64,
+}
+
+impl Walk<'_, '_> {
+    /// Visits the entries of the L2 table `bytes`.
+    pub(super) fn l2_table(&mut self, bytes: &[u8], active: bool, judge_copied: bool) -> Result<(), Stop> {
+        let mut table = Table { active, judge_copied, run: Run::default(), next_contiguous: 0 };
+        if self.target.header.geometry.extended_l2() {
+            let entries = bytes.as_chunks::<16>().0.iter().map(|b| {
+                let pair = u128::from_be_bytes(*b);
+                L2Entry { word: (pair >> 64) as u64, bitmap: SubclusterBitmap(pair as u64) }
+            });
+            self.entries(entries, &mut table)
+        } else {
+            let entries = bytes.as_chunks::<8>().0.iter().map(|b| L2Entry::standard(u64::from_be_bytes(*b)));
+            self.entries(entries, &mut table)
+        }
+    }
+
+    #[inline]
+    fn entries(&mut self, entries: impl Iterator<Item = L2Entry>, table: &mut Table) -> Result<(), Stop> {
+        let cluster_size = self.target.header.geometry.cluster_size();
+        for (index, entry) in entries.enumerate() {
+            if entry.word == table.run.next && table.run.length > 0 && entry.bitmap.is_valid() {
+                table.run.length += 1;
+                table.run.next += cluster_size;
+            } else if entry.word > ZERO || entry.bitmap.0 != 0 {
+                self.entry(index, entry, table)?;
+            }
+        }
+        self.flush(table)
+    }
+
+    /// An entry that does not continue a run.
+    fn entry(&mut self, index: usize, entry: L2Entry, table: &mut Table) -> Result<(), Stop> {
+        self.flush(table)?;
+        if entry.is_compressed() {
+            return self.compressed(index, entry, table.active);
+        }
+        let word = entry.word;
+        if entry.reserved_bits() != 0 {
+            self.tally.corruption(FindingCode::L2Reserved, None, || {
+                format!("found l2 entry with reserved bits set: {word:x}")
+            });
+        }
+        let header = self.target.header;
+        let zero_flag = word & ZERO != 0 && !header.geometry.extended_l2();
+        if entry.offset_bits() == 0 && (zero_flag || !(header.has_data_file() && entry.copied())) {
+            if entry.bitmap.has_data() {
+                self.tally.corruption(FindingCode::SubclusterBitmap, None, || {
+                    format!("Unallocated cluster has non-zero subcluster allocation map {:x}", entry.bitmap.0)
+                });
+            }
+            return Ok(());
+        }
+        self.standard(entry, zero_flag, table)
+    }
+
+    fn compressed(&mut self, index: usize, entry: L2Entry, active: bool) -> Result<(), Stop> {
+        let header = self.target.header;
+        let word = entry.word;
+        let descriptor = CompressedDescriptor::decode(word, &header.geometry);
+        let offset = descriptor.offset.get();
+        if entry.copied() {
+            self.tally.corruption(FindingCode::CompressedInvalid, offset, || {
+                format!("coffset={offset:#x}: copied flag must never be set for compressed clusters")
+            });
+        }
+        let wrong = if header.has_data_file() {
+            "data file"
+        } else if entry.bitmap.0 != 0 {
+            "non-zero subcluster allocation bitmap"
+        } else {
+            self.reference(offset, descriptor.max_length())?;
+            if active {
+                self.fragmentation.allocated += 1;
+                self.fragmentation.compressed += 1;
+                self.fragmentation.fragmented += 1;
+            }
+            return Ok(());
+        };
+        self.tally.corruption(FindingCode::CompressedInvalid, offset, || {
+            format!("compressed cluster {index} with {wrong}, entry={word:#x}")
+        });
+        Ok(())
+    }
+
+    /// A standard cluster with a host offset: begins a run, unless something is wrong with it by itself.
+    fn standard(&mut self, entry: L2Entry, zero_flag: bool, table: &mut Table) -> Result<(), Stop> {
+        let header = self.target.header;
+        let geometry = &header.geometry;
+        let offset = entry.offset_bits();
+        if !entry.bitmap.is_valid() {
+            self.tally.corruption(FindingCode::SubclusterBitmap, offset, || {
+                format!("offset={offset:x}: Allocated cluster has corrupted subcluster allocation bitmap")
+            });
+        }
+        let aligned = geometry.in_cluster(offset) == 0;
+        if !aligned {
+            let data = if geometry.extended_l2() { entry.bitmap.has_data() } else { !zero_flag };
+            let what = if data { "Data" } else { "Preallocated" };
+            self.tally.corruption(FindingCode::ClusterUnaligned, offset, || {
+                format!("offset={offset:x}: {what} cluster is not properly aligned; L2 entry corrupted.")
+            });
+        }
+        table.run =
+            Run { first: entry.word, next: entry.word.wrapping_add(geometry.cluster_size()), length: 1 };
+        let limit = if header.has_data_file() { MAX_HOST_OFFSET / 2 } else { self.file_length };
+        if aligned && entry.reserved_bits() == 0 && offset < limit {
+            return Ok(());
+        }
+        // It stands alone: what follows it must be judged by itself.
+        self.place(offset, 1, table);
+        if !header.has_data_file() {
+            self.reference(offset, geometry.cluster_size())?;
+        }
+        self.l2_copied(entry.word, 1, table)?;
+        table.run.length = 0;
+        Ok(())
+    }
+
+    /// Judges the run as a whole and ends it.
+    fn flush(&mut self, table: &mut Table) -> Result<(), Stop> {
+        let length = std::mem::take(&mut table.run.length);
+        if length == 0 {
+            return Ok(());
+        }
+        let header = self.target.header;
+        let geometry = &header.geometry;
+        let first = table.run.first;
+        let offset = first & OFFSET_MASK;
+        self.place(offset, length, table);
+        if !header.has_data_file() {
+            // The part inside the file at once; whatever leads beyond it is told one by one.
+            let inside = length.min(geometry.clusters_for(self.file_length - offset));
+            self.count(geometry.cluster_index(offset), inside)?;
+            for i in inside..length {
+                self.reference(offset + (i << geometry.cluster_bits()), geometry.cluster_size())?;
+            }
+        }
+        self.l2_copied(first, length, table)
+    }
+
+    /// Counts `length` clusters at `offset` as allocated.
+    fn place(&mut self, offset: u64, length: u64, table: &mut Table) {
+        if table.active {
+            self.fragmentation.allocated += length;
+            self.fragmentation.fragmented +=
+                u64::from(table.next_contiguous != 0 && table.next_contiguous != offset);
+            table.next_contiguous = offset + (length << self.target.header.geometry.cluster_bits());
+        }
+    }
+
+    /// Judges the COPIED flags of `length` entries from the word `first` on, by the stored refcounts.
+    fn l2_copied(&mut self, first: u64, length: u64, table: &Table) -> Result<(), Stop> {
+        let header = self.target.header;
+        let geometry = &header.geometry;
+        let copied = L2Entry::standard(first).copied();
+        let cluster = geometry.cluster_index(first & OFFSET_MASK);
+        if !table.judge_copied || (!header.has_data_file() && self.stored.all(copied, cluster, length)) {
+            return Ok(());
+        }
+        for i in 0..length {
+            // Clusters of an external data file have no refcounts: exactly one reference, by definition.
+            let refcount = if header.has_data_file() { Some(1) } else { self.stored.get(cluster + i)? };
+            let Some(refcount) = refcount.filter(|r| (*r == 1) != copied) else { continue };
+            let word = first + (i << geometry.cluster_bits());
+            self.copied.corruption(FindingCode::L2Copied, word & OFFSET_MASK, || {
+                format!("OFLAG_COPIED data cluster: l2_entry={word:x} refcount={refcount}")
+            });
+        }
+        Ok(())
+    }
+}

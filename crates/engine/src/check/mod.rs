@@ -1,0 +1,129 @@
+//! Checking the metadata of one image: what every structure refers to, against what the refcounts say.
+//!
+//! Three steps, each of its own file, so that a repair can run between them: the walk ([`walk`]) visits every
+//! structure and counts references ([`counts`]), the comparison ([`compare`]) holds the counts against the stored
+//! refcounts ([`stored`]), and the COPIED flags are judged by the stored refcounts. A check that only reads judges the
+//! flags during the walk, so that each L2 table is read once.
+//!
+//! What counts as an error, a leak or a failure is what QEMU's own check counts, so that both report the same numbers
+//! for the same image. Memory is bounded by [`Limits::max_memory`], not by what the image claims.
+
+mod bitmaps;
+mod compare;
+mod counts;
+mod l2;
+mod read_ahead;
+mod report;
+mod snapshots;
+mod stored;
+mod walk;
+
+use qcow2_format::{Header, Limits};
+
+pub use report::{CheckReport, Finding, FindingCode, Severity};
+
+use crate::{Error, ErrorKind, Job, Result, Storage, StorageExt};
+use report::Tally;
+
+/// Bytes of a sector: lengths are counted in whole sectors.
+const SECTOR: u64 = 512;
+
+/// Most clusters in an image file that can be checked; QEMU's limit as well.
+const MAX_CLUSTERS: u64 = i32::MAX as u64;
+
+/// How to check.
+#[derive(Debug, Clone, Copy)]
+pub struct CheckOptions {
+    /// Limits on memory and on metadata.
+    pub limits: Limits,
+    /// Most findings that are kept with their message; all are counted.
+    pub max_findings: usize,
+    /// Threads that read L2 tables ahead of the walk; 0 reads in the walk itself.
+    pub readers: usize,
+}
+
+impl Default for CheckOptions {
+    fn default() -> Self {
+        Self { limits: Limits::default(), max_findings: 10_000, readers: 2 }
+    }
+}
+
+/// Checks the image in `storage`, whose header is `header`, without changing it. Neither a backing file nor an external
+/// data file is looked at. Progress is told in guest bytes, those of each snapshot included.
+///
+/// # Errors
+/// `Aborted` through `job`; `Limit` where the counters would exceed [`Limits::max_memory`]; `Io`. Metadata so damaged
+/// that the check cannot go on is no error of this call but [`CheckReport::failure`].
+pub fn check(
+    storage: &dyn Storage,
+    header: &Header,
+    options: &CheckOptions,
+    job: &Job,
+) -> Result<CheckReport> {
+    let mut tally = Tally::new(options.max_findings);
+    let mut report = CheckReport::default();
+    let outcome = run(&Target { storage, header, options, job }, &mut tally, &mut report);
+    let failure = match outcome {
+        Ok(()) => None,
+        Err(Stop::Failed(error)) => {
+            tally.check_errors = tally.check_errors.max(1);
+            Some(error)
+        }
+        Err(Stop::Error(error)) => return Err(error),
+    };
+    report.take(tally);
+    report.failure = failure;
+    Ok(report)
+}
+
+/// What is checked, and under which rules.
+struct Target<'a> {
+    storage: &'a dyn Storage,
+    header: &'a Header,
+    options: &'a CheckOptions,
+    job: &'a Job,
+}
+
+/// Why a check ends early.
+enum Stop {
+    /// The image is too damaged to go on: part of the result.
+    Failed(Error),
+    /// The caller, the system or a limit ends the call.
+    Error(Error),
+}
+
+impl From<Error> for Stop {
+    fn from(error: Error) -> Self {
+        Self::Error(error)
+    }
+}
+
+impl Stop {
+    fn corrupt(message: impl Into<String>, offset: u64) -> Self {
+        Self::Failed(Error::new(ErrorKind::Corrupt, message).with_offset(offset))
+    }
+}
+
+fn run(target: &Target<'_>, tally: &mut Tally, report: &mut CheckReport) -> Result<(), Stop> {
+    let geometry = &target.header.geometry;
+    let snapshots = snapshots::read(target, tally)?;
+    let file_length = target.storage.size()?.next_multiple_of(SECTOR);
+    let clusters = geometry.clusters_for(file_length);
+    if clusters > MAX_CLUSTERS {
+        let message = format!("an image file of {clusters} clusters is too large to check");
+        return Err(Stop::Failed(Error::new(ErrorKind::Limit, message)));
+    }
+    report.total_clusters = geometry.clusters_for(target.header.size / SECTOR * SECTOR);
+    let mut stored = stored::StoredRefcounts::load(target, clusters)?;
+    let mut copied = Tally::new(target.options.max_findings);
+    let mut walk = walk::Walk::new(target, &mut stored, clusters, file_length, tally, &mut copied);
+    walk.all(&snapshots)?;
+    let (counts, fragmentation) = walk.finish();
+    report.allocated_clusters = fragmentation.allocated;
+    report.fragmented_clusters = fragmentation.fragmented;
+    report.compressed_clusters = fragmentation.compressed;
+    let highest = compare::compare(target, &mut stored, &counts, tally)?;
+    tally.append(copied);
+    report.image_end_offset = Some((highest + 1) << geometry.cluster_bits());
+    Ok(())
+}

@@ -1,0 +1,212 @@
+//! The result of a check: QEMU's counters, and a bounded list of what they stand for.
+
+use std::fmt;
+
+use crate::Error;
+
+/// Which of the counters a finding adds to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Severity {
+    /// Guest data or metadata is or can come to harm.
+    Corruption,
+    /// Space is lost, nothing else.
+    Leak,
+    /// Part of the metadata could not be judged.
+    CheckError,
+}
+
+/// What is wrong. Stable, unlike the messages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum FindingCode {
+    /// The stored refcount is lower than the number of references.
+    RefcountTooLow,
+    /// The stored refcount is higher than the number of references.
+    Leak,
+    /// The stored refcount could not be read.
+    RefcountUnreadable,
+    /// More references than the refcount width can count.
+    RefcountOverflow,
+    /// A reference to a region behind the end of the file.
+    BeyondEndOfFile,
+    /// Reserved bits of an L1 entry are set.
+    L1Reserved,
+    /// Reserved bits of a standard L2 entry are set.
+    L2Reserved,
+    /// The COPIED flag of an L1 entry contradicts the refcount.
+    L1Copied,
+    /// The COPIED flag of an L2 entry contradicts the refcount.
+    L2Copied,
+    /// An L2 table is not cluster aligned.
+    L2TableUnaligned,
+    /// A host cluster is not cluster aligned.
+    ClusterUnaligned,
+    /// A compressed cluster with flags or in an image that must not have it.
+    CompressedInvalid,
+    /// A subcluster bitmap that contradicts itself or its entry.
+    SubclusterBitmap,
+    /// An entry of the refcount table with reserved bits, an unaligned or a far offset.
+    RefcountTableEntry,
+    /// A refcount block that something else refers to as well.
+    RefcountBlockShared,
+    /// An entry of the snapshot table that contradicts the format.
+    Snapshot,
+    /// The bitmap directory or a bitmap table contradicts the format.
+    Bitmap,
+}
+
+impl FindingCode {
+    /// The code as JavaScript sees it.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::RefcountTooLow => "REFCOUNT_TOO_LOW",
+            Self::Leak => "LEAK",
+            Self::RefcountUnreadable => "REFCOUNT_UNREADABLE",
+            Self::RefcountOverflow => "REFCOUNT_OVERFLOW",
+            Self::BeyondEndOfFile => "BEYOND_END_OF_FILE",
+            Self::L1Reserved => "L1_RESERVED_BITS",
+            Self::L2Reserved => "L2_RESERVED_BITS",
+            Self::L1Copied => "L1_COPIED_FLAG",
+            Self::L2Copied => "L2_COPIED_FLAG",
+            Self::L2TableUnaligned => "L2_TABLE_UNALIGNED",
+            Self::ClusterUnaligned => "CLUSTER_UNALIGNED",
+            Self::CompressedInvalid => "COMPRESSED_INVALID",
+            Self::SubclusterBitmap => "SUBCLUSTER_BITMAP",
+            Self::RefcountTableEntry => "REFCOUNT_TABLE_ENTRY",
+            Self::RefcountBlockShared => "REFCOUNT_BLOCK_SHARED",
+            Self::Snapshot => "SNAPSHOT",
+            Self::Bitmap => "BITMAP",
+        }
+    }
+}
+
+/// One thing that is wrong.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finding {
+    /// Which counter it adds to.
+    pub severity: Severity,
+    /// What is wrong.
+    pub code: FindingCode,
+    /// A sentence that names place and value.
+    pub message: String,
+    /// The byte offset in the image file that it is about.
+    pub offset: Option<u64>,
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.severity {
+            Severity::Leak => "Leaked ",
+            Severity::Corruption => "ERROR ",
+            Severity::CheckError => "",
+        })?;
+        f.write_str(&self.message)
+    }
+}
+
+/// Counters with QEMU's names and meaning (`ImageCheck` in its QAPI schema), and the findings behind them.
+#[derive(Debug, Default)]
+pub struct CheckReport {
+    /// End of the last cluster that is in use or counted as such; `None` when the check failed before it was known.
+    pub image_end_offset: Option<u64>,
+    /// Clusters of the virtual disk.
+    pub total_clusters: u64,
+    /// Of those, clusters that have a host cluster or compressed data.
+    pub allocated_clusters: u64,
+    /// Allocated clusters that do not follow their predecessor in the file.
+    pub fragmented_clusters: u64,
+    /// Compressed clusters.
+    pub compressed_clusters: u64,
+    /// Corruptions.
+    pub corruptions: u64,
+    /// Leaked clusters.
+    pub leaks: u64,
+    /// Places that could not be judged.
+    pub check_errors: u64,
+    /// What was found, in the order QEMU reports it; not more than `CheckOptions::max_findings`.
+    pub findings: Vec<Finding>,
+    /// Findings that were counted and not kept.
+    pub omitted_findings: u64,
+    /// Why the check ended early. The counters then tell only what was seen before.
+    pub failure: Option<Error>,
+}
+
+impl CheckReport {
+    /// Whether nothing is wrong.
+    #[must_use]
+    pub fn is_clean(&self) -> bool {
+        self.failure.is_none() && self.corruptions == 0 && self.leaks == 0 && self.check_errors == 0
+    }
+
+    pub(super) fn take(&mut self, tally: Tally) {
+        self.corruptions = tally.corruptions;
+        self.leaks = tally.leaks;
+        self.check_errors = tally.check_errors;
+        self.findings = tally.findings;
+        self.omitted_findings = tally.omitted;
+    }
+}
+
+/// Counters and findings while they are collected.
+#[derive(Debug)]
+pub(super) struct Tally {
+    pub(super) corruptions: u64,
+    pub(super) leaks: u64,
+    pub(super) check_errors: u64,
+    findings: Vec<Finding>,
+    omitted: u64,
+    limit: usize,
+}
+
+impl Tally {
+    pub(super) fn new(limit: usize) -> Self {
+        Self { corruptions: 0, leaks: 0, check_errors: 0, findings: Vec::new(), omitted: 0, limit }
+    }
+
+    pub(super) fn corruption(
+        &mut self,
+        code: FindingCode,
+        offset: impl Into<Option<u64>>,
+        message: impl FnOnce() -> String,
+    ) {
+        self.corruptions += 1;
+        self.add(Severity::Corruption, code, offset.into(), message);
+    }
+
+    pub(super) fn leak(&mut self, offset: u64, message: impl FnOnce() -> String) {
+        self.leaks += 1;
+        self.add(Severity::Leak, FindingCode::Leak, Some(offset), message);
+    }
+
+    pub(super) fn check_error(&mut self, code: FindingCode, offset: u64, message: impl FnOnce() -> String) {
+        self.check_errors += 1;
+        self.add(Severity::CheckError, code, Some(offset), message);
+    }
+
+    /// Messages are only made for findings that are kept: a ruined image has millions.
+    fn add(
+        &mut self,
+        severity: Severity,
+        code: FindingCode,
+        offset: Option<u64>,
+        message: impl FnOnce() -> String,
+    ) {
+        if self.findings.len() < self.limit {
+            self.findings.push(Finding { severity, code, message: message(), offset });
+        } else {
+            self.omitted += 1;
+        }
+    }
+
+    /// Adds what `later` holds behind what is here.
+    pub(super) fn append(&mut self, mut later: Self) {
+        self.corruptions += later.corruptions;
+        self.leaks += later.leaks;
+        self.check_errors += later.check_errors;
+        let room = self.limit.saturating_sub(self.findings.len());
+        self.omitted += later.omitted + later.findings.len().saturating_sub(room) as u64;
+        later.findings.truncate(room);
+        self.findings.append(&mut later.findings);
+    }
+}

@@ -1,0 +1,246 @@
+//! Visits every structure of the image and counts what it refers to.
+
+use qcow2_format::L1Entry;
+
+use super::counts::ReferenceCounts;
+use super::report::{FindingCode, Tally};
+use super::snapshots::SnapshotTable;
+use super::stored::StoredRefcounts;
+use super::{Stop, Target, bitmaps, read_ahead};
+use crate::{MemMut, StorageExt};
+
+/// L1 entries that are looked at together: their tables are read ahead.
+const L1_WINDOW: usize = 1 << 16;
+
+/// How the active guest clusters lie in the file.
+#[derive(Debug, Default, Clone, Copy)]
+pub(super) struct Fragmentation {
+    pub(super) allocated: u64,
+    pub(super) fragmented: u64,
+    pub(super) compressed: u64,
+}
+
+/// An L1 table, the active one or a snapshot's.
+#[derive(Clone, Copy)]
+struct L1Table {
+    offset: u64,
+    entries: u64,
+    active: bool,
+}
+
+/// The walk and what it collects.
+pub(super) struct Walk<'a, 'b> {
+    pub(super) target: &'a Target<'a>,
+    pub(super) stored: &'b mut StoredRefcounts<'a>,
+    pub(super) counts: ReferenceCounts,
+    pub(super) tally: &'b mut Tally,
+    /// COPIED flags: told behind the refcounts, on which they depend.
+    pub(super) copied: &'b mut Tally,
+    pub(super) fragmentation: Fragmentation,
+    pub(super) file_length: u64,
+    /// Clusters of the file.
+    clusters: u64,
+}
+
+impl<'a, 'b> Walk<'a, 'b> {
+    pub(super) fn new(
+        target: &'a Target<'a>,
+        stored: &'b mut StoredRefcounts<'a>,
+        clusters: u64,
+        file_length: u64,
+        tally: &'b mut Tally,
+        copied: &'b mut Tally,
+    ) -> Self {
+        let max = target.header.geometry.refcount_max();
+        let counts = ReferenceCounts::new(clusters, max, target.options.limits.max_memory);
+        let fragmentation = Fragmentation::default();
+        Self { target, stored, counts, tally, copied, fragmentation, file_length, clusters }
+    }
+
+    pub(super) fn finish(self) -> (ReferenceCounts, Fragmentation) {
+        (self.counts, self.fragmentation)
+    }
+
+    /// Visits everything, in QEMU's order.
+    pub(super) fn all(&mut self, snapshots: &SnapshotTable) -> Result<(), Stop> {
+        let header = self.target.header;
+        let geometry = &header.geometry;
+        self.target.job.set_total(header.size.saturating_mul(1 + snapshots.entries.len() as u64));
+        self.reference(0, geometry.cluster_size())?;
+        self.l1_table(L1Table {
+            offset: header.l1_table_offset.get(),
+            entries: header.l1_size.into(),
+            active: true,
+        })?;
+        self.snapshots(snapshots)?;
+        self.reference(header.snapshots_offset.get(), snapshots.length)?;
+        let refcount_table = u64::from(header.refcount_table_clusters) * geometry.cluster_size();
+        self.reference(header.refcount_table_offset.get(), refcount_table)?;
+        if let Some((offset, length)) = header.crypto_header() {
+            self.reference(offset.get(), length)?;
+        }
+        bitmaps::walk(self)?;
+        self.refcount_blocks()
+    }
+
+    /// Counts one reference to every cluster of `offset..offset + length`. The file's last cluster may be cut short,
+    /// but a region that ends a cluster or more behind the file is not counted.
+    pub(super) fn reference(&mut self, offset: u64, length: u64) -> Result<(), Stop> {
+        let geometry = &self.target.header.geometry;
+        if length == 0 {
+            return Ok(());
+        }
+        let end = offset.saturating_add(length);
+        if end >= self.file_length.saturating_add(geometry.cluster_size()) {
+            self.tally.corruption(FindingCode::BeyondEndOfFile, offset, || {
+                format!(
+                    "counting reference for region exceeding the end of the file by one cluster or more: \
+                     offset {offset:#x} size {length:#x}"
+                )
+            });
+            return Ok(());
+        }
+        let first = geometry.cluster_index(offset);
+        self.count(first, geometry.cluster_index(end - 1) - first + 1)
+    }
+
+    /// Counts one reference to each of `length` clusters.
+    pub(super) fn count(&mut self, first: u64, length: u64) -> Result<(), Stop> {
+        let bits = self.target.header.geometry.cluster_bits();
+        let tally = &mut *self.tally;
+        self.counts.add(first, length, &mut |cluster| {
+            let offset = cluster << bits;
+            tally.corruption(FindingCode::RefcountOverflow, offset, || {
+                format!("overflow cluster offset={offset:#x}: more references than a refcount can hold")
+            });
+        })?;
+        Ok(())
+    }
+
+    fn snapshots(&mut self, snapshots: &SnapshotTable) -> Result<(), Stop> {
+        let header = self.target.header;
+        let count = snapshots.entries.len();
+        if header.has_data_file() && count > 0 {
+            self.tally.corruption(FindingCode::Snapshot, header.snapshots_offset.get(), || {
+                format!("{count} snapshots in image with data file")
+            });
+        }
+        for snapshot in &snapshots.entries {
+            let offset = snapshot.l1_offset;
+            let wrong = if header.geometry.in_cluster(offset) != 0 {
+                Some(format!("l1_offset={offset:#x}: L1 table is not cluster aligned"))
+            } else if u64::from(snapshot.l1_size) * 8 > qcow2_format::limits::MAX_L1_BYTES {
+                Some(format!("l1_size={:#x}: L1 table is too large", snapshot.l1_size))
+            } else {
+                None
+            };
+            if let Some(wrong) = wrong {
+                self.tally.corruption(FindingCode::Snapshot, offset, || {
+                    format!(
+                        "snapshot {} ({}) {wrong}; snapshot table entry corrupted",
+                        snapshot.id, snapshot.name
+                    )
+                });
+                continue;
+            }
+            self.l1_table(L1Table { offset, entries: snapshot.l1_size.into(), active: false })?;
+        }
+        Ok(())
+    }
+
+    fn l1_table(&mut self, table: L1Table) -> Result<(), Stop> {
+        self.reference(table.offset, table.entries * 8)?;
+        // Each table advances the progress by the size of the disk, in equal parts per entry.
+        let share = self.target.header.size / table.entries.max(1);
+        let mut buffer = vec![0; L1_WINDOW.min(usize::try_from(table.entries).unwrap_or(L1_WINDOW)) * 8];
+        for start in (0..table.entries).step_by(L1_WINDOW) {
+            let count = (table.entries - start).min(L1_WINDOW as u64);
+            let window = buffer.get_mut(..count as usize * 8).unwrap_or_default();
+            self.target.storage.read_padded_at(MemMut::from(&mut *window), table.offset + start * 8)?;
+            let entries = window.as_chunks::<8>().0.iter().map(|b| u64::from_be_bytes(*b));
+            let used: Vec<_> = (start..).zip(entries).filter(|(_, entry)| *entry != 0).collect();
+            self.target.job.advance(share * (count - used.len() as u64));
+            self.l2_tables(&used, table.active, share)?;
+        }
+        self.target.job.advance(self.target.header.size - share * table.entries);
+        Ok(())
+    }
+
+    /// Visits the L2 tables of the L1 entries `used`, which come with their index.
+    fn l2_tables(&mut self, used: &[(u64, u64)], active: bool, share: u64) -> Result<(), Stop> {
+        let Target { storage, header, options, job } = self.target;
+        let geometry = &header.geometry;
+        let offsets: Vec<u64> = used.iter().map(|(_, entry)| L1Entry(*entry).offset_bits()).collect();
+        let mut entries = used.iter();
+        let length = geometry.cluster_len();
+        read_ahead::for_each_table(*storage, &offsets, length, options.readers, |_, bytes| {
+            job.checkpoint()?;
+            let Some(&(index, entry)) = entries.next() else { return Ok(()) };
+            let entry = L1Entry(entry);
+            let offset = entry.offset_bits();
+            if entry.reserved_bits() != 0 {
+                self.tally.corruption(FindingCode::L1Reserved, offset, || {
+                    format!("found L1 entry with reserved bits set: {:x}", entry.0)
+                });
+            }
+            self.reference(offset, geometry.cluster_size())?;
+            if geometry.in_cluster(offset) != 0 {
+                self.tally.corruption(FindingCode::L2TableUnaligned, offset, || {
+                    format!("l2_offset={offset:x}: Table is not cluster aligned; L1 entry corrupted")
+                });
+            }
+            let judge_copied = active && self.l1_copied(index, entry)?;
+            self.l2_table(bytes?, active, judge_copied)?;
+            job.advance(share);
+            Ok(())
+        })
+    }
+
+    /// Judges the COPIED flag of an active L1 entry; false when the flags of its L2 table cannot be judged.
+    fn l1_copied(&mut self, index: u64, entry: L1Entry) -> Result<bool, Stop> {
+        let offset = entry.offset_bits();
+        if offset == 0 {
+            return Ok(false);
+        }
+        let Some(refcount) = self.stored.get(self.target.header.geometry.cluster_index(offset))? else {
+            return Ok(false);
+        };
+        if (refcount == 1) != entry.copied() {
+            self.copied.corruption(FindingCode::L1Copied, offset, || {
+                format!(
+                    "OFLAG_COPIED L2 cluster: l1_index={index} l1_entry={:x} refcount={refcount}",
+                    entry.0
+                )
+            });
+        }
+        Ok(true)
+    }
+
+    /// Counts the refcount blocks, last: each must be referred to by its table alone.
+    fn refcount_blocks(&mut self) -> Result<(), Stop> {
+        let geometry = self.target.header.geometry;
+        let table = self.stored.table().to_vec();
+        for (index, entry) in table.into_iter().enumerate().filter(|(_, entry)| entry.0 != 0) {
+            let offset = entry.offset_bits();
+            let cluster = geometry.cluster_index(offset);
+            let wrong = if entry.reserved_bits() != 0 {
+                format!("refcount table entry {index} has reserved bits set")
+            } else if geometry.in_cluster(offset) != 0 {
+                format!("refcount block {index} is not cluster aligned; refcount table entry corrupted")
+            } else if cluster >= self.clusters.max(self.counts.clusters()) {
+                format!("refcount block {index} is outside image")
+            } else {
+                self.reference(offset, geometry.cluster_size())?;
+                let references = self.counts.get(cluster);
+                if references != 1 {
+                    self.tally.corruption(FindingCode::RefcountBlockShared, offset, || {
+                        format!("refcount block {index} refcount={references}")
+                    });
+                }
+                continue;
+            };
+            self.tally.corruption(FindingCode::RefcountTableEntry, offset, || wrong);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,368 @@
+//! The check against `qemu-img check`: the same counters for the same image, sound or damaged in many ways.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic, reason = "tests")]
+
+use std::path::{Path, PathBuf};
+
+use qcow2_engine::check::{CheckOptions, CheckReport, FindingCode, check};
+use qcow2_engine::image::read_header;
+use qcow2_engine::storage::{Access, FileStorage, MemoryStorage};
+use qcow2_engine::{ErrorKind, Job, Mem, Result, Storage, StorageExt};
+use qcow2_testkit::{Fixture, Qemu};
+
+fn run(storage: &dyn Storage, options: &CheckOptions) -> Result<CheckReport> {
+    check(storage, &read_header(storage)?, options, &Job::new())
+}
+
+fn ours(path: &Path) -> Result<CheckReport> {
+    run(&FileStorage::open(path, Access::ReadOnly)?, &CheckOptions::default())
+}
+
+/// Holds our report against QEMU's document and exit code. Returns the exit code.
+#[track_caller]
+fn compare(qemu: &Qemu, path: &Path, what: &str) -> i32 {
+    let args = ["check", "-f", "qcow2", "--output=json", path.to_str().unwrap()];
+    let theirs = qemu.img(&args);
+    let report = ours(path);
+    let Some(document) = theirs.stdout.find('{').map(|_| qemu.check_json(path)) else {
+        assert!(theirs.code != 0 && theirs.code != 2 && theirs.code != 3, "{what}: {theirs:?}");
+        if theirs.code == 1 {
+            let unusable = report.as_ref().map_or(true, |r| r.failure.is_some());
+            assert!(unusable, "{what}: QEMU gives up:\n{}\nours: {report:#?}", theirs.stderr);
+        }
+        return theirs.code;
+    };
+    let report = report.unwrap_or_else(|e| panic!("{what}: {e}\n{theirs:?}"));
+    let counters = [
+        ("check-errors", report.check_errors),
+        ("corruptions", report.corruptions),
+        ("leaks", report.leaks),
+        ("image-end-offset", report.image_end_offset.unwrap_or(0)),
+        ("total-clusters", report.total_clusters),
+        ("allocated-clusters", report.allocated_clusters),
+        ("fragmented-clusters", report.fragmented_clusters),
+        ("compressed-clusters", report.compressed_clusters),
+    ];
+    for (name, value) in counters {
+        let expected = document.get(name).and_then(|v| v.as_u64()).unwrap_or(0);
+        assert_eq!(value, expected, "{what}: {name}\n{}\n{:#?}", theirs.stderr, report.findings);
+    }
+    assert!(report.failure.is_none(), "{what}: {:?}", report.failure);
+    let code = match (report.check_errors, report.corruptions, report.leaks) {
+        (1.., ..) => 1,
+        (_, 1.., _) => 2,
+        (_, _, 1..) => 3,
+        _ => 0,
+    };
+    assert_eq!(code, theirs.code, "{what}");
+    assert_eq!(code == 0, report.is_clean());
+    let kept = report.findings.len() as u64 + report.omitted_findings;
+    assert_eq!(kept, report.check_errors + report.corruptions + report.leaks, "{what}");
+    code
+}
+
+/// An image with a bit of everything that its options allow.
+fn image(
+    qemu: &Qemu,
+    dir: &Fixture,
+    name: &str,
+    cluster_size: u64,
+    options: &str,
+    features: &[&str],
+) -> PathBuf {
+    let path = dir.path(name);
+    let c = cluster_size;
+    let options = format!("{options},cluster_size={c}")
+        .trim_start_matches(',')
+        .replace("DATA", dir.path(name).with_extension("data").to_str().unwrap());
+    qemu.create(&path, &options, Some(200 * c + 512));
+    let has = |feature| features.contains(&feature);
+    let mut commands = vec![format!("write -P 1 0 {}", 5 * c), format!("write -P 2 {} {c}", 40 * c)];
+    commands.push(format!("write -P 3 {} {}", 20 * c, 3 * c));
+    if has("zero") {
+        commands.push(format!("write -z {} {}", 60 * c, 4 * c));
+        commands.push(format!("write -z {} {c}", 2 * c));
+    }
+    if has("subclusters") {
+        commands.push(format!("write -P 9 {} {}", 90 * c + c / 2, c / 4));
+        commands.push(format!("write -z {} {}", 92 * c, c / 32));
+    }
+    if has("compressed") {
+        commands.extend((100..120).map(|i| format!("write -c -P {i} {} {c}", i * c)));
+        let noise = dir.file("noise", &noise(c as usize));
+        commands.push(format!("write -c -s {} {} {c}", noise.display(), 121 * c));
+    }
+    qemu.io(&path, "qcow2", &commands);
+    if has("snapshots") {
+        let p = path.to_str().unwrap();
+        qemu.img(&["snapshot", "-c", "one", p]).ok();
+        qemu.io(
+            &path,
+            "qcow2",
+            &[format!("write -P 7 {c} {}", 2 * c), format!("write -P 8 {} {c}", 180 * c)],
+        );
+        qemu.img(&["snapshot", "-c", "two", p]).ok();
+    }
+    if has("bitmaps") {
+        let p = path.to_str().unwrap();
+        qemu.img(&["bitmap", "--add", p, "b0"]).ok();
+        qemu.img(&["bitmap", "--add", "--disable", "-g", "64k", p, "b1"]).ok();
+        qemu.io(&path, "qcow2", &[format!("write -P 4 {} {}", 30 * c, 4 * c)]);
+    }
+    path
+}
+
+/// Bytes of which half shrink: compressed clusters of several sectors.
+fn noise(length: usize) -> Vec<u8> {
+    let mut rng = Rng(42);
+    (0..length).map(|i| if i % 2 == 0 { rng.next() as u8 } else { 0 }).collect()
+}
+
+struct Rng(u64);
+
+impl Rng {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+    fn below(&mut self, n: u64) -> u64 {
+        self.next() % n
+    }
+}
+
+const IMAGES: &[(&str, u64, &str, &[&str])] = &[
+    ("default", 65536, "", &["zero", "compressed", "snapshots", "bitmaps"]),
+    ("plain", 65536, "", &["zero"]),
+    ("v2", 4096, "compat=0.10", &["compressed", "snapshots"]),
+    ("small", 512, "refcount_bits=16", &["zero", "compressed", "snapshots", "bitmaps"]),
+    ("one-bit", 512, "refcount_bits=1", &["zero"]),
+    ("two-bit", 1024, "refcount_bits=2", &["zero", "snapshots"]),
+    ("four-bit", 2048, "refcount_bits=4", &["zero", "compressed"]),
+    ("byte", 4096, "refcount_bits=8", &["zero", "compressed", "snapshots"]),
+    ("wide", 8192, "refcount_bits=32", &["zero", "compressed", "snapshots"]),
+    ("widest", 4096, "refcount_bits=64", &["zero", "compressed", "snapshots"]),
+    ("zstd", 16384, "compression_type=zstd,lazy_refcounts=on", &["zero", "compressed", "snapshots"]),
+    ("extended", 65536, "extended_l2=on", &["subclusters", "compressed", "snapshots", "bitmaps"]),
+    ("extended-small", 16384, "extended_l2=on,refcount_bits=8", &["subclusters", "compressed"]),
+    ("big", 2 << 20, "", &["zero", "compressed", "snapshots"]),
+    ("data-file", 65536, "data_file=DATA", &["zero"]),
+    ("data-file-raw", 65536, "data_file=DATA,data_file_raw=on,extended_l2=on", &[]),
+    ("metadata", 4096, "preallocation=metadata", &["zero"]),
+];
+
+#[test]
+fn sound_images_of_every_geometry_are_clean() {
+    let Some(qemu) = Qemu::find() else { return };
+    let dir = Fixture::new();
+    for (name, cluster_size, options, features) in IMAGES {
+        let path = image(&qemu, &dir, name, *cluster_size, options, features);
+        assert_eq!(compare(&qemu, &path, name), 0);
+        std::fs::remove_file(path).unwrap();
+    }
+}
+
+#[test]
+fn findings_name_code_place_and_value_as_qemu_does() {
+    let Some(qemu) = Qemu::find() else { return };
+    let dir = Fixture::new();
+    let path = dir.path("image");
+    qemu.create(&path, "", Some(64 << 20));
+    qemu.io(&path, "qcow2", &["write 0 192k"]);
+    let sound = std::fs::read(&path).unwrap();
+    let l1 = be64(&sound, 40);
+    let l2 = be64(&sound, l1) & !(1 << 63);
+    let refcounts = be64(&sound, be64(&sound, 48));
+    let data = be64(&sound, l2) & !(1 << 63);
+    let cluster = data >> 16;
+    // The first two guest clusters share a host cluster, the third is unaligned, and a cluster that nobody uses is counted.
+    poke(&path, l2 + 8, &sound[l2 as usize..][..8]);
+    poke(&path, l2 + 16, &(1 << 63 | (data + 512)).to_be_bytes());
+    poke(&path, l1, &l2.to_be_bytes());
+    poke(&path, refcounts + 2 * (cluster + 2), &7u16.to_be_bytes());
+    let theirs = qemu.img(&["check", path.to_str().unwrap()]);
+    let report = ours(&path).unwrap();
+    let lines: Vec<String> = report.findings.iter().map(ToString::to_string).collect();
+    for line in &lines {
+        assert!(theirs.stderr.contains(line.as_str()), "{line}\n{}", theirs.stderr);
+    }
+    let codes: Vec<_> = report.findings.iter().map(|f| (f.code, f.offset)).collect();
+    let expected = [
+        (FindingCode::ClusterUnaligned, Some(data + 512)),
+        (FindingCode::RefcountTooLow, Some(data)),
+        (FindingCode::Leak, Some((cluster + 2) << 16)),
+        (FindingCode::L1Copied, Some(l2)),
+    ];
+    assert_eq!(codes, expected, "{lines:#?}");
+    assert_eq!((report.corruptions, report.leaks), (3, 1));
+
+    let few = CheckOptions { max_findings: 2, ..CheckOptions::default() };
+    let report = run(&FileStorage::open(&path, Access::ReadOnly).unwrap(), &few).unwrap();
+    assert_eq!((report.findings.len(), report.omitted_findings, report.corruptions), (2, 2, 3));
+}
+
+#[test]
+fn an_encryption_header_is_referenced() {
+    let Some(qemu) = Qemu::find() else { return };
+    let dir = Fixture::new();
+    let path = dir.path("luks");
+    let secret = "secret,id=s,data=a";
+    let options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10";
+    let p = path.to_str().unwrap();
+    qemu.img(&["create", "-q", "-f", "qcow2", "--object", secret, "-o", options, p, "1M"]).ok();
+    assert!(ours(&path).unwrap().is_clean());
+}
+
+#[test]
+fn limits_and_cancellation_end_the_check() {
+    // An image that claims references all over a large sparse file, without any tool.
+    let storage = MemoryStorage::new();
+    let (l1, l2) = (1 << 16, 2 << 16);
+    let mut header = [0u8; 104];
+    header[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
+    header[23] = 16;
+    header[24..32].copy_from_slice(&(512u64 << 20).to_be_bytes());
+    header[39] = 1;
+    header[40..48].copy_from_slice(&u64::to_be_bytes(l1));
+    header[99] = 4;
+    header[103] = 104;
+    storage.write_all_at(Mem::from(&header[..]), 0).unwrap();
+    storage.write_all_at(Mem::from(&u64::to_be_bytes(l2)[..]), l1).unwrap();
+    for i in 0..8192u64 {
+        let entry = i << 30;
+        storage.write_all_at(Mem::from(&entry.to_be_bytes()[..]), l2 + 8 * i).unwrap();
+    }
+    storage.set_len(8192 << 30).unwrap();
+    let mut options = CheckOptions::default();
+    let report = run(&storage, &options).unwrap();
+    assert!(report.corruptions >= 8191 && report.failure.is_none());
+    options.limits.max_memory = 32 << 20;
+    assert_eq!(run(&storage, &options).unwrap_err().kind(), ErrorKind::Limit);
+
+    let job = Job::new();
+    job.cancel();
+    let header = read_header(&storage).unwrap();
+    let error = check(&storage, &header, &CheckOptions::default(), &job).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Aborted);
+}
+
+#[test]
+fn reading_ahead_changes_nothing() {
+    let Some(qemu) = Qemu::find() else { return };
+    let dir = Fixture::new();
+    let path = dir.path("image");
+    qemu.create(&path, "cluster_size=512,preallocation=metadata", Some(4 << 20));
+    let sound = std::fs::read(&path).unwrap();
+    let mut rng = Rng(3);
+    let entries = table_entries(&sound);
+    for _ in 0..20 {
+        let at = entries[rng.below(entries.len() as u64) as usize];
+        poke(&path, at, &damage(&mut rng, be64(&sound, at), 512, sound.len() as u64).to_be_bytes());
+    }
+    let storage = FileStorage::open(&path, Access::ReadOnly).unwrap();
+    let reports = [0, 1, 3, 64].map(|readers| {
+        let report = run(&storage, &CheckOptions { readers, ..CheckOptions::default() }).unwrap();
+        assert!(report.corruptions > 0);
+        format!("{report:?}")
+    });
+    assert!(reports.iter().all(|r| *r == reports[0]));
+}
+
+#[test]
+fn progress_ends_at_its_total() {
+    let Some(qemu) = Qemu::find() else { return };
+    let dir = Fixture::new();
+    let path = image(&qemu, &dir, "image", 512, "", &["snapshots"]);
+    let storage = FileStorage::open(&path, Access::ReadOnly).unwrap();
+    let job = Job::new();
+    check(&storage, &read_header(&storage).unwrap(), &CheckOptions::default(), &job).unwrap();
+    let (current, total) = job.progress();
+    assert_eq!((current, total), (total, 3 * (200 * 512 + 512)));
+}
+
+/// Writes `bytes` at `offset` of a file.
+fn poke(path: &Path, offset: u64, bytes: &[u8]) {
+    use std::os::unix::fs::FileExt;
+    std::fs::File::options().write(true).open(path).unwrap().write_all_at(bytes, offset).unwrap();
+}
+
+fn be64(bytes: &[u8], at: u64) -> u64 {
+    u64::from_be_bytes(bytes[at as usize..][..8].try_into().unwrap())
+}
+
+/// Offsets of the 8-byte entries of the image's tables: refcount table, blocks, L1 and L2 tables, of snapshots too, the
+/// snapshot table and the bitmap directory with its tables (as far as they lie where clusters are in use).
+fn table_entries(bytes: &[u8]) -> Vec<u64> {
+    let cluster = 1u64 << u32::from_be_bytes(bytes[20..24].try_into().unwrap());
+    let mut tables = vec![(be64(bytes, 48), cluster), (be64(bytes, 40), 64)];
+    let mask = 0x00ff_ffff_ffff_fe00;
+    for i in 0..8 {
+        for (table, size) in [(be64(bytes, 48), cluster), (be64(bytes, 40), cluster)] {
+            if 8 * i < size {
+                let block = be64(bytes, table + 8 * i) & mask;
+                if block != 0 && block.is_multiple_of(cluster) && block + cluster <= bytes.len() as u64 {
+                    tables.push((block, cluster.min(2048)));
+                }
+            }
+        }
+    }
+    let snapshots = be64(bytes, 64);
+    if snapshots != 0 {
+        tables.push((snapshots, 96));
+        tables.push((be64(bytes, snapshots), 64));
+    }
+    tables
+        .into_iter()
+        .flat_map(|(at, size)| (at..at + size).step_by(8))
+        .filter(|at| at + 8 <= bytes.len() as u64)
+        .collect()
+}
+
+/// A damaged value for an entry that holds `old`.
+fn damage(rng: &mut Rng, old: u64, cluster: u64, length: u64) -> u64 {
+    match rng.below(10) {
+        0 => 0,
+        1 => old ^ 1 << 63,
+        2 => old ^ 1 << 62,
+        3 => old ^ 1,
+        4 => old.wrapping_add(cluster),
+        5 => old ^ 512,
+        6 => (rng.below(length / cluster + 3) * cluster) | 1 << 63,
+        7 => rng.below(length / cluster) * cluster,
+        8 => old ^ 1 << rng.below(64),
+        _ => old.rotate_left(8),
+    }
+}
+
+#[test]
+fn damaged_images_give_the_same_counters() {
+    let Some(qemu) = Qemu::find() else { return };
+    let dir = Fixture::new();
+    let mut codes = std::collections::BTreeMap::new();
+    for (name, cluster_size, options, features) in IMAGES.iter().filter(|image| image.1 < 1 << 20) {
+        let path = image(&qemu, &dir, name, *cluster_size, options, features);
+        let sound = std::fs::read(&path).unwrap();
+        let entries = table_entries(&sound);
+        let used: Vec<_> = entries.iter().copied().filter(|at| be64(&sound, *at) != 0).collect();
+        let mut rng = Rng(cluster_size ^ 0x9e37_79b9);
+        for round in 0..ROUNDS {
+            std::fs::write(&path, &sound).unwrap();
+            let mut what = format!("{name} {round}:");
+            for _ in 0..=rng.below(3) {
+                let from = if rng.below(4) == 0 { &entries } else { &used };
+                let at = from[rng.below(from.len() as u64) as usize];
+                let old = be64(&sound, at);
+                let new = damage(&mut rng, old, *cluster_size, sound.len() as u64);
+                what += &format!(" {at:#x}: {old:#x} -> {new:#x}");
+                poke(&path, at, &new.to_be_bytes());
+            }
+            *codes.entry(compare(&qemu, &path, &what)).or_insert(0) += 1;
+        }
+        std::fs::remove_file(path).unwrap();
+    }
+    // Damage that nobody notices, failures, corruptions and leaks: all of them must have been among it.
+    assert!((0..=3).all(|code| codes.contains_key(&code)), "{codes:?}");
+}
+
+/// Damages per image.
+const ROUNDS: u32 = 12;
