@@ -157,7 +157,7 @@ try {
   await timed('qcow2 -> raw', image, back, { from: 'qcow2', to: 'raw' })
 
   if (!(await sameBytes(raw, back))) throw new Error('the bytes that came back differ')
-  const { identical } = await compare({ path: raw, format: 'raw' }, image)
+  const { identical } = await compare(raw, image, { formatA: 'raw' })
   if (!identical) throw new Error('compare finds a difference between disk.raw and disk.qcow2')
   print('  verified: every byte came back, and compare finds the images identical')
 
