@@ -73,10 +73,11 @@ export function optionSpecs(format: Format): readonly OptionSpec[] {
 
 /** The text of `-o help`. With a file name, the options of the file itself are listed too. */
 export function describeFormat(format: Format, filename: string | undefined): string {
-  if (filename !== undefined) return `Supported options:\n${optionHelp(optionSpecs(format))}`
+  const offered = (specs: readonly OptionSpec[]): string => optionHelp(specs.filter(({ name }) => !isRefused(name)))
+  if (filename !== undefined) return `Supported options:\n${offered(optionSpecs(format))}`
   const own = format === 'raw' ? [SIZE_OPTION] : QCOW2_OPTIONS
   return (
-    `Supported ${format} options:\n${optionHelp(own)}\n` +
+    `Supported ${format} options:\n${offered(own)}\n` +
     'The protocol level may support further options.\nSpecify the target filename to include those options.\n'
   )
 }
@@ -151,12 +152,17 @@ function refcountWidth(bits: bigint): (typeof REFCOUNT_WIDTHS)[number] {
   return width
 }
 
+const isEncryption = (name: string): boolean => name.startsWith('encrypt')
+
+/** Options that are understood, so that their harmless settings pass and the others are refused by name. */
+const isRefused = (name: string): boolean => isEncryption(name) || name === 'nocow' || name === 'extent_size_hint'
+
 function refuseUnsupported(values: OptionValues): void {
   for (const [name, value] of values) {
-    const encrypts = name === 'encryption' ? value === true : name.startsWith('encrypt.')
-    if (encrypts) throw unsupported(`Option '${name}'`, 'this version does not write encrypted images')
-    const tunesFile = (name === 'nocow' && value === true) || (name === 'extent_size_hint' && value !== 0n)
-    if (tunesFile) throw unsupported(`Option '${name}'`, 'this version does not set attributes of the file system')
+    // "Off" and 0 are what is done anyway.
+    if (!isRefused(name) || value === false || value === 0n) continue
+    const reason = isEncryption(name) ? 'write encrypted images' : 'set attributes of the file system'
+    throw unsupported(`Option '${name}'`, `this version does not ${reason}`)
   }
 }
 

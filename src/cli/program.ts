@@ -30,6 +30,7 @@ function buildProgram(session: Session, run: Runner): Command {
     .version(`${session.program} version ${packageVersion()}`, '-V, --version', 'print the version')
     .helpOption('-h, --help', 'print this help')
     .helpCommand(false)
+    .configureHelp({ subcommandTerm: command => command.name() })
     .addHelpText('after', `${VALUES}\n\nRun ${session.program} COMMAND --help for the options of a command.`)
     .showSuggestionAfterError(false)
     .exitOverride()

@@ -36,16 +36,17 @@ export interface Grid {
   readonly cells: number
 }
 
-/** Powers of two and one and a half times them, so that rows begin at offsets that people can read. */
-function roundCell(bytes: number): number {
+/** A power of two of `bytes` or more, or, where that makes readable rows, three quarters of one. */
+function roundCell(bytes: number, columns: number): number {
   let size = 512
   while (size < bytes) size *= 2
-  return size > 512 && size * 0.75 >= bytes ? size * 0.75 : size
+  // Rows of 3 * 2^n bytes begin at offsets that people can read; rows of 9 * 2^n bytes do not.
+  return columns % 3 !== 0 && size > 1024 && size * 0.75 >= bytes ? size * 0.75 : size
 }
 
 /** Cuts `length` bytes into at most `rows` rows; cells are at least a sector. */
 export function gridFor(start: number, length: number, columns: number, rows: number): Grid {
-  const cellBytes = roundCell(length / (columns * rows))
+  const cellBytes = roundCell(length / (columns * rows), columns)
   return { start, length, columns, cellBytes, cells: Math.ceil(length / cellBytes) }
 }
 

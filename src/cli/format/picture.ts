@@ -1,17 +1,17 @@
 /** `map --picture`: the allocation of a disk, drawn in a terminal. */
 
 import { type Allocation, type DiskCaption, gridFor, type Kind, LABELS, STORED } from './allocation.js'
-import { bold, type ColorDepth, dim, mix, paint, type Rgb } from './color.js'
+import { bold, type Color, type ColorDepth, dim, mix, paint } from './color.js'
 import { fixed, humanSize } from './number.js'
 
-const COLORS: Readonly<Record<Kind, Rgb>> = {
-  data: [45, 212, 191],
-  compressed: [251, 191, 36],
-  backing1: [96, 165, 250],
-  backing2: [167, 139, 250],
-  backing3: [244, 114, 182],
-  zero: [71, 85, 105],
-  unallocated: [30, 41, 59],
+const COLORS: Readonly<Record<Kind, Color>> = {
+  data: { rgb: [45, 212, 191], ansi: 10 },
+  compressed: { rgb: [251, 191, 36], ansi: 11 },
+  backing1: { rgb: [96, 165, 250], ansi: 12 },
+  backing2: { rgb: [167, 139, 250], ansi: 13 },
+  backing3: { rgb: [244, 114, 182], ansi: 9 },
+  zero: { rgb: [71, 85, 105], ansi: 8 },
+  unallocated: { rgb: [30, 41, 59], ansi: 0 },
 }
 
 /** Without colours, one sign for the kind that fills most of a cell. */

@@ -1,6 +1,6 @@
 /** `map --output=svg`: the allocation of a disk as a picture that needs nothing but itself. */
 
-import { type Allocation, type DiskCaption, gridFor, KINDS, type Kind, LABELS } from './allocation.js'
+import { type Allocation, type DiskCaption, gridFor, type Kind, LABELS } from './allocation.js'
 import { fixed, humanSize } from './number.js'
 
 const WIDTH = 1040
@@ -19,17 +19,49 @@ export const svgGrid = (start: number, length: number) => gridFor(start, length,
 /** From the bottom of a cell to its top. What is left is unallocated. */
 const STACK: readonly Kind[] = ['data', 'compressed', 'backing1', 'backing2', 'backing3', 'zero']
 
-const STYLE = `
-  svg { font: 13px ui-sans-serif, system-ui, sans-serif; --ink: #0f172a; --faint: #64748b; --paper: #ffffff;
-    --data: #0d9488; --compressed: #f59e0b; --backing1: #3b82f6; --backing2: #8b5cf6; --backing3: #ec4899;
-    --zero: #cbd5e1; --unallocated: #f1f5f9; --line: #e2e8f0 }
-  @media (prefers-color-scheme: dark) { svg { --ink: #f1f5f9; --faint: #94a3b8; --paper: #0f172a;
-    --data: #2dd4bf; --compressed: #fbbf24; --backing1: #60a5fa; --backing2: #a78bfa; --backing3: #f472b6;
-    --zero: #475569; --unallocated: #1e293b; --line: #334155 } }
-  text { fill: var(--ink) } .faint { fill: var(--faint) } .title { font-size: 19px; font-weight: 600 }
-  .offset, .number { font-variant-numeric: tabular-nums; font-size: 11px } .offset, .number { text-anchor: end }
-  .number { font-size: 13px } .paper { fill: var(--paper) }
-${KINDS.map(kind => `  .${kind} { fill: var(--${kind}) }`).join('\n')}`
+type Part = Kind | 'paper' | 'ink' | 'faint'
+
+/** Plain rules rather than custom properties, which many viewers do not know. */
+const LIGHT: Readonly<Record<Part, string>> = {
+  paper: '#ffffff',
+  ink: '#0f172a',
+  faint: '#64748b',
+  data: '#0d9488',
+  compressed: '#f59e0b',
+  backing1: '#3b82f6',
+  backing2: '#8b5cf6',
+  backing3: '#ec4899',
+  zero: '#cbd5e1',
+  unallocated: '#f1f5f9',
+}
+
+const DARK: Readonly<Record<Part, string>> = {
+  paper: '#0f172a',
+  ink: '#f1f5f9',
+  faint: '#94a3b8',
+  data: '#2dd4bf',
+  compressed: '#fbbf24',
+  backing1: '#60a5fa',
+  backing2: '#a78bfa',
+  backing3: '#f472b6',
+  zero: '#475569',
+  unallocated: '#1e293b',
+}
+
+const fills = (colors: Readonly<Record<Part, string>>): string =>
+  Object.entries(colors)
+    .map(([part, color]) => `.${part}{fill:${color}}`)
+    .join('')
+
+const STYLE = [
+  'svg{font:13px ui-sans-serif,system-ui,"Segoe UI","DejaVu Sans",sans-serif}',
+  '.title{font-size:19px;font-weight:600}',
+  '.offset{font-size:11px;text-anchor:end}',
+  '.number{text-anchor:end}',
+  '.swatch{stroke:#94a3b8;stroke-opacity:.5}',
+  fills(LIGHT),
+  `@media(prefers-color-scheme:dark){${fills(DARK)}}`,
+].join('')
 
 export function drawSvg(allocation: Allocation, caption: DiskCaption): string {
   const { grid } = allocation
@@ -41,7 +73,7 @@ export function drawSvg(allocation: Allocation, caption: DiskCaption): string {
     `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 ${WIDTH} ${height}" width="${WIDTH}" height="${height}" role="img" aria-labelledby="title summary">`,
     `<title id="title">Allocation of ${xmlText(caption.filename)}</title>`,
     `<desc id="summary">${xmlText(summary(allocation))}</desc>`,
-    `<style>${STYLE}\n</style>`,
+    `<style>${STYLE}</style>`,
     `<rect class="paper" width="${WIDTH}" height="${height}"/>`,
     ...header(caption),
     ...proportions(allocation),
@@ -60,7 +92,7 @@ function header({ filename, format, virtualSize, clusterSize, fileSize, chain }:
   if (fileSize !== undefined) facts.push(`${humanSize(fileSize)} on disk`)
   if (chain.length > 1) facts.push(`chain of ${chain.length}`)
   return [
-    `<text class="title" x="${MARGIN}" y="48">${xmlText(filename)}</text>`,
+    `<text class="title ink" x="${MARGIN}" y="48">${xmlText(filename)}</text>`,
     `<text class="faint" x="${MARGIN}" y="70">${xmlText(facts.join(' · '))}</text>`,
   ]
 }
@@ -142,10 +174,10 @@ function legend(allocation: Allocation, caption: DiskCaption, top: number): stri
     const { bytes, extents } = allocation.totals[kind]
     const file = kind === 'backing1' ? caption.chain[1] : kind === 'backing2' ? caption.chain[2] : undefined
     lines.push(
-      `<rect class="${kind}" x="${left}" y="${y}" width="14" height="14" rx="3"/>`,
-      `<text x="${left + 24}" y="${y + 12}">${xmlText(file === undefined ? LABELS[kind] : `${LABELS[kind]}: ${file}`)}</text>`,
-      `<text class="number" x="${WIDTH - MARGIN - 190}" y="${y + 12}">${humanSize(bytes)}</text>`,
-      `<text class="number" x="${WIDTH - MARGIN - 110}" y="${y + 12}">${fixed((bytes * 100) / length, 1)}%</text>`,
+      `<rect class="swatch ${kind}" x="${left}" y="${y}" width="14" height="14" rx="3"/>`,
+      `<text class="ink" x="${left + 24}" y="${y + 12}">${xmlText(file === undefined ? LABELS[kind] : `${LABELS[kind]}: ${file}`)}</text>`,
+      `<text class="number ink" x="${WIDTH - MARGIN - 190}" y="${y + 12}">${humanSize(bytes)}</text>`,
+      `<text class="number ink" x="${WIDTH - MARGIN - 110}" y="${y + 12}">${fixed((bytes * 100) / length, 1)}%</text>`,
       `<text class="number faint" x="${WIDTH - MARGIN}" y="${y + 12}">${extents} extent${extents === 1 ? '' : 's'}</text>`,
     )
   }
