@@ -127,7 +127,7 @@ function hashOf(paths, extra) {
 const readStamp = () => (existsSync(STAMP) ? JSON.parse(readFileSync(STAMP, 'utf8')) : {})
 
 async function install() {
-  const hash = hashOf(['package-lock.json'], `${process.platform} ${process.arch}`)
+  const hash = hashOf(['package-lock.json', 'package.json'], `${process.platform} ${process.arch}`)
   if (existsSync(INSTALL_STAMP) && readFileSync(INSTALL_STAMP, 'utf8') === hash) return
   say('installing development dependencies (npm ci)')
   if ((await npm(['ci', '--no-progress', '--loglevel=error'])) !== 0) fail('npm ci failed, see above')
@@ -136,8 +136,7 @@ async function install() {
 
 /** Builds one half when its inputs changed since its last build. */
 async function build(half, script, inputs, before) {
-  const { version, napi, scripts } = manifest
-  const hash = hashOf(inputs, JSON.stringify([process.platform, process.arch, version, napi, scripts[script]]))
+  const hash = hashOf(inputs, `${process.platform} ${process.arch} ${manifest.scripts[script]}`)
   if (readStamp()[half] === hash) return
   say(`building the ${half} (npm run ${script})`)
   mkdirSync(join(root, 'dist'), { recursive: true })
@@ -158,7 +157,7 @@ function dropOldTypeScriptOutput() {
 export async function prepare() {
   checkTools()
   await install()
-  await build('engine', 'build:native', ['Cargo.toml', 'Cargo.lock', 'crates'])
+  await build('engine', 'build:native', ['Cargo.toml', 'Cargo.lock', 'crates', 'package.json'])
   const typescript = ['src', 'tsconfig.json', 'tsconfig.build.json', 'package-lock.json', 'dist/binding.d.ts']
   await build('library', 'build:ts', typescript, dropOldTypeScriptOutput)
 }

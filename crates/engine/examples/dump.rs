@@ -23,7 +23,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut extents = Vec::new();
     image.extents(0, u64::MAX, &Job::new(), &mut extents)?;
     for e in &extents {
-        println!("{:>12} {:>12} {} {:?} zero={} {:?}", e.start, e.length, e.depth, e.kind, e.zero, e.host.as_ref().map(|h| h.1));
+        println!(
+            "{:>12} {:>12} {} {:?} zero={} {:?}",
+            e.start,
+            e.length,
+            e.depth,
+            e.kind,
+            e.zero,
+            e.host.as_ref().map(|h| h.1)
+        );
     }
     let mut out = std::fs::File::create(target)?;
     let mut buf = vec![0u8; 1 << 20];

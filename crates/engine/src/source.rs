@@ -30,7 +30,8 @@ pub struct Extent {
     pub depth: u32,
     /// Known to read as zeroes: always for `Zero` and `Unallocated`, and for `Data` that is a hole of its file.
     pub zero: bool,
-    /// File and byte offset of the stored bytes, for `Data` (and for `Zero` clusters that keep an allocation).
+    /// File and byte offset of the stored bytes, for `Data`; for `Zero` that keeps an allocation and `Unallocated`
+    /// subclusters of an allocated cluster, of the bytes that are not read.
     pub host: Option<(Arc<dyn Storage>, u64)>,
 }
 

@@ -1,7 +1,7 @@
 //! Test support for the qcow2 crates.
 //!
 //! - [`oracle`]: runs qemu-img and qemu-io, the judges of interoperability
-//! - [`forge`]: images built byte by byte, without the format crate
+//! - [`forge`], [`malformed`]: images built byte by byte, sound and broken, without the format crate
 //! - [`model`], [`reader`]: what a disk must contain, and a slow reader straight from the specification
 //! - [`matrix`]: geometries and operations that produce every kind of entry
 //! - [`storage`]: simulators of storage
@@ -16,7 +16,9 @@
 )]
 
 pub mod alloc;
+pub mod chain;
 pub mod forge;
+pub mod malformed;
 pub mod matrix;
 pub mod model;
 pub mod oracle;

@@ -125,7 +125,7 @@ impl Qcow2 {
     /// Fills `buf` from one segment of a plan; hands it back when the segment is not in this layer.
     fn read_segment<'a>(&self, segment: &Segment, mut buf: MemMut<'a>) -> Result<Option<MemMut<'a>>> {
         match segment.kind {
-            SegmentKind::Unallocated => return Ok(Some(buf)),
+            SegmentKind::Unallocated { .. } => return Ok(Some(buf)),
             SegmentKind::Zero { .. } => buf.fill_zero(),
             SegmentKind::Data { host } => {
                 self.require_plain()?;

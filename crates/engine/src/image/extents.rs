@@ -35,8 +35,9 @@ pub(super) fn collect(
 
 /// What is left to walk, in guest order from the top of a stack: chains can be too long for recursion.
 enum Work {
-    /// Ask the layer at this depth for a range.
-    Range { depth: usize, start: u64, length: u64 },
+    /// Ask the layer at this depth for a range. `above` is where the layer above would have its first byte, if
+    /// that layer has a host cluster there.
+    Range { depth: usize, start: u64, length: u64, above: Option<u64> },
     /// The layer at this depth has the segment.
     Segment { depth: usize, segment: Segment },
 }
@@ -52,10 +53,10 @@ impl Walk<'_> {
     fn range(&mut self, start: u64, length: u64) -> Result<()> {
         let layers = self.layers;
         let mut segments = Vec::new();
-        let mut stack = vec![Work::Range { depth: 0, start, length }];
+        let mut stack = vec![Work::Range { depth: 0, start, length, above: None }];
         while let Some(work) = stack.pop() {
-            let (depth, start, length) = match work {
-                Work::Range { depth, start, length } => (depth, start, length),
+            let (depth, start, length, above) = match work {
+                Work::Range { depth, start, length, above } => (depth, start, length, above),
                 Work::Segment { depth, segment } => {
                     if let Some(qcow2) = layers.get(depth).and_then(Layer::as_qcow2) {
                         self.segment(qcow2, &segment, depth)?;
@@ -67,11 +68,19 @@ impl Walk<'_> {
             let inside = layer.virtual_size().saturating_sub(start).min(length);
             if inside == 0 {
                 // Behind the end of this layer: the one above decides, by not having it.
-                self.push(unallocated(start, length, depth.saturating_sub(1)));
+                let depth = depth.saturating_sub(1);
+                let upper = layers.get(depth).and_then(Layer::as_qcow2);
+                let host = above.zip(upper).map(|(at, q)| (Arc::clone(stored(q)), at));
+                self.push(unallocated(start, length, depth, host));
                 continue;
             }
             if inside < length {
-                stack.push(Work::Range { depth, start: start + inside, length: length - inside });
+                stack.push(Work::Range {
+                    depth,
+                    start: start + inside,
+                    length: length - inside,
+                    above: above.map(|at| at + inside),
+                });
             }
             match layer {
                 Layer::Raw(raw) => {
@@ -82,12 +91,11 @@ impl Walk<'_> {
                     segments.clear();
                     qcow2.plan_read(start..start + inside, &mut segments)?;
                     let deeper = depth + 1 < layers.len();
-                    stack.extend(segments.iter().rev().map(|&segment| {
-                        if deeper && segment.kind == SegmentKind::Unallocated {
-                            Work::Range { depth: depth + 1, start: segment.start, length: segment.length }
-                        } else {
-                            Work::Segment { depth, segment }
+                    stack.extend(segments.iter().rev().map(|&segment| match segment {
+                        Segment { start, length, kind: SegmentKind::Unallocated { host } } if deeper => {
+                            Work::Range { depth: depth + 1, start, length, above: host }
                         }
+                        _ => Work::Segment { depth, segment },
                     }));
                 }
             }
@@ -97,7 +105,7 @@ impl Walk<'_> {
 
     fn segment(&mut self, qcow2: &Qcow2, segment: &Segment, depth: usize) -> Result<()> {
         let &Segment { start, length, kind } = segment;
-        let storage = || qcow2.data_file().unwrap_or_else(|| qcow2.storage());
+        let storage = || stored(qcow2);
         let extent = match kind {
             SegmentKind::Data { host } if qcow2.is_metadata_preallocated()? => {
                 return self.host_runs(storage(), start, host, length, depth, |_| ExtentKind::Data);
@@ -126,7 +134,9 @@ impl Walk<'_> {
                 zero: false,
                 host: None,
             },
-            SegmentKind::Unallocated => unallocated(start, length, depth),
+            SegmentKind::Unallocated { host } => {
+                unallocated(start, length, depth, host.map(|h| (Arc::clone(storage()), h)))
+            }
         };
         self.push(extent);
         Ok(())
@@ -154,8 +164,6 @@ impl Walk<'_> {
                 // A file that shrank meanwhile must not stop the walk.
                 (run.end.max(at + 1), run.data)
             };
-            // A sector that the file holds in part is data up to its end.
-            let end = if data { end.next_multiple_of(super::raw::SECTOR) } else { end };
             let part = end.min(host + length) - at;
             self.push(Extent {
                 start: start + done,
@@ -182,8 +190,13 @@ impl Walk<'_> {
     }
 }
 
-fn unallocated(start: u64, length: u64, depth: usize) -> Extent {
-    Extent { start, length, kind: ExtentKind::Unallocated, depth: depth as u32, zero: true, host: None }
+/// Where the guest clusters of a layer are stored.
+fn stored(qcow2: &Qcow2) -> &Arc<dyn Storage> {
+    qcow2.data_file().unwrap_or_else(|| qcow2.storage())
+}
+
+fn unallocated(start: u64, length: u64, depth: usize, host: Option<(Arc<dyn Storage>, u64)>) -> Extent {
+    Extent { start, length, kind: ExtentKind::Unallocated, depth: depth as u32, zero: true, host }
 }
 
 fn mergeable(a: &Extent, b: &Extent) -> bool {

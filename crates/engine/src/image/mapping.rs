@@ -37,7 +37,10 @@ pub enum SegmentKind {
     /// Compressed, as part of one cluster.
     Compressed(CompressedDescriptor),
     /// Not in this layer: the backing file decides.
-    Unallocated,
+    Unallocated {
+        /// Where the range would be: the cluster has other subclusters and so a host cluster.
+        host: Option<u64>,
+    },
 }
 
 impl SegmentKind {
@@ -45,9 +48,10 @@ impl SegmentKind {
     fn continues(&self, length: u64, next: &Self) -> bool {
         match (self, next) {
             (Self::Data { host: a }, Self::Data { host: b })
-            | (Self::Zero { host: Some(a) }, Self::Zero { host: Some(b) }) => a + length == *b,
+            | (Self::Zero { host: Some(a) }, Self::Zero { host: Some(b) })
+            | (Self::Unallocated { host: Some(a) }, Self::Unallocated { host: Some(b) }) => a + length == *b,
             (Self::Zero { host: None }, Self::Zero { host: None })
-            | (Self::Unallocated, Self::Unallocated) => true,
+            | (Self::Unallocated { host: None }, Self::Unallocated { host: None }) => true,
             (Self::Compressed(a), Self::Compressed(b)) => a == b,
             _ => false,
         }
@@ -94,7 +98,7 @@ impl Qcow2 {
             let entry = L1Entry(self.l1().get(index as usize).copied().unwrap_or(0));
             let table = entry.table(&g).map_err(|e| self.corrupt_entry(e, at))?;
             match table {
-                None => plan.push(at, table_end - at, SegmentKind::Unallocated),
+                None => plan.push(at, table_end - at, SegmentKind::Unallocated { host: None }),
                 Some(table) => self.plan_table(table, at..table_end, &mut plan)?,
             }
             at = table_end;
@@ -139,7 +143,7 @@ impl Qcow2 {
             self.check_external(&mapping, cluster)?;
         }
         match mapping {
-            L2Mapping::Unallocated => plan.push(range.start, length, SegmentKind::Unallocated),
+            L2Mapping::Unallocated => plan.push(range.start, length, SegmentKind::Unallocated { host: None }),
             L2Mapping::Zero { host, .. } => {
                 plan.push(range.start, length, SegmentKind::Zero { host: host.map(at) });
             }
@@ -175,7 +179,8 @@ impl Qcow2 {
                 (SubclusterKind::Zero, host) => SegmentKind::Zero { host },
                 (SubclusterKind::Data, Some(host)) => SegmentKind::Data { host },
                 // Data without a host cluster does not decode.
-                (SubclusterKind::Data, None) | (SubclusterKind::Unallocated, _) => SegmentKind::Unallocated,
+                (SubclusterKind::Data, None) => SegmentKind::Unallocated { host: None },
+                (SubclusterKind::Unallocated, host) => SegmentKind::Unallocated { host },
             };
             plan.push(at, end - at, kind);
             at = end;

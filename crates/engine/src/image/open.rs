@@ -50,7 +50,11 @@ impl Qcow2 {
         let header = read_header(&*storage)?;
         let fail = |e: Error| on_file(&*storage, e);
         check_limits(&header, &options.limits).map_err(fail)?;
-        check_placement(&header, storage.size()?).map_err(fail)?;
+        let file_size = storage.size()?;
+        let place = |field, start, entries| {
+            check_l1_placement(field, start, entries, &header.geometry, file_size).map_err(fail)
+        };
+        place("l1_table_offset", header.l1_table_offset, header.l1_size)?;
         let snapshots = snapshots::load(&*storage, &header, &options.limits).map_err(fail);
         let (snapshots, snapshot_error) = match snapshots {
             Ok(list) => (list, None),
@@ -69,6 +73,7 @@ impl Qcow2 {
                 record
                     .check_l1(&header.geometry, header.size)
                     .map_err(|e| fail(Error::format(e, ErrorKind::Corrupt)))?;
+                place("snapshot L1 table offset", record.l1_table_offset, record.l1_size)?;
                 View {
                     size: record.disk_size.unwrap_or(header.size),
                     l1: read_l1(&*storage, record.l1_table_offset, record.l1_size)?,
@@ -108,25 +113,28 @@ fn check_limits(header: &Header, limits: &Limits) -> Result<()> {
     limit("nb_snapshots", header.nb_snapshots.into(), limits.max_snapshots.into())
 }
 
-/// The tables that the header points to must lie behind the header and inside the file.
-fn check_placement(header: &Header, file_size: u64) -> Result<()> {
-    let g: &Geometry = &header.geometry;
-    let place = |field: &'static str, start: HostOffset, bytes: u64| {
-        if bytes == 0 {
-            return Ok(());
-        }
-        let end = start.checked_add(bytes).map_or(u64::MAX, HostOffset::get);
-        let reason = if start.0 < g.cluster_size() {
-            "overlaps the header"
-        } else if end > file_size {
-            "lies outside the file"
-        } else {
-            return Ok(());
-        };
-        let message = format!("the table at {start} with {bytes} bytes {reason} ({file_size} bytes)");
-        Err(Error::new(ErrorKind::Corrupt, message).with_field(field).with_offset(start.0))
+/// An L1 table must lie behind the header and inside the file: checked before its size is allocated.
+fn check_l1_placement(
+    field: &'static str,
+    start: HostOffset,
+    entries: u32,
+    geometry: &Geometry,
+    file_size: u64,
+) -> Result<()> {
+    let bytes = u64::from(entries) * 8;
+    if bytes == 0 {
+        return Ok(());
+    }
+    let end = start.checked_add(bytes).map_or(u64::MAX, HostOffset::get);
+    let reason = if start.0 < geometry.cluster_size() {
+        "overlaps the header"
+    } else if end > file_size {
+        "lies outside the file"
+    } else {
+        return Ok(());
     };
-    place("l1_table_offset", header.l1_table_offset, u64::from(header.l1_size) * 8)
+    let message = format!("the table at {start} with {bytes} bytes {reason} ({file_size} bytes)");
+    Err(Error::new(ErrorKind::Corrupt, message).with_field(field).with_offset(start.0))
 }
 
 /// Reads an L1 table of at most 32 MiB (the header's and the snapshot's checks guarantee that).
