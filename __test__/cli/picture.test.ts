@@ -1,6 +1,7 @@
 import { describe, expect, it } from 'vitest'
 import { Allocation, type DiskCaption, gridFor } from '../../src/cli/format/allocation.js'
 import { colorDepthOf } from '../../src/cli/format/color.js'
+import { Layout } from '../../src/cli/format/layout.js'
 import type { MapExtent } from '../../src/cli/format/map.js'
 import { drawPicture, terminalGrid } from '../../src/cli/format/picture.js'
 import { drawSvg, svgGrid } from '../../src/cli/format/svg.js'
@@ -153,6 +154,23 @@ describe('the picture as SVG', () => {
       else if (!attributes.endsWith('/')) open.push(name)
     }
     expect(open).toEqual([])
+  })
+
+  it('shows where in its file the image keeps its data', () => {
+    const layout = new Layout(0, 16 * MIB, 8 * MIB)
+    for (const extent of DISK) layout.add(extent)
+    // Two of sixteen parts of the disk, at 320 KiB of a file of 8 MiB: rows 1 to 13 of 48, one step down each few columns.
+    const runs = [...layout.runs()]
+    expect(runs[0]).toEqual({ row: 1, column: 0, length: 1 })
+    expect(runs.at(-1)).toMatchObject({ row: 13 })
+    expect(Math.max(...runs.map(({ column, length }) => column + length))).toBe(38)
+    const svg = drawSvg(fill(new Allocation(svgGrid(0, 16 * MIB))), CAPTION, layout)
+    expect(svg).toContain('Place in the file')
+    const none = new Layout(0, 16 * MIB, 8 * MIB)
+    none.add({ start: 0, length: MIB, ...data, depth: 1, offset: 0 })
+    none.add({ start: 0, length: MIB, ...data, compressed: true })
+    expect(none.empty).toBe(true)
+    expect(drawSvg(fill(new Allocation(svgGrid(0, 16 * MIB))), CAPTION, none)).not.toContain('Place in the file')
   })
 
   it('does not grow with what an empty disk does not have', () => {

@@ -46,10 +46,11 @@ export async function withProgress<T>(
 
 function reporterFor(session: Session, { progress, quiet, verb, step }: ProgressChoice): Reporter | undefined {
   if (quiet) return undefined
-  // A bar that moves among the lines of a listing helps nobody: both streams must be the terminal.
-  const terminal = session.stdout.stream.isTTY && session.stderr.stream.isTTY
-  if (terminal && session.env['TERM'] !== 'dumb') return new Bar(session, verb)
-  return progress ? new Lines(session, step) : undefined
+  const terminal = session.stderr.stream.isTTY && session.env['TERM'] !== 'dumb'
+  // `-p` with the output going elsewhere is a program that reads qemu-img's lines.
+  const lines = progress && !(terminal && session.stdout.stream.isTTY)
+  if (lines) return new Lines(session, step)
+  return terminal ? new Bar(session, verb) : undefined
 }
 
 /** `    (45.34/100%)` and a carriage return: what programs that run qemu-img look for. */

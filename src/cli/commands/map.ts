@@ -4,6 +4,7 @@ import type { Image } from '../../index.js'
 import { CommandFailure } from '../failure.js'
 import { Allocation, type DiskCaption } from '../format/allocation.js'
 import { colorDepthOf } from '../format/color.js'
+import { Layout } from '../format/layout.js'
 import { humanMap, jsonMap, type MapWriter } from '../format/map.js'
 import { drawPicture, terminalGrid } from '../format/picture.js'
 import { drawSvg, svgGrid } from '../format/svg.js'
@@ -79,11 +80,13 @@ async function list(image: Image, range: Range, writer: MapWriter, session: Sess
   session.stdout.write(writer.end)
 }
 
-async function survey(image: Image, range: Range, allocation: Allocation, session: Session): Promise<Allocation> {
-  if (range.length > 0) {
-    for await (const extent of image.map({ ...range, signal: session.signal })) allocation.add(extent)
+type Sink = Pick<Allocation, 'add'>
+
+async function survey(image: Image, range: Range, sinks: readonly Sink[], session: Session): Promise<void> {
+  if (range.length === 0) return
+  for await (const extent of image.map({ ...range, signal: session.signal })) {
+    for (const sink of sinks) sink.add(extent)
   }
-  return allocation
 }
 
 async function captionOf(filename: string, image: Image): Promise<DiskCaption> {
@@ -102,7 +105,8 @@ async function captionOf(filename: string, image: Image): Promise<DiskCaption> {
 async function drawTerminal(filename: string, image: Image, range: Range, session: Session): Promise<void> {
   const { stream } = session.stdout
   const grid = terminalGrid(range.start, range.length, stream.columns ?? 80)
-  const allocation = await survey(image, range, new Allocation(grid), session)
+  const allocation = new Allocation(grid)
+  await survey(image, range, [allocation], session)
   const caption = await captionOf(filename, image)
   session.stdout.write(drawPicture(allocation, caption, colorDepthOf(stream, session.env)))
 }
@@ -114,8 +118,13 @@ async function drawFile(
   path: string | undefined,
   session: Session,
 ): Promise<void> {
-  const allocation = await survey(image, range, new Allocation(svgGrid(range.start, range.length)), session)
-  const svg = drawSvg(allocation, await captionOf(filename, image))
+  const allocation = new Allocation(svgGrid(range.start, range.length))
+  const { format, fileLength, formatSpecific } = await image.info()
+  // A raw file is its disk; offsets into an external data file say nothing about this one.
+  const own = format === 'qcow2' && formatSpecific?.dataFile === undefined
+  const layout = own ? new Layout(range.start, range.length, fileLength) : undefined
+  await survey(image, range, layout ? [allocation, layout] : [allocation], session)
+  const svg = drawSvg(allocation, await captionOf(filename, image), layout)
   if (path === undefined) session.stdout.write(svg)
   else await writeFile(path, svg)
 }

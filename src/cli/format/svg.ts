@@ -1,6 +1,7 @@
 /** `map --output=svg`: the allocation of a disk as a picture that needs nothing but itself. */
 
 import { type Allocation, type DiskCaption, gridFor, type Kind, LABELS } from './allocation.js'
+import { LAYOUT_COLUMNS, LAYOUT_ROWS, type Layout } from './layout.js'
 import { fixed, humanSize } from './number.js'
 
 const WIDTH = 1040
@@ -13,6 +14,8 @@ const CELL_HEIGHT = 14
 const ROW_HEIGHT = CELL_HEIGHT + 2
 const MAP_TOP = 132
 const LEGEND_ROW = 24
+const LAYOUT_TITLE = 28
+const LAYOUT_HEIGHT = 144
 
 export const svgGrid = (start: number, length: number) => gridFor(start, length, COLUMNS, MAX_ROWS)
 
@@ -56,6 +59,7 @@ const fills = (colors: Readonly<Record<Part, string>>): string =>
 const STYLE = [
   'svg{font:13px ui-sans-serif,system-ui,"Segoe UI","DejaVu Sans",sans-serif}',
   '.title{font-size:19px;font-weight:600}',
+  '.small{font-size:11px}',
   '.offset{font-size:11px;text-anchor:end}',
   '.number{text-anchor:end}',
   '.swatch{stroke:#94a3b8;stroke-opacity:.5}',
@@ -63,12 +67,15 @@ const STYLE = [
   `@media(prefers-color-scheme:dark){${fills(DARK)}}`,
 ].join('')
 
-export function drawSvg(allocation: Allocation, caption: DiskCaption): string {
+/** `layout` adds a second picture: where in the file the data is. */
+export function drawSvg(allocation: Allocation, caption: DiskCaption, layout?: Layout): string {
   const { grid } = allocation
   const rows = Math.ceil(grid.cells / grid.columns)
   const legendTop = MAP_TOP + Math.max(rows, 1) * ROW_HEIGHT + 34
   const kinds = allocation.present
-  const height = legendTop + kinds.length * LEGEND_ROW + MARGIN
+  const layoutTop = legendTop + kinds.length * LEGEND_ROW + 30
+  const plotted = layout !== undefined && !layout.empty
+  const height = layoutTop + (plotted ? LAYOUT_TITLE + LAYOUT_HEIGHT + 24 : 0) + 8
   return `${[
     `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 ${WIDTH} ${height}" width="${WIDTH}" height="${height}" role="img" aria-labelledby="title summary">`,
     `<title id="title">Allocation of ${xmlText(caption.filename)}</title>`,
@@ -79,6 +86,7 @@ export function drawSvg(allocation: Allocation, caption: DiskCaption): string {
     ...proportions(allocation),
     ...cells(allocation),
     ...legend(allocation, caption, legendTop),
+    ...(plotted ? plot(layout, allocation, layoutTop) : []),
     '</svg>',
   ].join('\n')}\n`
 }
@@ -182,6 +190,28 @@ function legend(allocation: Allocation, caption: DiskCaption, top: number): stri
     )
   }
   return lines
+}
+
+/** A straight line from the upper left is a file in the order of the disk. */
+function plot(layout: Layout, allocation: Allocation, top: number): string[] {
+  const { start, length } = allocation.grid
+  const left = MARGIN + LABEL_WIDTH
+  const right = WIDTH - MARGIN
+  const y = top + LAYOUT_TITLE
+  const [column, row] = [(right - left) / LAYOUT_COLUMNS, LAYOUT_HEIGHT / LAYOUT_ROWS]
+  const label = (text: string, at: number): string =>
+    `<text class="faint offset" x="${left - 10}" y="${at}">${text}</text>`
+  return [
+    `<text class="ink" x="${left}" y="${top + 12}">Place in the file<tspan class="faint" dx="12">across: disk, down: file</tspan></text>`,
+    label(humanSize(0), y + 11),
+    label(humanSize(layout.fileLength), y + LAYOUT_HEIGHT),
+    `<text class="faint small" x="${left}" y="${y + LAYOUT_HEIGHT + 18}">${humanSize(start)}</text>`,
+    `<text class="faint offset" x="${right}" y="${y + LAYOUT_HEIGHT + 18}">${humanSize(start + length)}</text>`,
+    box('unallocated', left, y, right - left, LAYOUT_HEIGHT),
+    ...Array.from(layout.runs(), run =>
+      box('data', left + run.column * column, y + run.row * row, run.length * column, row),
+    ),
+  ]
 }
 
 const box = (kind: Kind, x: number, y: number, width: number, height: number): string =>
