@@ -4,6 +4,7 @@
 //! JavaScript; nothing below here does I/O.
 
 pub mod check;
+pub mod create;
 pub mod error;
 pub mod image;
 pub mod job;

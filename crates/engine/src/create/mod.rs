@@ -1,0 +1,142 @@
+//! New images.
+//!
+//! Layout: header in cluster 0, refcount table from cluster 1, the first refcount block behind it, then the L1
+//! table; L2 tables and data follow in guest order. With the usual geometry that puts the refcount block in
+//! cluster 2 and the L1 table in cluster 3.
+
+mod builder;
+mod hosts;
+mod options;
+
+use std::sync::Arc;
+
+pub use options::{Backing, CreateOptions, DataFile, Preallocation, SECTOR_SIZE};
+use qcow2_format::{HostOffset, SubclusterBitmap};
+
+pub(crate) use builder::{ImageBuilder, NewCluster};
+
+use crate::{Error, ErrorKind, Job, Mem, Result, Storage, StorageExt};
+
+/// Guest clusters that are placed in one step.
+const STEP: u64 = 8192;
+/// Bytes of one write of zeroes.
+const ZERO_WRITE: usize = 256 << 10;
+
+/// Creates an image in `storage`, and empties or extends `data_file`, its external data file. What they held
+/// is lost. Returns when the image is durable; before that, `storage` holds no image.
+///
+/// # Errors
+/// `InvalidArgument` or `Limit` for options that contradict each other or the format (nothing is written
+/// then), `Aborted`, `Io`.
+pub fn create(
+    storage: Arc<dyn Storage>,
+    data_file: Option<Arc<dyn Storage>>,
+    options: &CreateOptions,
+    job: &Job,
+) -> Result<()> {
+    options.validate()?;
+    check_data_file(options, data_file.is_some())?;
+    let preallocation = options.effective_preallocation();
+    let mut builder = ImageBuilder::new(storage.clone(), options, false)?;
+    let size = builder.size();
+    job.set_total(size);
+    if preallocation != Preallocation::Off {
+        let fill = Preallocator::new(options, storage.clone());
+        fill.place(&mut builder, 0, size, job)?;
+    }
+    if let Some(data_file) = &data_file {
+        size_raw(data_file.as_ref(), size, preallocation, job)?;
+        data_file.flush()?;
+    }
+    builder.finish(preallocation, true).map(drop)
+}
+
+/// The storage of an external data file must be given exactly where the options name one.
+pub(crate) fn check_data_file(options: &CreateOptions, given: bool) -> Result<()> {
+    if options.data_file.is_some() == given {
+        return Ok(());
+    }
+    let message = if given { "a data file was opened but is not named" } else { "the data file is not open" };
+    Err(Error::new(ErrorKind::InvalidArgument, message).with_field("data_file"))
+}
+
+/// Gives a raw file its size and space; what it held is lost.
+pub(crate) fn size_raw(storage: &dyn Storage, size: u64, mode: Preallocation, job: &Job) -> Result<()> {
+    if !storage.traits().block_device {
+        storage.resize(0)?;
+    }
+    storage.resize(size)?;
+    match mode {
+        Preallocation::Off | Preallocation::Metadata => Ok(()),
+        Preallocation::Falloc => storage.reserve(0, size),
+        Preallocation::Full => write_zero_bytes(storage, 0, size, job),
+    }
+}
+
+/// Maps guest clusters to host clusters that hold nothing yet.
+pub(crate) struct Preallocator {
+    /// State of the 32 subclusters, with extended L2 entries.
+    bitmap: SubclusterBitmap,
+    /// Where the clusters are zeroed by writing; `None` where they read as zeroes already.
+    zeroed: Option<Arc<dyn Storage>>,
+}
+
+impl Preallocator {
+    pub(crate) fn new(options: &CreateOptions, storage: Arc<dyn Storage>) -> Self {
+        let data_file = options.data_file.as_ref();
+        // Readers of a raw data file's image must see what readers of the raw file see.
+        let raw = data_file.is_some_and(|d| d.raw);
+        let full = options.effective_preallocation() == Preallocation::Full;
+        let stale = storage.traits().block_device;
+        Self {
+            bitmap: if raw { SubclusterBitmap::ALL_DATA } else { SubclusterBitmap::default() },
+            zeroed: (data_file.is_none() && (full || stale)).then_some(storage),
+        }
+    }
+
+    /// Places `start..end`; both are cluster boundaries, or the end of the disk.
+    pub(crate) fn place(&self, builder: &mut ImageBuilder, start: u64, end: u64, job: &Job) -> Result<()> {
+        let g = builder.geometry();
+        let step = STEP.min((64 << 30 >> g.cluster_bits()) as u64);
+        let clusters = vec![NewCluster::Data(self.bitmap); step as usize];
+        let mut places = Vec::new();
+        let mut at = start;
+        while at < end {
+            job.checkpoint()?;
+            let count = g.clusters_for(end - at).min(step);
+            builder.place(at, clusters.get(..count as usize).unwrap_or_default(), &mut places)?;
+            if let Some(storage) = &self.zeroed {
+                for run in contiguous_runs(&places, g.cluster_size()) {
+                    write_zero_bytes(storage.as_ref(), run.0.get(), run.1, job)?;
+                }
+            }
+            at += count << g.cluster_bits();
+        }
+        Ok(())
+    }
+}
+
+/// Merges neighbouring host clusters into `(start, length)`.
+fn contiguous_runs(places: &[Option<HostOffset>], cluster_size: u64) -> Vec<(HostOffset, u64)> {
+    let mut runs: Vec<(HostOffset, u64)> = Vec::new();
+    for place in places.iter().flatten() {
+        match runs.last_mut() {
+            Some((start, length)) if start.get() + *length == place.get() => *length += cluster_size,
+            _ => runs.push((*place, cluster_size)),
+        }
+    }
+    runs
+}
+
+fn write_zero_bytes(storage: &dyn Storage, start: u64, length: u64, job: &Job) -> Result<()> {
+    static ZEROES: [u8; ZERO_WRITE] = [0; ZERO_WRITE];
+    let end = start.saturating_add(length);
+    let mut at = start;
+    while at < end {
+        job.checkpoint()?;
+        let n = usize::try_from(end - at).unwrap_or(usize::MAX).min(ZERO_WRITE);
+        storage.write_all_at(Mem::from(ZEROES.get(..n).unwrap_or(&ZEROES)), at)?;
+        at += n as u64;
+    }
+    Ok(())
+}

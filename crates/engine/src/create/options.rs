@@ -1,0 +1,240 @@
+//! What a new image can be, and which combinations the format allows.
+
+use qcow2_format::header::extension::Extension;
+use qcow2_format::header::feature::{Autoclear, Compatible, Incompatible};
+use qcow2_format::limits::{MAX_L1_BYTES, MAX_VIRTUAL_SIZE};
+use qcow2_format::{CompressionType, CryptMethod, Geometry, Header, HostOffset};
+
+use crate::{Error, ErrorKind, Result};
+
+/// Virtual sizes are multiples of this, as the guest's sectors are.
+pub const SECTOR_SIZE: u64 = 512;
+/// QEMU writes a feature name table only where the first cluster is larger than this.
+const SMALLEST_CLUSTER_WITHOUT_NAMES: u64 = 4096;
+/// Bytes of an L1 table entry.
+pub(super) const L1_ENTRY_SIZE: u64 = 8;
+
+/// How much of the image is allocated before anything is written to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Preallocation {
+    /// Nothing.
+    #[default]
+    Off,
+    /// Every guest cluster has its host cluster; the file is sparse.
+    Metadata,
+    /// The file's space is reserved too.
+    Falloc,
+    /// The file's space is written with zeroes.
+    Full,
+}
+
+/// The backing file of a new image. It is named here and not opened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Backing {
+    /// Name as stored in the header, in the bytes of the system's paths.
+    pub filename: Vec<u8>,
+    /// Format as QEMU names it.
+    pub format: Option<Vec<u8>>,
+}
+
+/// An external data file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DataFile {
+    /// Name as stored in the header.
+    pub filename: Vec<u8>,
+    /// The data file can be read on its own as a raw image.
+    pub raw: bool,
+}
+
+/// Every option of a new qcow2 image. The default is what most readers can read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CreateOptions {
+    /// Virtual size in bytes, rounded up to a sector.
+    pub size: u64,
+    /// 2 or 3.
+    pub version: u32,
+    /// 512 bytes to 2 MiB, a power of two.
+    pub cluster_size: u64,
+    /// L2 entries with a subcluster bitmap.
+    pub extended_l2: bool,
+    /// 1 to 64, a power of two.
+    pub refcount_bits: u32,
+    /// Refcount updates may be postponed.
+    pub lazy_refcounts: bool,
+    /// Algorithm of compressed clusters.
+    pub compression_type: CompressionType,
+    /// What to allocate.
+    pub preallocation: Preallocation,
+    /// Backing file.
+    pub backing: Option<Backing>,
+    /// External data file.
+    pub data_file: Option<DataFile>,
+}
+
+impl Default for CreateOptions {
+    fn default() -> Self {
+        Self {
+            size: 0,
+            version: 3,
+            cluster_size: 64 << 10,
+            extended_l2: false,
+            refcount_bits: 16,
+            lazy_refcounts: false,
+            compression_type: CompressionType::Zlib,
+            preallocation: Preallocation::Off,
+            backing: None,
+            data_file: None,
+        }
+    }
+}
+
+fn refuse<T>(field: &'static str, message: impl Into<String>) -> Result<T> {
+    Err(Error::new(ErrorKind::InvalidArgument, message).with_field(field))
+}
+
+/// log2 of a power of two.
+fn exponent(field: &'static str, value: u64) -> Result<u32> {
+    match value.is_power_of_two() {
+        true => Ok(value.trailing_zeros()),
+        false => refuse(field, format!("{value} is not a power of two")),
+    }
+}
+
+impl CreateOptions {
+    /// Checks every rule that does not need a file.
+    ///
+    /// # Errors
+    /// `InvalidArgument` naming the option, `Limit` for a size that the geometry cannot address.
+    pub fn validate(&self) -> Result<()> {
+        self.header().map(drop)
+    }
+
+    /// Cluster size, refcount width and L2 entry form.
+    ///
+    /// # Errors
+    /// As `validate`.
+    pub fn geometry(&self) -> Result<Geometry> {
+        let cluster_bits = exponent("cluster_size", self.cluster_size)?;
+        let refcount_order = exponent("refcount_bits", self.refcount_bits.into())?;
+        Geometry::new(cluster_bits, refcount_order, self.extended_l2).map_err(|e| match e.field() {
+            Some("refcount_order") => {
+                Error::format(e, ErrorKind::InvalidArgument).with_field("refcount_bits")
+            }
+            _ => Error::format(e, ErrorKind::InvalidArgument).with_field("cluster_size"),
+        })
+    }
+
+    /// What is allocated in the end: a raw data file is mapped in full, so that it reads the same with and
+    /// without the metadata.
+    pub fn effective_preallocation(&self) -> Preallocation {
+        match (self.preallocation, &self.data_file) {
+            (Preallocation::Off, Some(DataFile { raw: true, .. })) => Preallocation::Metadata,
+            (mode, _) => mode,
+        }
+    }
+
+    fn check_combinations(&self) -> Result<()> {
+        if !(2..=3).contains(&self.version) {
+            return refuse("version", format!("{} is not a qcow2 version: 2 and 3 are", self.version));
+        }
+        let needs_version_3 = [
+            (self.extended_l2, "extended_l2"),
+            (self.lazy_refcounts, "lazy_refcounts"),
+            (self.refcount_bits != 16, "refcount_bits"),
+            (self.data_file.is_some(), "data_file"),
+            (self.compression_type != CompressionType::Zlib, "compression_type"),
+        ];
+        if let Some((_, option)) = needs_version_3.iter().find(|(used, _)| *used && self.version < 3) {
+            return refuse(option, format!("{option} needs version 3 (compatibility level 1.1)"));
+        }
+        if self.backing.is_some() && self.preallocation != Preallocation::Off && !self.extended_l2 {
+            return refuse(
+                "preallocation",
+                "a backing file would be hidden by preallocated clusters: extended_l2 allows both",
+            );
+        }
+        match (&self.backing, &self.data_file) {
+            (Some(_), Some(DataFile { raw: true, .. })) => {
+                refuse("data_file_raw", "a raw data file cannot be read on its own beside a backing file")
+            }
+            (Some(Backing { filename, .. }), _) if filename.is_empty() => {
+                refuse("backing_file", "the name is empty")
+            }
+            (_, Some(DataFile { filename, .. })) if filename.is_empty() => {
+                refuse("data_file", "the name is empty")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The header of the empty image; the places of its tables are filled in by the builder.
+    pub(super) fn header(&self) -> Result<Header> {
+        self.check_combinations()?;
+        let geometry = self.geometry()?;
+        let size = match self.size.checked_next_multiple_of(SECTOR_SIZE) {
+            Some(size) if size <= MAX_VIRTUAL_SIZE => size,
+            _ => return Err(too_large(self.size, "the largest virtual size is 2^63 - 1 bytes")),
+        };
+        let l1_size = geometry.l1_entries_for(size);
+        let l1_size = match u32::try_from(l1_size) {
+            Ok(entries) if l1_size * L1_ENTRY_SIZE <= MAX_L1_BYTES => entries,
+            _ => return Err(too_large(size, "its L1 table would exceed 32 MiB: larger clusters allow more")),
+        };
+        let header = Header {
+            version: self.version,
+            geometry,
+            size,
+            crypt_method: CryptMethod::None,
+            l1_size,
+            l1_table_offset: HostOffset(0),
+            refcount_table_offset: HostOffset(0),
+            refcount_table_clusters: 1,
+            nb_snapshots: 0,
+            snapshots_offset: HostOffset(0),
+            incompatible: self.incompatible(),
+            compatible: match self.lazy_refcounts {
+                true => Compatible::LAZY_REFCOUNTS,
+                false => Compatible::empty(),
+            },
+            autoclear: match self.data_file {
+                Some(DataFile { raw: true, .. }) => Autoclear::DATA_FILE_RAW,
+                _ => Autoclear::empty(),
+            },
+            compression_type: self.compression_type,
+            header_length: 0,
+            unknown_fields: Vec::new(),
+            extensions: self.extensions(),
+            backing_file: self.backing.as_ref().map(|b| b.filename.clone()),
+        };
+        // Names that do not fit are found before anything is written.
+        header.encode().map_err(|e| Error::format(e, ErrorKind::InvalidArgument))?;
+        Ok(header)
+    }
+
+    fn incompatible(&self) -> Incompatible {
+        let mut bits = Incompatible::empty();
+        bits.set(Incompatible::DATA_FILE, self.data_file.is_some());
+        bits.set(Incompatible::COMPRESSION_TYPE, self.compression_type != CompressionType::Zlib);
+        bits.set(Incompatible::EXTENDED_L2, self.extended_l2);
+        bits
+    }
+
+    /// In the order in which QEMU writes them.
+    fn extensions(&self) -> Vec<Extension> {
+        let mut extensions = Vec::new();
+        if let Some(format) = self.backing.as_ref().and_then(|b| b.format.clone()) {
+            extensions.push(Extension::BackingFormat(format));
+        }
+        if let Some(data_file) = &self.data_file {
+            extensions.push(Extension::DataFile(data_file.filename.clone()));
+        }
+        if self.version >= 3 && self.cluster_size > SMALLEST_CLUSTER_WITHOUT_NAMES {
+            extensions.push(Extension::known_feature_names());
+        }
+        extensions
+    }
+}
+
+fn too_large(size: u64, why: &str) -> Error {
+    Error::new(ErrorKind::Limit, format!("the image is too large ({size} bytes): {why}")).with_field("size")
+}
