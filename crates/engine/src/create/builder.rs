@@ -18,6 +18,7 @@ const MAX_PIECES: usize = 512;
 
 /// What to place for one guest cluster.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(dead_code, reason = "placed by convert")]
 pub(crate) enum NewCluster {
     /// Nothing: the backing file, or zeroes.
     Unallocated,

@@ -97,7 +97,7 @@ impl Preallocator {
     /// Places `start..end`; both are cluster boundaries, or the end of the disk.
     pub(crate) fn place(&self, builder: &mut ImageBuilder, start: u64, end: u64, job: &Job) -> Result<()> {
         let g = builder.geometry();
-        let step = STEP.min((64 << 30 >> g.cluster_bits()) as u64);
+        let step = STEP;
         let clusters = vec![NewCluster::Data(self.bitmap); step as usize];
         let mut places = Vec::new();
         let mut at = start;

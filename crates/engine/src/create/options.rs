@@ -3,7 +3,7 @@
 use qcow2_format::header::extension::Extension;
 use qcow2_format::header::feature::{Autoclear, Compatible, Incompatible};
 use qcow2_format::limits::{MAX_L1_BYTES, MAX_VIRTUAL_SIZE};
-use qcow2_format::{CompressionType, CryptMethod, Geometry, Header, HostOffset};
+use qcow2_format::{CompressionType, CryptMethod, FormatError, Geometry, Header, HostOffset};
 
 use crate::{Error, ErrorKind, Result};
 
@@ -116,11 +116,17 @@ impl CreateOptions {
     pub fn geometry(&self) -> Result<Geometry> {
         let cluster_bits = exponent("cluster_size", self.cluster_size)?;
         let refcount_order = exponent("refcount_bits", self.refcount_bits.into())?;
-        Geometry::new(cluster_bits, refcount_order, self.extended_l2).map_err(|e| match e.field() {
-            Some("refcount_order") => {
-                Error::format(e, ErrorKind::InvalidArgument).with_field("refcount_bits")
-            }
-            _ => Error::format(e, ErrorKind::InvalidArgument).with_field("cluster_size"),
+        Geometry::new(cluster_bits, refcount_order, self.extended_l2).map_err(|e| {
+            // The caller gave sizes in bytes and bits, not the header's exponents.
+            let (field, value) = match e.field() {
+                Some("refcount_order") => ("refcount_bits", self.refcount_bits.into()),
+                _ => ("cluster_size", self.cluster_size),
+            };
+            let reason = match e {
+                FormatError::Invalid { reason, .. } => reason,
+                _ => "not possible",
+            };
+            Error::new(ErrorKind::InvalidArgument, format!("{field} {value}: {reason}")).with_field(field)
         })
     }
 
