@@ -35,19 +35,27 @@ interface ErrorFields extends Error {
 }
 
 /**
- * What an error says, without the name of the image that the caller puts in front. System errors in the system's words;
+ * What an error says, without the name of the image, which the caller puts in front. System errors in the system's words;
  * those of the library with their code, which scripts can look for.
  */
 export function describeError(error: unknown): string {
   if (!(error instanceof Error)) return String(error)
-  const { code, path, syscall } = error as ErrorFields
+  const { code, path, syscall, cause } = error as ErrorFields
   const system = typeof code === 'string' ? strerror(code) : undefined
   if (system !== undefined) {
     const opening = typeof path === 'string' && (syscall === 'open' || syscall === 'openat' || syscall === undefined)
     return opening ? `Could not open '${path}': ${system}` : system
   }
-  return error instanceof Qcow2Error ? `${error.message} (${error.code})` : error.message
+  if (!(error instanceof Qcow2Error)) return error.message
+  // A file of the chain that is not there: qemu-img says so in this form, which programs look for.
+  if (code === 'ERR_QCOW2_CHAIN' && cause instanceof Qcow2Error) {
+    return `Could not open backing file: ${describeError(cause)}`
+  }
+  return `${withoutPath(error.message, path)} (${error.code})`
 }
+
+const withoutPath = (message: string, path: unknown): string =>
+  typeof path === 'string' && message.startsWith(`${path}: `) ? message.slice(path.length + 2) : message
 
 /** An image that cannot be opened, in qemu-img's words. */
 export const openFailure = (filename: string, error: unknown, exitCode = 1): CommandFailure =>

@@ -21,8 +21,11 @@ export async function main(argv: readonly string[]): Promise<void> {
   }
   let caught: Signal | undefined
   const onSignal = (signal: Signal): void => {
-    // The second time the user means it: what is open is left to the operating system.
-    if (caught !== undefined) process.exit(128 + SIGNALS[signal])
+    // The second time the user means it: what is open is left to the operating system, but for the terminal's cursor.
+    if (caught !== undefined) {
+      if (process.stderr.isTTY) process.stderr.write('\u001b[?25h\u001b[?7h\n')
+      process.exit(128 + SIGNALS[signal])
+    }
     caught = signal
     abort.abort(new Error(`interrupted by ${signal}`))
   }

@@ -72,7 +72,7 @@ class Lines implements Reporter {
   }
 
   finish(done: boolean): void {
-    if (done) this.#print(100)
+    if (done && this.#shown < 100) this.#print(100)
     this.#session.stdout.write('\n')
     this.#session.stdout.flush()
   }
@@ -129,7 +129,7 @@ class Bar implements Reporter {
   #options(): Options {
     const columns = this.#session.stderr.stream.columns ?? 80
     return {
-      stream: process.stderr,
+      stream: this.#session.stderr.stream,
       format: `${this.#verb} {bar} {percentage}%  {done} of {whole}  {speed}  ETA {eta_formatted}`,
       barsize: Math.max(10, Math.min(40, columns - this.#verb.length - 58)),
       barCompleteChar: '━',

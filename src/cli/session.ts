@@ -12,15 +12,11 @@ export interface Session {
   readonly signal: AbortSignal
 }
 
-/** What the command line needs of a stream. */
-export interface Sink {
+/** A stream that may be a terminal. */
+export type Sink = NodeJS.WritableStream & {
   readonly isTTY?: boolean
   readonly columns?: number
-  readonly rows?: number
-  readonly writableNeedDrain: boolean
-  write(text: string): boolean
-  on(event: 'error', listener: (error: NodeJS.ErrnoException) => void): unknown
-  once(event: 'drain' | 'close', listener: () => void): unknown
+  readonly writableNeedDrain?: boolean
   getColorDepth?(env?: object): number
 }
 
@@ -37,7 +33,7 @@ export class Output {
 
   constructor(stream: Sink) {
     this.stream = stream
-    stream.on('error', error => {
+    stream.on('error', (error: NodeJS.ErrnoException) => {
       if (error.code !== 'EPIPE' && error.code !== 'ERR_STREAM_DESTROYED') throw error
       this.#closed = true
     })
@@ -63,7 +59,7 @@ export class Output {
   /** Waits until the reader has caught up. */
   async drained(): Promise<void> {
     if (this.stream.writableNeedDrain && !this.#closed) {
-      await Promise.race([once(this.stream as never, 'drain'), once(this.stream as never, 'close')])
+      await Promise.race([once(this.stream, 'drain'), once(this.stream, 'close')])
     }
   }
 }
