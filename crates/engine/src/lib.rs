@@ -4,10 +4,12 @@
 //! JavaScript; nothing below here does I/O.
 
 pub mod check;
+pub mod compare;
 pub mod create;
 pub mod error;
 pub mod image;
 pub mod job;
+pub mod measure;
 pub mod memory;
 pub mod source;
 pub mod storage;

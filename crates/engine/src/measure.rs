@@ -1,0 +1,168 @@
+//! How large a new image would be: `qemu-img measure`.
+//!
+//! The numbers are QEMU's to the byte, because callers reserve space by them. They are an upper bound: metadata is
+//! counted as if every cluster were allocated.
+
+use qcow2_format::Geometry;
+use qcow2_format::bitmap::FIXED_LENGTH;
+use qcow2_format::limits::MAX_L1_BYTES;
+
+use crate::image::Image;
+use crate::{Error, ErrorKind, ExtentKind, GuestSource, Job, Result};
+
+/// Bytes of an entry of the L1, refcount and bitmap tables.
+const TABLE_ENTRY: u64 = 8;
+/// Sizes of raw images are counted in sectors.
+const SECTOR: u64 = 512;
+/// Guest bytes whose extents are listed at once.
+const STEP: u64 = 1 << 30;
+
+/// What would be created.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MeasureTarget {
+    /// A raw image.
+    Raw,
+    /// A qcow2 image.
+    Qcow2(Qcow2Target),
+}
+
+/// The properties of a new qcow2 image that decide its size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Qcow2Target {
+    /// Version: 2 or 3.
+    pub version: u32,
+    /// Cluster size, refcount width and L2 entry form.
+    pub geometry: Geometry,
+    /// It has a backing file, so that what the source shares with it cannot be known: everything counts.
+    pub has_backing_file: bool,
+    /// Its data clusters are preallocated (`falloc` or `full`; not `metadata`, which always counts).
+    pub preallocated: bool,
+}
+
+/// Sizes of the new image file, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Measurement {
+    /// For the data of the source.
+    pub required: u64,
+    /// For a disk on which every cluster is written.
+    pub fully_allocated: u64,
+    /// For the persistent bitmaps of the source, on top; `None` where source or target cannot have any.
+    pub bitmaps: Option<u64>,
+}
+
+/// Measures an empty disk of `size` bytes.
+///
+/// # Errors
+/// `Limit` for a disk that is too large for the geometry.
+pub fn measure_size(size: u64, target: &MeasureTarget) -> Result<Measurement> {
+    let MeasureTarget::Qcow2(qcow2) = target else {
+        let size = size.checked_next_multiple_of(SECTOR).ok_or_else(|| too_large(size))?;
+        return Ok(Measurement { required: size, fully_allocated: size, bitmaps: None });
+    };
+    if qcow2.geometry.l1_entries_for(size) > MAX_L1_BYTES / TABLE_ENTRY {
+        return Err(too_large(size));
+    }
+    measured(size, 0, qcow2)
+}
+
+/// Measures the disk `image`, as seen through its whole chain.
+///
+/// # Errors
+/// `Aborted` through `job`; `Limit` for a disk beyond 64 bits; what reading the image's metadata gives.
+pub fn measure(image: &Image, target: &MeasureTarget, job: &Job) -> Result<Measurement> {
+    let size = image.virtual_size();
+    job.set_total(size);
+    let MeasureTarget::Qcow2(qcow2) = target else {
+        job.advance(size);
+        let size = size.checked_next_multiple_of(SECTOR).ok_or_else(|| too_large(size))?;
+        return Ok(Measurement { required: size, fully_allocated: size, bitmaps: None });
+    };
+    let data = if qcow2.has_backing_file {
+        job.advance(size);
+        u64::MAX
+    } else {
+        data_clusters(image, &qcow2.geometry, job)?
+    };
+    let mut measurement = measured(size, data, qcow2)?;
+    let source = image.layers().first().and_then(|layer| layer.as_qcow2());
+    if let Some(source) = source.filter(|s| s.header().version >= 3 && qcow2.version >= 3) {
+        let bitmaps = source.bitmaps()?;
+        let sizes = bitmaps.iter().map(|b| (b.entry.granularity_bits, b.entry.name.len() as u64));
+        measurement.bitmaps = Some(bitmap_bytes(size, sizes, &qcow2.geometry));
+    }
+    Ok(measurement)
+}
+
+/// Clusters of the target that hold data of `source`: not known to read as zeroes.
+fn data_clusters(source: &dyn GuestSource, geometry: &Geometry, job: &Job) -> Result<u64> {
+    let size = source.virtual_size();
+    let mut extents = Vec::new();
+    let mut clusters = 0;
+    // First cluster that is not counted yet: a cluster in which two extents of data meet counts once.
+    let mut next = 0;
+    for start in (0..size).step_by(STEP as usize) {
+        job.checkpoint()?;
+        let length = STEP.min(size - start);
+        extents.clear();
+        source.extents(start, length, job, &mut extents)?;
+        for extent in &extents {
+            if extent.zero || matches!(extent.kind, ExtentKind::Zero | ExtentKind::Unallocated) {
+                continue;
+            }
+            let first = geometry.cluster_index(extent.start).max(next);
+            next = next.max(geometry.clusters_for(extent.start + extent.length));
+            clusters += next.saturating_sub(first);
+        }
+        job.advance(length);
+    }
+    Ok(clusters)
+}
+
+/// The measurement of a disk of `size` bytes with `data` data clusters, or all of them.
+fn measured(size: u64, data: u64, target: &Qcow2Target) -> Result<Measurement> {
+    let geometry = &target.geometry;
+    let all = geometry.clusters_for(size);
+    let data = if target.preallocated { all } else { data.min(all) };
+    let l2_tables = all.div_ceil(geometry.l2_entries());
+    let l1_clusters = (l2_tables * TABLE_ENTRY).div_ceil(geometry.cluster_size());
+    let counted = 1 + l1_clusters + l2_tables + all;
+    let metadata = counted - all + refcount_clusters(counted, geometry);
+    let bytes = |clusters: u64| clusters.checked_mul(geometry.cluster_size()).ok_or_else(|| too_large(size));
+    Ok(Measurement {
+        required: bytes(metadata + data)?,
+        fully_allocated: bytes(metadata + all)?,
+        bitmaps: None,
+    })
+}
+
+/// Clusters of refcount table and blocks for `counted` other clusters. They count themselves, so this is the fixed point
+/// of an iteration.
+fn refcount_clusters(counted: u64, geometry: &Geometry) -> u64 {
+    let mut own = 0;
+    loop {
+        let blocks = (counted + own).div_ceil(geometry.refcount_block_entries());
+        let table = (blocks * TABLE_ENTRY).div_ceil(geometry.cluster_size());
+        if blocks + table == own {
+            return own;
+        }
+        own = blocks + table;
+    }
+}
+
+/// Bytes for bitmaps, given by granularity bits and length of the name: data clusters, all allocated, tables, and the
+/// directory.
+fn bitmap_bytes(size: u64, bitmaps: impl Iterator<Item = (u8, u64)>, geometry: &Geometry) -> u64 {
+    let mut clusters = 0;
+    let mut directory = 0;
+    for (granularity_bits, name_length) in bitmaps {
+        let data = geometry.clusters_for(size.div_ceil(1 << granularity_bits.min(63)).div_ceil(8));
+        clusters += data + geometry.clusters_for(data * TABLE_ENTRY);
+        directory += (FIXED_LENGTH as u64 + name_length).next_multiple_of(8);
+    }
+    (clusters + geometry.clusters_for(directory)) << geometry.cluster_bits()
+}
+
+fn too_large(size: u64) -> Error {
+    let message = format!("a disk of {size} bytes is too large (try using a larger cluster size)");
+    Error::new(ErrorKind::Limit, message).with_field("size")
+}
