@@ -1,9 +1,19 @@
-//! The Node addon.
+//! The Node addon: converts arguments, owns the threads, never holds logic.
+//!
+//! One [`runtime::Runtime`] per environment (the main thread, each `worker_threads` worker). JavaScript numbers
+//! its requests; a request runs on the runtime's own worker pool, a long job on a thread of its own; what
+//! they return is queued and delivered to JavaScript in batches, one call for everything that is done by then.
+//! Files, layers and images live here under numbers: what crosses is numbers and plain data.
+//!
+//! An environment that ends (process exit, `worker.terminate()`) runs the cleanup hook first: jobs are cancelled,
+//! all threads joined, so nothing touches a caller's buffer or the environment afterwards.
 
-use napi_derive::napi;
-
-/// The version of the addon, which must be the package's own.
-#[napi]
-pub fn engine_version() -> &'static str {
-    env!("CARGO_PKG_VERSION")
-}
+mod boundary;
+mod delivery;
+mod failure;
+mod guard;
+mod job;
+mod pool;
+mod read;
+mod resource;
+mod runtime;

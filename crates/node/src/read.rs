@@ -1,0 +1,80 @@
+//! Reads into a caller's buffer: the hot path.
+
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use napi::bindgen_prelude::{Env, Unknown};
+use napi::sys;
+use napi_derive::napi;
+use qcow2_engine::MemMut;
+
+use crate::boundary::typed_array;
+use crate::delivery::Outcome;
+use crate::pool::Task;
+use crate::resource::Handle;
+use crate::runtime::Runtime;
+
+/// A read that is under way. JavaScript keeps the buffer reachable until it hears of the completion, and the
+/// cleanup hook waits for running reads before the environment frees its memory.
+pub(crate) struct Read {
+    handle: Arc<Handle>,
+    start: NonNull<u8>,
+    length: usize,
+    position: u64,
+}
+
+// SAFETY: the pointer is used by the one worker that runs the read, through `MemMut`, whose accesses tolerate
+// concurrent changes by JavaScript.
+unsafe impl Send for Read {}
+
+impl Read {
+    /// Fills the buffer.
+    pub(crate) fn run(self) -> Outcome {
+        // SAFETY: the range was checked against the buffer when the request was made; the buffer is alive (see
+        // `Read`), and no Rust reference to its bytes exists.
+        let buffer = unsafe { MemMut::from_raw(self.start, self.length) };
+        match self.handle.run(|image| image.read_at(buffer, self.position)) {
+            Ok(()) => Outcome::Done,
+            Err(error) => Outcome::Failed(error),
+        }
+    }
+}
+
+/// Fills `length` bytes of the `Uint8Array` from `offset` with the guest bytes at `position`. The caller has
+/// clamped the range to the disk.
+#[napi]
+pub fn read(
+    env: Env,
+    request: u32,
+    image: u32,
+    buffer: Unknown<'_>,
+    offset: f64,
+    length: f64,
+    position: f64,
+) -> napi::Result<()> {
+    let runtime = Runtime::of(&env)?;
+    let handle = runtime.image(image)?;
+    let (start, size) = bytes_of(&env, &buffer)?;
+    let (offset, length) = (offset as usize, length as usize);
+    if offset.checked_add(length).is_none_or(|end| end > size) {
+        return Err(napi::Error::from_reason("the range is not inside the buffer"));
+    }
+    // SAFETY: offset <= size, so the sum stays inside (or one past) the buffer.
+    let start = unsafe { start.add(offset) };
+    let read = Read { handle, start, length, position: position as u64 };
+    runtime.submit(&env, request, Task::Read(read))
+}
+
+/// Where the bytes of a `Uint8Array` are, and how many.
+fn bytes_of(env: &Env, array: &Unknown<'_>) -> napi::Result<(NonNull<u8>, usize)> {
+    let (kind, start, length) = typed_array(env, array)?;
+    if kind != sys::TypedarrayType::uint8_array {
+        return Err(napi::Error::from_reason("the buffer is not a Uint8Array"));
+    }
+    match NonNull::new(start.cast()) {
+        Some(start) => Ok((start, length)),
+        // An empty array has no address.
+        None if length == 0 => Ok((NonNull::dangling(), 0)),
+        None => Err(napi::Error::from_reason("the buffer has no memory: it is detached")),
+    }
+}

@@ -1,0 +1,73 @@
+//! What JavaScript holds by number: files, layers, images.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use qcow2_engine::{Error, ErrorKind, GuestSource, Result, Storage};
+
+use crate::guard::guarded;
+
+/// An open image. Requests share it; it closes when the last of them is done and JavaScript has released it.
+pub(crate) struct Handle {
+    image: Box<dyn GuestSource>,
+    /// A request panicked: the image's state cannot be trusted any more.
+    poisoned: AtomicBool,
+}
+
+impl Handle {
+    /// A handle on `image`.
+    pub(crate) fn new(image: Box<dyn GuestSource>) -> Self {
+        Self { image, poisoned: AtomicBool::new(false) }
+    }
+
+    /// Runs one request; a panic poisons the handle.
+    pub(crate) fn run<T>(&self, work: impl FnOnce(&dyn GuestSource) -> Result<T>) -> Result<T> {
+        if self.poisoned.load(Ordering::Acquire) {
+            let message = "an earlier request met a bug in this library: close the image and open it again";
+            return Err(Error::new(ErrorKind::Internal, message));
+        }
+        let result = guarded(|| work(self.image.as_ref()));
+        if result.as_ref().is_err_and(|error| error.kind() == ErrorKind::Internal) {
+            self.poisoned.store(true, Ordering::Release);
+        }
+        result
+    }
+}
+
+/// One thing that JavaScript holds.
+pub(crate) enum Resource {
+    /// A file that is open and not yet a layer.
+    Storage(Arc<dyn Storage>),
+    /// An open image.
+    Image(Arc<Handle>),
+}
+
+/// The resources of one environment. Numbers are never used twice.
+#[derive(Default)]
+pub(crate) struct Resources {
+    last: u32,
+    held: HashMap<u32, Resource>,
+}
+
+impl Resources {
+    /// Holds a resource; returns its number.
+    pub(crate) fn hold(&mut self, resource: Resource) -> u32 {
+        self.last = self.last.wrapping_add(1);
+        self.held.insert(self.last, resource);
+        self.last
+    }
+
+    /// Gives a resource up.
+    pub(crate) fn release(&mut self, number: u32) -> Option<Resource> {
+        self.held.remove(&number)
+    }
+
+    /// The image of that number.
+    pub(crate) fn image(&self, number: u32) -> Option<&Arc<Handle>> {
+        match self.held.get(&number) {
+            Some(Resource::Image(handle)) => Some(handle),
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! What one environment owns. Everything here is used on the environment's thread only, except the pool's queue
+//! and the delivery, which have locks of their own.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::sync::Arc;
+
+use napi::bindgen_prelude::{Env, Unknown};
+use napi::sys;
+use napi_derive::napi;
+use qcow2_engine::{Error, ErrorKind};
+
+use crate::boundary::{self, Numbers, Wake};
+use crate::delivery::{Completion, Delivery, Outcome};
+use crate::failure;
+use crate::job::Jobs;
+use crate::pool::{Pool, Task};
+use crate::resource::{Handle, Resource, Resources};
+
+/// The state of one environment.
+pub(crate) struct Runtime {
+    delivery: Arc<Delivery>,
+    pool: Pool,
+    jobs: Jobs,
+    resources: RefCell<Resources>,
+    /// Requests that JavaScript waits for.
+    outstanding: Cell<u32>,
+    /// Where the numbers of finished requests are written for JavaScript.
+    numbers: Numbers,
+    /// The vector that the delivery's queue goes on with, kept for its capacity.
+    spare: Cell<Vec<Completion>>,
+}
+
+/// Starts the runtime of this environment, once. When requests have finished, `deliver(count, others)` is called:
+/// `count` of them had nothing to say and their numbers are in `numbers`; `others` is undefined or a flat list of
+/// number, whether it succeeded, and value or failure.
+#[napi(ts_args_type = "deliver: (count: number, others: unknown[] | undefined) => void, numbers: Uint32Array")]
+pub fn start(env: Env, deliver: Unknown<'_>, numbers: Unknown<'_>) -> napi::Result<()> {
+    if boundary::instance(&env)?.is_some() {
+        return Err(napi::Error::from_reason("the addon is already started in this environment"));
+    }
+    let numbers = Numbers::new(&env, &numbers)?;
+    let wake = Wake::new(&env, &deliver)?;
+    let delivery = Arc::new(Delivery::new(wake.function()));
+    let runtime = Rc::new(Runtime {
+        pool: Pool::new(Arc::clone(&delivery)),
+        jobs: Jobs::new(Arc::clone(&delivery)),
+        delivery,
+        resources: RefCell::default(),
+        outstanding: Cell::new(0),
+        numbers,
+        spare: Cell::default(),
+    });
+    runtime.delivery.hold(env.raw(), false);
+    wake.connect(Rc::clone(&runtime));
+    boundary::set_instance(&env, Rc::clone(&runtime))?;
+    // Registered after the thread-safe function, so it runs before that one's own hook: hooks run last in, first out.
+    env.add_env_cleanup_hook(runtime, |runtime| runtime.close())?;
+    Ok(())
+}
+
+impl Runtime {
+    /// The runtime of the calling environment.
+    pub(crate) fn of<'e>(env: &'e Env) -> napi::Result<&'e Self> {
+        boundary::instance(env)?
+            .ok_or_else(|| napi::Error::from_reason("the addon is not started in this environment"))
+    }
+
+    /// Queues a task for the request of that number. The event loop stays alive until it is delivered.
+    pub(crate) fn submit(&self, env: &Env, request: u32, task: Task) -> napi::Result<()> {
+        self.pool.submit(request, task).map_err(|e| napi::Error::from_reason(e.to_string()))?;
+        self.expect(env);
+        Ok(())
+    }
+
+    /// Counts a request that will be delivered.
+    pub(crate) fn expect(&self, env: &Env) {
+        let outstanding = self.outstanding.get();
+        if outstanding == 0 {
+            self.delivery.hold(env.raw(), true);
+        }
+        self.outstanding.set(outstanding + 1);
+    }
+
+    /// The jobs of this environment.
+    pub(crate) fn jobs(&self) -> &Jobs {
+        &self.jobs
+    }
+
+    /// The image of that number.
+    pub(crate) fn image(&self, number: u32) -> napi::Result<Arc<Handle>> {
+        let resources = self.resources.borrow();
+        resources.image(number).cloned().ok_or_else(|| napi::Error::from_reason("no such image"))
+    }
+
+    /// Holds a resource; returns its number.
+    pub(crate) fn hold(&self, resource: Resource) -> u32 {
+        self.resources.borrow_mut().hold(resource)
+    }
+
+    /// Gives a resource up.
+    pub(crate) fn release(&self, number: u32) -> Option<Resource> {
+        self.resources.borrow_mut().release(number)
+    }
+
+    /// Ends all work: nothing of this environment runs afterwards.
+    fn close(&self) {
+        self.jobs.close();
+        self.pool.close();
+    }
+
+    /// Hands everything that is done to JavaScript.
+    pub(crate) fn deliver(&self, env: &Env, callback: sys::napi_value) -> napi::Result<()> {
+        let mut batch = self.delivery.take(self.spare.take());
+        let delivered = u32::try_from(batch.len()).unwrap_or(u32::MAX);
+        let result = self.hand_over(env, callback, &mut batch);
+        batch.clear();
+        self.spare.set(batch);
+        let outstanding = self.outstanding.get().saturating_sub(delivered);
+        self.outstanding.set(outstanding);
+        if outstanding == 0 {
+            self.delivery.hold(env.raw(), false);
+        }
+        result
+    }
+
+    fn hand_over(&self, env: &Env, callback: sys::napi_value, batch: &mut Vec<Completion>) -> napi::Result<()> {
+        let (mut count, mut others) = (0, Vec::new());
+        for Completion { request, outcome } in batch.drain(..) {
+            match outcome {
+                Outcome::Done => {
+                    self.numbers.set(count, request);
+                    count += 1;
+                    if count == self.numbers.capacity() {
+                        boundary::call(env, callback, count, &[])?;
+                        count = 0;
+                    }
+                }
+                Outcome::Value(make) => match make(self, env) {
+                    Ok(value) => others.push((request, true, value)),
+                    Err(error) => {
+                        let error = Error::new(ErrorKind::Internal, format!("no value could be made: {error}"));
+                        others.push((request, false, failure::to_js(env, &error)?));
+                    }
+                },
+                Outcome::Failed(error) => others.push((request, false, failure::to_js(env, &error)?)),
+            }
+        }
+        boundary::call(env, callback, count, &others)
+    }
+}
