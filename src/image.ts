@@ -2,12 +2,28 @@
 
 import type { Readable } from 'node:stream'
 import type { ReadableStream } from 'node:stream/web'
-import type { ReferencePolicy } from './backing/policy.js'
-import type { CheckResult } from './check.js'
-import type { ImageInfo } from './info.js'
-import type { Abortable, Limits, LongRunning } from './options.js'
-import type { Format, ImageSource } from './source.js'
-import type { Size } from './units.js'
+import { type Chain, openChain } from './backing/chain.js'
+import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
+import { AbortError, invalidArgument } from './errors.js'
+import { type ImageInfo, layersInfo } from './info.js'
+import { type MapEntry, type MapOptions, readMapOptions, walkMap } from './map.js'
+import {
+  ABORTABLE,
+  type Abortable,
+  bytes,
+  type Limits,
+  limits,
+  oneOf,
+  readOptions,
+  text,
+  throwIfAborted,
+} from './options.js'
+import { type Format, type ImageSource, release, toLocated } from './source.js'
+import { openReadStream, openWebStream, type ReadStreamOptions, type WebStreamOptions } from './stream.js'
+import { toBytesView } from './support/buffers.js'
+import { Lifetime } from './support/lifetime.js'
+import { submitRead, toError } from './support/requests.js'
+import { describe, type Size, toBytes } from './units.js'
 
 /** Options of {@link open}. */
 export interface OpenOptions extends Abortable {
@@ -19,10 +35,20 @@ export interface OpenOptions extends Abortable {
   references?: ReferencePolicy | undefined
   /** Id or name of an internal snapshot: the handle is a read-only view of it. */
   snapshot?: string | undefined
-  /** Bytes of L2 tables kept in memory. Default: enough for the whole image, 32 MiB at most. */
-  l2CacheSize?: number | undefined
+  /** Most bytes of L2 tables kept in memory, for each layer. Default: enough for the whole image, 32 MiB at most. */
+  l2CacheSize?: Size | undefined
   limits?: Limits | undefined
 }
+
+const OPEN = {
+  ...ABORTABLE,
+  flags: oneOf('r'),
+  format: oneOf('qcow2', 'raw'),
+  references: referencePolicy,
+  snapshot: text,
+  l2CacheSize: bytes,
+  limits,
+} as const
 
 /** Options of {@link Image.read}. */
 export interface ReadOptions extends Abortable {
@@ -34,86 +60,223 @@ export interface ReadOptions extends Abortable {
   length?: number | undefined
 }
 
-/** Options of {@link Image.map}. */
-export interface MapOptions extends Abortable {
-  /** First guest byte. Default 0. */
-  start?: Size | undefined
-  /** Bytes. Default: the rest of the disk. */
-  length?: Size | undefined
-  /** `'top'` looks at the top layer alone: what it does not have is `present: false`. Default `'all'`. */
-  depth?: 'all' | 'top' | undefined
-}
+const READ = { ...ABORTABLE, position: bytes, offset: bytes, length: bytes } as const
 
-/** A run of guest bytes of one kind, as QAPI's `MapEntry`. */
-export interface MapEntry {
-  /** First guest byte. */
-  readonly start: number
-  /** Bytes. */
-  readonly length: number
-  /** The layer that has it: 0 is the top. */
-  readonly depth: number
-  /** Some layer of the chain has the range. */
-  readonly present: boolean
-  /** Reads as zeroes. */
-  readonly zero: boolean
-  /** Reading takes it from a file. */
-  readonly data: boolean
-  readonly compressed: boolean
-  /** Where the first byte is in the file, for uncompressed data. */
-  readonly offset?: number
-  /** The file that `offset` is in. */
-  readonly filename?: string
-}
+/** Closes what was never closed, and says so, as Node does for a `FileHandle`. */
+const unclosed = new FinalizationRegistry<Chain>(({ image, path }) => {
+  const name = path === undefined ? 'an image' : `image '${path}'`
+  const message = `Closing ${name} on garbage collection: call close(), or declare it with "await using"`
+  process.emitWarning(message, { code: 'QCOW2_UNCLOSED' })
+  void release(image)
+})
 
-/** Options of {@link Image.createReadStream}. */
-export interface ReadStreamOptions extends Abortable {
-  /** First guest byte. Default 0. */
-  start?: Size | undefined
-  /** Last guest byte, included, as for Node's `fs.createReadStream`. Default: the end of the disk. */
-  end?: Size | undefined
-  /** Bytes read ahead. Default 1 MiB. */
-  highWaterMark?: number | undefined
-  /** Emit objects `{ position, buffer }` for data only, and skip what reads as zeroes. */
-  sparse?: boolean | undefined
-}
+/**
+ * An open image. All methods can be called at any time and concurrently; requests keep no cursor. The handle must be closed: with
+ * `close()`, or by `await using`.
+ */
+export class Image implements AsyncDisposable {
+  readonly #chain: Chain
+  readonly #lifetime: Lifetime
 
-/** What a sparse stream emits. */
-export interface SparseChunk {
-  /** Guest offset in bytes. */
-  readonly position: number
-  readonly buffer: Buffer
-}
+  /** @internal Images are made by `open` and `create`. */
+  constructor(chain: Chain) {
+    if (typeof chain !== 'object' || chain === null || !('image' in chain)) {
+      throw invalidArgument('Image', 'an Image is made by open() or create(), not by its constructor')
+    }
+    this.#chain = chain
+    const what = chain.path === undefined ? 'the image' : `the image '${chain.path}'`
+    this.#lifetime = new Lifetime(what, () => {
+      unclosed.unregister(this)
+      return release(chain.image)
+    })
+    unclosed.register(this, chain, this)
+  }
 
-/** Options of {@link Image.info}. */
-export interface InfoOptions extends Abortable {}
-
-export declare class Image implements AsyncDisposable {
-  private constructor()
   /** Size of the disk in bytes. */
-  readonly virtualSize: number
-  /** Bytes per cluster; 512 for raw. */
-  readonly clusterSize: number
-  readonly readOnly: boolean
-  /** `close` was called: new requests are refused. */
-  readonly closed: boolean
-  /** Layers of the chain, the top included. */
-  readonly depth: number
-  read<T extends NodeJS.ArrayBufferView>(buffer: T, options: ReadOptions): Promise<{ bytesRead: number; buffer: T }>
-  readv<T extends readonly NodeJS.ArrayBufferView[]>(
+  get virtualSize(): number {
+    return this.#chain.virtualSize
+  }
+
+  /** Bytes per cluster of the top layer: what it allocates at a time. 65536 for raw, which has no clusters. */
+  get clusterSize(): number {
+    return this.#chain.clusterSize ?? 65536
+  }
+
+  /** Layers of the backing chain, the top included. */
+  get depth(): number {
+    return this.#chain.depth
+  }
+
+  /** Whether writing is refused: always, in this version. */
+  get readOnly(): boolean {
+    return true
+  }
+
+  /** Whether `close` was called: new requests are refused. */
+  get closed(): boolean {
+    return this.#lifetime.closed
+  }
+
+  /**
+   * Reads guest bytes into the buffer. Reads less than asked only at the end of the disk, nothing beyond it. The
+   * buffer must not be touched or transferred until the promise settles, whatever the signal does.
+   *
+   * @throws {@link Qcow2Error} `ERR_QCOW2_CLOSED`; `ERR_QCOW2_INVALID_ARGUMENT` for a detached or resizable buffer or a range
+   *   outside it; `ERR_QCOW2_CORRUPT` for damaged tables or compressed data; the system's code for an I/O error
+   */
+  async read<T extends NodeJS.ArrayBufferView>(
+    buffer: T,
+    options: ReadOptions,
+  ): Promise<{ bytesRead: number; buffer: T }> {
+    const view = toBytesView(buffer, 'Image.read: buffer')
+    checkReadOptions(options)
+    const { signal } = options
+    const offset = options.offset === undefined ? 0 : toBytes(options.offset, 'Image.read: offset')
+    const length = options.length === undefined ? view.length - offset : toBytes(options.length, 'Image.read: length')
+    if (offset > view.length || length < 0 || offset + length > view.length) {
+      const message = `Image.read: ${length} bytes from offset ${offset} are not inside the buffer of ${view.length} bytes`
+      throw invalidArgument(offset > view.length ? 'Image.read: offset' : 'Image.read: length', message)
+    }
+    const position = toBytes(options.position, 'Image.read: position')
+    throwIfAborted(signal)
+    this.#lifetime.enter()
+    try {
+      const bytesRead = await this.#fill(view, offset, length, position)
+      if (signal?.aborted) throw new AbortError(signal.reason)
+      return { bytesRead, buffer }
+    } finally {
+      this.#lifetime.leave()
+    }
+  }
+
+  /** Reads guest bytes into several buffers, one behind the other; otherwise as {@link Image.read}. */
+  async readv<const T extends readonly NodeJS.ArrayBufferView[]>(
     buffers: T,
     position: Size,
     options?: Abortable,
-  ): Promise<{ bytesRead: number; buffers: T }>
-  /** The top layer. */
-  info(options?: InfoOptions): Promise<ImageInfo>
-  /** Every layer that is open, the top first. */
-  chain(options?: InfoOptions): Promise<ImageInfo[]>
-  map(options?: MapOptions): AsyncIterableIterator<MapEntry>
-  check(options?: LongRunning): Promise<CheckResult>
-  createReadStream(options?: ReadStreamOptions): Readable
-  readableWebStream(options?: Omit<ReadStreamOptions, 'sparse'>): ReadableStream<Uint8Array>
-  close(): Promise<void>
-  [Symbol.asyncDispose](): Promise<void>
+  ): Promise<{ bytesRead: number; buffers: T }> {
+    if (!Array.isArray(buffers)) {
+      throw invalidArgument('buffers', `Image.readv: buffers must be an array, not ${describe(buffers)}`)
+    }
+    const views = buffers.map((buffer, index) => toBytesView(buffer, `Image.readv: buffers[${index}]`))
+    const start = toBytes(position, 'Image.readv: position')
+    const { signal } = readOptions(options, 'Image.readv', ABORTABLE)
+    throwIfAborted(signal)
+    const bytesRead = await this.#lifetime.run(async () => {
+      let at = start
+      const reads = views.map(view => {
+        const from = at
+        at += view.length
+        return this.#fill(view, 0, view.length, from)
+      })
+      // Every buffer is in use until its own read is done, so all are waited for.
+      const ends = await Promise.allSettled(reads)
+      return ends.reduce((sum, end) => {
+        if (end.status === 'rejected') throw end.reason
+        return sum + end.value
+      }, 0)
+    })
+    if (signal?.aborted) throw new AbortError(signal.reason)
+    return { bytesRead, buffers }
+  }
+
+  /** Reads a range that is inside the view, clamped to the disk. */
+  async #fill(view: Uint8Array, offset: number, length: number, position: number): Promise<number> {
+    const { image, virtualSize } = this.#chain
+    const count = Math.min(length, virtualSize - position)
+    if (count <= 0) return 0
+    try {
+      await submitRead(image, view, offset, count, position)
+    } catch (failure) {
+      throw toError(failure)
+    }
+    return count
+  }
+
+  /** Describes the top layer, in the terms of QAPI's `ImageInfo`. */
+  async info(options?: Abortable): Promise<ImageInfo> {
+    const [top] = await this.chainInfo(options)
+    if (top === undefined) throw invalidArgument('image', 'an image has at least one layer')
+    return top
+  }
+
+  /** Describes every layer of the backing chain that is open, the top first. */
+  async chainInfo(options?: Abortable): Promise<ImageInfo[]> {
+    const { signal } = readOptions(options, 'Image.info', ABORTABLE)
+    throwIfAborted(signal)
+    const layers = await this.#lifetime.run(() => layersInfo(this.#chain.image))
+    throwIfAborted(signal)
+    return layers
+  }
+
+  /**
+   * Iterates over what the disk is made of: runs of one kind in order and without gaps, neighbours merged. A `start` beyond
+   * the end of the disk gives nothing.
+   */
+  async *map(options?: MapOptions): AsyncGenerator<MapEntry, void, undefined> {
+    const read = readMapOptions(options)
+    throwIfAborted(read.signal)
+    const { image, virtualSize } = this.#chain
+    yield* walkMap(image, virtualSize, read, work => this.#lifetime.run(work))
+  }
+
+  /**
+   * A stream of guest bytes; with `sparse`, of objects `{ position, buffer }` for what does not read as zeroes. The image stays
+   * open when the stream ends.
+   */
+  createReadStream(options?: ReadStreamOptions): Readable {
+    return openReadStream(this, options)
+  }
+
+  /** A web stream of guest bytes. The image stays open when the stream ends. */
+  readableWebStream(options?: WebStreamOptions): ReadableStream<Uint8Array> {
+    return openWebStream(this, options)
+  }
+
+  /**
+   * Closes the image: running requests finish, new ones reject with `ERR_QCOW2_CLOSED`. Every call resolves when the files are
+   * closed.
+   */
+  close(): Promise<void> {
+    return this.#lifetime.close()
+  }
+
+  /** As {@link Image.close}, for `await using`. */
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.close()
+  }
 }
 
-export declare function open(source: ImageSource, options?: OpenOptions): Promise<Image>
+/** There can be very many reads: the full check runs only where something is out of the ordinary. */
+function checkReadOptions(options: unknown): void {
+  if (typeof options === 'object' && options !== null) {
+    let known = true
+    for (const name in options) {
+      if (name !== 'position' && name !== 'offset' && name !== 'length' && name !== 'signal') known = false
+    }
+    if (known && (!('signal' in options) || options.signal === undefined)) return
+  }
+  readOptions(options, 'Image.read', READ)
+}
+
+/**
+ * Opens an image for reading. It is refused if it names a backing file or data file, unless `references` says what to do about it.
+ *
+ * @throws {@link Qcow2Error} `ERR_QCOW2_FORMAT_UNKNOWN`, `ERR_QCOW2_INVALID_HEADER`, `ERR_QCOW2_UNSUPPORTED_FEATURE`,
+ *   `ERR_QCOW2_CORRUPT`, `ERR_QCOW2_LIMIT`, `ERR_QCOW2_REFERENCE_DENIED`, `ERR_QCOW2_CHAIN`, `ERR_QCOW2_NO_SNAPSHOT`, or the
+ *   system's code (`ENOENT`, `EACCES`)
+ */
+export async function open(source: ImageSource, options?: OpenOptions): Promise<Image> {
+  const located = toLocated(source, 'source')
+  const { flags: _, ...read } = readOptions(options, 'open', OPEN)
+  if (read.format === 'raw' && read.snapshot !== undefined) {
+    throw invalidArgument('snapshot', 'open: a raw image has no snapshots')
+  }
+  throwIfAborted(read.signal)
+  const chain = await openChain(located, read)
+  if (read.signal?.aborted) {
+    await release(chain.image)
+    throw new AbortError(read.signal.reason)
+  }
+  return new Image(chain)
+}

@@ -12,23 +12,15 @@ export {
 } from './convert.js'
 export { type CreateOptions, create, type Preallocation, type Qcow2Shape } from './create.js'
 export { AbortError, type ErrorPlace, Qcow2Error, type Qcow2ErrorCode, type SystemErrorCode } from './errors.js'
-export {
-  Image,
-  type InfoOptions,
-  type MapEntry,
-  type MapOptions,
-  type OpenOptions,
-  open,
-  type ReadOptions,
-  type ReadStreamOptions,
-  type SparseChunk,
-} from './image.js'
+export { Image, type OpenOptions, open, type ReadOptions } from './image.js'
 export type { BitmapInfo, ImageInfo, Qcow2SpecificInfo, SnapshotInfo } from './info.js'
 export { type Finding, type FindingCode, type Inspection, type InspectOptions, inspect } from './inspect.js'
+export type { MapEntry, MapOptions } from './map.js'
 export { type MeasureOptions, type MeasureResult, measure } from './measure.js'
 export type { Abortable, Limits, LongRunning, Progress } from './options.js'
 export { type KnownFormat, probe } from './probe.js'
 export type { Format, ImageSource, PathLike } from './source.js'
+export type { ReadStreamOptions, SparseChunk, WebStreamOptions } from './stream.js'
 export type { Size } from './units.js'
 
 /** The version of this package. */

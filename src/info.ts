@@ -1,6 +1,9 @@
 /** What an image says about itself, in QAPI's terms (`ImageInfo`, `ImageInfoSpecificQCow2`), in camelCase. */
 
+import { readFileName } from './backing/filename.js'
+import type { NativeLayerInfo } from './native.js'
 import type { Format } from './source.js'
+import { request } from './support/requests.js'
 
 /** An internal snapshot, as QAPI's `SnapshotInfo`. */
 export interface SnapshotInfo {
@@ -66,11 +69,58 @@ export interface ImageInfo {
   readonly encrypted: boolean
   /** The backing file's name as the image has it. */
   readonly backingFilename?: string
-  /** That name, resolved from the directory of this image. Absent where it is not the name of a file. */
+  /** That name from the directory of this image. A name that is no file name stands as it is. */
   readonly fullBackingFilename?: string
   readonly backingFilenameFormat?: string
   /** In the order of the snapshot table. */
   readonly snapshots: readonly SnapshotInfo[]
   /** Absent for raw. */
   readonly formatSpecific?: Qcow2SpecificInfo
+}
+
+type NativeQcow2Info = NonNullable<NativeLayerInfo['qcow2']>
+
+/** Describes every layer of an open image, top first. */
+export async function layersInfo(image: number): Promise<ImageInfo[]> {
+  const layers = await request<NativeLayerInfo[]>((number, addon) => addon.layersInfo(number, image))
+  return layers.map(toImageInfo)
+}
+
+function toImageInfo({ qcow2, ...layer }: NativeLayerInfo): ImageInfo {
+  return {
+    ...layer,
+    dirtyFlag: qcow2?.dirty ?? false,
+    encrypted: qcow2?.encryption !== undefined,
+    snapshots: qcow2?.snapshots ?? [],
+    ...(qcow2 && {
+      clusterSize: qcow2.clusterSize,
+      ...backingInfo(qcow2, layer.filename),
+      formatSpecific: specificInfo(qcow2),
+    }),
+  }
+}
+
+function backingInfo({ backingFilename, backingFormat }: NativeQcow2Info, filename: string): Partial<ImageInfo> {
+  if (backingFilename === undefined) return {}
+  const name = readFileName(backingFilename, filename === '' ? undefined : filename)
+  return {
+    backingFilename,
+    fullBackingFilename: 'path' in name ? name.path : backingFilename,
+    ...(backingFormat !== undefined && { backingFilenameFormat: backingFormat }),
+  }
+}
+
+function specificInfo(qcow2: NativeQcow2Info): Qcow2SpecificInfo {
+  const { extendedL2, lazyRefcounts, corrupt, hasDataFile, dataFile, dataFileRaw, encryption, bitmaps } = qcow2
+  return {
+    type: 'qcow2',
+    compat: qcow2.version === 2 ? '0.10' : '1.1',
+    refcountBits: qcow2.refcountBits,
+    compressionType: qcow2.compressionType,
+    ...(qcow2.version > 2 && { extendedL2, lazyRefcounts, corrupt }),
+    ...(hasDataFile && { dataFileRaw }),
+    ...(dataFile !== undefined && { dataFile }),
+    ...(encryption !== undefined && { encrypt: { format: encryption } }),
+    ...(bitmaps.length > 0 && { bitmaps }),
+  }
 }

@@ -1,8 +1,194 @@
 /**
- * The addon, typed. The one module that loads it.
+ * The addon: found, loaded, and typed. The one module that loads it.
  *
- * `../dist/binding.js` is the loader that the native build generates; the path is right from `src/` and from `dist/`.
+ * Looked for in this order: the file that `NAPI_RS_NATIVE_LIBRARY_PATH` names, the local build beside the compiled
+ * library, the platform's own package (`qcow2-linux-x64-gnu` and so on), which npm installs as an optional dependency.
  */
-import * as binding from '../dist/binding.js'
 
-export const native = binding
+import { join } from 'node:path'
+import { Qcow2Error } from './errors.js'
+
+/** An error as the addon hands it over. */
+export interface NativeFailure {
+  readonly code: string
+  readonly message: string
+  readonly path?: string
+  readonly offset?: number
+  readonly field?: string
+  /** Positive. */
+  readonly errno?: number
+  readonly syscall?: string
+}
+
+/** A file that an image names. */
+export interface NativeNamedFile {
+  readonly filename: string
+  /** False for a name that is not UTF-8: `filename` shows it, nothing can be opened by it. */
+  readonly exact: boolean
+  readonly format?: string
+}
+
+export interface NativeFile {
+  readonly file: number
+  readonly path?: string
+  readonly length: number
+  /** Equal strings are the same file. */
+  readonly identity?: string
+  /** The first bytes, 1024 at most. */
+  readonly head: Buffer
+}
+
+export interface NativeLayer {
+  readonly layer: number
+  readonly virtualSize: number
+  readonly clusterSize?: number
+  readonly backing?: NativeNamedFile
+  readonly dataFile?: NativeNamedFile
+}
+
+/** Limits; what is absent has the engine's default. */
+export interface NativeLimits {
+  maxVirtualSize?: number | undefined
+  maxMetadataBytes?: number | undefined
+  maxSnapshots?: number | undefined
+  maxBitmaps?: number | undefined
+  maxMemory?: number | undefined
+}
+
+export interface NativeLayerOptions {
+  snapshot?: string | undefined
+  l2CacheSize?: number | undefined
+  forCheck?: boolean | undefined
+  limits?: NativeLimits | undefined
+}
+
+/** Seven numbers for each extent: see `crates/node/src/map.rs`. */
+export interface NativeExtents {
+  readonly numbers: Float64Array
+  readonly files: readonly string[]
+}
+
+export interface NativeLayerInfo {
+  readonly filename: string
+  readonly format: 'qcow2' | 'raw'
+  readonly virtualSize: number
+  readonly actualSize: number
+  readonly fileLength: number
+  readonly qcow2?: {
+    readonly version: 2 | 3
+    readonly clusterSize: number
+    readonly refcountBits: number
+    readonly compressionType: 'zlib' | 'zstd'
+    readonly encryption?: 'aes' | 'luks'
+    readonly extendedL2: boolean
+    readonly lazyRefcounts: boolean
+    readonly corrupt: boolean
+    readonly dirty: boolean
+    readonly backingFilename?: string
+    readonly backingFormat?: string
+    readonly hasDataFile: boolean
+    readonly dataFile?: string
+    readonly dataFileRaw: boolean
+    readonly snapshots: readonly {
+      readonly id: string
+      readonly name: string
+      readonly vmStateSize: number
+      readonly dateSec: number
+      readonly dateNsec: number
+      readonly vmClockSec: number
+      readonly vmClockNsec: number
+      readonly icount?: number
+    }[]
+    readonly bitmaps: readonly {
+      readonly name: string
+      readonly granularity: number
+      readonly flags: readonly ('in-use' | 'auto')[]
+    }[]
+  }
+}
+
+/**
+ * The addon's functions. Those that take a `request` number return at once; what comes of it is delivered under that
+ * number (`support/requests.ts`). Arguments are checked here in TypeScript: the addon trusts them.
+ */
+export interface Addon {
+  start(deliver: (count: number, others: readonly unknown[] | undefined) => void, numbers: Uint32Array): void
+  openFile(request: number, path: string | Buffer): void
+  openDescriptor(request: number, descriptor: number): void
+  openQcow2(request: number, file: number, options: NativeLayerOptions): void
+  openRaw(request: number, file: number): void
+  setDataFile(request: number, layer: number, file: number): void
+  assemble(request: number, layers: readonly number[]): void
+  release(request: number, number: number): void
+  read(request: number, image: number, buffer: Uint8Array, offset: number, length: number, position: number): void
+  extents(request: number, image: number, start: number, length: number): void
+  layersInfo(request: number, image: number): void
+  cancelJob(job: number): void
+  jobProgress(job: number): [current: number, total: number]
+  /** Waits for the job's thread, which has delivered what it had to say, and forgets it. */
+  endJob(job: number): void
+}
+
+/** The C library's flavour, which Linux packages differ in. */
+function isMusl(): boolean {
+  const report = process.report?.getReport() as { header?: { glibcVersionRuntime?: string } } | undefined
+  return report?.header?.glibcVersionRuntime === undefined
+}
+
+const SUFFIXES: Readonly<Record<string, () => string>> = {
+  'linux-x64': () => (isMusl() ? 'linux-x64-musl' : 'linux-x64-gnu'),
+  'linux-arm64': () => (isMusl() ? 'linux-arm64-musl' : 'linux-arm64-gnu'),
+  'darwin-x64': () => 'darwin-x64',
+  'darwin-arm64': () => 'darwin-arm64',
+  'win32-x64': () => 'win32-x64-msvc',
+  'win32-arm64': () => 'win32-arm64-msvc',
+}
+
+function load(): Addon {
+  const explicit = process.env['NAPI_RS_NATIVE_LIBRARY_PATH']
+  if (explicit) return attempt(explicit, error => failed(`${explicit} (NAPI_RS_NATIVE_LIBRARY_PATH)`, error))
+  const platform = `${process.platform}-${process.arch}`
+  const suffix = SUFFIXES[platform]?.()
+  if (suffix === undefined) {
+    const known = Object.keys(SUFFIXES).join(', ')
+    throw new Qcow2Error('ERR_QCOW2_ADDON_MISSING', `qcow2 has no addon for ${platform}; it has one for ${known}`)
+  }
+  const local = join(__dirname, `qcow2.${suffix}.node`)
+  return attempt(local, error => {
+    if (!isMissing(error, local)) throw failed(local, error)
+    const name = `qcow2-${suffix}`
+    return attempt(name, missing => {
+      throw isMissing(missing, name) ? notInstalled(name) : failed(name, missing)
+    })
+  })
+}
+
+function attempt(name: string, otherwise: (error: unknown) => Addon | Error): Addon {
+  try {
+    return require(name) as Addon
+  } catch (error) {
+    const next = otherwise(error)
+    if (next instanceof Error) throw next
+    return next
+  }
+}
+
+const isMissing = (error: unknown, name: string): boolean =>
+  error instanceof Error &&
+  'code' in error &&
+  (error.code === 'MODULE_NOT_FOUND' || error.code === 'ERR_MODULE_NOT_FOUND') &&
+  error.message.includes(name)
+
+const failed = (name: string, cause: unknown): Qcow2Error => {
+  const reason = cause instanceof Error ? cause.message : String(cause)
+  return new Qcow2Error('ERR_QCOW2_ADDON_MISSING', `the addon ${name} cannot be loaded: ${reason}`, { cause })
+}
+
+const notInstalled = (name: string): Qcow2Error =>
+  new Qcow2Error(
+    'ERR_QCOW2_ADDON_MISSING',
+    `the package ${name} with the addon for this platform is not installed. npm installs it with qcow2 unless optional ` +
+      'dependencies are left out (--omit=optional), or node_modules came from another platform: run npm install here',
+  )
+
+export const native: Addon = load()

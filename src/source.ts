@@ -1,6 +1,11 @@
-/** What can be opened as a disk image. */
+/** What can be opened as a disk image, and how it becomes an open file of the addon's. */
 
 import type { FileHandle } from 'node:fs/promises'
+import { fileURLToPath } from 'node:url'
+import { invalidArgument, Qcow2Error } from './errors.js'
+import type { NativeFile } from './native.js'
+import { request } from './support/requests.js'
+import { describe } from './units.js'
 
 /** A file name as Node's `fs` takes it. A `URL` must have the scheme `file:`. */
 export type PathLike = string | Buffer | URL
@@ -13,3 +18,53 @@ export type ImageSource = PathLike | FileHandle
 
 /** The formats that images are read and written in. */
 export type Format = 'qcow2' | 'raw'
+
+/** A source that was checked: a path for the system, or a handle's descriptor. */
+export type Located = { readonly path: string | Buffer } | { readonly descriptor: number }
+
+const NO_DESCRIPTOR = -1
+
+/** Checks an image source. `name` is the argument's, for the message. */
+export function toLocated(source: unknown, name: string): Located {
+  if (typeof source === 'object' && source !== null && !(source instanceof URL) && !Buffer.isBuffer(source)) {
+    if ('fd' in source && typeof source.fd === 'number') {
+      if (source.fd !== NO_DESCRIPTOR) return { descriptor: source.fd }
+      throw new Qcow2Error('EBADF', `EBADF: bad file descriptor: ${name} is a FileHandle that is closed`, {
+        field: name,
+        syscall: 'open',
+      })
+    }
+  }
+  return { path: toPath(source, name, 'a string, Buffer, file: URL or FileHandle') }
+}
+
+/** Checks a file name. */
+export function toPath(source: unknown, name: string, wanted = 'a string, Buffer or file: URL'): string | Buffer {
+  if (source instanceof URL) {
+    try {
+      return fileURLToPath(source)
+    } catch (error) {
+      const reason = error instanceof Error ? error.message : String(error)
+      throw invalidArgument(name, `${name}: ${source.href} is not a file: URL of this machine: ${reason}`)
+    }
+  }
+  if (typeof source !== 'string' && !Buffer.isBuffer(source)) {
+    throw invalidArgument(name, `${name} must be ${wanted}, not ${describe(source)}`)
+  }
+  if (source.length === 0) throw invalidArgument(name, `${name} must not be empty`)
+  if (source.includes('\0')) throw invalidArgument(name, `${name} must not contain a null character`)
+  return source
+}
+
+/** Opens the file for reading. */
+export function openFile(located: Located): Promise<NativeFile> {
+  return request<NativeFile>((number, addon) => {
+    if ('path' in located) addon.openFile(number, located.path)
+    else addon.openDescriptor(number, located.descriptor)
+  })
+}
+
+/** Gives a file, layer or image of the addon's up. */
+export function release(number: number): Promise<void> {
+  return request<void>((id, addon) => addon.release(id, number))
+}

@@ -1,6 +1,11 @@
 /** Who decides what an image may pull in. */
 
-import type { ImageSource } from '../source.js'
+import { invalidArgument, Qcow2Error } from '../errors.js'
+import type { NativeNamedFile } from '../native.js'
+import type { Reader } from '../options.js'
+import { type ImageSource, type Located, toLocated } from '../source.js'
+import { describe } from '../units.js'
+import { readFileName } from './filename.js'
 
 /** A file that an image names. */
 export interface Reference {
@@ -17,8 +22,8 @@ export interface Reference {
  * What an image may pull in:
  *
  * - `'deny'` (the default): an image that names a backing file or a data file is refused
- * - `'layer'`: the image is opened alone; what only a backing file has reads as zeroes. For tools that look at one layer;
- *   `convert` refuses it unless `base` says what the layer stands on. An external data file is still refused
+ * - `'layer'`: the image is opened alone. What only a backing file has reads as zeroes, and reading what is in an external data file
+ *   fails. For tools that look at one layer; `convert` refuses it unless `base` says what the layer stands on
  * - `'allow'`: names are followed as QEMU follows them, relative ones from the directory of the image that names
  *   them. Never `json:` descriptions or protocols (`nbd:`, `http:`)
  * - a function: called for every reference, returns what to open instead, or `null` to refuse
@@ -28,3 +33,46 @@ export type ReferencePolicy =
   | 'layer'
   | 'allow'
   | ((reference: Reference) => ImageSource | null | Promise<ImageSource | null>)
+
+export const referencePolicy: Reader<ReferencePolicy> = (value, name) => {
+  if (value === 'deny' || value === 'layer' || value === 'allow') return value
+  if (typeof value === 'function') return value as ReferencePolicy
+  throw invalidArgument(name, `${name} must be 'deny', 'layer', 'allow' or a function, not ${describe(value)}`)
+}
+
+const KIND = { backing: 'backing file', 'data-file': 'external data file' } as const
+
+/** `backing file 'base.qcow2'` */
+export const nameOf = ({ kind, filename }: Pick<Reference, 'kind' | 'filename'>): string =>
+  `${KIND[kind]} '${filename}'`
+
+/** What to open for a reference; undefined for nothing (`'layer'`). */
+export async function decide(
+  policy: ReferencePolicy,
+  kind: Reference['kind'],
+  named: NativeNamedFile,
+  path: string | undefined,
+): Promise<Located | undefined> {
+  if (policy === 'layer') return undefined
+  const { filename, format } = named
+  const reference: Reference = { kind, filename, from: path ?? '', ...(format === undefined ? {} : { format }) }
+  if (policy === 'deny') {
+    const hint = "pass references: 'allow', 'layer' or a function that says what to open"
+    throw denied(reference, path, `nothing that an image names is opened unless the caller allows it: ${hint}`)
+  }
+  if (policy === 'allow') {
+    if (!named.exact) throw denied(reference, path, 'its name is not UTF-8')
+    const name = readFileName(filename, path)
+    if ('refused' in name) throw denied(reference, path, `its name cannot be followed: ${name.refused}`)
+    return { path: name.path }
+  }
+  const source = await policy(reference)
+  if (source === null) throw denied(reference, path, 'the resolver refused it')
+  return toLocated(source, 'the source that references returned')
+}
+
+function denied(reference: Reference, path: string | undefined, reason: string): Qcow2Error {
+  const field = reference.kind === 'backing' ? 'backing_file' : 'external data file name'
+  const message = `${path === undefined ? '' : `${path}: `}the ${nameOf(reference)} was not opened: ${reason}`
+  return new Qcow2Error('ERR_QCOW2_REFERENCE_DENIED', message, { path, field })
+}

@@ -121,12 +121,12 @@ pub(crate) fn call(
         return Ok(());
     }
     let env = env.raw();
-    let (mut this, mut number, mut list) = (ptr::null_mut(), ptr::null_mut(), ptr::null_mut());
+    let (mut this, mut number) = (ptr::null_mut(), ptr::null_mut());
     // SAFETY: called on the environment's thread inside a handle scope, with values of that scope.
     unsafe {
         check(sys::napi_get_undefined(env, &mut this), "napi_get_undefined")?;
         check(sys::napi_create_uint32(env, count as u32, &mut number), "napi_create_uint32")?;
-        list = if others.is_empty() { this } else { list_of(env, others)? };
+        let list = if others.is_empty() { this } else { list_of(env, others)? };
         let arguments = [number, list];
         let mut result = ptr::null_mut();
         let status = sys::napi_call_function(
@@ -196,6 +196,24 @@ impl Numbers {
             unsafe { self.start.add(index).write(value) };
         }
     }
+}
+
+/// A `Float64Array` with a copy of `numbers`, in memory of JavaScript's own: external memory is refused by some hosts.
+pub(crate) fn float64_array(env: &Env, numbers: &[f64]) -> Result<sys::napi_value> {
+    let bytes = size_of_val(numbers);
+    let (mut data, mut buffer, mut array) = (ptr::null_mut(), ptr::null_mut(), ptr::null_mut());
+    // SAFETY: called on the environment's thread; the new buffer has room for `bytes` and nobody else knows it yet.
+    unsafe {
+        let status = sys::napi_create_arraybuffer(env.raw(), bytes, &mut data, &mut buffer);
+        check(status, "napi_create_arraybuffer")?;
+        if bytes > 0 {
+            data.cast::<f64>().copy_from_nonoverlapping(numbers.as_ptr(), numbers.len());
+        }
+        let kind = sys::TypedarrayType::float64_array;
+        let status = sys::napi_create_typedarray(env.raw(), kind, numbers.len(), buffer, 0, &mut array);
+        check(status, "napi_create_typedarray")?;
+    }
+    Ok(array)
 }
 
 /// Kind, address and number of elements of a typed array.

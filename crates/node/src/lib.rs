@@ -8,11 +8,16 @@
 //! An environment that ends (process exit, `worker.terminate()`) runs the cleanup hook first: jobs are cancelled,
 //! all threads joined, so nothing touches a caller's buffer or the environment afterwards.
 
+#![allow(unreachable_pub, reason = "what JavaScript calls is exported by the napi attribute, not by its path")]
+
 mod boundary;
 mod delivery;
 mod failure;
 mod guard;
+mod info;
 mod job;
+mod map;
+mod open;
 mod pool;
 mod read;
 mod resource;

@@ -4,30 +4,30 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use qcow2_engine::{Error, ErrorKind, GuestSource, Result, Storage};
+use qcow2_engine::{Error, ErrorKind, Image, Layer, Result, Storage};
 
 use crate::guard::guarded;
 
 /// An open image. Requests share it; it closes when the last of them is done and JavaScript has released it.
 pub(crate) struct Handle {
-    image: Box<dyn GuestSource>,
+    image: Image,
     /// A request panicked: the image's state cannot be trusted any more.
     poisoned: AtomicBool,
 }
 
 impl Handle {
     /// A handle on `image`.
-    pub(crate) fn new(image: Box<dyn GuestSource>) -> Self {
+    pub(crate) fn new(image: Image) -> Self {
         Self { image, poisoned: AtomicBool::new(false) }
     }
 
     /// Runs one request; a panic poisons the handle.
-    pub(crate) fn run<T>(&self, work: impl FnOnce(&dyn GuestSource) -> Result<T>) -> Result<T> {
+    pub(crate) fn run<T>(&self, work: impl FnOnce(&Image) -> Result<T>) -> Result<T> {
         if self.poisoned.load(Ordering::Acquire) {
             let message = "an earlier request met a bug in this library: close the image and open it again";
             return Err(Error::new(ErrorKind::Internal, message));
         }
-        let result = guarded(|| work(self.image.as_ref()));
+        let result = guarded(|| work(&self.image));
         if result.as_ref().is_err_and(|error| error.kind() == ErrorKind::Internal) {
             self.poisoned.store(true, Ordering::Release);
         }
@@ -39,6 +39,8 @@ impl Handle {
 pub(crate) enum Resource {
     /// A file that is open and not yet a layer.
     Storage(Arc<dyn Storage>),
+    /// A layer that is open and not yet part of an image.
+    Layer(Layer),
     /// An open image.
     Image(Arc<Handle>),
 }
@@ -61,6 +63,22 @@ impl Resources {
     /// Gives a resource up.
     pub(crate) fn release(&mut self, number: u32) -> Option<Resource> {
         self.held.remove(&number)
+    }
+
+    /// The file of that number.
+    pub(crate) fn storage(&self, number: u32) -> Option<&Arc<dyn Storage>> {
+        match self.held.get(&number) {
+            Some(Resource::Storage(storage)) => Some(storage),
+            _ => None,
+        }
+    }
+
+    /// The layer of that number.
+    pub(crate) fn layer_mut(&mut self, number: u32) -> Option<&mut Layer> {
+        match self.held.get_mut(&number) {
+            Some(Resource::Layer(layer)) => Some(layer),
+            _ => None,
+        }
     }
 
     /// The image of that number.

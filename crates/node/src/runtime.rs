@@ -8,11 +8,12 @@ use std::sync::Arc;
 use napi::bindgen_prelude::{Env, Unknown};
 use napi::sys;
 use napi_derive::napi;
-use qcow2_engine::{Error, ErrorKind};
+use qcow2_engine::{Error, ErrorKind, Layer, Result, Storage};
 
 use crate::boundary::{self, Numbers, Wake};
-use crate::delivery::{Completion, Delivery, Outcome};
+use crate::delivery::{Completion, Delivery, IntoJs, Outcome};
 use crate::failure;
+use crate::guard::guarded;
 use crate::job::Jobs;
 use crate::pool::{Pool, Task};
 use crate::resource::{Handle, Resource, Resources};
@@ -91,6 +92,35 @@ impl Runtime {
     pub(crate) fn image(&self, number: u32) -> napi::Result<Arc<Handle>> {
         let resources = self.resources.borrow();
         resources.image(number).cloned().ok_or_else(|| napi::Error::from_reason("no such image"))
+    }
+
+    /// The file of that number.
+    pub(crate) fn storage(&self, number: u32) -> napi::Result<Arc<dyn Storage>> {
+        let resources = self.resources.borrow();
+        resources.storage(number).cloned().ok_or_else(|| napi::Error::from_reason("no such file"))
+    }
+
+    /// Changes the layer of that number.
+    pub(crate) fn with_layer<T>(&self, number: u32, change: impl FnOnce(&mut Layer) -> T) -> napi::Result<T> {
+        let mut resources = self.resources.borrow_mut();
+        resources.layer_mut(number).map(change).ok_or_else(|| napi::Error::from_reason("no such layer"))
+    }
+
+    /// Runs `work` on a worker; `into_js` makes the value of its result, on the environment's thread.
+    pub(crate) fn run<T: Send + 'static>(
+        &self,
+        env: &Env,
+        request: u32,
+        work: impl FnOnce() -> Result<T> + Send + 'static,
+        into_js: impl FnOnce(&Self, &Env, T) -> napi::Result<sys::napi_value> + Send + 'static,
+    ) -> napi::Result<()> {
+        let call = move || {
+            let value = guarded(work);
+            Outcome::from_result(value.map(|value| -> IntoJs {
+                Box::new(move |runtime, env| into_js(runtime, env, value))
+            }))
+        };
+        self.submit(env, request, Task::Call(Box::new(call)))
     }
 
     /// Holds a resource; returns its number.

@@ -1,0 +1,201 @@
+//! What the layers of an image say about themselves, as plain objects in QAPI's terms.
+
+use napi::bindgen_prelude::{Env, ToNapiValue};
+use napi_derive::napi;
+use qcow2_engine::format::bitmap::BitmapFlags;
+use qcow2_engine::format::header::feature::{Compatible, Incompatible};
+use qcow2_engine::format::header::{CompressionType, CryptMethod};
+use qcow2_engine::format::{Header, SnapshotRecord};
+use qcow2_engine::image::BitmapRecord;
+use qcow2_engine::{Layer, Qcow2, Result, StorageExt};
+
+use crate::runtime::Runtime;
+
+/// One layer.
+#[napi(object, object_from_js = false)]
+pub struct LayerInfo {
+    /// Its file.
+    pub filename: String,
+    /// `qcow2` or `raw`.
+    pub format: String,
+    /// Bytes.
+    pub virtual_size: f64,
+    /// Bytes that the file takes.
+    pub actual_size: f64,
+    /// Bytes of the file.
+    pub file_length: f64,
+    /// What only qcow2 has.
+    pub qcow2: Option<Qcow2Info>,
+}
+
+/// What the header of a qcow2 layer says.
+#[napi(object, object_from_js = false)]
+pub struct Qcow2Info {
+    /// 2 or 3.
+    pub version: u32,
+    /// Bytes.
+    pub cluster_size: f64,
+    /// Bits.
+    pub refcount_bits: u32,
+    /// `zlib` or `zstd`.
+    pub compression_type: String,
+    /// `aes` or `luks`.
+    pub encryption: Option<String>,
+    /// Feature bits.
+    pub extended_l2: bool,
+    /// Feature bits.
+    pub lazy_refcounts: bool,
+    /// Feature bits.
+    pub corrupt: bool,
+    /// Feature bits.
+    pub dirty: bool,
+    /// The name that the image stores.
+    pub backing_filename: Option<String>,
+    /// The format that the image stores.
+    pub backing_format: Option<String>,
+    /// Whether there is an external data file.
+    pub has_data_file: bool,
+    /// The name that the image stores.
+    pub data_file: Option<String>,
+    /// Feature bits.
+    pub data_file_raw: bool,
+    /// In the table's order.
+    pub snapshots: Vec<SnapshotInfo>,
+    /// In the directory's order.
+    pub bitmaps: Vec<BitmapInfo>,
+}
+
+/// An internal snapshot.
+#[napi(object, object_from_js = false)]
+pub struct SnapshotInfo {
+    /// Unique.
+    pub id: String,
+    /// Not unique.
+    pub name: String,
+    /// Bytes.
+    pub vm_state_size: f64,
+    /// Seconds since 1970.
+    pub date_sec: f64,
+    /// Nanoseconds.
+    pub date_nsec: f64,
+    /// Seconds.
+    pub vm_clock_sec: f64,
+    /// Nanoseconds.
+    pub vm_clock_nsec: f64,
+    /// Instructions.
+    pub icount: Option<f64>,
+}
+
+/// A persistent bitmap.
+#[napi(object, object_from_js = false)]
+pub struct BitmapInfo {
+    /// Unique.
+    pub name: String,
+    /// Bytes.
+    pub granularity: f64,
+    /// `in-use`, `auto`.
+    pub flags: Vec<String>,
+}
+
+/// Describes every layer of an image, top first.
+#[napi]
+pub fn layers_info(env: Env, request: u32, image: u32) -> napi::Result<()> {
+    let runtime = Runtime::of(&env)?;
+    let handle = runtime.image(image)?;
+    let work = move || handle.run(|image| image.layers().iter().map(LayerInfo::new).collect::<Result<Vec<_>>>());
+    runtime.run(&env, request, work, |_, env, layers| {
+        // SAFETY: on the environment's thread, with its own env.
+        unsafe { Vec::to_napi_value(env.raw(), layers) }
+    })
+}
+
+impl LayerInfo {
+    fn new(layer: &Layer) -> Result<Self> {
+        let storage = layer.storage();
+        let actual = storage.allocated_bytes().map_err(|e| storage.failure(e, "fstat"))?;
+        let filename = storage.path().map(|path| path.to_string_lossy().into_owned());
+        Ok(Self {
+            filename: filename.unwrap_or_default(),
+            format: if layer.as_qcow2().is_some() { "qcow2" } else { "raw" }.to_owned(),
+            virtual_size: layer.virtual_size() as f64,
+            actual_size: actual as f64,
+            file_length: storage.size()? as f64,
+            qcow2: layer.as_qcow2().map(Qcow2Info::new).transpose()?,
+        })
+    }
+}
+
+impl Qcow2Info {
+    fn new(qcow2: &Qcow2) -> Result<Self> {
+        let header: &Header = qcow2.header();
+        Ok(Self {
+            version: header.version,
+            cluster_size: header.geometry.cluster_size() as f64,
+            refcount_bits: 1 << header.geometry.refcount_order(),
+            compression_type: compression_name(header.compression_type).to_owned(),
+            encryption: encryption_name(header.crypt_method).map(str::to_owned),
+            extended_l2: header.incompatible.contains(Incompatible::EXTENDED_L2),
+            lazy_refcounts: header.compatible.contains(Compatible::LAZY_REFCOUNTS),
+            corrupt: header.incompatible.contains(Incompatible::CORRUPT),
+            dirty: header.incompatible.contains(Incompatible::DIRTY),
+            backing_filename: header.backing_file.as_deref().map(text),
+            backing_format: header.backing_format().map(text),
+            has_data_file: header.has_data_file(),
+            data_file: header.data_file().map(text),
+            data_file_raw: header.data_file_raw(),
+            snapshots: qcow2.snapshots().iter().map(SnapshotInfo::new).collect(),
+            bitmaps: qcow2.bitmaps()?.iter().map(BitmapInfo::new).collect(),
+        })
+    }
+}
+
+/// QEMU's name of a compression type.
+pub(crate) fn compression_name(kind: CompressionType) -> &'static str {
+    match kind {
+        CompressionType::Zlib => "zlib",
+        CompressionType::Zstd => "zstd",
+    }
+}
+
+/// QEMU's name of an encryption method.
+pub(crate) fn encryption_name(method: CryptMethod) -> Option<&'static str> {
+    match method {
+        CryptMethod::None => None,
+        CryptMethod::Aes => Some("aes"),
+        CryptMethod::Luks => Some("luks"),
+    }
+}
+
+/// Names are bytes; what is not UTF-8 is shown with replacement characters.
+pub(crate) fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+const NANOSECONDS: u64 = 1_000_000_000;
+
+impl SnapshotInfo {
+    fn new(record: &SnapshotRecord) -> Self {
+        Self {
+            id: text(&record.id),
+            name: text(&record.name),
+            vm_state_size: record.vm_state_size as f64,
+            date_sec: record.date_sec.into(),
+            date_nsec: record.date_nsec.into(),
+            vm_clock_sec: (record.vm_clock_nsec / NANOSECONDS) as f64,
+            vm_clock_nsec: (record.vm_clock_nsec % NANOSECONDS) as f64,
+            icount: record.icount.map(|count| count as f64),
+        }
+    }
+}
+
+impl BitmapInfo {
+    fn new(record: &BitmapRecord) -> Self {
+        let flags = [(BitmapFlags::IN_USE, "in-use"), (BitmapFlags::AUTO, "auto")];
+        let set = flags.iter().filter(|(flag, _)| record.entry.flags.contains(*flag));
+        Self {
+            name: text(&record.entry.name),
+            granularity: (1u64 << record.entry.granularity_bits) as f64,
+            flags: set.map(|(_, name)| (*name).to_owned()).collect(),
+        }
+    }
+}

@@ -1,0 +1,201 @@
+/**
+ * Opens an image layer by layer. What comes next is decided here, by the caller's policy; the addon opens one
+ * file at a time and nothing that it names.
+ */
+
+import { Qcow2Error } from '../errors.js'
+import type { NativeFile, NativeLayer, NativeLayerOptions } from '../native.js'
+import { type ReadLimits, throwIfAborted } from '../options.js'
+import { type Format, type Located, openFile, release } from '../source.js'
+import { request } from '../support/requests.js'
+import { detectFormat } from './formats.js'
+import { decide, nameOf, type ReferencePolicy } from './policy.js'
+
+const MAX_CHAIN_DEPTH = 200
+
+/** How to open a chain. */
+export interface ChainOptions {
+  readonly format?: Format | undefined
+  readonly references?: ReferencePolicy | undefined
+  readonly snapshot?: string | undefined
+  readonly l2CacheSize?: number | undefined
+  readonly limits?: ReadLimits | undefined
+  readonly signal?: AbortSignal | undefined
+  /** Keep a damaged snapshot table as a finding of a check. */
+  readonly forCheck?: boolean | undefined
+}
+
+/** An open chain. The image is the addon's; the caller releases it. */
+export interface Chain {
+  readonly image: number
+  /** The top file, as it was opened; undefined where only a descriptor is known. */
+  readonly path: string | undefined
+  readonly virtualSize: number
+  /** The top layer's; undefined for raw. */
+  readonly clusterSize: number | undefined
+  readonly depth: number
+}
+
+/** Opens an image and what the policy lets it pull in. Nothing stays open on failure. */
+export async function openChain(located: Located, options: ChainOptions): Promise<Chain> {
+  const opening = new Opening(options)
+  try {
+    const top = await opening.layer(located, file => topFormat(file, options.format))
+    let above = top
+    while (above.next !== undefined) above = await opening.backing(above.next)
+    throwIfAborted(options.signal)
+    const layers = opening.takeLayers()
+    const image = await request<number>((number, addon) => addon.assemble(number, layers))
+    return {
+      image,
+      path: top.path,
+      virtualSize: top.opened.virtualSize,
+      clusterSize: top.opened.clusterSize,
+      depth: layers.length,
+    }
+  } finally {
+    await opening.end()
+  }
+}
+
+/** An open layer, and what to open below it. */
+interface OpenLayer {
+  readonly path: string | undefined
+  readonly opened: NativeLayer
+  readonly next: Next | undefined
+}
+
+/** A reference that the policy let through. */
+interface Next {
+  readonly located: Located
+  readonly filename: string
+  readonly format: string | undefined
+  readonly from: string | undefined
+}
+
+class Opening {
+  readonly #options: ChainOptions
+  readonly #policy: ReferencePolicy
+  readonly #files: number[] = []
+  readonly #seen = new Set<string>()
+  #layers: number[] = []
+
+  constructor(options: ChainOptions) {
+    this.#options = options
+    this.#policy = options.references ?? 'deny'
+  }
+
+  /** Opens a file, and the layer that it is; asks the policy about what it names. */
+  async layer(located: Located, formatOf: (file: NativeFile) => Format): Promise<OpenLayer> {
+    throwIfAborted(this.#options.signal)
+    const file = await this.#open(located)
+    this.#refuseLoop(file)
+    const opened = await this.#openLayer(file, formatOf(file))
+    this.#layers.push(opened.layer)
+    throwIfAborted(this.#options.signal)
+    if (opened.dataFile !== undefined) await this.#attachDataFile(opened, file.path)
+    return { path: file.path, opened, next: await this.#next(opened, file.path) }
+  }
+
+  /** Opens the next layer; a failure names both files. */
+  async backing({ located, filename, format, from }: Next): Promise<OpenLayer> {
+    const limit = this.#options.limits?.maxChainDepth ?? MAX_CHAIN_DEPTH
+    const reference = nameOf({ kind: 'backing', filename })
+    if (this.#layers.length >= limit) {
+      const message = `the backing chain has more than ${limit} layers: the ${reference} of '${from}' is one too many`
+      throw new Qcow2Error('ERR_QCOW2_CHAIN', message, { path: from, field: 'backing_file' })
+    }
+    try {
+      return await this.layer(located, file => backingFormat(file, format))
+    } catch (error) {
+      throw inReference(error, `the ${reference} of '${from}'`)
+    }
+  }
+
+  takeLayers(): readonly number[] {
+    const layers = this.#layers
+    this.#layers = []
+    return layers
+  }
+
+  /** Gives up what is left: the files always (layers hold them themselves), the layers after a failure. */
+  async end(): Promise<void> {
+    await Promise.all([...this.takeLayers(), ...this.#files].map(release))
+  }
+
+  async #open(located: Located): Promise<NativeFile> {
+    const file = await openFile(located)
+    this.#files.push(file.file)
+    return file
+  }
+
+  #openLayer(file: NativeFile, format: Format): Promise<NativeLayer> {
+    if (format === 'raw') return request((number, addon) => addon.openRaw(number, file.file))
+    const { snapshot, l2CacheSize, limits, forCheck } = this.#options
+    const top = this.#layers.length === 0
+    const options: NativeLayerOptions = { l2CacheSize, forCheck }
+    if (top && snapshot !== undefined) options.snapshot = snapshot
+    if (limits !== undefined) options.limits = limits
+    return request((number, addon) => addon.openQcow2(number, file.file, options))
+  }
+
+  #refuseLoop({ identity, path }: NativeFile): void {
+    if (identity === undefined) return
+    if (this.#seen.has(identity)) {
+      const message = `the backing chain contains ${path === undefined ? 'a file' : `'${path}'`} twice`
+      throw new Qcow2Error('ERR_QCOW2_CHAIN', message, { path, field: 'backing_file' })
+    }
+    this.#seen.add(identity)
+  }
+
+  async #attachDataFile({ layer, dataFile }: NativeLayer, from: string | undefined): Promise<void> {
+    if (dataFile === undefined) return
+    const located = await decide(this.#policy, 'data-file', dataFile, from)
+    if (located === undefined) return
+    try {
+      const file = await this.#open(located)
+      await request<void>((number, addon) => addon.setDataFile(number, layer, file.file))
+    } catch (error) {
+      throw inReference(error, `the ${nameOf({ kind: 'data-file', filename: dataFile.filename })} of '${from}'`)
+    }
+  }
+
+  async #next({ backing }: NativeLayer, from: string | undefined): Promise<Next | undefined> {
+    if (backing === undefined) return undefined
+    const located = await decide(this.#policy, 'backing', backing, from)
+    return located && { located, filename: backing.filename, format: backing.format, from }
+  }
+}
+
+/** The format of the image that the caller opens: what it says, else qcow2 by its magic, never raw. */
+function topFormat({ head, path }: NativeFile, given: Format | undefined): Format {
+  if (given !== undefined) return given
+  const detected = detectFormat(head)
+  if (detected === 'qcow2') return detected
+  const where = path === undefined ? '' : `${path}: `
+  const message =
+    detected === undefined
+      ? `${where}not a qcow2 image (no magic number in its first bytes); for a raw disk say so: format: 'raw'`
+      : `${where}not a qcow2 image: its first bytes are those of a ${detected} image, which is not supported`
+  throw new Qcow2Error('ERR_QCOW2_FORMAT_UNKNOWN', message, { path, offset: 0, field: 'magic' })
+}
+
+/** QEMU's names of what is a raw disk to a reader. */
+const RAW_FORMATS: ReadonlySet<string> = new Set(['raw', 'file', 'host_device'])
+
+/** The format of a backing file: what the image says, else qcow2 by its magic, else raw unless it has another known magic. */
+function backingFormat({ head, path }: NativeFile, named: string | undefined): Format {
+  const format = named ?? detectFormat(head) ?? 'raw'
+  if (format === 'qcow2') return 'qcow2'
+  if (RAW_FORMATS.has(format)) return 'raw'
+  const how = named === undefined ? 'its first bytes are those of' : 'the image that names it says that it is'
+  const message = `${path === undefined ? '' : `${path}: `}${how} a ${format} image, which is not supported`
+  throw new Qcow2Error('ERR_QCOW2_UNSUPPORTED_FEATURE', message, { path, field: 'backing format name' })
+}
+
+/** An error of a file that an image names: a member that cannot be opened is the chain's error. */
+function inReference(error: unknown, reference: string): unknown {
+  if (!(error instanceof Qcow2Error) || error.syscall === undefined) return error
+  const message = `${reference} cannot be opened: ${error.message}`
+  return new Qcow2Error('ERR_QCOW2_CHAIN', message, { ...error, cause: error })
+}

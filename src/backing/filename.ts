@@ -1,0 +1,30 @@
+/** The names by which images refer to others, read as QEMU reads them. */
+
+/** What a stored name turned out to be. */
+export type FileName =
+  | { readonly path: string }
+  /** Not the name of a file: a JSON description or a protocol. Never opened. */
+  | { readonly refused: string }
+
+/** What stands before the first colon is a protocol, unless a slash comes first. */
+const PROTOCOL = /^[^/:]*:/
+
+const WINDOWS = process.platform === 'win32'
+const ABSOLUTE = WINDOWS ? /^(?:[A-Za-z]:|[/\\])/ : /^\//
+const DIRECTORY = WINDOWS ? /^.*[/\\]/s : /^.*\//s
+
+/**
+ * Reads the name that the image at `from` stores for another file. A relative name starts from the directory of the image that
+ * has it; the parts are joined as they are, since `..` behind a symbolic link is the system's to resolve. The protocol `file:` means
+ * the file of that name as the process sees it.
+ */
+export function readFileName(name: string, from: string | undefined): FileName {
+  if (name === '') return { refused: 'it is empty' }
+  if (name.startsWith('json:')) return { refused: 'it is a JSON description of a block device, not a file name' }
+  if (name.startsWith('file:')) return { path: name.slice('file:'.length) }
+  if (ABSOLUTE.test(name)) return { path: name }
+  const protocol = PROTOCOL.exec(name)?.[0]
+  if (protocol !== undefined) return { refused: `'${protocol}' is a protocol, not a file name` }
+  if (from === undefined) return { refused: 'it is relative, and the image was opened without a path' }
+  return { path: `${DIRECTORY.exec(from)?.[0] ?? ''}${name}` }
+}

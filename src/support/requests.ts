@@ -1,0 +1,121 @@
+/**
+ * Requests to the addon. Each has a number; the addon delivers what is done in batches, one call for all of them, and this
+ * table finds who waits. The table keeps a request's buffer alive until then: a worker writes into it.
+ */
+
+import { getSystemErrorName } from 'node:util'
+import { Qcow2Error } from '../errors.js'
+import { type Addon, type NativeFailure, native } from '../native.js'
+
+/** Numbers that fit into one delivery. More are delivered in several calls. */
+const BATCH = 1024
+
+interface Waiting {
+  resolve(value: unknown): void
+  reject(failure: unknown): void
+  /** What the worker uses: alive as long as it is here. */
+  readonly buffer: Uint8Array | undefined
+}
+
+const waiting: (Waiting | undefined)[] = []
+/** Numbers that are free for use. */
+const free: number[] = []
+const done = new Uint32Array(BATCH)
+
+native.start((count, others) => {
+  for (let i = 0; i < count; i++) take(done[i] ?? 0)?.resolve(undefined)
+  if (others === undefined) return
+  for (let i = 0; i < others.length; i += 3) {
+    const request = take(Number(others[i]))
+    if (others[i + 1] === true) request?.resolve(others[i + 2])
+    else request?.reject(others[i + 2])
+  }
+}, done)
+
+function take(request: number): Waiting | undefined {
+  const found = waiting[request]
+  waiting[request] = undefined
+  free.push(request)
+  return found
+}
+
+/** Makes a request and waits. `start` hands its number to the addon; what that throws rejects the promise. */
+export function submit<T>(start: (request: number) => void, buffer?: Uint8Array): Promise<T> {
+  return new Promise<T>((resolve, reject) => {
+    const request = free.pop() ?? waiting.length
+    waiting[request] = { resolve: resolve as (value: unknown) => void, reject, buffer }
+    try {
+      start(request)
+    } catch (error) {
+      take(request)
+      reject(error)
+    }
+  })
+}
+
+/** Fills a range of the buffer: the request that there can be many of. */
+export function submitRead(
+  image: number,
+  buffer: Uint8Array,
+  offset: number,
+  length: number,
+  position: number,
+): Promise<void> {
+  return new Promise<void>((resolve, reject) => {
+    const request = free.pop() ?? waiting.length
+    waiting[request] = { resolve: resolve as (value: unknown) => void, reject, buffer }
+    try {
+      native.read(request, image, buffer, offset, length, position)
+    } catch (error) {
+      take(request)
+      reject(error)
+    }
+  })
+}
+
+/** A request of one of the addon's functions, its number first. An async function: its errors show who called. */
+export async function request<T>(start: (request: number, addon: Addon) => void): Promise<T> {
+  try {
+    return await submit<T>(number => start(number, native))
+  } catch (failure) {
+    throw toError(failure)
+  }
+}
+
+const isFailure = (value: unknown): value is NativeFailure =>
+  typeof value === 'object' && value !== null && !(value instanceof Error) && 'code' in value && 'message' in value
+
+/** The error that a request was rejected with, made where the stack shows the caller. */
+export function toError(failure: unknown): unknown {
+  if (isFailure(failure)) return fromNative(failure)
+  // The addon refuses arguments that the checks here should have refused.
+  if (failure instanceof Error && !(failure instanceof Qcow2Error)) {
+    return new Qcow2Error('ERR_QCOW2_INTERNAL', `a bug in this library: ${failure.message}`, { cause: failure })
+  }
+  return failure
+}
+
+function fromNative({ code, message, path, offset, field, errno, syscall }: NativeFailure): Qcow2Error {
+  if (code === 'ERR_QCOW2_IO' && errno !== undefined) {
+    const name = systemName(-errno)
+    if (name !== undefined) {
+      const reason = message.replace(/ \(os error \d+\)$/, '')
+      const call = syscall === undefined ? '' : `, ${syscall}`
+      const file = path === undefined ? '' : ` '${path}'`
+      const sentence = `${name}: ${reason.charAt(0).toLowerCase()}${reason.slice(1)}${call}${file}`
+      return new Qcow2Error(name, sentence, { path, offset, field, errno: -errno, syscall })
+    }
+  }
+  const place = [field && `field ${field}`, offset !== undefined && `offset 0x${offset.toString(16)}`].filter(Boolean)
+  const sentence = `${path === undefined ? '' : `${path}: `}${message}${place.length > 0 ? ` (${place.join(', ')})` : ''}`
+  return new Qcow2Error(code as Qcow2Error['code'], sentence, { path, offset, field, errno, syscall })
+}
+
+function systemName(errno: number): Qcow2Error['code'] | undefined {
+  try {
+    const name = getSystemErrorName(errno)
+    return name.startsWith('E') ? (name as Qcow2Error['code']) : undefined
+  } catch {
+    return undefined
+  }
+}
