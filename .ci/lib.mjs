@@ -158,6 +158,6 @@ export async function prepare() {
   checkTools()
   await install()
   await build('engine', 'build:native', ['Cargo.toml', 'Cargo.lock', 'crates', 'package.json'])
-  const typescript = ['src', 'tsconfig.json', 'tsconfig.build.json', 'package-lock.json', 'dist/binding.d.ts']
+  const typescript = ['src', 'tsconfig.json', 'tsconfig.build.json', 'package-lock.json']
   await build('library', 'build:ts', typescript, dropOldTypeScriptOutput)
 }

@@ -1,6 +1,42 @@
 /** Consistency checks, with QAPI's `ImageCheck` counters. */
 
-import type { Format } from './source.js'
+import { openChain } from './backing/chain.js'
+import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
+import type { Qcow2Error } from './errors.js'
+import type { NativeCheckOutcome } from './native.js'
+import {
+  type Limits,
+  LONG_RUNNING,
+  type LongRunning,
+  limits,
+  type Read,
+  readOptions,
+  throwIfAborted,
+} from './options.js'
+import { type Format, type ImageSource, release, toLocated } from './source.js'
+import { runJob } from './support/jobs.js'
+import { toError } from './support/requests.js'
+
+/** Options of {@link check}. */
+export interface CheckOptions extends LongRunning {
+  /**
+   * Only the top layer is checked, so what it names need not be opened. Default `'layer'`; with `'allow'`, a backing chain that does
+   * not open is an error.
+   */
+  references?: ReferencePolicy | undefined
+  limits?: Limits | undefined
+}
+
+/** One thing that is wrong. */
+export interface CheckFinding {
+  /** Which counter it adds to. */
+  readonly severity: 'corruption' | 'leak' | 'check-error'
+  /** What is wrong, such as `'LEAK'` or `'REFCOUNT_TOO_LOW'`. Stable, unlike the message. */
+  readonly code: string
+  readonly message: string
+  /** The byte offset in the image file that it is about. */
+  readonly offset?: number
+}
 
 /** What a check found. Every counter is present: what does not occur is 0. */
 export interface CheckResult {
@@ -13,7 +49,9 @@ export interface CheckResult {
   readonly corruptions: number
   /** Clusters whose refcount is higher than their references: wasted space, no danger. */
   readonly leaks: number
+  /** Always 0: this version repairs nothing. */
   readonly corruptionsFixed: number
+  /** Always 0: this version repairs nothing. */
   readonly leaksFixed: number
   /** Clusters of the disk. */
   readonly totalClusters: number
@@ -24,9 +62,62 @@ export interface CheckResult {
   readonly compressedClusters: number
   /** Byte behind the last cluster in use. */
   readonly imageEndOffset: number
-  /** One line for each finding, the first 1000. */
+  /** The first 10000 findings, in QEMU's order. */
+  readonly findings: readonly CheckFinding[]
+  /** Findings that were counted and are not listed. */
+  readonly omittedFindings: number
+  /** The messages of the findings. */
   readonly messages: readonly string[]
+  /** Why the check ended early: the counters then tell only what was seen before. */
+  readonly failure?: Qcow2Error
 }
 
-/** Options of {@link Image.check}. */
-export type { LongRunning as CheckOptions } from './options.js'
+const CHECK = { ...LONG_RUNNING, references: referencePolicy, limits } as const
+const IMAGE_CHECK = LONG_RUNNING
+
+const MAX_FINDINGS = 10_000
+
+/** {@link LongRunning} for a check of an open image, read. */
+export const readCheckOptions = (options: unknown): Read<typeof LONG_RUNNING> =>
+  readOptions(options, 'Image.check', IMAGE_CHECK)
+
+/**
+ * Checks the metadata of a qcow2 image against itself, without changing it: refcounts, leaks, overlaps, COPIED flags, the
+ * snapshot table, the bitmap directory. Findings are a result, not an error; an image that is too damaged to be opened at all is one.
+ *
+ * @throws {@link Qcow2Error} as `open`; `ERR_QCOW2_LIMIT` if the counters need more than `limits.maxMemory`
+ */
+export async function check(source: ImageSource, options?: CheckOptions): Promise<CheckResult> {
+  const located = toLocated(source, 'source')
+  const { references = 'layer', ...read } = readOptions(options, 'check', CHECK)
+  throwIfAborted(read.signal)
+  const chain = await openChain(located, { ...read, format: 'qcow2', references, forCheck: true })
+  try {
+    return await checkImage(chain.image, chain.path, 'qcow2', read)
+  } finally {
+    await release(chain.image)
+  }
+}
+
+/** Checks the top layer of an open image. */
+export async function checkImage(
+  image: number,
+  path: string | undefined,
+  format: Format,
+  options: Read<typeof LONG_RUNNING>,
+): Promise<CheckResult> {
+  const { failure, ...outcome } = await runJob<NativeCheckOutcome>('check', options, (request, job, addon) =>
+    addon.checkImage(request, job, image, options.concurrency, MAX_FINDINGS),
+  )
+  const { checkErrors, corruptions, leaks } = outcome
+  return {
+    filename: path ?? '',
+    format,
+    ok: failure === undefined && checkErrors === 0 && corruptions === 0 && leaks === 0,
+    ...outcome,
+    corruptionsFixed: 0,
+    leaksFixed: 0,
+    messages: outcome.findings.map(({ message }) => message),
+    ...(failure !== undefined && { failure: toError(failure) as Qcow2Error }),
+  }
+}

@@ -4,6 +4,7 @@ import type { Readable } from 'node:stream'
 import type { ReadableStream } from 'node:stream/web'
 import { type Chain, openChain } from './backing/chain.js'
 import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
+import { type CheckResult, checkImage, readCheckOptions } from './check.js'
 import { AbortError, invalidArgument } from './errors.js'
 import { type ImageInfo, layersInfo } from './info.js'
 import { type MapEntry, type MapOptions, readMapOptions, walkMap } from './map.js'
@@ -12,6 +13,7 @@ import {
   type Abortable,
   bytes,
   type Limits,
+  type LongRunning,
   limits,
   oneOf,
   readOptions,
@@ -195,13 +197,13 @@ export class Image implements AsyncDisposable {
 
   /** Describes the top layer, in the terms of QAPI's `ImageInfo`. */
   async info(options?: Abortable): Promise<ImageInfo> {
-    const [top] = await this.chainInfo(options)
+    const [top] = await this.chain(options)
     if (top === undefined) throw invalidArgument('image', 'an image has at least one layer')
     return top
   }
 
   /** Describes every layer of the backing chain that is open, the top first. */
-  async chainInfo(options?: Abortable): Promise<ImageInfo[]> {
+  async chain(options?: Abortable): Promise<ImageInfo[]> {
     const { signal } = readOptions(options, 'Image.info', ABORTABLE)
     throwIfAborted(signal)
     const layers = await this.#lifetime.run(() => layersInfo(this.#chain.image))
@@ -218,6 +220,19 @@ export class Image implements AsyncDisposable {
     throwIfAborted(read.signal)
     const { image, virtualSize } = this.#chain
     yield* walkMap(image, virtualSize, read, work => this.#lifetime.run(work))
+  }
+
+  /**
+   * Checks the metadata of the top layer against itself, without changing it; see {@link check}, which also takes images
+   * that are too damaged to be opened here.
+   *
+   * @throws {@link Qcow2Error} `ERR_QCOW2_UNSUPPORTED_FEATURE` for a raw image
+   */
+  async check(options?: LongRunning): Promise<CheckResult> {
+    const read = readCheckOptions(options)
+    const { image, path } = this.#chain
+    throwIfAborted(read.signal)
+    return this.#lifetime.run(() => checkImage(image, path, 'qcow2', read))
   }
 
   /**

@@ -1,7 +1,7 @@
 /** Open, create, read, convert, check and inspect qcow2 disk images, in-process. */
 
 export type { Reference, ReferencePolicy } from './backing/policy.js'
-export type { CheckOptions, CheckResult } from './check.js'
+export { type CheckFinding, type CheckOptions, type CheckResult, check } from './check.js'
 export { type CompareOptions, type CompareResult, compare } from './compare.js'
 export {
   type Compression,

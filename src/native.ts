@@ -107,6 +107,25 @@ export interface NativeLayerInfo {
   }
 }
 
+export interface NativeCheckOutcome {
+  readonly imageEndOffset: number
+  readonly totalClusters: number
+  readonly allocatedClusters: number
+  readonly fragmentedClusters: number
+  readonly compressedClusters: number
+  readonly corruptions: number
+  readonly leaks: number
+  readonly checkErrors: number
+  readonly findings: readonly {
+    readonly severity: 'corruption' | 'leak' | 'check-error'
+    readonly code: string
+    readonly message: string
+    readonly offset?: number
+  }[]
+  readonly omittedFindings: number
+  readonly failure?: NativeFailure
+}
+
 /**
  * The addon's functions. Those that take a `request` number return at once; what comes of it is delivered under that
  * number (`support/requests.ts`). Arguments are checked here in TypeScript: the addon trusts them.
@@ -123,6 +142,7 @@ export interface Addon {
   read(request: number, image: number, buffer: Uint8Array, offset: number, length: number, position: number): void
   extents(request: number, image: number, start: number, length: number): void
   layersInfo(request: number, image: number): void
+  checkImage(request: number, job: number, image: number, readers: number | undefined, maxFindings: number): void
   cancelJob(job: number): void
   jobProgress(job: number): [current: number, total: number]
   /** Waits for the job's thread, which has delivered what it had to say, and forgets it. */

@@ -19,7 +19,7 @@ fn check(status: sys::napi_status, call: &str) -> Result<()> {
 }
 
 /// The runtime of the environment, if it is started.
-pub(crate) fn instance<'e>(env: &'e Env) -> Result<Option<&'e Runtime>> {
+pub(crate) fn instance(env: &Env) -> Result<Option<&Runtime>> {
     let mut data: *mut c_void = ptr::null_mut();
     // SAFETY: called on the environment's thread.
     check(unsafe { sys::napi_get_instance_data(env.raw(), &mut data) }, "napi_get_instance_data")?;
@@ -129,14 +129,8 @@ pub(crate) fn call(
         let list = if others.is_empty() { this } else { list_of(env, others)? };
         let arguments = [number, list];
         let mut result = ptr::null_mut();
-        let status = sys::napi_call_function(
-            env,
-            this,
-            callback,
-            arguments.len(),
-            arguments.as_ptr(),
-            &mut result,
-        );
+        let status =
+            sys::napi_call_function(env, this, callback, arguments.len(), arguments.as_ptr(), &mut result);
         check(status, "napi_call_function")
     }
 }

@@ -102,7 +102,8 @@ pub struct BitmapInfo {
 pub fn layers_info(env: Env, request: u32, image: u32) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
     let handle = runtime.image(image)?;
-    let work = move || handle.run(|image| image.layers().iter().map(LayerInfo::new).collect::<Result<Vec<_>>>());
+    let work =
+        move || handle.run(|image| image.layers().iter().map(LayerInfo::new).collect::<Result<Vec<_>>>());
     runtime.run(&env, request, work, |_, env, layers| {
         // SAFETY: on the environment's thread, with its own env.
         unsafe { Vec::to_napi_value(env.raw(), layers) }

@@ -8,17 +8,21 @@
 //! An environment that ends (process exit, `worker.terminate()`) runs the cleanup hook first: jobs are cancelled,
 //! all threads joined, so nothing touches a caller's buffer or the environment afterwards.
 
-#![allow(unreachable_pub, reason = "what JavaScript calls is exported by the napi attribute, not by its path")]
+#![allow(
+    unreachable_pub,
+    reason = "what JavaScript calls is exported by the napi attribute, not by its path"
+)]
 
 mod boundary;
+pub mod check;
 mod delivery;
-mod failure;
+pub mod failure;
 mod guard;
-mod info;
-mod job;
-mod map;
-mod open;
+pub mod info;
+pub mod job;
+pub mod map;
+pub mod open;
 mod pool;
-mod read;
+pub mod read;
 mod resource;
-mod runtime;
+pub mod runtime;

@@ -203,7 +203,9 @@ fn hold_layer(runtime: &Runtime, env: &Env, layer: Layer) -> napi::Result<sys::n
     let opened = OpenedLayer {
         virtual_size: layer.virtual_size() as f64,
         cluster_size: layer.as_qcow2().map(|qcow2| qcow2.geometry().cluster_size() as f64),
-        backing: references.backing.map(|backing| NamedFile::new(&backing.filename, backing.format.as_deref())),
+        backing: references
+            .backing
+            .map(|backing| NamedFile::new(&backing.filename, backing.format.as_deref())),
         data_file: references
             .data_file
             .map(|data| NamedFile::new(data.filename.as_deref().unwrap_or_default(), Some(b"raw"))),
@@ -237,11 +239,16 @@ pub fn assemble(env: Env, request: u32, layers: Vec<u32>) -> napi::Result<()> {
             _ => None,
         })
         .collect();
-    runtime.run(&env, request, move || Image::new(layers), |runtime, env, image| {
-        let number = runtime.hold(Resource::Image(Arc::new(Handle::new(image))));
-        // SAFETY: on the environment's thread, with its own env.
-        unsafe { u32::to_napi_value(env.raw(), number) }
-    })
+    runtime.run(
+        &env,
+        request,
+        move || Image::new(layers),
+        |runtime, env, image| {
+            let number = runtime.hold(Resource::Image(Arc::new(Handle::new(image))));
+            // SAFETY: on the environment's thread, with its own env.
+            unsafe { u32::to_napi_value(env.raw(), number) }
+        },
+    )
 }
 
 /// Gives a file, layer or image up. It closes on a worker, when the last request that uses it is done: closing can block.

@@ -35,7 +35,9 @@ pub(crate) struct Runtime {
 /// Starts the runtime of this environment, once. When requests have finished, `deliver(count, others)` is called:
 /// `count` of them had nothing to say and their numbers are in `numbers`; `others` is undefined or a flat list of
 /// number, whether it succeeded, and value or failure.
-#[napi(ts_args_type = "deliver: (count: number, others: unknown[] | undefined) => void, numbers: Uint32Array")]
+#[napi(
+    ts_args_type = "deliver: (count: number, others: unknown[] | undefined) => void, numbers: Uint32Array"
+)]
 pub fn start(env: Env, deliver: Unknown<'_>, numbers: Unknown<'_>) -> napi::Result<()> {
     if boundary::instance(&env)?.is_some() {
         return Err(napi::Error::from_reason("the addon is already started in this environment"));
@@ -62,7 +64,7 @@ pub fn start(env: Env, deliver: Unknown<'_>, numbers: Unknown<'_>) -> napi::Resu
 
 impl Runtime {
     /// The runtime of the calling environment.
-    pub(crate) fn of<'e>(env: &'e Env) -> napi::Result<&'e Self> {
+    pub(crate) fn of(env: &Env) -> napi::Result<&Self> {
         boundary::instance(env)?
             .ok_or_else(|| napi::Error::from_reason("the addon is not started in this environment"))
     }
@@ -116,9 +118,9 @@ impl Runtime {
     ) -> napi::Result<()> {
         let call = move || {
             let value = guarded(work);
-            Outcome::from_result(value.map(|value| -> IntoJs {
-                Box::new(move |runtime, env| into_js(runtime, env, value))
-            }))
+            Outcome::from_result(
+                value.map(|value| -> IntoJs { Box::new(move |runtime, env| into_js(runtime, env, value)) }),
+            )
         };
         self.submit(env, request, Task::Call(Box::new(call)))
     }
@@ -154,7 +156,12 @@ impl Runtime {
         result
     }
 
-    fn hand_over(&self, env: &Env, callback: sys::napi_value, batch: &mut Vec<Completion>) -> napi::Result<()> {
+    fn hand_over(
+        &self,
+        env: &Env,
+        callback: sys::napi_value,
+        batch: &mut Vec<Completion>,
+    ) -> napi::Result<()> {
         let (mut count, mut others) = (0, Vec::new());
         for Completion { request, outcome } in batch.drain(..) {
             match outcome {
@@ -169,7 +176,8 @@ impl Runtime {
                 Outcome::Value(make) => match make(self, env) {
                     Ok(value) => others.push((request, true, value)),
                     Err(error) => {
-                        let error = Error::new(ErrorKind::Internal, format!("no value could be made: {error}"));
+                        let error =
+                            Error::new(ErrorKind::Internal, format!("no value could be made: {error}"));
                         others.push((request, false, failure::to_js(env, &error)?));
                     }
                 },
