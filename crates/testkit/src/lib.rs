@@ -5,6 +5,9 @@
 //! - [`model`], [`reader`]: what a disk must contain, and a slow reader straight from the specification
 //! - [`matrix`]: geometries and operations that produce every kind of entry
 //! - [`storage`]: simulators of storage
+//! - [`ops`]: guest operations, and sectors that carry their identity
+//! - [`recorder`], [`crash`], [`audit`]: power cuts, and the judgement of what they leave
+//! - [`trace`]: the recorded installation of a system
 //!
 //! A failed step here is a failed test, so the code panics freely and says what it was doing.
 #![allow(
@@ -16,16 +19,21 @@
 )]
 
 pub mod alloc;
+pub mod audit;
 pub mod chain;
+pub mod crash;
 pub mod forge;
 pub mod malformed;
 pub mod matrix;
 pub mod model;
+pub mod ops;
 pub mod oracle;
 pub mod reader;
+pub mod recorder;
 pub mod rng;
 pub mod sparse;
 pub mod storage;
+pub mod trace;
 
 pub use forge::Forge;
 pub use model::Disk;

@@ -4,13 +4,14 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::Arc;
 
 const PAGE: u64 = 4096;
 
-/// A sparse array of bytes; what was never written reads as zero.
+/// A sparse array of bytes; what was never written reads as zero. Clones share their pages until one is written.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct Sparse {
-    pages: BTreeMap<u64, Box<[u8; PAGE as usize]>>,
+    pages: BTreeMap<u64, Arc<[u8; PAGE as usize]>>,
     len: u64,
 }
 
@@ -40,9 +41,9 @@ impl Sparse {
     pub fn set_len(&mut self, len: u64) {
         if len < self.len {
             let last = len / PAGE;
-            self.pages.retain(|&page, _| page * PAGE < len);
+            self.pages.split_off(&len.div_ceil(PAGE));
             if let Some(page) = self.pages.get_mut(&last) {
-                page[(len % PAGE) as usize..].fill(0);
+                Arc::make_mut(page)[(len % PAGE) as usize..].fill(0);
             }
         }
         self.len = len;
@@ -55,8 +56,8 @@ impl Sparse {
         while !rest.is_empty() {
             let skip = (at % PAGE) as usize;
             let n = rest.len().min(PAGE as usize - skip);
-            let page = self.pages.entry(at / PAGE).or_insert_with(|| Box::new([0; PAGE as usize]));
-            page[skip..skip + n].copy_from_slice(&rest[..n]);
+            let page = self.pages.entry(at / PAGE).or_insert_with(|| Arc::new([0; PAGE as usize]));
+            Arc::make_mut(page)[skip..skip + n].copy_from_slice(&rest[..n]);
             rest = &rest[n..];
             at += n as u64;
         }
@@ -90,18 +91,16 @@ impl Sparse {
     /// Makes a range read as zeroes; does not grow the array.
     pub fn zero(&mut self, offset: u64, len: u64) {
         let end = (offset + len).min(self.len);
-        let touched: Vec<u64> = self.pages.range(offset / PAGE..).map(|(&p, _)| p).collect();
+        let touched: Vec<u64> =
+            self.pages.range(offset / PAGE..end.div_ceil(PAGE).max(offset / PAGE)).map(|(&p, _)| p).collect();
         for page in touched {
             let start = page * PAGE;
-            if start >= end {
-                break;
-            }
             let from = offset.saturating_sub(start).min(PAGE);
             let to = (end - start).min(PAGE);
             if from == 0 && to == PAGE {
                 self.pages.remove(&page);
             } else if let Some(bytes) = self.pages.get_mut(&page) {
-                bytes[from as usize..to as usize].fill(0);
+                Arc::make_mut(bytes)[from as usize..to as usize].fill(0);
             }
         }
     }
