@@ -7,6 +7,7 @@ use qcow2_format::Geometry;
 use qcow2_format::bitmap::FIXED_LENGTH;
 use qcow2_format::limits::MAX_L1_BYTES;
 
+use crate::create::{CreateOptions, Preallocation};
 use crate::image::Image;
 use crate::{Error, ErrorKind, ExtentKind, GuestSource, Job, Result};
 
@@ -37,6 +38,21 @@ pub struct Qcow2Target {
     pub has_backing_file: bool,
     /// Its data clusters are preallocated (`falloc` or `full`; not `metadata`, which always counts).
     pub preallocated: bool,
+}
+
+impl Qcow2Target {
+    /// What decides the size of an image with these options.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for an impossible geometry.
+    pub fn from_options(options: &CreateOptions) -> Result<Self> {
+        Ok(Self {
+            version: options.version,
+            geometry: options.geometry()?,
+            has_backing_file: options.backing.is_some(),
+            preallocated: matches!(options.preallocation, Preallocation::Falloc | Preallocation::Full),
+        })
+    }
 }
 
 /// Sizes of the new image file, in bytes.

@@ -2,11 +2,13 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic, reason = "tests")]
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use qcow2_engine::check::{CheckOptions, CheckReport, FindingCode, check};
+use qcow2_engine::create::{CreateOptions, Preallocation, create};
 use qcow2_engine::image::read_header;
 use qcow2_engine::storage::{Access, FileStorage, MemoryStorage};
-use qcow2_engine::{ErrorKind, Job, Mem, Result, Storage, StorageExt};
+use qcow2_engine::{ErrorKind, Job, Mem, MemMut, Result, Storage, StorageExt};
 use qcow2_testkit::{Fixture, Qemu};
 
 fn run(storage: &dyn Storage, options: &CheckOptions) -> Result<CheckReport> {
@@ -244,6 +246,71 @@ fn limits_and_cancellation_end_the_check() {
     let header = read_header(&storage).unwrap();
     let error = check(&storage, &header, &CheckOptions::default(), &job).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Aborted);
+}
+
+#[test]
+fn a_table_that_is_referred_to_without_end_is_not_read_without_end() {
+    let storage = MemoryStorage::new();
+    let options = CreateOptions { size: 1 << 50, cluster_size: 2 << 20, ..CreateOptions::default() };
+    let storage: Arc<dyn Storage> = Arc::new(storage);
+    create(storage.clone(), None, &options, &Job::new()).unwrap();
+    let header = read_header(&*storage).unwrap();
+    let l1 = header.l1_table_offset.get();
+    let table = (l1 | 1 << 63).to_be_bytes().repeat(header.l1_size as usize);
+    storage.write_all_at(Mem::from(&table[..]), l1).unwrap();
+    let report = run(&*storage, &CheckOptions::default()).unwrap();
+    assert_eq!(report.failure.unwrap().kind(), ErrorKind::Corrupt);
+    // Behind the end of the file there is nothing to read.
+    let table = (1u64 << 50 | 1 << 63).to_be_bytes().repeat(header.l1_size as usize);
+    storage.write_all_at(Mem::from(&table[..]), l1).unwrap();
+    let report = run(&*storage, &CheckOptions::default()).unwrap();
+    assert!(report.failure.is_none());
+    assert_eq!(report.corruptions, 2 * u64::from(header.l1_size));
+}
+
+/// A small image without any tool: its bytes.
+fn own_image(cluster_size: u64, extended_l2: bool, refcount_bits: u32) -> Vec<u8> {
+    let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
+    let options = CreateOptions {
+        size: 40 * cluster_size,
+        cluster_size,
+        extended_l2,
+        refcount_bits,
+        preallocation: Preallocation::Metadata,
+        ..CreateOptions::default()
+    };
+    create(storage.clone(), None, &options, &Job::new()).unwrap();
+    let mut bytes = vec![0; storage.len().unwrap() as usize];
+    storage.read_exact_at(MemMut::from(&mut bytes[..]), 0).unwrap();
+    bytes
+}
+
+#[test]
+fn any_damage_gives_a_report_or_an_error() {
+    let mut rng = Rng(2);
+    let mut options = CheckOptions::default();
+    options.limits.max_memory = 64 << 20;
+    let mut outcomes = [0; 3];
+    for (cluster_size, extended_l2, refcount_bits) in [(512, false, 1), (4096, false, 64), (16384, true, 16)]
+    {
+        let sound = own_image(cluster_size, extended_l2, refcount_bits);
+        for _ in 0..700 {
+            let storage = MemoryStorage::new();
+            storage.write_all_at(Mem::from(&sound[..]), 0).unwrap();
+            for _ in 0..=rng.below(4) {
+                let from = if rng.below(2) == 0 { 120 } else { sound.len() as u64 - 8 };
+                let at = rng.below(from) & !rng.below(8);
+                let new = damage(&mut rng, be64(&sound, at), cluster_size, sound.len() as u64);
+                storage.write_all_at(Mem::from(&new.to_be_bytes()[..]), at).unwrap();
+            }
+            match run(&storage, &options) {
+                Err(_) => outcomes[0] += 1,
+                Ok(report) if report.is_clean() => outcomes[1] += 1,
+                Ok(_) => outcomes[2] += 1,
+            }
+        }
+    }
+    assert!(outcomes.iter().all(|n| *n > 100), "{outcomes:?}");
 }
 
 #[test]

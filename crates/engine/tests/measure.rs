@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use qcow2_engine::format::Geometry;
+use qcow2_engine::create::{Backing, CreateOptions, Preallocation};
 use qcow2_engine::measure::{MeasureTarget, Measurement, Qcow2Target, measure, measure_size};
 use qcow2_engine::storage::{Access, FileStorage};
 use qcow2_engine::{ErrorKind, Image, Job, Layer, OpenOptions, Qcow2, Raw};
@@ -20,13 +20,19 @@ fn open(path: &Path, format: &str, backing: Option<&Path>) -> Image {
     Image::new(layers).unwrap()
 }
 
-fn target(version: u32, bits: u32, refcount_order: u32, extended: bool) -> Qcow2Target {
-    Qcow2Target {
+fn target(version: u32, bits: u32, refcount_order: u32, extended_l2: bool) -> Qcow2Target {
+    let refcount_bits = 1 << refcount_order;
+    from(CreateOptions {
         version,
-        geometry: Geometry::new(bits, refcount_order, extended).unwrap(),
-        has_backing_file: false,
-        preallocated: false,
-    }
+        cluster_size: 1 << bits,
+        refcount_bits,
+        extended_l2,
+        ..CreateOptions::default()
+    })
+}
+
+fn from(options: CreateOptions) -> Qcow2Target {
+    Qcow2Target::from_options(&options).unwrap()
 }
 
 /// Targets with the value of `-o` that means them.
@@ -43,13 +49,18 @@ fn targets() -> Vec<(String, Qcow2Target)> {
         all.push((format!("cluster_size={},extended_l2=on", 1 << bits), target(3, bits, 4, true)));
     }
     all.push(("compat=0.10".into(), target(2, 16, 4, false)));
-    all.push(("preallocation=metadata".into(), target(3, 16, 4, false)));
-    for mode in ["falloc", "full"] {
-        let target = Qcow2Target { preallocated: true, ..target(3, 12, 4, false) };
-        all.push((format!("cluster_size=4k,preallocation={mode}"), target));
+    let modes = [
+        ("metadata", Preallocation::Metadata),
+        ("falloc", Preallocation::Falloc),
+        ("full", Preallocation::Full),
+    ];
+    for (name, preallocation) in modes {
+        let options = CreateOptions { preallocation, cluster_size: 4096, ..CreateOptions::default() };
+        all.push((format!("cluster_size=4k,preallocation={name}"), from(options)));
     }
-    let backed = Qcow2Target { has_backing_file: true, ..target(3, 16, 4, false) };
-    all.push(("backing_file=base,backing_fmt=raw".into(), backed));
+    let backing = Some(Backing { filename: b"base".to_vec(), format: Some(b"raw".to_vec()) });
+    let backed = CreateOptions { backing, ..CreateOptions::default() };
+    all.push(("backing_file=base,backing_fmt=raw".into(), from(backed)));
     all
 }
 

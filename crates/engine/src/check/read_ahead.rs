@@ -11,19 +11,41 @@ const DEPTH: usize = 4;
 /// Fewer tables than this are read where they are needed.
 const MIN_TABLES: usize = 16;
 
-/// Reads `length` bytes at each of `offsets` and hands them to `judge` in order, with their index. What lies behind the
-/// end of the file reads as zeroes. A read that fails is handed over as its error.
+/// Where the tables are.
+#[derive(Clone, Copy)]
+pub(super) struct Source<'a> {
+    pub(super) storage: &'a dyn Storage,
+    /// Length of the file.
+    pub(super) file_length: u64,
+    /// Bytes of a table.
+    pub(super) table_length: usize,
+}
+
+impl Source<'_> {
+    /// Reads the table at `offset`. The part behind the end of the file is zeroes; a table that lies there as a whole is
+    /// given as no bytes at all.
+    fn read(&self, offset: u64, buffer: &mut Vec<u8>) -> Result<()> {
+        if offset >= self.file_length {
+            buffer.clear();
+            return Ok(());
+        }
+        buffer.resize(self.table_length, 0);
+        self.storage.read_padded_at(MemMut::from(&mut buffer[..]), offset)
+    }
+}
+
+/// Reads the tables at `offsets` and hands them to `judge` in order, with their index. A read that fails is handed over as
+/// its error.
 pub(super) fn for_each_table<E>(
-    storage: &dyn Storage,
+    source: Source<'_>,
     offsets: &[u64],
-    length: usize,
     readers: usize,
     mut judge: impl FnMut(usize, Result<&[u8]>) -> Result<(), E>,
 ) -> Result<(), E> {
     if readers == 0 || offsets.len() < MIN_TABLES {
-        let mut buffer = vec![0; length];
+        let mut buffer = Vec::new();
         for (index, &offset) in offsets.iter().enumerate() {
-            let read = storage.read_padded_at(MemMut::from(&mut buffer[..]), offset);
+            let read = source.read(offset, &mut buffer);
             judge(index, read.map(|()| buffer.as_slice()))?;
         }
         return Ok(());
@@ -33,9 +55,8 @@ pub(super) fn for_each_table<E>(
             .map(|lane| {
                 let (full, tables) = sync_channel(DEPTH);
                 let (give_back, empty) = sync_channel(DEPTH + 1);
-                scope.spawn(move || {
-                    read(storage, offsets.iter().skip(lane).step_by(readers), length, &full, &empty)
-                });
+                let offsets = offsets.iter().skip(lane).step_by(readers);
+                scope.spawn(move || read(source, offsets, &full, &empty));
                 (tables, give_back)
             })
             .collect();
@@ -52,15 +73,14 @@ pub(super) fn for_each_table<E>(
 type Table = (Result<()>, Vec<u8>);
 
 fn read<'a>(
-    storage: &dyn Storage,
+    source: Source<'_>,
     offsets: impl Iterator<Item = &'a u64>,
-    length: usize,
     full: &SyncSender<Table>,
     empty: &Receiver<Vec<u8>>,
 ) {
     for &offset in offsets {
-        let mut buffer = empty.try_recv().unwrap_or_else(|_| vec![0; length]);
-        let read = storage.read_padded_at(MemMut::from(&mut buffer[..]), offset);
+        let mut buffer = empty.try_recv().unwrap_or_default();
+        let read = source.read(offset, &mut buffer);
         if full.send((read, buffer)).is_err() {
             return;
         }

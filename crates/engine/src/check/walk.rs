@@ -3,14 +3,18 @@
 use qcow2_format::L1Entry;
 
 use super::counts::ReferenceCounts;
+use super::read_ahead::{Source, for_each_table};
 use super::report::{FindingCode, Tally};
 use super::snapshots::SnapshotTable;
 use super::stored::StoredRefcounts;
-use super::{Stop, Target, bitmaps, read_ahead};
+use super::{Stop, Target, bitmaps};
 use crate::{MemMut, StorageExt};
 
 /// L1 entries that are looked at together: their tables are read ahead.
 const L1_WINDOW: usize = 1 << 16;
+
+/// L2 tables that an L1 table may always refer to, whatever the size of the file.
+const MIN_TABLES: u64 = 1024;
 
 /// How the active guest clusters lie in the file.
 #[derive(Debug, Default, Clone, Copy)]
@@ -153,12 +157,23 @@ impl<'a, 'b> Walk<'a, 'b> {
         // Each table advances the progress by the size of the disk, in equal parts per entry.
         let share = self.target.header.size / table.entries.max(1);
         let mut buffer = vec![0; L1_WINDOW.min(usize::try_from(table.entries).unwrap_or(L1_WINDOW)) * 8];
+        let mut tables = 0;
         for start in (0..table.entries).step_by(L1_WINDOW) {
             let count = (table.entries - start).min(L1_WINDOW as u64);
             let window = buffer.get_mut(..count as usize * 8).unwrap_or_default();
             self.target.storage.read_padded_at(MemMut::from(&mut *window), table.offset + start * 8)?;
             let entries = window.as_chunks::<8>().0.iter().map(|b| u64::from_be_bytes(*b));
             let used: Vec<_> = (start..).zip(entries).filter(|(_, entry)| *entry != 0).collect();
+            tables +=
+                used.iter().filter(|(_, entry)| L1Entry(*entry).offset_bits() < self.file_length).count()
+                    as u64;
+            if tables > self.clusters.max(MIN_TABLES) {
+                // Each would be read again for every entry that refers to it: a small file, and hours of reading.
+                let clusters = self.clusters;
+                let message =
+                    format!("the L1 table refers to at least {tables} L2 tables in {clusters} clusters");
+                return Err(Stop::corrupt(message, table.offset));
+            }
             self.target.job.advance(share * (count - used.len() as u64));
             self.l2_tables(&used, table.active, share)?;
         }
@@ -172,8 +187,9 @@ impl<'a, 'b> Walk<'a, 'b> {
         let geometry = &header.geometry;
         let offsets: Vec<u64> = used.iter().map(|(_, entry)| L1Entry(*entry).offset_bits()).collect();
         let mut entries = used.iter();
-        let length = geometry.cluster_len();
-        read_ahead::for_each_table(*storage, &offsets, length, options.readers, |_, bytes| {
+        let source =
+            Source { storage: *storage, file_length: self.file_length, table_length: geometry.cluster_len() };
+        for_each_table(source, &offsets, options.readers, |_, bytes| {
             job.checkpoint()?;
             let Some(&(index, entry)) = entries.next() else { return Ok(()) };
             let entry = L1Entry(entry);
