@@ -41,7 +41,7 @@ pub struct SnapshotRecord {
 /// Result of looking for an entry at the start of some bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ParsedSnapshot {
-    /// An entry, and the bytes it takes with padding.
+    /// An entry, and the bytes to the next one: the padding counts, and need not be there.
     Record(Box<SnapshotRecord>, usize),
     /// So many bytes are needed to say.
     Needs(usize),
@@ -68,9 +68,10 @@ impl SnapshotRecord {
             });
         }
         let extra_length = extra_data_size as usize;
-        let total = padded8(FIXED_LENGTH + extra_length + id_length + name_length);
-        if bytes.len() < total {
-            return Ok(ParsedSnapshot::Needs(total));
+        // The last entry of a file may end without its padding: QEMU does not write it there.
+        let length = FIXED_LENGTH + extra_length + id_length + name_length;
+        if bytes.len() < length {
+            return Ok(ParsedSnapshot::Needs(length));
         }
         let extra = slice(bytes, FIXED_LENGTH, extra_length, field)?;
         let id_at = FIXED_LENGTH + extra_length;
@@ -91,7 +92,7 @@ impl SnapshotRecord {
             extra_data_size,
             unknown_extra_data: extra.get(24..).unwrap_or_default().to_vec(),
         };
-        Ok(ParsedSnapshot::Record(Box::new(record), total))
+        Ok(ParsedSnapshot::Record(Box::new(record), padded8(length)))
     }
 
     /// Appends the entry with its padding. Extra data up to the disk size is always written, as version 3 requires.
@@ -200,8 +201,12 @@ mod tests {
             let mut bytes = Vec::new();
             before.encode(&mut bytes, 0).unwrap();
             prop_assert_eq!(bytes.len() % 8, 0);
-            let parsed = SnapshotRecord::parse(&bytes).unwrap();
-            prop_assert_eq!(parsed, ParsedSnapshot::Record(Box::new(before), bytes.len()));
+            let expected = ParsedSnapshot::Record(Box::new(before.clone()), bytes.len());
+            prop_assert_eq!(SnapshotRecord::parse(&bytes).unwrap(), expected.clone());
+            // The padding need not be there, everything before it must.
+            let length = 40 + before.extra_data_size as usize + before.id.len() + before.name.len();
+            prop_assert_eq!(SnapshotRecord::parse(&bytes[..length]).unwrap(), expected);
+            prop_assert_eq!(SnapshotRecord::parse(&bytes[..length - 1]).unwrap(), ParsedSnapshot::Needs(length.max(40)));
         }
 
         #[test]
