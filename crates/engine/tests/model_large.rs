@@ -1,0 +1,77 @@
+//! Disks of many terabytes, in memory that does not grow with them. One test at a time: the counting allocator is
+//! the process's.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
+
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use qcow2_engine::{GuestSource, Job, OpenOptions};
+use qcow2_testkit::alloc::Counting;
+use qcow2_testkit::{Fixture, Forge, Qemu, chain};
+
+#[global_allocator]
+static MEMORY: Counting = Counting::new();
+
+static ALONE: Mutex<()> = Mutex::new(());
+
+/// L1 tables beyond one cluster, host offsets beyond 32 bits, and a cache that stays within its limit.
+#[test]
+fn disks_of_16_tib_are_read_in_bounded_memory() {
+    let _alone = ALONE.lock();
+    let fixture = Fixture::new();
+    let size = (16u64 << 40) + 512;
+    let mut forge = Forge::new(3, 14, size);
+    let clusters = size >> 14;
+    let step = clusters / 1500;
+    for i in 0..1500u64 {
+        forge.data(i * step, &i.to_be_bytes());
+    }
+    let far = forge.place(clusters, 5 << 40, b"the last sector, stored at 5 TiB");
+    let path = fixture.path("large.qcow2");
+    forge.build().bytes.write_to(&path);
+    let before = MEMORY.reset();
+    let start = Instant::now();
+    let options = OpenOptions { l2_cache_bytes: Some(1 << 20), ..OpenOptions::default() };
+    let image = chain::open(&path, "qcow2", &options).unwrap();
+    for round in 0..2 {
+        for i in 0..1500u64 {
+            assert_eq!(chain::read(&image, (i * step) << 14, 8).unwrap(), i.to_be_bytes(), "round {round}");
+        }
+    }
+    assert_eq!(chain::read(&image, size - 512, 32).unwrap(), b"the last sector, stored at 5 TiB");
+    assert_eq!(chain::read(&image, size - 520, 8).unwrap(), [0; 8]);
+    let mut extents = Vec::new();
+    image.extents(0, size, &Job::new(), &mut extents).unwrap();
+    assert_eq!(extents.len(), 2 * 1500 + 1);
+    assert_eq!(extents.last().unwrap().host.as_ref().unwrap().1, far);
+    let used = MEMORY.peak() - before;
+    // The L1 table takes 4 MiB and once more while it is decoded.
+    assert!(used < 12 << 20, "{used} bytes in use");
+    assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+}
+
+#[test]
+fn every_cluster_size_reads_at_the_far_end_of_its_largest_disk() {
+    let _alone = ALONE.lock();
+    for bits in 9..=21u32 {
+        // An L1 table of 1 MiB; 16 TiB and more from 32 KiB clusters on.
+        let size = (1u64 << (17 + bits - 3 + bits)) - 512;
+        let mut forge = Forge::new(3, bits, size);
+        let last = (size - 1) >> bits;
+        forge.data(last, b"end");
+        forge.data(last / 2 + 1, b"middle");
+        let fixture = Fixture::new();
+        let path = fixture.path("far.qcow2");
+        forge.build().bytes.write_to(&path);
+        let image = chain::open(&path, "qcow2", &OpenOptions::default()).unwrap();
+        assert_eq!(chain::read(&image, last << bits, 3).unwrap(), b"end", "cluster bits {bits}");
+        assert_eq!(chain::read(&image, (last / 2 + 1) << bits, 6).unwrap(), b"middle", "cluster bits {bits}");
+        assert_eq!(chain::read(&image, size - 10, 10).unwrap(), [0; 10], "cluster bits {bits}");
+        if let Some(qemu) = Qemu::find() {
+            let commands =
+                [format!("read -q -s {} {} 512", fixture.file("end", b"end").display(), last << bits)];
+            let _ = commands;
+            qemu.assert_clean(&path);
+        }
+    }
+}
