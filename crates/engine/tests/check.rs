@@ -25,6 +25,10 @@ fn compare(qemu: &Qemu, path: &Path, what: &str) -> i32 {
     let args = ["check", "-f", "qcow2", "--output=json", path.to_str().unwrap()];
     let theirs = qemu.img(&args);
     let report = ours(path);
+    if theirs.code != 0 && report.as_ref().is_err_and(|e| e.kind() == ErrorKind::InvalidHeader) {
+        // A header that we refuse, and in which QEMU finds fault as well.
+        return 1;
+    }
     let Some(document) = theirs.stdout.find('{').map(|_| qemu.check_json(path)) else {
         assert!(theirs.code != 0 && theirs.code != 2 && theirs.code != 3, "{what}: {theirs:?}");
         if theirs.code == 1 {
@@ -378,6 +382,16 @@ fn table_entries(bytes: &[u8]) -> Vec<u64> {
         tables.push((snapshots, 96));
         tables.push((be64(bytes, snapshots), 64));
     }
+    // The bitmaps extension has its directory offset behind a count, a reserved field and the size.
+    let extension = 0x2385_2875u32.to_be_bytes();
+    if let Some(at) = bytes[..cluster as usize].windows(4).position(|w| w == extension) {
+        let directory = be64(bytes, at as u64 + 24);
+        tables.push((directory, 56));
+        tables.push((be64(bytes, directory), 16));
+        tables.push((at as u64, 32));
+    }
+    // Snapshot count and table, refcount table, L1 table.
+    tables.push((32, 40));
     tables
         .into_iter()
         .flat_map(|(at, size)| (at..at + size).step_by(8))
@@ -423,6 +437,11 @@ fn damaged_images_give_the_same_counters() {
                 what += &format!(" {at:#x}: {old:#x} -> {new:#x}");
                 poke(&path, at, &new.to_be_bytes());
             }
+            if rng.below(8) == 0 {
+                let length = rng.below(sound.len() as u64 + 3 * cluster_size);
+                what += &format!(" length {length}");
+                std::fs::File::options().write(true).open(&path).unwrap().set_len(length).unwrap();
+            }
             *codes.entry(compare(&qemu, &path, &what)).or_insert(0) += 1;
         }
         std::fs::remove_file(path).unwrap();
@@ -432,4 +451,4 @@ fn damaged_images_give_the_same_counters() {
 }
 
 /// Damages per image.
-const ROUNDS: u32 = 12;
+const ROUNDS: u32 = 8;
