@@ -127,7 +127,7 @@ function hashOf(paths, extra) {
 const readStamp = () => (existsSync(STAMP) ? JSON.parse(readFileSync(STAMP, 'utf8')) : {})
 
 async function install() {
-  const hash = hashOf(['package-lock.json', 'package.json'], `${process.platform} ${process.arch}`)
+  const hash = hashOf(['package-lock.json'], `${process.platform} ${process.arch}`)
   if (existsSync(INSTALL_STAMP) && readFileSync(INSTALL_STAMP, 'utf8') === hash) return
   say('installing development dependencies (npm ci)')
   if ((await npm(['ci', '--no-progress', '--loglevel=error'])) !== 0) fail('npm ci failed, see above')
@@ -136,7 +136,8 @@ async function install() {
 
 /** Builds one half when its inputs changed since its last build. */
 async function build(half, script, inputs, before) {
-  const hash = hashOf(inputs, `${process.platform} ${process.arch} ${manifest.scripts[script]}`)
+  const { version, napi, scripts } = manifest
+  const hash = hashOf(inputs, JSON.stringify([process.platform, process.arch, version, napi, scripts[script]]))
   if (readStamp()[half] === hash) return
   say(`building the ${half} (npm run ${script})`)
   mkdirSync(join(root, 'dist'), { recursive: true })
@@ -145,7 +146,7 @@ async function build(half, script, inputs, before) {
   writeFileSync(STAMP, `${JSON.stringify({ ...readStamp(), [half]: hash })}\n`)
 }
 
-/** Removes the output of TypeScript files that may be gone; the addon and its loader stay. */
+/** Removes the output of TypeScript files that may be gone; the addon stays. */
 function dropOldTypeScriptOutput() {
   for (const entry of readdirSync(join(root, 'dist'), { withFileTypes: true })) {
     const kept = entry.name.startsWith('binding.') || entry.name.endsWith('.node') || entry.name === '.stamp.json'
@@ -157,7 +158,7 @@ function dropOldTypeScriptOutput() {
 export async function prepare() {
   checkTools()
   await install()
-  await build('engine', 'build:native', ['Cargo.toml', 'Cargo.lock', 'crates', 'package.json'])
+  await build('engine', 'build:native', ['Cargo.toml', 'Cargo.lock', 'crates'])
   const typescript = ['src', 'tsconfig.json', 'tsconfig.build.json', 'package-lock.json']
   await build('library', 'build:ts', typescript, dropOldTypeScriptOutput)
 }

@@ -41,7 +41,7 @@ const { devDependencies, scripts, napi: config, allowScripts, overrides, ...publ
 const optionalDependencies = Object.fromEntries(platforms.map(name => [packageName(name), manifest.version]))
 write({ ...published, optionalDependencies })
 for (const file of ['README.md', 'LICENSE', 'CHANGELOG.md', 'dist']) {
-  const filter = path => !/\.node$|\.stamp\.json$/.test(path)
+  const filter = path => !/\.node$|\.stamp\.json$|binding\.d\.ts$/.test(path)
   if (existsSync(join(root, file))) cpSync(join(root, file), join(rootFolder, file), { recursive: true, filter })
 }
 

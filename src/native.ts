@@ -151,6 +151,8 @@ export interface Addon {
 
 /** The C library's flavour, which Linux packages differ in. */
 function isMusl(): boolean {
+  // Without this, a report looks up the names of all network peers, which takes seconds where that fails.
+  if (process.report) Object.assign(process.report, { excludeNetwork: true })
   const report = process.report?.getReport() as { header?: { glibcVersionRuntime?: string } } | undefined
   return report?.header?.glibcVersionRuntime === undefined
 }

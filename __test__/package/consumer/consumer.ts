@@ -1,0 +1,33 @@
+// A consumer's file, checked against the installed package under its strictest settings.
+import { type ConvertResult, convert, create, type Image, type MapEntry, open, Qcow2Error } from 'qcow2'
+
+export async function use(path: string): Promise<number> {
+  const result: ConvertResult = await convert(path, `${path}.raw`, {
+    to: 'raw',
+    references: 'deny',
+    onProgress: ({ current, total }) => console.log(current / total),
+    signal: AbortSignal.timeout(1000),
+  })
+  const made = await create(`${path}.qcow2`, { size: 2n ** 30n, clusterSize: 65536, compressionType: 'zstd' })
+  await made.close()
+  const image: Image = await open(path)
+  const buffer = new Uint8Array(4096)
+  const { bytesRead, buffer: same } = await image.read(buffer, { position: 0 })
+  const typed: Uint8Array = same
+  for await (const entry of image.map()) {
+    const kept: MapEntry = entry
+    console.log(kept.start, kept.length, kept.depth, kept.zero, kept.data, kept.offset ?? 'nowhere')
+  }
+  await image.close()
+  return result.bytesWritten + bytesRead + typed.length
+}
+
+export function explain(error: unknown): string {
+  if (!(error instanceof Qcow2Error)) throw error
+  return error.code === 'ERR_QCOW2_LIMIT' ? 'too large' : error.message
+}
+
+// @ts-expect-error A misspelt option is refused by the compiler too.
+void open('disk.qcow2', { referencs: 'allow' })
+// @ts-expect-error The target's format must be said.
+void convert('disk.qcow2', 'disk.raw', {})

@@ -1,0 +1,163 @@
+import { spawnSync } from 'node:child_process'
+import { cpSync, existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { homedir, tmpdir } from 'node:os'
+import { join, resolve } from 'node:path'
+import { afterAll, beforeAll, describe, expect, test } from 'vitest'
+
+const PLATFORM = 'linux-x64-gnu'
+const ROOT = resolve('.')
+const { version }: { version: string } = JSON.parse(readFileSync('package.json', 'utf8'))
+
+let work: string
+let user: string
+
+function run(program: string, args: readonly string[], cwd: string, env: NodeJS.ProcessEnv = {}) {
+  const { status, stdout, stderr, error } = spawnSync(program, args, {
+    cwd,
+    encoding: 'utf8',
+    env: { ...process.env, ...env },
+  })
+  return { status: error ? error.message : status, stdout, stderr }
+}
+
+function must(program: string, args: readonly string[], cwd: string): string {
+  const { status, stdout, stderr } = run(program, args, cwd)
+  expect(status, `${program} ${args.join(' ')}\n${stdout}${stderr}`).toBe(0)
+  return stdout
+}
+
+/** Names of the npm packages that the package needs at run time, itself excluded. */
+function runtimeDependencies(): string[] {
+  const found = new Set<string>()
+  const visit = (folder: string) => {
+    const { dependencies = {} }: { dependencies?: Record<string, string> } = JSON.parse(
+      readFileSync(join(folder, 'package.json'), 'utf8'),
+    )
+    for (const name of Object.keys(dependencies)) {
+      if (found.has(name)) continue
+      found.add(name)
+      visit(join(ROOT, 'node_modules', name))
+    }
+  }
+  visit(ROOT)
+  return [...found]
+}
+
+function filesIn(tarball: string): string[] {
+  const listed = must('tar', ['-tzf', tarball], work).trim().split('\n')
+  return listed.map(name => name.replace(/^package\//, '')).sort()
+}
+
+beforeAll(() => {
+  work = mkdtempSync(join(tmpdir(), 'qcow2-package-'))
+  must(process.execPath, ['.ci/pack.mjs', 'dist', join(work, 'release'), PLATFORM], ROOT)
+  user = join(work, 'user')
+  mkdirSync(user)
+  writeFileSync(join(user, 'package.json'), '{ "private": true }')
+  // The command line's dependencies as packed from here: nothing may be asked of a registry.
+  for (const name of runtimeDependencies()) {
+    must('npm', ['pack', '--ignore-scripts', '--pack-destination', work, join(ROOT, 'node_modules', name)], work)
+  }
+  const release = join(work, 'release')
+  const own = [join(release, `qcow2-${version}.tgz`), join(release, `qcow2-${PLATFORM}-${version}.tgz`)]
+  const others = readdirSync(work).filter(name => name.endsWith('.tgz'))
+  const tarballs = [...own, ...others.map(name => join(work, name))]
+  must('npm', ['install', '--offline', '--no-audit', '--no-fund', '--ignore-scripts', ...tarballs], user)
+  cpSync(join(ROOT, '__test__', 'package', 'consumer'), user, { recursive: true })
+})
+
+afterAll(() => rmSync(work, { recursive: true, force: true }))
+
+describe('the packed package', () => {
+  test('holds the built library, its types, and nothing else', () => {
+    const sources = readdirSync('src', { recursive: true, encoding: 'utf8' }).filter(name => /\.m?ts$/.test(name))
+    const built = sources.flatMap(name => {
+      const base = `dist/${name.replace(/\.m?ts$/, '')}`
+      return name.endsWith('.mts') ? [`${base}.mjs`, `${base}.d.mts`] : [`${base}.js`, `${base}.d.ts`]
+    })
+    const documents = ['CHANGELOG.md', 'LICENSE', 'README.md', 'package.json']
+    const expected = [...documents, ...built].sort()
+    expect(filesIn(join(work, 'release', `qcow2-${version}.tgz`))).toEqual(expected)
+  })
+
+  test('leaves the addon to the platform package', () => {
+    const expected = ['LICENSE', 'README.md', 'package.json', `qcow2.${PLATFORM}.node`]
+    expect(filesIn(join(work, 'release', `qcow2-${PLATFORM}-${version}.tgz`))).toEqual(expected)
+  })
+
+  test('has a manifest without scripts and development dependencies', () => {
+    const manifest: Record<string, unknown> = JSON.parse(
+      readFileSync(join(user, 'node_modules/qcow2/package.json'), 'utf8'),
+    )
+    expect(manifest).not.toHaveProperty('scripts')
+    expect(manifest).not.toHaveProperty('devDependencies')
+    expect(Object.keys(manifest['dependencies'] as object).sort()).toEqual(['cli-progress', 'commander'])
+    expect(Object.keys(manifest['optionalDependencies'] as object)).toHaveLength(8)
+  })
+
+  test('works by require and by import, with one identity of every class', () => {
+    const { names } = JSON.parse(must(process.execPath, ['smoke.cjs'], user)) as { names: number }
+    expect(names).toBeGreaterThan(5)
+  })
+
+  test('loads the library that NAPI_RS_NATIVE_LIBRARY_PATH names', () => {
+    const moved = join(work, 'elsewhere.node')
+    const addon = join(user, 'node_modules', `qcow2-${PLATFORM}`, `qcow2.${PLATFORM}.node`)
+    cpSync(addon, moved)
+    const script = `require('qcow2'); console.log(Object.keys(require.cache).filter(name => name.endsWith('.node')).join())`
+    const { stdout, stderr } = run(process.execPath, ['-e', script], user, { NAPI_RS_NATIVE_LIBRARY_PATH: moved })
+    expect(stdout.trim(), stderr).toBe(moved)
+  })
+
+  test('installs the command line', () => {
+    const bin = join(user, 'node_modules/.bin/qcow2')
+    expect(must(bin, ['--version'], user)).toContain(version)
+    must(bin, ['create', '-q', '-f', 'qcow2', 'new.qcow2', '10M'], user)
+    const info = JSON.parse(must(bin, ['info', '--output=json', 'new.qcow2'], user)) as Record<string, unknown>
+    expect(info).toMatchObject({ format: 'qcow2', 'virtual-size': 10 * 1024 * 1024, 'cluster-size': 65536 })
+    const { status, stderr } = run(bin, ['info', 'no-such-file'], user)
+    expect(status).toBe(1)
+    expect(stderr).toContain('no-such-file')
+  })
+
+  test.each([
+    { module: 'Node16', resolution: 'Node16', name: 'consumer.ts' },
+    { module: 'Node16', resolution: 'Node16', name: 'consumer.mts' },
+    { module: 'ESNext', resolution: 'Bundler', name: 'consumer.ts' },
+  ])('type-checks $name under $module', ({ module, resolution, name }) => {
+    if (name !== 'consumer.ts') cpSync(join(user, 'consumer.ts'), join(user, name))
+    const tsc = join(ROOT, 'node_modules/typescript/bin/tsc')
+    const types = ['--types', 'node', '--typeRoots', join(ROOT, 'node_modules/@types')]
+    const strict = ['--strict', '--exactOptionalPropertyTypes', '--noUncheckedIndexedAccess', '--skipLibCheck', 'false']
+    const target = ['--target', 'ES2022', '--lib', 'ES2022,ESNext.Disposable', '--noEmit']
+    const how = ['--module', module, '--moduleResolution', resolution]
+    must(process.execPath, [tsc, ...how, ...target, ...strict, ...types, name], user)
+  })
+})
+
+describe('other versions of Node', () => {
+  const cache = process.env['QCOW2_CACHE'] ?? join(homedir(), '.cache', 'qcow2-ci')
+
+  /** The executable of a Node release, from the registry's package of it; undefined where that cannot be had. */
+  function nodeBinary(release: string): string | undefined {
+    const name = `node-${process.platform}-${process.arch}`
+    const prefix = join(cache, `node-${release}`)
+    const binary = join(prefix, 'node_modules', name, 'bin', 'node')
+    if (!existsSync(binary)) {
+      mkdirSync(prefix, { recursive: true })
+      const args = ['install', '--no-save', '--no-audit', '--no-fund', '--prefix', prefix, `${name}@${release}`]
+      run('npm', args, prefix)
+    }
+    return existsSync(binary) ? binary : undefined
+  }
+
+  test.each(['20.17.0', '22', '24', '26'])('works on Node %s', release => {
+    const binary = nodeBinary(release)
+    if (!binary) {
+      process.stderr.write(`SKIPPED Node ${release}: its package cannot be installed here\n`)
+      return
+    }
+    const { node } = JSON.parse(must(binary, ['smoke.cjs'], user)) as { node: string }
+    expect(node.split('.')[0]).toBe(release.split('.')[0])
+  })
+})
