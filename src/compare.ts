@@ -1,16 +1,30 @@
 /** Comparing what two images read as. */
 
-import type { ReferencePolicy } from './backing/policy.js'
-import type { Limits, LongRunning } from './options.js'
-import type { Format, ImageSource } from './source.js'
+import { openChain } from './backing/chain.js'
+import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
+import type { NativeCompared } from './native.js'
+import {
+  flag,
+  type Limits,
+  LONG_RUNNING,
+  type LongRunning,
+  limits,
+  oneOf,
+  readOptions,
+  throwIfAborted,
+} from './options.js'
+import { type Format, type ImageSource, release, toLocated } from './source.js'
+import { runJob } from './support/jobs.js'
 
 /** Options of {@link compare}. */
 export interface CompareOptions extends LongRunning {
   /** Different virtual sizes, and different allocation, count as a difference. */
   strict?: boolean | undefined
-  /** Formats of the two. Default: qcow2 by its magic; raw must be said. */
+  /** Format of the first. Default: qcow2, by its magic; raw must be said. */
   formatA?: Format | undefined
+  /** Format of the second. Default: qcow2, by its magic; raw must be said. */
   formatB?: Format | undefined
+  /** What the two may pull in. Default `'deny'`. */
   references?: ReferencePolicy | undefined
   limits?: Limits | undefined
 }
@@ -18,12 +32,54 @@ export interface CompareOptions extends LongRunning {
 /** What a comparison found. */
 export interface CompareResult {
   readonly identical: boolean
-  /** Guest offset of the first byte that differs. Absent where only the sizes differ. */
+  /** Guest offset of the first byte, or allocation, that differs. Absent where only the sizes differ. */
   readonly firstDifference?: number
-  /** What differs: the bytes, the virtual size, or (strict) where data is allocated. */
+  /** What differs: the bytes, or (strict) the virtual size or where data is allocated. */
   readonly reason?: 'content' | 'size' | 'allocation'
-  /** The virtual sizes differ, and what the longer one has beyond reads as zeroes. */
+  /** The virtual sizes differ. Without `strict` that alone is no difference if what the longer one has beyond reads as zeroes. */
   readonly sizesDiffer: boolean
 }
 
-export declare function compare(a: ImageSource, b: ImageSource, options?: CompareOptions): Promise<CompareResult>
+const COMPARE = {
+  ...LONG_RUNNING,
+  strict: flag,
+  formatA: oneOf('qcow2', 'raw'),
+  formatB: oneOf('qcow2', 'raw'),
+  references: referencePolicy,
+  limits,
+} as const
+
+/**
+ * Compares two disks byte by byte, through their backing chains. Ranges that both know to be zero are not read.
+ *
+ * @throws {@link Qcow2Error} as `open`, and as reading does where it fails before the first difference
+ */
+export async function compare(a: ImageSource, b: ImageSource, options?: CompareOptions): Promise<CompareResult> {
+  const locatedA = toLocated(a, 'a')
+  const locatedB = toLocated(b, 'b')
+  const read = readOptions(options, 'compare', COMPARE)
+  throwIfAborted(read.signal)
+  const chain = { references: read.references, limits: read.limits, signal: read.signal }
+  const first = await openChain(locatedA, { ...chain, format: read.formatA })
+  try {
+    const second = await openChain(locatedB, { ...chain, format: read.formatB })
+    try {
+      return toResult(
+        await runJob<NativeCompared>('compare', read, (request, job, addon) =>
+          addon.compareImages(request, job, first.image, second.image, read.strict ?? false, read.concurrency),
+        ),
+      )
+    } finally {
+      await release(second.image)
+    }
+  } finally {
+    await release(first.image)
+  }
+}
+
+const toResult = ({ reason, offset, sizesDiffer }: NativeCompared): CompareResult => ({
+  identical: reason === undefined,
+  sizesDiffer,
+  ...(reason !== undefined && { reason }),
+  ...(offset !== undefined && { firstDifference: offset }),
+})

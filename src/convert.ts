@@ -1,8 +1,8 @@
 /** Converting between formats and shapes. */
 
-import type { ReferencePolicy } from './backing/policy.js'
+import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
 import type { Preallocation, Qcow2Shape } from './create.js'
-import type { Limits, LongRunning } from './options.js'
+import { type Limits, type LongRunning, limits, oneOf, text } from './options.js'
 import type { Format, ImageSource, PathLike } from './source.js'
 
 /** How to compress: the type of the new image by default, and the codec's own level. */
@@ -21,6 +21,14 @@ export interface SourceOptions {
   snapshot?: string | undefined
   limits?: Limits | undefined
 }
+
+/** The table entries of {@link SourceOptions}. */
+export const SOURCE = {
+  from: oneOf('qcow2', 'raw'),
+  references: referencePolicy,
+  snapshot: text,
+  limits,
+} as const
 
 /** Options of {@link convert}. */
 export interface ConvertOptions extends SourceOptions, LongRunning {

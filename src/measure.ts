@@ -1,15 +1,20 @@
 /** Sizes of images before they are made. */
 
-import type { SourceOptions } from './convert.js'
-import type { Preallocation, Qcow2Shape } from './create.js'
-import type { LongRunning } from './options.js'
-import type { Format, ImageSource } from './source.js'
-import type { Size } from './units.js'
+import { openChain } from './backing/chain.js'
+import { SOURCE, type SourceOptions } from './convert.js'
+import { type Preallocation, type Qcow2Shape, shape, toNativeShape } from './create.js'
+import { invalidArgument } from './errors.js'
+import type { NativeMeasured, NativeShape } from './native.js'
+import { LONG_RUNNING, type LongRunning, oneOf, readOptions, throwIfAborted } from './options.js'
+import { type Format, type ImageSource, release, toLocated } from './source.js'
+import { runJob } from './support/jobs.js'
+import { type Size, toBytes } from './units.js'
 
 /** Options of {@link measure}. */
 export interface MeasureOptions extends SourceOptions, LongRunning {
   /** Format of the planned target. */
   to: Format
+  /** Shape of a planned qcow2 target. */
   create?: Qcow2Shape | undefined
   preallocation?: Preallocation | undefined
 }
@@ -20,8 +25,54 @@ export interface MeasureResult {
   readonly required: number
   /** What it can grow to when the guest has written everything. */
   readonly fullyAllocated: number
-  /** More, for the source's persistent bitmaps. Absent where they cannot be copied. */
+  /** More, for the source's persistent bitmaps. Absent where source or target cannot have any. */
   readonly bitmaps?: number
 }
 
-export declare function measure(source: ImageSource | { size: Size }, options: MeasureOptions): Promise<MeasureResult>
+const MEASURE = {
+  ...LONG_RUNNING,
+  ...SOURCE,
+  to: oneOf('qcow2', 'raw'),
+  create: shape,
+  preallocation: oneOf('off', 'metadata', 'falloc', 'full'),
+} as const
+
+/**
+ * Tells how large the file of a new image will be, for the data of a source or for an empty disk of a size. The numbers are
+ * `qemu-img measure`'s.
+ *
+ * @throws {@link Qcow2Error} as `open`; `ERR_QCOW2_INVALID_ARGUMENT`; `ERR_QCOW2_LIMIT` for a size that the geometry cannot
+ *   address
+ */
+export async function measure(
+  source: ImageSource | { readonly size: Size },
+  options: MeasureOptions,
+): Promise<MeasureResult> {
+  const read = readOptions(options, 'measure', MEASURE)
+  const { to, from, references, snapshot, limits, signal } = read
+  if (to === undefined) throw invalidArgument('to', "measure: the option to is needed: 'qcow2' or 'raw'")
+  const { preallocation = read.create?.preallocation } = read
+  const wanted = toNativeShape('measure', to, { ...read.create, preallocation })
+  const run = (image: number | undefined, size: number, target: NativeShape): Promise<MeasureResult> =>
+    runJob<NativeMeasured>('measure', read, (request, job, addon) =>
+      addon.measureImage(request, job, image, size, target),
+    )
+  if (isSize(source)) {
+    throwIfAborted(signal)
+    return run(undefined, toBytes(source.size, 'measure: size'), wanted)
+  }
+  const located = toLocated(source, 'source')
+  throwIfAborted(signal)
+  const { image } = await openChain(located, { format: from, references, snapshot, limits, signal })
+  try {
+    return await run(image, 0, wanted)
+  } finally {
+    await release(image)
+  }
+}
+
+const isSize = (source: unknown): source is { readonly size: Size } =>
+  typeof source === 'object' &&
+  source !== null &&
+  Object.getPrototypeOf(source) === Object.prototype &&
+  'size' in source

@@ -107,6 +107,35 @@ export interface NativeLayerInfo {
   }
 }
 
+/** The shape of a new image; what is absent has the engine's default. */
+export interface NativeShape {
+  format: 'qcow2' | 'raw'
+  version?: number | undefined
+  clusterSize?: number | undefined
+  extendedL2?: boolean | undefined
+  compressionType?: string | undefined
+  preallocation?: string | undefined
+  refcountBits?: number | undefined
+  lazyRefcounts?: boolean | undefined
+  backingFile?: string | undefined
+  backingFormat?: string | undefined
+  dataFile?: string | undefined
+  dataFileRaw?: boolean | undefined
+}
+
+export interface NativeCompared {
+  /** Absent for identical disks. */
+  readonly reason?: 'size' | 'allocation' | 'content'
+  readonly offset?: number
+  readonly sizesDiffer: boolean
+}
+
+export interface NativeMeasured {
+  readonly required: number
+  readonly fullyAllocated: number
+  readonly bitmaps?: number
+}
+
 export interface NativeCheckOutcome {
   readonly imageEndOffset: number
   readonly totalClusters: number
@@ -143,6 +172,17 @@ export interface Addon {
   extents(request: number, image: number, start: number, length: number): void
   layersInfo(request: number, image: number): void
   checkImage(request: number, job: number, image: number, readers: number | undefined, maxFindings: number): void
+  createImage(
+    request: number,
+    job: number,
+    path: string | Buffer,
+    size: number,
+    shape: NativeShape,
+    overwrite: boolean,
+    inUse: readonly string[],
+  ): void
+  compareImages(request: number, job: number, a: number, b: number, strict: boolean, workers: number | undefined): void
+  measureImage(request: number, job: number, image: number | undefined, size: number, shape: NativeShape): void
   cancelJob(job: number): void
   jobProgress(job: number): [current: number, total: number]
   /** Waits for the job's thread, which has delivered what it had to say, and forgets it. */

@@ -23,6 +23,8 @@ export interface ChainOptions {
   readonly signal?: AbortSignal | undefined
   /** Keep a damaged snapshot table as a finding of a check. */
   readonly forCheck?: boolean | undefined
+  /** The caller named what the top layer refers to: it is followed unless the policy is `'layer'`. */
+  readonly trustTop?: boolean | undefined
 }
 
 /** An open chain. The image is the addon's; the caller releases it. */
@@ -34,6 +36,8 @@ export interface Chain {
   /** The top layer's; undefined for raw. */
   readonly clusterSize: number | undefined
   readonly depth: number
+  /** All files of the chain: equal strings are the same file. */
+  readonly identities: readonly string[]
 }
 
 /** Opens an image and what the policy lets it pull in. Nothing stays open on failure. */
@@ -52,6 +56,7 @@ export async function openChain(located: Located, options: ChainOptions): Promis
       virtualSize: top.opened.virtualSize,
       clusterSize: top.opened.clusterSize,
       depth: layers.length,
+      identities: opening.identities,
     }
   } finally {
     await opening.end()
@@ -112,6 +117,10 @@ class Opening {
     }
   }
 
+  get identities(): readonly string[] {
+    return [...this.#seen]
+  }
+
   takeLayers(): readonly number[] {
     const layers = this.#layers
     this.#layers = []
@@ -150,10 +159,11 @@ class Opening {
 
   async #attachDataFile({ layer, dataFile }: NativeLayer, from: string | undefined): Promise<void> {
     if (dataFile === undefined) return
-    const located = await decide(this.#policy, 'data-file', dataFile, from)
+    const located = await decide(this.#policyNow(), 'data-file', dataFile, from)
     if (located === undefined) return
     try {
       const file = await this.#open(located)
+      if (file.identity !== undefined) this.#seen.add(file.identity)
       await request<void>((number, addon) => addon.setDataFile(number, layer, file.file))
     } catch (error) {
       throw inReference(error, `the ${nameOf({ kind: 'data-file', filename: dataFile.filename })} of '${from}'`)
@@ -162,8 +172,14 @@ class Opening {
 
   async #next({ backing }: NativeLayer, from: string | undefined): Promise<Next | undefined> {
     if (backing === undefined) return undefined
-    const located = await decide(this.#policy, 'backing', backing, from)
+    const located = await decide(this.#policyNow(), 'backing', backing, from)
     return located && { located, filename: backing.filename, format: backing.format, from }
+  }
+
+  /** The policy for the layer that was opened last. */
+  #policyNow(): ReferencePolicy {
+    const isTop = this.#layers.length === 1
+    return isTop && this.#options.trustTop && this.#policy !== 'layer' ? 'allow' : this.#policy
   }
 }
 

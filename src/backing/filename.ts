@@ -13,18 +13,29 @@ const WINDOWS = process.platform === 'win32'
 const ABSOLUTE = WINDOWS ? /^(?:[A-Za-z]:|[/\\])/ : /^\//
 const DIRECTORY = WINDOWS ? /^.*[/\\]/s : /^.*\//s
 
-/**
- * Reads the name that the image at `from` stores for another file. A relative name starts from the directory of the image that
- * has it; the parts are joined as they are, since `..` behind a symbolic link is the system's to resolve. The protocol `file:` means
- * the file of that name as the process sees it.
- */
-export function readFileName(name: string, from: string | undefined): FileName {
+/** What can be said without knowing where a relative name starts. */
+function decide(name: string): FileName | undefined {
   if (name === '') return { refused: 'it is empty' }
   if (name.startsWith('json:')) return { refused: 'it is a JSON description of a block device, not a file name' }
+  // The protocol `file:` means the file of that name as the process sees it.
   if (name.startsWith('file:')) return { path: name.slice('file:'.length) }
   if (ABSOLUTE.test(name)) return { path: name }
   const protocol = PROTOCOL.exec(name)?.[0]
-  if (protocol !== undefined) return { refused: `'${protocol}' is a protocol, not a file name` }
+  return protocol === undefined ? undefined : { refused: `'${protocol}' is a protocol, not a file name` }
+}
+
+/**
+ * Reads the name that the image at `from` stores for its backing file. A relative name starts from the directory of the image;
+ * the parts are joined as they are, since `..` behind a symbolic link is the system's to resolve.
+ */
+export function readFileName(name: string, from: string | undefined): FileName {
+  const decided = decide(name)
+  if (decided !== undefined) return decided
   if (from === undefined) return { refused: 'it is relative, and the image was opened without a path' }
   return { path: `${DIRECTORY.exec(from)?.[0] ?? ''}${name}` }
+}
+
+/** Reads the name of an external data file, which is as the process sees it: so does QEMU. */
+export function readDataFileName(name: string): FileName {
+  return decide(name) ?? { path: name }
 }

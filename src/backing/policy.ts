@@ -5,7 +5,7 @@ import type { NativeNamedFile } from '../native.js'
 import type { Reader } from '../options.js'
 import { type ImageSource, type Located, toLocated } from '../source.js'
 import { describe } from '../units.js'
-import { readFileName } from './filename.js'
+import { readDataFileName, readFileName } from './filename.js'
 
 /** A file that an image names. */
 export interface Reference {
@@ -24,8 +24,8 @@ export interface Reference {
  * - `'deny'` (the default): an image that names a backing file or a data file is refused
  * - `'layer'`: the image is opened alone. What only a backing file has reads as zeroes, and reading what is in an external data file
  *   fails. For tools that look at one layer; `convert` refuses it unless `base` says what the layer stands on
- * - `'allow'`: names are followed as QEMU follows them, relative ones from the directory of the image that names
- *   them. Never `json:` descriptions or protocols (`nbd:`, `http:`)
+ * - `'allow'`: names are followed as QEMU follows them: a backing file's from the directory of the image that names it, a data
+ *   file's from the working directory of the process. Never `json:` descriptions or protocols (`nbd:`, `http:`)
  * - a function: called for every reference, returns what to open instead, or `null` to refuse
  */
 export type ReferencePolicy =
@@ -62,7 +62,7 @@ export async function decide(
   }
   if (policy === 'allow') {
     if (!named.exact) throw denied(reference, path, 'its name is not UTF-8')
-    const name = readFileName(filename, path)
+    const name = kind === 'backing' ? readFileName(filename, path) : readDataFileName(filename)
     if ('refused' in name) throw denied(reference, path, `its name cannot be followed: ${name.refused}`)
     return { path: name.path }
   }

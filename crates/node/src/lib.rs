@@ -15,6 +15,8 @@
 
 mod boundary;
 pub mod check;
+pub mod compare;
+pub mod create;
 mod delivery;
 pub mod failure;
 mod guard;
@@ -26,3 +28,4 @@ mod pool;
 pub mod read;
 mod resource;
 pub mod runtime;
+pub mod shape;

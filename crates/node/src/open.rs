@@ -34,11 +34,16 @@ pub struct OpenedFile<'env> {
 /// Opens a file for reading.
 #[napi]
 pub fn open_file(env: Env, request: u32, path: Either<String, BufferSlice<'_>>) -> napi::Result<()> {
-    let path = match path {
-        Either::A(text) => PathBuf::from(text),
-        Either::B(bytes) => path_of(&bytes)?,
-    };
+    let path = to_path(path)?;
     open_storage(&env, request, move || FileStorage::open(path, Access::ReadOnly))
+}
+
+/// The path that JavaScript gave, as text or as bytes.
+pub(crate) fn to_path(path: Either<String, BufferSlice<'_>>) -> napi::Result<PathBuf> {
+    match path {
+        Either::A(text) => Ok(PathBuf::from(text)),
+        Either::B(bytes) => path_of(&bytes),
+    }
 }
 
 #[cfg(unix)]

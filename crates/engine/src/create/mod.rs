@@ -11,6 +11,7 @@ mod options;
 use std::sync::Arc;
 
 pub use options::{Backing, CreateOptions, DataFile, Preallocation, SECTOR_SIZE};
+use qcow2_format::limits::MAX_VIRTUAL_SIZE;
 use qcow2_format::{HostOffset, SubclusterBitmap};
 
 pub(crate) use builder::{ImageBuilder, NewCluster};
@@ -49,6 +50,23 @@ pub fn create(
         data_file.flush()?;
     }
     builder.finish(preallocation, true).map(drop)
+}
+
+/// Makes a raw disk of `size` bytes, rounded up to a sector, in `storage`. What it held is lost. Returns when it is durable.
+///
+/// # Errors
+/// `InvalidArgument` for a preallocation of metadata, which a raw disk does not have; `Limit`, `Aborted`, `Io`.
+pub fn create_raw(storage: &dyn Storage, size: u64, preallocation: Preallocation, job: &Job) -> Result<()> {
+    if preallocation == Preallocation::Metadata {
+        let message = "a raw image has no metadata to preallocate: falloc and full are possible";
+        return Err(Error::new(ErrorKind::InvalidArgument, message).with_field("preallocation"));
+    }
+    let size = size.checked_next_multiple_of(SECTOR_SIZE).filter(|&size| size <= MAX_VIRTUAL_SIZE);
+    let size =
+        size.ok_or_else(|| Error::new(ErrorKind::Limit, "the largest virtual size is 2^63 - 1 bytes"))?;
+    job.set_total(size);
+    size_raw(storage, size, preallocation, job)?;
+    storage.flush()
 }
 
 /// The storage of an external data file must be given exactly where the options name one.

@@ -1,0 +1,92 @@
+//! The shape of a new image, as JavaScript says it.
+
+use napi_derive::napi;
+use qcow2_engine::Result;
+use qcow2_engine::create::{Backing, CreateOptions, DataFile, Preallocation};
+use qcow2_engine::format::CompressionType;
+use qcow2_engine::measure::{MeasureTarget, Qcow2Target};
+
+/// Options of a new image. Names were checked in TypeScript; what is absent has the engine's default.
+#[napi(object, object_to_js = false)]
+pub struct Shape {
+    /// `qcow2` or `raw`.
+    pub format: String,
+    /// 2 or 3.
+    pub version: Option<u32>,
+    /// Bytes.
+    pub cluster_size: Option<f64>,
+    /// Subclusters.
+    pub extended_l2: Option<bool>,
+    /// `zlib` or `zstd`.
+    pub compression_type: Option<String>,
+    /// `off`, `metadata`, `falloc` or `full`.
+    pub preallocation: Option<String>,
+    /// Bits.
+    pub refcount_bits: Option<u32>,
+    /// Postponed refcounts.
+    pub lazy_refcounts: Option<bool>,
+    /// Name as it is stored.
+    pub backing_file: Option<String>,
+    /// Format as it is stored.
+    pub backing_format: Option<String>,
+    /// Name as it is stored.
+    pub data_file: Option<String>,
+    /// Readable on its own.
+    pub data_file_raw: Option<bool>,
+}
+
+impl Shape {
+    /// Whether a raw image is wanted.
+    pub(crate) fn is_raw(&self) -> bool {
+        self.format == "raw"
+    }
+
+    /// What to allocate.
+    pub(crate) fn preallocation(&self) -> Preallocation {
+        match self.preallocation.as_deref() {
+            Some("metadata") => Preallocation::Metadata,
+            Some("falloc") => Preallocation::Falloc,
+            Some("full") => Preallocation::Full,
+            _ => Preallocation::Off,
+        }
+    }
+
+    /// The engine's options for a qcow2 image of `size` bytes.
+    pub(crate) fn options(&self, size: u64) -> CreateOptions {
+        let defaults = CreateOptions::default();
+        CreateOptions {
+            size,
+            version: self.version.unwrap_or(defaults.version),
+            cluster_size: self.cluster_size.map_or(defaults.cluster_size, |size| size as u64),
+            extended_l2: self.extended_l2.unwrap_or(defaults.extended_l2),
+            refcount_bits: self.refcount_bits.unwrap_or(defaults.refcount_bits),
+            lazy_refcounts: self.lazy_refcounts.unwrap_or(defaults.lazy_refcounts),
+            compression_type: match self.compression_type.as_deref() {
+                Some("zstd") => CompressionType::Zstd,
+                _ => CompressionType::Zlib,
+            },
+            preallocation: self.preallocation(),
+            backing: self.backing_file.as_ref().map(|filename| Backing {
+                filename: filename.clone().into_bytes(),
+                format: self.backing_format.clone().map(String::into_bytes),
+            }),
+            data_file: self.data_file.as_ref().map(|filename| DataFile {
+                filename: filename.clone().into_bytes(),
+                raw: self.data_file_raw.unwrap_or(false),
+            }),
+        }
+    }
+
+    /// What a measurement needs of it.
+    ///
+    /// # Errors
+    /// As `CreateOptions::validate`.
+    pub(crate) fn measure_target(&self) -> Result<MeasureTarget> {
+        if self.is_raw() {
+            return Ok(MeasureTarget::Raw);
+        }
+        let options = self.options(0);
+        options.validate()?;
+        Ok(MeasureTarget::Qcow2(Qcow2Target::from_options(&options)?))
+    }
+}
