@@ -149,7 +149,7 @@ async function build(half, script, inputs, before) {
 /** Removes the output of TypeScript files that may be gone; the addon stays. */
 function dropOldTypeScriptOutput() {
   for (const entry of readdirSync(join(root, 'dist'), { withFileTypes: true })) {
-    const kept = entry.name.startsWith('binding.') || entry.name.endsWith('.node') || entry.name === '.stamp.json'
+    const kept = entry.name === 'binding.d.ts' || entry.name.endsWith('.node') || entry.name === '.stamp.json'
     if (!kept) rmSync(join(root, 'dist', entry.name), { recursive: true })
   }
 }
