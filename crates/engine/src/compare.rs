@@ -13,7 +13,7 @@ use qcow2_transform::is_zero;
 use crate::{Error, Extent, ExtentKind, GuestSource, Job, MemMut, Result};
 
 /// Bytes that a worker reads of each disk at once.
-const CHUNK: u64 = 1 << 20;
+const CHUNK: u64 = 256 << 10;
 /// Guest bytes whose extents are listed at once, to begin with and at least.
 const MIN_STEP: u64 = 16 << 20;
 /// ... and at most.
