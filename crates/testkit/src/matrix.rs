@@ -280,7 +280,11 @@ impl Case {
 
     /// Lets QEMU build the image, with its backing file, and the model beside it.
     pub fn build(&self, qemu: &Qemu) -> Image {
-        let fixture = Fixture::new();
+        self.build_in(qemu, Fixture::new())
+    }
+
+    /// As `build`, in a folder of the caller's.
+    pub fn build_in(&self, qemu: &Qemu, fixture: Fixture) -> Image {
         let path = fixture.path(&format!("{}.qcow2", self.geometry.name()));
         let mut options = self.geometry.options();
         let mut disk = Disk::new(self.geometry.size);

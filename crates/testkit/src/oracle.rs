@@ -13,23 +13,31 @@ use serde_json::Value;
 /// A folder for one test, removed at its end.
 #[derive(Debug)]
 pub struct Fixture {
-    dir: tempfile::TempDir,
+    dir: PathBuf,
+    /// Removes the folder when dropped.
+    _guard: Option<tempfile::TempDir>,
 }
 
 impl Fixture {
     /// A new empty folder.
     pub fn new() -> Self {
-        Self { dir: tempfile::Builder::new().prefix("qcow2-test-").tempdir().unwrap() }
+        let guard = tempfile::Builder::new().prefix("qcow2-test-").tempdir().unwrap();
+        Self { dir: guard.path().to_owned(), _guard: Some(guard) }
+    }
+
+    /// A folder that exists and stays.
+    pub fn at(dir: &Path) -> Self {
+        Self { dir: dir.to_owned(), _guard: None }
     }
 
     /// The folder.
     pub fn dir(&self) -> &Path {
-        self.dir.path()
+        &self.dir
     }
 
     /// A path in the folder.
     pub fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
+        self.dir.join(name)
     }
 
     /// Writes a file into the folder and returns its path.
