@@ -162,6 +162,12 @@ impl Error {
         self
     }
 
+    /// Whether the file system has no room (`ENOSPC`) or the quota is used up (`EDQUOT`).
+    pub fn is_no_space(&self) -> bool {
+        let source = self.0.source.as_ref().and_then(|e| e.downcast_ref::<io::Error>());
+        source.is_some_and(|e| matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded))
+    }
+
     /// What went wrong.
     pub fn kind(&self) -> ErrorKind {
         self.0.kind

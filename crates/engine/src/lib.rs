@@ -13,6 +13,7 @@ pub mod measure;
 pub mod memory;
 pub mod source;
 pub mod storage;
+mod write;
 
 pub use error::{Error, ErrorKind, Result};
 pub use image::{Image, Layer, OpenOptions, Qcow2, Raw};
@@ -21,3 +22,4 @@ pub use memory::{Mem, MemMut};
 pub use qcow2_format as format;
 pub use source::{Extent, ExtentKind, GuestSource};
 pub use storage::{Storage, StorageExt};
+pub use write::{DetectZeroes, Discard, WriteOptions};

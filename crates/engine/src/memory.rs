@@ -65,6 +65,20 @@ impl<'a> Mem<'a> {
         )
     }
 
+    /// Whether all bytes are zero, as they are found: the owner may change them meanwhile.
+    pub fn is_zero(&self) -> bool {
+        let mut piece = [0u8; 4096];
+        let mut rest = *self;
+        while !rest.is_empty() {
+            let n = rest.copy_to(&mut piece);
+            if piece.get(..n).is_some_and(|bytes| bytes.iter().any(|&b| b != 0)) {
+                return false;
+            }
+            rest = rest.split_at(n).1;
+        }
+        true
+    }
+
     /// Copies the first `min(len, out.len())` bytes out; returns how many.
     pub fn copy_to(&self, out: &mut [u8]) -> usize {
         let n = self.len.min(out.len());

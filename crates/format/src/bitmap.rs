@@ -78,6 +78,11 @@ impl BitmapDirectoryEntry {
         Ok((parsed, total))
     }
 
+    /// Bytes the entry takes in the directory, with padding.
+    pub fn encoded_length(&self) -> usize {
+        padded8(FIXED_LENGTH + self.extra_data.len() + self.name.len())
+    }
+
     /// Appends the entry with its padding.
     ///
     /// # Errors

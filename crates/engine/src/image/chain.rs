@@ -87,6 +87,8 @@ impl Image {
     /// `InvalidArgument` beyond the end of the disk; `Corrupt`, `Io`, `UnsupportedFeature` (encryption) and
     /// `ReferenceDenied` (data file not opened) from the layers. The buffer's contents are unspecified then.
     pub fn read_at(&self, buf: MemMut<'_>, offset: u64) -> Result<()> {
+        // Keeps planned clusters from being reused while they are read. Only the top layer changes.
+        let _pin = self.layers.first().and_then(Layer::as_qcow2).and_then(Qcow2::pin);
         let size = self.virtual_size();
         if offset.checked_add(buf.len() as u64).is_none_or(|end| end > size) {
             let message = format!("{} bytes at {offset} reach beyond the disk of {size} bytes", buf.len());

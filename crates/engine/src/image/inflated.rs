@@ -36,6 +36,11 @@ impl InflatedCache {
         Self { clusters: Cache::new(clusters as usize) }
     }
 
+    /// Forgets a cluster: other data is now stored there.
+    pub(crate) fn remove(&self, descriptor: &CompressedDescriptor) {
+        self.clusters.remove(descriptor);
+    }
+
     /// The inflated cluster, from the cache or inflated now, by one thread only.
     pub(crate) fn get(&self, inflate: &Inflate<'_>) -> Result<Arc<[u8]>> {
         match self.clusters.get_value_or_guard(&inflate.descriptor, None) {

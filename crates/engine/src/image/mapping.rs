@@ -1,6 +1,8 @@
-//! Planning a read: from a guest range to the segments of one layer.
+//! The mapping of one layer under its lock, and planning a read: from a guest range to the segments of one layer.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
+use std::sync::Arc;
 
 use qcow2_format::{
     CompressedDescriptor, GuestOffset, HostOffset, L1Entry, L2Entry, L2Mapping, SubclusterBitmap,
@@ -8,6 +10,8 @@ use qcow2_format::{
 };
 
 use super::qcow2::Qcow2;
+use super::slices::{Slice, SliceCache};
+use crate::write::Unlinked;
 use crate::{Error, ErrorKind, Result};
 
 /// A run of guest bytes that one layer stores in one way.
@@ -81,6 +85,78 @@ impl Plan<'_> {
     }
 }
 
+/// L1 and changed L2 slices of a layer. Readers plan under the shared lock; writers publish under the exclusive one.
+/// The lock is never held across I/O: a slice that is not in memory is loaded without it, then looked for again.
+#[derive(Debug)]
+pub(crate) struct Mapping {
+    /// The L1 table.
+    pub(crate) l1: Vec<u64>,
+    /// L2 slices that differ from the file, by host offset; they win over the cache.
+    pub(crate) dirty: BTreeMap<u64, Slice>,
+    /// Indices of L1 entries that differ from the file.
+    pub(crate) dirty_l1: BTreeSet<usize>,
+    /// Counts changes of slices: a slice loaded without the lock is only good while this stands still.
+    pub(crate) generation: u64,
+    /// Held by requests while they may still use host offsets that they planned: see `write::quarantine`.
+    pub(crate) epoch: Arc<()>,
+    /// Host clusters that lost a reference since the last flush.
+    pub(crate) unlinked: Vec<Unlinked>,
+    /// A link since the last flush refers to bytes that must be durable before it: copied data, reused clusters, or
+    /// refcounts that are not durable yet.
+    pub(crate) links_need_barrier: bool,
+    /// An L1 entry since the last flush refers to a table that must be durable before it.
+    pub(crate) tables_need_barrier: bool,
+}
+
+/// A slice loaded without the lock.
+#[derive(Debug, Default)]
+pub(crate) struct Loaded {
+    slice: Option<(u64, Slice)>,
+    generation: u64,
+}
+
+impl Loaded {
+    /// The slice.
+    pub(crate) fn into_slice(self) -> Option<Slice> {
+        self.slice.map(|(_, slice)| slice)
+    }
+}
+
+/// A slice that planning needs and memory does not have.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Missing {
+    pub(crate) offset: u64,
+    pub(crate) generation: u64,
+    /// Guest offset that needs it.
+    pub(crate) guest: u64,
+}
+
+impl Mapping {
+    pub(crate) fn new(l1: Vec<u64>) -> Self {
+        Self {
+            l1,
+            dirty: BTreeMap::new(),
+            dirty_l1: BTreeSet::new(),
+            generation: 0,
+            epoch: Arc::new(()),
+            unlinked: Vec::new(),
+            links_need_barrier: false,
+            tables_need_barrier: false,
+        }
+    }
+
+    /// The slice at `offset`, from memory only.
+    pub(crate) fn slice(&self, cache: &SliceCache, offset: u64, loaded: &Loaded) -> Option<Slice> {
+        if let Some(slice) = self.dirty.get(&offset) {
+            return Some(Arc::clone(slice));
+        }
+        cache.peek(offset).or_else(|| match &loaded.slice {
+            Some((at, slice)) if *at == offset && loaded.generation == self.generation => Some(slice.clone()),
+            _ => None,
+        })
+    }
+}
+
 impl Qcow2 {
     /// Appends the segments of `range`, which must lie inside the disk, to `segments`; neighbours that continue each
     /// other are merged. Compressed segments stay one per cluster.
@@ -90,39 +166,57 @@ impl Qcow2 {
     pub fn plan_read(&self, range: Range<u64>, segments: &mut Vec<Segment>) -> Result<()> {
         let first = segments.len();
         let mut plan = Plan { segments, first };
-        let g = *self.geometry();
         let mut at = range.start;
+        let mut loaded = Loaded::default();
         while at < range.end {
-            let table_end = (at - at % g.l2_coverage()).saturating_add(g.l2_coverage()).min(range.end);
-            let index = g.l1_index(GuestOffset(at));
-            let entry = L1Entry(self.l1().get(index as usize).copied().unwrap_or(0));
-            let table = entry.table(&g).map_err(|e| self.corrupt_entry(e, at))?;
-            match table {
-                None => plan.push(at, table_end - at, SegmentKind::Unallocated { host: None }),
-                Some(table) => self.plan_table(table, at..table_end, &mut plan)?,
+            let missing = self.plan_from_memory(&mut at, range.end, &loaded, &mut plan)?;
+            if let Some(missing) = missing {
+                loaded = self.load_slice(missing)?;
             }
-            at = table_end;
         }
         Ok(())
     }
 
-    /// Plans a range that one L2 table maps, slice by slice.
-    fn plan_table(&self, table: HostOffset, range: Range<u64>, plan: &mut Plan<'_>) -> Result<()> {
+    /// Reads a slice that was missing, without the lock.
+    pub(crate) fn load_slice(&self, missing: Missing) -> Result<Loaded> {
+        let slice = self.slices.load(&**self.storage(), missing.offset);
+        let slice = slice.map_err(|e| self.in_table(e, missing.guest))?;
+        Ok(Loaded { slice: Some((missing.offset, slice)), generation: missing.generation })
+    }
+
+    /// Plans from `at` as far as memory reaches, under the shared lock; returns the slice that stopped it.
+    fn plan_from_memory(
+        &self,
+        at: &mut u64,
+        end: u64,
+        loaded: &Loaded,
+        plan: &mut Plan<'_>,
+    ) -> Result<Option<Missing>> {
         let g = *self.geometry();
-        let mut at = range.start;
-        while at < range.end {
-            let l2_index = g.l2_index(GuestOffset(at));
-            let (slice, mut index) =
-                self.slices.get(&**self.storage(), table.0, l2_index).map_err(|e| self.in_table(e, at))?;
-            while index < self.slices.entries() && at < range.end {
-                let cluster = g.cluster_start(at);
-                let end = (cluster + (g.cluster_size() - 1)).min(range.end - 1) + 1;
-                self.plan_cluster(self.slices.entry(&slice, index), cluster, at..end, plan)?;
-                at = end;
+        let mapping = self.mapping.read();
+        while *at < end {
+            let index = g.l1_index(GuestOffset(*at));
+            let entry = L1Entry(mapping.l1.get(index as usize).copied().unwrap_or(0));
+            let table = entry.table(&g).map_err(|e| self.corrupt_entry(e, *at))?;
+            let Some(table) = table else {
+                let table_end = (*at - *at % g.l2_coverage()).saturating_add(g.l2_coverage()).min(end);
+                plan.push(*at, table_end - *at, SegmentKind::Unallocated { host: None });
+                *at = table_end;
+                continue;
+            };
+            let (offset, mut index) = self.slices.locate(table.0, g.l2_index(GuestOffset(*at)));
+            let Some(slice) = mapping.slice(&self.slices, offset, loaded) else {
+                return Ok(Some(Missing { offset, generation: mapping.generation, guest: *at }));
+            };
+            while index < self.slices.entries() && *at < end {
+                let cluster = g.cluster_start(*at);
+                let cluster_end = (cluster + (g.cluster_size() - 1)).min(end - 1) + 1;
+                self.plan_cluster(self.slices.entry(&slice, index), cluster, *at..cluster_end, plan)?;
+                *at = cluster_end;
                 index += 1;
             }
         }
-        Ok(())
+        Ok(None)
     }
 
     fn plan_cluster(
@@ -132,17 +226,10 @@ impl Qcow2 {
         range: Range<u64>,
         plan: &mut Plan<'_>,
     ) -> Result<()> {
-        let external = self.header().has_data_file();
-        let mapping = entry
-            .decode(self.geometry(), self.header().version, external)
-            .map_err(|e| self.corrupt_entry(e, cluster))?;
         let within = range.start - cluster;
         let length = range.end - range.start;
         let at = |host: HostOffset| host.0 + within;
-        if external {
-            self.check_external(&mapping, cluster)?;
-        }
-        match mapping {
+        match self.decode_entry(entry, cluster)? {
             L2Mapping::Unallocated => plan.push(range.start, length, SegmentKind::Unallocated { host: None }),
             L2Mapping::Zero { host, .. } => {
                 plan.push(range.start, length, SegmentKind::Zero { host: host.map(at) });
@@ -158,6 +245,18 @@ impl Qcow2 {
             }
         }
         Ok(())
+    }
+
+    /// What an L2 entry says about the cluster at guest offset `cluster`.
+    pub(crate) fn decode_entry(&self, entry: L2Entry, cluster: u64) -> Result<L2Mapping> {
+        let external = self.header().has_data_file();
+        let mapping = entry
+            .decode(self.geometry(), self.header().version, external)
+            .map_err(|e| self.corrupt_entry(e, cluster))?;
+        if external {
+            self.check_external(&mapping, cluster)?;
+        }
+        Ok(mapping)
     }
 
     fn plan_subclusters(
@@ -206,7 +305,7 @@ impl Qcow2 {
         }
     }
 
-    fn corrupt_entry(&self, error: qcow2_format::FormatError, guest: u64) -> Error {
+    pub(crate) fn corrupt_entry(&self, error: qcow2_format::FormatError, guest: u64) -> Error {
         let field = error.field();
         let message = format!("{error} (guest offset {guest:#x})");
         let mut e = self.error(ErrorKind::Corrupt, message).with_source(error);

@@ -17,7 +17,9 @@ mod snapshots;
 
 pub use bitmaps::BitmapRecord;
 pub use chain::{Image, Layer};
+pub(crate) use mapping::{Loaded, Missing};
 pub use mapping::{Segment, SegmentKind};
+pub(crate) use open::on_file;
 pub use open::{OpenOptions, read_header};
 pub use qcow2::{BackingReference, DataFileReference, Qcow2, References};
 pub use raw::Raw;

@@ -88,7 +88,7 @@ impl Qcow2 {
 }
 
 /// Adds the file's path, where there is one.
-pub(super) fn on_file(storage: &dyn Storage, error: Error) -> Error {
+pub(crate) fn on_file(storage: &dyn Storage, error: Error) -> Error {
     match storage.path() {
         Some(path) => error.with_path(path),
         None => error,

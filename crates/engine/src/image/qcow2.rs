@@ -1,11 +1,16 @@
 //! One open qcow2 layer and what its header says.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
+
+use parking_lot::RwLock;
 
 use qcow2_format::{CryptMethod, Geometry, Header, Limits, SnapshotRecord};
 
 use super::inflated::{Inflate, InflatedCache};
+use super::mapping::Mapping;
 use super::slices::SliceCache;
+use crate::write::Writer;
 use crate::{Error, ErrorKind, Result, Storage};
 
 /// One qcow2 image file, without its backing file.
@@ -14,13 +19,17 @@ pub struct Qcow2 {
     storage: Arc<dyn Storage>,
     data_file: Option<Arc<dyn Storage>>,
     header: Header,
-    view: View,
+    size: AtomicU64,
+    viewed: Option<usize>,
     snapshots: Vec<SnapshotRecord>,
     snapshot_error: Option<Error>,
     limits: Limits,
-    pub(super) slices: SliceCache,
-    pub(super) inflated: InflatedCache,
-    pub(super) metadata_preallocated: OnceLock<bool>,
+    pub(crate) mapping: RwLock<Mapping>,
+    pub(crate) slices: SliceCache,
+    pub(crate) inflated: InflatedCache,
+    /// Present when the image is open for writing.
+    pub(crate) writer: Option<Writer>,
+    pub(crate) metadata_preallocated: OnceLock<bool>,
 }
 
 /// The disk that is read: the active one or an internal snapshot's.
@@ -74,12 +83,15 @@ impl Qcow2 {
             storage,
             data_file: None,
             header,
-            view,
+            size: AtomicU64::new(view.size),
+            viewed: view.snapshot,
             snapshots,
             snapshot_error,
             limits,
+            mapping: RwLock::new(Mapping::new(view.l1)),
             slices,
             inflated,
+            writer: None,
             metadata_preallocated: OnceLock::new(),
         }
     }
@@ -121,7 +133,12 @@ impl Qcow2 {
     }
     /// Size in bytes of the disk that is read.
     pub fn virtual_size(&self) -> u64 {
-        self.view.size
+        self.size.load(Ordering::Acquire)
+    }
+
+    /// Publishes a new size: what lies beyond the old one is mapped.
+    pub(crate) fn set_virtual_size(&self, size: u64) {
+        self.size.store(size, Ordering::Release);
     }
     /// The internal snapshots, in the table's order.
     pub fn snapshots(&self) -> &[SnapshotRecord] {
@@ -133,19 +150,19 @@ impl Qcow2 {
     }
     /// The snapshot that is viewed, if any.
     pub fn viewed_snapshot(&self) -> Option<&SnapshotRecord> {
-        self.snapshots.get(self.view.snapshot?)
+        self.snapshots.get(self.viewed?)
     }
     /// The limits the image was opened with.
     pub fn limits(&self) -> &Limits {
         &self.limits
     }
-    /// Entries of the L1 table of the disk that is read.
-    pub fn l1(&self) -> &[u64] {
-        &self.view.l1
+    /// A copy of the L1 table of the disk that is read.
+    pub fn l1(&self) -> Vec<u64> {
+        self.mapping.read().l1.clone()
     }
 
     /// Where guest data is stored.
-    pub(super) fn data_storage(&self) -> Result<&Arc<dyn Storage>> {
+    pub(crate) fn data_storage(&self) -> Result<&Arc<dyn Storage>> {
         if !self.header.has_data_file() {
             return Ok(&self.storage);
         }
@@ -160,7 +177,7 @@ impl Qcow2 {
     }
 
     /// Refuses to hand out ciphertext.
-    pub(super) fn require_plain(&self) -> Result<()> {
+    pub(crate) fn require_plain(&self) -> Result<()> {
         match self.header.crypt_method {
             CryptMethod::None => Ok(()),
             method => {

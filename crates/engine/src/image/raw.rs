@@ -1,7 +1,9 @@
 //! A raw layer: the file is the disk.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::write::{Discard, WriteOptions};
 use crate::{Result, Storage, StorageExt};
 
 /// Sector size: a raw disk's size is rounded up to it, as QEMU does.
@@ -11,7 +13,9 @@ pub(crate) const SECTOR: u64 = 512;
 #[derive(Debug)]
 pub struct Raw {
     storage: Arc<dyn Storage>,
-    size: u64,
+    size: AtomicU64,
+    discard: Discard,
+    flush_each: bool,
 }
 
 impl Raw {
@@ -23,7 +27,7 @@ impl Raw {
     pub fn new(storage: Arc<dyn Storage>) -> Result<Self> {
         let size = storage.size()?;
         let size = size.checked_next_multiple_of(SECTOR).unwrap_or(size);
-        Ok(Self { storage, size })
+        Ok(Self { storage, size: AtomicU64::new(size), discard: Discard::Ignore, flush_each: false })
     }
 
     /// The file.
@@ -32,6 +36,28 @@ impl Raw {
     }
     /// Size of the disk in bytes.
     pub fn virtual_size(&self) -> u64 {
-        self.size
+        self.size.load(Ordering::Acquire)
+    }
+
+    /// Sets how the disk is written to.
+    #[must_use]
+    pub fn with_write_options(mut self, options: &WriteOptions) -> Self {
+        self.discard = options.discard;
+        self.flush_each = options.flush_each;
+        self
+    }
+
+    pub(crate) fn discard(&self) -> Discard {
+        self.discard
+    }
+    pub(crate) fn flush_each(&self) -> bool {
+        self.flush_each
+    }
+
+    /// Grows the file.
+    pub(crate) fn resize(&self, size: u64) -> Result<()> {
+        self.storage.resize(size)?;
+        self.size.store(size, Ordering::Release);
+        Ok(())
     }
 }

@@ -38,22 +38,60 @@ impl SliceCache {
         self.bytes / 8 / self.words_per_entry
     }
 
-    /// The slice of the L2 table at `table` that holds entry `l2_index`, and the entry's index in it.
-    pub(crate) fn get(&self, storage: &dyn Storage, table: u64, l2_index: u64) -> Result<(Slice, u64)> {
+    /// Bytes in one slice.
+    pub(crate) fn slice_bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Host offset of the slice that holds entry `l2_index` of the L2 table at `table`, and the entry's index in it.
+    pub(crate) fn locate(&self, table: u64, l2_index: u64) -> (u64, u64) {
         let entries = self.entries();
         // A table offset has at most 56 bits.
-        let offset = table + l2_index / entries * self.bytes;
-        let slice = match self.cache.get_value_or_guard(&offset, None) {
-            GuardResult::Value(slice) => slice,
+        (table + l2_index / entries * self.bytes, l2_index % entries)
+    }
+
+    /// The slice at `offset`, where it is cached.
+    pub(crate) fn peek(&self, offset: u64) -> Option<Slice> {
+        self.cache.get(&offset)
+    }
+
+    /// The slice at `offset`, read if it is not cached. One thread reads, others that want it wait.
+    pub(crate) fn load(&self, storage: &dyn Storage, offset: u64) -> Result<Slice> {
+        match self.cache.get_value_or_guard(&offset, None) {
+            GuardResult::Value(slice) => Ok(slice),
             GuardResult::Guard(guard) => {
                 let slice = load(storage, offset, self.bytes)?;
-                // Refused only when the slice was invalidated meanwhile: then this copy is not kept.
+                // Refused only when the slice was replaced meanwhile: then this copy is not kept.
                 let _ = guard.insert(slice.clone());
-                slice
+                Ok(slice)
             }
-            GuardResult::Timeout => load(storage, offset, self.bytes)?,
-        };
-        Ok((slice, l2_index % entries))
+            GuardResult::Timeout => load(storage, offset, self.bytes),
+        }
+    }
+
+    /// Replaces the slice at `offset` by what was just written there.
+    pub(crate) fn insert(&self, offset: u64, slice: Slice) {
+        self.cache.insert(offset, slice);
+    }
+
+    /// Forgets the slices of a table: its cluster was freed or changes outside the cache.
+    pub(crate) fn remove_table(&self, table: u64, table_bytes: u64) {
+        for offset in (table..table + table_bytes).step_by(self.bytes as usize) {
+            self.cache.remove(&offset);
+        }
+    }
+
+    /// Changes entry `index` of a slice.
+    pub(crate) fn set_entry(&self, slice: &mut [u64], index: u64, entry: L2Entry) {
+        let at = (index * self.words_per_entry) as usize;
+        if let Some(word) = slice.get_mut(at) {
+            *word = entry.word;
+        }
+        if self.words_per_entry == 2
+            && let Some(bitmap) = slice.get_mut(at + 1)
+        {
+            *bitmap = entry.bitmap.0;
+        }
     }
 
     /// Entry `index` of a slice; zero (unallocated) outside, which no caller asks for.

@@ -1,0 +1,369 @@
+//! Host cluster allocation: reservations, and what becomes of freed clusters.
+//!
+//! Clusters are handed out from pools whose refcount is already 1 in the file (`ready`) or will be when the next flush
+//! is done (`fresh`: what uses them makes that flush sync twice). Reservations are made a batch at a time and topped up
+//! inside guest flushes, whose sync they share. A freed cluster keeps its refcount of 1 and goes back to a pool; only
+//! what the pools do not want is written down as free. Closing gives everything back.
+
+use std::sync::Arc;
+
+use qcow2_format::Geometry;
+
+use super::overlap::MetadataMap;
+use super::quarantine::{Quarantine, Unlinked};
+use super::ranges::Ranges;
+use super::refcounts::{Moved, Refcounts, Write};
+use crate::image::on_file;
+use crate::{Error, ErrorKind, Result, Storage, StorageExt};
+
+/// Bytes of clusters reserved at least, and at most, in one batch.
+const BATCH_BYTES: std::ops::RangeInclusive<u64> = (16 << 20)..=(128 << 20);
+/// Bytes of clusters that the pools keep; what is freed beyond goes back to the image.
+const POOL_BYTES: u64 = 256 << 20;
+/// Refcounts looked at in one search for free clusters inside the file.
+const SEARCH_BUDGET: u64 = 32 << 10;
+
+/// Clusters by what they hold: nothing but zeroes, or bytes of former use.
+#[derive(Debug, Default)]
+struct Pool {
+    clean: Ranges,
+    stale: Ranges,
+}
+
+impl Pool {
+    fn total(&self) -> u64 {
+        self.clean.total() + self.stale.total()
+    }
+    fn of(&mut self, clean: bool) -> &mut Ranges {
+        if clean { &mut self.clean } else { &mut self.stale }
+    }
+}
+
+/// Contiguous clusters handed out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Allocation {
+    /// First host cluster.
+    pub(super) cluster: u64,
+    /// Number of clusters.
+    pub(super) count: u64,
+    /// They read as zeroes.
+    pub(super) clean: bool,
+    /// Their refcount, and that they read as zeroes, is durable.
+    pub(super) durable: bool,
+}
+
+#[derive(Debug)]
+pub(super) struct Allocator {
+    pub(super) refcounts: Refcounts,
+    storage: Arc<dyn Storage>,
+    geometry: Geometry,
+    ready: Pool,
+    fresh: Pool,
+    /// Reservations that the running flush makes durable.
+    settling: Pool,
+    quarantine: Quarantine,
+    /// First cluster behind everything in use.
+    end: u64,
+    /// Where the search for free clusters inside the file goes on.
+    search: u64,
+    /// Behind the last allocation: going on there keeps the file in guest order.
+    next: u64,
+    /// Clusters handed out since the last flush.
+    recent: u64,
+    /// Host cluster that takes the next compressed data, and the bytes used in it.
+    pub(super) packing: Option<(u64, u64)>,
+}
+
+impl Allocator {
+    pub(super) fn new(
+        storage: &Arc<dyn Storage>,
+        mut refcounts: Refcounts,
+        geometry: Geometry,
+    ) -> Result<Self> {
+        let end = match storage.traits().block_device {
+            true => refcounts.end_of_use()?,
+            false => geometry.clusters_for(storage.size()?),
+        };
+        Ok(Self {
+            refcounts,
+            storage: Arc::clone(storage),
+            geometry,
+            ready: Pool::default(),
+            fresh: Pool::default(),
+            settling: Pool::default(),
+            quarantine: Quarantine::default(),
+            end,
+            search: 0,
+            next: 0,
+            recent: 0,
+            packing: None,
+        })
+    }
+
+    /// Takes at least 1 and at most `count` contiguous clusters. `covered` says that every byte of them will be written
+    /// and synced before it is linked: then clusters of former use do as well as clean ones, and are taken first.
+    pub(super) fn allocate(
+        &mut self,
+        count: u64,
+        covered: bool,
+        metadata: &mut MetadataMap,
+    ) -> Result<Allocation> {
+        let order = if covered { [false, true] } else { [true, false] };
+        loop {
+            for durable in [true, false] {
+                for clean in order {
+                    let pool = if durable { &mut self.ready } else { &mut self.fresh };
+                    if let Some((cluster, count)) = pool.of(clean).take(count, self.next) {
+                        self.next = cluster + count;
+                        self.recent += count;
+                        return Ok(Allocation { cluster, count, clean, durable });
+                    }
+                }
+            }
+            self.reserve(count.max(self.batch()), metadata)?;
+        }
+    }
+
+    /// Takes exactly `count` contiguous clusters behind everything in use, for a table that must be contiguous. Their
+    /// refcounts are not durable before the next flush or sync of `take_writes`.
+    pub(super) fn allocate_contiguous(&mut self, count: u64, metadata: &mut MetadataMap) -> Result<u64> {
+        let mut start = self.cover_end(metadata)?;
+        loop {
+            // Covering one cluster may have put a refcount block right there: start behind it.
+            let mut free = 0;
+            while free < count && self.refcounts.get(start + free)? == 0 {
+                if !self.refcounts.is_covered(start + free) {
+                    break;
+                }
+                free += 1;
+            }
+            if free == count {
+                break;
+            }
+            if self.refcounts.is_covered(start + free) {
+                start += free + 1;
+            } else {
+                self.end = start + free;
+                start = self.cover_end(metadata)?;
+            }
+        }
+        for cluster in start..start + count {
+            self.refcounts.set(cluster, 1)?;
+        }
+        self.end = self.end.max(start + count);
+        Ok(start)
+    }
+
+    /// Gives back clusters that were handed out and not linked. Their contents are unknown now.
+    pub(super) fn abandon(&mut self, allocation: Allocation) {
+        let pool = if allocation.durable { &mut self.ready } else { &mut self.fresh };
+        pool.stale.insert(allocation.cluster, allocation.count);
+    }
+
+    fn batch(&self) -> u64 {
+        let bytes = |b: &u64| (b / self.geometry.cluster_size()).max(4);
+        (self.recent * 2).clamp(bytes(BATCH_BYTES.start()), bytes(BATCH_BYTES.end()))
+    }
+
+    /// Reserves clusters: free ones inside the file where a short search finds some, else behind its end.
+    fn reserve(&mut self, count: u64, metadata: &mut MetadataMap) -> Result<()> {
+        while self.search < self.end {
+            let (found, next) = self.refcounts.find_free(self.search, self.end, count, SEARCH_BUDGET)?;
+            self.search = next;
+            let Some((start, found)) = found else { break };
+            if !self.refcounts.is_covered(start) {
+                // Clusters of the file without a refcount block: an odd image; leave them alone.
+                continue;
+            }
+            let usable = (start..start + found).take_while(|&c| self.refcounts.is_covered(c)).count() as u64;
+            if let Some(name) = metadata.hit(start, start + usable) {
+                let message = format!("the {name} has a refcount of 0");
+                let error = Error::new(ErrorKind::Corrupt, message);
+                return Err(on_file(&*self.storage, error).with_offset(start * self.geometry.cluster_size()));
+            }
+            for cluster in start..start + usable {
+                self.refcounts.set(cluster, 1)?;
+            }
+            let clean = self.punch(start, usable);
+            self.fresh.of(clean).insert(start, usable);
+            return Ok(());
+        }
+        self.reserve_end(count, metadata)
+    }
+
+    fn reserve_end(&mut self, count: u64, metadata: &mut MetadataMap) -> Result<()> {
+        let start = self.cover_end(metadata)?;
+        let mut end = start;
+        while end < start + count && self.refcounts.is_covered(end) && self.refcounts.get(end)? == 0 {
+            end += 1;
+        }
+        if end == start {
+            // A cluster behind the end with a refcount: leaked by a crash. Go on behind it.
+            self.end = start + 1;
+            return Ok(());
+        }
+        // First what can fail for want of space.
+        let clean = self.extend(end)?;
+        for cluster in start..end {
+            self.refcounts.set(cluster, 1)?;
+        }
+        self.end = end;
+        self.fresh.of(clean).insert(start, end - start);
+        Ok(())
+    }
+
+    /// The first free cluster behind everything in use, with a refcount block that covers it.
+    fn cover_end(&mut self, metadata: &mut MetadataMap) -> Result<u64> {
+        while !self.refcounts.is_covered(self.end) {
+            let covered = self.refcounts.cover(self.end)?;
+            let first = self.end;
+            for cluster in first..first + covered.clusters {
+                metadata.add(cluster);
+            }
+            self.end += covered.clusters;
+            if let Some(Moved { old, table_offset, table_clusters }) = covered.moved {
+                metadata.set_refcount_table(&self.geometry, table_offset.0, table_clusters);
+                // The header no longer names the old table, durably.
+                for cluster in old.0..old.0 + old.1 {
+                    self.refcounts.decrement(cluster)?;
+                }
+                self.search = self.search.min(old.0);
+            }
+        }
+        Ok(self.end)
+    }
+
+    /// Extends the file over the reservations, so that they read as zeroes and later writes do not grow it. False
+    /// where they may hold anything: a block device.
+    fn extend(&self, end: u64) -> Result<bool> {
+        if self.storage.traits().block_device {
+            return Ok(false);
+        }
+        let bytes = end * self.geometry.cluster_size();
+        if self.storage.size()? < bytes {
+            self.storage.resize(bytes)?;
+        }
+        Ok(true)
+    }
+
+    /// Frees the space of clusters that nothing refers to; true if they read as zeroes now.
+    fn punch(&self, cluster: u64, count: u64) -> bool {
+        let size = self.geometry.cluster_size();
+        self.storage.write_zeroes(cluster * size, count * size, true).is_ok()
+    }
+
+    /// Adds a reference to a cluster that has one already. It is not durable before the next flush.
+    pub(super) fn share(&mut self, cluster: u64) -> Result<()> {
+        self.refcounts.increment(cluster).map(|_| ())
+    }
+
+    /// Whether one more reference to `cluster` fits the refcount width.
+    pub(super) fn can_share(&mut self, cluster: u64) -> Result<bool> {
+        Ok(self.refcounts.get(cluster)? < self.geometry.refcount_max())
+    }
+
+    /// Tops up the reservations and takes the refcounts to write: the first step of a flush.
+    pub(super) fn begin_flush(&mut self, metadata: &mut MetadataMap) -> Result<Vec<Write>> {
+        let target = self.batch();
+        if self.recent > 0 && self.ready.clean.total() + self.fresh.clean.total() < target / 2 {
+            self.reserve(target, metadata)?;
+        }
+        self.recent = 0;
+        for clean in [true, false] {
+            for (start, count) in self.fresh.of(clean).drain() {
+                self.settling.of(clean).insert(start, count);
+            }
+        }
+        Ok(self.refcounts.take_dirty())
+    }
+
+    /// The flush is done: its reservations are durable, its unlinked clusters are in quarantine, and what no request
+    /// can reach is reused.
+    pub(super) fn end_flush(&mut self, epoch: Arc<()>, unlinked: Vec<Unlinked>) -> Result<()> {
+        for clean in [true, false] {
+            for (start, count) in self.settling.of(clean).drain() {
+                self.ready.of(clean).insert(start, count);
+            }
+        }
+        self.quarantine.push(epoch, unlinked);
+        for run in self.quarantine.take_reachless() {
+            self.reuse(run)?;
+        }
+        let most = (POOL_BYTES / self.geometry.cluster_size()).max(64);
+        while self.ready.total() > most {
+            let clean = self.ready.stale.total() == 0;
+            let Some((start, count)) = self.ready.of(clean).pop_last() else { break };
+            self.release(start, count)?;
+        }
+        Ok(())
+    }
+
+    /// Drops the reference of clusters that lost it. Those without another one go to a pool, refcount and all.
+    fn reuse(&mut self, run: Unlinked) -> Result<()> {
+        let mut free: Option<(u64, u64)> = None;
+        for cluster in run.cluster..run.cluster + run.count {
+            if self.refcounts.get(cluster)? != 1 {
+                self.refcounts.decrement(cluster)?;
+                continue;
+            }
+            if self.packing.is_some_and(|(packing, _)| packing == cluster) {
+                self.packing = None;
+            }
+            match &mut free {
+                Some((start, count)) if *start + *count == cluster => *count += 1,
+                _ => {
+                    if let Some((start, count)) = free.replace((cluster, 1)) {
+                        self.pool_freed(start, count, run.punch);
+                    }
+                }
+            }
+        }
+        if let Some((start, count)) = free {
+            self.pool_freed(start, count, run.punch);
+        }
+        Ok(())
+    }
+
+    fn pool_freed(&mut self, start: u64, count: u64, punch: bool) {
+        if punch && self.punch(start, count) {
+            // That they read as zeroes is durable with the next flush.
+            self.fresh.clean.insert(start, count);
+        } else {
+            self.ready.stale.insert(start, count);
+        }
+    }
+
+    fn release(&mut self, start: u64, count: u64) -> Result<()> {
+        for cluster in start..start + count {
+            self.refcounts.set(cluster, 0)?;
+        }
+        self.search = self.search.min(start);
+        Ok(())
+    }
+
+    /// Drops one reference of a cluster whose loss of it is durable already, and that no request can reach.
+    pub(super) fn drop_reference(&mut self, cluster: u64) -> Result<()> {
+        self.reuse(Unlinked { cluster, count: 1, punch: false })
+    }
+
+    /// Gives every reservation back, for closing: nothing is in flight. Returns the length that the file needs.
+    pub(super) fn give_back(&mut self) -> Result<u64> {
+        for run in self.quarantine.take_reachless() {
+            self.reuse(run)?;
+        }
+        for pool in [&mut self.ready, &mut self.fresh, &mut self.settling] {
+            let clean: Vec<_> = pool.clean.drain().collect();
+            let stale: Vec<_> = pool.stale.drain().collect();
+            for (start, count) in clean.into_iter().chain(stale) {
+                for cluster in start..start + count {
+                    self.refcounts.set(cluster, 0)?;
+                }
+            }
+        }
+        while self.end > 1 && self.refcounts.get(self.end - 1)? == 0 {
+            self.end -= 1;
+        }
+        self.search = 0;
+        Ok(self.end * self.geometry.cluster_size())
+    }
+}

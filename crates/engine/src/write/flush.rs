@@ -1,0 +1,208 @@
+//! Flushing and closing: which bytes reach the file, in which order, with how few syncs.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use super::quarantine::Unlinked;
+use super::request::Top;
+use super::writer::Writer;
+use crate::image::{Image, Layer, Qcow2};
+use crate::{Mem, Result, StorageExt};
+
+/// Bytes of changed L2 slices that a request may leave behind; more are written without waiting for a flush.
+const DIRTY_BYTES: u64 = 8 << 20;
+
+/// L1 entries in the unit that is written at once: a sector.
+const L1_UNIT: usize = 64;
+
+/// What one flush writes.
+struct Pending {
+    slices: BTreeMap<u64, Arc<[u64]>>,
+    /// Start entry and the entries of each changed unit of the L1 table.
+    l1: Vec<(usize, Vec<u64>)>,
+    unlinked: Vec<Unlinked>,
+    epoch: Arc<()>,
+    links_need_barrier: bool,
+    tables_need_barrier: bool,
+}
+
+impl Image {
+    /// Makes everything durable that was written before. In the common case this is one `fdatasync`.
+    ///
+    /// # Errors
+    /// `Io` when a write or sync fails; the image then refuses further writes.
+    pub fn flush(&self) -> Result<()> {
+        match self.layers().first() {
+            Some(Layer::Qcow2(image)) if !image.is_writable() => Ok(()),
+            Some(Layer::Raw(raw)) if !raw.storage().traits().writable => Ok(()),
+            _ => match self.top()? {
+                Top::Raw(raw) => raw.storage().flush(),
+                Top::Qcow2(image, writer) => {
+                    let _shared = writer.gate.read();
+                    writer.check()?;
+                    self.flush_metadata(image, writer)
+                }
+            },
+        }
+    }
+
+    /// Flushes, gives reservations back and cuts the file to what it uses. Later writes fail with `Closed`. Closing an
+    /// image that refuses writes changes nothing.
+    ///
+    /// # Errors
+    /// As [`Image::flush`].
+    pub fn close(&self) -> Result<()> {
+        match self.layers().first() {
+            Some(Layer::Qcow2(image)) => {
+                let Some(writer) = &image.writer else { return Ok(()) };
+                let _alone = writer.gate.write();
+                if writer.check().is_err() {
+                    return Ok(());
+                }
+                if writer.begun.get().is_some() {
+                    self.flush_metadata(image, writer)?;
+                    // Once more: what the first flush took out of quarantine is given back too.
+                    writer.give_back(image)?;
+                }
+                writer.close();
+                Ok(())
+            }
+            Some(Layer::Raw(raw)) if raw.storage().traits().writable => raw.storage().flush(),
+            _ => Ok(()),
+        }
+    }
+
+    /// Writes metadata early when much of it is waiting.
+    pub(super) fn limit_dirty(&self, image: &Qcow2, writer: &Writer) -> Result<()> {
+        let waiting = image.mapping.read().dirty.len() as u64 * image.slices.slice_bytes();
+        if waiting > DIRTY_BYTES { self.flush_metadata(image, writer) } else { Ok(()) }
+    }
+
+    pub(super) fn flush_metadata(&self, image: &Qcow2, writer: &Writer) -> Result<()> {
+        let _one = writer.flushing.lock();
+        writer.check()?;
+        let pending = take_pending(image);
+        writer.write_pending(image, pending).map_err(|e| writer.poison(e))
+    }
+}
+
+/// Takes what is waiting and begins a new epoch, at one moment. The slices stay where readers find them.
+fn take_pending(image: &Qcow2) -> Pending {
+    let mut mapping = image.mapping.write();
+    let units: BTreeSet<usize> =
+        std::mem::take(&mut mapping.dirty_l1).into_iter().map(|index| index / L1_UNIT * L1_UNIT).collect();
+    let l1 = units
+        .into_iter()
+        .map(|start| {
+            let end = (start + L1_UNIT).min(mapping.l1.len());
+            (start, mapping.l1.get(start..end).unwrap_or_default().to_vec())
+        })
+        .collect();
+    Pending {
+        slices: mapping.dirty.clone(),
+        l1,
+        unlinked: std::mem::take(&mut mapping.unlinked),
+        epoch: std::mem::replace(&mut mapping.epoch, Arc::new(())),
+        links_need_barrier: std::mem::take(&mut mapping.links_need_barrier),
+        tables_need_barrier: std::mem::take(&mut mapping.tables_need_barrier),
+    }
+}
+
+impl Writer {
+    /// Refcounts, then L2 slices, then L1 entries; a sync between two of them only where the later one must not be
+    /// durable first; a sync at the end.
+    fn write_pending(&self, image: &Qcow2, pending: Pending) -> Result<()> {
+        let storage = image.storage();
+        let refcounts = self.alloc.lock().begin_flush(&mut self.metadata.lock())?;
+        let unchanged = refcounts.is_empty() && pending.slices.is_empty() && pending.l1.is_empty();
+        for (offset, bytes) in refcounts {
+            storage.write_all_at(Mem::from(bytes.as_slice()), offset)?;
+        }
+        let data = image.data_file().filter(|_| image.header().has_data_file());
+        if let Some(data) = data {
+            data.flush()?;
+        }
+        let l1_waits = pending.tables_need_barrier && !pending.l1.is_empty();
+        if pending.links_need_barrier && !pending.slices.is_empty() && data.is_none() {
+            storage.flush()?;
+        }
+        write_slices(image, &pending.slices)?;
+        if l1_waits {
+            storage.flush()?;
+        }
+        for (start, entries) in &pending.l1 {
+            let bytes: Vec<u8> = entries.iter().flat_map(|e| e.to_be_bytes()).collect();
+            let l1 = self.l1_offset();
+            storage.write_all_at(Mem::from(bytes.as_slice()), l1 + *start as u64 * 8)?;
+        }
+        if data.is_none() || !unchanged {
+            storage.flush()?;
+        }
+        settle(image, &pending.slices);
+        self.forget_tables(image, &pending.unlinked);
+        self.alloc.lock().end_flush(pending.epoch, pending.unlinked)
+    }
+
+    /// Tables that nothing refers to any more leave the overlap check and the cache.
+    fn forget_tables(&self, image: &Qcow2, unlinked: &[Unlinked]) {
+        let size = image.geometry().cluster_size();
+        let mut metadata = self.metadata.lock();
+        for run in unlinked {
+            for cluster in run.cluster..run.cluster + run.count {
+                if metadata.remove(cluster) {
+                    image.slices.remove_table(cluster * size, size);
+                }
+            }
+        }
+    }
+
+    /// Gives the reservations back and cuts the file.
+    fn give_back(&self, image: &Qcow2) -> Result<()> {
+        let storage = image.storage();
+        let (length, writes) = {
+            let mut alloc = self.alloc.lock();
+            let length = alloc.give_back()?;
+            (length, alloc.refcounts.take_dirty())
+        };
+        for (offset, bytes) in &writes {
+            storage.write_all_at(Mem::from(bytes.as_slice()), *offset).map_err(|e| self.poison(e))?;
+        }
+        if !storage.traits().block_device && storage.size()? > length {
+            storage.resize(length).map_err(|e| self.poison(e))?;
+        } else if writes.is_empty() {
+            return Ok(());
+        }
+        storage.flush().map_err(|e| self.poison(e))
+    }
+}
+
+/// Writes slices in the order of their places, neighbours in one request.
+fn write_slices(image: &Qcow2, slices: &BTreeMap<u64, Arc<[u64]>>) -> Result<()> {
+    let mut run: Option<(u64, Vec<u8>)> = None;
+    for (&offset, slice) in slices {
+        let bytes = slice.iter().flat_map(|word| word.to_be_bytes());
+        match &mut run {
+            Some((start, data)) if *start + data.len() as u64 == offset => data.extend(bytes),
+            _ => {
+                if let Some((start, data)) = run.replace((offset, bytes.collect())) {
+                    image.storage().write_all_at(Mem::from(data.as_slice()), start)?;
+                }
+            }
+        }
+    }
+    match run {
+        Some((start, data)) => image.storage().write_all_at(Mem::from(data.as_slice()), start),
+        None => Ok(()),
+    }
+}
+
+/// Moves written slices to the cache, unless they changed again meanwhile.
+fn settle(image: &Qcow2, slices: &BTreeMap<u64, Arc<[u64]>>) {
+    let mut mapping = image.mapping.write();
+    for (offset, slice) in slices {
+        if mapping.dirty.get(offset).is_some_and(|now| Arc::ptr_eq(now, slice)) {
+            mapping.dirty.remove(offset);
+            image.slices.insert(*offset, Arc::clone(slice));
+        }
+    }
+}

@@ -1,0 +1,84 @@
+//! The overlap check: guest data is never written over the image's own structures, in release builds too.
+
+use std::collections::HashSet;
+
+use qcow2_format::{Geometry, L1Entry, SnapshotRecord};
+
+use crate::image::Qcow2;
+
+/// Host clusters that hold metadata.
+#[derive(Debug)]
+pub(super) struct MetadataMap {
+    /// Structures that do not move in single clusters: start and end cluster, and a name for the message.
+    fixed: Vec<(u64, u64, &'static str)>,
+    /// Active L2 tables and refcount blocks.
+    clusters: HashSet<u64>,
+}
+
+impl MetadataMap {
+    pub(super) fn new(image: &Qcow2, refcount_blocks: impl Iterator<Item = u64>) -> Self {
+        let g = *image.geometry();
+        let header = image.header();
+        let mut map = Self { fixed: vec![(0, 1, "header")], clusters: HashSet::new() };
+        map.set_l1(&g, header.l1_table_offset.0, u64::from(header.l1_size));
+        let table = u64::from(header.refcount_table_clusters) * g.cluster_size();
+        map.add_fixed(&g, header.refcount_table_offset.0, table, "refcount table");
+        for snapshot in image.snapshots() {
+            map.add_snapshot(&g, snapshot);
+        }
+        if header.nb_snapshots > 0 {
+            // The table's exact length is not kept; its first cluster is what an accident would hit first.
+            map.add_fixed(&g, header.snapshots_offset.0, 1, "snapshot table");
+        }
+        if let Some(bitmaps) = header.bitmaps() {
+            map.add_fixed(&g, bitmaps.directory_offset.0, bitmaps.directory_size, "bitmap directory");
+        }
+        map.clusters.extend(refcount_blocks.map(|o| g.cluster_index(o)));
+        let tables = image.mapping.read();
+        let offsets = tables.l1.iter().map(|&e| L1Entry(e).offset_bits()).filter(|&o| o != 0);
+        map.clusters.extend(offsets.map(|o| g.cluster_index(o)));
+        map
+    }
+
+    fn add_fixed(&mut self, g: &Geometry, offset: u64, bytes: u64, name: &'static str) {
+        if bytes > 0 {
+            let first = g.cluster_index(offset);
+            self.fixed.push((first, first + g.clusters_for(bytes), name));
+        }
+    }
+
+    fn add_snapshot(&mut self, g: &Geometry, snapshot: &SnapshotRecord) {
+        let bytes = u64::from(snapshot.l1_size) * 8;
+        self.add_fixed(g, snapshot.l1_table_offset.0, bytes, "snapshot L1 table");
+    }
+
+    /// Records the place of the active L1 table.
+    pub(super) fn set_l1(&mut self, g: &Geometry, offset: u64, entries: u64) {
+        self.fixed.retain(|f| f.2 != "active L1 table");
+        self.add_fixed(g, offset, entries * 8, "active L1 table");
+    }
+
+    /// Records the place of the refcount table.
+    pub(super) fn set_refcount_table(&mut self, g: &Geometry, offset: u64, clusters: u64) {
+        self.fixed.retain(|f| f.2 != "refcount table");
+        self.add_fixed(g, offset, clusters * g.cluster_size(), "refcount table");
+    }
+
+    /// Records a new L2 table or refcount block.
+    pub(super) fn add(&mut self, cluster: u64) {
+        self.clusters.insert(cluster);
+    }
+
+    /// Forgets an L2 table that lost its reference; true if the cluster was one.
+    pub(super) fn remove(&mut self, cluster: u64) -> bool {
+        self.clusters.remove(&cluster)
+    }
+
+    /// The structure that a write to clusters `first..end` would hit.
+    pub(super) fn hit(&self, first: u64, end: u64) -> Option<&'static str> {
+        if let Some(fixed) = self.fixed.iter().find(|f| f.0 < end && first < f.1) {
+            return Some(fixed.2);
+        }
+        (first..end).any(|c| self.clusters.contains(&c)).then_some("L2 table or refcount block")
+    }
+}

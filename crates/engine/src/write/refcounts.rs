@@ -1,0 +1,341 @@
+//! The image's refcounts: table, and a bounded cache of blocks with their changes.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+
+use qcow2_format::limits::MAX_REFCOUNT_TABLE_BYTES;
+use qcow2_format::refcount::{self, RefcountTableEntry};
+use qcow2_format::{Geometry, Header, HostOffset};
+
+use crate::image::on_file;
+use crate::{Error, ErrorKind, Mem, MemMut, Result, Storage, StorageExt};
+
+/// Bytes of blocks that the cache keeps, beyond changed ones.
+const CACHE_BYTES: u64 = 4 << 20;
+/// Unit in which changed blocks are written.
+const PIECE: usize = 4096;
+
+#[derive(Debug)]
+pub(super) struct Refcounts {
+    storage: Arc<dyn Storage>,
+    geometry: Geometry,
+    table: Vec<u64>,
+    table_offset: u64,
+    blocks: HashMap<u64, Block>,
+    clock: u64,
+}
+
+#[derive(Debug)]
+struct Block {
+    offset: u64,
+    bytes: Vec<u8>,
+    /// Pieces that differ from the file.
+    dirty: BTreeSet<usize>,
+    used: u64,
+}
+
+impl Block {
+    fn touch(&mut self, clock: u64) -> &mut Self {
+        self.used = clock;
+        self
+    }
+}
+
+/// Bytes to write, with their place.
+pub(super) type Write = (u64, Vec<u8>);
+
+impl Refcounts {
+    pub(super) fn load(storage: &Arc<dyn Storage>, header: &Header) -> Result<Self> {
+        let bytes = u64::from(header.refcount_table_clusters) * header.geometry.cluster_size();
+        // The header's check limits the table to 8 MiB.
+        let mut table = vec![0u8; bytes as usize];
+        storage
+            .read_exact_at(MemMut::from(&mut table[..]), header.refcount_table_offset.0)
+            .map_err(|e| e.with_field("refcount table"))?;
+        Ok(Self {
+            storage: Arc::clone(storage),
+            geometry: header.geometry,
+            table: table.as_chunks::<8>().0.iter().map(|w| u64::from_be_bytes(*w)).collect(),
+            table_offset: header.refcount_table_offset.0,
+            blocks: HashMap::new(),
+            clock: 0,
+        })
+    }
+
+    /// Host offsets of all refcount blocks.
+    pub(super) fn block_offsets(&self) -> impl Iterator<Item = u64> {
+        self.table.iter().map(|&e| RefcountTableEntry(e).offset_bits()).filter(|&o| o != 0)
+    }
+
+    /// First and number of clusters of the refcount table.
+    pub(super) fn table_clusters(&self) -> (u64, u64) {
+        let g = &self.geometry;
+        (g.cluster_index(self.table_offset), g.clusters_for(self.table.len() as u64 * 8))
+    }
+
+    /// Refcount of host cluster `cluster`.
+    pub(super) fn get(&mut self, cluster: u64) -> Result<u64> {
+        let (order, index) = self.place(cluster);
+        Ok(match self.block(cluster)? {
+            Some(block) => refcount::get(&block.bytes, index, order).unwrap_or(0),
+            None => 0,
+        })
+    }
+
+    /// Sets the refcount of `cluster`, whose block must exist.
+    pub(super) fn set(&mut self, cluster: u64, value: u64) -> Result<()> {
+        let (order, index) = self.place(cluster);
+        let max = self.geometry.refcount_max();
+        let piece = (index << order) / 8 / PIECE;
+        let missing = self.corrupt(format!("host cluster {cluster} has no refcount block"));
+        let block = self.block(cluster)?.ok_or(missing)?;
+        if refcount::set(&mut block.bytes, index, order, value).is_none() {
+            let message = format!("a refcount of {value} exceeds the image's largest ({max})");
+            return Err(Error::new(ErrorKind::Limit, message).with_field("refcount_bits"));
+        }
+        block.dirty.insert(piece);
+        Ok(())
+    }
+
+    /// Adds one reference to `cluster`; returns the refcount.
+    pub(super) fn increment(&mut self, cluster: u64) -> Result<u64> {
+        let count = self.get(cluster)?.saturating_add(1);
+        self.set(cluster, count)?;
+        Ok(count)
+    }
+
+    /// Drops one reference of `cluster`; returns the refcount.
+    pub(super) fn decrement(&mut self, cluster: u64) -> Result<u64> {
+        let count = self.get(cluster)?;
+        let Some(less) = count.checked_sub(1) else {
+            return Err(self.corrupt(format!("host cluster {cluster} was referenced with a refcount of 0")));
+        };
+        self.set(cluster, less)?;
+        Ok(less)
+    }
+
+    /// The first run of at most `limit` free clusters in `from..end`, looking at no more than `budget` clusters; and
+    /// the cluster to go on from.
+    pub(super) fn find_free(
+        &mut self,
+        from: u64,
+        end: u64,
+        limit: u64,
+        budget: u64,
+    ) -> Result<(Option<(u64, u64)>, u64)> {
+        let stop = end.min(from.saturating_add(budget));
+        let mut at = from;
+        while at < stop && self.get(at)? != 0 {
+            at += 1;
+        }
+        let start = at;
+        while at < end.min(start.saturating_add(limit)) && self.get(at)? == 0 {
+            at += 1;
+        }
+        Ok(((at > start && start < stop).then_some((start, at - start)), at))
+    }
+
+    fn place(&self, cluster: u64) -> (u32, usize) {
+        (self.geometry.refcount_order(), self.geometry.refcount_block_index(cluster) as usize)
+    }
+
+    fn corrupt(&self, message: String) -> Error {
+        on_file(&*self.storage, Error::new(ErrorKind::Corrupt, message)).with_field("refcount")
+    }
+
+    /// The block that counts `cluster`, or `None` where there is none.
+    fn block(&mut self, cluster: u64) -> Result<Option<&mut Block>> {
+        let index = self.geometry.refcount_table_index(cluster);
+        self.clock += 1;
+        let clock = self.clock;
+        if !self.blocks.contains_key(&index) {
+            let entry = RefcountTableEntry(self.table.get(index as usize).copied().unwrap_or(0));
+            let offset = entry.block(&self.geometry).map_err(|e| {
+                on_file(&*self.storage, Error::format(e, ErrorKind::Corrupt))
+                    .with_offset(self.table_offset + index * 8)
+            })?;
+            let Some(offset) = offset else { return Ok(None) };
+            let mut bytes = vec![0u8; self.geometry.cluster_len()];
+            self.storage
+                .read_exact_at(MemMut::from(&mut bytes[..]), offset.0)
+                .map_err(|e| e.with_field("refcount block"))?;
+            self.insert(index, Block { offset: offset.0, bytes, dirty: BTreeSet::new(), used: clock });
+        }
+        let block = self.blocks.get_mut(&index);
+        Ok(block.map(|block| block.touch(clock)))
+    }
+
+    /// Caches a block; the least recently used unchanged one makes room.
+    fn insert(&mut self, index: u64, block: Block) {
+        let capacity = (CACHE_BYTES / self.geometry.cluster_size()).max(4) as usize;
+        if self.blocks.len() >= capacity {
+            let unchanged = self.blocks.iter().filter(|(_, b)| b.dirty.is_empty());
+            if let Some(oldest) = unchanged.min_by_key(|(_, b)| b.used).map(|(i, _)| *i) {
+                self.blocks.remove(&oldest);
+            }
+        }
+        self.blocks.insert(index, block);
+    }
+
+    /// Takes the changed pieces, neighbours joined, to be written before anything that relies on them.
+    pub(super) fn take_dirty(&mut self) -> Vec<Write> {
+        let mut writes: Vec<Write> = Vec::new();
+        let mut dirty: Vec<&mut Block> = self.blocks.values_mut().filter(|b| !b.dirty.is_empty()).collect();
+        dirty.sort_by_key(|b| b.offset);
+        for block in dirty {
+            for piece in std::mem::take(&mut block.dirty) {
+                let start = piece * PIECE;
+                let end = (start + PIECE).min(block.bytes.len());
+                let offset = block.offset + start as u64;
+                let bytes = block.bytes.get(start..end).unwrap_or_default();
+                match writes.last_mut() {
+                    Some((at, data)) if *at + data.len() as u64 == offset => data.extend_from_slice(bytes),
+                    _ => writes.push((offset, bytes.to_vec())),
+                }
+            }
+        }
+        writes
+    }
+
+    /// The cluster behind the last one with a refcount, for storage whose length says nothing.
+    pub(super) fn end_of_use(&mut self) -> Result<u64> {
+        let g = self.geometry;
+        for index in (0..self.table.len() as u64).rev() {
+            let first = index * g.refcount_block_entries();
+            if !self.is_covered(first) {
+                continue;
+            }
+            for cluster in (first..first + g.refcount_block_entries()).rev() {
+                if self.get(cluster)? != 0 {
+                    return Ok(cluster + 1);
+                }
+            }
+        }
+        Ok(1)
+    }
+
+    /// Whether `cluster` has a refcount block.
+    pub(super) fn is_covered(&self, cluster: u64) -> bool {
+        let index = self.geometry.refcount_table_index(cluster) as usize;
+        self.table.get(index).is_some_and(|&e| RefcountTableEntry(e).offset_bits() != 0)
+    }
+
+    /// Makes sure that `cluster`, which is free, has a refcount block; new metadata is placed from `cluster` on, where
+    /// everything must be free. Returns how many clusters that took and, where the refcount table moved, its new
+    /// place for the header. All of it is durable when this returns but the table entry, which the next sync covers,
+    /// like the refcounts that need it.
+    pub(super) fn cover(&mut self, cluster: u64) -> Result<Covered> {
+        let g = self.geometry;
+        let index = g.refcount_table_index(cluster);
+        if index >= self.table.len() as u64 {
+            return self.grow_table(cluster);
+        }
+        // The new block counts itself: it is the first cluster that it covers, or lies in what it covers.
+        let offset = cluster * g.cluster_size();
+        let mut block =
+            Block { offset, bytes: vec![0u8; g.cluster_len()], dirty: BTreeSet::new(), used: self.clock };
+        let own = g.refcount_block_index(cluster) as usize;
+        refcount::set(&mut block.bytes, own, g.refcount_order(), 1);
+        self.storage.write_all_at(Mem::from(block.bytes.as_slice()), offset)?;
+        // A table entry must never be durable before its block: the block would count 0 for itself.
+        self.storage.flush()?;
+        self.storage.write_all_at(Mem::from(&offset.to_be_bytes()[..]), self.table_offset + index * 8)?;
+        if let Some(entry) = self.table.get_mut(index as usize) {
+            *entry = offset;
+        }
+        self.insert(index, block);
+        Ok(Covered { clusters: 1, moved: None })
+    }
+
+    /// Writes a larger table behind `cluster`, with the blocks that count the new metadata itself.
+    fn grow_table(&mut self, cluster: u64) -> Result<Covered> {
+        let g = self.geometry;
+        let per_table_cluster = g.cluster_size() / 8;
+        let needed = g.refcount_table_index(cluster) + 1;
+        let mut entries = needed + needed / 2;
+        // Both parts of the new metadata must be covered by the new table: grow until they are.
+        let (blocks, table_clusters) = loop {
+            let table_clusters = entries.div_ceil(per_table_cluster);
+            let mut blocks = 1;
+            let last = loop {
+                let last = cluster + blocks + table_clusters - 1;
+                let first_block = g.refcount_table_index(cluster);
+                let wanted = g.refcount_table_index(last) - first_block + 1;
+                if wanted <= blocks {
+                    break last;
+                }
+                blocks = wanted;
+            };
+            entries = table_clusters * per_table_cluster;
+            if g.refcount_table_index(last) < entries {
+                break (blocks, table_clusters);
+            }
+            entries += per_table_cluster;
+        };
+        if table_clusters * g.cluster_size() > MAX_REFCOUNT_TABLE_BYTES {
+            let message = "the image is at its largest size: the refcount table cannot grow".to_owned();
+            return Err(on_file(&*self.storage, Error::new(ErrorKind::Limit, message)));
+        }
+        let mut table = self.table.clone();
+        table.resize(entries as usize, 0);
+        let first_block = g.refcount_table_index(cluster);
+        let used = cluster..cluster + blocks + table_clusters;
+        let mut new_blocks = Vec::new();
+        for number in 0..blocks {
+            let offset = (cluster + number) * g.cluster_size();
+            let mut bytes = vec![0u8; g.cluster_len()];
+            for c in used.clone().filter(|&c| g.refcount_table_index(c) == first_block + number) {
+                refcount::set(&mut bytes, g.refcount_block_index(c) as usize, g.refcount_order(), 1);
+            }
+            self.storage.write_all_at(Mem::from(bytes.as_slice()), offset)?;
+            if let Some(entry) = table.get_mut((first_block + number) as usize) {
+                *entry = offset;
+            }
+            let block = Block { offset, bytes, dirty: BTreeSet::new(), used: self.clock };
+            new_blocks.push((first_block + number, block));
+        }
+        let table_offset = (cluster + blocks) * g.cluster_size();
+        let bytes: Vec<u8> = table.iter().flat_map(|e| e.to_be_bytes()).collect();
+        self.storage.write_all_at(Mem::from(bytes.as_slice()), table_offset)?;
+        self.storage.flush()?;
+        let old = self.table_clusters();
+        let header = header_fields(table_offset, table_clusters);
+        self.storage.write_all_at(Mem::from(&header[..]), super::header::REFCOUNT_TABLE_OFFSET)?;
+        self.storage.flush()?;
+        self.table = table;
+        self.table_offset = table_offset;
+        for (index, block) in new_blocks {
+            self.insert(index, block);
+        }
+        let moved = Some(Moved { old, table_offset: HostOffset(table_offset), table_clusters });
+        Ok(Covered { clusters: blocks + table_clusters, moved })
+    }
+}
+
+/// `refcount_table_offset` and `refcount_table_clusters`, which are neighbours in the header: one write changes both.
+fn header_fields(offset: u64, clusters: u64) -> [u8; 12] {
+    let mut bytes = [0u8; 12];
+    let (first, second) = bytes.split_at_mut(8);
+    first.copy_from_slice(&offset.to_be_bytes());
+    // The table has at most 8 MiB.
+    second.copy_from_slice(&(clusters as u32).to_be_bytes());
+    bytes
+}
+
+/// What covering a cluster took.
+#[derive(Debug)]
+pub(super) struct Covered {
+    /// New metadata clusters, from the covered one on.
+    pub(super) clusters: u64,
+    /// The refcount table's move, if it moved.
+    pub(super) moved: Option<Moved>,
+}
+
+/// A refcount table that moved.
+#[derive(Debug)]
+pub(super) struct Moved {
+    /// First and number of the old table's clusters, now free.
+    pub(super) old: (u64, u64),
+    pub(super) table_offset: HostOffset,
+    pub(super) table_clusters: u64,
+}

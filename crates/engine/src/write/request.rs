@@ -1,0 +1,318 @@
+//! Guest writes.
+
+use std::ops::Range;
+
+use qcow2_format::{HostOffset, L2Mapping, SubclusterBitmap};
+use qcow2_transform::is_zero;
+
+use super::alloc::Allocation;
+use super::cluster::{Run, Step};
+use super::cow::plan_cow;
+use super::link::Change;
+use super::writer::{DetectZeroes, Writer};
+use crate::image::{Image, Layer, Loaded, Qcow2};
+use crate::{Error, ErrorKind, GuestSource, Job, Mem, MemMut, Result, StorageExt};
+
+/// What a request writes.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Payload<'a> {
+    Bytes(Mem<'a>),
+    Zeroes,
+}
+
+impl<'a> Payload<'a> {
+    /// The part behind the first `n` bytes, and the part before.
+    fn split(self, n: u64) -> (Payload<'a>, Payload<'a>) {
+        match self {
+            Self::Bytes(mem) => {
+                let (front, rest) = mem.split_at(n as usize);
+                (Self::Bytes(front), Self::Bytes(rest))
+            }
+            Self::Zeroes => (Self::Zeroes, Self::Zeroes),
+        }
+    }
+}
+
+/// Bytes for one place of the data file.
+enum Piece<'a> {
+    Guest(Mem<'a>),
+    Owned(Vec<u8>),
+}
+
+impl Piece<'_> {
+    fn mem(&self) -> Mem<'_> {
+        match self {
+            Self::Guest(mem) => *mem,
+            Self::Owned(bytes) => Mem::from(bytes.as_slice()),
+        }
+    }
+}
+
+/// The top layer of a writable image.
+pub(super) enum Top<'a> {
+    Raw(&'a crate::image::Raw),
+    Qcow2(&'a Qcow2, &'a Writer),
+}
+
+impl Image {
+    /// Writes `buf` to the guest bytes at `offset`. Durable after the next [`Image::flush`].
+    ///
+    /// # Errors
+    /// `InvalidArgument` beyond the end of the disk, `ReadOnly`, `Corrupt`, `Io` (`ENOSPC` among them). After an error
+    /// of a data write, the old contents or the new ones are there, and the image works on; after an error of a
+    /// metadata write, the image refuses writes until it is reopened.
+    pub fn write_at(&self, buf: Mem<'_>, offset: u64) -> Result<()> {
+        let range = self.guest_range(offset, buf.len() as u64)?;
+        self.guest_request(|top| match top {
+            Top::Raw(raw) => raw.storage().write_all_at(buf, offset),
+            Top::Qcow2(image, writer) => {
+                match writer.options.detect_zeroes {
+                    DetectZeroes::Off => self.write_range(image, writer, Payload::Bytes(buf), range)?,
+                    _ if !buf.is_zero() => self.write_range(image, writer, Payload::Bytes(buf), range)?,
+                    detect => self.zero_range(image, writer, range, detect == DetectZeroes::Unmap)?,
+                }
+                self.limit_dirty(image, writer)
+            }
+        })
+    }
+
+    /// Runs one guest request: shared with others, apart from maintenance; with the flush of the write-through modes.
+    pub(super) fn guest_request(&self, request: impl FnOnce(Top<'_>) -> Result<()>) -> Result<()> {
+        match self.top()? {
+            Top::Raw(raw) => {
+                request(Top::Raw(raw))?;
+                if raw.flush_each() { raw.storage().flush() } else { Ok(()) }
+            }
+            Top::Qcow2(image, writer) => {
+                let _shared = writer.gate.read();
+                writer.begin(image)?;
+                request(Top::Qcow2(image, writer))?;
+                if writer.options.flush_each { self.flush_metadata(image, writer) } else { Ok(()) }
+            }
+        }
+    }
+
+    pub(super) fn top(&self) -> Result<Top<'_>> {
+        match self.layers().first() {
+            Some(Layer::Qcow2(image)) => Ok(Top::Qcow2(image, image.writer()?)),
+            Some(Layer::Raw(raw)) if raw.storage().traits().writable => Ok(Top::Raw(raw)),
+            _ => Err(Error::new(ErrorKind::ReadOnly, "the image is open for reading only")),
+        }
+    }
+
+    /// Checks that a request lies inside the disk.
+    pub(super) fn guest_range(&self, offset: u64, length: u64) -> Result<Range<u64>> {
+        let size = self.virtual_size();
+        match offset.checked_add(length) {
+            Some(end) if end <= size => Ok(offset..end),
+            _ => {
+                let message = format!("{length} bytes at {offset} reach beyond the disk of {size} bytes");
+                Err(Error::new(ErrorKind::InvalidArgument, message))
+            }
+        }
+    }
+
+    /// Writes `payload` to `range`, step by step.
+    pub(super) fn write_range(
+        &self,
+        image: &Qcow2,
+        writer: &Writer,
+        mut payload: Payload<'_>,
+        range: Range<u64>,
+    ) -> Result<()> {
+        let mut at = range.start;
+        let mut loaded = Loaded::default();
+        while at < range.end {
+            // Held until the step's bytes are written: until then its host offsets stay out of other hands.
+            let _pin = image.pin();
+            match writer.plan_write(image, at..range.end, &loaded)? {
+                Step::InPlace { host, length } => {
+                    let (part, rest) = payload.split(length);
+                    writer.check_overlap(image, host, length)?;
+                    match part {
+                        Payload::Bytes(mem) => image.data_storage()?.write_all_at(mem, host)?,
+                        Payload::Zeroes => image.data_storage()?.zero(host, length, false)?,
+                    }
+                    payload = rest;
+                    at += length;
+                }
+                Step::Change(run) => {
+                    let room = run.guest + run.clusters * image.geometry().cluster_size();
+                    let written = self.write_run(image, writer, &run, payload, at..range.end.min(room))?;
+                    payload = payload.split(written).1;
+                    at += written;
+                }
+                Step::NeedsTable => writer.prepare_table(image, at)?,
+                Step::Busy(clusters) => writer.inflight.wait(&clusters),
+                Step::Missing(missing) => loaded = image.load_slice(missing)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes the start of `range`, which lies in the run, to new host clusters (or the one the entry keeps) and links
+    /// them. Returns how many bytes: fewer than asked where fewer contiguous clusters were had.
+    fn write_run(
+        &self,
+        image: &Qcow2,
+        writer: &Writer,
+        run: &Run<'_>,
+        payload: Payload<'_>,
+        range: Range<u64>,
+    ) -> Result<u64> {
+        let g = *image.geometry();
+        let was_zero = run.reuse.is_none() && self.read_zero(image, run)?;
+        let target = writer.target(image, run, !was_zero)?;
+        let host = target.cluster * g.cluster_size();
+        let end = range.end.min(run.guest + target.count * g.cluster_size());
+        let range = range.start..end;
+        let written = self.write_target(image, writer, run, target, was_zero, payload, range.clone());
+        if let Err(error) = written {
+            writer.give_up(image, run, target);
+            return Err(error);
+        }
+        let barrier = !was_zero || !target.clean || !target.durable;
+        let clusters = g.clusters_for(end) - g.cluster_index(run.guest);
+        writer.link(image, Change { guest: run.guest, clusters, barrier, punch: false }, |number, old| {
+            let cluster = run.guest + number * g.cluster_size();
+            let host = HostOffset(host + number * g.cluster_size());
+            if !g.extended_l2() {
+                return Some(L2Mapping::Data { host, copied: true });
+            }
+            let within = range.start.max(cluster) - cluster..end.min(cluster + g.cluster_size()) - cluster;
+            let bitmap = plan_cow(&g, old, within, run.reuse.is_some()).bitmap;
+            Some(L2Mapping::Subclusters { host: Some(host), copied: true, bitmap })
+        })?;
+        Ok(end - range.start)
+    }
+
+    /// Writes COW and data of one run in as few requests as their places allow.
+    #[allow(clippy::too_many_arguments, reason = "one step of write_run")]
+    fn write_target(
+        &self,
+        image: &Qcow2,
+        writer: &Writer,
+        run: &Run<'_>,
+        target: Allocation,
+        was_zero: bool,
+        payload: Payload<'_>,
+        range: Range<u64>,
+    ) -> Result<()> {
+        let g = *image.geometry();
+        let host = |guest: u64| target.cluster * g.cluster_size() + (guest - run.guest);
+        let last = g.cluster_start(range.end - 1);
+        let mut pieces: Vec<(u64, Piece<'_>)> = Vec::new();
+        for cluster in [run.guest, last].into_iter().take(if last == run.guest { 1 } else { 2 }) {
+            let within =
+                range.start.max(cluster) - cluster..range.end.min(cluster + g.cluster_size()) - cluster;
+            let old = run.old.get(((cluster - run.guest) / g.cluster_size()) as usize);
+            let cow = plan_cow(&g, old.unwrap_or(&L2Mapping::Unallocated), within, run.reuse.is_some());
+            for copy in cow.copy {
+                let copy = cluster + copy.start..cluster + copy.end;
+                let bytes = self.old_bytes(copy.clone(), was_zero)?;
+                if !(target.clean && is_zero(&bytes)) {
+                    pieces.push((host(copy.start), Piece::Owned(bytes)));
+                }
+            }
+        }
+        match payload {
+            Payload::Bytes(mem) => {
+                let part = mem.split_at((range.end - range.start) as usize).0;
+                pieces.push((host(range.start), Piece::Guest(part)));
+            }
+            Payload::Zeroes if target.clean => {}
+            Payload::Zeroes => {
+                let zeroes = vec![0; (range.end - range.start) as usize];
+                pieces.push((host(range.start), Piece::Owned(zeroes)));
+            }
+        }
+        pieces.sort_by_key(|piece| piece.0);
+        let bytes = target.count * g.cluster_size();
+        writer.check_overlap(image, target.cluster * g.cluster_size(), bytes)?;
+        let storage = image.data_storage()?;
+        let mut rest = pieces.as_slice();
+        while let Some((start, _)) = rest.first() {
+            let mut end = *start;
+            let contiguous = rest
+                .iter()
+                .take_while(|(at, piece)| {
+                    let follows = *at == end;
+                    end = at + piece.mem().len() as u64;
+                    follows
+                })
+                .count();
+            let (group, behind) = rest.split_at(contiguous);
+            let mut bufs: Vec<Mem<'_>> = group.iter().map(|(_, piece)| piece.mem()).collect();
+            storage.write_all_vectored_at(&mut bufs, *start)?;
+            rest = behind;
+        }
+        Ok(())
+    }
+
+    /// The guest bytes of `range` before the write; what lies behind the end of the disk is zero.
+    fn old_bytes(&self, range: Range<u64>, zero: bool) -> Result<Vec<u8>> {
+        let mut bytes = vec![0u8; (range.end - range.start) as usize];
+        let inside = self.virtual_size().clamp(range.start, range.end) - range.start;
+        if let Some(part) = bytes.get_mut(..inside as usize).filter(|part| !zero && !part.is_empty()) {
+            self.read_at(MemMut::from(part), range.start)?;
+        }
+        Ok(bytes)
+    }
+
+    /// Whether the run's clusters read as zeroes now, by their mapping.
+    fn read_zero(&self, image: &Qcow2, run: &Run<'_>) -> Result<bool> {
+        let mut deeper = false;
+        for old in &run.old {
+            match old {
+                L2Mapping::Zero { .. } => {}
+                L2Mapping::Unallocated => deeper = true,
+                L2Mapping::Subclusters { bitmap, .. } if !bitmap.has_data() => {
+                    deeper |= *bitmap != SubclusterBitmap::ALL_ZERO;
+                }
+                _ => return Ok(false),
+            }
+        }
+        if !deeper || self.layers().len() == 1 {
+            return Ok(true);
+        }
+        let mut extents = Vec::new();
+        let length = run.clusters * image.geometry().cluster_size();
+        self.extents(run.guest, length, &Job::new(), &mut extents)?;
+        Ok(extents.iter().all(|extent| extent.zero))
+    }
+}
+
+impl Writer {
+    /// Host clusters for the start of a run.
+    fn target(&self, image: &Qcow2, run: &Run<'_>, covered: bool) -> Result<Allocation> {
+        let g = image.geometry();
+        let kept = |host: u64, count| Allocation {
+            cluster: g.cluster_index(host),
+            count,
+            clean: false,
+            durable: true,
+        };
+        if let Some(host) = run.reuse {
+            return Ok(kept(host.0, 1));
+        }
+        if image.header().has_data_file() {
+            // In an external data file, host offsets are guest offsets.
+            return Ok(kept(run.guest, run.clusters));
+        }
+        let mut alloc = self.alloc.lock();
+        let allocation = alloc.allocate(run.clusters, covered, &mut self.metadata.lock());
+        allocation.map_err(|e| self.poison_unless_full(e))
+    }
+
+    /// Gives back what [`Writer::target`] took, after a failed write.
+    fn give_up(&self, image: &Qcow2, run: &Run<'_>, target: Allocation) {
+        if run.reuse.is_none() && !image.header().has_data_file() {
+            self.alloc.lock().abandon(target);
+        }
+    }
+
+    /// A full file system harms nothing: the image goes on with what it has. Any other failure of metadata poisons.
+    pub(super) fn poison_unless_full(&self, error: Error) -> Error {
+        if error.is_no_space() { error } else { self.poison(error) }
+    }
+}

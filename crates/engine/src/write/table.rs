@@ -1,0 +1,98 @@
+//! L2 tables that can be changed in place: new ones, and copies of shared ones.
+
+use std::sync::Arc;
+
+use qcow2_format::{GuestOffset, HostOffset, L1Entry};
+
+use super::quarantine::Unlinked;
+use super::writer::Writer;
+use crate::image::{Missing, Qcow2};
+use crate::{ErrorKind, Result};
+
+/// The slice of an exclusive L2 table that maps a guest offset.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct SlicePlace {
+    /// Host offset of the slice.
+    pub(super) offset: u64,
+    /// Index in it of the entry for the guest offset.
+    pub(super) index: u64,
+}
+
+/// Where the slice for a guest offset is, if it can be changed in place.
+pub(super) fn exclusive_slice(image: &Qcow2, l1: &[u64], guest: u64) -> Result<Option<SlicePlace>> {
+    let g = image.geometry();
+    let entry = L1Entry(l1.get(g.l1_index(GuestOffset(guest)) as usize).copied().unwrap_or(0));
+    let table = entry.table(g).map_err(|e| image.corrupt_entry(e, guest))?;
+    Ok(table.filter(|_| entry.copied()).map(|table| {
+        let (offset, index) = image.slices.locate(table.0, g.l2_index(GuestOffset(guest)));
+        SlicePlace { offset, index }
+    }))
+}
+
+impl Writer {
+    /// Gives the L1 entry for `guest` an L2 table that only the active disk refers to: a new one, or a copy of the
+    /// shared one.
+    pub(super) fn prepare_table(&self, image: &Qcow2, guest: u64) -> Result<()> {
+        let _one = self.tables.lock();
+        let g = *image.geometry();
+        let index = g.l1_index(GuestOffset(guest)) as usize;
+        let old = {
+            let mapping = image.mapping.read();
+            if exclusive_slice(image, &mapping.l1, guest)?.is_some() {
+                return Ok(());
+            }
+            let Some(&entry) = mapping.l1.get(index) else {
+                let message = format!("guest offset {guest:#x} is beyond the L1 table");
+                return Err(image.error(ErrorKind::Corrupt, message).with_field("l1_size"));
+            };
+            L1Entry(entry).table(&g).map_err(|e| image.corrupt_entry(e, guest))?
+        };
+        let slice_bytes = image.slices.slice_bytes();
+        let slices = g.cluster_size() / slice_bytes;
+        let mut words: Vec<Arc<[u64]>> = Vec::with_capacity(slices as usize);
+        for number in 0..slices {
+            words.push(match old {
+                // A shared table does not change, and `tables` keeps others from replacing it.
+                Some(table) => self.shared_slice(image, table.0 + number * slice_bytes, guest)?,
+                None => vec![0; (slice_bytes / 8) as usize].into(),
+            });
+        }
+        // A copied table must be durable before the L1 entry names it, whatever the cluster held.
+        let allocation = {
+            let mut alloc = self.alloc.lock();
+            let allocation = alloc.allocate(1, old.is_some(), &mut self.metadata.lock());
+            allocation.map_err(|e| self.poison_unless_full(e))?
+        };
+        let table = allocation.cluster * g.cluster_size();
+        let mut mapping = image.mapping.write();
+        for (number, slice) in words.into_iter().enumerate() {
+            mapping.dirty.insert(table + number as u64 * slice_bytes, slice);
+        }
+        mapping.generation += 1;
+        if let Some(entry) = mapping.l1.get_mut(index) {
+            *entry = L1Entry::new(HostOffset(table), true).0;
+        }
+        mapping.dirty_l1.insert(index);
+        if old.is_some() || !allocation.clean || !allocation.durable {
+            mapping.tables_need_barrier = true;
+        }
+        if let Some(old) = old {
+            let cluster = g.cluster_index(old.0);
+            Unlinked { cluster, count: 1, punch: false }.push_to(&mut mapping.unlinked);
+        }
+        let mut metadata = self.metadata.lock();
+        metadata.add(allocation.cluster);
+        Ok(())
+    }
+
+    fn shared_slice(&self, image: &Qcow2, offset: u64, guest: u64) -> Result<Arc<[u64]>> {
+        let found = image.mapping.read().slice(&image.slices, offset, &Default::default());
+        match found {
+            Some(slice) => Ok(slice),
+            None => {
+                let loaded = image.load_slice(Missing { offset, generation: 0, guest })?;
+                loaded.into_slice().ok_or_else(|| image.error(ErrorKind::Internal, "a slice was not loaded"))
+            }
+        }
+    }
+}

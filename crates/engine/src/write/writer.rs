@@ -1,0 +1,205 @@
+//! The state of an image that is open for writing.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use parking_lot::{Mutex, RwLock};
+use qcow2_format::header::feature::Incompatible;
+use qcow2_format::{CryptMethod, Geometry};
+
+use super::alloc::Allocator;
+use super::inflight::InFlight;
+use super::overlap::MetadataMap;
+use super::refcounts::Refcounts;
+use crate::image::Qcow2;
+use crate::{Error, ErrorKind, Result};
+
+/// What a guest's discard does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Discard {
+    /// Nothing.
+    #[default]
+    Ignore,
+    /// Frees the clusters, and their space in the file system.
+    Unmap,
+}
+
+/// What a write of nothing but zeroes becomes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DetectZeroes {
+    /// A write of data.
+    #[default]
+    Off,
+    /// A write of zeroes that keeps clusters allocated.
+    On,
+    /// A write of zeroes that gives clusters up.
+    Unmap,
+}
+
+/// How to write to an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct WriteOptions {
+    /// What a guest's discard does.
+    pub discard: Discard,
+    /// What a write of nothing but zeroes becomes.
+    pub detect_zeroes: DetectZeroes,
+    /// Flush after every request: cache modes `writethrough` and `directsync`.
+    pub flush_each: bool,
+    /// Level of compressed writes; the codec's default without one.
+    pub compression_level: Option<u32>,
+}
+
+/// Everything that writing needs beside the mapping. See the module's documentation for the order of the locks.
+#[derive(Debug)]
+pub(crate) struct Writer {
+    /// Guest requests share it; maintenance has it alone.
+    pub(crate) gate: RwLock<()>,
+    /// One flush, or one change of the header, at a time.
+    pub(super) flushing: Mutex<()>,
+    /// One new L2 table at a time.
+    pub(super) tables: Mutex<()>,
+    pub(super) alloc: Mutex<Allocator>,
+    pub(super) metadata: Mutex<MetadataMap>,
+    pub(super) inflight: InFlight,
+    pub(super) options: WriteOptions,
+    /// Where the active L1 table is: growing the disk moves it.
+    l1_offset: AtomicU64,
+    /// Set once the header is prepared for changes.
+    pub(super) begun: OnceLock<()>,
+    poisoned: OnceLock<Poison>,
+}
+
+#[derive(Debug, Clone)]
+struct Poison {
+    kind: ErrorKind,
+    message: String,
+}
+
+impl Writer {
+    /// Prepares `image` for writing. Changes nothing in the file.
+    ///
+    /// # Errors
+    /// `ReadOnly`, `UnsupportedFeature` (encryption), `Corrupt` (the corrupt or the dirty bit, no refcount table),
+    /// `InvalidArgument` (a snapshot is viewed).
+    pub(crate) fn new(image: &Qcow2, options: WriteOptions) -> Result<Self> {
+        let header = image.header();
+        if !image.storage().traits().writable {
+            return Err(image.error(ErrorKind::ReadOnly, "the file is open for reading only"));
+        }
+        if image.viewed_snapshot().is_some() {
+            return Err(image.error(ErrorKind::InvalidArgument, "a snapshot's view cannot be written to"));
+        }
+        if header.crypt_method != CryptMethod::None {
+            return Err(image
+                .error(ErrorKind::UnsupportedFeature, "writing encrypted images is not supported")
+                .with_field("crypt_method"));
+        }
+        for (bit, reason) in [
+            (Incompatible::CORRUPT, "the image is marked corrupt: repair it before writing"),
+            (
+                Incompatible::DIRTY,
+                "the image was not closed cleanly and its refcounts may be wrong: repair it first",
+            ),
+        ] {
+            if header.incompatible.contains(bit) {
+                return Err(image.error(ErrorKind::Corrupt, reason).with_field("incompatible_features"));
+            }
+        }
+        if header.refcount_table_clusters == 0 {
+            let error = image.error(ErrorKind::Corrupt, "the image has no refcount table");
+            return Err(error.with_field("refcount_table_clusters"));
+        }
+        let refcounts = Refcounts::load(image.storage(), header)?;
+        let metadata = MetadataMap::new(image, refcounts.block_offsets());
+        let alloc = Allocator::new(image.storage(), refcounts, header.geometry)?;
+        Ok(Self {
+            gate: RwLock::new(()),
+            flushing: Mutex::new(()),
+            tables: Mutex::new(()),
+            alloc: Mutex::new(alloc),
+            metadata: Mutex::new(metadata),
+            inflight: InFlight::default(),
+            options,
+            l1_offset: AtomicU64::new(header.l1_table_offset.0),
+            begun: OnceLock::new(),
+            poisoned: OnceLock::new(),
+        })
+    }
+
+    /// Refuses when a metadata write failed before.
+    ///
+    /// # Errors
+    /// The kind of the first failure, saying that the image must be reopened.
+    pub(crate) fn check(&self) -> Result<()> {
+        match self.poisoned.get() {
+            None => Ok(()),
+            Some(poison) => Err(Error::new(
+                poison.kind,
+                format!("the image refuses writes since an earlier error, reopen it: {}", poison.message),
+            )),
+        }
+    }
+
+    /// After a failed metadata write, memory and file differ in unknown ways: nothing more is written.
+    pub(super) fn poison(&self, error: Error) -> Error {
+        self.poisoned.get_or_init(|| Poison { kind: error.kind(), message: error.to_string() });
+        error
+    }
+
+    /// Host offset of the active L1 table.
+    pub(super) fn l1_offset(&self) -> u64 {
+        self.l1_offset.load(Ordering::Acquire)
+    }
+
+    /// Records that the active L1 table moved; its header field is durable.
+    pub(super) fn set_l1_offset(&self, offset: u64) {
+        self.l1_offset.store(offset, Ordering::Release);
+    }
+
+    /// Poisons the image as closed.
+    pub(super) fn close(&self) {
+        self.poisoned
+            .get_or_init(|| Poison { kind: ErrorKind::Closed, message: "the image is closed".to_owned() });
+    }
+
+    /// Refuses a write of guest data over metadata, and marks the image corrupt: its refcounts cannot be trusted.
+    pub(super) fn check_overlap(&self, image: &Qcow2, host: u64, length: u64) -> Result<()> {
+        if image.header().has_data_file() || length == 0 {
+            return Ok(());
+        }
+        let g: &Geometry = image.geometry();
+        let end = g.cluster_index(host + (length - 1)) + 1;
+        let Some(name) = self.metadata.lock().hit(g.cluster_index(host), end) else { return Ok(()) };
+        self.mark_corrupt(image);
+        let message =
+            format!("a write of guest data would overwrite the {name}: the image is marked corrupt");
+        Err(self.poison(image.error(ErrorKind::Corrupt, message).with_offset(host)))
+    }
+}
+
+impl Qcow2 {
+    /// Makes the image writable.
+    ///
+    /// # Errors
+    /// See [`Writer::new`].
+    pub fn enable_writing(&mut self, options: WriteOptions) -> Result<()> {
+        self.writer = Some(Writer::new(self, options)?);
+        Ok(())
+    }
+
+    /// Whether the image is open for writing.
+    pub fn is_writable(&self) -> bool {
+        self.writer.is_some()
+    }
+
+    pub(crate) fn writer(&self) -> Result<&Writer> {
+        self.writer
+            .as_ref()
+            .ok_or_else(|| self.error(ErrorKind::ReadOnly, "the image is open for reading only"))
+    }
+
+    /// Held while host offsets that were planned are in use. Take it before planning.
+    pub(crate) fn pin(&self) -> Option<Arc<()>> {
+        self.writer.as_ref().map(|_| Arc::clone(&self.mapping.read().epoch))
+    }
+}

@@ -1,0 +1,253 @@
+//! Writing zeroes and discarding: changes of mappings, with data only at unaligned edges.
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use qcow2_format::{Geometry, L1Entry, L2Mapping, SubclusterBitmap};
+
+use super::cluster::Step;
+use super::link::Change;
+use super::request::{Payload, Top};
+use super::writer::{Discard, Writer};
+use crate::image::{Image, Qcow2};
+use crate::{ErrorKind, Result, StorageExt};
+
+impl Image {
+    /// Makes the guest bytes read as zeroes. `unmap` gives up their clusters; else allocated clusters stay allocated.
+    ///
+    /// # Errors
+    /// As [`Image::write_at`].
+    pub fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> Result<()> {
+        let range = self.guest_range(offset, length)?;
+        if range.is_empty() {
+            return Ok(());
+        }
+        self.guest_request(|top| match top {
+            Top::Raw(raw) => raw.storage().zero(offset, length, unmap),
+            Top::Qcow2(image, writer) => {
+                self.zero_range(image, writer, range, unmap)?;
+                self.limit_dirty(image, writer)
+            }
+        })
+    }
+
+    /// Gives up the contents of the guest bytes. With `Discard::Unmap`, whole clusters read as zeroes afterwards and
+    /// their space is freed; parts of clusters stay as they are. With `Discard::Ignore` nothing happens.
+    ///
+    /// # Errors
+    /// As [`Image::write_at`].
+    pub fn discard(&self, offset: u64, length: u64) -> Result<()> {
+        let range = self.guest_range(offset, length)?;
+        self.guest_request(|top| match top {
+            Top::Raw(raw) if raw.discard() == Discard::Unmap && length > 0 => {
+                let discarded = raw.storage().discard(offset, length);
+                discarded.map_err(|e| raw.storage().failure(e, "fallocate").with_offset(offset))
+            }
+            Top::Raw(_) => Ok(()),
+            Top::Qcow2(image, writer) => {
+                if writer.options.discard == Discard::Ignore {
+                    return Ok(());
+                }
+                self.discard_range(image, writer, range)?;
+                self.limit_dirty(image, writer)
+            }
+        })
+    }
+
+    pub(super) fn zero_range(
+        &self,
+        image: &Qcow2,
+        writer: &Writer,
+        range: Range<u64>,
+        unmap: bool,
+    ) -> Result<()> {
+        let g = *image.geometry();
+        let raw_data = image.header().data_file_raw();
+        if image.header().version < 3 {
+            // No zero flag: where no backing file can show through, clusters can be given up; else zeroes are data.
+            if !(unmap && self.layers().len() == 1) {
+                return self.write_range(image, writer, Payload::Zeroes, range);
+            }
+            let whole = whole_clusters(&g, &range, self.virtual_size());
+            self.write_edges(image, writer, &range, &whole)?;
+            return self.change_range(image, writer, whole, true, &|_, old| give_up(&g, old, 2, false));
+        }
+        let unit = g.subcluster_size();
+        let whole = whole_units(unit, &range, self.virtual_size());
+        self.write_edges(image, writer, &range, &whole)?;
+        if raw_data && !whole.is_empty() {
+            let end = whole.end.min(self.virtual_size()).max(whole.start);
+            image.data_storage()?.zero(whole.start, end - whole.start, unmap)?;
+        }
+        let unmap = unmap && !raw_data;
+        // Compressed clusters have no subclusters: a part of one must be written as data.
+        let parts = RefCell::new(Vec::new());
+        self.change_range(image, writer, whole.clone(), unmap, &|cluster, old| {
+            let part = whole.start.max(cluster)..whole.end.min(cluster + g.cluster_size());
+            let within = part.start - cluster..part.end - cluster;
+            if matches!(old, L2Mapping::Compressed(_)) && within != (0..g.cluster_size()) {
+                parts.borrow_mut().push(part);
+                return None;
+            }
+            Some(zeroed(&g, old, &within, unmap))
+        })?;
+        let parts = parts.into_inner();
+        parts.into_iter().try_for_each(|part| self.write_range(image, writer, Payload::Zeroes, part))
+    }
+
+    fn discard_range(&self, image: &Qcow2, writer: &Writer, range: Range<u64>) -> Result<()> {
+        let g = *image.geometry();
+        let header = image.header();
+        let has_backing = self.layers().len() > 1;
+        if header.version < 3 && has_backing {
+            // Without a zero flag, giving clusters up would show the backing file's old bytes.
+            return Ok(());
+        }
+        let whole = whole_clusters(&g, &range, self.virtual_size());
+        if whole.is_empty() {
+            return Ok(());
+        }
+        if header.data_file_raw() {
+            return self.zero_range(image, writer, whole.start..whole.end.min(self.virtual_size()), true);
+        }
+        let version = header.version;
+        self.change_range(image, writer, whole, true, &|_, old| give_up(&g, old, version, has_backing))
+    }
+
+    /// Writes zeroes to what `range` has outside `whole`.
+    fn write_edges(
+        &self,
+        image: &Qcow2,
+        writer: &Writer,
+        range: &Range<u64>,
+        whole: &Range<u64>,
+    ) -> Result<()> {
+        let (head, tail) = if whole.is_empty() {
+            (range.clone(), range.end..range.end)
+        } else {
+            (range.start..whole.start, whole.end.min(range.end)..range.end)
+        };
+        for edge in [head, tail] {
+            if !edge.is_empty() && !self.is_known_zero(edge.clone())? {
+                self.write_range(image, writer, Payload::Zeroes, edge)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn is_known_zero(&self, range: Range<u64>) -> Result<bool> {
+        use crate::GuestSource;
+        let mut extents = Vec::new();
+        self.extents(range.start, range.end - range.start, &crate::Job::new(), &mut extents)?;
+        Ok(extents.iter().all(|extent| extent.zero && extent.kind != crate::ExtentKind::Data))
+    }
+
+    /// Replaces the mappings of the clusters that `range` touches, slice by slice. `replace` gets the guest offset of
+    /// the cluster. `punch`: the clusters' space is given up.
+    fn change_range(
+        &self,
+        image: &Qcow2,
+        writer: &Writer,
+        range: Range<u64>,
+        punch: bool,
+        replace: &dyn Fn(u64, &L2Mapping) -> Option<L2Mapping>,
+    ) -> Result<()> {
+        let g = *image.geometry();
+        let mut at = g.cluster_start(range.start);
+        while at < range.end {
+            if replace(at, &L2Mapping::Unallocated).is_none_or(|new| new == L2Mapping::Unallocated)
+                && let Some(next) = unmapped_until(image, at)?
+            {
+                at = next;
+                continue;
+            }
+            match writer.plan_change(image, at..range.end)? {
+                Step::Change(run) => {
+                    let clusters = run.clusters;
+                    let pinned = run.guest;
+                    if punch && image.header().has_data_file() {
+                        // Host offsets are guest offsets there: the space must be freed before a later write.
+                        let end = (pinned + clusters * g.cluster_size()).min(self.virtual_size());
+                        image.data_storage()?.zero(pinned, end - pinned, true)?;
+                    }
+                    let change = Change { guest: pinned, clusters, barrier: false, punch };
+                    writer.link(image, change, |n, old| replace(pinned + n * g.cluster_size(), old))?;
+                    at = pinned + clusters * g.cluster_size();
+                    drop(run.registration);
+                }
+                Step::Busy(clusters) => writer.inflight.wait(&clusters),
+                Step::NeedsTable => writer.prepare_table(image, at)?,
+                Step::InPlace { .. } | Step::Missing(_) => {
+                    return Err(image.error(ErrorKind::Internal, "a change of mappings planned I/O"));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The end of the L2 table's range if `at` has no L2 table.
+fn unmapped_until(image: &Qcow2, at: u64) -> Result<Option<u64>> {
+    let g = image.geometry();
+    let mapping = image.mapping.read();
+    let entry = L1Entry(mapping.l1.get((at / g.l2_coverage()) as usize).copied().unwrap_or(0));
+    let table = entry.table(g).map_err(|e| image.corrupt_entry(e, at))?;
+    Ok(table.is_none().then(|| (at - at % g.l2_coverage()).saturating_add(g.l2_coverage())))
+}
+
+/// The units that `range` covers wholly; one that the end of the disk cuts counts as whole when the range ends there.
+fn whole_units(unit: u64, range: &Range<u64>, disk: u64) -> Range<u64> {
+    let start = range.start.next_multiple_of(unit);
+    let end = if range.end == disk { disk.next_multiple_of(unit) } else { range.end - range.end % unit };
+    start..end.max(start)
+}
+
+fn whole_clusters(g: &Geometry, range: &Range<u64>, disk: u64) -> Range<u64> {
+    whole_units(g.cluster_size(), range, disk)
+}
+
+/// The mapping whose bytes `within` (whole subclusters) read as zeroes.
+fn zeroed(g: &Geometry, old: &L2Mapping, within: &Range<u64>, unmap: bool) -> L2Mapping {
+    let whole = *within == (0..g.cluster_size());
+    let (host, copied) = match *old {
+        L2Mapping::Data { host, copied } => (Some(host), copied),
+        L2Mapping::Zero { host, copied } | L2Mapping::Subclusters { host, copied, .. } => (host, copied),
+        L2Mapping::Unallocated | L2Mapping::Compressed(_) => (None, false),
+    };
+    // A shared cluster is not kept as a preallocation: the first write would copy it anyway.
+    let host = host.filter(|_| copied && !(unmap && whole));
+    let copied = copied && host.is_some();
+    if !g.extended_l2() {
+        return L2Mapping::Zero { host, copied };
+    }
+    if whole {
+        return L2Mapping::Subclusters { host, copied, bitmap: SubclusterBitmap::ALL_ZERO };
+    }
+    match *old {
+        L2Mapping::Subclusters { host, copied, bitmap } => {
+            let unit = g.subcluster_size();
+            let bitmap = bitmap.with_zero((within.start / unit) as u32, (within.end / unit) as u32);
+            L2Mapping::Subclusters { host, copied, bitmap }
+        }
+        L2Mapping::Unallocated => {
+            let unit = g.subcluster_size();
+            let bitmap =
+                SubclusterBitmap(0).with_zero((within.start / unit) as u32, (within.end / unit) as u32);
+            L2Mapping::Subclusters { host: None, copied: false, bitmap }
+        }
+        other => other,
+    }
+}
+
+/// The mapping of a cluster that the guest gave up; `None` to leave it.
+fn give_up(g: &Geometry, old: &L2Mapping, version: u32, has_backing: bool) -> Option<L2Mapping> {
+    match old {
+        L2Mapping::Unallocated if !has_backing => None,
+        L2Mapping::Zero { host: None, .. } => None,
+        _ if version < 3 => Some(L2Mapping::Unallocated),
+        _ if g.extended_l2() => {
+            Some(L2Mapping::Subclusters { host: None, copied: false, bitmap: SubclusterBitmap::ALL_ZERO })
+        }
+        _ => Some(L2Mapping::Zero { host: None, copied: false }),
+    }
+}
