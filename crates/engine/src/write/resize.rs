@@ -75,7 +75,8 @@ impl Image {
         let head = old..cluster_end.min(size);
         if !head.is_empty() {
             image.plan_read(head.clone(), &mut segments)?;
-            let stored = segments.iter().any(|s| !matches!(s.kind, crate::image::SegmentKind::Unallocated { .. }));
+            let stored =
+                segments.iter().any(|s| !matches!(s.kind, crate::image::SegmentKind::Unallocated { .. }));
             if stored || backing > old {
                 self.write_range(image, writer, Payload::Zeroes, head)?;
             }
