@@ -220,6 +220,12 @@ impl Storage for RecordingStorage {
     }
     fn traits(&self) -> Traits {
         let identity = Some((u64::MAX, self.identity));
-        Traits { alignment: self.alignment, block_device: false, writable: true, identity }
+        Traits {
+            alignment: self.alignment,
+            memory_alignment: 1,
+            block_device: false,
+            writable: true,
+            identity,
+        }
     }
 }

@@ -3,9 +3,12 @@
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use super::alignment::{self, Alignment};
+use super::lock::ImageLock;
 use super::platform::{self, FileKind};
-use super::{Run, Storage, Traits};
+use super::{CacheMode, Claim, DirectStorage, Locking, Run, Storage, Traits};
 use crate::{Error, ErrorKind, Mem, MemMut, Result};
 
 /// How to open a file.
@@ -27,6 +30,8 @@ pub struct FileStorage {
     own_cursor: bool,
     /// Length of a block device, which cannot change while it is open.
     device_len: Option<u64>,
+    cache: CacheMode,
+    lock: ImageLock,
 }
 
 impl FileStorage {
@@ -36,9 +41,24 @@ impl FileStorage {
     /// # Errors
     /// `Io` with the system's error; `InvalidArgument` for something that is not a disk.
     pub fn open(path: impl AsRef<Path>, access: Access) -> Result<Self> {
+        Self::open_cached(path, access, CacheMode::default())
+    }
+
+    /// As `open`, in a cache mode. One that is direct can make the storage demand alignment:
+    /// [`FileStorage::into_storage`] gives one that takes any request.
+    ///
+    /// # Errors
+    /// As `open`; `UnsupportedFeature` where a direct mode is not possible.
+    pub fn open_cached(path: impl AsRef<Path>, access: Access, cache: CacheMode) -> Result<Self> {
         let path = path.as_ref();
-        let file = platform::open(path, access == Access::ReadWrite).map_err(|e| refused(e, path))?;
-        Self::new(file, Some(path.to_owned()), access == Access::ReadWrite, true)
+        let writable = access == Access::ReadWrite;
+        let file = platform::open(path, writable, cache.is_direct()).map_err(|e| refused(e, path, cache))?;
+        Self::new(file, Some(path.to_owned()), writable, true, cache)
+    }
+
+    /// This file as a storage that takes any request, whatever its cache mode.
+    pub fn into_storage(self) -> Arc<dyn Storage> {
+        DirectStorage::over(Arc::new(self))
     }
 
     /// Takes over an open file; `writable` says how it was opened.
@@ -46,7 +66,7 @@ impl FileStorage {
     /// # Errors
     /// As `open`.
     pub fn from_file(file: File, path: Option<PathBuf>, writable: bool) -> Result<Self> {
-        Self::new(file, path, writable, true)
+        Self::new(file, path, writable, true, CacheMode::default())
     }
 
     /// A storage on a descriptor that stays its owner's (a Node `FileHandle`): it can be closed at any time,
@@ -57,19 +77,36 @@ impl FileStorage {
     /// As `open`.
     #[cfg(unix)]
     pub fn from_borrowed(fd: std::os::fd::BorrowedFd<'_>) -> Result<Self> {
+        Self::from_borrowed_cached(fd, CacheMode::default())
+    }
+
+    /// As `from_borrowed`, in a cache mode.
+    ///
+    /// # Errors
+    /// As `open_cached`; a direct mode needs the new open.
+    #[cfg(unix)]
+    pub fn from_borrowed_cached(fd: std::os::fd::BorrowedFd<'_>, cache: CacheMode) -> Result<Self> {
         use std::os::fd::AsRawFd;
         let flags = rustix::fs::fcntl_getfl(fd).map_err(|e| Error::io(e.into(), "fcntl"))?;
         let writable = flags & rustix::fs::OFlags::RWMODE == rustix::fs::OFlags::RDWR;
         let again = PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()));
         let path = std::fs::read_link(&again).ok().filter(|p| p.is_absolute());
-        if let Ok(file) = platform::open(&again, writable) {
-            return Self::new(file, path, writable, true);
+        match platform::open(&again, writable, cache.is_direct()) {
+            Ok(file) => return Self::new(file, path, writable, true, cache),
+            Err(e) if cache.is_direct() => return Err(refused(e, path.as_deref().unwrap_or(&again), cache)),
+            Err(_) => {}
         }
         let own = fd.try_clone_to_owned().map_err(|e| Error::io(e, "dup"))?;
-        Self::new(own.into(), path, writable, false)
+        Self::new(own.into(), path, writable, false, cache)
     }
 
-    fn new(file: File, path: Option<PathBuf>, writable: bool, own_cursor: bool) -> Result<Self> {
+    fn new(
+        file: File,
+        path: Option<PathBuf>,
+        writable: bool,
+        own_cursor: bool,
+        cache: CacheMode,
+    ) -> Result<Self> {
         let in_file = |e: Error| match &path {
             Some(path) => e.with_path(path),
             None => e,
@@ -88,8 +125,19 @@ impl FileStorage {
             true => Some(device_len(&file).map_err(|e| in_file(Error::io(e, "lseek")))?),
             false => None,
         };
-        let traits = Traits { alignment: 1, block_device, writable, identity: platform::identity(&metadata) };
-        Ok(Self { file, path, traits, own_cursor, device_len })
+        let alignment = match cache.is_direct() {
+            true => alignment::of_direct(&file, block_device)
+                .map_err(|e| in_file(no_direct(e, cache, "statx")))?,
+            false => Alignment::NONE,
+        };
+        let traits = Traits {
+            alignment: alignment.request,
+            memory_alignment: alignment.memory,
+            block_device,
+            writable,
+            identity: platform::identity(&metadata),
+        };
+        Ok(Self { file, path, traits, own_cursor, device_len, cache, lock: ImageLock::default() })
     }
 
     /// The file itself, for giving it a name.
@@ -108,8 +156,23 @@ fn device_len(mut file: &File) -> io::Result<u64> {
 }
 
 /// The open error, with its path. A socket and a FIFO without reader have an error of their own.
-fn refused(error: io::Error, path: &Path) -> Error {
-    Error::io(error, "open").with_path(path)
+fn refused(error: io::Error, path: &Path, cache: CacheMode) -> Error {
+    no_direct(error, cache, "open").with_path(path)
+}
+
+/// `Unsupported` on the way to direct I/O says that there is none.
+fn no_direct(error: io::Error, cache: CacheMode, syscall: &'static str) -> Error {
+    if cache.is_direct() && error.kind() == io::ErrorKind::Unsupported && error.raw_os_error().is_none() {
+        let message = format!("cache mode '{cache}': the file system or system has no direct I/O");
+        return Error::new(ErrorKind::UnsupportedFeature, message);
+    }
+    Error::io(error, syscall)
+}
+
+impl Drop for FileStorage {
+    fn drop(&mut self) {
+        self.lock.release(&self.file);
+    }
 }
 
 impl Storage for FileStorage {
@@ -141,6 +204,9 @@ impl Storage for FileStorage {
     }
 
     fn sync_data(&self) -> io::Result<()> {
+        if self.cache.ignores_flush() {
+            return Ok(());
+        }
         self.file.sync_data()
     }
 
@@ -179,6 +245,13 @@ impl Storage for FileStorage {
     fn copy_range(&self, from: &dyn Storage, from_offset: u64, offset: u64, length: u64) -> io::Result<u64> {
         let fd = from.as_fd().ok_or(io::ErrorKind::Unsupported)?;
         platform::copy_range(&self.file, fd, from_offset, offset, length)
+    }
+
+    fn lock(&self, claim: Claim, locking: Locking) -> Result<()> {
+        self.lock.change(&self.file, claim, locking).map_err(|e| match &self.path {
+            Some(path) => e.with_path(path),
+            None => e,
+        })
     }
 
     fn traits(&self) -> Traits {

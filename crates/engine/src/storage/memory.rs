@@ -56,6 +56,9 @@ impl Pages {
     }
 
     fn write(&mut self, buf: Mem<'_>, offset: u64) -> io::Result<usize> {
+        if buf.is_empty() {
+            return Ok(0);
+        }
         let end = end_of(offset, buf.len() as u64)?;
         let (mut at, mut rest) = (offset, buf);
         while at < end {
@@ -141,6 +144,9 @@ impl Storage for MemoryStorage {
 
     fn write_zeroes(&self, offset: u64, length: u64, _unmap: bool) -> io::Result<()> {
         let end = end_of(offset, length)?;
+        if length == 0 {
+            return Ok(());
+        }
         let mut inner = self.inner.write();
         inner.zero(offset, end);
         inner.len = inner.len.max(end);
@@ -154,6 +160,9 @@ impl Storage for MemoryStorage {
 
     fn allocate(&self, offset: u64, length: u64) -> io::Result<()> {
         let end = end_of(offset, length)?;
+        if length == 0 {
+            return Ok(());
+        }
         let mut inner = self.inner.write();
         inner.len = inner.len.max(end);
         Ok(())
@@ -179,6 +188,6 @@ impl Storage for MemoryStorage {
     }
 
     fn traits(&self) -> Traits {
-        Traits { alignment: 1, block_device: false, writable: true, identity: None }
+        Traits { alignment: 1, memory_alignment: 1, block_device: false, writable: true, identity: None }
     }
 }

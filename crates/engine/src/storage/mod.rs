@@ -4,22 +4,30 @@
 //! transfers can be simulated without kernel tricks. Implementations are thread-safe: requests carry their
 //! own offset, there is no cursor. A read beyond the end returns 0 bytes, as `pread` does.
 
+mod alignment;
+mod cache;
+mod direct;
 mod ext;
 mod file;
+mod lock;
 mod memory;
 mod new_file;
 mod platform;
+mod range_lock;
 
 use std::fmt;
 use std::io;
 use std::path::Path;
 
+pub use cache::CacheMode;
+pub use direct::DirectStorage;
 pub use ext::StorageExt;
 pub use file::{Access, FileStorage};
+pub use lock::{Claim, Locking, Permission};
 pub use memory::MemoryStorage;
 pub use new_file::{NewFile, Overwrite};
 
-use crate::{Mem, MemMut};
+use crate::{Mem, MemMut, Result};
 
 /// A run of a storage object that is either data or a hole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,8 +41,10 @@ pub struct Run {
 /// What a storage object is, and what it wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Traits {
-    /// Offsets, lengths and addresses must be multiples of this (1 where there is no such rule).
+    /// Offsets and lengths must be multiples of this (1 where there is no such rule). See [`DirectStorage`].
     pub alignment: u32,
+    /// Addresses of buffers must be multiples of this (1 where there is no such rule).
+    pub memory_alignment: u32,
     /// A block device: its length is fixed, and a new target on it is not zero.
     pub block_device: bool,
     /// Open for writing.
@@ -85,6 +95,15 @@ pub trait Storage: Send + Sync + fmt::Debug {
     fn copy_range(&self, from: &dyn Storage, from_offset: u64, offset: u64, length: u64) -> io::Result<u64> {
         let _ = (from, from_offset, offset, length);
         Err(io::ErrorKind::Unsupported.into())
+    }
+    /// Claims the image against other processes, or changes the claim made before; it ends with the storage.
+    /// Storages that no other process can reach need none.
+    ///
+    /// # Errors
+    /// `Locked`, naming the permission that conflicts; then the claim made before still holds.
+    fn lock(&self, claim: Claim, locking: Locking) -> Result<()> {
+        let _ = (claim, locking);
+        Ok(())
     }
     /// What it is and wants.
     fn traits(&self) -> Traits;

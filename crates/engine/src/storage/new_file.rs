@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::platform::{self, FileKind};
-use super::{Access, FileStorage, Storage};
+use super::{Access, Claim, FileStorage, Locking, Storage};
 use crate::{Error, ErrorKind, Result};
 
 /// What to do about a target that exists.
@@ -33,6 +33,8 @@ pub struct NewFile {
     /// Final name, behind all symbolic links.
     path: PathBuf,
     finish: Finish,
+    /// The file that is replaced, claimed until then: nobody may be using it.
+    replaced: Option<FileStorage>,
 }
 
 /// What `commit` has to do, and what drop has to undo.
@@ -56,7 +58,8 @@ impl NewFile {
     ///
     /// # Errors
     /// `Io` with `EEXIST` if the target exists and is not to be replaced, `EISDIR` for a directory, or what
-    /// the system reports; `InvalidArgument` for a target that is one of `in_use` or is no disk.
+    /// the system reports; `InvalidArgument` for a target that is one of `in_use` or is no disk; `Locked` for one
+    /// that another process is using.
     pub fn create(path: impl AsRef<Path>, overwrite: Overwrite, in_use: &[(u64, u64)]) -> Result<Self> {
         let given = path.as_ref();
         let path = resolve(given).map_err(|e| Error::io(e, "readlink").with_path(given))?;
@@ -101,7 +104,8 @@ impl NewFile {
     /// The new file gets the permissions of the one that it replaces.
     fn create_over(path: PathBuf, old: &std::fs::Metadata) -> Result<Self> {
         // A file that may not be written must not be replaced by way of its directory.
-        platform::open(&path, true).map_err(|e| Error::io(e, "open").with_path(&path))?;
+        let replaced = FileStorage::open(&path, Access::ReadWrite)?;
+        replaced.lock(Claim::CREATOR, Locking::Auto)?;
         let (file, finish) = match platform::open_unnamed(parent(&path)) {
             Ok(file) => (file, Finish::LinkOver),
             Err(e) if e.kind() == io::ErrorKind::Unsupported => {
@@ -112,19 +116,21 @@ impl NewFile {
             Err(e) => return Err(Error::io(e, "open").with_path(path)),
         };
         let permissions = file.set_permissions(old.permissions());
-        let new = Self::new(file, path, finish)?;
+        let mut new = Self::new(file, path, finish)?;
+        new.replaced = Some(replaced);
         permissions.map_err(|e| Error::io(e, "fchmod").with_path(&new.path))?;
         Ok(new)
     }
 
     fn in_place(path: PathBuf) -> Result<Self> {
         let storage = Arc::new(FileStorage::open(&path, Access::ReadWrite)?);
-        Ok(Self { storage, path, finish: Finish::Nothing })
+        storage.lock(Claim::CREATOR, Locking::Auto)?;
+        Ok(Self { storage, path, finish: Finish::Nothing, replaced: None })
     }
 
     fn new(file: File, path: PathBuf, finish: Finish) -> Result<Self> {
         let storage = Arc::new(FileStorage::from_file(file, Some(path.clone()), true)?);
-        Ok(Self { storage, path, finish })
+        Ok(Self { storage, path, finish, replaced: None })
     }
 
     /// Where the content goes.

@@ -26,16 +26,54 @@ pub(super) enum FileKind {
 }
 
 /// Opens without ever waiting: a FIFO or a device without medium answers at once, and is refused later by its
-/// kind. The descriptor is closed on exec (std's default).
-pub(super) fn open(path: &Path, writable: bool) -> io::Result<File> {
+/// kind. The descriptor is closed on exec (std's default). `direct` bypasses the page cache; `Unsupported` where
+/// the system or the file system cannot.
+pub(super) fn open(path: &Path, writable: bool, direct: bool) -> io::Result<File> {
     let mut options = OpenOptions::new();
     options.read(true).write(writable);
     #[cfg(unix)]
-    std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, libc::O_NONBLOCK | libc::O_NOCTTY);
-    let file = options.open(path)?;
+    {
+        let direct = if direct { DIRECT } else { 0 };
+        let flags = libc::O_NONBLOCK | libc::O_NOCTTY | direct;
+        std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, flags);
+    }
+    let file = options.open(path).map_err(|e| {
+        // The open of a file system that has no direct I/O fails like this, and no other open does.
+        #[cfg(unix)]
+        if direct && e.raw_os_error() == Some(libc::EINVAL) {
+            return io::ErrorKind::Unsupported.into();
+        }
+        e
+    })?;
     #[cfg(unix)]
     blocking(&file)?;
+    if direct {
+        bypass_cache(&file)?;
+    }
     Ok(file)
+}
+
+#[cfg(target_os = "linux")]
+const DIRECT: libc::c_int = libc::O_DIRECT;
+#[cfg(all(unix, not(target_os = "linux")))]
+const DIRECT: libc::c_int = 0;
+
+/// What is left to do after the open, where the flag is not one of the open.
+#[cfg(target_os = "linux")]
+fn bypass_cache(_: &File) -> io::Result<()> {
+    Ok(())
+}
+
+#[cfg(target_os = "macos")]
+fn bypass_cache(file: &File) -> io::Result<()> {
+    use std::os::fd::AsRawFd;
+    // SAFETY: F_NOCACHE takes an int and touches no memory of ours.
+    positioned::retry(|| unsafe { libc::fcntl(file.as_raw_fd(), libc::F_NOCACHE, 1) as isize }).map(drop)
+}
+
+#[cfg(not(any(target_os = "linux", target_os = "macos")))]
+fn bypass_cache(_: &File) -> io::Result<()> {
+    Err(io::ErrorKind::Unsupported.into())
 }
 
 /// Clears `O_NONBLOCK`, which was for the open alone.
@@ -202,10 +240,13 @@ pub(super) use positioned::{read_at, write_at, write_vectored_at};
 
 /// Zeroes by writing them: the last resort of every platform.
 pub(super) fn write_zero_bytes(file: &File, mut offset: u64, mut length: u64) -> io::Result<()> {
-    static ZEROES: [u8; 256 << 10] = [0; 256 << 10];
+    /// Aligned as direct I/O wants it.
+    #[repr(align(4096))]
+    struct Zeroes([u8; 256 << 10]);
+    static ZEROES: Zeroes = Zeroes([0; 256 << 10]);
     while length > 0 {
-        let n = usize::try_from(length).unwrap_or(usize::MAX).min(ZEROES.len());
-        let done = write_at(file, Mem::from(ZEROES.get(..n).unwrap_or(&ZEROES)), offset)?;
+        let n = usize::try_from(length).unwrap_or(usize::MAX).min(ZEROES.0.len());
+        let done = write_at(file, Mem::from(ZEROES.0.get(..n).unwrap_or(&ZEROES.0)), offset)?;
         if done == 0 {
             return Err(io::ErrorKind::WriteZero.into());
         }

@@ -3,10 +3,12 @@
 //! None but [`CountingStorage`] hands out a descriptor: a wrapper that did would be bypassed by the kernel's
 //! copies.
 
+mod aligned_only;
 mod counting;
 mod fault;
 mod short_io;
 
+pub use aligned_only::AlignedOnly;
 pub use counting::{CountingStorage, Counts};
 pub use fault::{Fault, FaultStorage};
 pub use short_io::ShortIo;

@@ -1,0 +1,402 @@
+//! Image locks that QEMU understands: byte-range locks on the image file itself.
+//!
+//! Every opener states which [`Permission`]s it uses and which it does not share with others. Byte 100 + n is
+//! read-locked for permission n in use, byte 200 + n for permission n not shared; then each opener tests
+//! whether another one holds the opposite byte of what it wants. Locking comes before testing, so of two
+//! that start together at least one sees the other.
+//!
+//! The locks belong to the open file description: two opens inside one process exclude each other as two
+//! processes do, and the kernel drops them with the last descriptor, however the process ends.
+
+use std::fs::File;
+
+use parking_lot::Mutex;
+
+use crate::{Error, ErrorKind, Result};
+
+/// What one opener does to an image, or keeps others from doing. The value is the number of its lock byte.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Permission {
+    /// Reading a state that is consistent.
+    ConsistentRead = 0,
+    /// Changing what the guest sees.
+    Write = 1,
+    /// Writing back what is there already.
+    WriteUnchanged = 2,
+    /// Changing the length of the file.
+    Resize = 3,
+}
+
+impl Permission {
+    const ALL: [Self; 4] = [Self::ConsistentRead, Self::Write, Self::WriteUnchanged, Self::Resize];
+
+    const fn bit(self) -> u8 {
+        1 << self as u8
+    }
+
+    /// Its name, as QEMU prints it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::ConsistentRead => "consistent read",
+            Self::Write => "write",
+            Self::WriteUnchanged => "write unchanged",
+            Self::Resize => "resize",
+        }
+    }
+}
+
+/// The permissions that an opener uses and those it does not share, each as a set of bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Claim {
+    used: u8,
+    unshared: u8,
+}
+
+impl Claim {
+    /// Nothing used, everything shared: no lock at all.
+    pub const NONE: Self = Self { used: 0, unshared: 0 };
+
+    /// Reads an image with metadata, top or backing: others may read it too, none may write it.
+    pub const READER: Self = Self {
+        used: Permission::ConsistentRead.bit(),
+        unshared: Permission::Write.bit() | Permission::Resize.bit(),
+    };
+
+    /// Reads a raw file, as QEMU's tools do also while another one writes it; or, with `forceShare`, reads any
+    /// image in spite of a writer.
+    pub const SHARING_READER: Self = Self { used: Permission::ConsistentRead.bit(), unshared: 0 };
+
+    /// Reads and writes an image, alone: no other writer and no reader that needs it to stay as it is.
+    pub const WRITER: Self = Self {
+        used: Permission::ConsistentRead.bit() | Permission::Write.bit() | Permission::Resize.bit(),
+        unshared: Permission::Write.bit() | Permission::Resize.bit(),
+    };
+
+    /// Replaces a file by a new image: nobody may be using what was there.
+    pub const CREATOR: Self = Self {
+        used: Permission::Write.bit() | Permission::Resize.bit(),
+        unshared: Permission::Write.bit() | Permission::Resize.bit(),
+    };
+
+    fn minus(self, other: Self) -> Self {
+        Self { used: self.used & !other.used, unshared: self.unshared & !other.unshared }
+    }
+}
+
+/// Whether to lock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Locking {
+    /// Where the system has locks that belong to an open file (Linux).
+    #[default]
+    Auto,
+    /// Refuse to open where it has none.
+    On,
+    /// Never.
+    Off,
+}
+
+/// The lock bytes that one open file holds. Whoever owns the file calls [`ImageLock::release`] before closing:
+/// a duplicate of the descriptor, also one that a child process holds for a moment, would keep them otherwise.
+#[derive(Debug, Default)]
+pub(super) struct ImageLock {
+    held: Mutex<Claim>,
+}
+
+/// How often a conflict is looked at again before it is reported: of two openers that start together both can
+/// see the other, although one of them could have the image.
+const ATTEMPTS: u32 = 3;
+
+impl ImageLock {
+    /// Goes from the claim held to `wanted`; on an error the old one still holds.
+    ///
+    /// # Errors
+    /// `Locked` naming the permission that conflicts; `Io` where the file system fails to lock;
+    /// `UnsupportedFeature` for `Locking::On` on a system without such locks.
+    pub(super) fn change(&self, file: &File, wanted: Claim, locking: Locking) -> Result<()> {
+        match locking {
+            Locking::Off => return Ok(()),
+            _ if system::available() => {}
+            Locking::Auto => return Ok(()),
+            Locking::On => {
+                let message = "locking is 'on', but this system has no open-file-description locks";
+                return Err(Error::new(ErrorKind::UnsupportedFeature, message));
+            }
+        }
+        let mut held = self.held.lock();
+        let mut attempt = 1;
+        loop {
+            let added = wanted.minus(*held);
+            let taken = take(file, added).and_then(|()| test(file, wanted));
+            let Err(error) = taken else {
+                let dropped = held.minus(wanted);
+                *held = wanted;
+                return give_back(file, dropped);
+            };
+            // The first error is the one to report; bytes that could not be given back go with the file.
+            let _given_back = give_back(file, added);
+            if error.kind() != ErrorKind::Locked || attempt == ATTEMPTS {
+                return Err(error);
+            }
+            attempt += 1;
+            std::thread::sleep(pause());
+        }
+    }
+
+    /// Gives every byte back.
+    pub(super) fn release(&self, file: &File) {
+        let mut held = self.held.lock();
+        let all = std::mem::take(&mut *held);
+        // Nothing can be done about a failure: the bytes go with the file description.
+        let _given_back = give_back(file, all);
+    }
+}
+
+/// 2 to 10 ms, different for every caller: two that met once should not meet again.
+fn pause() -> std::time::Duration {
+    use std::hash::{BuildHasher, Hasher};
+    let random = std::collections::hash_map::RandomState::new().build_hasher().finish();
+    std::time::Duration::from_micros(2000 + random % 8000)
+}
+
+/// The lock bytes of a claim, with the permission and whether it is in use (or else not shared).
+fn bytes(claim: Claim) -> impl Iterator<Item = (i64, Permission, bool)> {
+    let of = move |set: u8, base: i64, used: bool| {
+        Permission::ALL
+            .into_iter()
+            .filter(move |p| set & p.bit() != 0)
+            .map(move |p| (base + i64::from(p as u8), p, used))
+    };
+    of(claim.used, USED, true).chain(of(claim.unshared, UNSHARED, false))
+}
+
+const USED: i64 = 100;
+const UNSHARED: i64 = 200;
+
+fn take(file: &File, claim: Claim) -> Result<()> {
+    for (byte, permission, used) in bytes(claim) {
+        match system::lock(file, byte) {
+            Ok(true) => {}
+            Ok(false) => return Err(conflict(permission, used)),
+            Err(e) => return Err(Error::io(e, "fcntl")),
+        }
+    }
+    Ok(())
+}
+
+fn give_back(file: &File, claim: Claim) -> Result<()> {
+    for (byte, ..) in bytes(claim) {
+        system::unlock(file, byte).map_err(|e| Error::io(e, "fcntl"))?;
+    }
+    Ok(())
+}
+
+/// Whether others live with `claim`: nobody refuses to share what it uses, nobody uses what it does not share.
+fn test(file: &File, claim: Claim) -> Result<()> {
+    let opposite = Claim { used: claim.unshared, unshared: claim.used };
+    // What it uses comes first, as in QEMU: the message then names the same permission.
+    let (unshared, used): (Vec<_>, Vec<_>) = bytes(opposite).partition(|(_, _, used)| !used);
+    for (byte, permission, taken_by_use) in unshared.into_iter().chain(used) {
+        if system::is_locked(file, byte).map_err(|e| Error::io(e, "fcntl"))? {
+            return Err(conflict(permission, !taken_by_use));
+        }
+    }
+    Ok(())
+}
+
+/// `used`: we want to use the permission and somebody does not share it; else the other way round.
+fn conflict(permission: Permission, used: bool) -> Error {
+    let shared = if used { "" } else { "shared " };
+    let name = permission.name();
+    let message = format!("failed to get {shared}\"{name}\" lock: is another process using the image?");
+    Error::new(ErrorKind::Locked, message)
+}
+
+#[cfg(target_os = "linux")]
+mod system {
+    use std::fs::File;
+    use std::io;
+    use std::os::fd::AsRawFd;
+    use std::sync::OnceLock;
+
+    /// Kernels before 3.15 know no such locks.
+    pub(super) fn available() -> bool {
+        static KNOWN: OnceLock<bool> = OnceLock::new();
+        *KNOWN.get_or_init(|| {
+            let probe = File::open("/dev/null").and_then(|file| is_locked(&file, 0));
+            !probe.is_err_and(|e| e.raw_os_error() == Some(libc::EINVAL))
+        })
+    }
+
+    fn call(file: &File, command: libc::c_int, kind: libc::c_int, byte: i64) -> io::Result<libc::flock> {
+        // SAFETY: flock is plain integers, for which zeroes are valid.
+        let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+        // The constants are at most 2 and 0, the bytes at most 203: all fit.
+        lock.l_type = kind as libc::c_short;
+        lock.l_whence = libc::SEEK_SET as libc::c_short;
+        lock.l_start = byte as libc::off_t;
+        lock.l_len = 1;
+        loop {
+            // SAFETY: the three commands read, and F_OFD_GETLK writes, one flock behind the pointer.
+            if unsafe { libc::fcntl(file.as_raw_fd(), command, &raw mut lock) } == 0 {
+                return Ok(lock);
+            }
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::Interrupted {
+                return Err(error);
+            }
+        }
+    }
+
+    /// Shares a lock on the byte; false where somebody has it exclusively.
+    pub(super) fn lock(file: &File, byte: i64) -> io::Result<bool> {
+        match call(file, libc::F_OFD_SETLK, libc::F_RDLCK, byte) {
+            Ok(_) => Ok(true),
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+
+    pub(super) fn unlock(file: &File, byte: i64) -> io::Result<()> {
+        call(file, libc::F_OFD_SETLK, libc::F_UNLCK, byte).map(drop)
+    }
+
+    /// Whether another file description holds a lock on the byte.
+    pub(super) fn is_locked(file: &File, byte: i64) -> io::Result<bool> {
+        let lock = call(file, libc::F_OFD_GETLK, libc::F_WRLCK, byte)?;
+        Ok(libc::c_int::from(lock.l_type) != libc::F_UNLCK)
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+mod system {
+    use std::fs::File;
+    use std::io;
+
+    pub(super) fn available() -> bool {
+        false
+    }
+
+    pub(super) fn lock(_: &File, _: i64) -> io::Result<bool> {
+        Ok(true)
+    }
+
+    pub(super) fn unlock(_: &File, _: i64) -> io::Result<()> {
+        Ok(())
+    }
+
+    pub(super) fn is_locked(_: &File, _: i64) -> io::Result<bool> {
+        Ok(false)
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+#[allow(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    /// Two opens of one file.
+    fn two() -> (tempfile::NamedTempFile, File, File) {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let (a, b) = (file.reopen().unwrap(), file.reopen().unwrap());
+        (file, a, b)
+    }
+
+    fn claim(lock: &ImageLock, file: &File, claim: Claim) -> Result<(), String> {
+        lock.change(file, claim, Locking::On).map_err(|e| {
+            assert_eq!(e.kind(), ErrorKind::Locked);
+            e.message().split(':').next().unwrap().to_owned()
+        })
+    }
+
+    #[test]
+    fn who_gets_along_with_whom() {
+        let write = || Err("failed to get \"write\" lock".to_owned());
+        let shared_write = || Err("failed to get shared \"write\" lock".to_owned());
+        let cases = [
+            (Claim::READER, Claim::READER, Ok(())),
+            (Claim::READER, Claim::SHARING_READER, Ok(())),
+            (Claim::READER, Claim::WRITER, write()),
+            (Claim::READER, Claim::CREATOR, write()),
+            (Claim::WRITER, Claim::READER, shared_write()),
+            (Claim::WRITER, Claim::WRITER, write()),
+            (Claim::WRITER, Claim::SHARING_READER, Ok(())),
+            (Claim::SHARING_READER, Claim::WRITER, Ok(())),
+            (Claim::CREATOR, Claim::READER, shared_write()),
+            (Claim::CREATOR, Claim::CREATOR, write()),
+            (Claim::WRITER, Claim::NONE, Ok(())),
+        ];
+        for (first, second, expected) in cases {
+            let (_name, a, b) = two();
+            let (lock_a, lock_b) = (ImageLock::default(), ImageLock::default());
+            claim(&lock_a, &a, first).unwrap();
+            assert_eq!(claim(&lock_b, &b, second), expected, "{first:?} then {second:?}");
+            // What the refused one took on the way is gone, and after the first one's release it is free.
+            claim(&lock_a, &a, first).unwrap();
+            lock_a.release(&a);
+            claim(&lock_b, &b, second).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_claim_changes_in_place_and_survives_a_refusal() {
+        let (_name, a, b) = two();
+        let (lock_a, lock_b) = (ImageLock::default(), ImageLock::default());
+        claim(&lock_a, &a, Claim::READER).unwrap();
+        claim(&lock_b, &b, Claim::READER).unwrap();
+        assert!(claim(&lock_a, &a, Claim::WRITER).is_err());
+        // Still a reader, and only that: the other one is not disturbed.
+        claim(&lock_b, &b, Claim::READER).unwrap();
+        lock_b.release(&b);
+        claim(&lock_a, &a, Claim::WRITER).unwrap();
+        assert!(claim(&lock_b, &b, Claim::READER).is_err());
+        claim(&lock_a, &a, Claim::READER).unwrap();
+        claim(&lock_b, &b, Claim::READER).unwrap();
+    }
+
+    #[test]
+    fn a_duplicate_descriptor_does_not_keep_a_released_lock() {
+        let (_name, a, b) = two();
+        let lock = ImageLock::default();
+        claim(&lock, &a, Claim::WRITER).unwrap();
+        let _duplicate = a.try_clone().unwrap();
+        lock.release(&a);
+        drop(a);
+        claim(&ImageLock::default(), &b, Claim::WRITER).unwrap();
+    }
+
+    #[test]
+    fn exactly_one_of_many_writers_that_start_together_wins() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let barrier = std::sync::Barrier::new(2);
+        let mut winners = 0;
+        for _ in 0..20 {
+            winners += std::thread::scope(|scope| {
+                let racers: Vec<_> = (0..2)
+                    .map(|_| {
+                        scope.spawn(|| {
+                            let file = file.reopen().unwrap();
+                            let lock = ImageLock::default();
+                            barrier.wait();
+                            let won = claim(&lock, &file, Claim::WRITER).is_ok();
+                            barrier.wait();
+                            won
+                        })
+                    })
+                    .collect();
+                let won = racers.into_iter().filter_map(|r| r.join().unwrap().then_some(())).count();
+                assert!(won <= 1);
+                won
+            });
+        }
+        // A tie can end without a winner after three meetings in a row; twenty of them cannot.
+        assert!(winners >= 15, "{winners} of 20");
+    }
+
+    #[test]
+    fn off_locks_nothing() {
+        let (_name, a, b) = two();
+        ImageLock::default().change(&a, Claim::WRITER, Locking::Off).unwrap();
+        claim(&ImageLock::default(), &b, Claim::WRITER).unwrap();
+        ImageLock::default().change(&a, Claim::WRITER, Locking::Off).unwrap();
+    }
+}
