@@ -1,7 +1,11 @@
 /** Inspection of untrusted images: looks at the header, opens nothing else, promises nothing. */
 
-import type { Abortable, Limits } from './options.js'
-import type { Format, ImageSource } from './source.js'
+import { detectFormat } from './backing/formats.js'
+import type { NativeInspection } from './native.js'
+import { ABORTABLE, type Abortable, type Limits, limits, readOptions, throwIfAborted } from './options.js'
+import { type Format, type ImageSource, openFile, release, toLocated } from './source.js'
+import { toBytesView } from './support/buffers.js'
+import { request } from './support/requests.js'
 
 /** Options of {@link inspect}. */
 export interface InspectOptions extends Abortable {
@@ -53,4 +57,67 @@ export interface Inspection {
   readonly findings: readonly Finding[]
 }
 
-export declare function inspect(source: ImageSource | Uint8Array, options?: InspectOptions): Promise<Inspection>
+const INSPECT = { ...ABORTABLE, limits } as const
+
+/**
+ * Says what an untrusted image claims, without opening anything that it names: from a file (its first cluster is read), or from
+ * the first bytes of one. 512 bytes are enough for most images, its first cluster (2 MiB at most) for every image; where the header
+ * goes beyond the bytes, that is a finding. What is wrong with the image is a finding, never an error.
+ *
+ * A file name is a `string`, `URL` or `FileHandle` here: a `Buffer` is bytes of an image.
+ *
+ * @throws {@link Qcow2Error} the system's code where the file cannot be read
+ */
+export async function inspect(
+  source: Exclude<ImageSource, Buffer> | Uint8Array,
+  options?: InspectOptions,
+): Promise<Inspection> {
+  if (source instanceof Uint8Array) {
+    const read = readOptions(options, 'inspect', INSPECT)
+    throwIfAborted(read.signal)
+    const view = toBytesView(source, 'inspect: source')
+    const bytes = Buffer.from(view.buffer, view.byteOffset, view.byteLength)
+    const found = await request<NativeInspection>((number, addon) => addon.inspectPrefix(number, bytes, read.limits))
+    throwIfAborted(read.signal)
+    return toInspection(found, bytes)
+  }
+  const located = toLocated(source, 'source')
+  const { signal, limits: bounds } = readOptions(options, 'inspect', INSPECT)
+  throwIfAborted(signal)
+  const { file, head } = await openFile(located)
+  try {
+    const found = await request<NativeInspection>((number, addon) => addon.inspectFile(number, file, bounds))
+    throwIfAborted(signal)
+    return toInspection(found, head)
+  } finally {
+    await release(file)
+  }
+}
+
+function toInspection({ isQcow2, header, ...found }: NativeInspection, head: Buffer): Inspection {
+  const detected = isQcow2 ? undefined : detectFormat(head)
+  const backingFilename = header?.backingFilename ?? found.backingFilename
+  return {
+    format: isQcow2 ? 'qcow2' : 'unknown',
+    ...(detected !== undefined && detected !== 'qcow2' && { detected }),
+    virtualSize: header?.virtualSize ?? 0,
+    ...(backingFilename !== undefined && { backingFilename }),
+    ...(header && {
+      version: header.version,
+      clusterSize: header.clusterSize,
+      compressionType: header.compressionType,
+      extendedL2: header.extendedL2,
+      ...(header.backingFormat !== undefined && { backingFilenameFormat: header.backingFormat }),
+      ...(header.dataFile !== undefined && { dataFile: header.dataFile }),
+      ...(header.encryption !== undefined && { encryption: header.encryption }),
+    }),
+    features: {
+      incompatible: header?.incompatible ?? [],
+      compatible: header?.compatible ?? [],
+      autoclear: header?.autoclear ?? [],
+      unknownIncompatible: found.unknownIncompatible,
+    },
+    safe: found.findings.length === 0,
+    findings: found.findings as Inspection['findings'],
+  }
+}

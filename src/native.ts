@@ -107,6 +107,28 @@ export interface NativeLayerInfo {
   }
 }
 
+export interface NativeInspection {
+  readonly isQcow2: boolean
+  readonly header?: {
+    readonly version: 2 | 3
+    readonly virtualSize: number
+    readonly clusterSize: number
+    readonly backingFilename?: string
+    readonly backingFormat?: string
+    readonly dataFile?: string
+    readonly encryption?: 'aes' | 'luks'
+    readonly compressionType: 'zlib' | 'zstd'
+    readonly extendedL2: boolean
+    readonly incompatible: readonly string[]
+    readonly compatible: readonly string[]
+    readonly autoclear: readonly string[]
+  }
+  /** Where the header could not be read as a whole. */
+  readonly backingFilename?: string
+  readonly unknownIncompatible: readonly number[]
+  readonly findings: readonly { readonly code: string; readonly message: string }[]
+}
+
 /** The shape of a new image; what is absent has the engine's default. */
 export interface NativeShape {
   format: 'qcow2' | 'raw'
@@ -171,6 +193,8 @@ export interface Addon {
   read(request: number, image: number, buffer: Uint8Array, offset: number, length: number, position: number): void
   extents(request: number, image: number, start: number, length: number): void
   layersInfo(request: number, image: number): void
+  inspectFile(request: number, file: number, limits: NativeLimits | undefined): void
+  inspectPrefix(request: number, bytes: Buffer, limits: NativeLimits | undefined): void
   checkImage(request: number, job: number, image: number, readers: number | undefined, maxFindings: number): void
   createImage(
     request: number,

@@ -8,6 +8,7 @@ pub mod compare;
 pub mod create;
 pub mod error;
 pub mod image;
+pub mod inspect;
 pub mod job;
 pub mod measure;
 pub mod memory;

@@ -21,6 +21,7 @@ mod delivery;
 pub mod failure;
 mod guard;
 pub mod info;
+pub mod inspect;
 pub mod job;
 pub mod map;
 pub mod open;
