@@ -5,7 +5,7 @@
 use qcow2_engine::{ExtentKind, GuestSource, Image, Job, OpenOptions};
 use qcow2_testkit::matrix::{Case, Geometry, geometries};
 use qcow2_testkit::model::assert_same;
-use qcow2_testkit::{Qemu, Rng, chain};
+use qcow2_testkit::{Fixture, Qemu, Rng, chain};
 use serde_json::Value;
 
 /// Reads the whole disk and random parts of it, and compares every byte.
@@ -106,11 +106,12 @@ fn check(qemu: &Qemu, geometry: Geometry, seed: u64) {
     }
 }
 
-/// The matrix in parts, so that they run in parallel.
+/// The matrix in parts, so that they run in parallel. `QCOW2_TEST_SEED` makes other operations than usual.
 fn check_part(part: usize, parts: usize) {
     let Some(qemu) = Qemu::find() else { return };
-    for (seed, geometry) in geometries().into_iter().enumerate().skip(part).step_by(parts) {
-        check(&qemu, geometry, 1000 + seed as u64);
+    let seed = std::env::var("QCOW2_TEST_SEED").map_or(1000, |text| text.parse().unwrap());
+    for (index, geometry) in geometries().into_iter().enumerate().skip(part).step_by(parts) {
+        check(&qemu, geometry, seed + index as u64);
     }
 }
 
@@ -127,4 +128,83 @@ fn every_geometry_reads_and_maps_as_qemu_does_part_2() {
 #[test]
 fn every_geometry_reads_and_maps_as_qemu_does_part_3() {
     check_part(2, 3);
+}
+
+/// Preallocated clusters are mapped, and may be holes of the file: `qemu-img map` looks there only if the image seems
+/// to have preallocated metadata.
+#[test]
+fn preallocated_images_read_and_map_as_qemu_does() {
+    let Some(qemu) = Qemu::find() else { return };
+    for preallocation in ["metadata", "falloc", "full"] {
+        for (cluster_size, extended_l2) in [(4096, "off"), (65536, "off"), (65536, "on"), (2 << 20, "off")] {
+            let fixture = Fixture::new();
+            let path = fixture.path("preallocated.qcow2");
+            let what = format!(
+                "preallocation {preallocation}, clusters of {cluster_size}, subclusters {extended_l2}"
+            );
+            let options = format!(
+                "preallocation={preallocation},cluster_size={cluster_size},extended_l2={extended_l2}"
+            );
+            qemu.create(&path, &options, Some((8 << 20) + 512));
+            let untouched = chain::open(&path, "qcow2", &OpenOptions::default()).unwrap();
+            assert_same_map(&qemu.map_json(&path, "qcow2"), &map_of(&untouched), &what);
+            let pattern = fixture.file("pattern", &Rng::new(8).bytes(5000));
+            let write = |flags: &str, at: u64, len: u64| format!("write -q {flags} {at} {len}");
+            let random = format!("-s {}", pattern.display());
+            let commands = [
+                write(&random, 100_000, 300_000),
+                write("-z", 200_000, 70_000),
+                write("-z -u", 3 << 20, 1 << 20),
+                write(&random, (8 << 20) - 700, 1212),
+            ];
+            qemu.io(&path, "qcow2", &commands);
+            let written = chain::open(&path, "qcow2", &OpenOptions::default()).unwrap();
+            assert_same_map(&qemu.map_json(&path, "qcow2"), &map_of(&written), &what);
+            compare_reads(&written, &qemu.guest_bytes(&path, "qcow2", &[]), &what, 1);
+        }
+    }
+}
+
+/// Four layers that QEMU wrote, of different geometry and size: what each of them hides and shows.
+#[test]
+fn chains_read_and_map_as_qemu_does() {
+    let Some(qemu) = Qemu::find() else { return };
+    for seed in 1..=4 {
+        let mut rng = Rng::new(seed);
+        let fixture = Fixture::new();
+        let mut below = (fixture.file("base.raw", &rng.text(3_000_001)), "raw");
+        for (depth, options) in [
+            "cluster_size=512",
+            "cluster_size=65536,extended_l2=on",
+            "cluster_size=4096,compat=0.10",
+            "cluster_size=16384,extended_l2=on,compression_type=zstd",
+        ]
+        .iter()
+        .enumerate()
+        {
+            let path = fixture.path(&format!("layer{depth}.qcow2"));
+            let size = (2 << 20) + rng.below(4000) * 512;
+            let options = format!("{options},backing_file={},backing_fmt={}", below.0.display(), below.1);
+            qemu.create(&path, &options, Some(size));
+            let commands: Vec<String> = (0..12)
+                .map(|i| {
+                    let at = rng.below(size - 1);
+                    let len = (1 + rng.below(150_000)).min(size - at);
+                    let pattern = fixture.file(&format!("pattern{depth}-{i}"), &rng.bytes(4000));
+                    match rng.below(4) {
+                        0 => format!("write -q -z {at} {len}"),
+                        1 => format!("write -q -z -u {at} {len}"),
+                        _ => format!("write -q -s {} {at} {len}", pattern.display()),
+                    }
+                })
+                .collect();
+            qemu.io(&path, "qcow2", &commands);
+            let what = format!("seed {seed}, layer {depth}");
+            let image = chain::open(&path, "qcow2", &OpenOptions::default()).unwrap();
+            assert_eq!(image.layers().len(), depth + 2);
+            compare_reads(&image, &qemu.guest_bytes(&path, "qcow2", &[]), &what, seed);
+            assert_same_map(&qemu.map_json(&path, "qcow2"), &map_of(&image), &what);
+            below = (path, "qcow2");
+        }
+    }
 }
