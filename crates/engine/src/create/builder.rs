@@ -18,12 +18,11 @@ const MAX_PIECES: usize = 512;
 
 /// What to place for one guest cluster.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[expect(dead_code, reason = "placed by convert")]
 pub(crate) enum NewCluster {
     /// Nothing: the backing file, or zeroes.
     Unallocated,
-    /// Reads as zeroes without a host cluster.
-    Zero,
+    /// Reads as zeroes without a host cluster. The bitmap counts with extended L2 entries only.
+    Zero(SubclusterBitmap),
     /// A host cluster. The bitmap counts with extended L2 entries only; 0 is a preallocated cluster.
     Data(SubclusterBitmap),
     /// This many compressed bytes.
@@ -114,7 +113,10 @@ impl ImageBuilder {
                     places.push(None);
                     continue;
                 }
-                NewCluster::Zero => L2Mapping::Zero { host: None, copied: false },
+                NewCluster::Zero(bitmap) if g.extended_l2() => {
+                    L2Mapping::Subclusters { host: None, copied: false, bitmap }
+                }
+                NewCluster::Zero(_) => L2Mapping::Zero { host: None, copied: false },
                 NewCluster::Data(bitmap) => self.data(at, bitmap)?,
                 NewCluster::Compressed(length) => {
                     L2Mapping::Compressed(self.hosts.compressed(length.into())?)

@@ -116,13 +116,8 @@ impl HostClusters {
         self.offset_of(start)
     }
 
-    /// One cluster with refcount 1.
+    /// One cluster with refcount 1. What is left of a packed cluster stays open for what fits in.
     pub(super) fn cluster(&mut self) -> Result<HostOffset> {
-        self.packing = None;
-        self.one()
-    }
-
-    fn one(&mut self) -> Result<HostOffset> {
         if self.at_new_range() {
             self.take(Some(self.next))?;
         }
@@ -146,12 +141,12 @@ impl HostClusters {
             }
             Some(p) if p.users < max && contiguous && p.at < p.end && next_host == p.end => {
                 self.add_user(p)?;
-                self.one()?;
+                self.cluster()?;
                 self.pack(p.at, length, p.end + g.cluster_size(), 1);
                 p.at
             }
             _ => {
-                let start = self.one()?.get();
+                let start = self.cluster()?.get();
                 self.pack(start, length, start + g.cluster_size(), 1);
                 start
             }

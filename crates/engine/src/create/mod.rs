@@ -112,6 +112,16 @@ impl Preallocator {
         }
     }
 
+    /// State of the subclusters of a cluster that holds nothing.
+    pub(crate) fn bitmap(&self) -> SubclusterBitmap {
+        self.bitmap
+    }
+
+    /// Whether clusters that hold nothing are written with zeroes.
+    pub(crate) fn zeroes(&self) -> bool {
+        self.zeroed.is_some()
+    }
+
     /// Places `start..end`; both are cluster boundaries, or the end of the disk.
     pub(crate) fn place(&self, builder: &mut ImageBuilder, start: u64, end: u64, job: &Job) -> Result<()> {
         let g = builder.geometry();

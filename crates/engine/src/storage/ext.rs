@@ -9,7 +9,11 @@ use crate::{Error, ErrorKind, Mem, MemMut, Result};
 pub trait StorageExt: Storage {
     /// `error`, met in `syscall`, with this file's path.
     fn failure(&self, error: io::Error, syscall: &'static str) -> Error {
-        let error = Error::io(error, syscall);
+        self.located(Error::io(error, syscall))
+    }
+
+    /// `error` with this file's path.
+    fn located(&self, error: Error) -> Error {
         match self.path() {
             Some(path) => error.with_path(path),
             None => error,
@@ -24,11 +28,7 @@ pub trait StorageExt: Storage {
             return Ok(());
         }
         let message = format!("the file ends after {got} of {wanted} bytes");
-        let error = Error::new(ErrorKind::Corrupt, message).with_offset(offset);
-        Err(match self.path() {
-            Some(path) => error.with_path(path),
-            None => error,
-        })
+        Err(self.located(Error::new(ErrorKind::Corrupt, message).with_offset(offset)))
     }
 
     /// Fills `buf`; what lies behind the end of the file reads as zeroes.

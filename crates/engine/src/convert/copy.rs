@@ -1,0 +1,132 @@
+//! Moving the bytes of pieces: through a buffer, or shared by the file system.
+
+use super::scan::{Chunk, Content, Piece, Rules, Scanner, Zeroes};
+use super::{Context, Delta};
+use crate::{GuestSource, Job, Mem, MemMut, Result, Storage, StorageExt};
+
+/// Bytes moved through the buffer at once: stays in the core's cache between the read and the write.
+const STEP: usize = 256 << 10;
+/// File systems share blocks of this size; most have it, and a refusal falls back on copying.
+pub(super) const SHARED_BLOCK: u64 = 4096;
+
+/// One worker's way to move bytes.
+pub(super) struct Copier<'a> {
+    pub(super) context: Context<'a>,
+    buffer: Vec<u8>,
+}
+
+impl<'a> Copier<'a> {
+    pub(super) fn new(context: Context<'a>) -> Self {
+        Self { context, buffer: Vec::new() }
+    }
+
+    /// Reads one piece.
+    pub(super) fn read(&self, piece: &Piece, into: &mut [u8]) -> Result<()> {
+        match &piece.content {
+            Content::Stored(storage, offset) => {
+                storage.read_padded_at(MemMut::from(&mut *into), *offset)?;
+                self.context.count_read(into.len() as u64);
+            }
+            Content::Read => {
+                self.context.source.read_at(MemMut::from(&mut *into), piece.start)?;
+                self.context.count_read(into.len() as u64);
+            }
+            Content::Zero => into.fill(0),
+        }
+        Ok(())
+    }
+
+    /// Reads a chunk into `buffer`, which starts at the chunk's start; zeroes where there is no piece.
+    pub(super) fn read_chunk(&self, chunk: &Chunk, buffer: &mut [u8]) -> Result<()> {
+        let mut filled = 0;
+        for piece in &chunk.pieces {
+            let from = (piece.start - chunk.start) as usize;
+            let to = from + piece.length as usize;
+            buffer.get_mut(filled..from).unwrap_or_default().fill(0);
+            self.read(piece, buffer.get_mut(from..to).unwrap_or_default())?;
+            filled = to;
+        }
+        buffer.get_mut(filled..).unwrap_or_default().fill(0);
+        Ok(())
+    }
+
+    /// Reads a chunk into this worker's buffer and lends it.
+    pub(super) fn with_chunk(
+        &mut self,
+        chunk: &Chunk,
+        then: impl FnOnce(&Self, &[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let mut buffer = std::mem::take(&mut self.buffer);
+        let length = chunk.length() as usize;
+        if buffer.len() < length {
+            buffer.resize(length, 0);
+        }
+        let bytes = buffer.get_mut(..length).unwrap_or_default();
+        let result = self.read_chunk(chunk, bytes).and_then(|()| then(self, bytes));
+        self.buffer = buffer;
+        result
+    }
+
+    /// Makes `target` hold the bytes of `piece` at `offset`: whole blocks shared with the source where the
+    /// file system does that, the rest copied.
+    pub(super) fn share(&mut self, piece: &Piece, target: &dyn Storage, offset: u64) -> Result<()> {
+        if let Content::Stored(from, at) = &piece.content {
+            let head = (SHARED_BLOCK - offset % SHARED_BLOCK) % SHARED_BLOCK;
+            let blocks = piece.length.saturating_sub(head) / SHARED_BLOCK * SHARED_BLOCK;
+            let shared = blocks > 0 && target.clone_range(&**from, at + head, offset + head, blocks).is_ok();
+            if shared {
+                self.context.count_read(blocks);
+                self.context.count_written(blocks);
+                self.copy(&piece.part(0, head), target, offset)?;
+                let done = head + blocks;
+                return self.copy(&piece.part(done, piece.length - done), target, offset + done);
+            }
+        }
+        self.copy(piece, target, offset)
+    }
+
+    fn copy(&mut self, piece: &Piece, target: &dyn Storage, offset: u64) -> Result<()> {
+        let mut buffer = std::mem::take(&mut self.buffer);
+        let mut done = 0;
+        let mut result = Ok(());
+        while done < piece.length && result.is_ok() {
+            let length = (piece.length - done).min(STEP as u64);
+            buffer.resize(STEP, 0);
+            let bytes = buffer.get_mut(..length as usize).unwrap_or_default();
+            result = self.context.job.checkpoint();
+            result = result.and_then(|()| self.read(&piece.part(done, length), bytes));
+            result = result.and_then(|()| target.write_all_at(Mem::from(&*bytes), offset + done));
+            self.context.count_written(length);
+            done += length;
+        }
+        self.buffer = buffer;
+        result
+    }
+}
+
+/// Whether the file system shares blocks between the source and `target`, an empty file: tried out with the
+/// source's first stored data. Leaves `target` empty.
+pub(super) fn shares_blocks(
+    source: &dyn GuestSource,
+    delta: Option<Delta>,
+    target: &dyn Storage,
+    job: &Job,
+) -> Result<bool> {
+    if target.traits().block_device {
+        return Ok(false);
+    }
+    let rules = Rules { chunk: 1 << 20, zeroes: Zeroes::Skip, delta };
+    let Some(chunk) = Scanner::new(source, rules, job).next()? else { return Ok(false) };
+    for piece in &chunk.pieces {
+        let Content::Stored(from, offset) = &piece.content else { continue };
+        let inside = (SHARED_BLOCK - offset % SHARED_BLOCK) % SHARED_BLOCK;
+        if inside + SHARED_BLOCK <= piece.length {
+            let shared = target.clone_range(&**from, offset + inside, 0, SHARED_BLOCK).is_ok();
+            if shared {
+                target.resize(0)?;
+            }
+            return Ok(shared);
+        }
+    }
+    Ok(false)
+}

@@ -1,0 +1,211 @@
+//! The source's extents, cut into chunks for the workers.
+//!
+//! A chunk is the unit of work: an aligned range of the disk of which something has to be copied. Chunks come
+//! in guest order and depend on the source alone, never on the number of workers, and so does the target.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use super::Delta;
+use crate::source::{Extent, GuestSource};
+use crate::{Job, Result, Storage};
+
+/// Guest bytes whose extents are asked for at once: grows over holes, shrinks where extents are many.
+const MIN_WINDOW: u64 = 4 << 20;
+const MAX_WINDOW: u64 = 64 << 30;
+/// Extents in a window above which it shrinks, and below which it grows.
+const MANY_EXTENTS: usize = 4096;
+const FEW_EXTENTS: usize = 256;
+
+/// Where the bytes of a piece come from.
+#[derive(Debug, Clone)]
+pub(super) enum Content {
+    /// Stored as they are, in this file at this offset.
+    Stored(Arc<dyn Storage>, u64),
+    /// To be read through the source.
+    Read,
+    /// Zeroes that the target must hold explicitly.
+    Zero,
+}
+
+/// A part of a chunk; between pieces there is nothing to copy.
+#[derive(Debug, Clone)]
+pub(super) struct Piece {
+    pub(super) start: u64,
+    pub(super) length: u64,
+    pub(super) content: Content,
+}
+
+impl Piece {
+    pub(super) fn end(&self) -> u64 {
+        self.start + self.length
+    }
+
+    /// `length` bytes of it from `skip` on.
+    pub(super) fn part(&self, skip: u64, length: u64) -> Self {
+        let content = match &self.content {
+            Content::Stored(storage, offset) => Content::Stored(Arc::clone(storage), offset + skip),
+            other => other.clone(),
+        };
+        Self { start: self.start + skip, length, content }
+    }
+}
+
+/// An aligned range of the disk with something to copy.
+#[derive(Debug)]
+pub(super) struct Chunk {
+    /// Number in guest order, from 0.
+    pub(super) ticket: u64,
+    pub(super) start: u64,
+    /// Aligned, or the end of the disk.
+    pub(super) end: u64,
+    /// In guest order, never empty.
+    pub(super) pieces: Vec<Piece>,
+    /// Guest bytes that are done with this chunk: its own, and what was skipped before it.
+    pub(super) advance: u64,
+}
+
+impl Chunk {
+    pub(super) fn length(&self) -> u64 {
+        self.end - self.start
+    }
+    /// Whether the whole chunk is explicit zeroes; it can then be longer than usual.
+    pub(super) fn is_zero(&self) -> bool {
+        matches!(self.pieces.as_slice(), [Piece { content: Content::Zero, start, length }]
+            if *start == self.start && *length == self.length())
+    }
+}
+
+/// What happens to ranges that read as zeroes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Zeroes {
+    /// The target reads as zeroes anyway.
+    Skip,
+    /// The target has a cheap way to say so: one chunk can be this long.
+    Explicit(u64),
+    /// They are written out like data.
+    Written,
+}
+
+/// How to cut.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Rules {
+    /// Alignment and length of chunks in bytes.
+    pub(super) chunk: u64,
+    pub(super) zeroes: Zeroes,
+    pub(super) delta: Option<Delta>,
+}
+
+pub(super) struct Scanner<'a> {
+    source: &'a dyn GuestSource,
+    rules: Rules,
+    size: u64,
+    job: &'a Job,
+    /// End of what was asked of the source.
+    asked: u64,
+    window: u64,
+    queue: VecDeque<Extent>,
+    tickets: u64,
+    /// End of the last chunk.
+    done: u64,
+}
+
+impl<'a> Scanner<'a> {
+    pub(super) fn new(source: &'a dyn GuestSource, rules: Rules, job: &'a Job) -> Self {
+        let size = source.virtual_size();
+        let queue = VecDeque::new();
+        Self { source, rules, size, job, asked: 0, window: MIN_WINDOW, queue, tickets: 0, done: 0 }
+    }
+
+    /// End of the last chunk that was handed out.
+    pub(super) fn done(&self) -> u64 {
+        self.done
+    }
+
+    /// The next chunk in guest order, `None` at the end of the disk.
+    pub(super) fn next(&mut self) -> Result<Option<Chunk>> {
+        self.job.checkpoint()?;
+        let mut pieces: Vec<Piece> = Vec::new();
+        let (mut start, mut end) = (0, 0);
+        while let Some(extent) = self.front()? {
+            let Some(content) = self.content(&extent) else {
+                self.queue.pop_front();
+                continue;
+            };
+            if pieces.is_empty() {
+                start = extent.start - extent.start % self.rules.chunk;
+                end = self.chunk_end(start, &extent, &content);
+            } else if extent.start >= end {
+                break;
+            }
+            let length = extent.length.min(end - extent.start);
+            pieces.push(Piece { start: extent.start, length, content });
+            self.consume(length);
+        }
+        if pieces.is_empty() {
+            return Ok(None);
+        }
+        let chunk = Chunk { ticket: self.tickets, start, end, pieces, advance: end - self.done };
+        self.tickets += 1;
+        self.done = end;
+        Ok(Some(chunk))
+    }
+
+    fn chunk_end(&self, start: u64, extent: &Extent, content: &Content) -> u64 {
+        let usual = start.saturating_add(self.rules.chunk);
+        let end = match (self.rules.zeroes, content) {
+            (Zeroes::Explicit(long), Content::Zero) if extent.start == start => {
+                let end = (start + extent.length).min(start.saturating_add(long));
+                if end == self.size { end } else { (end - end % self.rules.chunk).max(usual) }
+            }
+            _ => usual,
+        };
+        end.min(self.size)
+    }
+
+    /// What to do about an extent: `None` to skip it.
+    fn content(&self, extent: &Extent) -> Option<Content> {
+        if let Some(delta) = self.rules.delta {
+            // The base has the rest already. Behind its end, zeroes need not be said.
+            if extent.depth >= delta.layers || (extent.zero && extent.start >= delta.base_size) {
+                return None;
+            }
+        }
+        match (extent.zero, self.rules.zeroes, &extent.host) {
+            (true, Zeroes::Skip, _) => None,
+            (true, _, _) => Some(Content::Zero),
+            (false, _, Some((storage, offset))) => Some(Content::Stored(Arc::clone(storage), *offset)),
+            (false, _, None) => Some(Content::Read),
+        }
+    }
+
+    fn front(&mut self) -> Result<Option<Extent>> {
+        while self.queue.is_empty() && self.asked < self.size {
+            let length = self.window.min(self.size - self.asked);
+            let mut extents = Vec::new();
+            self.source.extents(self.asked, length, self.job, &mut extents)?;
+            match extents.len() {
+                n if n > MANY_EXTENTS => self.window = (self.window / 4).max(MIN_WINDOW),
+                n if n < FEW_EXTENTS => self.window = (self.window * 4).min(MAX_WINDOW),
+                _ => {}
+            }
+            self.asked += length;
+            self.queue.extend(extents);
+        }
+        Ok(self.queue.front().cloned())
+    }
+
+    /// Takes `length` bytes off the front extent.
+    fn consume(&mut self, length: u64) {
+        let Some(extent) = self.queue.front_mut() else { return };
+        if extent.length <= length {
+            self.queue.pop_front();
+            return;
+        }
+        extent.start += length;
+        extent.length -= length;
+        if let Some((_, offset)) = &mut extent.host {
+            *offset += length;
+        }
+    }
+}
