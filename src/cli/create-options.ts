@@ -3,6 +3,7 @@
 import type { Format, Qcow2Shape } from '../index.js'
 import { CommandFailure, unsupported } from './failure.js'
 import { type OptionSpec, type OptionValue, type OptionValues, optionHelp } from './options.js'
+import { checkShape } from './shape-rules.js'
 import { toSize } from './size.js'
 
 /** In the order in which qemu-img prints them. */
@@ -89,7 +90,10 @@ export function toCreateOptions(values: OptionValues, format: Format): Qcow2Shap
   const allowed = format === 'raw' ? (['off', 'falloc', 'full'] as const) : PREALLOCATIONS
   const preallocation = choice(values, 'preallocation', allowed)
   if (preallocation) options.preallocation = preallocation
-  return format === 'raw' ? options : qcow2Options(values, options)
+  if (format === 'raw') return options
+  const shape = qcow2Options(values, options)
+  checkShape(shape)
+  return shape
 }
 
 const PREALLOCATIONS = ['off', 'metadata', 'falloc', 'full'] as const
@@ -110,10 +114,7 @@ function qcow2Options(values: OptionValues, options: Qcow2Shape): Qcow2Shape {
   const backingFile = text(values, 'backing_file')
   if (backingFile !== undefined) options.backingFile = backingFile
   const backingFormat = choice<Format>(values, 'backing_fmt', ['qcow2', 'raw'])
-  if (backingFormat !== undefined) {
-    if (backingFile === undefined) throw new CommandFailure('Backing format cannot be used without backing file')
-    options.backingFormat = backingFormat
-  }
+  if (backingFormat !== undefined) options.backingFormat = backingFormat
   const dataFile = text(values, 'data_file')
   if (dataFile !== undefined) options.dataFile = dataFile
   const dataFileRaw = values.get('data_file_raw')

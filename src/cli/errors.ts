@@ -28,6 +28,8 @@ export function strerror(code: string): string | undefined {
   return undefined
 }
 
+const OPENING: ReadonlySet<string> = new Set(['open', 'openat', 'stat'])
+
 interface ErrorFields extends Error {
   readonly code?: unknown
   readonly path?: unknown
@@ -36,14 +38,15 @@ interface ErrorFields extends Error {
 
 /**
  * What an error says, without the name of the image, which the caller puts in front. System errors in the system's words;
- * those of the library with their code, which scripts can look for.
+ * those of the library with their code, which scripts can look for. `target` is the file that was to be created.
  */
-export function describeError(error: unknown): string {
+export function describeError(error: unknown, target?: string): string {
   if (!(error instanceof Error)) return String(error)
   const { code, path, syscall, cause } = error as ErrorFields
   const system = typeof code === 'string' ? strerror(code) : undefined
   if (system !== undefined) {
-    const opening = typeof path === 'string' && (syscall === 'open' || syscall === 'openat' || syscall === undefined)
+    if (target !== undefined && path === target) return `Could not create '${path}': ${system}`
+    const opening = typeof path === 'string' && (syscall === undefined || OPENING.has(String(syscall)))
     return opening ? `Could not open '${path}': ${system}` : system
   }
   if (!(error instanceof Qcow2Error)) return error.message
@@ -58,11 +61,14 @@ const withoutPath = (message: string, path: unknown): string =>
   typeof path === 'string' && message.startsWith(`${path}: `) ? message.slice(path.length + 2) : message
 
 /** An image that cannot be opened, in qemu-img's words. */
-export const openFailure = (filename: string, error: unknown, exitCode = 1): CommandFailure =>
-  error instanceof CommandFailure
-    ? new CommandFailure(error.message, {
-        exitCode,
-        cause: error,
-        ...(error.hint !== undefined && { hint: error.hint }),
-      })
-    : new CommandFailure(`Could not open '${filename}': ${describeError(error)}`, { exitCode, cause: error })
+export function openFailure(filename: string, error: unknown, exitCode = 1): CommandFailure {
+  if (error instanceof CommandFailure) {
+    const { message, hint } = error
+    return new CommandFailure(message, { exitCode, cause: error, ...(hint !== undefined && { hint }) })
+  }
+  const message =
+    error instanceof Qcow2Error && error.code === 'ERR_QCOW2_NO_SNAPSHOT'
+      ? "Failed to load snapshot: Can't find snapshot"
+      : `Could not open '${filename}': ${describeError(error)}`
+  return new CommandFailure(message, { exitCode, cause: error })
+}

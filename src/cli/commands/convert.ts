@@ -3,7 +3,7 @@ import { resolve } from 'node:path'
 import type { Command } from 'commander'
 import { type Compression, type ConvertOptions, convert, type Format } from '../../index.js'
 import { describeFormat, optionSpecs, targetFormat, toCreateOptions } from '../create-options.js'
-import { describeError } from '../errors.js'
+import { describeError, openFailure } from '../errors.js'
 import { CommandFailure, unsupported } from '../failure.js'
 import { cacheMode, optionList, refuse, refuseDriverSyntax, wholeNumber } from '../grammar.js'
 import { formatOf, localPath, snapshotOf, withImage } from '../images.js'
@@ -134,9 +134,11 @@ function refuseContradictions(given: ConvertArguments): void {
 
 async function convertNamed(source: string, target: string, given: ConvertArguments, session: Session): Promise<void> {
   // Opened once before anything else: what is wrong with the source is said in its name, and before the target's.
-  await withImage({ filename: source, format: given.sourceFormat }, session, async () => undefined)
-  const from = await formatOf(source, given.sourceFormat, session)
+  const from = await formatOf(source, given.sourceFormat, session).catch(error => {
+    throw session.signal.aborted ? error : openFailure(source, error)
+  })
   const snapshot = await snapshotOf(source, from, given.sourceSnapshot, session)
+  await withImage({ filename: source, format: from, snapshot }, session, async () => undefined)
   const to = targetFormat(given.targetFormat)
   const options: ConvertOptions = {
     from,
@@ -153,7 +155,8 @@ async function convertNamed(source: string, target: string, given: ConvertArgume
     if (given.targetCache !== 'unsafe') await makeDurable(localPath(target))
   } catch (error) {
     if (session.signal.aborted || error instanceof CommandFailure) throw error
-    throw new CommandFailure(`${target}: error while converting ${to}: ${describeError(error)}`, { cause: error })
+    const reason = describeError(error, localPath(target))
+    throw new CommandFailure(`${target}: error while converting ${to}: ${reason}`, { cause: error })
   }
 }
 

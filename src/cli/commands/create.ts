@@ -50,10 +50,13 @@ async function createImage(files: readonly string[], given: CreateArguments, ses
     await createNamed(localPath(filename), filename, size, given, session)
   } catch (error) {
     if (session.signal.aborted) throw error
-    throw new CommandFailure(`${filename}: ${error instanceof CommandFailure ? error.message : describeError(error)}`, {
-      cause: error,
-      ...(error instanceof CommandFailure && error.hint !== undefined && { hint: error.hint }),
-    })
+    throw new CommandFailure(
+      `${filename}: ${error instanceof CommandFailure ? error.message : describeError(error, localPath(filename))}`,
+      {
+        cause: error,
+        ...(error instanceof CommandFailure && error.hint !== undefined && { hint: error.hint }),
+      },
+    )
   }
   return 0
 }
@@ -140,10 +143,12 @@ async function completeBacking(
       ...(detected !== undefined && { hint: `Detected format of ${detected}.` }),
     })
   }
-  const size = await withImage({ filename: path, format }, session, async image => image.virtualSize).catch(error => {
-    throw error instanceof CommandFailure
-      ? new CommandFailure(error.message, { hint: 'Could not open backing image.', cause: error })
-      : error
+  const request = { filename: path, format }
+  const size = await withImage(request, session, async image => image.virtualSize).catch(error => {
+    if (!(error instanceof CommandFailure)) throw error
+    const reason = describeError(error.cause)
+    const message = reason.startsWith('Could not open ') ? reason : error.message
+    throw new CommandFailure(message, { hint: 'Could not open backing image.', cause: error })
   })
   if (!values.has('size')) values.set('size', BigInt(size))
 }

@@ -1,0 +1,127 @@
+import { existsSync, readdirSync, readFileSync, statSync, writeFileSync } from 'node:fs'
+import { join } from 'node:path'
+import { describe, expect, it } from 'vitest'
+import { noise } from './noise.js'
+import { asQemuImg, CLI, execute, qcow2, workspace } from './run.js'
+
+const folder = workspace()
+const run = (...args: string[]) => qcow2(args, folder)
+
+describe('a wrong command line', () => {
+  it.concurrent.each([
+    [[], 'Not enough arguments', '--help'],
+    [['frobnicate'], 'Command not found: frobnicate', '--help'],
+    [['--frobnicate'], "unrecognized option '--frobnicate'", '--help'],
+    [['create'], 'Expecting image file name', 'create --help'],
+    [['create', 'a', '1', '2'], 'Unexpected argument: 2', 'create --help'],
+    [['create', '-Q', 'a'], "unrecognized option '-Q'", 'create --help'],
+    [['create', '-qZ', 'a'], "unrecognized option '-Z'", 'create --help'],
+    [['create', '-f'], "missing argument for option '-f'", 'create --help'],
+    [['info', '--frobnicate', 'a'], "unrecognized option '--frobnicate'", 'info --help'],
+    [['info'], 'Expecting one image file name', 'info --help'],
+    [['info', 'a', 'b'], 'Expecting one image file name', 'info --help'],
+    [['compare', 'a'], 'Expecting two image file names', 'compare --help'],
+    [['measure', 'a', 'b'], 'At most one filename argument is allowed.', 'measure --help'],
+    [['check', '-r', 'some', 'a'], "Unknown option value for -r (expecting 'leaks' or 'all'): some", 'check --help'],
+  ])('%j', async (args, message, help) => {
+    expect(await run(...args)).toEqual({
+      code: 1,
+      signal: null,
+      stdout: '',
+      stderr: `qcow2: ${message}\nTry 'qcow2 ${help}' for more information\n`,
+    })
+  })
+
+  it.concurrent.each([
+    [['commit', 'a'], 'Command not supported in this version: commit (ERR_QCOW2_UNSUPPORTED_COMMAND)'],
+    [['info', '--output=xml', 'a'], '--output must be used with human or json as argument.'],
+    [['info', '--image-opts', 'driver=qcow2'], "Option '--image-opts' is not supported"],
+    [['info', '--object', 'secret,id=s', 'a'], "Option '--object' is not supported"],
+    [['check', '-r', 'all', 'a'], "Option '-r' is not supported: this version checks images and does not repair"],
+    [['convert', '-r', '1M', 'a', 'b'], "Option '-r' is not supported"],
+    [['convert', '--salvage', 'a', 'b'], "Option '--salvage' is not supported"],
+    [['convert', '--bitmaps', 'a', 'b'], "Option '--bitmaps' is not supported"],
+    [['convert', 'a', 'b', 'c'], 'Concatenating several source images is not supported'],
+    [['convert', '-m', '17', 'a', 'b'], 'It must be between 1 and 16'],
+    [['convert', '-S', '1000', 'a', 'b'], 'Valid sizes are multiples of 512 up to 16777216.'],
+    [['convert', '-t', 'wrong', 'a', 'b'], 'Invalid cache option: wrong'],
+    [['convert', '--level', '5', 'a', 'b'], '--level requires use of -c flag'],
+    [['create', '-o', ',', 'a', '1M'], 'Invalid option list: ,'],
+    [['create', 'a', '1Z'], 'kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes.'],
+    [['create', 'a', '8E'], 'Invalid image size specified. Must be between 0 and 9223372036854775807.'],
+    [['create', '-f', 'qcow2', '-o', 'encryption=on', 'a', '1M'], "Option 'encryption' is not supported"],
+    [['create', '-f', 'vmdk', 'a', '1M'], "Format driver 'vmdk' is not supported"],
+    [['map', '--picture', '--output=json', 'a'], '--picture cannot be used together with --output=json.'],
+    [['map', '-o', 'x', 'a'], '-o requires --output=svg.'],
+    [['info', 'nbd://localhost/x'], "Could not open 'nbd://localhost/x': Unknown protocol 'nbd'"],
+    [['info', 'json:{"driver":"qcow2"}'], 'json: descriptions are not followed'],
+    [['info', '-f', 'vmdk', 'a'], "Could not open 'a': Unknown driver 'vmdk'"],
+  ])('%j is refused', async (args, message) => {
+    const { code, stdout, stderr } = await run(...args)
+    expect({ code, stdout }).toEqual({ code: 1, stdout: expect.stringMatching(/^(Formatting .*\n)?$/) })
+    expect(stderr).toContain(message)
+    expect(stderr).toMatch(/^(qcow2: .*\n)+(Try .*\n)?$/)
+    expect(readdirSync(folder)).not.toContain('a')
+  })
+})
+
+describe('help', () => {
+  it('is there for the program and each command, and lists every option', async () => {
+    const { code, stdout } = await run('--help')
+    expect(code).toBe(0)
+    for (const name of ['create', 'convert', 'info', 'map', 'check', 'measure', 'compare']) {
+      expect(stdout).toContain(`  ${name} `)
+      const help = await run(name, '--help')
+      expect(help).toMatchObject({ code: 0, stderr: '' })
+      expect(help.stdout).toContain(`Usage: qcow2 ${name} [options]`)
+      expect((await run(name, '-h')).stdout).toBe(help.stdout)
+    }
+  })
+
+  it('tells the version of the package', async () => {
+    const { version } = JSON.parse(readFileSync(join(CLI, '../../package.json'), 'utf8'))
+    for (const flag of ['-V', '--version']) {
+      expect(await run(flag)).toEqual({ code: 0, signal: null, stdout: `qcow2 version ${version}\n`, stderr: '' })
+    }
+  })
+
+  it('speaks under the name that it was called by', async () => {
+    expect((await asQemuImg(['frobnicate'], folder)).stderr).toMatch(/^qemu-img: Command not found: frobnicate\n/)
+  })
+
+  it('ends quietly when nobody reads on', async () => {
+    const command = `"${process.execPath}" "${CLI}" convert --help`
+    const { stdout, stderr } = await execute('sh', ['-c', `{ ${command}; echo "code $?" >&2; } | true`], folder)
+    expect({ stdout, stderr }).toEqual({ stdout: '', stderr: 'code 0\n' })
+  })
+})
+
+describe('a file of another kind', () => {
+  it('is raw only if it looks like nothing known', async () => {
+    writeFileSync(join(folder, 'disk.vmdk'), Buffer.concat([Buffer.from('KDMV\x01\0\0\0', 'latin1'), noise(4096)]))
+    for (const args of [['info'], ['map'], ['check'], ['convert', '-O', 'qcow2']]) {
+      const { code, stderr } = await run(...args, 'disk.vmdk', ...(args[0] === 'convert' ? ['out.qcow2'] : []))
+      expect(code).toBe(1)
+      expect(stderr).toContain("Could not open 'disk.vmdk': Image is in vmdk format, which is not supported")
+    }
+    expect((await run('info', '-f', 'raw', 'disk.vmdk')).stdout).toContain('file format: raw\n')
+    writeFileSync(join(folder, 'small.raw'), noise(1 << 20))
+    expect((await run('info', 'small.raw')).stdout).toContain('file format: raw\n')
+    expect(existsSync(join(folder, 'out.qcow2'))).toBe(false)
+  })
+})
+
+describe('pictures', () => {
+  it('are drawn in the terminal, or written as SVG', async () => {
+    const picture = await run('map', '--picture', 'small.raw')
+    expect(picture).toMatchObject({ code: 0, stderr: '' })
+    expect(picture.stdout).toContain(' small.raw  raw · 1 MiB · 1 MiB on disk')
+    expect(picture.stdout).toMatch(/│█+│/)
+    expect(picture.stdout).not.toContain('\u001b')
+    const svg = await run('map', '--output=svg', 'small.raw')
+    expect(svg.stdout).toMatch(/^<svg .*<\/svg>\n$/s)
+    expect(await run('map', '--output=svg', '-o', 'map.svg', 'small.raw')).toMatchObject({ code: 0, stdout: '' })
+    expect(readFileSync(join(folder, 'map.svg'), 'utf8')).toBe(svg.stdout)
+    expect(statSync(join(folder, 'map.svg')).size).toBeGreaterThan(1000)
+  })
+})

@@ -1,0 +1,60 @@
+/** Runs the built command line, and qemu-img beside it where there is one. */
+
+import { execFile, spawnSync } from 'node:child_process'
+import { mkdtempSync, rmSync, symlinkSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { afterAll, describe } from 'vitest'
+
+export const CLI = fileURLToPath(new URL('../../dist/cli.js', import.meta.url))
+
+export interface Outcome {
+  readonly code: number | null
+  readonly signal: NodeJS.Signals | null
+  readonly stdout: string
+  readonly stderr: string
+}
+
+/** Runs a program to its end, in `cwd`; both of its streams are pipes. */
+export function execute(
+  file: string,
+  args: readonly string[],
+  cwd: string,
+  env: NodeJS.ProcessEnv = {},
+): Promise<Outcome> {
+  return new Promise(resolve => {
+    const child = execFile(
+      file,
+      args,
+      { cwd, env: { ...process.env, LC_ALL: 'C', ...env }, maxBuffer: 64 << 20 },
+      (_, stdout, stderr) => resolve({ code: child.exitCode, signal: child.signalCode, stdout, stderr }),
+    )
+  })
+}
+
+/** A folder for the tests of a file, removed after them, with the command line in it under both of its names. */
+export function workspace(): string {
+  const folder = mkdtempSync(join(tmpdir(), 'qcow2-cli-'))
+  symlinkSync(CLI, join(folder, 'qemu-img'))
+  afterAll(() => rmSync(folder, { recursive: true, force: true }))
+  return folder
+}
+
+export const qcow2 = (args: readonly string[], cwd: string, env?: NodeJS.ProcessEnv): Promise<Outcome> =>
+  execute(process.execPath, [CLI, ...args], cwd, env)
+
+/** The command line under the name of the tool that it stands in for. */
+export const asQemuImg = (args: readonly string[], folder: string, cwd = folder): Promise<Outcome> =>
+  execute(process.execPath, [join(folder, 'qemu-img'), ...args], cwd)
+
+const required = process.env['QCOW2_REQUIRE_QEMU'] === '1'
+const found = spawnSync('qemu-img', ['--version'], { encoding: 'utf8' })
+export const haveQemu = found.status === 0 && spawnSync('qemu-io', ['--version']).status === 0
+
+/** Tests that need QEMU: skipped where it is absent, in plain sight, and failed where it is required. */
+export function describeWithQemu(name: string, tests: () => void): void {
+  if (!haveQemu && required) throw new Error('QCOW2_REQUIRE_QEMU=1, but qemu-img and qemu-io are not installed')
+  if (!haveQemu) process.stderr.write(`SKIPPED (no qemu-img): ${name}\n`)
+  describe.skipIf(!haveQemu)(name, tests)
+}

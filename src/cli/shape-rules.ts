@@ -1,0 +1,53 @@
+/** What the options of a new qcow2 image demand of each other, in the words that users of qemu-img know. */
+
+import type { Qcow2Shape } from '../index.js'
+import { CommandFailure } from './failure.js'
+
+const NEEDS_V3 = 'compatibility level 1.1 and above (use version=v3 or greater)'
+
+const isV2 = ({ version }: Qcow2Shape): boolean => version === 2
+const preallocates = ({ preallocation = 'off' }: Qcow2Shape): boolean => preallocation !== 'off'
+
+function badClusterSize({ clusterSize = 65536 }: Qcow2Shape): boolean {
+  return clusterSize < 512 || clusterSize > 2 << 20 || !Number.isInteger(Math.log2(clusterSize))
+}
+
+/** Whether a shape breaks a rule, and what is said then. In the order in which QEMU looks at them: the first one counts. */
+const RULES: readonly (readonly [broken: (shape: Qcow2Shape) => boolean | undefined, message: string])[] = [
+  [shape => isV2(shape) && shape.extendedL2, `Extended L2 entries are only supported with ${NEEDS_V3}`],
+  [badClusterSize, 'Cluster size must be a power of two between 512 and 2048k'],
+  [
+    ({ extendedL2, clusterSize = 65536 }) => extendedL2 && clusterSize < 16384,
+    'Extended L2 entries are only supported with cluster sizes of at least 16384 bytes',
+  ],
+  [
+    shape => shape.backingFile !== undefined && preallocates(shape) && !shape.extendedL2,
+    'Backing file and preallocation can only be used at the same time if extended_l2 is on',
+  ],
+  [
+    ({ backingFormat, backingFile }) => backingFormat !== undefined && backingFile === undefined,
+    'Backing format cannot be used without backing file',
+  ],
+  [shape => isV2(shape) && shape.lazyRefcounts, `Lazy refcounts only supported with ${NEEDS_V3}`],
+  [
+    shape => isV2(shape) && (shape.refcountBits ?? 16) !== 16,
+    'Different refcount widths than 16 bits require compatibility level 1.1 or above (use version=v3 or greater)',
+  ],
+  [({ dataFileRaw, dataFile }) => dataFileRaw && dataFile === undefined, 'data-file-raw requires data-file'],
+  [
+    ({ dataFileRaw, backingFile }) => dataFileRaw && backingFile !== undefined,
+    'Backing file and data-file-raw cannot be used at the same time',
+  ],
+  [shape => isV2(shape) && shape.dataFile !== undefined, `External data files are only supported with ${NEEDS_V3}`],
+  [
+    shape => isV2(shape) && shape.compressionType === 'zstd',
+    `Non-zlib compression type is only supported with ${NEEDS_V3}`,
+  ],
+]
+
+/** Refuses a shape whose options contradict each other. */
+export function checkShape(shape: Qcow2Shape): void {
+  for (const [broken, message] of RULES) {
+    if (broken(shape)) throw new CommandFailure(message)
+  }
+}
