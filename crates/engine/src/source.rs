@@ -31,7 +31,8 @@ pub struct Extent {
     /// Known to read as zeroes: always for `Zero` and `Unallocated`, and for `Data` that is a hole of its file.
     pub zero: bool,
     /// File and byte offset of the stored bytes, for `Data`; for `Zero` that keeps an allocation and `Unallocated`
-    /// subclusters of an allocated cluster, of the bytes that are not read.
+    /// subclusters of an allocated cluster, of the bytes that are not read. `None` for `Data` means that the bytes of
+    /// no file are the guest's as they are (encrypted, or the file is not open): read them through the source.
     pub host: Option<(Arc<dyn Storage>, u64)>,
 }
 

@@ -465,4 +465,31 @@ fn an_external_data_file_holds_cluster_0_at_offset_0_and_is_needed() {
     assert_eq!(chain::read(&image, 0, 9).unwrap(), b"cluster 0");
     assert_eq!(chain::read(&image, 1 << 16, 9).unwrap(), [0; 9]);
     assert_eq!(chain::read(&image, 3 << 16, 9).unwrap(), b"cluster 3");
+    // Without the data file, no extent names another file's bytes as the guest's.
+    assert_no_host(&without);
+}
+
+fn assert_no_host(image: &Image) {
+    let mut extents = Vec::new();
+    image.extents(0, image.virtual_size(), &Job::new(), &mut extents).unwrap();
+    assert!(extents.iter().any(|e| e.kind == ExtentKind::Data));
+    assert!(extents.iter().all(|e| e.host.is_none()), "{extents:?}");
+}
+
+/// Ciphertext is nobody's data: whoever copies extents must not find it, nor take holes of the file for zeroes.
+#[test]
+fn extents_of_an_encrypted_image_name_no_bytes() {
+    let mut forge = Forge::new(3, 16, 40 << 16).crypt_method(1);
+    for cluster in 0..40 {
+        forge.data(cluster, b"ciphertext");
+    }
+    let fixture = Fixture::new();
+    let path = fixture.path("aes.qcow2");
+    // Few bytes are stored of what is allocated, as after a preallocation of metadata.
+    forge.build().bytes.write_to(&path);
+    let image = chain::open(&path, "qcow2", &OpenOptions::default()).unwrap();
+    assert_no_host(&image);
+    let mut extents = Vec::new();
+    image.extents(0, 40 << 16, &Job::new(), &mut extents).unwrap();
+    assert!(extents.iter().all(|e| !e.zero), "{extents:?}");
 }

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use qcow2_format::CryptMethod;
+
 use super::chain::Layer;
 use super::mapping::{Segment, SegmentKind};
 use super::qcow2::Qcow2;
@@ -70,7 +72,7 @@ impl Walk<'_> {
                 // Behind the end of this layer: the one above decides, by not having it.
                 let depth = depth.saturating_sub(1);
                 let upper = layers.get(depth).and_then(Layer::as_qcow2);
-                let host = above.zip(upper).map(|(at, q)| (Arc::clone(stored(q)), at));
+                let host = above.zip(upper.and_then(stored)).map(|(at, file)| (Arc::clone(file), at));
                 self.push(unallocated(start, length, depth, host));
                 continue;
             }
@@ -105,18 +107,21 @@ impl Walk<'_> {
 
     fn segment(&mut self, qcow2: &Qcow2, segment: &Segment, depth: usize) -> Result<()> {
         let &Segment { start, length, kind } = segment;
-        let storage = || stored(qcow2);
+        let file = stored(qcow2);
+        let place = |host: Option<u64>| file.cloned().zip(host);
+        if let (SegmentKind::Data { host }, Some(file)) = (kind, file)
+            && qcow2.is_metadata_preallocated()?
+        {
+            return self.host_runs(file, start, host, length, depth, |_| ExtentKind::Data);
+        }
         let extent = match kind {
-            SegmentKind::Data { host } if qcow2.is_metadata_preallocated()? => {
-                return self.host_runs(storage(), start, host, length, depth, |_| ExtentKind::Data);
-            }
             SegmentKind::Data { host } => Extent {
                 start,
                 length,
                 kind: ExtentKind::Data,
                 depth: depth as u32,
                 zero: false,
-                host: Some((Arc::clone(storage()), host)),
+                host: place(Some(host)),
             },
             SegmentKind::Zero { host } => Extent {
                 start,
@@ -124,7 +129,7 @@ impl Walk<'_> {
                 kind: ExtentKind::Zero,
                 depth: depth as u32,
                 zero: true,
-                host: host.map(|h| (Arc::clone(storage()), h)),
+                host: place(host),
             },
             SegmentKind::Compressed(_) => Extent {
                 start,
@@ -134,9 +139,7 @@ impl Walk<'_> {
                 zero: false,
                 host: None,
             },
-            SegmentKind::Unallocated { host } => {
-                unallocated(start, length, depth, host.map(|h| (Arc::clone(storage()), h)))
-            }
+            SegmentKind::Unallocated { host } => unallocated(start, length, depth, place(host)),
         };
         self.push(extent);
         Ok(())
@@ -190,9 +193,16 @@ impl Walk<'_> {
     }
 }
 
-/// Where the guest clusters of a layer are stored.
-fn stored(qcow2: &Qcow2) -> &Arc<dyn Storage> {
-    qcow2.data_file().unwrap_or_else(|| qcow2.storage())
+/// The file whose bytes are the layer's guest data as they are: none when they are encrypted, or when the external
+/// data file is not open. Whoever copies extents then has to read through the image, and is refused.
+fn stored(qcow2: &Qcow2) -> Option<&Arc<dyn Storage>> {
+    if qcow2.header().crypt_method != CryptMethod::None {
+        None
+    } else if qcow2.header().has_data_file() {
+        qcow2.data_file()
+    } else {
+        Some(qcow2.storage())
+    }
 }
 
 fn unallocated(start: u64, length: u64, depth: usize, host: Option<(Arc<dyn Storage>, u64)>) -> Extent {
