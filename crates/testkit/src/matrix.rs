@@ -251,7 +251,7 @@ impl Case {
         ops.push(Op::Write(g.size - 512, 512, 11));
         let clusters = g.size / c;
         // QEMU refuses a compressed write over a cluster that has an allocation.
-        let mut fresh: BTreeSet<u64> = (12..clusters).collect();
+        let mut fresh: BTreeSet<u64> = (12..(g.size - 512) / c).collect();
         for _ in 0..24 {
             let offset = rng.below(g.size - 1);
             let len = (rng.below(2 * c) + 1).min(g.size - offset);
