@@ -11,6 +11,7 @@ pub mod error;
 pub mod image;
 pub mod inspect;
 pub mod job;
+pub mod maintenance;
 pub mod measure;
 pub mod memory;
 pub mod source;

@@ -95,6 +95,11 @@ impl SnapshotRecord {
         Ok(ParsedSnapshot::Record(Box::new(record), padded8(length)))
     }
 
+    /// Bytes that the entry takes in the table it was read from, with padding.
+    pub fn encoded_length(&self) -> usize {
+        padded8(FIXED_LENGTH + self.extra_data_size as usize + self.id.len() + self.name.len())
+    }
+
     /// Appends the entry with its padding. Extra data up to the disk size is always written, as version 3 requires.
     ///
     /// # Errors

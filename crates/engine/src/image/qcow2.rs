@@ -21,7 +21,8 @@ pub struct Qcow2 {
     header: Header,
     size: AtomicU64,
     viewed: Option<usize>,
-    snapshots: Vec<SnapshotRecord>,
+    snapshots: RwLock<Arc<[SnapshotRecord]>>,
+    generation: AtomicU64,
     snapshot_error: Option<Error>,
     limits: Limits,
     pub(crate) mapping: RwLock<Mapping>,
@@ -85,7 +86,8 @@ impl Qcow2 {
             header,
             size: AtomicU64::new(view.size),
             viewed: view.snapshot,
-            snapshots,
+            snapshots: RwLock::new(snapshots.into()),
+            generation: AtomicU64::new(0),
             snapshot_error,
             limits,
             mapping: RwLock::new(Mapping::new(view.l1)),
@@ -141,16 +143,27 @@ impl Qcow2 {
         self.size.store(size, Ordering::Release);
     }
     /// The internal snapshots, in the table's order.
-    pub fn snapshots(&self) -> &[SnapshotRecord] {
-        &self.snapshots
+    pub fn snapshots(&self) -> Arc<[SnapshotRecord]> {
+        Arc::clone(&self.snapshots.read())
+    }
+    /// Counts the changes of the snapshots while the image is open: a plan is good for one generation.
+    pub fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Acquire)
+    }
+    pub(crate) fn next_generation(&self) {
+        self.generation.fetch_add(1, Ordering::AcqRel);
+    }
+    pub(crate) fn set_snapshots(&self, records: Arc<[SnapshotRecord]>) {
+        *self.snapshots.write() = records;
+        self.next_generation();
     }
     /// Why the snapshot table could not be read, for an image opened for a check.
     pub fn snapshot_error(&self) -> Option<&Error> {
         self.snapshot_error.as_ref()
     }
     /// The snapshot that is viewed, if any.
-    pub fn viewed_snapshot(&self) -> Option<&SnapshotRecord> {
-        self.snapshots.get(self.viewed?)
+    pub fn viewed_snapshot(&self) -> Option<SnapshotRecord> {
+        self.snapshots.read().get(self.viewed?).cloned()
     }
     /// The limits the image was opened with.
     pub fn limits(&self) -> &Limits {

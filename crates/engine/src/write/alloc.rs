@@ -53,8 +53,8 @@ pub(super) struct Allocation {
 }
 
 #[derive(Debug)]
-pub(super) struct Allocator {
-    pub(super) refcounts: Refcounts,
+pub(crate) struct Allocator {
+    pub(crate) refcounts: Refcounts,
     storage: Arc<dyn Storage>,
     geometry: Geometry,
     ready: Pool,
@@ -126,7 +126,7 @@ impl Allocator {
 
     /// Takes exactly `count` contiguous clusters behind everything in use, for a table that must be contiguous. Their
     /// refcounts are not durable before the next flush or sync of `take_writes`.
-    pub(super) fn allocate_contiguous(&mut self, count: u64, metadata: &mut MetadataMap) -> Result<u64> {
+    pub(crate) fn allocate_contiguous(&mut self, count: u64, metadata: &mut MetadataMap) -> Result<u64> {
         let mut start = self.cover_end(metadata)?;
         loop {
             // Covering one cluster may have put a refcount block right there: start behind it.
@@ -253,12 +253,12 @@ impl Allocator {
     }
 
     /// Adds a reference to a cluster that has one already. It is not durable before the next flush.
-    pub(super) fn share(&mut self, cluster: u64) -> Result<()> {
+    pub(crate) fn share(&mut self, cluster: u64) -> Result<()> {
         self.refcounts.increment(cluster).map(|_| ())
     }
 
     /// Whether one more reference to `cluster` fits the refcount width.
-    pub(super) fn can_share(&mut self, cluster: u64) -> Result<bool> {
+    pub(crate) fn can_share(&mut self, cluster: u64) -> Result<bool> {
         Ok(self.refcounts.get(cluster)? < self.geometry.refcount_max())
     }
 
@@ -296,6 +296,14 @@ impl Allocator {
             self.release(start, count)?;
         }
         Ok(())
+    }
+
+    /// Reuses what no request can reach any more; true when nothing is left in quarantine.
+    pub(crate) fn drain(&mut self) -> Result<bool> {
+        for run in self.quarantine.take_reachless() {
+            self.reuse(run)?;
+        }
+        Ok(self.quarantine.is_empty())
     }
 
     /// Drops the reference of clusters that lost it. Those without another one go to a pool, refcount and all.
@@ -342,7 +350,7 @@ impl Allocator {
     }
 
     /// Drops one reference of a cluster whose loss of it is durable already, and that no request can reach.
-    pub(super) fn drop_reference(&mut self, cluster: u64) -> Result<()> {
+    pub(crate) fn drop_reference(&mut self, cluster: u64) -> Result<()> {
         self.reuse(Unlinked { cluster, count: 1, punch: false })
     }
 

@@ -78,7 +78,7 @@ impl Image {
         if waiting > DIRTY_BYTES { self.flush_metadata(image, writer) } else { Ok(()) }
     }
 
-    pub(super) fn flush_metadata(&self, image: &Qcow2, writer: &Writer) -> Result<()> {
+    pub(crate) fn flush_metadata(&self, image: &Qcow2, writer: &Writer) -> Result<()> {
         let _one = writer.flushing.lock();
         writer.check()?;
         let pending = take_pending(image);

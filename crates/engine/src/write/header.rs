@@ -13,6 +13,8 @@ const SIZE: u64 = 24;
 const L1_SIZE: u64 = 36;
 /// Offset of `refcount_table_offset`, followed by `refcount_table_clusters`.
 pub(super) const REFCOUNT_TABLE_OFFSET: u64 = 48;
+/// Offset of `nb_snapshots`, followed by `snapshots_offset`.
+const NB_SNAPSHOTS: u64 = 60;
 /// Offset of `incompatible_features`.
 const INCOMPATIBLE: u64 = 72;
 /// Offset of `flags` in a bitmap directory entry.
@@ -23,7 +25,7 @@ const AUTOCLEAR: u64 = 88;
 impl Writer {
     /// Prepares the image for its first change: clears the autoclear bits that this library does not know, and marks
     /// enabled bitmaps as in use, because they are not kept up to date.
-    pub(super) fn begin(&self, image: &Qcow2) -> Result<()> {
+    pub(crate) fn begin(&self, image: &Qcow2) -> Result<()> {
         self.check()?;
         if self.begun.get().is_some() {
             return Ok(());
@@ -86,6 +88,25 @@ impl Writer {
         first.copy_from_slice(&entries.to_be_bytes());
         second.copy_from_slice(&offset.to_be_bytes());
         self.write_field(image, L1_SIZE, &bytes)
+    }
+
+    /// Sets number and place of the snapshots in one write.
+    pub(crate) fn write_snapshots_place(&self, image: &Qcow2, count: u32, offset: u64) -> Result<()> {
+        let mut bytes = [0u8; 12];
+        let (first, second) = bytes.split_at_mut(4);
+        first.copy_from_slice(&count.to_be_bytes());
+        second.copy_from_slice(&offset.to_be_bytes());
+        self.write_field(image, NB_SNAPSHOTS, &bytes)
+    }
+
+    /// Sets virtual size and L1 table in one write: they lie in one sector, with `crypt_method` (0) between them.
+    pub(crate) fn write_active(&self, image: &Qcow2, size: u64, entries: u32, offset: u64) -> Result<()> {
+        let mut bytes = Vec::with_capacity(24);
+        bytes.extend_from_slice(&size.to_be_bytes());
+        bytes.extend_from_slice(&0u32.to_be_bytes());
+        bytes.extend_from_slice(&entries.to_be_bytes());
+        bytes.extend_from_slice(&offset.to_be_bytes());
+        self.write_field(image, SIZE, &bytes)
     }
 
     fn write_field(&self, image: &Qcow2, offset: u64, bytes: &[u8]) -> Result<()> {

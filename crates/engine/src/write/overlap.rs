@@ -8,7 +8,7 @@ use crate::image::Qcow2;
 
 /// Host clusters that hold metadata.
 #[derive(Debug)]
-pub(super) struct MetadataMap {
+pub(crate) struct MetadataMap {
     /// Structures that do not move in single clusters: start and end cluster, and a name for the message.
     fixed: Vec<(u64, u64, &'static str)>,
     /// Active L2 tables and refcount blocks.
@@ -23,13 +23,9 @@ impl MetadataMap {
         map.set_l1(&g, header.l1_table_offset.0, u64::from(header.l1_size));
         let table = u64::from(header.refcount_table_clusters) * g.cluster_size();
         map.add_fixed(&g, header.refcount_table_offset.0, table, "refcount table");
-        for snapshot in image.snapshots() {
-            map.add_snapshot(&g, snapshot);
-        }
-        if header.nb_snapshots > 0 {
-            // The table's exact length is not kept; its first cluster is what an accident would hit first.
-            map.add_fixed(&g, header.snapshots_offset.0, 1, "snapshot table");
-        }
+        let snapshots = image.snapshots();
+        let table: usize = snapshots.iter().map(SnapshotRecord::encoded_length).sum();
+        map.set_snapshots(&g, &snapshots, header.snapshots_offset.0, table as u64);
         if let Some(bitmaps) = header.bitmaps() {
             map.add_fixed(&g, bitmaps.directory_offset.0, bitmaps.directory_size, "bitmap directory");
         }
@@ -47,9 +43,20 @@ impl MetadataMap {
         }
     }
 
-    fn add_snapshot(&mut self, g: &Geometry, snapshot: &SnapshotRecord) {
-        let bytes = u64::from(snapshot.l1_size) * 8;
-        self.add_fixed(g, snapshot.l1_table_offset.0, bytes, "snapshot L1 table");
+    /// Records the place of the snapshot table and of the snapshots' L1 tables.
+    pub(super) fn set_snapshots(
+        &mut self,
+        g: &Geometry,
+        records: &[SnapshotRecord],
+        offset: u64,
+        bytes: u64,
+    ) {
+        self.fixed.retain(|f| f.2 != "snapshot table" && f.2 != "snapshot L1 table");
+        self.add_fixed(g, offset, bytes, "snapshot table");
+        for record in records {
+            let bytes = u64::from(record.l1_size) * 8;
+            self.add_fixed(g, record.l1_table_offset.0, bytes, "snapshot L1 table");
+        }
     }
 
     /// Records the place of the active L1 table.

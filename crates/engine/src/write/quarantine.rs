@@ -51,6 +51,11 @@ impl Quarantine {
         self.batches.push_back(Batch { epoch, unlinked });
     }
 
+    /// Whether nothing waits.
+    pub(super) fn is_empty(&self) -> bool {
+        self.batches.is_empty()
+    }
+
     /// Takes the clusters that no request can reach any more.
     pub(super) fn take_reachless(&mut self) -> Vec<Unlinked> {
         let mut free = Vec::new();

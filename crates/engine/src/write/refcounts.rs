@@ -16,13 +16,15 @@ const CACHE_BYTES: u64 = 4 << 20;
 const PIECE: usize = 4096;
 
 #[derive(Debug)]
-pub(super) struct Refcounts {
+pub(crate) struct Refcounts {
     storage: Arc<dyn Storage>,
     geometry: Geometry,
     table: Vec<u64>,
     table_offset: u64,
     blocks: HashMap<u64, Block>,
     clock: u64,
+    /// Bytes of changed pieces.
+    waiting: usize,
 }
 
 #[derive(Debug)]
@@ -42,7 +44,7 @@ impl Block {
 }
 
 /// Bytes to write, with their place.
-pub(super) type Write = (u64, Vec<u8>);
+pub(crate) type Write = (u64, Vec<u8>);
 
 impl Refcounts {
     pub(super) fn load(storage: &Arc<dyn Storage>, header: &Header) -> Result<Self> {
@@ -59,6 +61,7 @@ impl Refcounts {
             table_offset: header.refcount_table_offset.0,
             blocks: HashMap::new(),
             clock: 0,
+            waiting: 0,
         })
     }
 
@@ -74,7 +77,7 @@ impl Refcounts {
     }
 
     /// Refcount of host cluster `cluster`.
-    pub(super) fn get(&mut self, cluster: u64) -> Result<u64> {
+    pub(crate) fn get(&mut self, cluster: u64) -> Result<u64> {
         let (order, index) = self.place(cluster);
         Ok(match self.block(cluster)? {
             Some(block) => refcount::get(&block.bytes, index, order).unwrap_or(0),
@@ -83,7 +86,7 @@ impl Refcounts {
     }
 
     /// Sets the refcount of `cluster`, whose block must exist.
-    pub(super) fn set(&mut self, cluster: u64, value: u64) -> Result<()> {
+    pub(crate) fn set(&mut self, cluster: u64, value: u64) -> Result<()> {
         let (order, index) = self.place(cluster);
         let max = self.geometry.refcount_max();
         let piece = (index << order) / 8 / PIECE;
@@ -93,19 +96,21 @@ impl Refcounts {
             let message = format!("a refcount of {value} exceeds the image's largest ({max})");
             return Err(Error::new(ErrorKind::Limit, message).with_field("refcount_bits"));
         }
-        block.dirty.insert(piece);
+        if block.dirty.insert(piece) {
+            self.waiting += PIECE;
+        }
         Ok(())
     }
 
     /// Adds one reference to `cluster`; returns the refcount.
-    pub(super) fn increment(&mut self, cluster: u64) -> Result<u64> {
+    pub(crate) fn increment(&mut self, cluster: u64) -> Result<u64> {
         let count = self.get(cluster)?.saturating_add(1);
         self.set(cluster, count)?;
         Ok(count)
     }
 
     /// Drops one reference of `cluster`; returns the refcount.
-    pub(super) fn decrement(&mut self, cluster: u64) -> Result<u64> {
+    pub(crate) fn decrement(&mut self, cluster: u64) -> Result<u64> {
         let count = self.get(cluster)?;
         let Some(less) = count.checked_sub(1) else {
             return Err(self.corrupt(format!("host cluster {cluster} was referenced with a refcount of 0")));
@@ -168,17 +173,22 @@ impl Refcounts {
     /// Caches a block; the least recently used unchanged one makes room.
     fn insert(&mut self, index: u64, block: Block) {
         let capacity = (CACHE_BYTES / self.geometry.cluster_size()).max(4) as usize;
-        if self.blocks.len() >= capacity {
+        while self.blocks.len() >= capacity {
             let unchanged = self.blocks.iter().filter(|(_, b)| b.dirty.is_empty());
-            if let Some(oldest) = unchanged.min_by_key(|(_, b)| b.used).map(|(i, _)| *i) {
-                self.blocks.remove(&oldest);
-            }
+            let Some(oldest) = unchanged.min_by_key(|(_, b)| b.used).map(|(i, _)| *i) else { break };
+            self.blocks.remove(&oldest);
         }
         self.blocks.insert(index, block);
     }
 
+    /// Bytes of changed pieces that wait to be written.
+    pub(crate) fn waiting_bytes(&self) -> usize {
+        self.waiting
+    }
+
     /// Takes the changed pieces, neighbours joined, to be written before anything that relies on them.
-    pub(super) fn take_dirty(&mut self) -> Vec<Write> {
+    pub(crate) fn take_dirty(&mut self) -> Vec<Write> {
+        self.waiting = 0;
         let mut writes: Vec<Write> = Vec::new();
         let mut dirty: Vec<&mut Block> = self.blocks.values_mut().filter(|b| !b.dirty.is_empty()).collect();
         dirty.sort_by_key(|b| b.offset);

@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 
 use parking_lot::{Mutex, RwLock};
 use qcow2_format::header::feature::Incompatible;
-use qcow2_format::{CryptMethod, Geometry};
+use qcow2_format::{CryptMethod, Geometry, L1Entry, SnapshotRecord};
 
 use super::alloc::Allocator;
 use super::inflight::InFlight;
@@ -141,19 +141,43 @@ impl Writer {
     }
 
     /// After a failed metadata write, memory and file differ in unknown ways: nothing more is written.
-    pub(super) fn poison(&self, error: Error) -> Error {
+    pub(crate) fn poison(&self, error: Error) -> Error {
         self.poisoned.get_or_init(|| Poison { kind: error.kind(), message: error.to_string() });
         error
     }
 
     /// Host offset of the active L1 table.
-    pub(super) fn l1_offset(&self) -> u64 {
+    pub(crate) fn l1_offset(&self) -> u64 {
         self.l1_offset.load(Ordering::Acquire)
     }
 
     /// Records that the active L1 table moved; its header field is durable.
     pub(super) fn set_l1_offset(&self, offset: u64) {
         self.l1_offset.store(offset, Ordering::Release);
+    }
+
+    /// Runs a change of the allocation. Errors of the system poison the image, but for a full file system.
+    pub(crate) fn with_alloc<T>(
+        &self,
+        change: impl FnOnce(&mut Allocator, &mut MetadataMap) -> Result<T>,
+    ) -> Result<T> {
+        change(&mut self.alloc.lock(), &mut self.metadata.lock()).map_err(|e| self.poison_unless_full(e))
+    }
+
+    /// Records a new snapshot table for the overlap check.
+    pub(crate) fn note_snapshots(&self, image: &Qcow2, records: &[SnapshotRecord], offset: u64, bytes: u64) {
+        self.metadata.lock().set_snapshots(image.geometry(), records, offset, bytes);
+    }
+
+    /// Records that another L1 table is the active one.
+    pub(crate) fn note_active(&self, image: &Qcow2, l1: &[u64], offset: u64) {
+        let g = image.geometry();
+        let mut metadata = self.metadata.lock();
+        metadata.set_l1(g, offset, l1.len() as u64);
+        for entry in l1.iter().map(|&e| L1Entry(e).offset_bits()).filter(|&o| o != 0) {
+            metadata.add(g.cluster_index(entry));
+        }
+        self.set_l1_offset(offset);
     }
 
     /// Poisons the image as closed.

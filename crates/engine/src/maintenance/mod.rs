@@ -1,0 +1,13 @@
+//! Changes of an image as a whole, with nothing else going on: snapshots, and what else rewrites its tables.
+//!
+//! A [`Session`] has the image to itself: guest writes wait, guest reads go on. The policy of a change, its order and
+//! its names, comes from above as a [`Plan`]; every byte and refcount is handled here. Between two barriers nothing
+//! may rely on what was written since the first: a crash leaves the old image or the new one, and leaks. COPIED
+//! flags, which only save work, may be too few in between, never too many.
+
+mod execute;
+mod plan;
+mod session;
+mod tree;
+
+pub use plan::{L1Source, NewSnapshot, Plan, Record, Step, Tree};

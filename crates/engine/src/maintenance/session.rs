@@ -1,0 +1,128 @@
+//! Having an image to oneself, and the primitives of changing it.
+
+use parking_lot::RwLockWriteGuard;
+use qcow2_format::Geometry;
+
+use crate::image::{Image, Layer, Qcow2};
+use crate::write::{Unlinked, Writer};
+use crate::{Error, ErrorKind, Mem, MemMut, Result, StorageExt};
+
+/// Bytes of refcount blocks that may wait to be written.
+const WAITING_LIMIT: usize = 16 << 20;
+/// Clusters that may wait to lose a reference.
+const UNLINKED_LIMIT: usize = 1 << 16;
+
+/// Exclusive use of the top layer. Everything written by guests before is durable when it begins.
+pub(crate) struct Session<'a> {
+    pub(crate) disk: &'a Image,
+    pub(crate) image: &'a Qcow2,
+    pub(crate) writer: &'a Writer,
+    _alone: RwLockWriteGuard<'a, ()>,
+}
+
+impl<'a> Session<'a> {
+    /// Waits for guest writes in flight, keeps later ones waiting, and flushes.
+    ///
+    /// # Errors
+    /// `ReadOnly`, `UnsupportedFeature` for a raw disk, and what a flush can fail with.
+    pub(crate) fn begin(disk: &'a Image) -> Result<Self> {
+        let Some(Layer::Qcow2(image)) = disk.layers().first() else {
+            let message = "a raw disk has no snapshots, bitmaps or tables";
+            return Err(Error::new(ErrorKind::UnsupportedFeature, message));
+        };
+        let writer = image.writer()?;
+        let alone = writer.gate.write();
+        writer.begin(image)?;
+        disk.flush_metadata(image, writer)?;
+        Ok(Self { disk, image, writer, _alone: alone })
+    }
+
+    pub(crate) fn geometry(&self) -> Geometry {
+        *self.image.geometry()
+    }
+
+    /// Makes all that was written durable, refcounts among it; clusters that lost references before are freed.
+    pub(crate) fn barrier(&self) -> Result<()> {
+        self.disk.flush_metadata(self.image, self.writer)?;
+        // Reads that planned before may still use what lost its reference: they end soon, and later ones plan anew.
+        while !self.writer.with_alloc(|alloc, _| alloc.drain())? {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        if self.writer.with_alloc(|alloc, _| Ok(alloc.refcounts.waiting_bytes()))? > 0 {
+            self.disk.flush_metadata(self.image, self.writer)?;
+        }
+        Ok(())
+    }
+
+    /// Allocates contiguous clusters for `bytes` (at least one cluster); returns their host offset. Durable with the
+    /// next barrier.
+    pub(crate) fn allocate(&self, bytes: u64) -> Result<u64> {
+        let g = self.geometry();
+        let clusters = g.clusters_for(bytes).max(1);
+        let cluster =
+            self.writer.with_alloc(|alloc, metadata| alloc.allocate_contiguous(clusters, metadata))?;
+        Ok(cluster * g.cluster_size())
+    }
+
+    /// Gives clusters that were allocated in this session back, after an error: nothing refers to them.
+    pub(crate) fn abandon(&self, offset: u64, bytes: u64) {
+        self.unlink(offset, bytes);
+    }
+
+    /// Writes `bytes` at `offset`, the rest of the last cluster as zeroes.
+    pub(crate) fn write_table(&self, offset: u64, mut bytes: Vec<u8>) -> Result<()> {
+        let whole = self.geometry().clusters_for(bytes.len() as u64) * self.geometry().cluster_size();
+        bytes.resize(whole as usize, 0);
+        self.write(offset, &bytes)
+    }
+
+    /// Writes metadata; a failure poisons the image.
+    pub(crate) fn write(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        let written = self.image.storage().write_all_at(Mem::from(bytes), offset);
+        written.map_err(|e| self.writer.poison(e))
+    }
+
+    /// Reads `bytes.len()` bytes of metadata.
+    pub(crate) fn read(&self, offset: u64, bytes: &mut [u8]) -> Result<()> {
+        self.image.storage().read_exact_at(MemMut::from(bytes), offset)
+    }
+
+    /// Takes a reference away from the clusters of a range: they are freed behind the next barriers, once no request
+    /// can reach them.
+    pub(crate) fn unlink(&self, offset: u64, bytes: u64) {
+        let g = self.geometry();
+        let count = g.clusters_for(bytes);
+        if count > 0 {
+            let mut mapping = self.image.mapping.write();
+            Unlinked { cluster: g.cluster_index(offset), count, punch: true }.push_to(&mut mapping.unlinked);
+        }
+    }
+
+    /// Frees what waits when that is much.
+    pub(crate) fn limit_unlinked(&self) -> Result<()> {
+        let waiting = self.image.mapping.read().unlinked.len();
+        if waiting > UNLINKED_LIMIT { self.barrier() } else { Ok(()) }
+    }
+
+    /// Counts one more reference of a cluster. Durable with the next barrier.
+    pub(crate) fn add_reference(&self, cluster: u64) -> Result<()> {
+        let (waiting, writes) = self.writer.with_alloc(|alloc, _| {
+            alloc.share(cluster)?;
+            let waiting = alloc.refcounts.waiting_bytes();
+            Ok((waiting, if waiting > WAITING_LIMIT { alloc.refcounts.take_dirty() } else { Vec::new() }))
+        })?;
+        debug_assert!(waiting <= WAITING_LIMIT || !writes.is_empty());
+        // Refcounts that are too high are leaks at worst: they can be written at any time.
+        writes.iter().try_for_each(|(offset, bytes)| self.write(*offset, bytes))
+    }
+
+    /// Takes back a reference that [`Session::add_reference`] counted and nothing uses.
+    pub(crate) fn take_back_reference(&self, cluster: u64) -> Result<()> {
+        self.writer.with_alloc(|alloc, _| alloc.refcounts.decrement(cluster).map(|_| ()))
+    }
+
+    /// The refcount of a cluster.
+    pub(crate) fn refcount(&self, cluster: u64) -> Result<u64> {
+        self.writer.with_alloc(|alloc, _| alloc.refcounts.get(cluster))
+    }
+}

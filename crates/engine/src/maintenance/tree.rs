@@ -1,0 +1,211 @@
+//! Walking what an L1 table refers to.
+
+use std::collections::HashMap;
+
+use qcow2_format::l1::COPIED;
+use qcow2_format::{Geometry, HostOffset, L1Entry, L2Entry, L2Mapping, SnapshotRecord, SubclusterBitmap};
+
+use super::session::Session;
+use crate::{Error, ErrorKind, Result};
+
+/// One reference that a tree makes: to an L2 table, a data cluster, or a cluster with compressed data.
+type Reference = u64;
+
+impl Session<'_> {
+    /// Calls `visit` with every host cluster that `l1` refers to, once per reference, in guest order; returns how many
+    /// references were visited. Stops with the first error, and after `limit` references.
+    pub(super) fn for_references(
+        &self,
+        l1: &[u64],
+        limit: u64,
+        mut visit: impl FnMut(Reference) -> Result<()>,
+    ) -> (u64, Result<()>) {
+        let mut count = 0;
+        let mut step = |cluster: u64| -> Result<bool> {
+            if count == limit {
+                return Ok(false);
+            }
+            visit(cluster)?;
+            count += 1;
+            Ok(true)
+        };
+        let walked = self.walk(l1, &mut step);
+        (count, walked)
+    }
+
+    fn walk(&self, l1: &[u64], step: &mut impl FnMut(Reference) -> Result<bool>) -> Result<()> {
+        let g = self.geometry();
+        let mut table = vec![0u8; g.cluster_len()];
+        for (index, &entry) in l1.iter().enumerate() {
+            let Some(offset) = self.table_of(entry, index)? else { continue };
+            if !step(g.cluster_index(offset.0))? {
+                return Ok(());
+            }
+            self.read(offset.0, &mut table)?;
+            for (number, entry) in entries(&table, &g).enumerate() {
+                for cluster in self.clusters_of(entry, &g, index, number)? {
+                    if !step(cluster)? {
+                        return Ok(());
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Host clusters that one L2 entry refers to.
+    fn clusters_of(
+        &self,
+        entry: L2Entry,
+        g: &Geometry,
+        l1_index: usize,
+        number: usize,
+    ) -> Result<std::ops::Range<u64>> {
+        if entry.word == 0 && entry.bitmap.0 == 0 {
+            return Ok(0..0);
+        }
+        let guest = l1_index as u64 * g.l2_coverage() + number as u64 * g.cluster_size();
+        let none = 0..0;
+        let one = |host: HostOffset| g.cluster_index(host.0)..g.cluster_index(host.0) + 1;
+        Ok(match self.image.decode_entry(entry, guest)? {
+            L2Mapping::Compressed(descriptor) => {
+                let (first, last) = descriptor.host_clusters(g);
+                first..last + 1
+            }
+            // Clusters of an external data file are not counted.
+            _ if self.image.header().has_data_file() => none,
+            L2Mapping::Unallocated => none,
+            L2Mapping::Data { host, .. } => one(host),
+            L2Mapping::Zero { host, .. } | L2Mapping::Subclusters { host, .. } => host.map_or(none, one),
+        })
+    }
+
+    fn table_of(&self, entry: u64, index: usize) -> Result<Option<HostOffset>> {
+        let g = self.geometry();
+        let guest = index as u64 * g.l2_coverage();
+        L1Entry(entry).table(&g).map_err(|e| self.image.corrupt_entry(e, guest))
+    }
+
+    /// Refuses a tree whose references cannot all be counted once more, or that refers to clusters that are not counted
+    /// at all. Writes nothing.
+    pub(super) fn check_references(&self, l1: &[u64]) -> Result<()> {
+        let max = self.geometry().refcount_max();
+        let limit = self.image.limits().max_memory / 32;
+        // Only packed clusters are referred to more than once by one tree; remember those that may reach the limit.
+        let mut repeated: HashMap<u64, u64> = HashMap::new();
+        let mut previous = None;
+        let (_, checked) = self.for_references(l1, u64::MAX, |cluster| {
+            let count = self.refcount(cluster)?;
+            if count == 0 {
+                let message = format!("host cluster {cluster} is referenced but has a refcount of 0");
+                return Err(self.image.error(ErrorKind::Corrupt, message));
+            }
+            let mut wanted = count.saturating_add(1);
+            if count > 1 || previous == Some(cluster) {
+                if repeated.len() as u64 >= limit {
+                    return Err(self.image.error(ErrorKind::Limit, "too many packed clusters to account for"));
+                }
+                let times = repeated.entry(cluster).or_insert(0);
+                *times += 1;
+                wanted = count.saturating_add(*times);
+            }
+            previous = Some(cluster);
+            if wanted > max {
+                let message = format!(
+                    "host cluster {cluster} has a refcount of {count}, and one more reference would exceed the \
+                     largest refcount of this image ({max})"
+                );
+                return Err(self.image.error(ErrorKind::Limit, message).with_field("refcount_bits"));
+            }
+            Ok(())
+        });
+        checked
+    }
+
+    /// Counts every reference of `l1` once more; after an error nothing is counted.
+    pub(super) fn add_references(&self, l1: &[u64]) -> Result<()> {
+        let (done, result) = self.for_references(l1, u64::MAX, |cluster| self.add_reference(cluster));
+        let Err(error) = result else { return Ok(()) };
+        let (_, undone) = self.for_references(l1, done, |cluster| self.take_back_reference(cluster));
+        // Half-undone counts are leaks at worst; the first error says more.
+        drop(undone);
+        Err(error)
+    }
+
+    /// Takes every reference of `l1` away.
+    pub(super) fn drop_references(&self, l1: &[u64]) -> Result<()> {
+        let size = self.geometry().cluster_size();
+        let (_, dropped) = self.for_references(l1, u64::MAX, |cluster| {
+            self.unlink(cluster * size, size);
+            Ok(())
+        });
+        dropped?;
+        self.limit_unlinked()
+    }
+
+    /// Rewrites the COPIED flags of the L2 tables of `l1`: all cleared, or (`restore`) set where a refcount is one.
+    /// Returns the L1 entries with their own flags treated alike.
+    pub(super) fn rewrite_copied(&self, l1: &[u64], restore: bool) -> Result<Vec<u64>> {
+        let g = self.geometry();
+        let mut table = vec![0u8; g.cluster_len()];
+        let mut new_l1 = l1.to_vec();
+        for (index, new_entry) in new_l1.iter_mut().enumerate() {
+            let Some(offset) = self.table_of(*new_entry, index)? else { continue };
+            self.read(offset.0, &mut table)?;
+            let exclusive = restore && self.refcount(g.cluster_index(offset.0))? == 1;
+            if self.rewrite_table(&mut table, index, exclusive)? {
+                self.write(offset.0, &table)?;
+                self.image.slices.remove_table(offset.0, g.cluster_size());
+            }
+            *new_entry = L1Entry::new(offset, exclusive).0;
+        }
+        Ok(new_l1)
+    }
+
+    /// Changes the flags in one table's bytes; true if any changed. In a table that is shared, no flag may be set.
+    fn rewrite_table(&self, table: &mut [u8], l1_index: usize, exclusive: bool) -> Result<bool> {
+        let g = self.geometry();
+        let external = self.image.header().has_data_file();
+        let mut changed = false;
+        let width = g.l2_entry_size() as usize;
+        for (number, bytes) in table.chunks_exact_mut(width).enumerate() {
+            let Some(entry) = entries(bytes, &g).next().filter(|e| e.word != 0 && !e.is_compressed()) else {
+                continue;
+            };
+            // In an external data file every allocated cluster is exclusive: its flag says that it is allocated.
+            if external {
+                continue;
+            }
+            let clusters = self.clusters_of(entry, &g, l1_index, number)?;
+            let copied = exclusive && !clusters.is_empty() && self.refcount(clusters.start)? == 1;
+            let word = if copied { entry.word | COPIED } else { entry.word & !COPIED };
+            if word != entry.word
+                && let Some(target) = bytes.get_mut(..8)
+            {
+                target.copy_from_slice(&word.to_be_bytes());
+                changed = true;
+            }
+        }
+        Ok(changed)
+    }
+
+    /// Reads a snapshot's L1 table, within the format's limits.
+    pub(super) fn snapshot_l1(&self, record: &SnapshotRecord) -> Result<Vec<u64>> {
+        let checked = record.check_l1(&self.geometry(), self.image.virtual_size());
+        checked.map_err(|e| {
+            crate::image::on_file(&**self.image.storage(), Error::format(e, ErrorKind::Corrupt))
+        })?;
+        let mut bytes = vec![0u8; record.l1_size as usize * 8];
+        self.read(record.l1_table_offset.0, &mut bytes)?;
+        Ok(crate::image::decode_words(&bytes))
+    }
+}
+
+/// The L2 entries in a table's bytes.
+fn entries<'a>(table: &'a [u8], g: &Geometry) -> impl Iterator<Item = L2Entry> + 'a {
+    table.chunks_exact(g.l2_entry_size() as usize).map(|bytes| {
+        let mut words = bytes.as_chunks::<8>().0.iter().map(|w| u64::from_be_bytes(*w));
+        let word = words.next().unwrap_or(0);
+        L2Entry { word, bitmap: SubclusterBitmap(words.next().unwrap_or(0)) }
+    })
+}

@@ -1,0 +1,210 @@
+//! Snapshots made, applied and deleted through plans, on every kind of image; QEMU judges and does the same.
+
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
+
+use std::path::Path;
+use std::sync::Arc;
+
+use qcow2_engine::maintenance::{L1Source, NewSnapshot, Plan, Record, Step, Tree};
+use qcow2_engine::storage::{Access, FileStorage};
+use qcow2_engine::{ErrorKind, Image, Layer, Mem, MemMut, OpenOptions, Qcow2, WriteOptions};
+use qcow2_testkit::{Fixture, Qemu, Rng};
+
+fn open(path: &Path) -> Image {
+    let storage = Arc::new(FileStorage::open(path, Access::ReadWrite).unwrap());
+    let mut image = Qcow2::open(storage, &OpenOptions::default()).unwrap();
+    image.enable_writing(WriteOptions::default()).unwrap();
+    Image::new(vec![Layer::Qcow2(Box::new(image))]).unwrap()
+}
+
+fn top(image: &Image) -> &Qcow2 {
+    image.layers()[0].as_qcow2().unwrap()
+}
+
+fn read_all(image: &Image) -> Vec<u8> {
+    let mut bytes = vec![0u8; image.virtual_size() as usize];
+    image.read_at(MemMut::from(&mut bytes[..]), 0).unwrap();
+    bytes
+}
+
+fn kept(image: &Image, skip: Option<usize>) -> Vec<Record> {
+    let count = top(image).snapshots().len();
+    (0..count).filter(|i| Some(*i) != skip).map(|index| Record::Keep { index, rename: None }).collect()
+}
+
+fn create(image: &Image, id: &str) -> Result<(), qcow2_engine::Error> {
+    let new = NewSnapshot {
+        id: id.into(),
+        name: format!("snapshot {id}"),
+        date_sec: 1,
+        date_nsec: 2,
+        vm_clock_nsec: 0,
+        vm_state_size: 0,
+        icount: None,
+    };
+    let mut records = kept(image, None);
+    records.push(Record::New(new));
+    let steps = vec![
+        Step::CheckReferences(Tree::Active),
+        Step::ClearCopied(Tree::Active),
+        Step::Barrier,
+        Step::CopyL1(L1Source::Active),
+        Step::AddReferences(Tree::Active),
+        Step::WriteTable(records),
+        Step::Barrier,
+        Step::SetTable,
+        Step::Barrier,
+        Step::FreeTable,
+        Step::Barrier,
+    ];
+    image.execute(&Plan { generation: top(image).generation(), steps })
+}
+
+fn apply(image: &Image, index: usize) {
+    let tree = Tree::Snapshot(index);
+    let steps = vec![
+        Step::CheckReferences(tree),
+        Step::ClearCopied(tree),
+        Step::CopyL1(L1Source::Snapshot(index)),
+        Step::AddReferences(tree),
+        Step::Barrier,
+        Step::SetActiveL1,
+        Step::Barrier,
+        Step::DropReferences(Tree::FormerActive),
+        Step::FreeL1(Tree::FormerActive),
+        Step::Barrier,
+        Step::RestoreCopied,
+        Step::Barrier,
+    ];
+    image.execute(&Plan { generation: top(image).generation(), steps }).unwrap();
+}
+
+fn delete(image: &Image, index: usize) {
+    let tree = Tree::Snapshot(index);
+    let steps = vec![
+        Step::WriteTable(kept(image, Some(index))),
+        Step::Barrier,
+        Step::SetTable,
+        Step::Barrier,
+        Step::DropReferences(tree),
+        Step::FreeL1(tree),
+        Step::FreeTable,
+        Step::Barrier,
+        Step::RestoreCopied,
+        Step::Barrier,
+    ];
+    image.execute(&Plan { generation: top(image).generation(), steps }).unwrap();
+}
+
+fn scribble(image: &Image, rng: &mut Rng, compressible: bool) {
+    for _ in 0..12 {
+        let size = image.virtual_size();
+        let offset = rng.below(size);
+        let length = 1 + rng.below(90_000) as usize;
+        let bytes = rng.bytes(length);
+        let length = bytes.len().min((size - offset) as usize);
+        image.write_at(Mem::from(&bytes[..length]), offset).unwrap();
+    }
+    let cluster = top(image).geometry().cluster_size();
+    if compressible {
+        let at = rng.below(image.virtual_size() / cluster) * cluster;
+        image.write_compressed_at(Mem::from(&vec![9u8; cluster as usize][..]), at).unwrap();
+    }
+    image.write_zeroes(rng.below(image.virtual_size() / 2), 300_000, true).unwrap();
+}
+
+#[test]
+fn the_life_cycle_of_snapshots() {
+    let Some(qemu) = Qemu::find() else { return };
+    for (seed, options) in [
+        "cluster_size=64k",
+        "compat=0.10",
+        "cluster_size=512",
+        "extended_l2=on",
+        "cluster_size=4k,refcount_bits=8",
+        "refcount_bits=64",
+        "compression_type=zstd,cluster_size=2M",
+    ]
+    .iter()
+    .enumerate()
+    {
+        let fixture = Fixture::new();
+        let path = fixture.path("a.qcow2");
+        qemu.create(&path, options, Some(4 << 20));
+        let mut rng = Rng::new(seed as u64);
+        let image = open(&path);
+        let mut states = Vec::new();
+        for id in 1..=4 {
+            scribble(&image, &mut rng, true);
+            create(&image, &id.to_string()).unwrap();
+            states.push(read_all(&image));
+        }
+        scribble(&image, &mut rng, true);
+        apply(&image, 1);
+        assert!(read_all(&image) == states[1], "{options}: applied");
+        scribble(&image, &mut rng, true);
+        delete(&image, 2);
+        states.remove(2);
+        scribble(&image, &mut rng, true);
+        let active = read_all(&image);
+        image.close().unwrap();
+        qemu.assert_clean(&path);
+        assert!(qemu.guest_bytes(&path, "qcow2", &[]) == active, "{options}: active");
+        for (state, id) in states.iter().zip(["1", "2", "4"]) {
+            assert!(qemu.guest_bytes(&path, "qcow2", &["-l", id]) == *state, "{options}: snapshot {id}");
+        }
+        // QEMU manages them further, and we what it made.
+        qemu.img(&["snapshot", "-d", "snapshot 1", path.to_str().unwrap()]).ok();
+        qemu.img(&["snapshot", "-c", "theirs", path.to_str().unwrap()]).ok();
+        let image = open(&path);
+        assert_eq!(top(&image).snapshots().len(), 3, "{options}");
+        apply(&image, 1);
+        assert!(read_all(&image) == states[2], "{options}: applied again");
+        for _ in 0..3 {
+            delete(&image, 0);
+        }
+        image.close().unwrap();
+        qemu.assert_clean(&path);
+        assert!(qemu.guest_bytes(&path, "qcow2", &[]) == states[2], "{options}: at the end");
+    }
+}
+
+#[test]
+fn narrow_refcounts_refuse_and_nothing_changes() {
+    let Some(qemu) = Qemu::find() else { return };
+    let fixture = Fixture::new();
+    let path = fixture.path("a.qcow2");
+    qemu.create(&path, "refcount_bits=1", Some(1 << 20));
+    qemu.io(&path, "qcow2", &["write -P 5 0 300k"]);
+    let image = open(&path);
+    let error = create(&image, "1").unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Limit);
+    image.write_at(Mem::from(&[1u8; 10][..]), 0).unwrap();
+    image.close().unwrap();
+    qemu.assert_clean(&path);
+    assert_eq!(qemu.info_json(&path)["snapshots"].as_array().map_or(0, Vec::len), 0);
+}
+
+#[test]
+fn plans_that_do_not_fit_are_refused() {
+    let Some(qemu) = Qemu::find() else { return };
+    let fixture = Fixture::new();
+    let path = fixture.path("a.qcow2");
+    qemu.create(&path, "", Some(1 << 20));
+    let image = open(&path);
+    create(&image, "1").unwrap();
+    let generation = top(&image).generation();
+    for (generation, steps) in [
+        (generation + 1, vec![Step::Barrier]),
+        (generation, vec![Step::SetTable]),
+        (generation, vec![Step::WriteTable(vec![]), Step::SetTable]),
+        (generation, vec![Step::WriteTable(vec![Record::Keep { index: 1, rename: None }])]),
+        (generation, vec![Step::FreeTable]),
+        (generation, vec![Step::AddReferences(Tree::Active), Step::DropReferences(Tree::Active)]),
+    ] {
+        let error = image.execute(&Plan { generation, steps: steps.clone() }).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{steps:?}");
+    }
+    assert_eq!(top(&image).snapshots().len(), 1);
+    image.close().unwrap();
+}
