@@ -219,7 +219,8 @@ impl Qcow2Sink {
     ) -> Result<()> {
         match prepared.payload {
             Payload::Plain(buffer) => {
-                for run in plain_runs(&self.planner, &prepared.units, places, buffer.len()) {
+                let length = (prepared.end - prepared.start) as usize;
+                for run in plain_runs(&self.planner, &prepared.units, places, length) {
                     self.put(copier, buffer.get(run.from..run.from + run.length), run.host)?;
                 }
                 self.give_back(buffer);
@@ -321,12 +322,12 @@ fn push_run(runs: &mut Vec<WriteRun>, from: usize, length: usize, host: u64) {
     }
 }
 
-/// The data units of a plain chunk, neighbours in guest and host together.
+/// The data units of a plain chunk of `length` guest bytes, neighbours in guest and host together.
 fn plain_runs(
     planner: &Planner,
     units: &[Unit],
     places: &[Option<HostOffset>],
-    available: usize,
+    length: usize,
 ) -> Vec<WriteRun> {
     let unit = planner.unit as usize;
     let per_cluster = planner.geometry.cluster_len() / unit;
@@ -335,7 +336,7 @@ fn plain_runs(
         if let Some(Some(host)) = places.get(index / per_cluster) {
             let from = index * unit;
             let inside = (index % per_cluster * unit) as u64;
-            push_run(&mut runs, from, unit.min(available - from), host.get() + inside);
+            push_run(&mut runs, from, unit.min(length - from), host.get() + inside);
         }
     }
     runs
