@@ -1,21 +1,45 @@
 /** Converting between formats and shapes. */
 
+import { type Chain, openChain } from './backing/chain.js'
 import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
-import type { Preallocation, Qcow2Shape } from './create.js'
-import { type Limits, type LongRunning, limits, oneOf, text } from './options.js'
-import type { Format, ImageSource, PathLike } from './source.js'
+import { type Preallocation, type Qcow2Shape, type ReadShape, shape, toNativeShape } from './create.js'
+import { invalidArgument } from './errors.js'
+import type { NativeConverted, NativeConvertJob } from './native.js'
+import {
+  flag,
+  integer,
+  type Limits,
+  LONG_RUNNING,
+  type LongRunning,
+  limits,
+  oneOf,
+  type Read,
+  type Reader,
+  readOptions,
+  text,
+  throwIfAborted,
+} from './options.js'
+import { type Format, type ImageSource, type Located, type PathLike, release, toLocated, toPath } from './source.js'
+import { runJob } from './support/jobs.js'
 
-/** How to compress: the type of the new image by default, and the codec's own level. */
+/** How to compress. */
 export interface Compression {
+  /** Default: the compression type of `create`, which is zlib unless it says otherwise. */
   type?: 'zlib' | 'zstd' | undefined
-  /** zlib 1 to 12, zstd 1 to 19. */
+  /** zlib 1 to 12, zstd 1 to 22. The default is made for speed, with files no larger than `qemu-img`'s. */
   level?: number | undefined
+  /**
+   * How far back a zlib stream may refer: `'full'`, deflate's 32 KiB, which QEMU and every reader that inflates a cluster at once
+   * accept; or `'small'`, the 4 KiB that QEMU writes, for readers that stream with a window of that size. Default `'full'`.
+   */
+  window?: 'full' | 'small' | undefined
 }
 
 /** What `convert` and `measure` read. */
 export interface SourceOptions {
-  /** Format of the source. Default: qcow2 by its magic; raw must be said. */
+  /** Format of the source. Default: qcow2, by its magic; raw must be said. */
   from?: Format | undefined
+  /** What the source may pull in. Default `'deny'`. */
   references?: ReferencePolicy | undefined
   /** Read this internal snapshot, by id or name. */
   snapshot?: string | undefined
@@ -38,27 +62,155 @@ export interface ConvertOptions extends SourceOptions, LongRunning {
   compress?: boolean | Compression | undefined
   /** Shape of a qcow2 target. */
   create?: Qcow2Shape | undefined
+  /** The same as `create.preallocation`, and for raw targets too. */
   preallocation?: Preallocation | undefined
-  /** Zeroes of at least this many bytes become a hole; 0 stores everything. Default 4096. */
+  /** Zeroes of at least this many bytes become a hole: a multiple of 512, 0 stores everything. Default 4096. */
   sparseSize?: number | undefined
-  /** Write into a target that exists and is at least as large, instead of making one. */
+  /** Write into a raw target that exists and is large enough, instead of making one. */
   existingTarget?: boolean | undefined
-  /** With `existingTarget`: the target reads as zeroes everywhere, so zeroes need not be written. */
+  /** With `existingTarget`: it reads as zeroes everywhere, so zeroes need not be written. */
   targetIsZero?: boolean | undefined
   /** Replace an existing file. Default false: `EEXIST`. */
   overwrite?: boolean | undefined
-  /** Write only what differs from this image: the target gets it as its backing file (`create.backingFile`). */
+  /**
+   * Leave out what this image has: it is in the source's backing chain, and the target names it as its backing file
+   * (`create.backingFile`). Opened as qcow2, by its magic, or as `create.backingFormat` says.
+   */
   base?: ImageSource | undefined
 }
 
 /** What a conversion did. */
 export interface ConvertResult {
+  /** Size of the disk in bytes. */
   readonly virtualSize: number
-  /** Bytes of guest data read. */
+  /** Bytes of guest data read from the source, or shared with it by the file system. */
   readonly bytesRead: number
-  /** Bytes written to the target. */
+  /** Bytes of guest data written to the target, as they are stored. */
   readonly bytesWritten: number
   readonly durationMs: number
 }
 
-export declare function convert(source: ImageSource, target: PathLike, options: ConvertOptions): Promise<ConvertResult>
+const COMPRESSION = {
+  type: oneOf('zlib', 'zstd'),
+  level: integer(1, 22),
+  window: oneOf('full', 'small'),
+} as const
+
+const compression: Reader<Read<typeof COMPRESSION> | undefined> = (value, name) =>
+  typeof value === 'boolean'
+    ? value
+      ? readOptions({}, name, COMPRESSION)
+      : undefined
+    : readOptions(value, name, COMPRESSION)
+
+const CONVERT = {
+  ...LONG_RUNNING,
+  ...SOURCE,
+  to: oneOf('qcow2', 'raw'),
+  compress: compression,
+  create: shape,
+  preallocation: oneOf('off', 'metadata', 'falloc', 'full'),
+  sparseSize: integer(0, 2 ** 30),
+  existingTarget: flag,
+  targetIsZero: flag,
+  overwrite: flag,
+  base: toLocated,
+} as const
+
+type ReadConvert = Read<typeof CONVERT>
+
+/**
+ * Copies a disk into a new image. The bytes never enter JavaScript; what reads as zeroes is not read. The file has its name only when
+ * it is complete: nothing is left of a failure, an abort, or a killed process.
+ *
+ * @throws {@link Qcow2Error} as `open` and `create`; `ERR_QCOW2_INVALID_ARGUMENT` for a target that is also a source
+ */
+export async function convert(source: ImageSource, target: PathLike, options: ConvertOptions): Promise<ConvertResult> {
+  const located = toLocated(source, 'source')
+  const path = toPath(target, 'target')
+  const read = readOptions(options, 'convert', CONVERT)
+  const order = toOrder(read)
+  const { from, references, snapshot, limits, signal } = read
+  throwIfAborted(signal)
+  const begin = performance.now()
+  const chain = await openChain(located, { format: from, references, snapshot, limits, signal })
+  try {
+    const delta = read.base && (await lookAtBase(read.base, chain, read))
+    const inUse = [...chain.identities, ...(delta?.identities ?? [])]
+    const converted = await runJob<NativeConverted>('convert', read, (request, job, addon) =>
+      addon.convertImage(request, job, chain.image, path, { ...order, ...delta?.order, inUse }),
+    )
+    return { ...converted, durationMs: performance.now() - begin }
+  } finally {
+    await release(chain.image)
+  }
+}
+
+/** Checks what the options demand of each other; the rules of the format are the engine's. */
+function toOrder(read: ReadConvert): Omit<NativeConvertJob, 'inUse'> {
+  const { to, compress, create, existingTarget = false, targetIsZero = false, overwrite = false } = read
+  if (to === undefined) throw invalidArgument('to', "convert: the option to is needed: 'qcow2' or 'raw'")
+  if (read.references === 'layer') {
+    const message = "convert: references: 'layer' would write what is only in the backing file as zeroes"
+    throw invalidArgument('references', message)
+  }
+  if (compress && to === 'raw') throw invalidArgument('compress', 'convert: a raw image cannot be compressed')
+  if (existingTarget && (to !== 'raw' || create !== undefined || read.preallocation !== undefined)) {
+    const message = 'convert: existingTarget takes a raw image as it is: to must be raw, and nothing can be created'
+    throw invalidArgument('existingTarget', message)
+  }
+  if (targetIsZero && !existingTarget) {
+    throw invalidArgument('targetIsZero', 'convert: targetIsZero needs existingTarget: a new file is zero anyway')
+  }
+  if ((read.base !== undefined) !== (create?.backingFile !== undefined)) {
+    throw invalidArgument('base', 'convert: base and create.backingFile need each other')
+  }
+  if (read.from === 'raw' && read.snapshot !== undefined) {
+    throw invalidArgument('snapshot', 'convert: a raw image has no snapshots')
+  }
+  return {
+    shape: toNativeShape('convert', to, toShape(read)),
+    compress: compress !== undefined,
+    level: compress?.level,
+    smallWindow: compress?.window === 'small',
+    sparseSize: read.sparseSize,
+    concurrency: read.concurrency,
+    existing: existingTarget,
+    targetIsZero,
+    overwrite,
+  }
+}
+
+function toShape({ create, compress, preallocation }: ReadConvert): ReadShape {
+  const type = compress?.type
+  if (type !== undefined && create?.compressionType !== undefined && type !== create.compressionType) {
+    const message = `convert: compress.type '${type}' contradicts create.compressionType '${create.compressionType}'`
+    throw invalidArgument('compress', message)
+  }
+  if (preallocation !== undefined && create?.preallocation !== undefined && preallocation !== create.preallocation) {
+    throw invalidArgument('preallocation', 'convert: preallocation contradicts create.preallocation')
+  }
+  return {
+    ...create,
+    ...(type !== undefined && { compressionType: type }),
+    ...(preallocation !== undefined && { preallocation }),
+  }
+}
+
+/** Where the base is in the source's chain, and how large it is. */
+async function lookAtBase(
+  base: Located,
+  source: Chain,
+  { references, limits, signal, create }: ReadConvert,
+): Promise<{ identities: readonly string[]; order: Pick<NativeConvertJob, 'deltaLayers' | 'baseSize'> }> {
+  const format = create?.backingFormat === 'raw' ? 'raw' : 'qcow2'
+  const chain = await openChain(base, { format, references, limits, signal })
+  await release(chain.image)
+  const identity = chain.layers[0]
+  const deltaLayers = identity === undefined ? -1 : source.layers.indexOf(identity)
+  if (deltaLayers < 1) {
+    const file = chain.path === undefined ? 'base' : `'${chain.path}'`
+    throw invalidArgument('base', `convert: ${file} is not in the backing chain of the source`)
+  }
+  return { identities: chain.identities, order: { deltaLayers, baseSize: chain.virtualSize } }
+}

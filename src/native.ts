@@ -145,6 +145,28 @@ export interface NativeShape {
   dataFileRaw?: boolean | undefined
 }
 
+export interface NativeConvertJob {
+  shape: NativeShape
+  compress: boolean
+  level?: number | undefined
+  smallWindow: boolean
+  sparseSize?: number | undefined
+  concurrency?: number | undefined
+  /** Layers of the source above the base. */
+  deltaLayers?: number | undefined
+  baseSize?: number | undefined
+  existing: boolean
+  targetIsZero: boolean
+  overwrite: boolean
+  inUse: readonly string[]
+}
+
+export interface NativeConverted {
+  readonly virtualSize: number
+  readonly bytesRead: number
+  readonly bytesWritten: number
+}
+
 export interface NativeCompared {
   /** Absent for identical disks. */
   readonly reason?: 'size' | 'allocation' | 'content'
@@ -205,6 +227,7 @@ export interface Addon {
     overwrite: boolean,
     inUse: readonly string[],
   ): void
+  convertImage(request: number, job: number, image: number, path: string | Buffer, order: NativeConvertJob): void
   compareImages(request: number, job: number, a: number, b: number, strict: boolean, workers: number | undefined): void
   measureImage(request: number, job: number, image: number | undefined, size: number, shape: NativeShape): void
   cancelJob(job: number): void

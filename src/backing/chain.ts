@@ -36,8 +36,10 @@ export interface Chain {
   /** The top layer's; undefined for raw. */
   readonly clusterSize: number | undefined
   readonly depth: number
-  /** All files of the chain: equal strings are the same file. */
+  /** All files of the chain, data files too: equal strings are the same file. */
   readonly identities: readonly string[]
+  /** The file of each layer, top first; undefined where the system has no identity for it. */
+  readonly layers: readonly (string | undefined)[]
 }
 
 /** Opens an image and what the policy lets it pull in. Nothing stays open on failure. */
@@ -57,6 +59,7 @@ export async function openChain(located: Located, options: ChainOptions): Promis
       clusterSize: top.opened.clusterSize,
       depth: layers.length,
       identities: opening.identities,
+      layers: opening.layerIdentities,
     }
   } finally {
     await opening.end()
@@ -83,6 +86,8 @@ class Opening {
   readonly #policy: ReferencePolicy
   readonly #files: number[] = []
   readonly #seen = new Set<string>()
+  /** The file of each layer. */
+  readonly layerIdentities: (string | undefined)[] = []
   #layers: number[] = []
 
   constructor(options: ChainOptions) {
@@ -97,6 +102,7 @@ class Opening {
     this.#refuseLoop(file)
     const opened = await this.#openLayer(file, formatOf(file))
     this.#layers.push(opened.layer)
+    this.layerIdentities.push(file.identity)
     throwIfAborted(this.#options.signal)
     if (opened.dataFile !== undefined) await this.#attachDataFile(opened, file.path)
     return { path: file.path, opened, next: await this.#next(opened, file.path) }

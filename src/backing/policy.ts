@@ -23,7 +23,7 @@ export interface Reference {
  *
  * - `'deny'` (the default): an image that names a backing file or a data file is refused
  * - `'layer'`: the image is opened alone. What only a backing file has reads as zeroes, and reading what is in an external data file
- *   fails. For tools that look at one layer; `convert` refuses it unless `base` says what the layer stands on
+ *   fails. For tools that look at one layer; `convert` refuses it
  * - `'allow'`: names are followed as QEMU follows them: a backing file's from the directory of the image that names it, a data
  *   file's from the working directory of the process. Never `json:` descriptions or protocols (`nbd:`, `http:`)
  * - a function: called for every reference, returns what to open instead, or `null` to refuse
