@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use napi::bindgen_prelude::{BufferSlice, Either, Env, ToNapiValue};
 use napi_derive::napi;
-use qcow2_engine::convert::{Compression, ConvertOptions, ConvertResult, ConvertTarget, Delta, Window, convert};
+use qcow2_engine::convert::{
+    Compression, ConvertOptions, ConvertResult, ConvertTarget, Delta, Window, convert,
+};
 use qcow2_engine::storage::{Access, FileStorage, NewFile};
 use qcow2_engine::{Error, ErrorKind, Image, Job, Result, Storage};
 
@@ -124,10 +126,9 @@ impl ConvertJob {
             sparse_size: self.sparse_size.map_or(defaults.sparse_size, u64::from),
             compression: self.compress.then_some(Compression { level: self.level, window }),
             target_is_zero: self.target_is_zero,
-            delta: self.delta_layers.map(|layers| Delta {
-                layers,
-                base_size: self.base_size.map_or(0, |size| size as u64),
-            }),
+            delta: self
+                .delta_layers
+                .map(|layers| Delta { layers, base_size: self.base_size.map_or(0, |size| size as u64) }),
             ..defaults
         }
     }

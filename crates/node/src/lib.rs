@@ -16,6 +16,7 @@
 mod boundary;
 pub mod check;
 pub mod compare;
+pub mod convert;
 pub mod create;
 mod delivery;
 pub mod failure;
