@@ -7,6 +7,7 @@
 
 import { join } from 'node:path'
 import { Qcow2Error } from './errors.js'
+import type { Plan } from './snapshot/types.js'
 
 /** An error as the addon hands it over. */
 export interface NativeFailure {
@@ -230,6 +231,10 @@ export interface Addon {
   convertImage(request: number, job: number, image: number, path: string | Buffer, order: NativeConvertJob): void
   compareImages(request: number, job: number, a: number, b: number, strict: boolean, workers: number | undefined): void
   measureImage(request: number, job: number, image: number | undefined, size: number, shape: NativeShape): void
+  /** The snapshot table of an image: a `SnapshotTable`. */
+  snapshotTable(request: number, image: number): void
+  /** Executes a snapshot plan; tells the disk's size afterwards. */
+  executePlan(request: number, image: number, plan: Plan): void
   cancelJob(job: number): void
   jobProgress(job: number): [current: number, total: number]
   /** Waits for the job's thread, which has delivered what it had to say, and forgets it. */

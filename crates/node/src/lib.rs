@@ -31,3 +31,4 @@ pub mod read;
 mod resource;
 pub mod runtime;
 pub mod shape;
+pub mod snapshots;

@@ -1,0 +1,108 @@
+/** Internal snapshots of an open image. */
+
+import type { SnapshotInfo } from '../info.js'
+import { ABORTABLE, type Abortable, readOptions, throwIfAborted } from '../options.js'
+import { request } from '../support/requests.js'
+import { checkName, findSnapshot } from './ids.js'
+import { planApply, planCreate, planDelete, planRename } from './plan.js'
+import type { Plan, SnapshotTable } from './types.js'
+
+/** What the snapshots need of the image that has them. */
+export interface SnapshotOwner {
+  /** The addon's number of the image. */
+  readonly image: number
+  /** Runs work while the image is kept open. */
+  run<T>(work: () => Promise<T>): Promise<T>
+  /** The snapshots as `info` tells them. */
+  infos(): Promise<readonly SnapshotInfo[]>
+  /** The disk may have another size now. */
+  resized(virtualSize: number): void
+}
+
+/**
+ * The internal snapshots of an image. Changes need an image that is open for writing (`flags: 'r+'`); they wait for writes in
+ * flight and hold up later ones. A change that is interrupted, by a crash or a power cut, leaves the old
+ * image or the new one.
+ */
+export class Snapshots {
+  readonly #owner: SnapshotOwner
+
+  /** @internal */
+  constructor(owner: SnapshotOwner) {
+    this.#owner = owner
+  }
+
+  /** The snapshots in the order of the table. */
+  async list(options?: Abortable): Promise<readonly SnapshotInfo[]> {
+    const { signal } = readOptions(options, 'Snapshots.list', ABORTABLE)
+    throwIfAborted(signal)
+    return this.#owner.run(() => this.#owner.infos())
+  }
+
+  /**
+   * Makes a snapshot of the disk as it is now. Its id is the next number. Names need not be unique; ids are.
+   *
+   * @throws {@link Qcow2Error} `ERR_QCOW2_INVALID_ARGUMENT` for a bad name; `ERR_QCOW2_LIMIT` if a refcount of the image is too
+   *   narrow to count one more reference, or the table is full; `ERR_QCOW2_READ_ONLY`; `ERR_QCOW2_UNSUPPORTED_FEATURE` for a raw
+   *   image and for one with an external data file
+   */
+  async create(name: string): Promise<SnapshotInfo> {
+    const checked = checkName(name, 'Snapshots.create: name')
+    return this.#owner.run(async () => {
+      const { created, ...plan } = planCreate(await this.#table(), { name: checked, date: new Date() })
+      await this.#execute(plan)
+      return { ...created, vmStateSize: 0, vmClockSec: 0, vmClockNsec: 0 }
+    })
+  }
+
+  /**
+   * Makes the disk what the snapshot holds, its size included. What the disk held before is lost unless another snapshot has it.
+   *
+   * @throws {@link Qcow2Error} `ERR_QCOW2_NO_SNAPSHOT`, and as {@link Snapshots.create}
+   */
+  async apply(idOrName: string): Promise<void> {
+    await this.#change(table => planApply(table, idOrName))
+  }
+
+  /**
+   * Deletes the snapshot and frees what only it refers to.
+   *
+   * @throws {@link Qcow2Error} as {@link Snapshots.apply}
+   */
+  async delete(idOrName: string): Promise<void> {
+    await this.#change(table => planDelete(table, idOrName))
+  }
+
+  /**
+   * Gives the snapshot another name.
+   *
+   * @throws {@link Qcow2Error} as {@link Snapshots.apply}
+   */
+  async rename(idOrName: string, name: string): Promise<void> {
+    const checked = checkName(name, 'Snapshots.rename: name')
+    await this.#change(table => planRename(table, idOrName, checked))
+  }
+
+  /**
+   * The snapshot with this id, else with this name.
+   *
+   * @throws {@link Qcow2Error} `ERR_QCOW2_NO_SNAPSHOT`
+   */
+  async find(idOrName: string): Promise<SnapshotInfo | undefined> {
+    const infos = await this.list()
+    return infos[findSnapshot(infos, idOrName)]
+  }
+
+  async #change(plan: (table: SnapshotTable) => Plan): Promise<void> {
+    await this.#owner.run(async () => this.#execute(plan(await this.#table())))
+  }
+
+  #table(): Promise<SnapshotTable> {
+    return request<SnapshotTable>((number, addon) => addon.snapshotTable(number, this.#owner.image))
+  }
+
+  async #execute(plan: Plan): Promise<void> {
+    const virtualSize = await request<number>((number, addon) => addon.executePlan(number, this.#owner.image, plan))
+    this.#owner.resized(virtualSize)
+  }
+}
