@@ -74,6 +74,19 @@ export interface ErrorPlace {
   cause?: unknown
 }
 
+/** Frames of this library that can stand above the caller's in a stack, which Node cuts at 10 in all. */
+const OWN_FRAMES = 12
+
+/** Captures the stack so that the caller is in it. */
+function captureCaller(error: Error, maker: typeof Qcow2Error): void {
+  const limit = Error.stackTraceLimit
+  // Frozen by --frozen-intrinsics, or gone: then the stack is what it is.
+  if (Reflect.set(Error, 'stackTraceLimit', limit + OWN_FRAMES)) {
+    Error.captureStackTrace(error, maker)
+    Error.stackTraceLimit = limit
+  }
+}
+
 /**
  * Every error of this library. `code` is one of {@link Qcow2ErrorCode}, or the system's name (`ENOENT`, `ENOSPC`) where
  * the operating system reported it, with `errno`, `syscall` and `path` as in Node's own errors; `ABORT_ERR` for a
@@ -95,6 +108,7 @@ export class Qcow2Error extends Error {
   constructor(code: Qcow2Error['code'], message: string, place: ErrorPlace = {}) {
     super(message, place.cause === undefined ? undefined : { cause: place.cause })
     this.code = code
+    captureCaller(this, new.target)
     for (const key of ['path', 'offset', 'field', 'errno', 'syscall'] as const) {
       const value = place[key]
       if (value !== undefined) Object.defineProperty(this, key, { value, enumerable: true })

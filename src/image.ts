@@ -131,15 +131,15 @@ export class Image implements AsyncDisposable {
     options: ReadOptions,
   ): Promise<{ bytesRead: number; buffer: T }> {
     const view = toBytesView(buffer, 'Image.read: buffer')
-    checkReadOptions(options)
-    const { signal } = options
-    const offset = options.offset === undefined ? 0 : toBytes(options.offset, 'Image.read: offset')
-    const length = options.length === undefined ? view.length - offset : toBytes(options.length, 'Image.read: length')
+    const given: ReadOptions | undefined = checkReadOptions(options)
+    const signal = given?.signal
+    const offset = given?.offset === undefined ? 0 : toBytes(given.offset, 'Image.read: offset')
+    const length = given?.length === undefined ? view.length - offset : toBytes(given.length, 'Image.read: length')
     if (offset > view.length || length < 0 || offset + length > view.length) {
       const message = `Image.read: ${length} bytes from offset ${offset} are not inside the buffer of ${view.length} bytes`
       throw invalidArgument(offset > view.length ? 'Image.read: offset' : 'Image.read: length', message)
     }
-    const position = toBytes(options.position, 'Image.read: position')
+    const position = toBytes(given?.position, 'Image.read: position')
     throwIfAborted(signal)
     this.#lifetime.enter()
     try {
@@ -263,15 +263,16 @@ export class Image implements AsyncDisposable {
 }
 
 /** There can be very many reads: the full check runs only where something is out of the ordinary. */
-function checkReadOptions(options: unknown): void {
+function checkReadOptions(options: ReadOptions | undefined): ReadOptions | undefined {
   if (typeof options === 'object' && options !== null) {
     let known = true
     for (const name in options) {
       if (name !== 'position' && name !== 'offset' && name !== 'length' && name !== 'signal') known = false
     }
-    if (known && (!('signal' in options) || options.signal === undefined)) return
+    if (known && options.signal === undefined) return options
   }
   readOptions(options, 'Image.read', READ)
+  return options
 }
 
 /**
