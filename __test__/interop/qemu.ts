@@ -1,7 +1,7 @@
 /** QEMU's tools, the judges. Tests that need them are skipped, visibly, where they are absent; with `QCOW2_REQUIRE_QEMU=1` they fail. */
 
 import { execFileSync, spawnSync } from 'node:child_process'
-import { mkdtempSync, readFileSync, rmSync } from 'node:fs'
+import { mkdtempSync, readFileSync, rmSync, truncateSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -20,7 +20,7 @@ export interface Ended {
 function run(program: string, args: readonly string[]): Ended {
   const { status, stdout, stderr, error } = spawnSync(program, args, {
     encoding: 'utf8',
-    env: { ...process.env, LC_ALL: 'C' },
+    env: { ...process.env, LC_ALL: 'C', PATH: `${process.env['PATH']}:/usr/sbin:/sbin` },
     maxBuffer: 2 ** 28,
   })
   if (error !== undefined) throw error
@@ -91,4 +91,19 @@ export function assertSameBytes(expected: Uint8Array, actual: Uint8Array, what: 
   if (a.equals(b)) return
   const at = a.findIndex((byte, index) => byte !== b[index])
   throw new Error(`${what}: the first difference is at guest offset ${at}: ${a[at]} expected, ${b[at]} read`)
+}
+
+/** A raw ext4 image of 48 MiB with files in it, or undefined, with a visible line, where mke2fs is absent. */
+export function fileSystemImage(folder: string): string | undefined {
+  const path = join(folder, 'filesystem.raw')
+  writeFileSync(path, '')
+  truncateSync(path, 48 * 2 ** 20)
+  try {
+    const { code, stderr } = run('mke2fs', ['-q', '-F', '-t', 'ext4', '-d', join(root, 'src'), path])
+    if (code === 0) return path
+    throw new Error(stderr)
+  } catch (error) {
+    process.stderr.write(`SKIPPED mke2fs makes no file system here: ${error}\n`)
+    return undefined
+  }
 }

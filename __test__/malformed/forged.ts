@@ -20,10 +20,16 @@ export interface Forged {
   readonly snapshot: string | null
 }
 
-/** Builds the images with the forge of `crates/testkit`. They vanish with the test process. */
-export function forge(): { folder: string; images: readonly Forged[] } {
+/** A folder that vanishes with the test process. */
+export function temporaryFolder(): string {
   const folder = mkdtempSync(join(tmpdir(), 'qcow2-forged-'))
   process.on('exit', () => rmSync(folder, { recursive: true, force: true }))
+  return folder
+}
+
+/** Builds the images with the forge of `crates/testkit`. */
+export function forge(): { folder: string; images: readonly Forged[] } {
+  const folder = temporaryFolder()
   const args = ['run', '--quiet', '--package', 'qcow2-testkit', '--example', 'forge', '--', folder]
   execFileSync('cargo', args, { cwd: root, stdio: ['ignore', 'ignore', 'inherit'] })
   const manifest = JSON.parse(readFileSync(join(folder, 'manifest.json'), 'utf8')) as (Forged & { file: string })[]

@@ -1,7 +1,7 @@
 import { open as openFile } from 'node:fs/promises'
 import { resolve } from 'node:path'
 import type { Command } from 'commander'
-import { type Compression, type ConvertOptions, convert, type Format } from '../../index.js'
+import { type Compression, type ConvertOptions, convert, type Format, Qcow2Error } from '../../index.js'
 import { describeFormat, optionSpecs, targetFormat, toCreateOptions } from '../create-options.js'
 import { describeError, openFailure } from '../errors.js'
 import { CommandFailure, unsupported } from '../failure.js'
@@ -156,6 +156,10 @@ async function convertNamed(source: string, target: string, given: ConvertArgume
   } catch (error) {
     if (session.signal.aborted || error instanceof CommandFailure) throw error
     const reason = describeError(error, localPath(target))
+    const failed = error instanceof Qcow2Error && !reason.startsWith('Could not') ? error.path : undefined
+    if (failed !== undefined && failed !== localPath(target)) {
+      throw new CommandFailure(`${failed}: error while reading: ${reason}`, { cause: error })
+    }
     throw new CommandFailure(`${target}: error while converting ${to}: ${reason}`, { cause: error })
   }
 }
