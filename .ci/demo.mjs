@@ -31,9 +31,10 @@ function collect(sources, target, budget) {
     let entry = entries.readSync()
     for (; entry && total < budget; entry = entries.readSync()) {
       const path = join(folder, entry.name)
-      if (entry.isDirectory()) waiting.push(path)
+      if (entry.isDirectory()) waiting.unshift(path)
       if (!entry.isFile()) continue
       try {
+        if (statSync(path).size > budget / 8) continue
         const to = join(target, relative('/', path))
         mkdirSync(dirname(to), { recursive: true })
         cpSync(path, to)
@@ -133,6 +134,19 @@ async function timed(label, source, target, options) {
   print(`  ${label} ${seconds.toFixed(2)} s, ${(virtual / MIB / seconds).toFixed(0)} MiB/s`)
 }
 
+/** A second opinion, where QEMU's own tool is installed. */
+function askQemu(raw, image) {
+  for (const args of [
+    ['compare', '-f', 'raw', '-F', 'qcow2', raw, image],
+    ['check', '-q', image],
+  ]) {
+    const { error, status, stdout, stderr } = spawnSync('qemu-img', args, { encoding: 'utf8' })
+    if (error) return
+    if (status !== 0) throw new Error(`qemu-img ${args[0]} ended with ${status}: ${stdout}${stderr}`)
+  }
+  print('  verified: qemu-img compare and qemu-img check say the same')
+}
+
 const folder = mkdtempSync(join(tmpdir(), 'qcow2-demo-'))
 const clean = () => rmSync(folder, { recursive: true, force: true })
 for (const [signal, code] of [
@@ -166,6 +180,7 @@ try {
   await opened.close()
   if (!result.ok) throw new Error(`check finds the image damaged: ${JSON.stringify(result)}`)
   print('  verified: check finds no errors and no leaks')
+  askQemu(raw, image)
 
   print('\nSizes:')
   for (const path of [raw, image, back]) {
