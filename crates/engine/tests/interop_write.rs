@@ -10,7 +10,7 @@ use qcow2_engine::create::{Backing, CreateOptions, DataFile, Preallocation};
 use qcow2_engine::format::CompressionType;
 use qcow2_engine::storage::{NewFile, Overwrite};
 use qcow2_engine::{ErrorKind, Image, Job, Layer, OpenOptions, Qcow2, Result};
-use qcow2_testkit::matrix::{self, Case, DataFile as Where, Geometry, geometries, sample};
+use qcow2_testkit::matrix::{self, Case, DataFile as Where, Geometry, geometries, sample, seed_or};
 use qcow2_testkit::model::assert_same;
 use qcow2_testkit::reader::SlowReader;
 use qcow2_testkit::{Disk, Fixture, Forge, Qemu, Rng, chain, malformed};
@@ -113,7 +113,7 @@ fn judge(qemu: &Qemu, source: &Path, format: &str, geometry: &Geometry, compress
 /// Text, noise, runs of zeroes of every length, a hole, and an end inside a cluster.
 fn mixed_disk(size: u64) -> Disk {
     let mut disk = Disk::new(size);
-    let mut rng = Rng::new(size);
+    let mut rng = Rng::new(seed_or(size));
     let mut at = 0;
     while at < size {
         let len = (1 + rng.below(150_000)).min(size - at);
@@ -141,7 +141,7 @@ fn every_target(part: usize) {
     let raw_disk = mixed_disk(raw_size);
     let raw = fixture.file("source.raw", &raw_disk.read(0, raw_size as usize));
     let images: Vec<_> =
-        sample().into_iter().map(|geometry| Case { geometry, seed: 7 }.build(&qemu)).collect();
+        sample().into_iter().map(|geometry| Case { geometry, seed: seed_or(7) }.build(&qemu)).collect();
     let targets = geometries().into_iter().filter(|g| g.backing == matrix::Backing::None);
     for (index, geometry) in targets.enumerate().filter(|(index, _)| index % 2 == part) {
         let compressed = geometry.compression();
@@ -166,7 +166,7 @@ fn every_geometry_is_written_clean_and_identical_part_2() {
 fn snapshots_are_converted_as_they_were() {
     let Some(qemu) = Qemu::find() else { return };
     for geometry in sample().into_iter().filter(Geometry::snapshots) {
-        let image = Case { geometry, seed: 3 }.build(&qemu);
+        let image = Case { geometry, seed: seed_or(3) }.build(&qemu);
         for frozen in &image.snapshots {
             let options = OpenOptions { snapshot: Some(frozen.name.clone()), ..OpenOptions::default() };
             let view = chain::open(&image.path, "qcow2", &options).unwrap();
@@ -189,7 +189,7 @@ fn a_chain_is_converted_onto_its_base() {
         for extended_l2 in [false, true] {
             let geometry = Geometry { backing, extended_l2, ..Geometry::plain(16384) };
             let what = geometry.name();
-            let source = Case { geometry, seed: 4 }.build(&qemu);
+            let source = Case { geometry, seed: seed_or(4) }.build(&qemu);
             let image = open(&source.path, "qcow2");
             let base = &image.layers()[1];
             let format = if base.as_qcow2().is_some() { "qcow2" } else { "raw" };

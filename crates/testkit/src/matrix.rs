@@ -190,6 +190,11 @@ pub struct Frozen {
     pub disk: Disk,
 }
 
+/// The seed to start from: `QCOW2_TEST_SEED`, which makes other operations than usual, or the test's own.
+pub fn seed_or(usual: u64) -> u64 {
+    std::env::var("QCOW2_TEST_SEED").map_or(usual, |text| text.parse().expect("QCOW2_TEST_SEED is a number"))
+}
+
 /// A geometry together with the operations of a seed.
 #[derive(Debug, Clone)]
 pub struct Case {
