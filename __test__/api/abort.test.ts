@@ -1,0 +1,207 @@
+/** Signals and progress. */
+
+import { getEventListeners } from 'node:events'
+import { existsSync, readdirSync, rmSync } from 'node:fs'
+import { join } from 'node:path'
+import {
+  AbortError,
+  check,
+  compare,
+  convert,
+  create,
+  inspect,
+  measure,
+  open,
+  type Progress,
+  probe,
+  Qcow2Error,
+} from 'qcow2'
+import { beforeAll, describe, expect, it, vi } from 'vitest'
+import { failure, openRaw, temporaryFolder, writeRaw } from './fixtures.js'
+
+const folder = temporaryFolder()
+const at = (name: string): string => join(folder, name)
+const MIB = 2 ** 20
+const SIZE = 64 * MIB
+
+beforeAll(async () => {
+  writeRaw(at('disk.raw'), SIZE, [
+    [0, 24 * MIB],
+    [40 * MIB, 8 * MIB],
+  ])
+  await convert(at('disk.raw'), at('disk.qcow2'), { from: 'raw', to: 'qcow2' })
+  // Many tables, no data: a check and a map have long to go.
+  const tables = await create(at('tables.qcow2'), { size: 2 ** 28, clusterSize: 512, preallocation: 'metadata' })
+  await tables.close()
+})
+
+type Call = (signal: AbortSignal) => Promise<unknown>
+const source = (): string => at('disk.qcow2')
+
+const calls: Record<string, Call> = {
+  open: signal => open(source(), { signal }),
+  create: signal => create(at('new'), { size: MIB, signal }),
+  convert: signal => convert(source(), at('new'), { to: 'raw', signal }),
+  compare: signal => compare(source(), source(), { signal }),
+  measure: signal => measure(source(), { to: 'qcow2', signal }),
+  'measure a size': signal => measure({ size: MIB }, { to: 'qcow2', signal }),
+  check: signal => check(source(), { signal }),
+  inspect: signal => inspect(source(), { signal }),
+  'inspect bytes': signal => inspect(Buffer.alloc(512), { signal }),
+  probe: signal => probe(source(), { signal }),
+}
+
+const onImage: Record<string, (image: Awaited<ReturnType<typeof open>>, signal: AbortSignal) => Promise<unknown>> = {
+  read: (image, signal) => image.read(Buffer.alloc(512), { position: 0, signal }),
+  readv: (image, signal) => image.readv([Buffer.alloc(512)], 0, { signal }),
+  info: (image, signal) => image.info({ signal }),
+  chain: (image, signal) => image.chain({ signal }),
+  map: (image, signal) => image.map({ signal }).next(),
+  check: (image, signal) => image.check({ signal }),
+}
+
+for (const [name, call] of Object.entries(onImage)) {
+  calls[`Image.${name}`] = async signal => {
+    await using image = await open(source())
+    return await call(image, signal)
+  }
+}
+
+describe.each(Object.entries(calls))('%s', (_, call) => {
+  it('rejects at once if the signal is already aborted', async () => {
+    const reason = { why: 'closed by the user' }
+    const error = await failure(() => call(AbortSignal.abort(reason)))
+    expect(error).toBeInstanceOf(AbortError)
+    expect(error).toMatchObject({ name: 'AbortError', code: 'ABORT_ERR', cause: reason })
+    expect(error.message).toBe('The operation was aborted')
+    expect(existsSync(at('new'))).toBe(false)
+  })
+
+  it('leaves nothing on the signal, and not its handlers alone', async () => {
+    const controller = new AbortController()
+    const own = vi.fn()
+    controller.signal.onabort = own
+    const before = getEventListeners(controller.signal, 'abort').length
+    const result = await call(controller.signal)
+    expect(getEventListeners(controller.signal, 'abort')).toHaveLength(before)
+    expect(controller.signal.onabort).toBe(own)
+    controller.abort()
+    expect(own).toHaveBeenCalledOnce()
+    if (typeof result === 'object' && result !== null && 'close' in result)
+      await (result.close as () => Promise<void>)()
+    rmSync(at('new'), { force: true })
+  })
+})
+
+describe('a job that is cancelled in the middle', () => {
+  const jobs: Record<
+    string,
+    (options: { signal?: AbortSignal; onProgress: () => void; progressInterval: 1 }) => Promise<unknown>
+  > = {
+    convert: o => convert(at('disk.raw'), at('out'), { from: 'raw', to: 'qcow2', compress: { level: 12 }, ...o }),
+    'convert over a file': o =>
+      convert(at('disk.raw'), at('disk.qcow2'), {
+        from: 'raw',
+        to: 'qcow2',
+        overwrite: true,
+        compress: { level: 12 },
+        ...o,
+      }),
+    check: o => check(at('tables.qcow2'), o),
+    create: o => create(at('out'), { size: 2 ** 30, clusterSize: 512, preallocation: 'metadata', ...o }),
+  }
+
+  it.each(Object.entries(jobs))('%s stops, and leaves nothing behind', async (_, job) => {
+    const before = readdirSync(folder).toSorted()
+    const controller = new AbortController()
+    const onProgress = vi.fn(() => controller.abort('enough'))
+    const error = await failure(() => job({ signal: controller.signal, onProgress, progressInterval: 1 }))
+    expect(error).toMatchObject({ code: 'ABORT_ERR', cause: 'enough' })
+    expect(readdirSync(folder).toSorted()).toEqual(before)
+    expect(getEventListeners(controller.signal, 'abort')).toHaveLength(0)
+    // What was there is as it was.
+    expect((await check(at('disk.qcow2'))).ok).toBe(true)
+  })
+
+  it.each(Object.entries(jobs))('%s stops when onProgress throws, with what it threw', async (_, job) => {
+    const before = readdirSync(folder).toSorted()
+    const thrown = new Error('mine')
+    const onProgress = vi.fn(() => {
+      throw thrown
+    })
+    await expect(job({ onProgress, progressInterval: 1 })).rejects.toBe(thrown)
+    expect(onProgress).toHaveBeenCalledOnce()
+    expect(readdirSync(folder).toSorted()).toEqual(before)
+  })
+})
+
+it('a map that is cancelled between two entries ends with the error', async () => {
+  await using image = await open(at('disk.qcow2'))
+  const controller = new AbortController()
+  const seen: number[] = []
+  const error = await failure(async () => {
+    for await (const entry of image.map({ signal: controller.signal })) {
+      seen.push(entry.start)
+      controller.abort()
+      await image.info()
+    }
+    return seen
+  })
+  expect(error.code).toBe('ABORT_ERR')
+})
+
+it('a read that is cancelled while it runs rejects when the buffer is free again', async () => {
+  await using image = await openRaw(at('disk.raw'))
+  const controller = new AbortController()
+  const buffer = Buffer.alloc(16 * MIB)
+  const read = image.read(buffer, { position: 0, signal: controller.signal })
+  controller.abort('now')
+  expect(await failure(() => read)).toMatchObject({ code: 'ABORT_ERR', cause: 'now' })
+  buffer.fill(0xaa)
+  await image.info()
+  expect(buffer.every(byte => byte === 0xaa)).toBe(true)
+})
+
+describe('progress', () => {
+  it('goes up, in bytes, and ends at 100 %', async () => {
+    const seen: Progress[] = []
+    const onProgress = (progress: Progress): void => void seen.push(progress)
+    await convert(at('disk.raw'), at('progress.qcow2'), {
+      from: 'raw',
+      to: 'qcow2',
+      compress: true,
+      onProgress,
+      progressInterval: 1,
+    })
+    expect(seen.length).toBeGreaterThan(2)
+    expect(seen.at(-1)).toEqual({ phase: 'convert', current: SIZE, total: SIZE })
+    expect(seen.every(({ phase, total, current }) => phase === 'convert' && current <= total)).toBe(true)
+    const counts = seen.map(({ current }) => current)
+    expect(counts).toEqual(counts.toSorted((a, b) => a - b))
+  })
+
+  it('is not awaited', async () => {
+    const never = vi.fn(() => new Promise<void>(() => {}))
+    await check(at('disk.qcow2'), { onProgress: never, progressInterval: 1 })
+    expect(never).toHaveBeenCalled()
+  })
+
+  it('is not reported after a failure', async () => {
+    const onProgress = vi.fn()
+    await failure(() => convert(at('disk.raw'), at('no/such/folder'), { from: 'raw', to: 'raw', onProgress }))
+    expect(onProgress).not.toHaveBeenCalled()
+  })
+})
+
+it('an AbortError is a Qcow2Error, by whatever name it is caught', async () => {
+  const error = await failure(() => probe(source(), { signal: AbortSignal.abort() }))
+  expect(error).toBeInstanceOf(Qcow2Error)
+  expect(error.toString()).toBe('AbortError: The operation was aborted')
+  expect(error.cause).toMatchObject({ name: 'AbortError' })
+  const timeout = await failure(async () => {
+    const signal = AbortSignal.timeout(1)
+    await new Promise(resolve => setTimeout(resolve, 20))
+    return probe(source(), { signal })
+  })
+  expect(timeout.cause).toMatchObject({ name: 'TimeoutError' })
+})
