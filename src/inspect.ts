@@ -57,6 +57,9 @@ export interface Inspection {
   readonly findings: readonly Finding[]
 }
 
+/** No header is longer than one cluster. */
+const LARGEST_CLUSTER = 2 ** 21
+
 const INSPECT = { ...ABORTABLE, limits } as const
 
 /**
@@ -76,7 +79,7 @@ export async function inspect(
     const read = readOptions(options, 'inspect', INSPECT)
     throwIfAborted(read.signal)
     const view = toBytesView(source, 'inspect: source')
-    const bytes = Buffer.from(view.buffer, view.byteOffset, view.byteLength)
+    const bytes = Buffer.from(view.buffer, view.byteOffset, Math.min(view.byteLength, LARGEST_CLUSTER))
     const found = await request<NativeInspection>((number, addon) => addon.inspectPrefix(number, bytes, read.limits))
     throwIfAborted(read.signal)
     return toInspection(found, bytes)

@@ -207,7 +207,8 @@ export interface NativeCheckOutcome {
 export interface Addon {
   start(deliver: (count: number, others: readonly unknown[] | undefined) => void, numbers: Uint32Array): void
   openFile(request: number, path: string | Buffer): void
-  openDescriptor(request: number, descriptor: number): void
+  /** Absent on Windows. */
+  openDescriptor?(request: number, descriptor: number): void
   openQcow2(request: number, file: number, options: NativeLayerOptions): void
   openRaw(request: number, file: number): void
   setDataFile(request: number, layer: number, file: number): void

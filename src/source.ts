@@ -57,10 +57,15 @@ export function toPath(source: unknown, name: string, wanted = 'a string, Buffer
 }
 
 /** Opens the file for reading. */
-export function openFile(located: Located): Promise<NativeFile> {
+export async function openFile(located: Located): Promise<NativeFile> {
   return request<NativeFile>((number, addon) => {
     if ('path' in located) addon.openFile(number, located.path)
-    else addon.openDescriptor(number, located.descriptor)
+    else if (addon.openDescriptor !== undefined) addon.openDescriptor(number, located.descriptor)
+    else
+      throw new Qcow2Error(
+        'ERR_QCOW2_UNSUPPORTED_FEATURE',
+        'a FileHandle cannot be opened on this system: give its path',
+      )
   })
 }
 

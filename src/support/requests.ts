@@ -95,7 +95,18 @@ export function toError(failure: unknown): unknown {
   return failure
 }
 
-function fromNative({ code, message, path, offset, field, errno, syscall }: NativeFailure): Qcow2Error {
+/** The engine names arguments as the format and QEMU do (`cluster_size`); here they are options (`clusterSize`). */
+const toOptionName = (name: string): string => name.replace(/_([a-z])/g, (_, letter: string) => letter.toUpperCase())
+
+function inOptionNames(failure: NativeFailure): NativeFailure {
+  const { field, message } = failure
+  if (failure.code !== 'ERR_QCOW2_INVALID_ARGUMENT' || field === undefined) return failure
+  const option = toOptionName(field)
+  return { ...failure, field: option, message: message.replaceAll(field, option) }
+}
+
+function fromNative(failure: NativeFailure): Qcow2Error {
+  const { code, message, path, offset, field, errno, syscall } = inOptionNames(failure)
   if (code === 'ERR_QCOW2_IO' && errno !== undefined) {
     const name = systemName(-errno)
     if (name !== undefined) {
