@@ -89,14 +89,25 @@ export function openWebStream(image: Guest, options: WebStreamOptions | undefine
   )
 }
 
+/** One chunk is read ahead while the consumer works on the one before. */
 async function* denseChunks(
   image: Guest,
   { start, end }: Range,
   size: number,
   signal?: AbortSignal,
 ): AsyncGenerator<Buffer, void, undefined> {
-  for (let position = start; position < end; position += size) {
-    yield await chunk(image, position, Math.min(size, end - position), signal)
+  const read = (position: number): Promise<Buffer> | undefined => {
+    if (position >= end) return undefined
+    const ahead = chunk(image, position, Math.min(size, end - position), signal)
+    // Its failure counts when its turn comes, which it does not if the consumer stops before.
+    ahead.catch(() => {})
+    return ahead
+  }
+  let next = read(start)
+  for (let position = start + size; next !== undefined; position += size) {
+    const current: Buffer = await next
+    next = read(position)
+    yield current
   }
 }
 
