@@ -53,7 +53,8 @@ impl History {
     pub fn of(target: &dyn Target) -> Self {
         let size = target.size();
         let mut history = Self { sizes: vec![Span { value: size, start: 0, done: 0 }], ..Self::default() };
-        for (sector, found) in sectors(target, 0, size) {
+        let found = sectors(target, 0, size).unwrap_or_else(|e| panic!("reading the start: {e:?}"));
+        for (sector, found) in found {
             match found {
                 Found::Value(Value::Zero) => {}
                 Found::Value(value) => {
@@ -66,10 +67,17 @@ impl History {
     }
 
     fn begin(&mut self, sector: u64, value: Value, at: usize) {
-        let spans = self
-            .sectors
-            .entry(sector)
-            .or_insert_with(|| vec![Span { value: Value::Zero, start: 0, done: 0 }]);
+        let spans = match value {
+            // Zeroes where nothing ever was.
+            Value::Zero => match self.sectors.get_mut(&sector) {
+                Some(spans) => spans,
+                None => return,
+            },
+            _ => self
+                .sectors
+                .entry(sector)
+                .or_insert_with(|| vec![Span { value: Value::Zero, start: 0, done: 0 }]),
+        };
         spans.push(Span { value, start: at, done: PENDING });
     }
 
@@ -98,13 +106,19 @@ impl History {
         }
     }
 
+    /// The values that a sector may have now: one, unless operations failed. `None` for one that was never written.
+    fn live(&self, sector: u64) -> Option<Vec<Value>> {
+        self.sectors.get(&sector).map(|spans| possible(spans, PENDING - 1, PENDING).collect())
+    }
+
     /// Forgets what no cut from now on can bring back.
     fn prune(&mut self, now: usize) {
         let promised = self.promised(now);
-        for spans in self.sectors.values_mut() {
+        self.sectors.retain(|_, spans| {
             let keep = spans.iter().rposition(|s| s.done <= promised).unwrap_or(0);
             spans.drain(..keep);
-        }
+            spans.len() > 1 || spans.iter().any(|s| s.value != Value::Zero || s.done > promised)
+        });
     }
 
     /// Compares what is read from a state, cut at `cut`, with what may be there.
@@ -197,18 +211,16 @@ impl Scope {
 }
 
 /// Every whole sector of a range, identified.
-fn sectors(target: &dyn Target, offset: u64, len: u64) -> Vec<(u64, Found)> {
+fn sectors(target: &dyn Target, offset: u64, len: u64) -> Result<Vec<(u64, Found)>> {
     let (first, end) = (offset / SECTOR, (offset + len).div_ceil(SECTOR));
     let mut out = Vec::with_capacity((end - first) as usize);
     let mut bytes = vec![0; 1 << 20];
     for from in (first..end).step_by(2048) {
         let bytes = &mut bytes[..((end - from).min(2048) * SECTOR) as usize];
-        target
-            .read(from * SECTOR, bytes)
-            .unwrap_or_else(|e| panic!("reading at {:#x}: {e:?}", from * SECTOR));
+        target.read(from * SECTOR, bytes)?;
         out.extend((from..).zip(bytes.chunks_exact(SECTOR as usize)).map(|(n, b)| (n, identify(n, b))));
     }
-    out
+    Ok(out)
 }
 
 /// When a completed operation is promised to survive.
@@ -266,6 +278,11 @@ impl Session {
     /// Takes the target's content as the durable start. Call it once, before the first operation.
     pub fn start(&self, target: &dyn Target) {
         *self.history.lock() = History::of(target);
+    }
+
+    /// As `start`, for an image of this size that is known to contain zeroes.
+    pub fn start_empty(&self, size: u64) {
+        self.history.lock().sizes = vec![Span { value: size, start: 0, done: 0 }];
     }
 
     /// The history so far.
@@ -368,18 +385,26 @@ impl Session {
 
     /// A discarded sector is zero or as before; what it is now is what it stays.
     fn discard(&self, target: &dyn Target, offset: u64, len: u64, begun: usize) -> Result<()> {
-        let before = sectors(target, offset, len);
+        let before: Vec<(u64, Vec<Value>)> = {
+            let history = self.history.lock();
+            let range = offset / SECTOR..(offset + len) / SECTOR;
+            range.filter_map(|sector| Some((sector, history.live(sector)?))).collect()
+        };
         self.change(offset, len, Value::Zero, begun, || target.discard(offset, len))?;
-        let after = sectors(target, offset, len);
-        let now = self.journal.position();
-        let mut history = self.history.lock();
-        for ((sector, old), (_, new)) in before.into_iter().zip(after) {
-            match (old, new) {
-                (_, Found::Value(Value::Zero)) => {}
-                (Found::Value(old), Found::Value(new)) if old == new => history.undo(sector, old, now),
-                _ => panic!("sector {sector} was {old:?} and is {new:?} after a discard"),
+        let mut undone = Vec::new();
+        for run in before.chunk_by(|(a, _), (b, _)| a + 1 == *b) {
+            let found = sectors(target, run[0].0 * SECTOR, run.len() as u64 * SECTOR)?;
+            for ((sector, old), (_, new)) in run.iter().zip(found) {
+                match new {
+                    Found::Value(Value::Zero) => {}
+                    Found::Value(new) if old.contains(&new) => undone.push((*sector, new)),
+                    _ => panic!("sector {sector} was {old:?} and is {new:?} after a discard"),
+                }
             }
         }
+        let now = self.journal.position();
+        let mut history = self.history.lock();
+        undone.into_iter().for_each(|(sector, value)| history.undo(sector, value, now));
         self.promise(&mut history, now);
         Ok(())
     }
@@ -394,10 +419,7 @@ impl Session {
         let history = self.history.lock();
         for (sector, part) in (offset / SECTOR..).zip(bytes.chunks_exact(SECTOR as usize)) {
             let found = identify(sector, part);
-            let allowed: Vec<Value> = match history.sectors.get(&sector) {
-                Some(spans) => possible(spans, PENDING - 1, PENDING).collect(),
-                None => vec![Value::Zero],
-            };
+            let allowed = history.live(sector).unwrap_or_else(|| vec![Value::Zero]);
             let fine = matches!(found, Found::Value(v) if allowed.contains(&v));
             assert!(
                 fine,
@@ -452,6 +474,11 @@ impl Session {
     pub fn states(&mut self, seed: u64, random: usize) -> states::States<'_> {
         self.collect();
         states::States::new(&self.base, (self.first, self.seen), &self.entries, seed, random)
+    }
+
+    /// About `random` states, spread over the power cuts since the last `forget`.
+    pub fn sample_states(&mut self, seed: u64, random: usize) -> states::States<'_> {
+        self.states(seed, random).sample()
     }
 
     /// Forgets what is durable by now: later cuts lie behind it.

@@ -53,6 +53,8 @@ pub struct States<'a> {
     cut: usize,
     planned: VecDeque<Shape>,
     per_cut: f64,
+    /// Without the simple shapes.
+    sample: bool,
     rng: Rng,
 }
 
@@ -102,8 +104,16 @@ impl<'a> States<'a> {
             cut: first,
             planned,
             per_cut: random as f64 / cuts as f64,
+            sample: false,
             rng: Rng::new(seed),
         }
+    }
+
+    /// Without the states of the simple shapes.
+    pub(super) fn sample(mut self) -> Self {
+        self.sample = true;
+        self.planned.clear();
+        self
     }
 
     fn entry(&self, position: usize) -> &'a Entry {
@@ -135,21 +145,8 @@ impl<'a> States<'a> {
     }
 
     fn plan(&mut self) {
-        let loose = self.loose.len();
-        self.planned.push_back(Shape::All);
-        if loose == 0 {
-            return;
-        }
-        self.planned.push_back(Shape::None);
-        match loose {
-            1 => {}
-            // Small enough for all of them.
-            2..=3 => self.planned.extend((1..(1 << loose) - 1).map(Shape::Subset)),
-            // The newest change without one of the others, or alone.
-            _ => {
-                let one = self.rng.below(loose as u64) as usize;
-                self.planned.extend([Shape::Only(loose - 1), Shape::AllBut(one)]);
-            }
+        if !self.sample {
+            self.plan_simple();
         }
         let mut more = self.per_cut.floor() as usize;
         more += usize::from((self.rng.below(1 << 20) as f64) < self.per_cut.fract() * f64::from(1 << 20));
@@ -160,6 +157,22 @@ impl<'a> States<'a> {
             } else {
                 Shape::Torn(seed)
             });
+        }
+    }
+
+    fn plan_simple(&mut self) {
+        let loose = self.loose.len();
+        self.planned.push_back(Shape::All);
+        match loose {
+            0 => {}
+            1 => self.planned.push_back(Shape::None),
+            // Few enough for all of them.
+            2..=3 => self.planned.extend((0..(1 << loose) - 1).map(Shape::Subset)),
+            // The newest change without one of the others, or alone.
+            _ => {
+                let one = self.rng.below(loose as u64) as usize;
+                self.planned.extend([Shape::None, Shape::Only(loose - 1), Shape::AllBut(one)]);
+            }
         }
     }
 
