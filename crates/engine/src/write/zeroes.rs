@@ -167,8 +167,11 @@ impl Image {
                     let pinned = run.guest;
                     if punch && image.header().has_data_file() {
                         // Host offsets are guest offsets there: the space must be freed before a later write.
-                        let end = (pinned + clusters * g.cluster_size()).min(self.virtual_size());
-                        image.data_storage()?.zero(pinned, end - pinned, true)?;
+                        // A part of a cluster stays when subclusters are given up.
+                        let start = pinned.max(range.start);
+                        let end =
+                            (pinned + clusters * g.cluster_size()).min(range.end).min(self.virtual_size());
+                        image.data_storage()?.zero(start, end - start, true)?;
                     }
                     let change = Change { guest: pinned, clusters, barrier: false, punch };
                     writer.link(image, change, |n, old| replace(pinned + n * g.cluster_size(), old))?;

@@ -1,0 +1,171 @@
+//! Replays the recorded installation of a system, request by request, on a raw file and on a qcow2 image, through this
+//! engine and through QEMU's drivers (qemu-io), in turn, and prints time and host calls.
+//!
+//! `cargo run --release -p qcow2-engine --example replay -- [--dir DIR] [--runs N] [--modes none,writethrough,writeback]
+//! [--requests N] [--without-qemu]`
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "a benchmark")]
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use qcow2_engine::storage::{Access, CacheMode, DirectStorage, FileStorage};
+use qcow2_engine::{Discard, Image, Layer, OpenOptions, Qcow2, Raw, Storage, WriteOptions};
+use qcow2_testkit::Forge;
+use qcow2_testkit::ops::Op;
+use qcow2_testkit::storage::{CountingStorage, Op as Call};
+use qcow2_testkit::trace::{self, Expected};
+
+struct Arguments {
+    dir: PathBuf,
+    runs: usize,
+    modes: Vec<CacheMode>,
+    requests: usize,
+    qemu: bool,
+}
+
+fn arguments() -> Arguments {
+    let mut arguments = Arguments {
+        dir: std::env::temp_dir(),
+        runs: 5,
+        modes: vec![CacheMode::None, CacheMode::Writethrough, CacheMode::Writeback],
+        requests: usize::MAX,
+        qemu: true,
+    };
+    let mut words = std::env::args().skip(1);
+    while let Some(word) = words.next() {
+        let mut value = || words.next().unwrap_or_else(|| panic!("{word} needs a value"));
+        match word.as_str() {
+            "--dir" => arguments.dir = value().into(),
+            "--runs" => arguments.runs = value().parse().unwrap(),
+            "--requests" => arguments.requests = value().parse().unwrap(),
+            "--modes" => {
+                let mode = |name: &str| CacheMode::from_name(name).unwrap_or_else(|| panic!("cache mode {name}"));
+                arguments.modes = value().split(',').map(mode).collect();
+            }
+            "--without-qemu" => arguments.qemu = false,
+            other => panic!("unknown argument {other}"),
+        }
+    }
+    arguments
+}
+
+/// A new empty disk.
+fn make(path: &Path, format: &str) {
+    let _ = std::fs::remove_file(path);
+    if format == "raw" {
+        std::fs::File::create(path).unwrap().set_len(trace::DISK).unwrap();
+    } else {
+        Forge::new(3, 16, trace::DISK).build().bytes.write_to(path);
+    }
+    // The next one starts with nothing to write back.
+    rustix::fs::sync();
+}
+
+fn open(path: &Path, format: &str, mode: CacheMode) -> (Image, Arc<CountingStorage>) {
+    let file = Arc::new(FileStorage::open_cached(path, Access::ReadWrite, mode).unwrap());
+    let calls = Arc::new(CountingStorage::new(file));
+    // Below the bounce buffers of direct I/O, so that what they cost is counted.
+    let storage = DirectStorage::over(calls.clone() as Arc<dyn Storage>);
+    let layer = if format == "raw" {
+        Layer::Raw(Raw::new(storage).unwrap())
+    } else {
+        let mut qcow2 = Qcow2::open(storage, &OpenOptions::default()).unwrap();
+        let flush_each = mode.flushes_every_write();
+        qcow2.enable_writing(WriteOptions { discard: Discard::Unmap, flush_each, ..WriteOptions::default() }).unwrap();
+        Layer::Qcow2(Box::new(qcow2))
+    };
+    (Image::new(vec![layer]).unwrap(), calls)
+}
+
+/// Time and calls: fdatasync, pwrite, fallocate.
+fn ours(path: &Path, format: &str, mode: CacheMode, requests: &[Op], expected: Option<&Expected>) -> (Duration, [u64; 3]) {
+    make(path, format);
+    let (image, calls) = open(path, format, mode);
+    let begun = Instant::now();
+    trace::replay(&image, requests, format == "raw" && mode.flushes_every_write()).unwrap();
+    image.close().unwrap();
+    let time = begun.elapsed();
+    let of = |call| calls.of(call).calls;
+    let counts = [of(Call::Sync), of(Call::Write), of(Call::Zero) + of(Call::Discard) + of(Call::Allocate)];
+    drop(image);
+    verify(path, format, expected);
+    (time, counts)
+}
+
+fn verify(path: &Path, format: &str, expected: Option<&Expected>) {
+    if let Some(expected) = expected {
+        expected.verify(&open(path, format, CacheMode::Writeback).0);
+    }
+}
+
+fn qemu(path: &Path, format: &str, mode: CacheMode, requests: &[Op], expected: Option<&Expected>) -> Duration {
+    make(path, format);
+    let commands = trace::qemu_io_commands(requests);
+    let begun = Instant::now();
+    let mut child = Command::new("qemu-io")
+        .args(["-f", format, "-t", mode.name(), "-d", "unmap"])
+        .arg(path)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("qemu-io");
+    child.stdin.take().unwrap().write_all(commands.as_bytes()).unwrap();
+    assert!(child.wait().unwrap().success());
+    let time = begun.elapsed();
+    verify(path, format, expected);
+    time
+}
+
+fn median(times: &mut [Duration]) -> f64 {
+    times.sort_unstable();
+    times[times.len() / 2].as_secs_f64()
+}
+
+fn main() {
+    let arguments = arguments();
+    let Some(requests) = trace::load() else { return };
+    let requests = &requests[..requests.len().min(arguments.requests)];
+    let expected = Expected::after(requests);
+    let has_qemu = arguments.qemu && Command::new("qemu-io").arg("--version").output().is_ok_and(|o| o.status.success());
+    let path = arguments.dir.join(format!("replay-{}.img", std::process::id()));
+    println!("{} requests, {} runs, medians; files in {}", requests.len(), arguments.runs, arguments.dir.display());
+    println!("| cache | layout | seconds | fdatasync | pwrite | fallocate | QEMU: seconds | faster than QEMU |");
+    println!("|---|---|---|---|---|---|---|---|");
+    for mode in &arguments.modes {
+        let formats = ["raw", "qcow2"];
+        let mut times = [(Vec::new(), Vec::new()), (Vec::new(), Vec::new())];
+        let mut counts = [[0; 3]; 2];
+        for run in 0..arguments.runs {
+            let expected = (run == 0).then_some(&expected);
+            for (n, format) in formats.iter().enumerate() {
+                let (time, calls) = ours(&path, format, *mode, requests, expected);
+                times[n].0.push(time);
+                counts[n] = calls;
+                if has_qemu {
+                    times[n].1.push(qemu(&path, format, *mode, requests, expected));
+                }
+            }
+        }
+        let medians: Vec<(f64, f64)> = times
+            .iter_mut()
+            .map(|(ours, qemu)| (median(ours), if has_qemu { median(qemu) } else { f64::NAN }))
+            .collect();
+        for ((format, [syncs, writes, fallocates]), (ours, qemu)) in formats.iter().zip(counts).zip(&medians) {
+            let faster = qemu / ours;
+            println!("| {mode} | {format} | {ours:.2} | {syncs} | {writes} | {fallocates} | {qemu:.2} | {faster:.2} |");
+        }
+        let ratio = |n: usize| counts[1][n] as f64 / counts[0][n] as f64;
+        println!(
+            "| {mode} | qcow2 / raw | {:.3} | {:.3} | {:.3} | {:.3} | {:.3} | |",
+            medians[1].0 / medians[0].0,
+            ratio(0),
+            ratio(1),
+            ratio(2),
+            medians[1].1 / medians[0].1
+        );
+    }
+    let _ = std::fs::remove_file(path);
+}
