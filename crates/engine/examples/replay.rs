@@ -3,7 +3,13 @@
 //!
 //! `cargo run --release -p qcow2-engine --example replay -- [--dir DIR] [--runs N] [--modes none,writethrough,writeback]
 //! [--requests N] [--without-qemu]`
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "a benchmark")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a benchmark"
+)]
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -42,7 +48,8 @@ fn arguments() -> Arguments {
             "--runs" => arguments.runs = value().parse().unwrap(),
             "--requests" => arguments.requests = value().parse().unwrap(),
             "--modes" => {
-                let mode = |name: &str| CacheMode::from_name(name).unwrap_or_else(|| panic!("cache mode {name}"));
+                let mode =
+                    |name: &str| CacheMode::from_name(name).unwrap_or_else(|| panic!("cache mode {name}"));
                 arguments.modes = value().split(',').map(mode).collect();
             }
             "--without-qemu" => arguments.qemu = false,
@@ -74,14 +81,22 @@ fn open(path: &Path, format: &str, mode: CacheMode) -> (Image, Arc<CountingStora
     } else {
         let mut qcow2 = Qcow2::open(storage, &OpenOptions::default()).unwrap();
         let flush_each = mode.flushes_every_write();
-        qcow2.enable_writing(WriteOptions { discard: Discard::Unmap, flush_each, ..WriteOptions::default() }).unwrap();
+        qcow2
+            .enable_writing(WriteOptions { discard: Discard::Unmap, flush_each, ..WriteOptions::default() })
+            .unwrap();
         Layer::Qcow2(Box::new(qcow2))
     };
     (Image::new(vec![layer]).unwrap(), calls)
 }
 
 /// Time and calls: fdatasync, pwrite, fallocate.
-fn ours(path: &Path, format: &str, mode: CacheMode, requests: &[Op], expected: Option<&Expected>) -> (Duration, [u64; 3]) {
+fn ours(
+    path: &Path,
+    format: &str,
+    mode: CacheMode,
+    requests: &[Op],
+    expected: Option<&Expected>,
+) -> (Duration, [u64; 3]) {
     make(path, format);
     let (image, calls) = open(path, format, mode);
     let begun = Instant::now();
@@ -101,7 +116,13 @@ fn verify(path: &Path, format: &str, expected: Option<&Expected>) {
     }
 }
 
-fn qemu(path: &Path, format: &str, mode: CacheMode, requests: &[Op], expected: Option<&Expected>) -> Duration {
+fn qemu(
+    path: &Path,
+    format: &str,
+    mode: CacheMode,
+    requests: &[Op],
+    expected: Option<&Expected>,
+) -> Duration {
     make(path, format);
     let commands = trace::qemu_io_commands(requests);
     let begun = Instant::now();
@@ -129,10 +150,18 @@ fn main() {
     let Some(requests) = trace::load() else { return };
     let requests = &requests[..requests.len().min(arguments.requests)];
     let expected = Expected::after(requests);
-    let has_qemu = arguments.qemu && Command::new("qemu-io").arg("--version").output().is_ok_and(|o| o.status.success());
+    let has_qemu =
+        arguments.qemu && Command::new("qemu-io").arg("--version").output().is_ok_and(|o| o.status.success());
     let path = arguments.dir.join(format!("replay-{}.img", std::process::id()));
-    println!("{} requests, {} runs, medians; files in {}", requests.len(), arguments.runs, arguments.dir.display());
-    println!("| cache | layout | seconds | fdatasync | pwrite | fallocate | QEMU: seconds | faster than QEMU |");
+    println!(
+        "{} requests, {} runs, medians; files in {}",
+        requests.len(),
+        arguments.runs,
+        arguments.dir.display()
+    );
+    println!(
+        "| cache | layout | seconds | fdatasync | pwrite | fallocate | QEMU: seconds | faster than QEMU |"
+    );
     println!("|---|---|---|---|---|---|---|---|");
     for mode in &arguments.modes {
         let formats = ["raw", "qcow2"];
@@ -153,9 +182,12 @@ fn main() {
             .iter_mut()
             .map(|(ours, qemu)| (median(ours), if has_qemu { median(qemu) } else { f64::NAN }))
             .collect();
-        for ((format, [syncs, writes, fallocates]), (ours, qemu)) in formats.iter().zip(counts).zip(&medians) {
+        for ((format, [syncs, writes, fallocates]), (ours, qemu)) in formats.iter().zip(counts).zip(&medians)
+        {
             let faster = qemu / ours;
-            println!("| {mode} | {format} | {ours:.2} | {syncs} | {writes} | {fallocates} | {qemu:.2} | {faster:.2} |");
+            println!(
+                "| {mode} | {format} | {ours:.2} | {syncs} | {writes} | {fallocates} | {qemu:.2} | {faster:.2} |"
+            );
         }
         let ratio = |n: usize| counts[1][n] as f64 / counts[0][n] as f64;
         println!(

@@ -311,7 +311,7 @@ fn no_power_cut_during_an_installation_loses_or_corrupts() {
     // The last part of the recording rewrites and deletes; the first fills the disk.
     let (window, skip) = match wanted_states() {
         Some(_) => (400, 0),
-        None => (150, requests.len() / 150 - 12),
+        None => (150, requests.len() / 150 - 8),
     };
     let rig = Rig {
         geometry: Geometry { size: trace::DISK, ..Geometry::plain(65536) },
@@ -325,7 +325,7 @@ fn no_power_cut_during_an_installation_loses_or_corrupts() {
     session.start_empty(trace::DISK);
     let mut generation = FIRST_GENERATION;
     for (number, part) in requests.chunks(window).enumerate() {
-        if wanted_states().is_none() && number > 12 && number < skip {
+        if wanted_states().is_none() && number > 8 && number < skip {
             continue;
         }
         for op in part {

@@ -62,7 +62,7 @@ fn play(geometry: &Geometry, seed: u64, fault: &Fault, faulty_file: usize) -> u6
 
 /// The first so many calls of each kind, one at a time; more of them where `QCOW2_FAULTS` says so.
 fn depth() -> u64 {
-    std::env::var("QCOW2_FAULTS").ok().and_then(|n| n.parse().ok()).unwrap_or(40)
+    std::env::var("QCOW2_FAULTS").ok().and_then(|n| n.parse().ok()).unwrap_or(24)
 }
 
 #[test]

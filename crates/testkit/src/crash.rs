@@ -19,27 +19,29 @@ use crate::{Rng, Sparse};
 
 pub use states::{Shape, State};
 
-/// A value of something, and the journal's positions when it began to appear and when its operation was complete.
+/// A value of something, the journal's position when it began to appear, and the moment when its operation was complete.
 #[derive(Debug, Clone, Copy)]
 struct Span<T> {
     value: T,
     start: usize,
-    done: usize,
+    done: u64,
 }
 
-const PENDING: usize = usize::MAX;
+const PENDING: u64 = u64::MAX;
 
 /// Every value that each sector had or may have had.
 #[derive(Debug, Clone, Default)]
 pub struct History {
     sectors: HashMap<u64, Vec<Span<Value>>>,
     sizes: Vec<Span<u64>>,
-    /// Positions at begin and end of every completed flush.
-    flushes: Vec<(usize, usize)>,
+    /// Moment of the begin, and the journal's position at the end, of every completed flush.
+    flushes: Vec<(u64, usize)>,
+    /// Counts moments: many fit between two changes of a file.
+    clock: u64,
 }
 
 /// The possible values of a thing, oldest first; the first one is guaranteed unless a later one is there.
-fn possible<T: Copy>(spans: &[Span<T>], promised: usize, cut: usize) -> impl Iterator<Item = T> + '_ {
+fn possible<T: Copy>(spans: &[Span<T>], promised: u64, cut: usize) -> impl Iterator<Item = T> + '_ {
     let from = spans.iter().rposition(|s| s.done <= promised);
     spans[from.unwrap_or(0)..]
         .iter()
@@ -81,20 +83,25 @@ impl History {
         spans.push(Span { value, start: at, done: PENDING });
     }
 
-    fn end(&mut self, sector: u64, at: usize) {
+    fn tick(&mut self) -> u64 {
+        self.clock += 1;
+        self.clock
+    }
+
+    fn end(&mut self, sector: u64, at: u64) {
         if let Some(span) = self.sectors.get_mut(&sector).and_then(|s| s.last_mut()) {
             span.done = span.done.min(at);
         }
     }
 
     /// The operation on this sector left it as it was.
-    fn undo(&mut self, sector: u64, value: Value, at: usize) {
+    fn undo(&mut self, sector: u64, value: Value, at: usize, done: u64) {
         self.begin(sector, value, at);
-        self.end(sector, at);
+        self.end(sector, done);
     }
 
-    /// The position up to which a power cut at `cut` must keep what was complete.
-    fn promised(&self, cut: usize) -> usize {
+    /// The moment up to which a power cut at `cut` must keep what was complete.
+    fn promised(&self, cut: usize) -> u64 {
         self.flushes.iter().filter(|(_, end)| *end <= cut).map(|(start, _)| *start).max().unwrap_or(0)
     }
 
@@ -108,7 +115,7 @@ impl History {
 
     /// The values that a sector may have now: one, unless operations failed. `None` for one that was never written.
     fn live(&self, sector: u64) -> Option<Vec<Value>> {
-        self.sectors.get(&sector).map(|spans| possible(spans, PENDING - 1, PENDING).collect())
+        self.sectors.get(&sector).map(|spans| possible(spans, PENDING - 1, usize::MAX).collect())
     }
 
     /// Forgets what no cut from now on can bring back.
@@ -147,7 +154,7 @@ impl History {
         target: &dyn Target,
         from: u64,
         len: u64,
-        promised: usize,
+        promised: u64,
         cut: usize,
     ) -> std::result::Result<(), String> {
         let mut bytes = vec![0; len as usize];
@@ -315,33 +322,35 @@ impl Session {
             Op::Discard { offset, len } => self.discard(target, offset, len, begun),
             Op::Read { offset, len } => self.verify(target, offset, len),
             Op::Flush => {
+                let moment = self.history.lock().tick();
                 target.flush()?;
                 let now = self.journal.position();
-                self.history.lock().flushes.push((begun, now));
+                self.history.lock().flushes.push((moment, now));
                 Ok(())
             }
             Op::Grow { size } => {
                 self.history.lock().sizes.push(Span { value: size, start: begun, done: PENDING });
                 target.grow(size)?;
-                let now = self.journal.position();
                 let mut history = self.history.lock();
-                history.sizes.last_mut().unwrap().done = now;
-                self.promise(&mut history, now);
+                history.sizes.last_mut().unwrap().done = history.tick();
+                self.promise(&mut history);
                 Ok(())
             }
             // Closing promises what a flush does. Opening again is the caller's.
             Op::Reopen => {
                 target.close()?;
                 let now = self.journal.position();
-                self.history.lock().flushes.push((now, now));
+                let mut history = self.history.lock();
+                let moment = history.tick();
+                history.flushes.push((moment, now));
                 Ok(())
             }
         }
     }
 
-    fn promise(&self, history: &mut History, now: usize) {
+    fn promise(&self, history: &mut History) {
         if self.durability == Durability::Each {
-            history.flushes.push((now, now));
+            history.flushes.push((history.clock, self.journal.position()));
         }
     }
 
@@ -353,12 +362,12 @@ impl Session {
         begun: usize,
         f: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
-        let now = self.change(offset, len, value, begun, f)?;
-        self.promise(&mut self.history.lock(), now);
+        self.change(offset, len, value, begun, f)?;
+        self.promise(&mut self.history.lock());
         Ok(())
     }
 
-    /// Runs `f`, which gives a range a value; gives the position at its end.
+    /// Runs `f`, which gives a range a value.
     fn change(
         &self,
         offset: u64,
@@ -366,7 +375,7 @@ impl Session {
         value: Value,
         begun: usize,
         f: impl FnOnce() -> Result<()>,
-    ) -> Result<usize> {
+    ) -> Result<()> {
         let range = offset / SECTOR..(offset + len) / SECTOR;
         assert!(
             offset.is_multiple_of(SECTOR) && len.is_multiple_of(SECTOR),
@@ -377,10 +386,10 @@ impl Session {
             range.clone().for_each(|sector| history.begin(sector, value, begun));
         }
         f()?;
-        let now = self.journal.position();
         let mut history = self.history.lock();
+        let now = history.tick();
         range.for_each(|sector| history.end(sector, now));
-        Ok(now)
+        Ok(())
     }
 
     /// A discarded sector is zero or as before; what it is now is what it stays.
@@ -393,7 +402,13 @@ impl Session {
         self.change(offset, len, Value::Zero, begun, || target.discard(offset, len))?;
         let mut undone = Vec::new();
         for run in before.chunk_by(|(a, _), (b, _)| a + 1 == *b) {
-            let found = sectors(target, run[0].0 * SECTOR, run.len() as u64 * SECTOR)?;
+            let found = sectors(target, run[0].0 * SECTOR, run.len() as u64 * SECTOR).inspect_err(|_| {
+                // Nobody knows which it is.
+                let (mut history, now) = (self.history.lock(), self.journal.position());
+                for (sector, old) in &before {
+                    old.iter().for_each(|value| history.begin(*sector, *value, now));
+                }
+            })?;
             for ((sector, old), (_, new)) in run.iter().zip(found) {
                 match new {
                     Found::Value(Value::Zero) => {}
@@ -404,8 +419,9 @@ impl Session {
         }
         let now = self.journal.position();
         let mut history = self.history.lock();
-        undone.into_iter().for_each(|(sector, value)| history.undo(sector, value, now));
-        self.promise(&mut history, now);
+        let moment = history.tick();
+        undone.into_iter().for_each(|(sector, value)| history.undo(sector, value, now, moment));
+        self.promise(&mut history);
         Ok(())
     }
 
@@ -447,7 +463,11 @@ impl Session {
             Err(e) => panic!("opening: {e:?}"),
         };
         for (generation, op) in (FIRST_GENERATION..).zip(ops) {
-            match self.run(&*target, *op, generation) {
+            let result = self.run(&*target, *op, generation);
+            if std::env::var_os("QCOW2_SHOW_OPERATIONS").is_some() {
+                eprintln!("{generation} {op:?}: {result:?}");
+            }
+            match result {
                 Ok(()) if *op == Op::Reopen => match open() {
                     Ok(again) => target = again,
                     Err(_) if may_fail => return None,

@@ -22,6 +22,7 @@ pub mod alloc;
 pub mod audit;
 pub mod chain;
 pub mod crash;
+pub mod disk_model;
 pub mod forge;
 pub mod malformed;
 pub mod matrix;

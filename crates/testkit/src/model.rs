@@ -27,6 +27,12 @@ impl Disk {
         self.bytes.len()
     }
 
+    /// Extends the disk to `size` bytes with zeroes.
+    pub fn grow(&mut self, size: u64) {
+        assert!(size >= self.size(), "{size} is less than {}", self.size());
+        self.bytes.set_len(size);
+    }
+
     /// The guest writes `bytes` at `offset`.
     pub fn write(&mut self, offset: u64, bytes: &[u8]) {
         assert!(offset + bytes.len() as u64 <= self.size(), "write beyond the disk");
