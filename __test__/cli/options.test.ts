@@ -76,21 +76,21 @@ describe('creation options', () => {
   it('reach the library under its names', () => {
     expect(
       convert(
-        'compat=0.10,cluster_size=4k,extended_l2=off,lazy_refcounts=off,preallocation=falloc,compression_type=zstd,' +
+        'compat=1.1,cluster_size=4k,extended_l2=off,lazy_refcounts=on,preallocation=falloc,compression_type=zstd,' +
           'refcount_bits=1,data_file=d.raw,data_file_raw=on',
       ),
     ).toEqual({
-      version: 2,
+      version: 3,
       clusterSize: 4096,
       extendedL2: false,
-      lazyRefcounts: false,
+      lazyRefcounts: true,
       preallocation: 'falloc',
       compressionType: 'zstd',
       refcountBits: 1,
       dataFile: 'd.raw',
       dataFileRaw: true,
     })
-    expect(convert('compat=v3,encryption=off,nocow=off,extent_size_hint=0')).toEqual({ version: 3 })
+    expect(convert('compat=v2,encryption=off,nocow=off,extent_size_hint=0')).toEqual({ version: 2 })
   })
 
   it.each([
@@ -98,6 +98,9 @@ describe('creation options', () => {
     ['preallocation=1234', "Parameter 'preallocation' does not accept value '1234'"],
     ['compression_type=lz4', "Parameter 'compression-type' does not accept value 'lz4'"],
     ['refcount_bits=7', 'Refcount width must be a power of two and may not exceed 64 bits'],
+    ['compat=v2,lazy_refcounts=on', 'Lazy refcounts only supported with compatibility level 1.1 and above'],
+    ['cluster_size=3k', 'Cluster size must be a power of two between 512 and 2048k'],
+    ['backing_fmt=raw', 'Backing format cannot be used without backing file'],
     ['encryption=on', "Option 'encryption' is not supported"],
     ['encrypt.format=luks', "Option 'encrypt.format' is not supported"],
     ['nocow=on', "Option 'nocow' is not supported"],

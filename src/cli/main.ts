@@ -51,7 +51,11 @@ function programName(script: string | undefined): string {
 function report(error: unknown, session: Session): number {
   session.stdout.flush()
   const failure = error instanceof CommandFailure ? error : new CommandFailure(describeError(error), { cause: error })
-  for (const line of failure.message.split('\n')) session.stderr.write(`${session.program}: ${line}\n`)
+  const message = session.program === 'qemu-img' ? withoutCode(failure.message) : failure.message
+  for (const line of message.split('\n')) session.stderr.write(`${session.program}: ${line}\n`)
   if (failure.hint !== undefined) session.stderr.write(`${failure.hint}\n`)
   return failure.exitCode
 }
+
+/** Programs that run qemu-img compare its messages to the letter, and it has no codes in them. */
+const withoutCode = (message: string): string => message.replace(/( \(field [^()]*\))?( \(ERR_[A-Z0-9_]+\))$/, '')

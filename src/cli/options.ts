@@ -106,12 +106,15 @@ function parseBool(name: string, text: string): boolean {
   throw new CommandFailure(`Parameter '${name}' expects 'on' or 'off'`)
 }
 
+/** As C reads it: decimal, octal or hexadecimal; a minus sign wraps around, for later checks to refuse. */
 function parseNumber(name: string, text: string): bigint {
-  const octal = /^0[0-7]+$/.test(text) ? `0o${text.slice(1)}` : text
-  if (!/^(0x[0-9a-f]+|0o[0-7]+|\d+)$/i.test(octal)) throw new CommandFailure(`Parameter '${name}' expects a number`)
-  const value = BigInt(octal)
+  const [, sign, digits = ''] = /^\s*([+-]?)(0x[0-9a-f]+|\d+)$/i.exec(text) ?? []
+  const octal = /^0\d+$/.test(digits)
+  if (digits === '' || (octal && !/^[0-7]+$/.test(digits)))
+    throw new CommandFailure(`Parameter '${name}' expects a number`)
+  const value = BigInt(octal ? `0o${digits.slice(1)}` : digits)
   if (value >= 2n ** 64n) throw new CommandFailure(`Value '${text}' is too large for parameter '${name}'`)
-  return value
+  return sign === '-' ? BigInt.asUintN(64, -value) : value
 }
 
 /** `name=value` pairs in the order of `specs`, defaults included: the tail of the "Formatting" line. */
@@ -120,10 +123,16 @@ export function describeOptions(values: OptionValues, specs: readonly OptionSpec
   for (const { name, fallback } of specs) {
     const value = values.get(name) ?? fallback
     if (value === undefined) continue
-    const text = typeof value === 'boolean' ? (value ? 'on' : 'off') : String(value)
-    parts.push(`${name}=${typeof value === 'string' ? text.replaceAll(',', ',,') : text}`)
+    parts.push(`${name}=${valueText(value)}`)
   }
   return parts.join(' ')
+}
+
+function valueText(value: OptionValue): string {
+  if (typeof value === 'string') return value.replaceAll(',', ',,')
+  if (typeof value === 'boolean') return value ? 'on' : 'off'
+  // As QEMU prints its 64-bit numbers: signed.
+  return String(BigInt.asIntN(64, value))
 }
 
 const TYPE_LABEL: Readonly<Record<OptionType, string>> = {

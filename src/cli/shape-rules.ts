@@ -45,6 +45,19 @@ const RULES: readonly (readonly [broken: (shape: Qcow2Shape) => boolean | undefi
   ],
 ]
 
+/** The L1 table may have 32 MiB, 8 bytes for each L2 table, which maps a cluster for every 8 (with subclusters, 16) of its own. */
+function largestDisk({ clusterSize = 65536, extendedL2 = false }: Qcow2Shape): bigint {
+  const cluster = BigInt(clusterSize)
+  return ((32n << 20n) / 8n) * (cluster / (extendedL2 ? 16n : 8n)) * cluster
+}
+
+/** Refuses a disk that the clusters are too small for. */
+export function checkDiskSize(shape: Qcow2Shape, size: bigint): void {
+  if (size > largestDisk(shape)) {
+    throw new CommandFailure("The image size is too large for file format 'qcow2' (try using a larger cluster size)")
+  }
+}
+
 /** Refuses a shape whose options contradict each other. */
 export function checkShape(shape: Qcow2Shape): void {
   for (const [broken, message] of RULES) {

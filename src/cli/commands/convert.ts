@@ -1,13 +1,13 @@
 import { open as openFile } from 'node:fs/promises'
 import { resolve } from 'node:path'
-import type { Command } from 'commander'
+import { type Command, Option } from 'commander'
 import { type Compression, type ConvertOptions, convert, type Format, Qcow2Error } from '../../index.js'
 import { describeFormat, optionSpecs, targetFormat, toCreateOptions } from '../create-options.js'
 import { describeError, openFailure } from '../errors.js'
 import { CommandFailure, unsupported } from '../failure.js'
 import { cacheMode, optionList, refuse, refuseDriverSyntax, wholeNumber } from '../grammar.js'
 import { formatOf, localPath, snapshotOf, withImage } from '../images.js'
-import { asksForHelp, type OptionValue, parseOptionList } from '../options.js'
+import { asksForHelp, type OptionValue, type OptionValues, parseOptionList } from '../options.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
@@ -21,6 +21,7 @@ interface ConvertArguments {
   readonly sourceSnapshot?: string
   readonly compress?: boolean
   readonly level?: number
+  readonly window?: Compression['window']
   readonly backing?: string
   readonly backingFormat?: string
   /** `-n`: commander turns `--no-create` into this. */
@@ -45,7 +46,13 @@ export function declareConvert(program: Command, run: Runner): void {
     .option('-O, --target-format <fmt>', 'format of TARGET: qcow2 or raw', 'raw')
     .option('-o, --target-options <list>', 'options of that format: name=value,... ("-o help" lists them)', optionList)
     .option('-c, --compress', 'compress (qcow2 only)')
-    .option('--level <n>', 'how hard to compress: zlib 1 to 12, zstd 1 to 19', wholeNumber('compression level', 1, 19))
+    .option('--level <n>', 'how hard to compress: zlib 1 to 12, zstd 1 to 22', wholeNumber('compression level', 1, 22))
+    .addOption(
+      new Option('--window <size>', 'how far back zlib may refer: small for readers that stream').choices([
+        'full',
+        'small',
+      ]),
+    )
     .option('-l, --source-snapshot <snapshot>', 'read this internal snapshot')
     .option('-B, --backing <file>', 'write only what differs from this image, which backs TARGET')
     .option('-F, --backing-format <fmt>', 'format of the backing file')
@@ -129,7 +136,9 @@ function refuseContradictions(given: ConvertArguments): void {
     throw new CommandFailure('-o has no effect when skipping image creation')
   }
   if (given.targetIsZero && given.create) throw new CommandFailure('--target-is-zero requires use of -n flag')
-  if (given.level !== undefined && !given.compress) throw new CommandFailure('--level requires use of -c flag')
+  for (const name of ['level', 'window'] as const) {
+    if (given[name] !== undefined && !given.compress) throw new CommandFailure(`--${name} requires use of -c flag`)
+  }
 }
 
 async function convertNamed(source: string, target: string, given: ConvertArguments, session: Session): Promise<void> {
@@ -178,7 +187,7 @@ function newTarget(target: string, to: Format, given: ConvertArguments): Partial
   if (backing !== undefined && !values.has('backing_fmt')) {
     throw new CommandFailure('Use of backing file requires explicit backing format')
   }
-  const { preallocation, ...shape } = toCreateOptions(values, to)
+  const { preallocation, ...shape } = shapeOf(target, to, values)
   if (given.compress && to !== 'qcow2') throw new CommandFailure('Compression not supported for this file format')
   if (given.compress && preallocation !== undefined && preallocation !== 'off') {
     throw new CommandFailure('Compression and preallocation not supported at the same time')
@@ -187,14 +196,24 @@ function newTarget(target: string, to: Format, given: ConvertArguments): Partial
     overwrite: true,
     ...(to === 'qcow2' && { create: shape }),
     ...(preallocation !== undefined && { preallocation }),
-    ...(given.compress && { compress: compressionOf(shape.compressionType, given.level) }),
+    ...(given.compress && { compress: compressionOf(shape.compressionType, given) }),
     ...(typeof backing === 'string' && { base: resolve(fromImage(target, backing)) }),
   }
 }
 
-const compressionOf = (type: Compression['type'], level: number | undefined): Compression => ({
+function shapeOf(target: string, to: Format, values: OptionValues) {
+  try {
+    return toCreateOptions(values, to)
+  } catch (error) {
+    if (!(error instanceof CommandFailure)) throw error
+    throw new CommandFailure(`${target}: error while converting ${to}: ${error.message}`, { cause: error })
+  }
+}
+
+const compressionOf = (type: Compression['type'], { level, window }: ConvertArguments): Compression => ({
   ...(type !== undefined && { type }),
   ...(level !== undefined && { level }),
+  ...(window !== undefined && { window }),
 })
 
 /** The cache modes other than "unsafe" promise that what is written stays written. */

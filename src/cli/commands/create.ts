@@ -9,6 +9,7 @@ import { formatOf, localPath, withImage } from '../images.js'
 import { asksForHelp, describeOptions, type OptionValue, parseOptionList } from '../options.js'
 import type { Runner } from '../program.js'
 import type { Session } from '../session.js'
+import { checkDiskSize } from '../shape-rules.js'
 import { sizeArgument } from '../size.js'
 
 interface CreateArguments {
@@ -84,11 +85,14 @@ async function createNamed(
     session.stdout.write(`Formatting '${filename}', fmt=${format} ${describeOptions(values, specs)}\n`)
     session.stdout.flush()
   }
+  const shape = toCreateOptions(values, format)
+  // A guest's disk has whole sectors.
+  const sectors = wholeSectors(size)
+  if (format === 'qcow2') checkDiskSize(shape, sectors)
   const image = await create(path, {
     format,
-    ...toCreateOptions(values, format),
-    // Whole sectors: a guest's disk has no other size.
-    size: wholeSectors(size),
+    ...shape,
+    size: sectors,
     // A backing file that was to be looked at has been: see above.
     references: 'layer',
     overwrite: true,
@@ -138,10 +142,7 @@ async function completeBacking(
 
   const path = fromImage(filename, backing)
   if (format === undefined) {
-    const detected = await formatOf(path, undefined, session).catch(() => undefined)
-    throw new CommandFailure('Backing file specified without backing format', {
-      ...(detected !== undefined && { hint: `Detected format of ${detected}.` }),
-    })
+    throw await formatMissing(path, unchecked, session)
   }
   const request = { filename: path, format }
   const size = await withImage(request, session, async image => image.virtualSize).catch(error => {
@@ -151,6 +152,19 @@ async function completeBacking(
     throw new CommandFailure(message, { hint: 'Could not open backing image.', cause: error })
   })
   if (!values.has('size')) values.set('size', BigInt(size))
+}
+
+/** What is wrong first: the file is not there, or its format was not given; which it has can be said then. */
+async function formatMissing(path: string, unchecked: boolean, session: Session): Promise<CommandFailure> {
+  const message = 'Backing file specified without backing format'
+  if (unchecked) return new CommandFailure(message)
+  try {
+    return new CommandFailure(message, { hint: `Detected format of ${await formatOf(path, undefined, session)}.` })
+  } catch (error) {
+    if (session.signal.aborted) throw error
+    const reason = error instanceof CommandFailure ? error.message : describeError(error)
+    return new CommandFailure(reason, { hint: 'Could not open backing image.', cause: error })
+  }
 }
 
 /** A backing file's name is relative to the image that names it. */
