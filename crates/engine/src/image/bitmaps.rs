@@ -1,7 +1,6 @@
 //! Reading the bitmap directory.
 
 use qcow2_format::bitmap::BitmapDirectoryEntry;
-use qcow2_format::header::feature::Autoclear;
 
 use super::qcow2::Qcow2;
 use crate::{Error, ErrorKind, MemMut, Result, StorageExt};
@@ -20,10 +19,9 @@ impl Qcow2 {
     /// `Corrupt` or `Limit` for a directory that breaks the format.
     pub fn bitmaps(&self) -> Result<Vec<BitmapRecord>> {
         let header = self.header();
-        let Some(extension) = header.bitmaps() else { return Ok(Vec::new()) };
-        if !header.autoclear.contains(Autoclear::BITMAPS) {
-            return Ok(Vec::new());
-        }
+        let Some(extension) = self.bitmap_directory() else { return Ok(Vec::new()) };
+        // A viewed snapshot may have another size than the disk that the bitmaps are about.
+        let size = if self.viewed_snapshot().is_some() { header.size } else { self.virtual_size() };
         let corrupt = |e| {
             super::open::on_file(&**self.storage(), Error::format(e, ErrorKind::Corrupt))
                 .with_offset(extension.directory_offset.0)
@@ -60,7 +58,7 @@ impl Qcow2 {
         let mut rest = bytes.as_slice();
         for _ in 0..extension.count {
             let (entry, length) = BitmapDirectoryEntry::parse(rest).map_err(corrupt)?;
-            entry.validate(header.size, self.geometry()).map_err(corrupt)?;
+            entry.validate(size, self.geometry()).map_err(corrupt)?;
             rest = rest.get(length..).unwrap_or_default();
             records.push(BitmapRecord { entry });
         }

@@ -5,6 +5,8 @@ use std::sync::{Arc, OnceLock};
 
 use parking_lot::RwLock;
 
+use qcow2_format::header::extension::BitmapsExtension;
+use qcow2_format::header::feature::Autoclear;
 use qcow2_format::{CryptMethod, Geometry, Header, Limits, SnapshotRecord};
 
 use super::inflated::{Inflate, InflatedCache};
@@ -23,6 +25,7 @@ pub struct Qcow2 {
     viewed: Option<usize>,
     snapshots: RwLock<Arc<[SnapshotRecord]>>,
     generation: AtomicU64,
+    bitmap_directory: RwLock<Option<BitmapsExtension>>,
     snapshot_error: Option<Error>,
     limits: Limits,
     pub(crate) mapping: RwLock<Mapping>,
@@ -80,10 +83,13 @@ impl Qcow2 {
         inflated: InflatedCache,
         limits: Limits,
     ) -> Self {
+        let consistent = header.autoclear.contains(Autoclear::BITMAPS);
+        let directory = header.bitmaps().filter(|_| consistent).copied();
         Self {
             storage,
             data_file: None,
             header,
+            bitmap_directory: RwLock::new(directory),
             size: AtomicU64::new(view.size),
             viewed: view.snapshot,
             snapshots: RwLock::new(snapshots.into()),
@@ -149,6 +155,13 @@ impl Qcow2 {
     /// Counts the changes of the snapshots while the image is open: a plan is good for one generation.
     pub fn generation(&self) -> u64 {
         self.generation.load(Ordering::Acquire)
+    }
+    /// Where the bitmap directory is, if the image has consistent bitmaps.
+    pub(crate) fn bitmap_directory(&self) -> Option<BitmapsExtension> {
+        *self.bitmap_directory.read()
+    }
+    pub(crate) fn set_bitmap_directory(&self, directory: Option<BitmapsExtension>) {
+        *self.bitmap_directory.write() = directory;
     }
     pub(crate) fn next_generation(&self) {
         self.generation.fetch_add(1, Ordering::AcqRel);

@@ -244,6 +244,10 @@ impl Session<'_> {
         l1.used = true;
         let (offset, entries, size) = (l1.offset, l1.entries.clone(), l1.size);
         made.unsettled = true;
+        let resized = size != self.image.virtual_size();
+        if resized && self.writer.bitmaps.load(self.image, true)? {
+            self.barrier()?;
+        }
         self.writer.write_active(self.image, size, entries.len() as u32, offset)?;
         let former = self.writer.l1_offset();
         self.writer.note_active(self.image, &entries, offset);
@@ -251,6 +255,9 @@ impl Session<'_> {
         made.former_active = Some((former, former_entries));
         self.image.set_virtual_size(size);
         self.image.next_generation();
+        // Any byte of the disk may be another one now.
+        self.writer.bitmaps.resize(size, self.image.limits().max_memory)?;
+        self.writer.bitmaps.mark(&(0..size));
         Ok(())
     }
 }

@@ -11,3 +11,4 @@ mod session;
 mod tree;
 
 pub use plan::{L1Source, NewSnapshot, Plan, Record, Step, Tree};
+pub(crate) use session::Session;

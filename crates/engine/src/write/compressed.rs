@@ -19,7 +19,7 @@ impl Image {
     pub fn write_compressed_at(&self, buf: Mem<'_>, offset: u64) -> Result<()> {
         let range = self.guest_range(offset, buf.len() as u64)?;
         let disk = self.virtual_size();
-        self.guest_request(|top| {
+        self.guest_request(&range.clone(), |top| {
             let Top::Qcow2(image, writer) = top else {
                 let message = "a raw disk cannot hold compressed clusters";
                 return Err(Error::new(ErrorKind::UnsupportedFeature, message));

@@ -7,6 +7,7 @@ use super::quarantine::Unlinked;
 use super::request::Top;
 use super::writer::Writer;
 use crate::image::{Image, Layer, Qcow2};
+use crate::maintenance::Session;
 use crate::{Mem, Result, StorageExt};
 
 /// Bytes of changed L2 slices that a request may leave behind; more are written without waiting for a flush.
@@ -55,16 +56,18 @@ impl Image {
         match self.layers().first() {
             Some(Layer::Qcow2(image)) => {
                 let Some(writer) = &image.writer else { return Ok(()) };
-                let _alone = writer.gate.write();
                 if writer.check().is_err() {
                     return Ok(());
                 }
                 if writer.begun.get().is_some() {
-                    self.flush_metadata(image, writer)?;
-                    // Once more: what the first flush took out of quarantine is given back too.
+                    let session = Session::begin(self)?;
+                    self.store_bitmaps(&session)?;
                     writer.give_back(image)?;
+                    writer.close();
+                } else {
+                    let _alone = writer.gate.write();
+                    writer.close();
                 }
-                writer.close();
                 Ok(())
             }
             Some(Layer::Raw(raw)) if raw.storage().traits().writable => raw.storage().flush(),

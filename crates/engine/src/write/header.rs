@@ -1,6 +1,5 @@
 //! Changes of single header fields in place: everything else in the first cluster stays as it is.
 
-use qcow2_format::bitmap::BitmapFlags;
 use qcow2_format::header::feature::{Autoclear, Incompatible};
 
 use super::writer::Writer;
@@ -17,14 +16,12 @@ pub(super) const REFCOUNT_TABLE_OFFSET: u64 = 48;
 const NB_SNAPSHOTS: u64 = 60;
 /// Offset of `incompatible_features`.
 const INCOMPATIBLE: u64 = 72;
-/// Offset of `flags` in a bitmap directory entry.
-const BITMAP_FLAGS: u64 = 12;
 /// Offset of `autoclear_features`.
 const AUTOCLEAR: u64 = 88;
 
 impl Writer {
-    /// Prepares the image for its first change: clears the autoclear bits that this library does not know, and marks
-    /// enabled bitmaps as in use, because they are not kept up to date.
+    /// Prepares the image for its first change: clears the autoclear bits that this library does not know, and loads the
+    /// enabled bitmaps, which are in use from now on.
     pub(crate) fn begin(&self, image: &Qcow2) -> Result<()> {
         self.check()?;
         if self.begun.get().is_some() {
@@ -36,9 +33,9 @@ impl Writer {
         }
         let header = image.header();
         let keep = header.autoclear & Autoclear::SUPPORTED;
-        let mut changed = self.mark_bitmaps(image)?;
+        let mut changed = self.bitmaps.load(image, false)?;
         if header.version >= 3 && header.autoclear != keep {
-            self.write_field(image, AUTOCLEAR, &keep.bits().to_be_bytes())?;
+            self.write_autoclear(image, keep)?;
             changed = true;
         }
         if changed {
@@ -48,21 +45,9 @@ impl Writer {
         Ok(())
     }
 
-    /// Sets the in-use flag of every enabled bitmap; true if there was one to mark.
-    fn mark_bitmaps(&self, image: &Qcow2) -> Result<bool> {
-        let mut changed = false;
-        let Some(directory) = image.header().bitmaps() else { return Ok(false) };
-        let mut at = directory.directory_offset.0;
-        for bitmap in image.bitmaps()? {
-            let flags = bitmap.entry.flags;
-            if flags.contains(BitmapFlags::AUTO) && !flags.contains(BitmapFlags::IN_USE) {
-                let flags = (flags | BitmapFlags::IN_USE).bits();
-                self.write_field(image, at + BITMAP_FLAGS, &flags.to_be_bytes())?;
-                changed = true;
-            }
-            at += bitmap.entry.encoded_length() as u64;
-        }
-        Ok(changed)
+    /// Sets the autoclear bits. Durable with the next sync.
+    pub(crate) fn write_autoclear(&self, image: &Qcow2, bits: Autoclear) -> Result<()> {
+        self.write_field(image, AUTOCLEAR, &bits.bits().to_be_bytes())
     }
 
     /// Marks the image corrupt, as far as that is possible: a version 2 header has no such bit.

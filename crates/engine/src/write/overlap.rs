@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 
+use qcow2_format::header::extension::BitmapsExtension;
 use qcow2_format::{Geometry, L1Entry, SnapshotRecord};
 
 use crate::image::Qcow2;
@@ -26,9 +27,7 @@ impl MetadataMap {
         let snapshots = image.snapshots();
         let table: usize = snapshots.iter().map(SnapshotRecord::encoded_length).sum();
         map.set_snapshots(&g, &snapshots, header.snapshots_offset.0, table as u64);
-        if let Some(bitmaps) = header.bitmaps() {
-            map.add_fixed(&g, bitmaps.directory_offset.0, bitmaps.directory_size, "bitmap directory");
-        }
+        map.set_bitmaps(&g, image.bitmap_directory().as_ref());
         map.clusters.extend(refcount_blocks.map(|o| g.cluster_index(o)));
         let tables = image.mapping.read();
         let offsets = tables.l1.iter().map(|&e| L1Entry(e).offset_bits()).filter(|&o| o != 0);
@@ -63,6 +62,14 @@ impl MetadataMap {
     pub(super) fn set_l1(&mut self, g: &Geometry, offset: u64, entries: u64) {
         self.fixed.retain(|f| f.2 != "active L1 table");
         self.add_fixed(g, offset, entries * 8, "active L1 table");
+    }
+
+    /// Records the place of the bitmap directory.
+    pub(super) fn set_bitmaps(&mut self, g: &Geometry, directory: Option<&BitmapsExtension>) {
+        self.fixed.retain(|f| f.2 != "bitmap directory");
+        if let Some(directory) = directory {
+            self.add_fixed(g, directory.directory_offset.0, directory.directory_size, "bitmap directory");
+        }
     }
 
     /// Records the place of the refcount table.

@@ -63,7 +63,7 @@ impl Image {
     /// metadata write, the image refuses writes until it is reopened.
     pub fn write_at(&self, buf: Mem<'_>, offset: u64) -> Result<()> {
         let range = self.guest_range(offset, buf.len() as u64)?;
-        self.guest_request(|top| match top {
+        self.guest_request(&range.clone(), |top| match top {
             Top::Raw(raw) => raw.storage().write_all_at(buf, offset),
             Top::Qcow2(image, writer) => {
                 match writer.options.detect_zeroes {
@@ -76,8 +76,12 @@ impl Image {
         })
     }
 
-    /// Runs one guest request: shared with others, apart from maintenance; with the flush of the write-through modes.
-    pub(super) fn guest_request(&self, request: impl FnOnce(Top<'_>) -> Result<()>) -> Result<()> {
+    /// Runs one guest request on `range`: shared with others, apart from maintenance; with the flush of the write-through modes.
+    pub(super) fn guest_request(
+        &self,
+        range: &Range<u64>,
+        request: impl FnOnce(Top<'_>) -> Result<()>,
+    ) -> Result<()> {
         match self.top()? {
             Top::Raw(raw) => {
                 request(Top::Raw(raw))?;
@@ -86,6 +90,7 @@ impl Image {
             Top::Qcow2(image, writer) => {
                 let _shared = writer.gate.read();
                 writer.begin(image)?;
+                writer.bitmaps.mark(range);
                 request(Top::Qcow2(image, writer))?;
                 if writer.options.flush_each { self.flush_metadata(image, writer) } else { Ok(()) }
             }

@@ -46,6 +46,9 @@ impl Image {
             );
             return Err(image.error(ErrorKind::Limit, message).with_field("size"));
         }
+        if writer.bitmaps.load(image, true)? {
+            image.storage().flush().map_err(|e| writer.poison(e))?;
+        }
         if entries > image.mapping.read().l1.len() as u64 {
             // What refers to the old table must be in the file before it is copied.
             self.flush_metadata(image, writer)?;
@@ -62,7 +65,7 @@ impl Image {
         writer.write_size(image, size)?;
         image.storage().flush().map_err(|e| writer.poison(e))?;
         image.set_virtual_size(size);
-        Ok(())
+        writer.bitmaps.resize(size, image.limits().max_memory)
     }
 
     /// Makes sure that the bytes behind the old end read as zeroes once they are inside: the rest of the last cluster

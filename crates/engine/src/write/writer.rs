@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::{Mutex, RwLock};
+use qcow2_format::header::extension::BitmapsExtension;
 use qcow2_format::header::feature::Incompatible;
 use qcow2_format::{CryptMethod, Geometry, L1Entry, SnapshotRecord};
 
@@ -11,6 +12,7 @@ use super::alloc::Allocator;
 use super::inflight::InFlight;
 use super::overlap::MetadataMap;
 use super::refcounts::Refcounts;
+use crate::bitmap::Tracker;
 use crate::image::Qcow2;
 use crate::{Error, ErrorKind, Result};
 
@@ -62,6 +64,7 @@ pub(crate) struct Writer {
     pub(super) metadata: Mutex<MetadataMap>,
     pub(super) inflight: InFlight,
     pub(super) options: WriteOptions,
+    pub(crate) bitmaps: Tracker,
     /// Where the active L1 table is: growing the disk moves it.
     l1_offset: AtomicU64,
     /// Set once the header is prepared for changes.
@@ -120,6 +123,7 @@ impl Writer {
             metadata: Mutex::new(metadata),
             inflight: InFlight::default(),
             options,
+            bitmaps: Tracker::default(),
             l1_offset: AtomicU64::new(header.l1_table_offset.0),
             begun: OnceLock::new(),
             poisoned: OnceLock::new(),
@@ -167,6 +171,11 @@ impl Writer {
     /// Records a new snapshot table for the overlap check.
     pub(crate) fn note_snapshots(&self, image: &Qcow2, records: &[SnapshotRecord], offset: u64, bytes: u64) {
         self.metadata.lock().set_snapshots(image.geometry(), records, offset, bytes);
+    }
+
+    /// Records the place of the bitmap directory for the overlap check.
+    pub(crate) fn note_bitmaps(&self, image: &Qcow2, directory: Option<&BitmapsExtension>) {
+        self.metadata.lock().set_bitmaps(image.geometry(), directory);
     }
 
     /// Records that another L1 table is the active one.

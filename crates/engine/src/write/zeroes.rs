@@ -22,7 +22,7 @@ impl Image {
         if range.is_empty() {
             return Ok(());
         }
-        self.guest_request(|top| match top {
+        self.guest_request(&range.clone(), |top| match top {
             Top::Raw(raw) => raw.storage().zero(offset, length, unmap),
             Top::Qcow2(image, writer) => {
                 self.zero_range(image, writer, range, unmap)?;
@@ -38,7 +38,7 @@ impl Image {
     /// As [`Image::write_at`].
     pub fn discard(&self, offset: u64, length: u64) -> Result<()> {
         let range = self.guest_range(offset, length)?;
-        self.guest_request(|top| match top {
+        self.guest_request(&range.clone(), |top| match top {
             Top::Raw(raw) if raw.discard() == Discard::Unmap && length > 0 => {
                 let discarded = raw.storage().discard(offset, length);
                 discarded.map_err(|e| raw.storage().failure(e, "fallocate").with_offset(offset))

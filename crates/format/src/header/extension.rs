@@ -8,7 +8,8 @@ use crate::{FormatError, FormatResult, HostOffset};
 const END: u32 = 0x0000_0000;
 const BACKING_FORMAT: u32 = 0xe279_2aca;
 const FEATURE_NAMES: u32 = 0x6803_f857;
-const BITMAPS: u32 = 0x2385_2875;
+/// Type of the bitmaps extension.
+pub const BITMAPS: u32 = 0x2385_2875;
 const CRYPTO_HEADER: u32 = 0x0537_be77;
 const DATA_FILE: u32 = 0x4441_5441;
 
@@ -119,14 +120,7 @@ impl Extension {
         match self {
             Self::BackingFormat(name) => put(out, BACKING_FORMAT, name),
             Self::FeatureNames(names) => put(out, FEATURE_NAMES, &feature::encode_names(names)),
-            Self::Bitmaps(bitmaps) => {
-                let mut data = Vec::with_capacity(24);
-                data.extend_from_slice(&bitmaps.count.to_be_bytes());
-                data.extend_from_slice(&bitmaps.reserved.to_be_bytes());
-                data.extend_from_slice(&bitmaps.directory_size.to_be_bytes());
-                data.extend_from_slice(&bitmaps.directory_offset.0.to_be_bytes());
-                put(out, BITMAPS, &data);
-            }
+            Self::Bitmaps(bitmaps) => put(out, BITMAPS, &bitmaps.encode()),
             Self::CryptoHeader { offset, length } => {
                 let mut data = Vec::with_capacity(16);
                 data.extend_from_slice(&offset.0.to_be_bytes());
@@ -150,6 +144,19 @@ impl Extension {
 }
 
 impl BitmapsExtension {
+    /// The extension's data.
+    pub fn encode(&self) -> [u8; 24] {
+        let mut data = [0u8; 24];
+        let (count, rest) = data.split_at_mut(4);
+        let (reserved, rest) = rest.split_at_mut(4);
+        let (size, offset) = rest.split_at_mut(8);
+        count.copy_from_slice(&self.count.to_be_bytes());
+        reserved.copy_from_slice(&self.reserved.to_be_bytes());
+        size.copy_from_slice(&self.directory_size.to_be_bytes());
+        offset.copy_from_slice(&self.directory_offset.0.to_be_bytes());
+        data
+    }
+
     /// Whether the fields keep the format's rules for an image of this cluster size. Only an extension whose autoclear
     /// bit is set is consistent, and only that one needs to be valid.
     ///

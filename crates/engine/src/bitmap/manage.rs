@@ -1,0 +1,199 @@
+//! Adding, removing and changing bitmaps.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use qcow2_format::HostOffset;
+use qcow2_format::bitmap::{BitmapDirectoryEntry, BitmapFlags, DIRTY_TRACKING};
+use qcow2_format::limits::{BITMAP_GRANULARITY_BITS, MAX_BITMAP_NAME};
+
+use super::bits::Bits;
+use super::directory::NewEntry;
+use super::stored;
+use super::tracked::Tracked;
+use crate::image::{Image, Layer, Qcow2};
+use crate::maintenance::Session;
+use crate::{Error, ErrorKind, Result};
+
+impl Image {
+    /// Adds a clean bitmap. `granularity_bits` is the log2 of the bytes per bit; without it QEMU's default: the cluster
+    /// size, between 4 KiB and 64 KiB.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a bad or taken name or a granularity outside 9..=31; `UnsupportedFeature` in version 2;
+    /// `Limit`; else as [`Image::write_at`].
+    pub fn add_bitmap(&self, name: &str, granularity_bits: Option<u8>, enabled: bool) -> Result<()> {
+        let session = begin(self)?;
+        let image = session.image;
+        if name.is_empty() || name.len() > MAX_BITMAP_NAME {
+            let message =
+                format!("a bitmap's name must have 1 to {MAX_BITMAP_NAME} bytes, not {}", name.len());
+            return Err(image.error(ErrorKind::InvalidArgument, message));
+        }
+        let default = image.geometry().cluster_bits().clamp(12, 16) as u8;
+        let granularity_bits = granularity_bits.unwrap_or(default);
+        if !BITMAP_GRANULARITY_BITS.contains(&granularity_bits) {
+            let message =
+                format!("a granularity of 2^{granularity_bits} bytes is not between 512 bytes and 2 GiB");
+            return Err(image.error(ErrorKind::InvalidArgument, message));
+        }
+        let bits = Arc::new(Bits::new(image.virtual_size(), granularity_bits, image.limits().max_memory)?);
+        session.replace_bitmaps(|mut entries| {
+            if entries.iter().any(|e| e.entry.name == name.as_bytes()) {
+                let message = format!("a bitmap named '{name}' exists already");
+                return Err(image.error(ErrorKind::InvalidArgument, message));
+            }
+            let flags = if enabled { BitmapFlags::AUTO | BitmapFlags::IN_USE } else { BitmapFlags::empty() };
+            let entry = BitmapDirectoryEntry {
+                table_offset: HostOffset(0),
+                table_size: 0,
+                flags,
+                kind: DIRTY_TRACKING,
+                granularity_bits,
+                name: name.as_bytes().to_vec(),
+                extra_data: Vec::new(),
+            };
+            entries.push(NewEntry { entry, bits: Some(Arc::clone(&bits)), former: None });
+            Ok(entries)
+        })?;
+        if enabled {
+            session.writer.bitmaps.put(Tracked { name: name.as_bytes().to_vec(), bits, enabled });
+        }
+        Ok(())
+    }
+
+    /// Removes a bitmap, also an inconsistent one.
+    ///
+    /// # Errors
+    /// `NoBitmap`; else as [`Image::write_at`].
+    pub fn remove_bitmap(&self, name: &str) -> Result<()> {
+        let session = begin(self)?;
+        let image = session.image;
+        session.replace_bitmaps(|mut entries| {
+            let before = entries.len();
+            entries.retain(|e| e.entry.name != name.as_bytes());
+            if entries.len() == before { Err(missing(image, name)) } else { Ok(entries) }
+        })?;
+        session.writer.bitmaps.remove(name.as_bytes());
+        Ok(())
+    }
+
+    /// Clears all bits of a bitmap.
+    ///
+    /// # Errors
+    /// `NoBitmap`; `Corrupt` for an inconsistent one; else as [`Image::write_at`].
+    pub fn clear_bitmap(&self, name: &str) -> Result<()> {
+        let session = begin(self)?;
+        let (bits, enabled) = session.bits_of(name)?;
+        bits.clear();
+        session.keep(name, bits, enabled)
+    }
+
+    /// Starts or stops recording guest changes in a bitmap.
+    ///
+    /// # Errors
+    /// As [`Image::clear_bitmap`].
+    pub fn enable_bitmap(&self, name: &str, enabled: bool) -> Result<()> {
+        let session = begin(self)?;
+        let (bits, _) = session.bits_of(name)?;
+        session.keep(name, bits, enabled)
+    }
+
+    /// Marks in bitmap `target` what is dirty in `sources`, bits of this or another image.
+    ///
+    /// # Errors
+    /// As [`Image::clear_bitmap`]; `InvalidArgument` for a source of a disk of another size.
+    pub fn merge_bitmaps(&self, target: &str, sources: &[Bits]) -> Result<()> {
+        let session = begin(self)?;
+        let (bits, enabled) = session.bits_of(target)?;
+        if let Some(odd) = sources.iter().find(|source| source.size() != bits.size()) {
+            let message = format!(
+                "a bitmap of a disk of {} bytes cannot be merged into one of {}",
+                odd.size(),
+                bits.size()
+            );
+            return Err(session.image.error(ErrorKind::InvalidArgument, message));
+        }
+        sources.iter().for_each(|source| bits.merge(source));
+        session.keep(target, bits, enabled)
+    }
+
+    /// A copy of a bitmap's bits as they are now.
+    ///
+    /// # Errors
+    /// `NoBitmap`; `Corrupt` for an inconsistent bitmap; `Io`.
+    pub fn bitmap_bits(&self, name: &str) -> Result<Bits> {
+        let image = qcow2(self)?;
+        if let Some(tracked) = image.writer.as_ref().and_then(|w| w.bitmaps.find(name.as_bytes())) {
+            return tracked.bits.resized(tracked.bits.size(), image.limits().max_memory);
+        }
+        load_consistent(image, name).map(|(bits, _)| bits)
+    }
+
+    /// The dirty guest bytes of a bitmap as ranges, in order.
+    ///
+    /// # Errors
+    /// As [`Image::bitmap_bits`].
+    pub fn bitmap_extents(&self, name: &str) -> Result<Vec<Range<u64>>> {
+        Ok(self.bitmap_bits(name)?.extents().collect())
+    }
+}
+
+fn qcow2(disk: &Image) -> Result<&Qcow2> {
+    disk.layers()
+        .first()
+        .and_then(Layer::as_qcow2)
+        .ok_or_else(|| Error::new(ErrorKind::UnsupportedFeature, "a raw disk has no persistent bitmaps"))
+}
+
+fn begin(disk: &Image) -> Result<Session<'_>> {
+    let session = Session::begin(disk)?;
+    if session.image.header().version < 3 {
+        let message = "a version 2 image cannot have persistent bitmaps";
+        return Err(session.image.error(ErrorKind::UnsupportedFeature, message));
+    }
+    Ok(session)
+}
+
+fn missing(image: &Qcow2, name: &str) -> Error {
+    image.error(ErrorKind::NoBitmap, format!("no bitmap is named '{name}'"))
+}
+
+fn load_consistent(image: &Qcow2, name: &str) -> Result<(Bits, bool)> {
+    let records = image.bitmaps()?;
+    let record = records.iter().find(|r| r.entry.name == name.as_bytes());
+    let entry = &record.ok_or_else(|| missing(image, name))?.entry;
+    if entry.flags.contains(BitmapFlags::IN_USE) {
+        let message = format!("the bitmap '{name}' is inconsistent: it can only be removed");
+        return Err(image.error(ErrorKind::Corrupt, message));
+    }
+    Ok((stored::load(image, entry)?, entry.flags.contains(BitmapFlags::AUTO)))
+}
+
+impl Session<'_> {
+    /// The bits of a consistent bitmap, and whether it is enabled.
+    fn bits_of(&self, name: &str) -> Result<(Arc<Bits>, bool)> {
+        match self.writer.bitmaps.find(name.as_bytes()) {
+            Some(tracked) => Ok((tracked.bits, tracked.enabled)),
+            None => load_consistent(self.image, name).map(|(bits, enabled)| (Arc::new(bits), enabled)),
+        }
+    }
+
+    /// Stores changed bits, and follows guest changes with them where the bitmap is enabled.
+    fn keep(&self, name: &str, bits: Arc<Bits>, enabled: bool) -> Result<()> {
+        self.replace_bitmaps(|mut entries| {
+            if let Some(entry) = entries.iter_mut().find(|e| e.entry.name == name.as_bytes()) {
+                entry.entry.flags.set(BitmapFlags::AUTO, enabled);
+                entry.entry.flags.set(BitmapFlags::IN_USE, enabled);
+                entry.bits = Some(Arc::clone(&bits));
+            }
+            Ok(entries)
+        })?;
+        if enabled {
+            self.writer.bitmaps.put(Tracked { name: name.as_bytes().to_vec(), bits, enabled });
+        } else {
+            self.writer.bitmaps.remove(name.as_bytes());
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,89 @@
+//! Bitmaps in the file: table and data clusters (sections "Bitmap table" and "Bitmap data").
+
+use qcow2_format::bitmap::{BitmapCluster, BitmapDirectoryEntry, BitmapTableEntry};
+
+use super::bits::Bits;
+use crate::image::{Qcow2, decode_words, on_file};
+use crate::maintenance::Session;
+use crate::{Error, ErrorKind, MemMut, Result, StorageExt};
+
+/// Reads the table of a bitmap whose directory entry is validated.
+pub(super) fn read_table(image: &Qcow2, entry: &BitmapDirectoryEntry) -> Result<Vec<BitmapCluster>> {
+    let bytes = u64::from(entry.table_size) * 8;
+    let end = entry.table_offset.0.saturating_add(bytes);
+    if bytes > image.limits().max_metadata_bytes || end > image.storage().size()? {
+        let message = format!(
+            "the bitmap table at {} with {bytes} bytes is too large or outside the file",
+            entry.table_offset
+        );
+        return Err(image.error(ErrorKind::Corrupt, message).with_field("bitmap_table_offset"));
+    }
+    let mut table = vec![0u8; bytes as usize];
+    image.storage().read_exact_at(MemMut::from(&mut table[..]), entry.table_offset.0)?;
+    let decode = |word| BitmapTableEntry(word).decode(image.geometry());
+    let table: std::result::Result<_, _> = decode_words(&table).into_iter().map(decode).collect();
+    table.map_err(|e| on_file(&**image.storage(), Error::format(e, ErrorKind::Corrupt)))
+}
+
+/// Loads the bits of a bitmap.
+pub(super) fn load(image: &Qcow2, entry: &BitmapDirectoryEntry) -> Result<Bits> {
+    let size = image.virtual_size();
+    let bits = Bits::new(size, entry.granularity_bits, image.limits().max_memory)?;
+    let cluster_size = image.geometry().cluster_size();
+    let mut bytes = vec![0u8; image.geometry().cluster_len()];
+    for (index, cluster) in read_table(image, entry)?.into_iter().enumerate() {
+        let start = index as u64 * cluster_size;
+        match cluster {
+            BitmapCluster::Zeroes => {}
+            BitmapCluster::Ones => bits.set_bits(start * 8, (start + cluster_size) * 8),
+            BitmapCluster::Data(host) => {
+                image.storage().read_exact_at(MemMut::from(&mut bytes[..]), host.0)?;
+                bits.take_stored(start, &bytes);
+            }
+        }
+    }
+    bits.trim();
+    Ok(bits)
+}
+
+impl Session<'_> {
+    /// Writes bits to new clusters and a new table; returns the table's offset and entries.
+    pub(super) fn store_bits(&self, bits: &Bits) -> Result<(u64, u32)> {
+        let size = self.geometry().cluster_size();
+        let clusters = bits.stored_length().div_ceil(size);
+        let mut table = Vec::with_capacity(clusters as usize * 8);
+        for index in 0..clusters {
+            let start = index * size;
+            let stored = bits.stored(start..start + size);
+            let used = (bits.stored_length() - start).min(size) as usize;
+            let used = stored.get(..used).unwrap_or_default();
+            let entry = if used.iter().all(|&b| b == 0) {
+                0
+            } else if used.iter().all(|&b| b == 0xff) && used.len() as u64 == size {
+                1
+            } else {
+                let offset = self.allocate(size)?;
+                self.write(offset, &stored)?;
+                offset
+            };
+            table.extend_from_slice(&entry.to_be_bytes());
+        }
+        let offset = self.allocate(table.len() as u64)?;
+        // The directory's limit on granularity keeps a table far below 2^32 entries.
+        let entries = (table.len() / 8) as u32;
+        self.write_table(offset, table)?;
+        Ok((offset, entries))
+    }
+
+    /// Frees the clusters of a stored bitmap that nothing refers to any more. Damage is left to a check.
+    pub(super) fn free_stored(&self, entry: &BitmapDirectoryEntry) -> Result<()> {
+        let size = self.geometry().cluster_size();
+        for cluster in read_table(self.image, entry)? {
+            if let BitmapCluster::Data(host) = cluster {
+                self.unlink(host.0, size);
+            }
+        }
+        self.unlink(entry.table_offset.0, u64::from(entry.table_size) * 8);
+        self.limit_unlinked()
+    }
+}

@@ -1,0 +1,116 @@
+//! Bitmaps that are kept current while the image is open for writing.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use parking_lot::RwLock;
+use qcow2_format::bitmap::BitmapFlags;
+
+use super::bits::Bits;
+use super::stored;
+use crate::image::Qcow2;
+use crate::maintenance::Session;
+use crate::{Image, Mem, Result, StorageExt};
+
+/// Offset of `flags` in a bitmap directory entry.
+const FLAGS: u64 = 12;
+
+/// One bitmap in memory. Its entry in the file is marked in use.
+#[derive(Debug, Clone)]
+pub(super) struct Tracked {
+    pub(super) name: Vec<u8>,
+    pub(super) bits: Arc<Bits>,
+    /// Guest changes are recorded.
+    pub(super) enabled: bool,
+}
+
+/// The bitmaps in memory.
+#[derive(Debug, Default)]
+pub(crate) struct Tracker {
+    list: RwLock<Vec<Tracked>>,
+}
+
+impl Tracker {
+    /// Records a guest change.
+    pub(crate) fn mark(&self, range: &Range<u64>) {
+        for tracked in self.list.read().iter().filter(|t| t.enabled) {
+            tracked.bits.mark(range);
+        }
+    }
+
+    pub(super) fn find(&self, name: &[u8]) -> Option<Tracked> {
+        self.list.read().iter().find(|t| t.name == name).cloned()
+    }
+
+    pub(super) fn all(&self) -> Vec<Tracked> {
+        self.list.read().clone()
+    }
+
+    pub(super) fn remove(&self, name: &[u8]) {
+        self.list.write().retain(|t| t.name != name);
+    }
+
+    /// Adds a bitmap, or replaces the one of its name.
+    pub(super) fn put(&self, tracked: Tracked) {
+        let mut list = self.list.write();
+        list.retain(|t| t.name != tracked.name);
+        list.push(tracked);
+    }
+
+    pub(super) fn clear(&self) {
+        self.list.write().clear();
+    }
+
+    /// Loads the bitmaps that must follow guest changes (`all`: every consistent one) and marks them in use in the
+    /// file. True if something was written, which a sync must follow before the first guest change.
+    pub(crate) fn load(&self, image: &Qcow2, all: bool) -> Result<bool> {
+        let Some(directory) = image.bitmap_directory() else { return Ok(false) };
+        let mut at = directory.directory_offset.0;
+        let mut changed = false;
+        for record in image.bitmaps()? {
+            let flags = record.entry.flags;
+            let enabled = flags.contains(BitmapFlags::AUTO);
+            let known = self.find(&record.entry.name).is_some();
+            if !known && !flags.contains(BitmapFlags::IN_USE) && (enabled || all) {
+                let bits = Arc::new(stored::load(image, &record.entry)?);
+                let flags = (flags | BitmapFlags::IN_USE).bits().to_be_bytes();
+                image.storage().write_all_at(Mem::from(&flags[..]), at + FLAGS)?;
+                changed = true;
+                self.put(Tracked { name: record.entry.name.clone(), bits, enabled });
+            }
+            at += record.entry.encoded_length() as u64;
+        }
+        Ok(changed)
+    }
+
+    /// Gives every bitmap the disk's new size.
+    pub(crate) fn resize(&self, size: u64, max_memory: u64) -> Result<()> {
+        let mut resized = self.all();
+        for tracked in &mut resized {
+            tracked.bits = Arc::new(tracked.bits.resized(size, max_memory)?);
+        }
+        *self.list.write() = resized;
+        Ok(())
+    }
+}
+
+impl Image {
+    /// Stores the bitmaps in memory, so that the file's are current again: the last change before closing.
+    pub(crate) fn store_bitmaps(&self, session: &Session<'_>) -> Result<()> {
+        let tracked = session.writer.bitmaps.all();
+        if tracked.is_empty() {
+            return Ok(());
+        }
+        session.replace_bitmaps(|mut entries| {
+            for one in &tracked {
+                if let Some(entry) = entries.iter_mut().find(|e| e.entry.name == one.name) {
+                    entry.entry.flags.remove(BitmapFlags::IN_USE);
+                    entry.bits = Some(Arc::clone(&one.bits));
+                }
+            }
+            Ok(entries)
+        })?;
+        session.writer.bitmaps.clear();
+        Ok(())
+    }
+}

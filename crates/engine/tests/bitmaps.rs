@@ -1,0 +1,168 @@
+//! Persistent bitmaps made by one tool and managed by the other; kept current by our writes.
+
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
+
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+
+use qcow2_engine::storage::{Access, FileStorage};
+use qcow2_engine::{Discard, ErrorKind, Image, Layer, Mem, OpenOptions, Qcow2, WriteOptions};
+use qcow2_testkit::{Fixture, Qemu};
+
+const MIB: u64 = 1 << 20;
+
+fn open(path: &Path) -> Image {
+    let storage = Arc::new(FileStorage::open(path, Access::ReadWrite).unwrap());
+    let mut image = Qcow2::open(storage, &OpenOptions::default()).unwrap();
+    image.enable_writing(WriteOptions { discard: Discard::Unmap, ..WriteOptions::default() }).unwrap();
+    Image::new(vec![Layer::Qcow2(Box::new(image))]).unwrap()
+}
+
+fn write(image: &Image, offset: u64, length: usize) {
+    image.write_at(Mem::from(&vec![0x5a; length][..]), offset).unwrap();
+}
+
+fn bitmap(qemu: &Qemu, path: &Path, args: &[&str]) {
+    let mut all = vec!["bitmap"];
+    all.extend(args);
+    let name = all.pop().unwrap();
+    all.extend([path.to_str().unwrap(), name]);
+    qemu.img(&all).ok();
+}
+
+fn extents(path: &Path, name: &str) -> Vec<Range<u64>> {
+    let image = open(path);
+    let found = image.bitmap_extents(name).unwrap();
+    image.close().unwrap();
+    found
+}
+
+/// What QEMU reads of a bitmap: it merges it into a new one, which is read back.
+fn seen_by_qemu(qemu: &Qemu, path: &Path, name: &str, granularity: &str) -> Vec<Range<u64>> {
+    bitmap(qemu, path, &["--add", "--disable", "-g", granularity, "copy"]);
+    bitmap(qemu, path, &["--merge", name, "copy"]);
+    let found = extents(path, "copy");
+    bitmap(qemu, path, &["--remove", "copy"]);
+    found
+}
+
+#[test]
+fn writes_of_either_tool_are_recorded() {
+    let Some(qemu) = Qemu::find() else { return };
+    for options in ["", "cluster_size=4k", "extended_l2=on", "backing"] {
+        let fixture = Fixture::new();
+        let path = fixture.path("a.qcow2");
+        if options == "backing" {
+            // The backing file's name must move to make room for the extension.
+            let base = fixture.path("base.raw");
+            std::fs::write(&base, vec![1; 8 * MIB as usize]).unwrap();
+            qemu.create(&path, &format!("backing_file={},backing_fmt=raw", base.display()), Some(64 * MIB));
+        } else {
+            qemu.create(&path, options, Some(64 * MIB));
+        }
+        let image = open(&path);
+        image.add_bitmap("ours", Some(16), true).unwrap();
+        write(&image, 5 * MIB, 100);
+        image.write_zeroes(20 * MIB, MIB, true).unwrap();
+        image.discard(30 * MIB, 128 << 10).unwrap();
+        let expected =
+            [5 * MIB..5 * MIB + 65536, 20 * MIB..21 * MIB, 30 * MIB..30 * MIB + (128 << 10)].to_vec();
+        assert_eq!(image.bitmap_extents("ours").unwrap(), expected);
+        image.close().unwrap();
+        qemu.assert_clean(&path);
+        assert_eq!(seen_by_qemu(&qemu, &path, "ours", "64k"), expected, "{options}");
+
+        bitmap(&qemu, &path, &["--add", "-g", "32k", "theirs"]);
+        qemu.io(&path, "qcow2", &["write -P 3 40M 1k"]);
+        let image = open(&path);
+        write(&image, 50 * MIB, 40_000);
+        image.close().unwrap();
+        qemu.assert_clean(&path);
+        let both = [40 * MIB..40 * MIB + 32768, 50 * MIB..50 * MIB + 65536].to_vec();
+        assert_eq!(extents(&path, "theirs"), both, "{options}");
+        assert_eq!(seen_by_qemu(&qemu, &path, "theirs", "32k"), both, "{options}");
+
+        let image = open(&path);
+        image.clear_bitmap("ours").unwrap();
+        image.enable_bitmap("ours", false).unwrap();
+        write(&image, 0, 1);
+        assert_eq!(image.bitmap_extents("ours").unwrap(), Vec::<Range<u64>>::new());
+        let theirs = image.bitmap_bits("theirs").unwrap();
+        image.merge_bitmaps("ours", &[theirs]).unwrap();
+        image.remove_bitmap("theirs").unwrap();
+        assert_eq!(image.remove_bitmap("theirs").unwrap_err().kind(), ErrorKind::NoBitmap);
+        image.close().unwrap();
+        qemu.assert_clean(&path);
+        let mut merged = both.clone();
+        merged[0].end = 40 * MIB + 65536;
+        merged.insert(0, 0..65536);
+        assert_eq!(seen_by_qemu(&qemu, &path, "ours", "64k"), merged, "{options}");
+        let image = open(&path);
+        image.remove_bitmap("ours").unwrap();
+        image.close().unwrap();
+        qemu.assert_clean(&path);
+        assert!(qemu.info_json(&path)["format-specific"]["data"]["bitmaps"].is_null(), "{options}");
+    }
+}
+
+#[test]
+fn a_crash_leaves_them_inconsistent_never_stale() {
+    let Some(qemu) = Qemu::find() else { return };
+    let fixture = Fixture::new();
+    let path = fixture.path("a.qcow2");
+    qemu.create(&path, "", Some(8 * MIB));
+    bitmap(&qemu, &path, &["--add", "b"]);
+    bitmap(&qemu, &path, &["--add", "--disable", "kept"]);
+    let image = open(&path);
+    write(&image, 0, 10);
+    image.flush().unwrap();
+    drop(image);
+    let image = open(&path);
+    assert_eq!(image.bitmap_extents("b").unwrap_err().kind(), ErrorKind::Corrupt);
+    assert_eq!(image.clear_bitmap("b").unwrap_err().kind(), ErrorKind::Corrupt);
+    assert!(image.bitmap_extents("kept").unwrap().is_empty());
+    image.remove_bitmap("b").unwrap();
+    image.close().unwrap();
+}
+
+#[test]
+fn bitmaps_follow_the_disks_size() {
+    let Some(qemu) = Qemu::find() else { return };
+    let fixture = Fixture::new();
+    let path = fixture.path("a.qcow2");
+    qemu.create(&path, "", Some(8 * MIB));
+    bitmap(&qemu, &path, &["--add", "on"]);
+    bitmap(&qemu, &path, &["--add", "--disable", "off"]);
+    let image = open(&path);
+    write(&image, 7 * MIB, 10);
+    image.resize(5 << 40).unwrap();
+    write(&image, (5 << 40) - 10, 10);
+    image.close().unwrap();
+    qemu.assert_clean(&path);
+    let expected = [7 * MIB..7 * MIB + 65536, (5 << 40) - 65536..5 << 40].to_vec();
+    assert_eq!(seen_by_qemu(&qemu, &path, "on", "64k"), expected);
+    assert!(extents(&path, "off").is_empty());
+}
+
+#[test]
+fn bad_requests_change_nothing() {
+    let Some(qemu) = Qemu::find() else { return };
+    let fixture = Fixture::new();
+    let path = fixture.path("a.qcow2");
+    qemu.create(&path, "", Some(8 * MIB));
+    let image = open(&path);
+    image.add_bitmap("a", None, false).unwrap();
+    for (name, granularity) in [("a", None), ("", None), ("b", Some(8)), ("b", Some(32))] {
+        let error = image.add_bitmap(name, granularity, true).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{name} {granularity:?}");
+    }
+    let long = "x".repeat(1024);
+    assert_eq!(image.add_bitmap(&long, None, true).unwrap_err().kind(), ErrorKind::InvalidArgument);
+    assert_eq!(image.clear_bitmap("none").unwrap_err().kind(), ErrorKind::NoBitmap);
+    image.close().unwrap();
+    qemu.assert_clean(&path);
+    let old = fixture.path("old.qcow2");
+    qemu.create(&old, "compat=0.10", Some(MIB));
+    assert_eq!(open(&old).add_bitmap("a", None, true).unwrap_err().kind(), ErrorKind::UnsupportedFeature);
+}
