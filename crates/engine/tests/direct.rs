@@ -411,7 +411,7 @@ fn the_modes_open_files_as_they_say() {
         storage.write_all_at(Mem::from(&b"abc"[..]), 5).unwrap();
         assert_eq!(storage.size().unwrap(), 8);
     }
-    let again = FileStorage::from_borrowed_cached(file.as_file().as_fd(), CacheMode::None);
+    let again = FileStorage::from_borrowed_cached(file.as_file().as_fd(), None, CacheMode::None);
     if let Ok(again) = again {
         assert!(
             rustix::fs::fcntl_getfl(again.as_fd().unwrap()).unwrap().contains(rustix::fs::OFlags::DIRECT)

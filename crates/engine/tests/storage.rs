@@ -160,6 +160,24 @@ fn a_borrowed_descriptor_keeps_its_cursor() {
 }
 
 #[test]
+fn a_borrowed_descriptor_gives_no_more_than_it_has() {
+    use qcow2_engine::storage::CacheMode;
+    let dir = scratch();
+    let path = dir.path().join("f");
+    fs::write(&path, b"0123456789").unwrap();
+    let cached =
+        |file: &File, access| FileStorage::from_borrowed_cached(file.as_fd(), access, CacheMode::Writeback);
+    let reading = File::open(&path).unwrap();
+    let error = cached(&reading, Some(Access::ReadWrite)).unwrap_err();
+    assert_eq!((error.kind(), error.path()), (ErrorKind::ReadOnly, Some(&*path)));
+    let writing = File::options().read(true).write(true).open(&path).unwrap();
+    assert!(cached(&writing, None).unwrap().traits().writable);
+    let less = cached(&writing, Some(Access::ReadOnly)).unwrap();
+    assert!(!less.traits().writable);
+    assert_eq!(less.write_all_at(Mem::from(&b"x"[..]), 0).unwrap_err().errno(), Some(9));
+}
+
+#[test]
 fn a_new_file_appears_complete_or_never() {
     let dir = scratch();
     let path = dir.path().join("new");

@@ -32,3 +32,4 @@ mod resource;
 pub mod runtime;
 pub mod shape;
 pub mod snapshots;
+pub mod write;

@@ -7,8 +7,11 @@ use napi::bindgen_prelude::{BufferSlice, Either, Env, ToNapiValue};
 use napi::sys;
 use napi_derive::napi;
 use qcow2_engine::format::Limits;
-use qcow2_engine::storage::{Access, FileStorage};
-use qcow2_engine::{Image, Layer, MemMut, OpenOptions, Qcow2, Raw, Result, Storage, StorageExt};
+use qcow2_engine::storage::{Access, CacheMode, Claim, FileStorage, Locking};
+use qcow2_engine::{
+    DetectZeroes, Discard, Image, Layer, MemMut, OpenOptions, Qcow2, Raw, Result, Storage, StorageExt,
+    WriteOptions,
+};
 
 use crate::resource::{Handle, Resource};
 use crate::runtime::Runtime;
@@ -31,11 +34,45 @@ pub struct OpenedFile<'env> {
     pub head: BufferSlice<'env>,
 }
 
-/// Opens a file for reading.
+/// How to open a file.
+#[napi(object, object_to_js = false)]
+pub struct FileOptions {
+    /// For reading and writing.
+    pub writable: Option<bool>,
+    /// The cache mode's name; `writeback` without one.
+    pub cache: Option<String>,
+}
+
+impl FileOptions {
+    fn read(&self) -> napi::Result<(Access, CacheMode)> {
+        let access = if self.writable == Some(true) { Access::ReadWrite } else { Access::ReadOnly };
+        Ok((access, cache_mode(self.cache.as_deref())?))
+    }
+}
+
+fn cache_mode(name: Option<&str>) -> napi::Result<CacheMode> {
+    match name {
+        None => Ok(CacheMode::default()),
+        Some(name) => CacheMode::from_name(name).ok_or_else(|| unknown("cache mode", name)),
+    }
+}
+
+/// The facade checks names; one that it lets through is a bug.
+fn unknown(what: &str, name: &str) -> napi::Error {
+    napi::Error::from_reason(format!("unknown {what} '{name}'"))
+}
+
+/// Opens a file.
 #[napi]
-pub fn open_file(env: Env, request: u32, path: Either<String, BufferSlice<'_>>) -> napi::Result<()> {
+pub fn open_file(
+    env: Env,
+    request: u32,
+    path: Either<String, BufferSlice<'_>>,
+    options: FileOptions,
+) -> napi::Result<()> {
     let path = to_path(path)?;
-    open_storage(&env, request, move || FileStorage::open(path, Access::ReadOnly))
+    let (access, cache) = options.read()?;
+    open_storage(&env, request, move || FileStorage::open_cached(path, access, cache))
 }
 
 /// The path that JavaScript gave, as text or as bytes.
@@ -61,14 +98,15 @@ fn path_of(bytes: &[u8]) -> napi::Result<PathBuf> {
 /// Opens the file behind a descriptor, which stays JavaScript's.
 #[cfg(unix)]
 #[napi]
-pub fn open_descriptor(env: Env, request: u32, descriptor: i32) -> napi::Result<()> {
+pub fn open_descriptor(env: Env, request: u32, descriptor: i32, options: FileOptions) -> napi::Result<()> {
+    let (access, cache) = options.read()?;
     // SAFETY: the descriptor is that of a `FileHandle` which JavaScript keeps open during this call; it is
     // duplicated before the call returns.
     let borrowed = unsafe { std::os::fd::BorrowedFd::borrow_raw(descriptor) };
     let own = borrowed.try_clone_to_owned().map_err(|e| napi::Error::from_reason(e.to_string()))?;
     open_storage(&env, request, move || {
         use std::os::fd::AsFd;
-        FileStorage::from_borrowed(own.as_fd())
+        FileStorage::from_borrowed_cached(own.as_fd(), Some(access), cache)
     })
 }
 
@@ -78,7 +116,7 @@ fn open_storage(
     open: impl FnOnce() -> Result<FileStorage> + Send + 'static,
 ) -> napi::Result<()> {
     let work = move || {
-        let storage: Arc<dyn Storage> = Arc::new(open()?);
+        let storage = open()?.into_storage();
         let length = storage.size()?;
         let mut head = vec![0; HEAD];
         let got = storage.read_up_to_at(MemMut::from(&mut head[..]), 0)?;
@@ -109,6 +147,82 @@ pub struct LayerOptions {
     pub for_check: Option<bool>,
     /// Safety limits.
     pub limits: Option<LimitOptions>,
+    /// How to lock the file; not at all without it.
+    pub lock: Option<LockOptions>,
+    /// Open for writing, and how.
+    pub write: Option<WritingOptions>,
+}
+
+/// How to lock a file against other processes.
+#[napi(object, object_to_js = false)]
+pub struct LockOptions {
+    /// `auto` or `on`.
+    pub locking: String,
+    /// Also while another process writes.
+    pub force_share: Option<bool>,
+}
+
+impl LockOptions {
+    fn read(given: Option<&Self>) -> napi::Result<Lock> {
+        let Some(given) = given else { return Ok(Lock { locking: Locking::Off, force_share: false }) };
+        let locking = match given.locking.as_str() {
+            "auto" => Locking::Auto,
+            "on" => Locking::On,
+            other => return Err(unknown("locking", other)),
+        };
+        Ok(Lock { locking, force_share: given.force_share == Some(true) })
+    }
+}
+
+/// [`LockOptions`], read.
+#[derive(Clone, Copy)]
+struct Lock {
+    locking: Locking,
+    force_share: bool,
+}
+
+impl Lock {
+    /// Claims the file. `image`: its bytes mean nothing without its metadata, so nobody may change it meanwhile;
+    /// raw files are shared with a writer, as QEMU's tools share them.
+    fn claim(self, storage: &dyn Storage, image: bool, writable: bool) -> Result<()> {
+        let claim = match (writable, image && !self.force_share) {
+            (true, _) => Claim::WRITER,
+            (false, true) => Claim::READER,
+            (false, false) => Claim::SHARING_READER,
+        };
+        storage.lock(claim, self.locking)
+    }
+}
+
+/// How to write to an image.
+#[napi(object, object_to_js = false)]
+pub struct WritingOptions {
+    /// The cache mode's name; `writeback` without one.
+    pub cache: Option<String>,
+    /// `ignore` (the default) or `unmap`.
+    pub discard: Option<String>,
+    /// `off` (the default), `on` or `unmap`.
+    pub detect_zeroes: Option<String>,
+}
+
+impl WritingOptions {
+    fn read(&self) -> napi::Result<WriteOptions> {
+        Ok(WriteOptions {
+            discard: match self.discard.as_deref() {
+                None | Some("ignore") => Discard::Ignore,
+                Some("unmap") => Discard::Unmap,
+                Some(other) => return Err(unknown("discard", other)),
+            },
+            detect_zeroes: match self.detect_zeroes.as_deref() {
+                None | Some("off") => DetectZeroes::Off,
+                Some("on") => DetectZeroes::On,
+                Some("unmap") => DetectZeroes::Unmap,
+                Some(other) => return Err(unknown("detectZeroes", other)),
+            },
+            flush_each: cache_mode(self.cache.as_deref())?.flushes_every_write(),
+            ..WriteOptions::default()
+        })
+    }
 }
 
 /// Safety limits; what is absent has the engine's default.
@@ -184,6 +298,8 @@ impl NamedFile {
 pub fn open_qcow2(env: Env, request: u32, file: u32, options: LayerOptions) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
     let storage = runtime.storage(file)?;
+    let lock = LockOptions::read(options.lock.as_ref())?;
+    let write = options.write.as_ref().map(WritingOptions::read).transpose()?;
     let options = OpenOptions {
         limits: LimitOptions::read(options.limits.as_ref()),
         snapshot: options.snapshot,
@@ -191,16 +307,34 @@ pub fn open_qcow2(env: Env, request: u32, file: u32, options: LayerOptions) -> n
         for_check: options.for_check.unwrap_or(false),
         ..OpenOptions::default()
     };
-    let work = move || Ok(Layer::Qcow2(Box::new(Qcow2::open(storage, &options)?)));
+    let work = move || {
+        // Before anything of the image is believed.
+        lock.claim(&*storage, true, write.is_some())?;
+        let mut image = Qcow2::open(storage, &options)?;
+        if let Some(write) = write {
+            image.enable_writing(write)?;
+        }
+        Ok(Layer::Qcow2(Box::new(image)))
+    };
     runtime.run(&env, request, work, hold_layer)
 }
 
 /// Makes a raw layer of a file. The file's number stays valid.
 #[napi]
-pub fn open_raw(env: Env, request: u32, file: u32) -> napi::Result<()> {
+pub fn open_raw(env: Env, request: u32, file: u32, options: LayerOptions) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
     let storage = runtime.storage(file)?;
-    runtime.run(&env, request, move || Ok(Layer::Raw(Raw::new(storage)?)), hold_layer)
+    let lock = LockOptions::read(options.lock.as_ref())?;
+    let write = options.write.as_ref().map(WritingOptions::read).transpose()?;
+    let work = move || {
+        lock.claim(&*storage, false, write.is_some())?;
+        let raw = Raw::new(storage)?;
+        Ok(Layer::Raw(match write {
+            Some(write) => raw.with_write_options(&write),
+            None => raw,
+        }))
+    };
+    runtime.run(&env, request, work, hold_layer)
 }
 
 fn hold_layer(runtime: &Runtime, env: &Env, layer: Layer) -> napi::Result<sys::napi_value> {
@@ -220,17 +354,27 @@ fn hold_layer(runtime: &Runtime, env: &Env, layer: Layer) -> napi::Result<sys::n
     unsafe { OpenedLayer::to_napi_value(env.raw(), opened) }
 }
 
-/// Attaches an external data file to a layer. The file's number stays valid.
+/// Attaches an external data file to a layer, locked as the layer is. The file's number stays valid.
 #[napi]
-pub fn set_data_file(env: Env, request: u32, layer: u32, file: u32) -> napi::Result<()> {
+pub fn set_data_file(
+    env: Env,
+    request: u32,
+    layer: u32,
+    file: u32,
+    lock: Option<LockOptions>,
+) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
     let storage = runtime.storage(file)?;
-    runtime.with_layer(layer, |layer| {
-        if let Layer::Qcow2(qcow2) = layer {
+    let lock = LockOptions::read(lock.as_ref())?;
+    let data = Arc::clone(&storage);
+    let writable = runtime.with_layer(layer, |layer| match layer {
+        Layer::Qcow2(qcow2) => {
             qcow2.set_data_file(storage);
+            qcow2.is_writable()
         }
+        Layer::Raw(_) => false,
     })?;
-    runtime.run(&env, request, || Ok(()), nothing)
+    runtime.run(&env, request, move || lock.claim(&*data, true, writable), nothing)
 }
 
 /// Makes an image of layers, top first, which become part of it.
@@ -256,19 +400,16 @@ pub fn assemble(env: Env, request: u32, layers: Vec<u32>) -> napi::Result<()> {
     )
 }
 
-/// Gives a file, layer or image up. It closes on a worker, when the last request that uses it is done: closing can block.
+/// Gives a file, layer or image up. It closes on a worker: closing can block, and an image that was written to is flushed
+/// first. It is given up also when that fails; its files close with the last request that uses them.
 #[napi]
 pub fn release(env: Env, request: u32, number: u32) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
     let resource = runtime.release(number);
-    let work = move || {
-        drop(resource);
-        Ok(())
-    };
-    runtime.run(&env, request, work, nothing)
+    runtime.run(&env, request, move || resource.map_or(Ok(()), Resource::close), nothing)
 }
 
-fn nothing(_: &Runtime, env: &Env, (): ()) -> napi::Result<sys::napi_value> {
+pub(crate) fn nothing(_: &Runtime, env: &Env, (): ()) -> napi::Result<sys::napi_value> {
     // SAFETY: on the environment's thread, with its own env.
     unsafe { <()>::to_napi_value(env.raw(), ()) }
 }

@@ -11,14 +11,17 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::delivery::{Completion, Delivery, Outcome};
 use crate::read::Read;
+use crate::write::Write;
 
 /// Most threads of a pool, however many cores there are: more do not make one event loop faster.
 const MAX_THREADS: usize = 8;
 
-/// Work for a worker. Reads, of which there are many, are not boxed.
+/// Work for a worker. Reads and writes, of which there are many, are not boxed.
 pub(crate) enum Task {
     /// Fill a caller's buffer.
     Read(Read),
+    /// Write a caller's buffer.
+    Write(Write),
     /// Anything else.
     Call(Box<dyn FnOnce() -> Outcome + Send>),
 }
@@ -108,6 +111,7 @@ impl Shared {
         while let Some((request, task)) = self.next() {
             let outcome = match task {
                 Task::Read(read) => read.run(),
+                Task::Write(write) => write.run(),
                 Task::Call(call) => call(),
             };
             self.delivery.push(Completion { request, outcome });

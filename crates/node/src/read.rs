@@ -54,15 +54,25 @@ pub fn read(
 ) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
     let handle = runtime.image(image)?;
-    let (start, size) = bytes_of(&env, &buffer)?;
+    let (start, length) = range_of(&env, &buffer, offset, length)?;
+    let read = Read { handle, start, length, position: position as u64 };
+    runtime.submit(&env, request, Task::Read(read))
+}
+
+/// Where `length` bytes of a `Uint8Array` from `offset` on are, and how many.
+pub(crate) fn range_of(
+    env: &Env,
+    buffer: &Unknown<'_>,
+    offset: f64,
+    length: f64,
+) -> napi::Result<(NonNull<u8>, usize)> {
+    let (start, size) = bytes_of(env, buffer)?;
     let (offset, length) = (offset as usize, length as usize);
     if offset.checked_add(length).is_none_or(|end| end > size) {
         return Err(napi::Error::from_reason("the range is not inside the buffer"));
     }
     // SAFETY: offset <= size, so the sum stays inside (or one past) the buffer.
-    let start = unsafe { start.add(offset) };
-    let read = Read { handle, start, length, position: position as u64 };
-    runtime.submit(&env, request, Task::Read(read))
+    Ok((unsafe { start.add(offset) }, length))
 }
 
 /// Where the bytes of a `Uint8Array` are, and how many.

@@ -33,6 +33,11 @@ impl Handle {
         }
         result
     }
+
+    /// Makes durable what was written, and gives back what was reserved. After a panic the file is left as it is.
+    fn close(&self) -> Result<()> {
+        if self.poisoned.load(Ordering::Acquire) { Ok(()) } else { guarded(|| self.image.close()) }
+    }
 }
 
 /// One thing that JavaScript holds.
@@ -43,6 +48,16 @@ pub(crate) enum Resource {
     Layer(Layer),
     /// An open image.
     Image(Arc<Handle>),
+}
+
+impl Resource {
+    /// Closes an image; everything else just goes.
+    pub(crate) fn close(self) -> Result<()> {
+        match self {
+            Self::Image(handle) => handle.close(),
+            Self::Storage(_) | Self::Layer(_) => Ok(()),
+        }
+    }
 }
 
 /// The resources of one environment. Numbers are never used twice.
@@ -63,6 +78,11 @@ impl Resources {
     /// Gives a resource up.
     pub(crate) fn release(&mut self, number: u32) -> Option<Resource> {
         self.held.remove(&number)
+    }
+
+    /// Gives everything up.
+    pub(crate) fn take(&mut self) -> Vec<Resource> {
+        self.held.drain().map(|(_, resource)| resource).collect()
     }
 
     /// The file of that number.

@@ -135,10 +135,15 @@ impl Runtime {
         self.resources.borrow_mut().release(number)
     }
 
-    /// Ends all work: nothing of this environment runs afterwards.
+    /// Ends all work: nothing of this environment runs afterwards. Images that nobody closed are closed, so that what was
+    /// written to them stays, as it would with a file.
     fn close(&self) {
         self.jobs.close();
         self.pool.close();
+        for resource in self.resources.borrow_mut().take() {
+            // There is nobody left to hear of a failure.
+            let _closed = resource.close();
+        }
     }
 
     /// Hands everything that is done to JavaScript.

@@ -77,20 +77,29 @@ impl FileStorage {
     /// As `open`.
     #[cfg(unix)]
     pub fn from_borrowed(fd: std::os::fd::BorrowedFd<'_>) -> Result<Self> {
-        Self::from_borrowed_cached(fd, CacheMode::default())
+        Self::from_borrowed_cached(fd, None, CacheMode::default())
     }
 
-    /// As `from_borrowed`, in a cache mode.
+    /// As `from_borrowed`, in a cache mode, and for `access` instead of all that the owner opened it for.
     ///
     /// # Errors
-    /// As `open_cached`; a direct mode needs the new open.
+    /// As `open_cached`; a direct mode needs the new open. `ReadOnly` to write what the owner may only read.
     #[cfg(unix)]
-    pub fn from_borrowed_cached(fd: std::os::fd::BorrowedFd<'_>, cache: CacheMode) -> Result<Self> {
+    pub fn from_borrowed_cached(
+        fd: std::os::fd::BorrowedFd<'_>,
+        access: Option<Access>,
+        cache: CacheMode,
+    ) -> Result<Self> {
         use std::os::fd::AsRawFd;
         let flags = rustix::fs::fcntl_getfl(fd).map_err(|e| Error::io(e.into(), "fcntl"))?;
-        let writable = flags & rustix::fs::OFlags::RWMODE == rustix::fs::OFlags::RDWR;
+        let granted = flags & rustix::fs::OFlags::RWMODE == rustix::fs::OFlags::RDWR;
+        let writable = access.map_or(granted, |access| access == Access::ReadWrite);
         let again = PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()));
         let path = std::fs::read_link(&again).ok().filter(|p| p.is_absolute());
+        if writable && !granted {
+            let error = Error::new(ErrorKind::ReadOnly, "the file was opened for reading only");
+            return Err(path.into_iter().fold(error, Error::with_path));
+        }
         match platform::open(&again, writable, cache.is_direct()) {
             Ok(file) => return Self::new(file, path, writable, true, cache),
             Err(e) if cache.is_direct() => return Err(refused(e, path.as_deref().unwrap_or(&again), cache)),

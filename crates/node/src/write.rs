@@ -1,0 +1,111 @@
+//! Writes from a caller's buffer, and the requests that change an image without one.
+
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use napi::bindgen_prelude::{Env, Unknown};
+use napi_derive::napi;
+use qcow2_engine::{Image, Mem, Result};
+
+use crate::delivery::Outcome;
+use crate::open::nothing;
+use crate::pool::Task;
+use crate::read::range_of;
+use crate::resource::Handle;
+use crate::runtime::Runtime;
+
+/// A write that is under way. JavaScript keeps the buffer reachable until it hears of the completion, and the
+/// cleanup hook waits for running writes before the environment frees its memory.
+pub(crate) struct Write {
+    handle: Arc<Handle>,
+    start: NonNull<u8>,
+    length: usize,
+    position: u64,
+    compressed: bool,
+}
+
+// SAFETY: the pointer is used by the one worker that runs the write, through `Mem`, whose accesses tolerate
+// concurrent changes by JavaScript.
+unsafe impl Send for Write {}
+
+impl Write {
+    /// Writes the buffer.
+    pub(crate) fn run(self) -> Outcome {
+        // SAFETY: the range was checked against the buffer when the request was made; the buffer is alive (see
+        // `Write`).
+        let buffer = unsafe { Mem::from_raw(self.start, self.length) };
+        let write = |image: &Image| match self.compressed {
+            true => image.write_compressed_at(buffer, self.position),
+            false => image.write_at(buffer, self.position),
+        };
+        match self.handle.run(write) {
+            Ok(()) => Outcome::Done,
+            Err(error) => Outcome::Failed(error),
+        }
+    }
+}
+
+/// Writes `length` bytes of the `Uint8Array` from `offset` to the guest bytes at `position`.
+#[napi]
+#[allow(
+    clippy::too_many_arguments,
+    reason = "one call for each of very many requests: no object is made for it"
+)]
+pub fn write(
+    env: Env,
+    request: u32,
+    image: u32,
+    buffer: Unknown<'_>,
+    offset: f64,
+    length: f64,
+    position: f64,
+    compressed: bool,
+) -> napi::Result<()> {
+    let runtime = Runtime::of(&env)?;
+    let handle = runtime.image(image)?;
+    let (start, length) = range_of(&env, &buffer, offset, length)?;
+    let write = Write { handle, start, length, position: position as u64, compressed };
+    runtime.submit(&env, request, Task::Write(write))
+}
+
+fn change(
+    env: &Env,
+    request: u32,
+    image: u32,
+    change: impl FnOnce(&Image) -> Result<()> + Send + 'static,
+) -> napi::Result<()> {
+    let runtime = Runtime::of(env)?;
+    let handle = runtime.image(image)?;
+    runtime.run(env, request, move || handle.run(change), nothing)
+}
+
+/// Makes guest bytes read as zeroes; `unmap` gives their clusters up.
+#[napi]
+pub fn write_zeroes(
+    env: Env,
+    request: u32,
+    image: u32,
+    position: f64,
+    length: f64,
+    unmap: bool,
+) -> napi::Result<()> {
+    change(&env, request, image, move |image| image.write_zeroes(position as u64, length as u64, unmap))
+}
+
+/// Gives the contents of guest bytes up.
+#[napi]
+pub fn discard(env: Env, request: u32, image: u32, position: f64, length: f64) -> napi::Result<()> {
+    change(&env, request, image, move |image| image.discard(position as u64, length as u64))
+}
+
+/// Makes durable what was written before.
+#[napi]
+pub fn flush(env: Env, request: u32, image: u32) -> napi::Result<()> {
+    change(&env, request, image, Image::flush)
+}
+
+/// Grows the disk.
+#[napi]
+pub fn resize(env: Env, request: u32, image: u32, size: f64) -> napi::Result<()> {
+    change(&env, request, image, move |image| image.resize(size as u64))
+}
