@@ -1,5 +1,6 @@
 /** Creating images. */
 
+import { READING, WRITING } from './access.js'
 import { openChain } from './backing/chain.js'
 import { readFileName } from './backing/filename.js'
 import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
@@ -65,7 +66,7 @@ export interface CreateOptions extends Qcow2Shape, LongRunning {
   overwrite?: boolean | undefined
   /**
    * What the backing file may pull in itself. The backing file is named by the caller, so it is opened in any case, except with
-   * `'layer'`, which records the name unchecked and returns the new layer alone. Default `'deny'`.
+   * `'layer'`, which records the name unchecked and returns the new layer alone, for reading. Default `'deny'`.
    */
   references?: ReferencePolicy | undefined
 }
@@ -120,7 +121,7 @@ export function toNativeShape(owner: string, format: Format, read: ReadShape): N
 }
 
 /**
- * Creates an image and opens it. The file has its name only when it is complete: nothing is left of a failure or abort.
+ * Creates an image and opens it, for writing too. The file has its name only when it is complete: nothing is left of a failure or abort.
  *
  * @throws {@link Qcow2Error} `EEXIST` unless `overwrite` is set; `ERR_QCOW2_INVALID_ARGUMENT` for options that contradict each
  *   other or the format; `ERR_QCOW2_LIMIT` for a size that the geometry cannot address; the system's code (`ENOSPC`, `EACCES`)
@@ -155,7 +156,10 @@ export async function create(path: PathLike, options: CreateOptions): Promise<Im
   await runJob<void>('create', job, (request, number, addon) =>
     addon.createImage(request, number, target, bytesInAll, wanted, overwrite ?? false, backing?.identities ?? []),
   )
-  const chain = await openChain({ path: target }, { format, references, trustTop: true, signal })
+  // A layer alone cannot be written to: what surrounds a write comes from its backing file.
+  const writable = references !== 'layer' || (backingFile === undefined && dataFile === undefined)
+  const access = writable ? WRITING : READING
+  const chain = await openChain({ path: target }, { format, references, trustTop: true, signal, access })
   if (signal?.aborted) {
     await release(chain.image)
     throw new AbortError(signal.reason)

@@ -1,11 +1,12 @@
 /** The handle of an open image. */
 
-import type { Readable } from 'node:stream'
+import type { Readable, Writable } from 'node:stream'
 import type { ReadableStream } from 'node:stream/web'
+import { ACCESS, type AccessOptions, toAccess } from './access.js'
 import { type Chain, openChain } from './backing/chain.js'
 import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
 import { type CheckResult, checkImage, readCheckOptions } from './check.js'
-import { AbortError, invalidArgument } from './errors.js'
+import { AbortError, invalidArgument, Qcow2Error } from './errors.js'
 import { type ImageInfo, layersInfo } from './info.js'
 import { type MapEntry, type MapOptions, readMapOptions, walkMap } from './map.js'
 import {
@@ -16,6 +17,7 @@ import {
   type LongRunning,
   limits,
   oneOf,
+  type Reader,
   readOptions,
   text,
   throwIfAborted,
@@ -24,13 +26,22 @@ import { type Format, type ImageSource, release, toLocated } from './source.js'
 import { openReadStream, openWebStream, type ReadStreamOptions, type WebStreamOptions } from './stream.js'
 import { toBytesView } from './support/buffers.js'
 import { Lifetime } from './support/lifetime.js'
-import { submitRead, toError } from './support/requests.js'
+import { request, submitRead, submitWrite, toError } from './support/requests.js'
 import { describe, type Size, toBytes } from './units.js'
+import {
+  checkInside,
+  openWriteStream,
+  WRITE,
+  WRITE_ZEROES,
+  WRITEV,
+  type WriteOptions,
+  type WriteStreamOptions,
+  type WritevOptions,
+  type WriteZeroesOptions,
+} from './write.js'
 
 /** Options of {@link open}. */
-export interface OpenOptions extends Abortable {
-  /** How to open the file, as for Node's `fs.open`. This version opens images for reading. Default `'r'`. */
-  flags?: 'r' | undefined
+export interface OpenOptions extends AccessOptions, Abortable {
   /** Default: qcow2, by its magic. Raw must be said: a guest can write any header into its raw disk. */
   format?: Format | undefined
   /** What the image may pull in. Default `'deny'`. */
@@ -44,7 +55,7 @@ export interface OpenOptions extends Abortable {
 
 const OPEN = {
   ...ABORTABLE,
-  flags: oneOf('r'),
+  ...ACCESS,
   format: oneOf('qcow2', 'raw'),
   references: referencePolicy,
   snapshot: text,
@@ -64,12 +75,16 @@ export interface ReadOptions extends Abortable {
 
 const READ = { ...ABORTABLE, position: bytes, offset: bytes, length: bytes } as const
 
+/** Several buffers that come to no more than this are written as one. */
+const GATHERED = 2 ** 20
+
 /** Closes what was never closed, and says so, as Node does for a `FileHandle`. */
 const unclosed = new FinalizationRegistry<Chain>(({ image, path }) => {
   const name = path === undefined ? 'an image' : `image '${path}'`
   const message = `Closing ${name} on garbage collection: call close(), or declare it with "await using"`
   process.emitWarning(message, { code: 'QCOW2_UNCLOSED' })
-  void release(image)
+  // Flushed as by close(); a failure has nobody to hear of it but the process.
+  release(image).catch((error: unknown) => process.emitWarning(error instanceof Error ? error : String(error)))
 })
 
 /**
@@ -79,6 +94,7 @@ const unclosed = new FinalizationRegistry<Chain>(({ image, path }) => {
 export class Image implements AsyncDisposable {
   readonly #chain: Chain
   readonly #lifetime: Lifetime
+  #size: number
 
   /** @internal Images are made by `open` and `create`. */
   constructor(chain: Chain) {
@@ -86,6 +102,7 @@ export class Image implements AsyncDisposable {
       throw invalidArgument('Image', 'an Image is made by open() or create(), not by its constructor')
     }
     this.#chain = chain
+    this.#size = chain.virtualSize
     const what = chain.path === undefined ? 'the image' : `the image '${chain.path}'`
     this.#lifetime = new Lifetime(what, () => {
       unclosed.unregister(this)
@@ -96,7 +113,7 @@ export class Image implements AsyncDisposable {
 
   /** Size of the disk in bytes. */
   get virtualSize(): number {
-    return this.#chain.virtualSize
+    return this.#size
   }
 
   /** Bytes per cluster of the top layer: what it allocates at a time. 65536 for raw, which has no clusters. */
@@ -109,9 +126,9 @@ export class Image implements AsyncDisposable {
     return this.#chain.depth
   }
 
-  /** Whether writing is refused: always, in this version. */
+  /** Whether writing is refused: the image was not opened with `flags: 'r+'`. */
   get readOnly(): boolean {
-    return true
+    return !this.#chain.writable
   }
 
   /** Whether `close` was called: new requests are refused. */
@@ -131,15 +148,9 @@ export class Image implements AsyncDisposable {
     options: ReadOptions,
   ): Promise<{ bytesRead: number; buffer: T }> {
     const view = toBytesView(buffer, 'Image.read: buffer')
-    const given: ReadOptions | undefined = checkReadOptions(options)
+    const given: ReadOptions | undefined = checkTransfer(options, 'Image.read', READ)
     const signal = given?.signal
-    const offset = given?.offset === undefined ? 0 : toBytes(given.offset, 'Image.read: offset')
-    const length = given?.length === undefined ? view.length - offset : toBytes(given.length, 'Image.read: length')
-    if (offset > view.length || length < 0 || offset + length > view.length) {
-      const message = `Image.read: ${length} bytes from offset ${offset} are not inside the buffer of ${view.length} bytes`
-      throw invalidArgument(offset > view.length ? 'Image.read: offset' : 'Image.read: length', message)
-    }
-    const position = toBytes(given?.position, 'Image.read: position')
+    const { offset, length, position } = toTransfer('Image.read', view, given)
     throwIfAborted(signal)
     this.#lifetime.enter()
     try {
@@ -157,10 +168,7 @@ export class Image implements AsyncDisposable {
     position: Size,
     options?: Abortable,
   ): Promise<{ bytesRead: number; buffers: T }> {
-    if (!Array.isArray(buffers)) {
-      throw invalidArgument('buffers', `Image.readv: buffers must be an array, not ${describe(buffers)}`)
-    }
-    const views = buffers.map((buffer, index) => toBytesView(buffer, `Image.readv: buffers[${index}]`))
+    const views = toViews(buffers, 'Image.readv')
     const start = toBytes(position, 'Image.readv: position')
     const { signal } = readOptions(options, 'Image.readv', ABORTABLE)
     throwIfAborted(signal)
@@ -184,8 +192,8 @@ export class Image implements AsyncDisposable {
 
   /** Reads a range that is inside the view, clamped to the disk. */
   async #fill(view: Uint8Array, offset: number, length: number, position: number): Promise<number> {
-    const { image, virtualSize } = this.#chain
-    const count = Math.min(length, virtualSize - position)
+    const { image } = this.#chain
+    const count = Math.min(length, this.#size - position)
     if (count <= 0) return 0
     try {
       await submitRead(image, view, offset, count, position)
@@ -193,6 +201,189 @@ export class Image implements AsyncDisposable {
       throw toError(failure)
     }
     return count
+  }
+
+  /**
+   * Writes the buffer to the guest bytes at `position`, all of it: a range that reaches beyond the end of the disk is refused.
+   * Durable after the next `datasync`. The buffer must not be touched or transferred until the promise settles, whatever the
+   * signal does. Writes that overlap and are under way together end up in some order.
+   *
+   * @throws {@link Qcow2Error} before anything changes: `ERR_QCOW2_READ_ONLY`, `ERR_QCOW2_CLOSED`, `ERR_QCOW2_INVALID_ARGUMENT`,
+   *   `ERR_QCOW2_UNSUPPORTED_FEATURE`. Else `ERR_QCOW2_CORRUPT`, `ERR_QCOW2_LIMIT`, or the system's code (`ENOSPC`, `EIO`): the guest bytes are then
+   *   the old ones or the new ones, and after an error of the tables the image refuses writes until it is opened again
+   */
+  async write<T extends NodeJS.ArrayBufferView>(
+    buffer: T,
+    options: WriteOptions,
+  ): Promise<{ bytesWritten: number; buffer: T }> {
+    const view = toBytesView(buffer, 'Image.write: buffer')
+    const given: WriteOptions | undefined = checkTransfer(options, 'Image.write', WRITE)
+    const { signal, compressed = false } = given ?? {}
+    const { offset, length, position } = toTransfer('Image.write', view, given)
+    throwIfAborted(signal)
+    this.#enterToWrite('Image.write')
+    try {
+      this.#checkWrite('Image.write', position, length, compressed)
+      await this.#put(view, offset, length, position, compressed)
+      if (signal?.aborted) throw new AbortError(signal.reason)
+      return { bytesWritten: length, buffer }
+    } finally {
+      this.#lifetime.leave()
+    }
+  }
+
+  /** Writes several buffers, one behind the other; otherwise as {@link Image.write}. */
+  async writev<const T extends readonly NodeJS.ArrayBufferView[]>(
+    buffers: T,
+    position: Size,
+    options?: WritevOptions,
+  ): Promise<{ bytesWritten: number; buffers: T }> {
+    const views = toViews(buffers, 'Image.writev')
+    const start = toBytes(position, 'Image.writev: position')
+    const { signal, compressed = false } = readOptions(options, 'Image.writev', WRITEV)
+    throwIfAborted(signal)
+    const length = views.reduce((sum, view) => sum + view.length, 0)
+    this.#enterToWrite('Image.writev')
+    try {
+      this.#checkWrite('Image.writev', start, length, compressed)
+      await this.#putAll(views, length, start, compressed)
+      if (signal?.aborted) throw new AbortError(signal.reason)
+      return { bytesWritten: length, buffers }
+    } finally {
+      this.#lifetime.leave()
+    }
+  }
+
+  /**
+   * Makes guest bytes read as zeroes, as far as possible without writing them.
+   *
+   * @throws {@link Qcow2Error} as {@link Image.write}
+   */
+  async writeZeroes(position: Size, length: Size, options?: WriteZeroesOptions): Promise<void> {
+    const { unmap = false, signal } = readOptions(options, 'Image.writeZeroes', WRITE_ZEROES)
+    await this.#change('Image.writeZeroes', signal, () => {
+      const range = this.#toRange('Image.writeZeroes', position, length)
+      return request((number, addon) => addon.writeZeroes(number, this.#chain.image, ...range, unmap))
+    })
+  }
+
+  /**
+   * Gives up the contents of guest bytes. With `discard: 'unmap'`, whole clusters read as zeroes afterwards and their space is
+   * free; parts of clusters stay as they are. With `discard: 'ignore'`, the default of `open`, nothing happens.
+   *
+   * @throws {@link Qcow2Error} as {@link Image.write}
+   */
+  async discard(position: Size, length: Size, options?: Abortable): Promise<void> {
+    const { signal } = readOptions(options, 'Image.discard', ABORTABLE)
+    await this.#change('Image.discard', signal, () => {
+      const range = this.#toRange('Image.discard', position, length)
+      return request((number, addon) => addon.discard(number, this.#chain.image, ...range))
+    })
+  }
+
+  /**
+   * Makes durable everything whose promise was fulfilled before the call. Does nothing for an image that is open for reading.
+   *
+   * @throws {@link Qcow2Error} `ERR_QCOW2_CLOSED`; the system's code if the disk fails: the image then refuses writes
+   */
+  async datasync(): Promise<void> {
+    await this.#lifetime.run(() => request<void>((number, addon) => addon.flush(number, this.#chain.image)))
+  }
+
+  /** As {@link Image.datasync}: an image has no metadata beside what its disk needs. */
+  sync(): Promise<void> {
+    return this.datasync()
+  }
+
+  /**
+   * Grows the disk to `size` bytes, a multiple of 512; the new part reads as zeroes. Durable when it is done.
+   *
+   * @throws {@link Qcow2Error} as {@link Image.write}; `ERR_QCOW2_DATA_LOSS` for a smaller size; `ERR_QCOW2_LIMIT` for one that the format cannot
+   *   address
+   */
+  async truncate(size: Size, options?: Abortable): Promise<void> {
+    const wanted = toBytes(size, 'Image.truncate: size')
+    const { signal } = readOptions(options, 'Image.truncate', ABORTABLE)
+    await this.#change('Image.truncate', signal, async () => {
+      await request<void>((number, addon) => addon.resize(number, this.#chain.image, wanted))
+      // It only grows, also where two calls cross.
+      this.#size = Math.max(this.#size, wanted)
+    })
+  }
+
+  /** Runs a change of the image that has no buffer. */
+  async #change(owner: string, signal: AbortSignal | undefined, work: () => Promise<void>): Promise<void> {
+    throwIfAborted(signal)
+    this.#enterToWrite(owner)
+    try {
+      await work()
+    } finally {
+      this.#lifetime.leave()
+    }
+    throwIfAborted(signal)
+  }
+
+  /** Begins a request that writes. */
+  #enterToWrite(owner: string): void {
+    this.#lifetime.enter()
+    if (this.#chain.writable) return
+    this.#lifetime.leave()
+    const { path } = this.#chain
+    const what = path === undefined ? 'the image' : `the image '${path}'`
+    throw new Qcow2Error(
+      'ERR_QCOW2_READ_ONLY',
+      `${owner}: ${what} is open for reading only: open it with flags: 'r+'`,
+      {
+        path,
+      },
+    )
+  }
+
+  #toRange(owner: string, position: Size, length: Size): [position: number, length: number] {
+    const range: [number, number] = [toBytes(position, `${owner}: position`), toBytes(length, `${owner}: length`)]
+    checkInside(owner, ...range, this.#size)
+    return range
+  }
+
+  #checkWrite(owner: string, position: number, length: number, compressed: boolean): void {
+    checkInside(owner, position, length, this.#size)
+    if (!compressed) return
+    const { clusterSize, hasDataFile, path } = this.#chain
+    if (clusterSize === undefined || hasDataFile) {
+      const what = clusterSize === undefined ? 'a raw image' : 'an image with an external data file'
+      throw new Qcow2Error('ERR_QCOW2_UNSUPPORTED_FEATURE', `${owner}: ${what} has no compressed clusters`, { path })
+    }
+    const end = position + length
+    if (position % clusterSize !== 0 || (end % clusterSize !== 0 && end !== this.#size)) {
+      const message = `${owner}: a compressed write takes whole clusters of ${clusterSize} bytes, not ${length} bytes at ${position}`
+      throw invalidArgument(`${owner}: ${position % clusterSize === 0 ? 'length' : 'position'}`, message)
+    }
+  }
+
+  /** Writes a range of the view that was checked. */
+  async #put(view: Uint8Array, offset: number, length: number, position: number, compressed: boolean): Promise<void> {
+    if (length === 0) return
+    try {
+      await submitWrite(this.#chain.image, view, offset, length, position, compressed)
+    } catch (failure) {
+      throw toError(failure)
+    }
+  }
+
+  async #putAll(views: readonly Uint8Array[], length: number, position: number, compressed: boolean): Promise<void> {
+    const [only] = views
+    if (views.length === 1 && only !== undefined) return this.#put(only, 0, length, position, compressed)
+    // Compressed clusters can begin in one buffer and end in the next.
+    if (compressed || length <= GATHERED) return this.#put(Buffer.concat(views), 0, length, position, compressed)
+    let at = position
+    const writes = views.map(view => {
+      const to = at
+      at += view.length
+      return this.#put(view, 0, view.length, to, false)
+    })
+    // Every buffer is in use until its own write is done, so all are waited for.
+    const failed = (await Promise.allSettled(writes)).find(end => end.status === 'rejected')
+    if (failed !== undefined) throw failed.reason
   }
 
   /** Describes the top layer, in the terms of QAPI's `ImageInfo`. */
@@ -218,8 +409,7 @@ export class Image implements AsyncDisposable {
   async *map(options?: MapOptions): AsyncGenerator<MapEntry, void, undefined> {
     const read = readMapOptions(options)
     throwIfAborted(read.signal)
-    const { image, virtualSize } = this.#chain
-    yield* walkMap(image, virtualSize, read, work => this.#lifetime.run(work))
+    yield* walkMap(this.#chain.image, this.#size, read, work => this.#lifetime.run(work))
   }
 
   /**
@@ -249,8 +439,18 @@ export class Image implements AsyncDisposable {
   }
 
   /**
-   * Closes the image: running requests finish, new ones reject with `ERR_QCOW2_CLOSED`. Every call resolves when the files are
-   * closed.
+   * A stream that writes guest bytes one behind the other. The image stays open when the stream ends; what was written is durable
+   * after the next `datasync`, or with `flush`.
+   */
+  createWriteStream(options?: WriteStreamOptions): Writable {
+    return openWriteStream(this, options)
+  }
+
+  /**
+   * Closes the image: running requests finish, new ones reject with `ERR_QCOW2_CLOSED`. What was written is made durable, what was
+   * reserved for more writes is given back, the locks are released. Every call resolves when the files are closed.
+   *
+   * @throws {@link Qcow2Error} the system's code if something could not be made durable; the files are closed all the same
    */
   close(): Promise<void> {
     return this.#lifetime.close()
@@ -262,34 +462,67 @@ export class Image implements AsyncDisposable {
   }
 }
 
-/** There can be very many reads: the full check runs only where something is out of the ordinary. */
-function checkReadOptions(options: ReadOptions | undefined): ReadOptions | undefined {
+/** There can be very many transfers: the full check runs only where something is out of the ordinary. */
+function checkTransfer<T extends object>(
+  options: T | undefined,
+  owner: string,
+  table: Readonly<Record<string, Reader<unknown>>>,
+): T | undefined {
   if (typeof options === 'object' && options !== null) {
     let known = true
     for (const name in options) {
-      if (name !== 'position' && name !== 'offset' && name !== 'length' && name !== 'signal') known = false
+      if (name !== 'position' && name !== 'offset' && name !== 'length') known = false
     }
-    if (known && options.signal === undefined) return options
+    if (known) return options
   }
-  readOptions(options, 'Image.read', READ)
+  readOptions(options, owner, table)
   return options
 }
 
+/** The range of the buffer, and where it belongs on the disk. */
+function toTransfer(
+  owner: 'Image.read' | 'Image.write',
+  view: Uint8Array,
+  options: { offset?: number | undefined; length?: number | undefined; position: Size } | undefined,
+): { offset: number; length: number; position: number } {
+  const offset = options?.offset === undefined ? 0 : toBytes(options.offset, `${owner}: offset`)
+  const length = options?.length === undefined ? view.length - offset : toBytes(options.length, `${owner}: length`)
+  if (offset > view.length || length < 0 || offset + length > view.length) {
+    const message = `${owner}: ${length} bytes from offset ${offset} are not inside the buffer of ${view.length} bytes`
+    throw invalidArgument(offset > view.length ? `${owner}: offset` : `${owner}: length`, message)
+  }
+  return { offset, length, position: toBytes(options?.position, `${owner}: position`) }
+}
+
+function toViews(buffers: unknown, owner: string): Uint8Array[] {
+  if (!Array.isArray(buffers)) {
+    throw invalidArgument('buffers', `${owner}: buffers must be an array, not ${describe(buffers)}`)
+  }
+  return buffers.map((buffer: unknown, index) => toBytesView(buffer, `${owner}: buffers[${index}]`))
+}
+
 /**
- * Opens an image for reading. It is refused if it names a backing file or data file, unless `references` says what to do about it.
+ * Opens an image, for reading unless `flags` says more. It is refused if it names a backing file or data file, unless
+ * `references` says what to do about it.
  *
  * @throws {@link Qcow2Error} `ERR_QCOW2_FORMAT_UNKNOWN`, `ERR_QCOW2_INVALID_HEADER`, `ERR_QCOW2_UNSUPPORTED_FEATURE`,
- *   `ERR_QCOW2_CORRUPT`, `ERR_QCOW2_LIMIT`, `ERR_QCOW2_REFERENCE_DENIED`, `ERR_QCOW2_CHAIN`, `ERR_QCOW2_NO_SNAPSHOT`, or the
- *   system's code (`ENOENT`, `EACCES`)
+ *   `ERR_QCOW2_CORRUPT`, `ERR_QCOW2_LIMIT`, `ERR_QCOW2_REFERENCE_DENIED`, `ERR_QCOW2_CHAIN`, `ERR_QCOW2_NO_SNAPSHOT`,
+ *   `ERR_QCOW2_LOCKED` if another process uses the image in a way that excludes this one, or the system's code (`ENOENT`,
+ *   `EACCES`). For writing also `ERR_QCOW2_CORRUPT` for an image that is marked corrupt or was not closed cleanly
  */
 export async function open(source: ImageSource, options?: OpenOptions): Promise<Image> {
   const located = toLocated(source, 'source')
-  const { flags: _, ...read } = readOptions(options, 'open', OPEN)
+  const read = readOptions(options, 'open', OPEN)
+  const access = toAccess('open', read)
+  if (access.write !== undefined && read.snapshot !== undefined) {
+    throw invalidArgument('snapshot', "open: a snapshot is a read-only view: it cannot be opened with flags: 'r+'")
+  }
   if (read.format === 'raw' && read.snapshot !== undefined) {
     throw invalidArgument('snapshot', 'open: a raw image has no snapshots')
   }
   throwIfAborted(read.signal)
-  const chain = await openChain(located, read)
+  const { format, references, snapshot, l2CacheSize, limits, signal } = read
+  const chain = await openChain(located, { format, references, snapshot, l2CacheSize, limits, signal, access })
   if (read.signal?.aborted) {
     await release(chain.image)
     throw new AbortError(read.signal.reason)

@@ -1,5 +1,6 @@
 /** Open, create, read, convert, check and inspect qcow2 disk images, in-process. */
 
+export type { AccessOptions, CacheMode, SharingOptions } from './access.js'
 export type { Reference, ReferencePolicy } from './backing/policy.js'
 export { type CheckFinding, type CheckOptions, type CheckResult, check } from './check.js'
 export { type CompareOptions, type CompareResult, compare } from './compare.js'
@@ -22,6 +23,7 @@ export { type KnownFormat, probe } from './probe.js'
 export type { Format, ImageSource, PathLike } from './source.js'
 export type { ReadStreamOptions, SparseChunk, WebStreamOptions } from './stream.js'
 export type { Size } from './units.js'
+export type { WriteOptions, WriteStreamOptions, WritevOptions, WriteZeroesOptions } from './write.js'
 
 /** The version of this package. */
 export const version = '0.1.0'

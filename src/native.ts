@@ -56,7 +56,30 @@ export interface NativeLimits {
   maxMemory?: number | undefined
 }
 
+/** How to open a file. */
+export interface NativeFileOptions {
+  readonly writable?: boolean | undefined
+  readonly cache?: string | undefined
+}
+
+/** How to lock a file. */
+export interface NativeLock {
+  readonly locking: 'auto' | 'on'
+  readonly forceShare?: boolean | undefined
+}
+
+/** How to write to an image; what is absent has the engine's default. */
+export interface NativeWriting {
+  readonly cache?: string | undefined
+  readonly discard?: string | undefined
+  readonly detectZeroes?: string | undefined
+}
+
 export interface NativeLayerOptions {
+  /** Not locked without it. */
+  lock?: NativeLock | undefined
+  /** Read only without it. */
+  write?: NativeWriting | undefined
   snapshot?: string | undefined
   l2CacheSize?: number | undefined
   forCheck?: boolean | undefined
@@ -206,15 +229,28 @@ export interface NativeCheckOutcome {
  */
 export interface Addon {
   start(deliver: (count: number, others: readonly unknown[] | undefined) => void, numbers: Uint32Array): void
-  openFile(request: number, path: string | Buffer): void
+  openFile(request: number, path: string | Buffer, options: NativeFileOptions): void
   /** Absent on Windows. */
-  openDescriptor?(request: number, descriptor: number): void
+  openDescriptor?(request: number, descriptor: number, options: NativeFileOptions): void
   openQcow2(request: number, file: number, options: NativeLayerOptions): void
-  openRaw(request: number, file: number): void
-  setDataFile(request: number, layer: number, file: number): void
+  openRaw(request: number, file: number, options: NativeLayerOptions): void
+  setDataFile(request: number, layer: number, file: number, lock: NativeLock | undefined): void
   assemble(request: number, layers: readonly number[]): void
   release(request: number, number: number): void
   read(request: number, image: number, buffer: Uint8Array, offset: number, length: number, position: number): void
+  write(
+    request: number,
+    image: number,
+    buffer: Uint8Array,
+    offset: number,
+    length: number,
+    position: number,
+    compressed: boolean,
+  ): void
+  writeZeroes(request: number, image: number, position: number, length: number, unmap: boolean): void
+  discard(request: number, image: number, position: number, length: number): void
+  flush(request: number, image: number): void
+  resize(request: number, image: number, size: number): void
   extents(request: number, image: number, start: number, length: number): void
   layersInfo(request: number, image: number): void
   inspectFile(request: number, file: number, limits: NativeLimits | undefined): void

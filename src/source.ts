@@ -3,7 +3,7 @@
 import type { FileHandle } from 'node:fs/promises'
 import { fileURLToPath } from 'node:url'
 import { invalidArgument, Qcow2Error } from './errors.js'
-import type { NativeFile } from './native.js'
+import type { NativeFile, NativeFileOptions } from './native.js'
 import { request } from './support/requests.js'
 import { describe } from './units.js'
 
@@ -56,11 +56,11 @@ export function toPath(source: unknown, name: string, wanted = 'a string, Buffer
   return source
 }
 
-/** Opens the file for reading. */
-export async function openFile(located: Located): Promise<NativeFile> {
+/** Opens the file; for reading, unless the options say more. */
+export async function openFile(located: Located, options: NativeFileOptions = {}): Promise<NativeFile> {
   return request<NativeFile>((number, addon) => {
-    if ('path' in located) addon.openFile(number, located.path)
-    else if (addon.openDescriptor !== undefined) addon.openDescriptor(number, located.descriptor)
+    if ('path' in located) addon.openFile(number, located.path, options)
+    else if (addon.openDescriptor !== undefined) addon.openDescriptor(number, located.descriptor, options)
     else
       throw new Qcow2Error(
         'ERR_QCOW2_UNSUPPORTED_FEATURE',
@@ -69,7 +69,7 @@ export async function openFile(located: Located): Promise<NativeFile> {
   })
 }
 
-/** Gives a file, layer or image of the addon's up. */
+/** Gives a file, layer or image of the addon's up; an image is flushed first. It is gone also if that fails. */
 export function release(number: number): Promise<void> {
   return request<void>((id, addon) => addon.release(id, number))
 }

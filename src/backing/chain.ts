@@ -3,6 +3,7 @@
  * file at a time and nothing that it names.
  */
 
+import { type Access, READING } from '../access.js'
 import { Qcow2Error } from '../errors.js'
 import type { NativeFile, NativeLayer, NativeLayerOptions } from '../native.js'
 import { type ReadLimits, throwIfAborted } from '../options.js'
@@ -21,6 +22,8 @@ export interface ChainOptions {
   readonly l2CacheSize?: number | undefined
   readonly limits?: ReadLimits | undefined
   readonly signal?: AbortSignal | undefined
+  /** Default: for reading, locked where the system can. */
+  readonly access?: Access | undefined
   /** Keep a damaged snapshot table as a finding of a check. */
   readonly forCheck?: boolean | undefined
   /** The caller named what the top layer refers to: it is followed unless the policy is `'layer'`. */
@@ -36,6 +39,9 @@ export interface Chain {
   /** The top layer's; undefined for raw. */
   readonly clusterSize: number | undefined
   readonly depth: number
+  /** The top layer keeps its data in another file. */
+  readonly hasDataFile: boolean
+  readonly writable: boolean
   /** All files of the chain, data files too: equal strings are the same file. */
   readonly identities: readonly string[]
   /** The file of each layer, top first; undefined where the system has no identity for it. */
@@ -58,6 +64,8 @@ export async function openChain(located: Located, options: ChainOptions): Promis
       virtualSize: top.opened.virtualSize,
       clusterSize: top.opened.clusterSize,
       depth: layers.length,
+      hasDataFile: top.opened.dataFile !== undefined,
+      writable: options.access?.write !== undefined,
       identities: opening.identities,
       layers: opening.layerIdentities,
     }
@@ -84,6 +92,7 @@ interface Next {
 class Opening {
   readonly #options: ChainOptions
   readonly #policy: ReferencePolicy
+  readonly #access: Access
   readonly #files: number[] = []
   readonly #seen = new Set<string>()
   /** The file of each layer. */
@@ -93,18 +102,22 @@ class Opening {
   constructor(options: ChainOptions) {
     this.#options = options
     this.#policy = options.references ?? 'deny'
+    this.#access = options.access ?? READING
   }
 
   /** Opens a file, and the layer that it is; asks the policy about what it names. */
   async layer(located: Located, formatOf: (file: NativeFile) => Format): Promise<OpenLayer> {
     throwIfAborted(this.#options.signal)
-    const file = await this.#open(located)
+    // Only the top layer is written to.
+    const access: Access = this.#layers.length === 0 ? this.#access : { ...this.#access, write: undefined }
+    const file = await this.#open(located, access)
     this.#refuseLoop(file)
-    const opened = await this.#openLayer(file, formatOf(file))
+    const opened = await this.#openLayer(file, formatOf(file), access)
     this.#layers.push(opened.layer)
     this.layerIdentities.push(file.identity)
+    this.#refuseHalf(opened, file, access)
     throwIfAborted(this.#options.signal)
-    if (opened.dataFile !== undefined) await this.#attachDataFile(opened, file.path)
+    if (opened.dataFile !== undefined) await this.#attachDataFile(opened, file.path, access)
     return { path: file.path, opened, next: await this.#next(opened, file.path) }
   }
 
@@ -138,17 +151,17 @@ class Opening {
     await Promise.all([...this.takeLayers(), ...this.#files].map(release))
   }
 
-  async #open(located: Located): Promise<NativeFile> {
-    const file = await openFile(located)
+  async #open(located: Located, { write, cache }: Access): Promise<NativeFile> {
+    const file = await openFile(located, { writable: write !== undefined, cache })
     this.#files.push(file.file)
     return file
   }
 
-  #openLayer(file: NativeFile, format: Format): Promise<NativeLayer> {
-    if (format === 'raw') return request((number, addon) => addon.openRaw(number, file.file))
+  #openLayer(file: NativeFile, format: Format, { lock, write }: Access): Promise<NativeLayer> {
+    if (format === 'raw') return request((number, addon) => addon.openRaw(number, file.file, { lock, write }))
     const { snapshot, l2CacheSize, limits, forCheck } = this.#options
     const top = this.#layers.length === 0
-    const options: NativeLayerOptions = { l2CacheSize, forCheck }
+    const options: NativeLayerOptions = { l2CacheSize, forCheck, lock, write }
     if (top && snapshot !== undefined) options.snapshot = snapshot
     if (limits !== undefined) options.limits = limits
     return request((number, addon) => addon.openQcow2(number, file.file, options))
@@ -163,14 +176,24 @@ class Opening {
     this.#seen.add(identity)
   }
 
-  async #attachDataFile({ layer, dataFile }: NativeLayer, from: string | undefined): Promise<void> {
+  /** A write copies what surrounds it from the backing file: without that file, the copy would be zeroes. */
+  #refuseHalf({ backing, dataFile }: NativeLayer, { path }: NativeFile, { write }: Access): void {
+    if (write === undefined || this.#policyNow() !== 'layer') return
+    const missing = backing === undefined ? dataFile && 'data file' : 'backing file'
+    if (missing === undefined) return
+    const message = `${path === undefined ? '' : `${path}: `}references is 'layer', and writing needs the ${missing} too`
+    const field = backing === undefined ? 'external data file name' : 'backing_file'
+    throw new Qcow2Error('ERR_QCOW2_REFERENCE_DENIED', message, { path, field })
+  }
+
+  async #attachDataFile({ layer, dataFile }: NativeLayer, from: string | undefined, access: Access): Promise<void> {
     if (dataFile === undefined) return
     const located = await decide(this.#policyNow(), 'data-file', dataFile, from)
     if (located === undefined) return
     try {
-      const file = await this.#open(located)
+      const file = await this.#open(located, access)
       if (file.identity !== undefined) this.#seen.add(file.identity)
-      await request<void>((number, addon) => addon.setDataFile(number, layer, file.file))
+      await request<void>((number, addon) => addon.setDataFile(number, layer, file.file, access.lock))
     } catch (error) {
       throw inReference(error, `the ${nameOf({ kind: 'data-file', filename: dataFile.filename })} of '${from}'`)
     }

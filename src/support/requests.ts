@@ -73,6 +73,27 @@ export function submitRead(
   })
 }
 
+/** Writes a range of the buffer: as {@link submitRead}. */
+export function submitWrite(
+  image: number,
+  buffer: Uint8Array,
+  offset: number,
+  length: number,
+  position: number,
+  compressed: boolean,
+): Promise<void> {
+  return new Promise<void>((resolve, reject) => {
+    const request = free.pop() ?? waiting.length
+    waiting[request] = { resolve: resolve as (value: unknown) => void, reject, buffer }
+    try {
+      native.write(request, image, buffer, offset, length, position, compressed)
+    } catch (error) {
+      take(request)
+      reject(error)
+    }
+  })
+}
+
 /** A request of one of the addon's functions, its number first. An async function: its errors show who called. */
 export async function request<T>(start: (request: number, addon: Addon) => void): Promise<T> {
   try {
