@@ -41,7 +41,7 @@ const cases: [name: string, call: () => Promise<unknown>, field: RegExp][] = [
   // Options.
   ['open with a misspelt option', () => loose('open')(empty, { reference: 'allow' }), /reference/],
   ['open with an unknown format', () => loose('open')(empty, { format: 'vmdk' }), /format/],
-  ['open for writing', () => loose('open')(empty, { flags: 'r+' }), /flags/],
+  ['open with flags of another kind', () => loose('open')(empty, { flags: 'w+' }), /flags/],
   ['open with a wrong policy', () => loose('open')(empty, { references: true }), /references/],
   ['open with a wrong signal', () => loose('open')(empty, { signal: {} }), /signal/],
   ['open with a wrong limit', () => loose('open')(empty, { limits: { maxSnapshots: -1 } }), /maxSnapshots/],

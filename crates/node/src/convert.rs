@@ -8,7 +8,7 @@ use napi_derive::napi;
 use qcow2_engine::convert::{
     Compression, ConvertOptions, ConvertResult, ConvertTarget, Delta, Window, convert,
 };
-use qcow2_engine::storage::{Access, FileStorage, NewFile};
+use qcow2_engine::storage::{Access, Claim, FileStorage, Locking, NewFile};
 use qcow2_engine::{Error, ErrorKind, Image, Job, Result, Storage};
 
 use crate::create::Target;
@@ -141,5 +141,6 @@ fn existing(target: &Target) -> Result<Arc<dyn Storage>> {
         let message = "the target is also a source of this operation";
         return Err(Error::new(ErrorKind::InvalidArgument, message).with_path(&target.path));
     }
+    storage.lock(Claim::WRITER, Locking::Auto)?;
     Ok(Arc::new(storage))
 }
