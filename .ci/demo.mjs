@@ -12,6 +12,7 @@ const { compare, convert, open } = require('../dist/index.js')
 const { SingleBar } = require('cli-progress')
 
 const MIB = 1024 * 1024
+const MOST_FILES = 20_000
 const mib = bytes => `${(bytes / MIB).toFixed(1)} MiB`
 const print = line => process.stdout.write(`${line}\n`)
 
@@ -20,7 +21,7 @@ function collect(sources, target, budget) {
   let total = 0
   let files = 0
   const waiting = sources.filter(existsSync)
-  while (waiting.length > 0 && total < budget) {
+  while (waiting.length > 0 && total < budget && files < MOST_FILES) {
     const folder = waiting.shift()
     let entries
     try {
@@ -29,7 +30,7 @@ function collect(sources, target, budget) {
       continue
     }
     let entry = entries.readSync()
-    for (; entry && total < budget; entry = entries.readSync()) {
+    for (; entry && total < budget && files < MOST_FILES; entry = entries.readSync()) {
       const path = join(folder, entry.name)
       if (entry.isDirectory()) waiting.unshift(path)
       if (!entry.isFile()) continue
@@ -38,7 +39,7 @@ function collect(sources, target, budget) {
         const to = join(target, relative('/', path))
         mkdirSync(dirname(to), { recursive: true })
         cpSync(path, to)
-        total += statSync(to).size
+        total += Math.ceil(statSync(to).size / 4096) * 4096
         files++
       } catch {
         // Not ours to read: the next one will do.
@@ -85,7 +86,7 @@ async function makeStructured(path, size) {
   }
   await file.truncate(size)
   await file.close()
-  print(`disk.raw: ${mib(size)} of text, records, noise and holes (mke2fs is not here to make a file system)`)
+  print(`disk.raw: ${mib(size)} of text, records, noise and holes (no file system could be made)`)
 }
 
 /** Whether two files hold the same bytes, compared by Node alone. */
