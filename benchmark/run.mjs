@@ -1,0 +1,146 @@
+// The benchmarks: this package's command line against qemu-img at its best flags, side by side. Every trial is a fresh
+// process, trials of both sides alternate, page cache warm. Every result is checked once, by `compare`.
+//
+// node benchmark/run.mjs [--smoke] [--trials N] [--source FOLDER] [--size MIB] [--only WORDS] [--json FILE]
+//
+// --smoke: one trial of everything on a small disk, to see that nothing rots; without qemu-img, this side alone.
+
+import { spawnSync } from 'node:child_process'
+import { mkdtempSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs'
+import { availableParallelism, cpus, release, tmpdir } from 'node:os'
+import { dirname, join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { parseArgs } from 'node:util'
+import { makeInput } from './input.mjs'
+import { median, trial } from './trial.mjs'
+
+const { values } = parseArgs({
+  options: {
+    smoke: { type: 'boolean', default: false },
+    trials: { type: 'string' },
+    source: { type: 'string', default: '/usr' },
+    size: { type: 'string' },
+    only: { type: 'string', default: '' },
+    json: { type: 'string' },
+  },
+})
+const smoke = values.smoke
+const trials = Number(values.trials ?? (smoke ? 1 : 5))
+const here = dirname(fileURLToPath(import.meta.url))
+const cli = join(here, '..', 'dist', 'cli.js')
+const folder = mkdtempSync(join(process.env.QCOW2_BENCH_DIR ?? tmpdir(), 'qcow2-bench-'))
+const at = name => join(folder, name)
+
+const version = program => spawnSync(program, ['--version'], { encoding: 'utf8' }).stdout?.split('\n')[0]
+const qemu = version(process.env.QEMU_IMG_PROG ?? 'qemu-img')
+const ours = (...args) => [process.execPath, cli, ...args]
+const theirs = (...args) => [process.env.QEMU_IMG_PROG ?? 'qemu-img', ...args]
+const FAST = ['-W', '-m', '8']
+
+/** A convert by both sides: the same source, a target for each. */
+const convert = (name, source, from, to, ...flags) => ({
+  name,
+  ours: ours('convert', '-q', '-f', from, '-O', to, ...flags, at(source), at('ours')),
+  theirs: theirs('convert', ...FAST, '-f', from, '-O', to, ...flags, at(source), at('theirs')),
+  check: target => ours('compare', '-q', '-f', from, '-F', to, at(source), at(target)),
+})
+
+const jobs = [
+  convert('raw to qcow2', 'disk.raw', 'raw', 'qcow2'),
+  convert('qcow2 to raw', 'disk.qcow2', 'qcow2', 'raw'),
+  convert('qcow2 to qcow2', 'disk.qcow2', 'qcow2', 'qcow2'),
+  convert('raw to zlib', 'disk.raw', 'raw', 'qcow2', '-c'),
+  convert('raw to zstd', 'disk.raw', 'raw', 'qcow2', '-c', '-o', 'compression_type=zstd'),
+  convert('zlib to raw', 'zlib.qcow2', 'qcow2', 'raw'),
+  convert('zstd to raw', 'zstd.qcow2', 'qcow2', 'raw'),
+  {
+    name: 'check, all clusters mapped',
+    ours: ours('check', '-q', at('mapped.qcow2')),
+    theirs: theirs('check', '-q', at('mapped.qcow2')),
+  },
+  {
+    name: 'map, all clusters mapped',
+    ours: ours('map', '--output=json', at('mapped.qcow2')),
+    theirs: theirs('map', '--output=json', at('mapped.qcow2')),
+  },
+].filter(({ name }) => name.includes(values.only))
+
+function prepare() {
+  const made = smoke
+    ? makeInput(at('disk.raw'), { sizeMiB: 16 })
+    : makeInput(at('disk.raw'), { source: values.source, sizeMiB: Number(values.size ?? 8192) })
+  const own = (...args) => trial(ours('convert', '-q', '-f', 'raw', '-O', 'qcow2', ...args))
+  // Sources by QEMU where it is there: both sides read what QEMU wrote.
+  const make = qemu ? (...args) => trial(theirs('convert', ...FAST, '-f', 'raw', '-O', 'qcow2', ...args)) : own
+  make(at('disk.raw'), at('disk.qcow2'))
+  make('-c', at('disk.raw'), at('zlib.qcow2'))
+  make('-c', '-o', 'compression_type=zstd', at('disk.raw'), at('zstd.qcow2'))
+  trial(ours('create', '-q', '-f', 'qcow2', '-o', 'preallocation=metadata', at('mapped.qcow2'), smoke ? '1G' : '1T'))
+  return made
+}
+
+function runJob(job) {
+  const sides = { ours: [], theirs: [] }
+  const sizes = {}
+  for (let round = 0; round < trials; round++) {
+    for (const side of qemu ? ['ours', 'theirs'] : ['ours']) {
+      if (job.check) rmSync(at(side), { force: true })
+      sides[side].push(trial(job[side]))
+      if (!job.check) continue
+      if (round === 0) trial(job.check(side))
+      sizes[side] = statSync(at(side)).blocks * 512
+    }
+  }
+  const of = (side, what) => median(sides[side].map(result => result[what]))
+  const result = { name: job.name, sizes, ours: {}, theirs: {} }
+  for (const what of ['wall', 'cpu', 'peakMiB']) {
+    result.ours[what] = of('ours', what)
+    result.theirs[what] = of('theirs', what)
+  }
+  result.ratio = qemu ? result.ours.wall / result.theirs.wall : undefined
+  return result
+}
+
+const number = (value, digits = 2) => (value === undefined ? '-' : value.toFixed(digits))
+const mib = bytes => (bytes === undefined ? '-' : (bytes / 2 ** 20).toFixed(0))
+
+function table(results) {
+  const rows = results.map(({ name, ours, theirs, ratio, sizes }) => [
+    name,
+    `${number(ours.wall)} s, ${number(ours.cpu)} s`,
+    `${number(theirs.wall)} s, ${number(theirs.cpu)} s`,
+    number(ratio),
+    number(ours.peakMiB, 0),
+    `${mib(sizes.ours)} / ${mib(sizes.theirs)}`,
+  ])
+  const head = ['job', 'qcow2: wall, CPU', 'qemu-img: wall, CPU', 'ratio', 'peak MiB', 'file MiB']
+  return [head, head.map(() => '---'), ...rows].map(row => `| ${row.join(' | ')} |`).join('\n')
+}
+
+function randomReads() {
+  const flags = smoke ? ['--seconds', '0.1', '--rounds', '1'] : []
+  return JSON.parse(trial([process.execPath, join(here, 'random-read.mjs'), '--json', ...flags]).stdout)
+}
+
+try {
+  const input = prepare()
+  const machine = `${availableParallelism()} cores, ${cpus()[0]?.model}, ${process.platform} ${release()}`
+  const versions = `node ${process.versions.node}, ${qemu ?? 'qemu-img is not installed: nothing to compare with'}`
+  console.log(`${input}\n${machine}\n${versions}\nmedians of ${trials}, ${new Date().toISOString().slice(0, 10)}\n`)
+  const results = jobs.map(job => {
+    process.stderr.write(`${job.name}\n`)
+    return runJob(job)
+  })
+  console.log(table(results))
+  const reads = 'random reads'.includes(values.only) ? randomReads() : {}
+  console.log()
+  for (const [name, perSecond] of Object.entries(reads))
+    console.log(`${name}: ${perSecond.toLocaleString('en')} reads/s`)
+  if (values.json) {
+    const manifest = JSON.parse(readFileSync(join(here, '..', 'package.json'), 'utf8'))
+    const record = { input, machine, versions, trials, version: manifest.version, results, reads }
+    writeFileSync(values.json, `${JSON.stringify(record, undefined, 2)}\n`)
+  }
+} finally {
+  rmSync(folder, { recursive: true, force: true })
+}
