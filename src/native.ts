@@ -278,57 +278,50 @@ export interface Addon {
   endJob(job: number): void
 }
 
-/** The C library's flavour, which Linux packages differ in. */
-function isMusl(): boolean {
-  // Without this, a report looks up the names of all network peers, which takes seconds where that fails.
-  if (process.report) Object.assign(process.report, { excludeNetwork: true })
-  const report = process.report?.getReport() as { header?: { glibcVersionRuntime?: string } } | undefined
-  return report?.header?.glibcVersionRuntime === undefined
-}
-
-const SUFFIXES: Readonly<Record<string, () => string>> = {
-  'linux-x64': () => (isMusl() ? 'linux-x64-musl' : 'linux-x64-gnu'),
-  'linux-arm64': () => (isMusl() ? 'linux-arm64-musl' : 'linux-arm64-gnu'),
-  'darwin-x64': () => 'darwin-x64',
-  'darwin-arm64': () => 'darwin-arm64',
-  'win32-x64': () => 'win32-x64-msvc',
-  'win32-arm64': () => 'win32-arm64-msvc',
+/** The packages for each platform. On Linux the one for the C library that is there loads, the other is not installed or fails. */
+const PACKAGES: Readonly<Record<string, readonly string[]>> = {
+  'linux-x64': ['linux-x64-gnu', 'linux-x64-musl'],
+  'linux-arm64': ['linux-arm64-gnu', 'linux-arm64-musl'],
+  'darwin-x64': ['darwin-x64'],
+  'darwin-arm64': ['darwin-arm64'],
+  'win32-x64': ['win32-x64-msvc'],
+  'win32-arm64': ['win32-arm64-msvc'],
 }
 
 function load(): Addon {
   const explicit = process.env['NAPI_RS_NATIVE_LIBRARY_PATH']
-  if (explicit) return attempt(explicit, error => failed(`${explicit} (NAPI_RS_NATIVE_LIBRARY_PATH)`, error))
+  if (explicit) {
+    const loaded = attempt(explicit)
+    if ('addon' in loaded) return loaded.addon
+    throw failed(`${explicit} (NAPI_RS_NATIVE_LIBRARY_PATH)`, loaded.error)
+  }
   const platform = `${process.platform}-${process.arch}`
-  const suffix = SUFFIXES[platform]?.()
-  if (suffix === undefined) {
-    const known = Object.keys(SUFFIXES).join(', ')
+  const suffixes = PACKAGES[platform]
+  if (suffixes === undefined) {
+    const known = Object.keys(PACKAGES).join(', ')
     throw new Qcow2Error('ERR_QCOW2_ADDON_MISSING', `qcow2 has no addon for ${platform}; it has one for ${known}`)
   }
-  const local = join(__dirname, `qcow2.${suffix}.node`)
-  return attempt(local, error => {
-    if (!isMissing(error, local)) throw failed(local, error)
-    const name = `qcow2-${suffix}`
-    return attempt(name, missing => {
-      throw isMissing(missing, name) ? notInstalled(name) : failed(name, missing)
-    })
-  })
+  const local = suffixes.map(suffix => join(__dirname, `qcow2.${suffix}.node`))
+  const packages = suffixes.map(suffix => `qcow2-${suffix}`)
+  let broken: Qcow2Error | undefined
+  for (const name of [...local, ...packages]) {
+    const loaded = attempt(name)
+    if ('addon' in loaded) return loaded.addon
+    if (!isMissing(loaded.error, name)) broken ??= failed(name, loaded.error)
+  }
+  throw broken ?? notInstalled(packages.join(' or '))
 }
 
-function attempt(name: string, otherwise: (error: unknown) => Addon | Error): Addon {
+function attempt(name: string): { readonly addon: Addon } | { readonly error: unknown } {
   try {
-    return require(name) as Addon
+    return { addon: require(name) as Addon }
   } catch (error) {
-    const next = otherwise(error)
-    if (next instanceof Error) throw next
-    return next
+    return { error }
   }
 }
 
 const isMissing = (error: unknown, name: string): boolean =>
-  error instanceof Error &&
-  'code' in error &&
-  (error.code === 'MODULE_NOT_FOUND' || error.code === 'ERR_MODULE_NOT_FOUND') &&
-  error.message.includes(name)
+  error instanceof Error && 'code' in error && error.code === 'MODULE_NOT_FOUND' && error.message.includes(name)
 
 const failed = (name: string, cause: unknown): Qcow2Error => {
   const reason = cause instanceof Error ? cause.message : String(cause)

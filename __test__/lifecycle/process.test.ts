@@ -1,7 +1,7 @@
 /** What keeps a process alive, what does not, and how it ends. */
 
 import { spawnSync } from 'node:child_process'
-import { existsSync, readdirSync } from 'node:fs'
+import { existsSync, readdirSync, rmSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { convert } from 'qcow2'
 import { beforeAll, describe, expect, it } from 'vitest'
@@ -118,6 +118,15 @@ describe('where the addon is looked for', () => {
     const { status, stderr } = runElsewhere('sunos', 'sparc')
     expect(status).not.toBe(0)
     expect(stderr).toContain('qcow2 has no addon for sunos-sparc; it has one for linux-x64')
+  })
+
+  it('is told where it is there and does not load', () => {
+    const broken = join(folder, 'broken.node')
+    writeFileSync(broken, 'no addon')
+    const ended = runNode('process.exit(0)', { env: { NAPI_RS_NATIVE_LIBRARY_PATH: broken } })
+    rmSync(broken)
+    expect(ended.code).not.toBe(0)
+    expect(ended.stderr).toContain(`the addon ${broken} (NAPI_RS_NATIVE_LIBRARY_PATH) cannot be loaded: `)
   })
 
   it('is told with the package that is missing', () => {
