@@ -89,6 +89,19 @@ describe('help', () => {
     expect((await asQemuImg(['frobnicate'], folder)).stderr).toMatch(/^qemu-img: Command not found: frobnicate\n/)
   })
 
+  it('gives errors of an image their code, but not under the name of qemu-img', async () => {
+    const header = Buffer.alloc(4096)
+    header.write('QFI\xfb', 'latin1')
+    header.writeUInt32BE(9, 4)
+    writeFileSync(join(folder, 'version9.qcow2'), header)
+    const { code, stderr } = await run('info', 'version9.qcow2')
+    expect(code).toBe(1)
+    expect(stderr).toMatch(/^qcow2: Could not open 'version9\.qcow2': .*9.* \(ERR_QCOW2_UNSUPPORTED_FEATURE\)\n$/)
+    const other = await asQemuImg(['info', 'version9.qcow2'], folder)
+    expect(other.stderr).toMatch(/^qemu-img: Could not open 'version9\.qcow2': /)
+    expect(other.stderr).not.toContain('ERR_')
+  })
+
   it('ends quietly when nobody reads on', async () => {
     const command = `"${process.execPath}" "${CLI}" convert --help`
     const { stdout, stderr } = await execute('sh', ['-c', `{ ${command}; echo "code $?" >&2; } | true`], folder)

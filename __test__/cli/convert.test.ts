@@ -74,6 +74,21 @@ describe('a conversion', () => {
     expect(existsSync(join(folder, 'long.qcow2'))).toBe(false)
   })
 
+  it.each([
+    [['-n', '-O', 'qcow2'], '-n with a qcow2 target is not supported'],
+    [['-n', '-c'], 'Compression not supported for this file format'],
+    [['-n', '-B', 'joined.qcow2', '-F', 'qcow2'], '-B together with -n is not supported'],
+    [['-c', '-O', 'qcow2', '--level', '22'], 'zlib has no compression level 22'],
+    [['-c', '-O', 'qcow2', '--window', 'tiny'], 'Allowed choices are full, small.'],
+    [['--window', 'small'], '--window requires use of -c flag'],
+  ])('with %j is refused', async (args, message) => {
+    const before = readdirSync(folder)
+    const { code, stdout, stderr } = await run('convert', ...args, 'small.raw', 'refused.img')
+    expect({ code, stdout }).toEqual({ code: 1, stdout: '' })
+    expect(stderr).toContain(message)
+    expect(readdirSync(folder)).toEqual(before)
+  })
+
   it('into what cannot be written says so and leaves nothing', async () => {
     const { code, stderr } = await run('convert', '-O', 'qcow2', 'small.raw', 'no-such-folder/x.qcow2')
     expect(code).toBe(1)

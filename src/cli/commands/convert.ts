@@ -56,7 +56,7 @@ export function declareConvert(program: Command, run: Runner): void {
     .option('-l, --source-snapshot <snapshot>', 'read this internal snapshot')
     .option('-B, --backing <file>', 'write only what differs from this image, which backs TARGET')
     .option('-F, --backing-format <fmt>', 'format of the backing file')
-    .option('-n, --no-create', 'write into TARGET as it exists')
+    .option('-n, --no-create', 'write into TARGET as it exists (raw only)')
     .option('--target-is-zero', 'with -n: TARGET reads as zeroes everywhere')
     .option(
       '-S, --sparse-size <size>',
@@ -156,7 +156,7 @@ async function convertNamed(source: string, target: string, given: ConvertArgume
     ...(snapshot !== undefined && { snapshot }),
     ...(given.sparseSize !== undefined && { sparseSize: given.sparseSize }),
     ...(given.parallel !== undefined && { concurrency: given.parallel }),
-    ...(given.create ? newTarget(target, to, given) : existingTarget(given)),
+    ...(given.create ? newTarget(target, to, given) : existingTarget(to, given)),
   }
   const choice = { progress: given.progress ?? false, quiet: given.quiet ?? false, verb: 'Converting', step: 1 }
   try {
@@ -173,10 +173,11 @@ async function convertNamed(source: string, target: string, given: ConvertArgume
   }
 }
 
-function existingTarget(given: ConvertArguments): Partial<ConvertOptions> {
+function existingTarget(to: Format, given: ConvertArguments): Partial<ConvertOptions> {
+  if (to !== 'raw') throw unsupported(`-n with a ${to} target`, 'this version writes into existing raw images only')
   if (given.backing !== undefined)
     throw unsupported('-B together with -n', 'the target exists with its own backing file')
-  if (given.compress) throw unsupported('-c together with -n', 'compressed clusters are written into new images only')
+  if (given.compress) throw new CommandFailure('Compression not supported for this file format')
   return { existingTarget: true, ...(given.targetIsZero && { targetIsZero: true }) }
 }
 
