@@ -76,8 +76,10 @@ export async function* walkMap(
       if (pending !== undefined && merged === undefined) yield pending
       pending = merged ?? next
     }
-    at += size
-    const count = found.numbers.length / STRIDE
+    const { numbers } = found
+    const count = numbers.length / STRIDE
+    // A request ends early where there are very many extents.
+    at = count === 0 ? at + size : (numbers.at(-STRIDE) ?? at) + (numbers.at(1 - STRIDE) ?? size)
     if (count > MANY) step = Math.max(MIN_STEP, step / 2)
     else if (count < MANY / 8) step = Math.min(MAX_STEP, step * 2)
   }

@@ -21,6 +21,8 @@ const MAX_STEP: u64 = 64 << 30;
 /// ... and in a strict comparison, where a range that leads to the end of the disk is not the same as one that does
 /// not, as far as QEMU looks: an L2 table of the default geometry.
 const STRICT_STEP: u64 = 512 << 20;
+/// The number of extents at which a step ends early.
+const MOST_EXTENTS: usize = 16 * GOOD_EXTENTS;
 /// The number of extents at which a step is neither small nor large.
 const GOOD_EXTENTS: usize = 1024;
 
@@ -139,11 +141,15 @@ fn scan(
     let mut step = if strict { STRICT_STEP } else { MIN_STEP };
     while at < total && at < found.end() {
         job.checkpoint()?;
-        let end = total.min(at.saturating_add(step));
+        let mut end = total.min(at.saturating_add(step));
         for (disk, extents) in disks.iter().zip(&mut extents) {
             extents.clear();
             if at < disk.virtual_size() {
-                disk.extents(at, end - at, job, extents)?;
+                let covered = disk.extents_up_to(at, end - at, MOST_EXTENTS, job, extents)?;
+                // Behind its own end a disk has no extents to list.
+                if covered < disk.virtual_size() {
+                    end = end.min(covered);
+                }
             }
         }
         if !strict {

@@ -17,6 +17,8 @@ const TABLE_ENTRY: u64 = 8;
 const SECTOR: u64 = 512;
 /// Guest bytes whose extents are listed at once.
 const STEP: u64 = 1 << 30;
+/// The number of extents at which a step ends early.
+const MOST_EXTENTS: usize = 16 << 10;
 
 /// What would be created.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -116,11 +118,11 @@ fn data_clusters(source: &dyn GuestSource, geometry: &Geometry, job: &Job) -> Re
     let mut clusters = 0;
     // First cluster that is not counted yet: a cluster in which two extents of data meet counts once.
     let mut next = 0;
-    for start in (0..size).step_by(STEP as usize) {
+    let mut start = 0;
+    while start < size {
         job.checkpoint()?;
-        let length = STEP.min(size - start);
         extents.clear();
-        source.extents(start, length, job, &mut extents)?;
+        let end = source.extents_up_to(start, STEP.min(size - start), MOST_EXTENTS, job, &mut extents)?;
         for extent in &extents {
             if extent.zero || matches!(extent.kind, ExtentKind::Zero | ExtentKind::Unallocated) {
                 continue;
@@ -129,7 +131,8 @@ fn data_clusters(source: &dyn GuestSource, geometry: &Geometry, job: &Job) -> Re
             next = next.max(geometry.clusters_for(extent.start + extent.length));
             clusters += next.saturating_sub(first);
         }
-        job.advance(length);
+        job.advance(end - start);
+        start = end;
     }
     Ok(clusters)
 }

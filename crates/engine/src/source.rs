@@ -48,6 +48,22 @@ pub trait GuestSource: Send + Sync {
     /// kind and contiguous host bytes merged. `length` is clamped to the end of the disk.
     fn extents(&self, start: u64, length: u64, job: &Job, out: &mut Vec<Extent>) -> Result<()>;
 
+    /// As `extents`, but may stop early when it has appended `most` extents or more: a disk can have one for every
+    /// sector, and a walk over a whole disk must not hold them all. Returns the first guest byte that is not covered,
+    /// behind `start` unless there is nothing to cover.
+    fn extents_up_to(
+        &self,
+        start: u64,
+        length: u64,
+        most: usize,
+        job: &Job,
+        out: &mut Vec<Extent>,
+    ) -> Result<u64> {
+        let _ = most;
+        self.extents(start, length, job, out)?;
+        Ok(start.saturating_add(length).min(self.virtual_size()))
+    }
+
     /// Fills `buf` with the guest bytes at `offset`; all of it must lie inside the disk.
     fn read_at(&self, buf: MemMut<'_>, offset: u64) -> Result<()>;
 }

@@ -5,6 +5,8 @@
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use qcow2_engine::create::CreateOptions;
+use qcow2_engine::measure::{MeasureTarget, Qcow2Target, measure};
 use qcow2_engine::{GuestSource, Job, OpenOptions};
 use qcow2_testkit::alloc::Counting;
 use qcow2_testkit::{Fixture, Forge, Qemu, chain};
@@ -48,6 +50,68 @@ fn disks_of_16_tib_are_read_in_bounded_memory() {
     // The L1 table takes 4 MiB and once more while it is decoded.
     assert!(used < 12 << 20, "{used} bytes in use");
     assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+}
+
+/// A small file can have an extent for every sector of a large disk, behind a hole that invites large steps: walking
+/// it takes time, and no memory.
+#[test]
+fn a_disk_of_countless_extents_is_walked_in_bounded_memory() {
+    let _alone = ALONE.lock();
+    let size = 1u64 << 32;
+    let mut forge = Forge::new(3, 9, size);
+    // One L2 table, zero and data by turns, that every L1 entry of the second half refers to.
+    for cluster in (0..64).step_by(2) {
+        forge.zero_plain(cluster);
+        forge.data(cluster + 1, b"data");
+    }
+    let built = forge.build();
+    let (l1, table) = (built.layout.l1, built.bytes.u64(built.layout.l1));
+    let entries = size / (64 * 512);
+    let mut built = built.with_u64(l1, 0);
+    for index in entries / 2..entries {
+        built.bytes.put_u64(l1 + index * 8, table);
+    }
+    let fixture = Fixture::new();
+    let path = fixture.path("countless.qcow2");
+    built.bytes.write_to(&path);
+    let image = chain::open(&path, "qcow2", &OpenOptions::default()).unwrap();
+    let before = MEMORY.reset();
+    let (mut at, mut extents, mut count) = (0, Vec::new(), 0u64);
+    while at < size {
+        extents.clear();
+        at = image.extents_up_to(at, size - at, 10_000, &Job::new(), &mut extents).unwrap();
+        assert_eq!(extents.last().map(|e| e.start + e.length), Some(at));
+        count += extents.len() as u64;
+    }
+    assert!(count > size / 2 / 512, "{count} extents");
+    let options = CreateOptions { size, ..CreateOptions::default() };
+    let target = MeasureTarget::Qcow2(Qcow2Target::from_options(&options).unwrap());
+    measure(&image, &target, &Job::new()).unwrap();
+    let other = chain::open(&path, "qcow2", &OpenOptions::default()).unwrap();
+    let mut listed = Vec::new();
+    other.extents_up_to(0, size, 10_000, &Job::new(), &mut listed).unwrap();
+    assert!(listed.len() < 20_000, "{} extents at once", listed.len());
+    let used = MEMORY.peak() - before;
+    assert!(used < 24 << 20, "{used} bytes in use");
+}
+
+/// The emptiest disks are the largest: a walk skips what has no tables.
+#[test]
+fn an_empty_disk_of_2_eib_is_walked_at_once() {
+    let _alone = ALONE.lock();
+    let size = (1u64 << 61) - 512;
+    let fixture = Fixture::new();
+    let path = fixture.path("huge.qcow2");
+    let mut forge = Forge::new(3, 21, size);
+    forge.data(1 << 39, b"far");
+    forge.build().bytes.write_to(&path);
+    let image = chain::open(&path, "qcow2", &OpenOptions::default()).unwrap();
+    let start = Instant::now();
+    let mut extents = Vec::new();
+    image.extents(0, size, &Job::new(), &mut extents).unwrap();
+    assert_eq!(extents.len(), 3);
+    assert_eq!(extents[1].start, 1 << 60);
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
 }
 
 #[test]

@@ -15,6 +15,8 @@ const MIN_WINDOW: u64 = 4 << 20;
 const MAX_WINDOW: u64 = 64 << 30;
 /// Extents in a window above which it shrinks, and below which it grows.
 const MANY_EXTENTS: usize = 4096;
+/// Extents at which a window ends early.
+const MOST_EXTENTS: usize = 4 * MANY_EXTENTS;
 const FEW_EXTENTS: usize = 256;
 
 /// Where the bytes of a piece come from.
@@ -183,13 +185,13 @@ impl<'a> Scanner<'a> {
         while self.queue.is_empty() && self.asked < self.size {
             let length = self.window.min(self.size - self.asked);
             let mut extents = Vec::new();
-            self.source.extents(self.asked, length, self.job, &mut extents)?;
+            let end = self.source.extents_up_to(self.asked, length, MOST_EXTENTS, self.job, &mut extents)?;
             match extents.len() {
                 n if n > MANY_EXTENTS => self.window = (self.window / 4).max(MIN_WINDOW),
                 n if n < FEW_EXTENTS => self.window = (self.window * 4).min(MAX_WINDOW),
                 _ => {}
             }
-            self.asked += length;
+            self.asked = end;
             self.queue.extend(extents);
         }
         Ok(self.queue.front().cloned())

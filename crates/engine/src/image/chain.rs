@@ -162,7 +162,18 @@ impl GuestSource for Image {
     }
 
     fn extents(&self, start: u64, length: u64, job: &Job, out: &mut Vec<Extent>) -> Result<()> {
-        super::extents::collect(&self.layers, start, length, job, out)
+        super::extents::collect(&self.layers, start, length, usize::MAX, job, out).map(drop)
+    }
+
+    fn extents_up_to(
+        &self,
+        start: u64,
+        length: u64,
+        most: usize,
+        job: &Job,
+        out: &mut Vec<Extent>,
+    ) -> Result<u64> {
+        super::extents::collect(&self.layers, start, length, most, job, out)
     }
 
     fn read_at(&self, buf: MemMut<'_>, offset: u64) -> Result<()> {

@@ -10,29 +10,46 @@ use super::qcow2::Qcow2;
 use crate::source::{Extent, ExtentKind};
 use crate::{Job, Result, Storage, StorageExt};
 
-/// Guest bytes planned between two looks at the job.
-const STEP: u64 = 1 << 30;
+/// Clusters planned between two looks at the job. The plan of a step is held in memory, and every cluster can differ
+/// from its neighbours.
+const STEP_CLUSTERS: u64 = 8192;
+/// Most guest bytes of a step, unless no layer has any of them.
+const MAX_STEP: u64 = 1 << 30;
 
-/// Appends the extents of `start..start + length`, clamped to the disk.
+/// Appends the extents of `start..start + length`, clamped to the disk, and stops early once there are `most` or more.
+/// Returns the first guest byte that is not covered.
 pub(super) fn collect(
     layers: &[Layer],
     start: u64,
     length: u64,
+    most: usize,
     job: &Job,
     out: &mut Vec<Extent>,
-) -> Result<()> {
+) -> Result<u64> {
     let size = layers.first().map_or(0, Layer::virtual_size);
     let end = start.saturating_add(length).min(size);
     let first = out.len();
+    let smallest = layers.iter().filter_map(Layer::as_qcow2).map(|q| q.geometry().cluster_size()).min();
+    let usual = smallest.unwrap_or(64 << 10).saturating_mul(STEP_CLUSTERS).min(MAX_STEP);
     let mut walk = Walk { layers, out, first };
     let mut at = start;
-    while at < end {
+    while at < end && walk.out.len() - first < most {
         job.checkpoint()?;
-        let step = STEP.min(end - at);
+        let step = usual.max(hole(layers, at)).min(end - at);
         walk.range(at, step)?;
         at += step;
     }
-    Ok(())
+    Ok(at)
+}
+
+/// Bytes from `at` on that no layer has, by whole L2 tables: a plan of them takes no memory, however many they are.
+fn hole(layers: &[Layer], at: u64) -> u64 {
+    let runs = layers.iter().map(|layer| match layer {
+        _ if at >= layer.virtual_size() => u64::MAX,
+        Layer::Raw(_) => 0,
+        Layer::Qcow2(qcow2) => qcow2.bytes_without_table(at),
+    });
+    runs.min().unwrap_or(0)
 }
 
 /// What is left to walk, in guest order from the top of a stack: chains can be too long for recursion.

@@ -158,6 +158,21 @@ impl Mapping {
 }
 
 impl Qcow2 {
+    /// Bytes from the guest offset `at` to the next one that has an L2 table; beyond the last one, all that there are.
+    pub(super) fn bytes_without_table(&self, at: u64) -> u64 {
+        let g = self.geometry();
+        let first = g.l1_index(GuestOffset(at));
+        let mapping = self.mapping.read();
+        let rest = mapping.l1.get(first as usize..).unwrap_or_default();
+        match rest.iter().position(|entry| L1Entry(*entry).offset_bits() != 0) {
+            Some(0) => 0,
+            Some(index) => (first + index as u64).saturating_mul(g.l2_coverage()).saturating_sub(at),
+            None => u64::MAX,
+        }
+    }
+}
+
+impl Qcow2 {
     /// Appends the segments of `range`, which must lie inside the disk, to `segments`; neighbours that continue each
     /// other are merged. Compressed segments stay one per cluster.
     ///
