@@ -39,7 +39,7 @@ pub struct CheckOutcome {
 /// One finding.
 #[napi(object, object_from_js = false)]
 pub struct CheckFinding {
-    /// `corruption`, `leak` or `check-error`.
+    /// `corruption`, `leak`, `check-error` or `note`.
     pub severity: String,
     /// Stable.
     pub code: String,
@@ -95,6 +95,7 @@ impl From<CheckReport> for CheckOutcome {
                 Severity::Corruption => "corruption",
                 Severity::Leak => "leak",
                 Severity::CheckError => "check-error",
+                Severity::Note => "note",
             }
             .to_owned(),
             code: finding.code.as_str().to_owned(),

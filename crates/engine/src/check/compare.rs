@@ -7,13 +7,39 @@ use super::report::{FindingCode, Tally};
 use super::stored::{Block, StoredRefcounts};
 use super::{Stop, Target};
 
-/// Compares every cluster of the file, and returns the highest that is referenced or counted as such.
+/// Which differences a repair removes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Fix {
+    /// Refcounts that are too high.
+    pub(super) leaks: bool,
+    /// Refcounts that are too low.
+    pub(super) errors: bool,
+}
+
+impl Fix {
+    /// The refcount of a cluster that has `stored` and is referred to `counted` times, behind the repair.
+    pub(super) fn target(self, stored: u64, counted: u64) -> u64 {
+        let fixed = if stored > counted { self.leaks } else { self.errors };
+        if fixed { counted } else { stored }
+    }
+}
+
+/// What the comparison tells beside its findings.
+pub(super) struct Compared {
+    /// The highest cluster that is referenced or counted as such.
+    pub(super) highest: u64,
+    /// A cluster in use has no refcount at all: whatever is allocated next may overwrite it.
+    pub(super) rebuild: bool,
+}
+
+/// Compares every cluster of the file. What `fix` covers is told as repaired; nothing is written here.
 pub(super) fn compare(
     target: &Target<'_>,
     stored: &mut StoredRefcounts<'_>,
     counts: &ReferenceCounts,
+    fix: Fix,
     tally: &mut Tally,
-) -> Result<u64, Stop> {
+) -> Result<Compared, Stop> {
     let geometry = &target.header.geometry;
     let entries = geometry.refcount_block_entries();
     let mut judge = Judge {
@@ -21,7 +47,9 @@ pub(super) fn compare(
         tally,
         cluster_bits: geometry.cluster_bits(),
         order: geometry.refcount_order(),
+        fix,
         highest: 0,
+        rebuild: false,
     };
     for index in 0..counts.clusters().div_ceil(entries) {
         target.job.checkpoint()?;
@@ -33,7 +61,7 @@ pub(super) fn compare(
             Block::Present(block) => judge.block(Some(block), first, end),
         }
     }
-    Ok(judge.highest)
+    Ok(Compared { highest: judge.highest, rebuild: judge.rebuild })
 }
 
 struct Judge<'a> {
@@ -41,7 +69,9 @@ struct Judge<'a> {
     tally: &'a mut Tally,
     cluster_bits: u32,
     order: u32,
+    fix: Fix,
     highest: u64,
+    rebuild: bool,
 }
 
 impl Judge<'_> {
@@ -99,8 +129,14 @@ impl Judge<'_> {
         }
         let offset = cluster << self.cluster_bits;
         let message = || format!("cluster {cluster} refcount={stored} reference={counted}");
-        if stored < counted {
-            self.tally.corruption(FindingCode::RefcountTooLow, offset, message);
+        self.rebuild |= stored == 0 && counted > 0;
+        let code = FindingCode::RefcountTooLow;
+        if stored < counted && stored > 0 && self.fix.errors {
+            self.tally.fixed_corruption(code, offset, message);
+        } else if stored < counted {
+            self.tally.corruption(code, offset, message);
+        } else if stored > counted && self.fix.leaks {
+            self.tally.fixed_leak(offset, message);
         } else if stored > counted {
             self.tally.leak(offset, message);
         }

@@ -6,9 +6,13 @@ use qcow2_format::l2::ZERO;
 use qcow2_format::limits::MAX_HOST_OFFSET;
 use qcow2_format::{CompressedDescriptor, L2Entry, SubclusterBitmap};
 
-use super::Stop;
 use super::report::FindingCode;
 use super::walk::Walk;
+use super::{Repair, Stop};
+use crate::{Error, ErrorKind};
+
+/// Bytes of memory per entry that waits to be written.
+const ENTRY_MEMORY: u64 = 64;
 
 /// Entries whose words count up by the cluster size, all sound by themselves.
 #[derive(Default)]
@@ -21,6 +25,8 @@ struct Run {
 
 /// One table while it is judged.
 struct Table {
+    /// Host offset.
+    offset: u64,
     active: bool,
     judge_copied: bool,
     run: Run,
@@ -29,9 +35,15 @@ struct Table {
 }
 
 impl Walk<'_, '_> {
-    /// Visits the entries of the L2 table `bytes`.
-    pub(super) fn l2_table(&mut self, bytes: &[u8], active: bool, judge_copied: bool) -> Result<(), Stop> {
-        let mut table = Table { active, judge_copied, run: Run::default(), next_contiguous: 0 };
+    /// Visits the entries of the L2 table at `offset`, which contains `bytes`.
+    pub(super) fn l2_table(
+        &mut self,
+        offset: u64,
+        bytes: &[u8],
+        active: bool,
+        judge_copied: bool,
+    ) -> Result<(), Stop> {
+        let mut table = Table { offset, active, judge_copied, run: Run::default(), next_contiguous: 0 };
         if self.target.header.geometry.extended_l2() {
             let entries = bytes.as_chunks::<16>().0.iter().map(|b| {
                 let pair = u128::from_be_bytes(*b);
@@ -80,7 +92,7 @@ impl Walk<'_, '_> {
             }
             return Ok(());
         }
-        self.standard(entry, zero_flag, table)
+        self.standard(index, entry, zero_flag, table)
     }
 
     fn compressed(&mut self, index: usize, entry: L2Entry, active: bool) -> Result<(), Stop> {
@@ -113,7 +125,13 @@ impl Walk<'_, '_> {
     }
 
     /// A standard cluster with a host offset: begins a run, unless something is wrong with it by itself.
-    fn standard(&mut self, entry: L2Entry, zero_flag: bool, table: &mut Table) -> Result<(), Stop> {
+    fn standard(
+        &mut self,
+        index: usize,
+        entry: L2Entry,
+        zero_flag: bool,
+        table: &mut Table,
+    ) -> Result<(), Stop> {
         let header = self.target.header;
         let geometry = &header.geometry;
         let offset = entry.offset_bits();
@@ -126,9 +144,12 @@ impl Walk<'_, '_> {
         if !aligned {
             let data = if geometry.extended_l2() { entry.bitmap.has_data() } else { !zero_flag };
             let what = if data { "Data" } else { "Preallocated" };
-            self.tally.corruption(FindingCode::ClusterUnaligned, offset, || {
-                format!("offset={offset:x}: {what} cluster is not properly aligned; L2 entry corrupted.")
-            });
+            let message =
+                || format!("offset={offset:x}: {what} cluster is not properly aligned; L2 entry corrupted.");
+            if !data && self.target.repair == Some(Repair::All) && header.version > 2 {
+                return self.zero_instead(index, entry, table, message);
+            }
+            self.tally.corruption(FindingCode::ClusterUnaligned, offset, message);
         }
         table.run =
             Run { first: entry.word, next: entry.word.wrapping_add(geometry.cluster_size()), length: 1 };
@@ -143,6 +164,38 @@ impl Walk<'_, '_> {
         }
         self.l2_copied(entry.word, 1, table)?;
         table.run.length = 0;
+        Ok(())
+    }
+
+    /// Plans to replace an entry that reads as zeroes, but for its host offset, by one without host cluster.
+    fn zero_instead(
+        &mut self,
+        index: usize,
+        entry: L2Entry,
+        table: &Table,
+        message: impl FnOnce() -> String,
+    ) -> Result<(), Stop> {
+        let geometry = &self.target.header.geometry;
+        let at = table.offset + index as u64 * geometry.l2_entry_size();
+        let zero = if geometry.extended_l2() {
+            L2Entry { word: 0, bitmap: entry.bitmap }
+        } else {
+            L2Entry::standard(ZERO)
+        };
+        let first = self.entries.insert(at, zero).is_none();
+        if entry.reserved_bits() != 0 {
+            // Told before; they go with the entry.
+            self.tally.corruptions -= 1;
+            self.tally.hidden -= 1;
+            self.tally.corruptions_fixed += u64::from(first);
+        }
+        if first {
+            self.tally.fixed_corruption(FindingCode::ClusterUnaligned, entry.offset_bits(), message);
+        }
+        if self.entries.len() as u64 > self.target.options.limits.max_memory / ENTRY_MEMORY {
+            let message = "the L2 entries to repair exceed the limit of memory";
+            return Err(Stop::Error(Error::new(ErrorKind::Limit, message)));
+        }
         Ok(())
     }
 

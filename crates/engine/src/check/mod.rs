@@ -13,6 +13,7 @@ mod compare;
 mod counts;
 mod l2;
 mod read_ahead;
+mod repair;
 mod report;
 mod snapshots;
 mod stored;
@@ -20,9 +21,11 @@ mod walk;
 
 use qcow2_format::{Header, Limits};
 
+pub use repair::{Repair, repair};
 pub use report::{CheckReport, Finding, FindingCode, Severity};
 
 use crate::{Error, ErrorKind, Job, Result, Storage, StorageExt};
+use compare::Fix;
 use report::Tally;
 
 /// Bytes of a sector: lengths are counted in whole sectors.
@@ -62,7 +65,13 @@ pub fn check(
 ) -> Result<CheckReport> {
     let mut tally = Tally::new(options.max_findings);
     let mut report = CheckReport::default();
-    let outcome = run(&Target { storage, header, options, job }, &mut tally, &mut report);
+    let target = Target { storage, header, options, job, repair: None };
+    let outcome = run(&target, &mut tally, &mut report);
+    conclude(outcome, tally, report)
+}
+
+/// Makes a report of how a check ended.
+fn conclude(outcome: Result<(), Stop>, mut tally: Tally, mut report: CheckReport) -> Result<CheckReport> {
     let failure = match outcome {
         Ok(()) => None,
         Err(Stop::Failed(error)) => {
@@ -82,6 +91,8 @@ struct Target<'a> {
     header: &'a Header,
     options: &'a CheckOptions,
     job: &'a Job,
+    /// What a repair may change; `None` for a check that only reads.
+    repair: Option<Repair>,
 }
 
 /// Why a check ends early.
@@ -105,25 +116,56 @@ impl Stop {
 }
 
 fn run(target: &Target<'_>, tally: &mut Tally, report: &mut CheckReport) -> Result<(), Stop> {
-    let geometry = &target.header.geometry;
     let snapshots = snapshots::read(target, tally)?;
-    let file_length = target.storage.size()?.next_multiple_of(SECTOR);
-    let clusters = geometry.clusters_for(file_length);
-    if clusters > MAX_CLUSTERS {
-        let message = format!("an image file of {clusters} clusters is too large to check");
-        return Err(Stop::Failed(Error::new(ErrorKind::Limit, message)));
-    }
-    report.total_clusters = geometry.clusters_for(target.header.size / SECTOR * SECTOR);
-    let mut stored = stored::StoredRefcounts::load(target, clusters)?;
+    tally.corruptions += snapshots.corruptions;
+    let file = File::measure(target)?;
+    let mut stored = stored::StoredRefcounts::load(target, file.clusters)?;
     let mut copied = Tally::new(target.options.max_findings);
-    let mut walk = walk::Walk::new(target, &mut stored, clusters, file_length, tally, &mut copied);
-    walk.all(&snapshots)?;
-    let (counts, fragmentation) = walk.finish();
-    report.allocated_clusters = fragmentation.allocated;
-    report.fragmented_clusters = fragmentation.fragmented;
-    report.compressed_clusters = fragmentation.compressed;
-    let highest = compare::compare(target, &mut stored, &counts, tally)?;
+    let walked = walk_all(target, &file, &snapshots, &mut stored, tally, &mut copied)?;
+    describe(target, &walked, report);
+    let compared = compare::compare(target, &mut stored, &walked.counts, Fix::default(), tally)?;
     tally.append(copied);
-    report.image_end_offset = Some((highest + 1) << geometry.cluster_bits());
+    report.image_end_offset = Some((compared.highest + 1) << target.header.geometry.cluster_bits());
     Ok(())
+}
+
+/// The size of the image file.
+struct File {
+    /// Bytes, in whole sectors.
+    length: u64,
+    clusters: u64,
+}
+
+impl File {
+    fn measure(target: &Target<'_>) -> Result<Self, Stop> {
+        let length = target.storage.size()?.next_multiple_of(SECTOR);
+        let clusters = target.header.geometry.clusters_for(length);
+        if clusters > MAX_CLUSTERS {
+            let message = format!("an image file of {clusters} clusters is too large to check");
+            return Err(Stop::Failed(Error::new(ErrorKind::Limit, message)));
+        }
+        Ok(Self { length, clusters })
+    }
+}
+
+fn walk_all<'a>(
+    target: &'a Target<'_>,
+    file: &File,
+    snapshots: &snapshots::SnapshotTable,
+    stored: &mut stored::StoredRefcounts<'a>,
+    tally: &mut Tally,
+    copied: &mut Tally,
+) -> Result<walk::Walked, Stop> {
+    let mut walk = walk::Walk::new(target, stored, file.clusters, file.length, tally, copied);
+    walk.all(snapshots)?;
+    Ok(walk.finish())
+}
+
+/// What a walk says about the active disk.
+fn describe(target: &Target<'_>, walked: &walk::Walked, report: &mut CheckReport) {
+    let header = target.header;
+    report.total_clusters = header.geometry.clusters_for(header.size / SECTOR * SECTOR);
+    report.allocated_clusters = walked.fragmentation.allocated;
+    report.fragmented_clusters = walked.fragmentation.fragmented;
+    report.compressed_clusters = walked.fragmentation.compressed;
 }

@@ -13,6 +13,8 @@ pub enum Severity {
     Leak,
     /// Part of the metadata could not be judged.
     CheckError,
+    /// None of them: says what a repair does.
+    Note,
 }
 
 /// What is wrong. Stable, unlike the messages.
@@ -53,6 +55,8 @@ pub enum FindingCode {
     Snapshot,
     /// The bitmap directory or a bitmap table contradicts the format.
     Bitmap,
+    /// A repair writes new refcount structures.
+    Rebuild,
 }
 
 impl FindingCode {
@@ -77,6 +81,7 @@ impl FindingCode {
             Self::RefcountBlockShared => "REFCOUNT_BLOCK_SHARED",
             Self::Snapshot => "SNAPSHOT",
             Self::Bitmap => "BITMAP",
+            Self::Rebuild => "REBUILD",
         }
     }
 }
@@ -86,6 +91,8 @@ impl FindingCode {
 pub struct Finding {
     /// Which counter it adds to.
     pub severity: Severity,
+    /// Whether it was repaired: then it adds to the counter of what was.
+    pub repaired: bool,
     /// What is wrong.
     pub code: FindingCode,
     /// A sentence that names place and value.
@@ -97,9 +104,10 @@ pub struct Finding {
 impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self.severity {
+            _ if self.repaired => "Repairing ",
             Severity::Leak => "Leaked ",
             Severity::Corruption => "ERROR ",
-            Severity::CheckError => "",
+            Severity::CheckError | Severity::Note => "",
         })?;
         f.write_str(&self.message)
     }
@@ -124,6 +132,10 @@ pub struct CheckReport {
     pub leaks: u64,
     /// Places that could not be judged.
     pub check_errors: u64,
+    /// Corruptions that a repair removed; `corruptions` counts the others.
+    pub corruptions_fixed: u64,
+    /// Leaked clusters that a repair freed; `leaks` counts the others.
+    pub leaks_fixed: u64,
     /// What was found, in the order QEMU reports it; not more than `CheckOptions::max_findings`.
     pub findings: Vec<Finding>,
     /// Findings that were counted and not kept.
@@ -143,6 +155,8 @@ impl CheckReport {
         self.corruptions = tally.corruptions;
         self.leaks = tally.leaks;
         self.check_errors = tally.check_errors;
+        self.corruptions_fixed = tally.corruptions_fixed;
+        self.leaks_fixed = tally.leaks_fixed;
         self.findings = tally.findings;
         self.omitted_findings = tally.omitted;
     }
@@ -154,6 +168,10 @@ pub(super) struct Tally {
     pub(super) corruptions: u64,
     pub(super) leaks: u64,
     pub(super) check_errors: u64,
+    pub(super) corruptions_fixed: u64,
+    pub(super) leaks_fixed: u64,
+    /// Corruptions behind which references may be hidden that could not be counted.
+    pub(super) hidden: u64,
     findings: Vec<Finding>,
     omitted: u64,
     limit: usize,
@@ -161,7 +179,17 @@ pub(super) struct Tally {
 
 impl Tally {
     pub(super) fn new(limit: usize) -> Self {
-        Self { corruptions: 0, leaks: 0, check_errors: 0, findings: Vec::new(), omitted: 0, limit }
+        Self {
+            corruptions: 0,
+            leaks: 0,
+            check_errors: 0,
+            corruptions_fixed: 0,
+            leaks_fixed: 0,
+            hidden: 0,
+            findings: Vec::new(),
+            omitted: 0,
+            limit,
+        }
     }
 
     pub(super) fn corruption(
@@ -170,40 +198,97 @@ impl Tally {
         offset: impl Into<Option<u64>>,
         message: impl FnOnce() -> String,
     ) {
+        use FindingCode::{
+            L1Copied, L2Copied, RefcountBlockShared, RefcountOverflow, RefcountTableEntry, RefcountTooLow,
+        };
         self.corruptions += 1;
-        self.add(Severity::Corruption, code, offset.into(), message);
+        if !matches!(
+            code,
+            L1Copied
+                | L2Copied
+                | RefcountBlockShared
+                | RefcountOverflow
+                | RefcountTableEntry
+                | RefcountTooLow
+        ) {
+            self.hidden += 1;
+        }
+        self.add(Severity::Corruption, false, code, offset.into(), message);
     }
 
     pub(super) fn leak(&mut self, offset: u64, message: impl FnOnce() -> String) {
         self.leaks += 1;
-        self.add(Severity::Leak, FindingCode::Leak, Some(offset), message);
+        self.add(Severity::Leak, false, FindingCode::Leak, Some(offset), message);
     }
 
-    pub(super) fn check_error(&mut self, code: FindingCode, offset: u64, message: impl FnOnce() -> String) {
+    pub(super) fn check_error(
+        &mut self,
+        code: FindingCode,
+        offset: impl Into<Option<u64>>,
+        message: impl FnOnce() -> String,
+    ) {
         self.check_errors += 1;
-        self.add(Severity::CheckError, code, Some(offset), message);
+        self.add(Severity::CheckError, false, code, offset.into(), message);
+    }
+
+    /// A corruption that is repaired.
+    pub(super) fn fixed_corruption(
+        &mut self,
+        code: FindingCode,
+        offset: u64,
+        message: impl FnOnce() -> String,
+    ) {
+        self.corruptions_fixed += 1;
+        self.add(Severity::Corruption, true, code, Some(offset), message);
+    }
+
+    /// A leak that is repaired.
+    pub(super) fn fixed_leak(&mut self, offset: u64, message: impl FnOnce() -> String) {
+        self.leaks_fixed += 1;
+        self.add(Severity::Leak, true, FindingCode::Leak, Some(offset), message);
+    }
+
+    /// A finding that is counted elsewhere.
+    pub(super) fn announce(
+        &mut self,
+        severity: Severity,
+        repaired: bool,
+        code: FindingCode,
+        offset: impl Into<Option<u64>>,
+        message: impl FnOnce() -> String,
+    ) {
+        self.add(severity, repaired, code, offset.into(), message);
     }
 
     /// Messages are only made for findings that are kept: a ruined image has millions.
     fn add(
         &mut self,
         severity: Severity,
+        repaired: bool,
         code: FindingCode,
         offset: Option<u64>,
         message: impl FnOnce() -> String,
     ) {
         if self.findings.len() < self.limit {
-            self.findings.push(Finding { severity, code, message: message(), offset });
+            self.findings.push(Finding { severity, repaired, code, message: message(), offset });
         } else {
             self.omitted += 1;
         }
     }
 
     /// Adds what `later` holds behind what is here.
-    pub(super) fn append(&mut self, mut later: Self) {
+    pub(super) fn append(&mut self, later: Self) {
         self.corruptions += later.corruptions;
         self.leaks += later.leaks;
         self.check_errors += later.check_errors;
+        self.corruptions_fixed += later.corruptions_fixed;
+        self.leaks_fixed += later.leaks_fixed;
+        self.hidden += later.hidden;
+        self.append_findings(later);
+    }
+
+    /// Adds the findings of `later` alone.
+    pub(super) fn append_findings(&mut self, mut later: Self) {
         let room = self.limit.saturating_sub(self.findings.len());
         self.omitted += later.omitted + later.findings.len().saturating_sub(room) as u64;
         later.findings.truncate(room);

@@ -89,6 +89,17 @@ impl<'a> StoredRefcounts<'a> {
         Ok(Block::Present(&self.block))
     }
 
+    /// Host offset of block `index`, where it can be read.
+    pub(super) fn block_offset(&self, index: u64) -> Option<u64> {
+        let entry = usize::try_from(index).ok().and_then(|i| self.table.get(i))?;
+        entry.block(&self.geometry).ok().flatten().map(HostOffset::get)
+    }
+
+    /// Forgets the block that is kept: it was written to.
+    pub(super) fn forget_block(&mut self) {
+        self.loaded = None;
+    }
+
     /// The stored refcount of a cluster; `None` where its block cannot be read.
     pub(super) fn get(&mut self, cluster: u64) -> Result<Option<u64>> {
         let geometry = self.geometry;

@@ -1,13 +1,15 @@
 //! Visits every structure of the image and counts what it refers to.
 
-use qcow2_format::L1Entry;
+use std::collections::BTreeMap;
+
+use qcow2_format::{L1Entry, L2Entry};
 
 use super::counts::ReferenceCounts;
 use super::read_ahead::{Source, for_each_table};
 use super::report::{FindingCode, Tally};
 use super::snapshots::SnapshotTable;
 use super::stored::StoredRefcounts;
-use super::{Stop, Target, bitmaps};
+use super::{Repair, Stop, Target, bitmaps};
 use crate::{MemMut, StorageExt};
 
 /// L1 entries that are looked at together: their tables are read ahead.
@@ -32,6 +34,16 @@ struct L1Table {
     active: bool,
 }
 
+/// What a walk collected.
+pub(super) struct Walked {
+    pub(super) counts: ReferenceCounts,
+    pub(super) fragmentation: Fragmentation,
+    /// The refcount structures themselves are damaged.
+    pub(super) rebuild: bool,
+    /// L2 entries to write, by their host offset.
+    pub(super) entries: BTreeMap<u64, L2Entry>,
+}
+
 /// The walk and what it collects.
 pub(super) struct Walk<'a, 'b> {
     pub(super) target: &'a Target<'a>,
@@ -42,6 +54,9 @@ pub(super) struct Walk<'a, 'b> {
     pub(super) copied: &'b mut Tally,
     pub(super) fragmentation: Fragmentation,
     pub(super) file_length: u64,
+    /// L2 entries that a repair replaces, by their host offset: a table that is shared is visited more than once.
+    pub(super) entries: BTreeMap<u64, L2Entry>,
+    rebuild: bool,
     /// Clusters of the file.
     clusters: u64,
 }
@@ -58,11 +73,23 @@ impl<'a, 'b> Walk<'a, 'b> {
         let max = target.header.geometry.refcount_max();
         let counts = ReferenceCounts::new(clusters, max, target.options.limits.max_memory);
         let fragmentation = Fragmentation::default();
-        Self { target, stored, counts, tally, copied, fragmentation, file_length, clusters }
+        Self {
+            target,
+            stored,
+            counts,
+            tally,
+            copied,
+            fragmentation,
+            file_length,
+            entries: BTreeMap::new(),
+            rebuild: false,
+            clusters,
+        }
     }
 
-    pub(super) fn finish(self) -> (ReferenceCounts, Fragmentation) {
-        (self.counts, self.fragmentation)
+    pub(super) fn finish(self) -> Walked {
+        let Self { counts, fragmentation, rebuild, entries, .. } = self;
+        Walked { counts, fragmentation, rebuild, entries }
     }
 
     /// Visits everything, in QEMU's order.
@@ -183,7 +210,7 @@ impl<'a, 'b> Walk<'a, 'b> {
 
     /// Visits the L2 tables of the L1 entries `used`, which come with their index.
     fn l2_tables(&mut self, used: &[(u64, u64)], active: bool, share: u64) -> Result<(), Stop> {
-        let Target { storage, header, options, job } = self.target;
+        let Target { storage, header, options, job, .. } = self.target;
         let geometry = &header.geometry;
         let offsets: Vec<u64> = used.iter().map(|(_, entry)| L1Entry(*entry).offset_bits()).collect();
         let mut entries = used.iter();
@@ -205,8 +232,9 @@ impl<'a, 'b> Walk<'a, 'b> {
                     format!("l2_offset={offset:x}: Table is not cluster aligned; L1 entry corrupted")
                 });
             }
-            let judge_copied = active && self.l1_copied(index, entry)?;
-            self.l2_table(bytes?, active, judge_copied)?;
+            // A repair judges the flags behind the refcounts, when those are right.
+            let judge_copied = active && self.target.repair.is_none() && self.l1_copied(index, entry)?;
+            self.l2_table(offset, bytes?, active, judge_copied)?;
             job.advance(share);
             Ok(())
         })
@@ -244,17 +272,27 @@ impl<'a, 'b> Walk<'a, 'b> {
             } else if geometry.in_cluster(offset) != 0 {
                 format!("refcount block {index} is not cluster aligned; refcount table entry corrupted")
             } else if cluster >= self.clusters.max(self.counts.clusters()) {
-                format!("refcount block {index} is outside image")
+                let message = || format!("refcount block {index} is outside image");
+                if self.target.repair == Some(Repair::All) {
+                    // The new structures have a block in its place.
+                    self.rebuild = true;
+                    self.tally.fixed_corruption(FindingCode::RefcountTableEntry, offset, message);
+                } else {
+                    self.tally.corruption(FindingCode::RefcountTableEntry, offset, message);
+                }
+                continue;
             } else {
                 self.reference(offset, geometry.cluster_size())?;
                 let references = self.counts.get(cluster);
                 if references != 1 {
+                    self.rebuild = true;
                     self.tally.corruption(FindingCode::RefcountBlockShared, offset, || {
                         format!("refcount block {index} refcount={references}")
                     });
                 }
                 continue;
             };
+            self.rebuild = true;
             self.tally.corruption(FindingCode::RefcountTableEntry, offset, || wrong);
         }
         Ok(())

@@ -1,0 +1,131 @@
+//! COPIED flags: set exactly where a cluster has one reference.
+
+use qcow2_format::l1::COPIED;
+use qcow2_format::{L1Entry, L2Entry};
+
+use super::super::compare::Fix;
+use super::super::counts::ReferenceCounts;
+use super::super::report::{FindingCode, Tally};
+use super::super::stored::StoredRefcounts;
+use super::super::{Stop, Target};
+use super::metadata::Metadata;
+use crate::{MemMut, StorageExt};
+
+/// L1 entries that are read at once.
+const WINDOW: u64 = 1 << 13;
+
+pub(super) struct Flags<'a, 'b, 'c> {
+    pub(super) target: &'a Target<'a>,
+    pub(super) stored: &'b mut StoredRefcounts<'c>,
+    pub(super) counts: &'b ReferenceCounts,
+    pub(super) fix: Fix,
+    pub(super) metadata: &'b Metadata,
+    pub(super) tally: &'b mut Tally,
+}
+
+/// Judges the flags of the active L1 table and its L2 tables by the refcounts as they will be, and corrects them if
+/// `repair`. Durable on return.
+pub(super) fn check(flags: &mut Flags<'_, '_, '_>, repair: bool) -> Result<(), Stop> {
+    let header = flags.target.header;
+    let storage = flags.target.storage;
+    let (l1, entries) = (header.l1_table_offset.get(), u64::from(header.l1_size));
+    let mut written = false;
+    for start in (0..entries).step_by(WINDOW as usize) {
+        let mut window = vec![0; (entries - start).min(WINDOW) as usize * 8];
+        storage.read_padded_at(MemMut::from(&mut window[..]), l1 + start * 8)?;
+        for (index, bytes) in (start..).zip(window.as_chunks::<8>().0) {
+            let entry = L1Entry(u64::from_be_bytes(*bytes));
+            if entry.offset_bits() == 0 {
+                continue;
+            }
+            flags.target.job.checkpoint()?;
+            if let Some(new) = flags.l1_entry(index, entry, repair)? {
+                super::write(storage, &new.0.to_be_bytes(), l1 + index * 8)?;
+                written = true;
+            }
+            written |= flags.table(entry.offset_bits(), repair)?;
+        }
+    }
+    if written {
+        storage.flush()?;
+    }
+    Ok(())
+}
+
+impl Flags<'_, '_, '_> {
+    /// The refcount that a cluster has when the repair is done; `None` where it cannot be known.
+    fn refcount(&mut self, offset: u64) -> Result<Option<u64>, Stop> {
+        let cluster = self.target.header.geometry.cluster_index(offset);
+        let stored = self.stored.get(cluster)?;
+        let counted = (cluster < self.counts.clusters()).then(|| self.counts.get(cluster));
+        Ok(stored.map(|stored| counted.map_or(stored, |counted| self.fix.target(stored, counted))))
+    }
+
+    fn l1_entry(&mut self, index: u64, entry: L1Entry, repair: bool) -> Result<Option<L1Entry>, Stop> {
+        let offset = entry.offset_bits();
+        let Some(refcount) = self.refcount(offset)?.filter(|r| (*r == 1) != entry.copied()) else {
+            return Ok(None);
+        };
+        let message = || {
+            format!("OFLAG_COPIED L2 cluster: l1_index={index} l1_entry={:x} refcount={refcount}", entry.0)
+        };
+        if !repair {
+            self.tally.corruption(FindingCode::L1Copied, offset, message);
+            return Ok(None);
+        }
+        self.tally.fixed_corruption(FindingCode::L1Copied, offset, message);
+        Ok(Some(L1Entry(entry.0 ^ COPIED)))
+    }
+
+    /// Judges one L2 table; true if it was written. A table that is not where a table can be is left alone: its
+    /// bytes are something else's.
+    fn table(&mut self, offset: u64, repair: bool) -> Result<bool, Stop> {
+        let header = self.target.header;
+        let geometry = &header.geometry;
+        if geometry.in_cluster(offset) != 0 || offset >= self.target.storage.size()? {
+            return Ok(false);
+        }
+        let mut table = vec![0; geometry.cluster_len()];
+        self.target.storage.read_padded_at(MemMut::from(&mut table[..]), offset)?;
+        let mut found = Vec::new();
+        for bytes in table.chunks_exact_mut(geometry.l2_entry_size() as usize) {
+            let Some(word) = bytes.first_chunk_mut::<8>() else { continue };
+            let entry = L2Entry::standard(u64::from_be_bytes(*word));
+            let external = header.has_data_file();
+            if entry.word == 0
+                || entry.is_compressed()
+                || (entry.offset_bits() == 0 && !(external && entry.copied()))
+            {
+                continue;
+            }
+            // Clusters of an external data file have no refcounts: exactly one reference, by definition.
+            let refcount = if external { Some(1) } else { self.refcount(entry.offset_bits())? };
+            if let Some(refcount) = refcount.filter(|r| (*r == 1) != entry.copied()) {
+                *word = (entry.word ^ COPIED).to_be_bytes();
+                found.push((entry, refcount));
+            }
+        }
+        let possible = !self.metadata.covers(geometry.cluster_index(offset));
+        for (entry, refcount) in &found {
+            let at = entry.offset_bits();
+            let message =
+                || format!("OFLAG_COPIED data cluster: l2_entry={:x} refcount={refcount}", entry.word);
+            if repair && possible {
+                self.tally.fixed_corruption(FindingCode::L2Copied, at, message);
+            } else {
+                self.tally.corruption(FindingCode::L2Copied, at, message);
+            }
+        }
+        if found.is_empty() || !repair {
+            return Ok(false);
+        }
+        if !possible {
+            self.tally.check_error(FindingCode::L2Copied, offset, || {
+                "ERROR: Could not write L2 table; metadata overlap check failed".into()
+            });
+            return Ok(false);
+        }
+        super::write(self.target.storage, &table, offset)?;
+        Ok(true)
+    }
+}

@@ -1,0 +1,249 @@
+//! Repairing an image, in an order in which a crash at any point leaves it no worse than it was.
+//!
+//! 1. The walk counts the references, as in a check; nothing is written before it is complete.
+//! 2. L2 entries that read as zeroes but name an impossible cluster lose it.
+//! 3. Refcounts that are too low are raised. Where that is not enough (a cluster in use without any refcount, damaged
+//!    refcount structures, a new snapshot table to be placed), all refcount structures are written anew to clusters
+//!    that nothing uses ([`rebuild`]), and the header switches to them when they are durable.
+//! 4. COPIED flags follow the counted references ([`flags`]).
+//! 5. Refcounts that are too high are lowered ([`refcounts`]).
+//! 6. The dirty and the corrupt bit go.
+//!
+//! Each step is durable before the next. Refcounts are only lowered while nothing else is wrong that may hide
+//! references: what looks like leaked clusters may be what a damaged entry pointed to.
+
+mod flags;
+mod metadata;
+mod rebuild;
+mod refcounts;
+
+use qcow2_format::Header;
+use qcow2_format::header::feature::{Autoclear, Incompatible};
+
+use self::metadata::Metadata;
+use super::compare::{self, Compared, Fix};
+use super::report::{CheckReport, FindingCode, Severity, Tally};
+use super::snapshots::{self, SnapshotTable};
+use super::stored::StoredRefcounts;
+use super::walk::Walked;
+use super::{CheckOptions, File, Stop, Target, conclude, describe, walk_all};
+use crate::image::read_header;
+use crate::{Error, ErrorKind, Job, Mem, Result, Storage, StorageExt};
+
+/// Offset of `refcount_table_offset`; number and place of the snapshots follow.
+const REFCOUNT_TABLE_OFFSET: u64 = 48;
+/// Offset of `incompatible_features`.
+const INCOMPATIBLE: u64 = 72;
+/// Offset of `autoclear_features`.
+const AUTOCLEAR: u64 = 88;
+
+/// What to repair.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Repair {
+    /// Leaked clusters.
+    Leaks,
+    /// Everything that can be.
+    All,
+}
+
+/// Checks the image in `storage` and repairs what `repair` allows. The caller has the file to itself: no other user,
+/// in this process or another. The report counts what is left, and what was repaired; check again to be sure.
+///
+/// # Errors
+/// As [`super::check()`], `ReadOnly`, and as [`read_header`]. An error leaves the image no worse than it was.
+pub fn repair(
+    storage: &dyn Storage,
+    repair: Repair,
+    options: &CheckOptions,
+    job: &Job,
+) -> Result<CheckReport> {
+    if !storage.traits().writable {
+        let message = "the file is open for reading only: it cannot be repaired";
+        return Err(storage.located(Error::new(ErrorKind::ReadOnly, message)));
+    }
+    let mut header = read_header(storage)?;
+    clear_autoclear(storage, &mut header)?;
+    let mut tally = Tally::new(options.max_findings);
+    let mut report = CheckReport::default();
+    let target = Target { storage, header: &header, options, job, repair: Some(repair) };
+    let outcome = run(&target, repair, &mut tally, &mut report);
+    conclude(outcome, tally, report)
+}
+
+/// Clears the autoclear bits that this library does not know, before anything else is changed.
+fn clear_autoclear(storage: &dyn Storage, header: &mut Header) -> Result<()> {
+    let keep = header.autoclear & Autoclear::SUPPORTED;
+    if header.version < 3 || header.autoclear == keep {
+        return Ok(());
+    }
+    header.autoclear = keep;
+    write(storage, &keep.bits().to_be_bytes(), AUTOCLEAR)?;
+    storage.flush()
+}
+
+fn write(storage: &dyn Storage, bytes: &[u8], offset: u64) -> Result<()> {
+    storage.write_all_at(Mem::from(bytes), offset)
+}
+
+fn run(target: &Target<'_>, repair: Repair, tally: &mut Tally, report: &mut CheckReport) -> Result<(), Stop> {
+    let snapshots = snapshots::read(target, tally)?;
+    let done = refcounts_and_flags(target, repair, &snapshots, tally, report);
+    if done.is_err() || repair != Repair::All {
+        tally.corruptions += snapshots.corruptions;
+    } else {
+        tally.corruptions_fixed += snapshots.corruptions;
+    }
+    done?;
+    if tally.check_errors == 0 && tally.corruptions == 0 {
+        clear_marks(target)?;
+    }
+    Ok(())
+}
+
+/// Clears the dirty and the corrupt bit of an image that is neither.
+fn clear_marks(target: &Target<'_>) -> Result<()> {
+    let marks = Incompatible::DIRTY | Incompatible::CORRUPT;
+    let header = target.header;
+    if header.version < 3 || !header.incompatible.intersects(marks) {
+        return Ok(());
+    }
+    target.storage.flush()?;
+    write(target.storage, &(header.incompatible - marks).bits().to_be_bytes(), INCOMPATIBLE)?;
+    target.storage.flush()
+}
+
+fn refcounts_and_flags(
+    target: &Target<'_>,
+    repair: Repair,
+    snapshots: &SnapshotTable,
+    tally: &mut Tally,
+    report: &mut CheckReport,
+) -> Result<(), Stop> {
+    let file = File::measure(target)?;
+    let mut stored = StoredRefcounts::load(target, file.clusters)?;
+    // The flags are not judged by this walk.
+    let mut unused = Tally::new(0);
+    let walked = walk_all(target, &file, snapshots, &mut stored, tally, &mut unused)?;
+    describe(target, &walked, report);
+    let before = (tally.corruptions, tally.leaks, tally.check_errors);
+    let compared = compare::compare(target, &mut stored, &walked.counts, Fix::default(), tally)?;
+    let metadata = Metadata::of(target, snapshots, &stored)?;
+    write_entries(target, &walked, &metadata, tally)?;
+    let broken = walked.rebuild || compared.rebuild;
+    let fix = Fix { leaks: tally.hidden == 0, errors: repair == Repair::All };
+    if repair == Repair::All && (broken || snapshots.corruptions > 0) {
+        if broken {
+            tally.announce(Severity::Note, false, FindingCode::Rebuild, None, || {
+                "Rebuilding refcount structure".to_owned()
+            });
+        }
+        let header = rebuild::rebuild(target, snapshots, &mut stored, &walked.counts, fix)?;
+        return rebuilt(target, &header, fix, broken, tally, report);
+    }
+    if broken {
+        let message = "need to rebuild refcount structures";
+        tally.check_error(FindingCode::Rebuild, None, || format!("ERROR {message}"));
+        return Err(Stop::corrupt(message, target.header.refcount_table_offset.get()));
+    }
+    let mut highest = compared.highest;
+    if tally.leaks > 0 || tally.corruptions > 0 {
+        // What the comparison counted is counted again, as repaired or not.
+        (tally.corruptions, tally.leaks, tally.check_errors) = before;
+        highest = compare::compare(target, &mut stored, &walked.counts, fix, tally)?.highest;
+    }
+    settle(target, &mut stored, &walked, fix, &metadata, tally)?;
+    report.image_end_offset = Some((highest + 1) << target.header.geometry.cluster_bits());
+    Ok(())
+}
+
+/// Goes on behind a rebuild: the references are counted again, and the former structures are freed.
+fn rebuilt(
+    target: &Target<'_>,
+    header: &Header,
+    fix: Fix,
+    tell: bool,
+    tally: &mut Tally,
+    report: &mut CheckReport,
+) -> Result<(), Stop> {
+    let target = &Target { header, ..*target };
+    let limit = target.options.max_findings;
+    let mut again = Tally::new(limit);
+    let snapshots = snapshots::read(target, &mut again)?;
+    let file = File::measure(target)?;
+    let mut stored = StoredRefcounts::load(target, file.clusters)?;
+    let walked = walk_all(target, &file, &snapshots, &mut stored, &mut again, &mut Tally::new(0))?;
+    let mut freed = Tally::new(limit);
+    let Compared { highest, rebuild } =
+        compare::compare(target, &mut stored, &walked.counts, Fix { errors: false, ..fix }, &mut freed)?;
+    if rebuild || walked.rebuild {
+        let message = "rebuilt refcount structure is still broken";
+        return Err(Stop::corrupt(message, header.refcount_table_offset.get()));
+    }
+    // What remains is what the second walk found; the difference was repaired.
+    let left = again.corruptions + freed.corruptions;
+    tally.corruptions_fixed += tally.corruptions.saturating_sub(left);
+    tally.corruptions = left;
+    tally.leaks_fixed += tally.leaks.saturating_sub(freed.leaks);
+    tally.leaks = freed.leaks;
+    tally.check_errors = again.check_errors + freed.check_errors;
+    if tell {
+        tally.append_findings(freed);
+    }
+    let metadata = Metadata::of(target, &snapshots, &stored)?;
+    settle(target, &mut stored, &walked, fix, &metadata, tally)?;
+    report.image_end_offset = Some((highest + 1) << header.geometry.cluster_bits());
+    Ok(())
+}
+
+/// Writes refcounts and flags, in the safe order.
+fn settle(
+    target: &Target<'_>,
+    stored: &mut StoredRefcounts<'_>,
+    walked: &Walked,
+    fix: Fix,
+    metadata: &Metadata,
+    tally: &mut Tally,
+) -> Result<(), Stop> {
+    let counts = &walked.counts;
+    if fix.errors {
+        refcounts::write(target, stored, counts, Fix { errors: true, leaks: false })?;
+    }
+    // Without the right to repair everything, flags are only touched where the refcounts are beyond doubt.
+    let sure = tally.corruptions == 0 && tally.leaks == 0 && tally.check_errors == 0;
+    let mut flags = Tally::new(target.options.max_findings);
+    flags::check(
+        &mut flags::Flags { target, stored, counts, fix, metadata, tally: &mut flags },
+        fix.errors || sure,
+    )?;
+    tally.append(flags);
+    if fix.leaks {
+        refcounts::write(target, stored, counts, Fix { errors: false, leaks: true })?;
+    }
+    Ok(())
+}
+
+/// Writes the L2 entries that the walk replaced, unless they lie in what is something else as well.
+fn write_entries(
+    target: &Target<'_>,
+    walked: &Walked,
+    metadata: &Metadata,
+    tally: &mut Tally,
+) -> Result<(), Stop> {
+    let geometry = &target.header.geometry;
+    for (&at, entry) in &walked.entries {
+        if metadata.covers(geometry.cluster_index(at)) {
+            tally.corruptions_fixed = tally.corruptions_fixed.saturating_sub(1);
+            tally.corruptions += 1;
+            tally.check_error(FindingCode::ClusterUnaligned, at, || "ERROR: Overlap check failed".into());
+            continue;
+        }
+        let pair = (u128::from(entry.word) << 64) | u128::from(entry.bitmap.0);
+        let bytes = pair.to_be_bytes();
+        let length = geometry.l2_entry_size() as usize;
+        write(target.storage, bytes.get(..length).unwrap_or_default(), at)?;
+    }
+    if !walked.entries.is_empty() {
+        target.storage.flush()?;
+    }
+    Ok(())
+}

@@ -1,0 +1,195 @@
+//! New refcount structures, from the counted references alone.
+//!
+//! They are written to clusters that nothing refers to and that the old structures, as far as they can be read, do not
+//! count either. Until the header names them they are unused bytes: a crash before leaves the old image, a crash
+//! behind the new one. The old structures are counted in the new ones, and freed later as any other leak.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use qcow2_format::limits::{MAX_REFCOUNT_TABLE_BYTES, MAX_SNAPSHOT_TABLE_BYTES};
+use qcow2_format::{Header, HostOffset, refcount};
+
+use super::super::compare::Fix;
+use super::super::counts::ReferenceCounts;
+use super::super::snapshots::SnapshotTable;
+use super::super::stored::StoredRefcounts;
+use super::super::{Stop, Target};
+use super::REFCOUNT_TABLE_OFFSET;
+use crate::{Error, ErrorKind, StorageExt};
+
+/// Extra data of an entry that is written anew.
+const EXTRA_DATA: u32 = 24;
+
+struct Builder<'a, 'b> {
+    target: &'a Target<'a>,
+    stored: &'b mut StoredRefcounts<'a>,
+    counts: &'b ReferenceCounts,
+    fix: Fix,
+    /// Clusters that were taken for the new structures.
+    taken: BTreeSet<u64>,
+    /// Where the search for free clusters goes on.
+    next: u64,
+}
+
+/// Writes the structures, and a new snapshot table if the old one is damaged, and switches the header to them. Returns
+/// the new header.
+pub(super) fn rebuild<'a>(
+    target: &'a Target<'a>,
+    snapshots: &SnapshotTable,
+    stored: &mut StoredRefcounts<'a>,
+    counts: &ReferenceCounts,
+    fix: Fix,
+) -> Result<Header, Stop> {
+    let mut builder = Builder { target, stored, counts, fix, taken: BTreeSet::new(), next: 0 };
+    let mut header = target.header.clone();
+    if snapshots.corruptions > 0 {
+        builder.snapshot_table(snapshots, &mut header)?;
+    }
+    let (blocks, table, table_clusters) = builder.place()?;
+    builder.write(&blocks, table)?;
+    target.storage.flush()?;
+    header.refcount_table_offset = HostOffset(table << header.geometry.cluster_bits());
+    header.refcount_table_clusters = table_clusters;
+    // One write inside one sector: the new structures appear together.
+    let mut fields = Vec::with_capacity(24);
+    fields.extend_from_slice(&header.refcount_table_offset.get().to_be_bytes());
+    fields.extend_from_slice(&table_clusters.to_be_bytes());
+    fields.extend_from_slice(&header.nb_snapshots.to_be_bytes());
+    fields.extend_from_slice(&header.snapshots_offset.get().to_be_bytes());
+    super::write(target.storage, &fields, REFCOUNT_TABLE_OFFSET)?;
+    target.storage.flush()?;
+    Ok(header)
+}
+
+impl Builder<'_, '_> {
+    /// The refcount that a cluster gets.
+    fn refcount(&mut self, cluster: u64) -> Result<u64, Stop> {
+        if self.taken.contains(&cluster) {
+            return Ok(1);
+        }
+        let counted = self.counts.get(cluster);
+        if self.fix.leaks {
+            return Ok(counted);
+        }
+        // Damage elsewhere may hide references: what was in use stays in use.
+        Ok(self.stored.get(cluster)?.map_or(counted, |stored| stored.max(counted)))
+    }
+
+    fn is_free(&mut self, cluster: u64) -> Result<bool, Stop> {
+        Ok(self.counts.get(cluster) == 0
+            && !self.taken.contains(&cluster)
+            && self.stored.get(cluster)?.is_none_or(|stored| stored == 0))
+    }
+
+    /// Takes `count` contiguous free clusters; returns the first.
+    fn take(&mut self, count: u64) -> Result<u64, Stop> {
+        let (mut start, mut length) = (self.next, 0);
+        while length < count {
+            self.target.job.checkpoint()?;
+            if self.is_free(start + length)? {
+                length += 1;
+            } else {
+                start += length + 1;
+                length = 0;
+            }
+        }
+        if count == 1 {
+            self.next = start + 1;
+        }
+        self.taken.extend(start..start + count);
+        Ok(start)
+    }
+
+    fn snapshot_table(&mut self, snapshots: &SnapshotTable, header: &mut Header) -> Result<(), Stop> {
+        let mut bytes = Vec::new();
+        for record in &snapshots.records {
+            let mut record = record.clone();
+            record.extra_data_size = record.extra_data_size.max(EXTRA_DATA);
+            let encoded = record.encode(&mut bytes, header.size);
+            encoded.map_err(|e| Stop::Error(Error::format(e, ErrorKind::Corrupt)))?;
+        }
+        let limit = MAX_SNAPSHOT_TABLE_BYTES;
+        if bytes.len() as u64 > limit {
+            let message = format!("the repaired snapshot table exceeds the limit of {limit} bytes");
+            return Err(Stop::Error(Error::new(ErrorKind::Limit, message)));
+        }
+        header.nb_snapshots = snapshots.records.len() as u32;
+        header.snapshots_offset = HostOffset(0);
+        if !bytes.is_empty() {
+            let geometry = &header.geometry;
+            let clusters = geometry.clusters_for(bytes.len() as u64);
+            bytes.resize((clusters << geometry.cluster_bits()) as usize, 0);
+            let offset = self.take(clusters)? << geometry.cluster_bits();
+            super::write(self.target.storage, &bytes, offset)?;
+            header.snapshots_offset = HostOffset(offset);
+        }
+        Ok(())
+    }
+
+    /// Finds a place for every block that is needed, those for the new structures included, and for their table.
+    fn place(&mut self) -> Result<(BTreeMap<u64, u64>, u64, u32), Stop> {
+        let geometry = self.target.header.geometry;
+        let entries = geometry.refcount_block_entries();
+        let mut blocks = BTreeMap::new();
+        for index in 0..self.counts.clusters().div_ceil(entries) {
+            self.target.job.checkpoint()?;
+            let end = ((index + 1) * entries).min(self.counts.clusters());
+            for cluster in index * entries..end {
+                if self.refcount(cluster)? > 0 {
+                    blocks.insert(index, self.take(1)?);
+                    break;
+                }
+            }
+        }
+        let mut table = (0, 0);
+        loop {
+            // Clusters that were taken behind the file need blocks themselves.
+            let missing: BTreeSet<u64> = self.taken.iter().map(|c| c / entries).collect();
+            let missing: Vec<u64> = missing.into_iter().filter(|i| !blocks.contains_key(i)).collect();
+            for &index in &missing {
+                blocks.insert(index, self.take(1)?);
+            }
+            let highest = blocks.keys().next_back().copied().unwrap_or(0);
+            let clusters = geometry.clusters_for((highest + 1) * 8);
+            if clusters > table.1 {
+                for cluster in table.0..table.0 + table.1 {
+                    self.taken.remove(&cluster);
+                }
+                table = (self.take(clusters)?, clusters);
+            } else if missing.is_empty() {
+                break;
+            }
+        }
+        let limit = MAX_REFCOUNT_TABLE_BYTES;
+        if table.1 << geometry.cluster_bits() > limit {
+            let message = format!("the refcount table would exceed the limit of {limit} bytes");
+            return Err(Stop::Error(Error::new(ErrorKind::Limit, message)));
+        }
+        Ok((blocks, table.0, table.1 as u32))
+    }
+
+    fn write(&mut self, blocks: &BTreeMap<u64, u64>, table: u64) -> Result<(), Stop> {
+        let geometry = self.target.header.geometry;
+        let (bits, order) = (geometry.cluster_bits(), geometry.refcount_order());
+        let entries = geometry.refcount_block_entries();
+        let highest = blocks.keys().next_back().copied().unwrap_or(0);
+        let mut words = vec![0; (geometry.clusters_for((highest + 1) * 8) << bits) as usize];
+        for (&index, &cluster) in blocks {
+            self.target.job.checkpoint()?;
+            let mut block = vec![0; geometry.cluster_len()];
+            for (place, counted) in (index * entries..(index + 1) * entries).enumerate() {
+                let value = self.refcount(counted)?;
+                if value > 0 {
+                    // A count never exceeds what a refcount can hold.
+                    let _ = refcount::set(&mut block, place, order, value);
+                }
+            }
+            super::write(self.target.storage, &block, cluster << bits)?;
+            if let Some(word) = words.get_mut(index as usize * 8..index as usize * 8 + 8) {
+                word.copy_from_slice(&(cluster << bits).to_be_bytes());
+            }
+        }
+        super::write(self.target.storage, &words, table << bits)?;
+        Ok(())
+    }
+}
