@@ -261,11 +261,13 @@ fn raw_targets_are_sparse_as_asked() {
         assert!(std::fs::read(dir.path("raw")).unwrap() == bytes);
         std::fs::metadata(dir.path("raw")).unwrap().blocks() * 512
     };
-    assert_eq!(used(4096, Preallocation::Off), 3 * 4096);
-    assert_eq!(used(65536, Preallocation::Off), 2 * 65536);
-    assert_eq!(used(0, Preallocation::Off), 8 << 20);
-    assert_eq!(used(4096, Preallocation::Falloc), 8 << 20);
-    assert_eq!(used(4096, Preallocation::Full), 8 << 20);
+    // A file system may count a block of its own for the list of extents.
+    let is = |used: u64, data: u64| assert!((data..=data + 16384).contains(&used), "{used} for {data}");
+    is(used(4096, Preallocation::Off), 3 * 4096);
+    is(used(65536, Preallocation::Off), 2 * 65536);
+    is(used(0, Preallocation::Off), 8 << 20);
+    is(used(4096, Preallocation::Falloc), 8 << 20);
+    is(used(4096, Preallocation::Full), 8 << 20);
 }
 
 #[test]

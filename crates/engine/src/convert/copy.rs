@@ -1,5 +1,7 @@
 //! Moving the bytes of pieces: through a buffer, or shared by the file system.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use super::scan::{Chunk, Content, Piece, Rules, Scanner, Zeroes};
 use super::{Context, Delta};
 use crate::{GuestSource, Job, Mem, MemMut, Result, Storage, StorageExt};
@@ -8,6 +10,25 @@ use crate::{GuestSource, Job, Mem, MemMut, Result, Storage, StorageExt};
 const STEP: usize = 256 << 10;
 /// File systems share blocks of this size; most have it, and a refusal falls back on copying.
 pub(super) const SHARED_BLOCK: u64 = 4096;
+
+/// Space taken ahead of writes where that pays, until it is refused once: on a full disk, the write itself says so.
+#[derive(Debug)]
+pub(super) struct Ahead {
+    refused: AtomicBool,
+}
+
+impl Ahead {
+    /// Not for a target whose space is taken already.
+    pub(super) fn new(useful: bool) -> Self {
+        Self { refused: AtomicBool::new(!useful) }
+    }
+
+    pub(super) fn take(&self, target: &dyn Storage, offset: u64, length: u64) {
+        if !self.refused.load(Ordering::Relaxed) && target.allocate_ahead(offset, length).is_err() {
+            self.refused.store(true, Ordering::Relaxed);
+        }
+    }
+}
 
 /// One worker's way to move bytes.
 pub(super) struct Copier<'a> {

@@ -9,7 +9,7 @@ use parking_lot::{Condvar, Mutex};
 use qcow2_format::{CompressionType, HostOffset};
 use qcow2_transform::{Codec, CompressOptions, Compressor};
 
-use super::copy::{Copier, SHARED_BLOCK, shares_blocks};
+use super::copy::{Ahead, Copier, SHARED_BLOCK, shares_blocks};
 use super::prepare::{Payload, Planner, Prepared, Unit, transform};
 use super::scan::{Chunk, Piece, Rules, Zeroes};
 use super::{Compression, Context, ConvertOptions};
@@ -17,9 +17,11 @@ use crate::create::{CreateOptions, ImageBuilder, NewCluster, Preallocation, Prea
 use crate::{Job, Mem, Result, Storage, StorageExt};
 
 /// Bytes of a chunk: small enough to stay in the core's cache between its read and its write.
-const CHUNK: u64 = 256 << 10;
+const CHUNK: u64 = 512 << 10;
 /// Bytes of a chunk that is compressed: its clusters are written in one piece.
 const COMPRESSED_CHUNK: u64 = 1 << 20;
+/// Bytes of space that are taken ahead of the writes at once: as much as there is already, within these.
+const AHEAD: std::ops::RangeInclusive<u64> = 1 << 20..=64 << 20;
 /// Clusters of a chunk that is shared or zero, which takes no memory for data.
 const LONG_CHUNK_CLUSTERS: u64 = 8192;
 
@@ -33,6 +35,7 @@ pub(super) struct Qcow2Sink {
     compression: Option<CompressOptions>,
     preallocation: Preallocation,
     preallocator: Option<Preallocator>,
+    space: Ahead,
     /// Most chunks between the first that is not placed and the last that was begun.
     ahead: u64,
     state: Mutex<State>,
@@ -50,6 +53,8 @@ struct State {
     pending: BTreeMap<u64, Prepared>,
     /// End of what is placed.
     placed: u64,
+    /// End of the space that was taken ahead.
+    taken: u64,
     stopped: bool,
 }
 
@@ -85,6 +90,7 @@ impl Qcow2Sink {
             && !has_data_file
             && geometry.cluster_size() >= SHARED_BLOCK
             && shares_blocks(context.source, None, &*data, context.job)?;
+        builder.extend();
         let whole_clusters = compression.is_some() || shared;
         let preallocator =
             (preallocation != Preallocation::Off).then(|| Preallocator::new(&create, Arc::clone(&storage)));
@@ -111,6 +117,7 @@ impl Qcow2Sink {
             compression,
             preallocation,
             preallocator,
+            space: Ahead::new(!shared && !has_data_file && preallocation == Preallocation::Off),
             ahead: 2 * workers as u64 + 2,
             state: Mutex::new(State {
                 builder,
@@ -118,6 +125,7 @@ impl Qcow2Sink {
                 begun: 0,
                 pending: BTreeMap::new(),
                 placed: 0,
+                taken: 0,
                 stopped: false,
             }),
             moved: Condvar::new(),
@@ -204,6 +212,12 @@ impl Qcow2Sink {
             state.placed = next.end;
             state.turn += 1;
             placed.push((next, places));
+        }
+        let end = state.builder.end();
+        if end > state.taken {
+            let more = end.clamp(*AHEAD.start(), *AHEAD.end());
+            self.space.take(&*self.data, state.taken, end - state.taken + more);
+            state.taken = end + more;
         }
         if !placed.is_empty() {
             self.moved.notify_all();

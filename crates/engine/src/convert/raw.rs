@@ -4,14 +4,16 @@ use std::sync::Arc;
 
 use qcow2_transform::zero;
 
-use super::copy::{Copier, shares_blocks};
+use super::copy::{Ahead, Copier, shares_blocks};
 use super::scan::{Chunk, Rules, Zeroes};
 use super::{Context, ConvertOptions};
-use crate::create::{Preallocation, size_raw};
+use crate::create::{Preallocation, empty, size_raw};
 use crate::{Error, ErrorKind, Mem, Result, Storage, StorageExt};
 
 /// Bytes of a chunk: small enough to stay in the core's cache between its read and its write.
 const CHUNK: u64 = 256 << 10;
+/// Bytes of a write from which on taking its space first costs less than it gains.
+const WORTH_ALLOCATING: usize = 64 << 10;
 /// Bytes of a chunk whose blocks are shared.
 const SHARED_CHUNK: u64 = 1 << 30;
 /// Bytes that are zeroed in one call.
@@ -24,6 +26,7 @@ pub(super) struct RawSink {
     /// Zeroes have to be put there: the target holds something else.
     stale: bool,
     shared: bool,
+    ahead: Ahead,
 }
 
 impl RawSink {
@@ -46,7 +49,7 @@ impl RawSink {
         let written = preallocation == Preallocation::Full || context.options.sparse_size == 0;
         let mut shared = false;
         if !fixed {
-            storage.resize(0)?;
+            empty(&*storage)?;
             shared = !written && shares_blocks(context.source, None, &*storage, context.job)?;
             let space = if written { Preallocation::Off } else { preallocation };
             size_raw(&*storage, size, space, context.job)?;
@@ -54,9 +57,10 @@ impl RawSink {
                 storage.reserve(0, size)?;
             }
         }
+        let ahead = Ahead::new(!fixed && !shared && preallocation == Preallocation::Off);
         let sparse_size = if written { 0 } else { context.options.sparse_size };
         let sparse_size = usize::try_from(sparse_size).unwrap_or(usize::MAX);
-        Ok(Self { storage, sparse_size, stale: fixed && !context.options.target_is_zero, shared })
+        Ok(Self { storage, sparse_size, stale: fixed && !context.options.target_is_zero, shared, ahead })
     }
 
     pub(super) fn rules(&self) -> Rules {
@@ -86,6 +90,9 @@ impl RawSink {
 
     fn put(&self, copier: &Copier<'_>, bytes: &[u8], offset: u64) -> Result<()> {
         copier.context.count_written(bytes.len() as u64);
+        if bytes.len() >= WORTH_ALLOCATING {
+            self.ahead.take(&*self.storage, offset, bytes.len() as u64);
+        }
         self.storage.write_all_at(Mem::from(bytes), offset)
     }
 

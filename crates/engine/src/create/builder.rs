@@ -47,6 +47,8 @@ pub(crate) struct ImageBuilder {
     finished: Vec<Finished>,
     /// Clusters up to the end of the L1 table.
     fixed: u64,
+    /// Most clusters that the image can have.
+    most: u64,
 }
 
 impl ImageBuilder {
@@ -78,11 +80,27 @@ impl ImageBuilder {
             open: VecDeque::new(),
             finished: Vec::new(),
             fixed,
+            most,
         })
+    }
+
+    /// Makes the file as long as the image can get, until it is finished: writes that do not extend their file
+    /// cost the file system less.
+    pub(crate) fn extend(&self) {
+        let longest = self.most.checked_mul(self.geometry().cluster_size());
+        if let Some(length) = longest.filter(|_| !self.storage.traits().block_device) {
+            // Only an attempt: file systems have smaller limits than the format.
+            let _longer = self.storage.set_len(length);
+        }
     }
 
     pub(crate) fn geometry(&self) -> Geometry {
         self.header.geometry
+    }
+
+    /// End of what is allocated in the file, in bytes.
+    pub(crate) fn end(&self) -> u64 {
+        self.hosts.end() << self.geometry().cluster_bits()
     }
 
     /// Virtual size in bytes.
@@ -222,7 +240,7 @@ impl ImageBuilder {
             end if end > self.fixed => end << g.cluster_bits(),
             _ => self.header.l1_table_offset.get() + self.l1.len() as u64,
         };
-        if !traits.block_device && self.storage.size()? < end {
+        if !traits.block_device && self.storage.size()? != end {
             self.storage.resize(end)?;
         }
         if matches!(preallocation, Preallocation::Falloc | Preallocation::Full) {
@@ -243,11 +261,8 @@ impl ImageBuilder {
 
 /// Empties a file; on a device, removes what would be taken for a header should this end early.
 fn prepare(storage: &dyn Storage, cluster_size: u64) -> Result<()> {
-    if storage.traits().block_device {
-        storage.zero(0, cluster_size, false)
-    } else if storage.size()? > 0 {
-        storage.resize(0)
-    } else {
-        Ok(())
+    match storage.traits().block_device {
+        true => storage.zero(0, cluster_size, false),
+        false => super::empty(storage),
     }
 }

@@ -78,11 +78,18 @@ pub(crate) fn check_data_file(options: &CreateOptions, given: bool) -> Result<()
     Err(Error::new(ErrorKind::InvalidArgument, message).with_field("data_file"))
 }
 
+/// Empties a file that is not empty. A new file is left alone: some file systems take a cut to 0 as a sign to
+/// write everything out on close.
+pub(crate) fn empty(storage: &dyn Storage) -> Result<()> {
+    match storage.traits().block_device || storage.size()? == 0 {
+        true => Ok(()),
+        false => storage.resize(0),
+    }
+}
+
 /// Gives a raw file its size and space; what it held is lost.
 pub(crate) fn size_raw(storage: &dyn Storage, size: u64, mode: Preallocation, job: &Job) -> Result<()> {
-    if !storage.traits().block_device {
-        storage.resize(0)?;
-    }
+    empty(storage)?;
     storage.resize(size)?;
     match mode {
         Preallocation::Off | Preallocation::Metadata => Ok(()),

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use super::alignment::{self, Alignment};
 use super::lock::ImageLock;
@@ -30,6 +30,8 @@ pub struct FileStorage {
     own_cursor: bool,
     /// Length of a block device, which cannot change while it is open.
     device_len: Option<u64>,
+    /// Whether taking space ahead of writes pays on this file system.
+    allocates_ahead: OnceLock<bool>,
     cache: CacheMode,
     lock: ImageLock,
 }
@@ -146,7 +148,16 @@ impl FileStorage {
             writable,
             identity: platform::identity(&metadata),
         };
-        Ok(Self { file, path, traits, own_cursor, device_len, cache, lock: ImageLock::default() })
+        Ok(Self {
+            file,
+            path,
+            traits,
+            own_cursor,
+            device_len,
+            allocates_ahead: OnceLock::new(),
+            cache,
+            lock: ImageLock::default(),
+        })
     }
 
     /// The file itself, for giving it a name.
@@ -229,6 +240,13 @@ impl Storage for FileStorage {
 
     fn allocate(&self, offset: u64, length: u64) -> io::Result<()> {
         platform::allocate(&self.file, offset, length, self.traits.block_device)
+    }
+
+    fn allocate_ahead(&self, offset: u64, length: u64) -> io::Result<()> {
+        if !*self.allocates_ahead.get_or_init(|| platform::gains_by_allocating_ahead(&self.file)) {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        platform::allocate_ahead(&self.file, offset, length)
     }
 
     fn run_at(&self, offset: u64) -> io::Result<Run> {

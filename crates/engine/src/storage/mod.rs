@@ -82,6 +82,11 @@ pub trait Storage: Send + Sync + fmt::Debug {
     fn discard(&self, offset: u64, length: u64) -> io::Result<()>;
     /// Reserves space for the range without changing what it reads as; extends the file.
     fn allocate(&self, offset: u64, length: u64) -> io::Result<()>;
+    /// As `allocate`, where that makes the writes that follow cheaper. `Unsupported` elsewhere: nothing is done.
+    fn allocate_ahead(&self, offset: u64, length: u64) -> io::Result<()> {
+        let _ = (offset, length);
+        Err(io::ErrorKind::Unsupported.into())
+    }
     /// The run at `offset` (which is below the length): all data where the system cannot tell.
     fn run_at(&self, offset: u64) -> io::Result<Run>;
     /// Bytes of space in use.

@@ -82,6 +82,9 @@ impl Storage for CountingStorage {
     fn allocate(&self, offset: u64, length: u64) -> io::Result<()> {
         self.count(Op::Allocate, self.inner.allocate(offset, length), |()| length)
     }
+    fn allocate_ahead(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.count(Op::Allocate, self.inner.allocate_ahead(offset, length), |()| length)
+    }
     fn run_at(&self, offset: u64) -> io::Result<Run> {
         self.count(Op::Run, self.inner.run_at(offset), |_| 0)
     }
