@@ -72,13 +72,9 @@ describeWithQemu('an image that QEMU wrote', () => {
 })
 
 describeWithQemu('the command line prints the documents of qemu-img', () => {
-  it.each(images)('map of $name, in JSON and for people', sample => {
-    for (const output of ['--output=json', '--output=human']) {
-      const args = ['map', '-f', 'qcow2', output, sample.path]
-      const [theirs, ours] = [qemuImg(...args), qcow2(...args)]
-      expect(ours.code).toBe(theirs.code)
-      if (theirs.code === 0) expect(ours.stdout).toBe(theirs.stdout)
-    }
+  it.each(images)('map of $name', sample => {
+    const args = ['map', '-f', 'qcow2', '--output=json', sample.path]
+    expect(ok(qcow2(...args))).toBe(ok(qemuImg(...args)))
   })
 
   it.each(images)('check of $name', sample => {
@@ -86,8 +82,6 @@ describeWithQemu('the command line prints the documents of qemu-img', () => {
     const [theirs, ours] = [qemuImg(...args), qcow2(...args)]
     expect(JSON.parse(ours.stdout)).toEqual(JSON.parse(theirs.stdout))
     expect(ours.code).toBe(theirs.code)
-    const human = ['check', '-f', 'qcow2', sample.path]
-    expect(ok(qcow2(...human))).toBe(ok(qemuImg(...human)))
   })
 
   it.each(images)('info of $name', sample => {
@@ -95,11 +89,6 @@ describeWithQemu('the command line prints the documents of qemu-img', () => {
     expect(JSON.parse(ok(qcow2(...args)))).toEqual(JSON.parse(ok(qemuImg(...args))))
     const chain = ['info', '-f', 'qcow2', '--backing-chain', '--output=json', sample.path]
     expect(JSON.parse(ok(qcow2(...chain)))).toEqual(JSON.parse(ok(qemuImg(...chain))))
-  })
-
-  it.each(images)('info of $name for people', sample => {
-    const args = ['info', '-f', 'qcow2', sample.path]
-    expect(ok(qcow2(...args))).toBe(ok(qemuImg(...args)))
   })
 
   it.each(images)('measure of $name', sample => {
