@@ -70,7 +70,8 @@ impl ImageBuilder {
         header.refcount_table_clusters = u32::try_from(hosts.table_clusters())
             .map_err(|_| Error::new(ErrorKind::Internal, "refcount table beyond the format's limit"))?;
         header.l1_table_offset = hosts.contiguous(l1_clusters)?;
-        let fixed = hosts.end();
+        // Refcount blocks of a long L1 table lie behind it.
+        let fixed = geometry.cluster_index(header.l1_table_offset.get()) + l1_clusters;
         prepare(storage.as_ref(), geometry.cluster_size())?;
         Ok(Self {
             storage,
