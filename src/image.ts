@@ -9,6 +9,7 @@ import { type CheckResult, checkImage, readCheckOptions } from './check.js'
 import { AbortError, invalidArgument, Qcow2Error } from './errors.js'
 import { type ImageInfo, layersInfo } from './info.js'
 import { type MapEntry, type MapOptions, readMapOptions, walkMap } from './map.js'
+import { native } from './native.js'
 import {
   ABORTABLE,
   type Abortable,
@@ -87,6 +88,15 @@ const unclosed = new FinalizationRegistry<Chain>(({ image, path }) => {
   release(image).catch((error: unknown) => process.emitWarning(error instanceof Error ? error : String(error)))
 })
 
+let stopsAtExit = false
+
+/** What was written stays when the process exits with the image open, as it would with a file. */
+function stopAtExit(): void {
+  if (stopsAtExit) return
+  stopsAtExit = true
+  process.once('exit', () => native.stop())
+}
+
 /**
  * An open image. All methods can be called at any time and concurrently; requests keep no cursor. The handle must be closed: with
  * `close()`, or by `await using`.
@@ -109,6 +119,7 @@ export class Image implements AsyncDisposable {
       return release(chain.image)
     })
     unclosed.register(this, chain, this)
+    if (chain.writable) stopAtExit()
   }
 
   /** Size of the disk in bytes. */

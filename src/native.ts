@@ -229,6 +229,8 @@ export interface NativeCheckOutcome {
  */
 export interface Addon {
   start(deliver: (count: number, others: readonly unknown[] | undefined) => void, numbers: Uint32Array): void
+  /** Ends all work and closes all images, now. Nothing is delivered any more. */
+  stop(): void
   openFile(request: number, path: string | Buffer, options: NativeFileOptions): void
   /** Absent on Windows. */
   openDescriptor?(request: number, descriptor: number, options: NativeFileOptions): void

@@ -246,7 +246,10 @@ describe('arguments', () => {
   })
 
   it('a stream with wrong options throws at once', async () => {
-    await using image = await open(changed(() => {}), { flags: 'r+' })
+    await using image = await open(
+      changed(() => {}),
+      { flags: 'r+' },
+    )
     expect(() => image.createWriteStream({ start: -1 })).toThrow(expect.objectContaining({ code: invalid }))
     expect(() => image.createWriteStream({ end: 5 } as never)).toThrow(expect.objectContaining({ code: invalid }))
   })

@@ -1,6 +1,6 @@
 /** Writing: every shape of image against a model and QEMU's tools, many requests at once, every cache mode. */
 
-import { readFileSync, statSync, writeFileSync } from 'node:fs'
+import { readFileSync, statSync } from 'node:fs'
 import { join } from 'node:path'
 import { type CacheMode, type CreateOptions, create, type Image, type OpenOptions, open } from 'qcow2'
 import { describe, expect, it } from 'vitest'
@@ -65,7 +65,7 @@ describeWithQemu('random changes', () => {
       await model.compare(image)
       for (let i = 0; i < 25; i++) await model.change(image)
       await model.compare(image)
-      expect((await image.check()).checkErrors).toBe(0)
+      expect(await image.check()).toMatchObject({ ok: true })
     }
     ok(qemuImg('check', '-f', 'qcow2', path))
     assertSameBytes(model.bytes, guest(path), 'read by QEMU after the second time')
@@ -221,7 +221,7 @@ describeWithQemu('many requests at once', () => {
         expect(buffer.subarray(sector, sector + 1).every(byte => byte === value)).toBe(true)
       }
     }
-    expect((await image.check()).ok || (await image.check()).leaks > 0).toBe(true)
+    expect((await image.check()).ok).toBe(true)
     await image.close()
     ok(qemuImg('check', path))
   })
@@ -281,6 +281,5 @@ describe('the buffers', () => {
     const { buffer } = await image.read(Buffer.alloc(2_700_009), { position: 12_345 })
     assertSameBytes(pattern(0, 2_700_009), buffer, 'read back')
     await image.close()
-    writeFileSync(at('touched'), '')
   })
 })

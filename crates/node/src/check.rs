@@ -3,6 +3,7 @@
 use napi::bindgen_prelude::{Env, ToNapiValue};
 use napi_derive::napi;
 use qcow2_engine::check::{self, CheckOptions, CheckReport, Severity};
+use qcow2_engine::image::read_header;
 use qcow2_engine::{Error, ErrorKind, Layer};
 
 use crate::failure::Failure;
@@ -78,7 +79,11 @@ pub fn check_image(
                     max_findings: max_findings as usize,
                     readers: readers.map_or(defaults.readers, |readers| readers as usize),
                 };
-                check::check(&**qcow2.storage(), qcow2.header(), &options, job)
+                // An image that is open for writing has a header of its own making in the file.
+                image.settled(|| {
+                    let header = read_header(&**qcow2.storage())?;
+                    check::check(&**qcow2.storage(), &header, &options, job)
+                })
             })
         },
         |_, env, report| {

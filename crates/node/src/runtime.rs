@@ -62,6 +62,13 @@ pub fn start(env: Env, deliver: Unknown<'_>, numbers: Unknown<'_>) -> napi::Resu
     Ok(())
 }
 
+/// Ends all work of this environment now, and closes its images: for `process.exit()`, which does not run the cleanup hook.
+#[napi]
+pub fn stop(env: Env) -> napi::Result<()> {
+    Runtime::of(&env)?.close();
+    Ok(())
+}
+
 impl Runtime {
     /// The runtime of the calling environment.
     pub(crate) fn of(env: &Env) -> napi::Result<&Self> {

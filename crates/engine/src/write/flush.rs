@@ -75,6 +75,24 @@ impl Image {
         }
     }
 
+    /// Runs `look` while the file is complete by itself: everything that was written is in it, nothing is reserved, and
+    /// no request changes it. For a check of an image that is open for writing.
+    ///
+    /// # Errors
+    /// As [`Image::flush`], and those of `look`.
+    pub fn settled<T>(&self, look: impl FnOnce() -> Result<T>) -> Result<T> {
+        let writable = self.layers().first().and_then(Layer::as_qcow2);
+        let Some((image, writer)) = writable.and_then(|image| Some((image, image.writer.as_ref()?))) else {
+            return look();
+        };
+        let _alone = writer.gate.write();
+        if writer.begun.get().is_some() && writer.check().is_ok() {
+            self.flush_metadata(image, writer)?;
+            writer.give_back(image)?;
+        }
+        look()
+    }
+
     /// Writes metadata early when much of it is waiting.
     pub(super) fn limit_dirty(&self, image: &Qcow2, writer: &Writer) -> Result<()> {
         let waiting = image.mapping.read().dirty.len() as u64 * image.slices.slice_bytes();
