@@ -2,17 +2,19 @@
 // process, trials of both sides alternate, page cache warm. Every result is checked once, by `compare`.
 //
 // node benchmark/run.mjs [--smoke] [--trials N] [--source FOLDER] [--size MIB] [--only WORDS] [--json FILE]
+// Words to choose by: a convert's name, 'check', 'map', 'on XFS', 'random reads', 'installation', 'random writes'.
 //
 // --smoke: one trial of everything on a small disk, to see that nothing rots; without qemu-img, this side alone.
 
 import { spawnSync } from 'node:child_process'
-import { mkdtempSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs'
+import { copyFileSync, mkdtempSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs'
 import { availableParallelism, cpus, release, tmpdir } from 'node:os'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { parseArgs } from 'node:util'
 import { makeInput } from './input.mjs'
 import { median, trial } from './trial.mjs'
+import { mountXfs, unmountXfs } from './xfs.mjs'
 
 const { values } = parseArgs({
   options: {
@@ -37,13 +39,15 @@ const ours = (...args) => [process.execPath, cli, ...args]
 const theirs = (...args) => [process.env.QEMU_IMG_PROG ?? 'qemu-img', ...args]
 const FAST = ['-W', '-m', '8']
 
-/** A convert by both sides: the same source, a target for each. */
-const convert = (name, source, from, to, ...flags) => ({
+/** A convert by both sides in a folder: the same source, a target for each. */
+const convertIn = (place, name, source, from, to, ...flags) => ({
   name,
-  ours: ours('convert', '-q', '-f', from, '-O', to, ...flags, at(source), at('ours')),
-  theirs: theirs('convert', ...FAST, '-f', from, '-O', to, ...flags, at(source), at('theirs')),
-  check: target => ours('compare', '-q', '-f', from, '-F', to, at(source), at(target)),
+  place,
+  ours: ours('convert', '-q', '-f', from, '-O', to, ...flags, join(place, source), join(place, 'ours')),
+  theirs: theirs('convert', ...FAST, '-f', from, '-O', to, ...flags, join(place, source), join(place, 'theirs')),
+  check: target => ours('compare', '-q', '-f', from, '-F', to, join(place, source), join(place, target)),
 })
+const convert = (...args) => convertIn(folder, ...args)
 
 const jobs = [
   convert('raw to qcow2', 'disk.raw', 'raw', 'qcow2'),
@@ -84,11 +88,11 @@ function runJob(job) {
   const sizes = {}
   for (let round = 0; round < trials; round++) {
     for (const side of qemu ? ['ours', 'theirs'] : ['ours']) {
-      if (job.check) rmSync(at(side), { force: true })
+      if (job.check) rmSync(join(job.place, side), { force: true })
       sides[side].push(trial(job[side]))
       if (!job.check) continue
       if (round === 0) trial(job.check(side))
-      sizes[side] = statSync(at(side)).blocks * 512
+      sizes[side] = statSync(join(job.place, side)).blocks * 512
     }
   }
   const of = (side, what) => median(sides[side].map(result => result[what]))
@@ -103,6 +107,32 @@ function runJob(job) {
 
 const number = (value, digits = 2) => (value === undefined ? '-' : value.toFixed(digits))
 const mib = bytes => (bytes === undefined ? '-' : (bytes / 2 ** 20).toFixed(0))
+
+/** Converts on a file system that shares extents: their time must not grow with the data. */
+function onXfs() {
+  const mount = mountXfs(folder, smoke ? 512 : 24 * 1024)
+  if (mount === undefined) return []
+  try {
+    copyFileSync(at('disk.raw'), join(mount, 'disk.raw'))
+    copyFileSync(at('disk.qcow2'), join(mount, 'disk.qcow2'))
+    return [
+      convertIn(mount, 'raw to qcow2 on XFS', 'disk.raw', 'raw', 'qcow2'),
+      convertIn(mount, 'qcow2 to raw on XFS', 'disk.qcow2', 'qcow2', 'raw'),
+    ].map(runJob)
+  } finally {
+    unmountXfs(mount)
+  }
+}
+
+/** The benchmarks of the engine alone, examples of its crate: the recorded installation, and random writes. */
+function engine(example, ...small) {
+  const args = ['run', '--quiet', '--release', '-p', 'qcow2-engine', '--example', example, '--', '--dir', folder]
+  const { status } = spawnSync('cargo', [...args, ...(smoke ? ['--runs', '1', ...small] : ['--runs', String(trials)])], {
+    stdio: ['ignore', 'inherit', 'inherit'],
+    cwd: join(here, '..'),
+  })
+  if (status !== 0) throw new Error(`the benchmark ${example} failed`)
+}
 
 function table(results) {
   const rows = results.map(({ name, ours, theirs, ratio, sizes }) => [
@@ -131,11 +161,14 @@ try {
     process.stderr.write(`${job.name}\n`)
     return runJob(job)
   })
+  if ('on XFS'.includes(values.only)) results.push(...onXfs())
   console.log(table(results))
   const reads = 'random reads'.includes(values.only) ? randomReads() : {}
   console.log()
   for (const [name, perSecond] of Object.entries(reads))
     console.log(`${name}: ${perSecond.toLocaleString('en')} reads/s`)
+  if (qemu && 'installation'.includes(values.only)) engine('replay', '--requests', '500')
+  if (qemu && 'random writes'.includes(values.only)) engine('random_writes', '--count', '200')
   if (values.json) {
     const manifest = JSON.parse(readFileSync(join(here, '..', 'package.json'), 'utf8'))
     const record = { input, machine, versions, trials, version: manifest.version, results, reads }
