@@ -9,7 +9,9 @@ use std::sync::Arc;
 use qcow2_engine::check::{CheckOptions, CheckReport, FindingCode, Repair, Severity, check, repair};
 use qcow2_engine::image::read_header;
 use qcow2_engine::storage::{Access, FileStorage};
-use qcow2_engine::{ErrorKind, Image, Job, Layer, MemMut, OpenOptions, Qcow2, Result, Storage};
+use qcow2_engine::{
+    ErrorKind, Image, Job, Layer, Mem, MemMut, OpenOptions, Qcow2, Result, Storage, WriteOptions,
+};
 use qcow2_testkit::crash::{Durability, Session};
 use qcow2_testkit::recorder::RecordingStorage;
 use qcow2_testkit::{Fixture, Qemu, Sparse};
@@ -112,6 +114,7 @@ fn random_damage(what: Repair, argument: &str, rounds: u64, seed: u64) -> [u32; 
 fn one_damage(qemu: &Qemu, path: &Path, what: Repair, argument: &str, text: &str) -> usize {
     let before = disks_of(path);
     let Ok(found) = look(&open(path)) else { return 0 };
+    let snapshots = be64(&std::fs::read(path).unwrap(), 56) as u32;
     let theirs = path.with_extension("theirs");
     std::fs::copy(path, &theirs).unwrap();
     let repaired = qemu.img(&["check", "-q", "-f", "qcow2", "-r", argument, theirs.to_str().unwrap()]);
@@ -131,8 +134,11 @@ fn one_damage(qemu: &Qemu, path: &Path, what: Repair, argument: &str, text: &str
     if left.is_clean() {
         assert_eq!(verdict, 0, "{text}: QEMU sees what we do not");
     }
-    // A snapshot table that is not in the file reads as entries of zeroes for QEMU, which then frees all snapshots.
-    let lost = report.failure.as_ref().is_some_and(|f| f.to_string().contains("snapshot table lies"));
+    // QEMU 10.0 gives all snapshots up where it repairs an image that has bitmaps too, or whose snapshot table is not in
+    // the file: what it then calls clean is no measure.
+    let count = |path: &Path| be64(&std::fs::read(path).unwrap(), 56) as u32;
+    let lost = count(&theirs) < snapshots
+        || report.failure.as_ref().is_some_and(|f| f.to_string().contains("snapshot table lies"));
     if repaired.code == 0 && !lost {
         let mine = (verdict, left.is_clean());
         assert_eq!(mine, (0, true), "{text}: QEMU repairs it\n{}\n{report:?}\n{left:#?}", repaired.stderr);
@@ -377,6 +383,43 @@ fn crash(file: &Sparse, what: &str) -> u32 {
         count += 1;
     }
     count
+}
+
+#[test]
+fn a_dirty_image_is_repaired_when_it_is_opened_for_writing() {
+    let Some(qemu) = Qemu::find() else { return };
+    let dir = Fixture::new();
+    let (path, places) = small(&qemu, &dir);
+    let before = disks_of(&path);
+    // Two refcounts were still to be written when the dirty bit was set.
+    poke(&path, places.block + 2 * (places.data >> 16), &[0; 4]);
+    poke(&path, 79, &[1]);
+    let storage: Arc<dyn Storage> = Arc::new(open(&path));
+    let mut image = Qcow2::open(storage.clone(), &OpenOptions::default()).unwrap();
+    image.enable_writing(WriteOptions::default()).unwrap();
+    assert!(look(&*storage).unwrap().is_clean());
+    let image = Image::new(vec![Layer::Qcow2(Box::new(image))]).unwrap();
+    image.write_at(Mem::from(&[7; 512][..]), 4 << 20).unwrap();
+    image.close().unwrap();
+    qemu.assert_clean(&path);
+    assert_eq!(std::fs::read(&path).unwrap()[79], 0);
+    let after = disks_of(&path);
+    let same = |a: &[u8], b: &[u8]| a[..4 << 20] == b[..4 << 20];
+    assert!(same(before[0].as_ref().unwrap(), after[0].as_ref().unwrap()));
+
+    // Damage that nothing can repair keeps the image dirty and closed to writes.
+    poke(&path, 79, &[1]);
+    poke(&path, places.l2, &(1u64 << 63 | (places.data + 512)).to_be_bytes());
+    let mut image = Qcow2::open(storage.clone(), &OpenOptions::default()).unwrap();
+    let error = image.enable_writing(WriteOptions::default()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Corrupt);
+    assert_eq!(std::fs::read(&path).unwrap()[79], 1);
+    // One that is marked corrupt is not touched.
+    poke(&path, 79, &[3]);
+    let bytes = std::fs::read(&path).unwrap();
+    let mut image = Qcow2::open(storage, &OpenOptions::default()).unwrap();
+    assert_eq!(image.enable_writing(WriteOptions::default()).unwrap_err().kind(), ErrorKind::Corrupt);
+    assert!(bytes == std::fs::read(&path).unwrap());
 }
 
 #[test]

@@ -87,6 +87,23 @@ impl Qcow2 {
     }
 }
 
+impl Qcow2 {
+    /// Reads header and tables again, after they were changed in the file. Caches keep their size and the data file
+    /// stays attached; the image is not open for writing any more.
+    pub(crate) fn reload(&mut self) -> Result<()> {
+        let options = OpenOptions { limits: *self.limits(), ..OpenOptions::default() };
+        let mut fresh = Self::open(Arc::clone(self.storage()), &options)?;
+        if let Some(data) = self.data_file() {
+            fresh.set_data_file(Arc::clone(data));
+        }
+        std::mem::swap(&mut fresh.slices, &mut self.slices);
+        std::mem::swap(&mut fresh.inflated, &mut self.inflated);
+        fresh.slices.clear();
+        *self = fresh;
+        Ok(())
+    }
+}
+
 /// Adds the file's path, where there is one.
 pub(crate) fn on_file(storage: &dyn Storage, error: Error) -> Error {
     match storage.path() {

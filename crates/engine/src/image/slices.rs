@@ -69,6 +69,11 @@ impl SliceCache {
         }
     }
 
+    /// Forgets everything: the tables were changed behind the cache's back.
+    pub(super) fn clear(&self) {
+        self.cache.clear();
+    }
+
     /// Replaces the slice at `offset` by what was just written there.
     pub(crate) fn insert(&self, offset: u64, slice: Slice) {
         self.cache.insert(offset, slice);

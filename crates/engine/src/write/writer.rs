@@ -13,8 +13,9 @@ use super::inflight::InFlight;
 use super::overlap::MetadataMap;
 use super::refcounts::Refcounts;
 use crate::bitmap::Tracker;
+use crate::check::{self, CheckOptions, Repair};
 use crate::image::Qcow2;
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, Job, Result};
 
 /// What a guest's discard does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -211,13 +212,39 @@ impl Writer {
 }
 
 impl Qcow2 {
-    /// Makes the image writable.
+    /// Makes the image writable. One that was not closed cleanly (its dirty bit is set) is repaired first, as QEMU does:
+    /// the caller holds the file alone.
     ///
     /// # Errors
-    /// See [`Writer::new`].
+    /// See [`Writer::new`]; `Corrupt` for an image that stays dirty because not all of it could be repaired.
     pub fn enable_writing(&mut self, options: WriteOptions) -> Result<()> {
+        let marks = self.header().incompatible;
+        if marks.contains(Incompatible::DIRTY)
+            && !marks.contains(Incompatible::CORRUPT)
+            && self.viewed_snapshot().is_none()
+            && self.storage().traits().writable
+        {
+            self.repair_dirty()?;
+        }
         self.writer = Some(Writer::new(self, options)?);
         Ok(())
+    }
+
+    fn repair_dirty(&mut self) -> Result<()> {
+        let options = CheckOptions { limits: *self.limits(), max_findings: 0, ..CheckOptions::default() };
+        let report = check::repair(&**self.storage(), Repair::All, &options, &Job::new())?;
+        let left = report.corruptions + report.check_errors;
+        if left > 0 {
+            let message = format!(
+                "the image was not closed cleanly, and {left} of its errors could not be repaired: check it"
+            );
+            let error = self.error(ErrorKind::Corrupt, message).with_field("incompatible_features");
+            return Err(match report.failure {
+                Some(failure) => error.with_source(failure),
+                None => error,
+            });
+        }
+        self.reload()
     }
 
     /// Whether the image is open for writing.
