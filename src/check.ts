@@ -1,5 +1,6 @@
 /** Consistency checks, with QAPI's `ImageCheck` counters. */
 
+import { SHARING, type SharingOptions, toReadAccess } from './access.js'
 import { openChain } from './backing/chain.js'
 import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
 import type { Qcow2Error } from './errors.js'
@@ -18,7 +19,7 @@ import { runJob } from './support/jobs.js'
 import { toError } from './support/requests.js'
 
 /** Options of {@link check}. */
-export interface CheckOptions extends LongRunning {
+export interface CheckOptions extends LongRunning, SharingOptions {
   /**
    * Only the top layer is checked, so what it names need not be opened. Default `'layer'`; with `'allow'`, a backing chain that does
    * not open is an error.
@@ -72,7 +73,7 @@ export interface CheckResult {
   readonly failure?: Qcow2Error
 }
 
-const CHECK = { ...LONG_RUNNING, references: referencePolicy, limits } as const
+const CHECK = { ...LONG_RUNNING, ...SHARING, references: referencePolicy, limits } as const
 const IMAGE_CHECK = LONG_RUNNING
 
 const MAX_FINDINGS = 10_000
@@ -91,7 +92,9 @@ export async function check(source: ImageSource, options?: CheckOptions): Promis
   const located = toLocated(source, 'source')
   const { references = 'layer', ...read } = readOptions(options, 'check', CHECK)
   throwIfAborted(read.signal)
-  const chain = await openChain(located, { ...read, format: 'qcow2', references, forCheck: true })
+  const { limits, signal } = read
+  const access = toReadAccess(read)
+  const chain = await openChain(located, { format: 'qcow2', references, limits, signal, access, forCheck: true })
   try {
     return await checkImage(chain.image, chain.path, 'qcow2', read)
   } finally {

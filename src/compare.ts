@@ -1,5 +1,6 @@
 /** Comparing what two images read as. */
 
+import { SHARING, type SharingOptions, toReadAccess } from './access.js'
 import { openChain } from './backing/chain.js'
 import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
 import type { NativeCompared } from './native.js'
@@ -17,7 +18,7 @@ import { type Format, type ImageSource, release, toLocated } from './source.js'
 import { runJob } from './support/jobs.js'
 
 /** Options of {@link compare}. */
-export interface CompareOptions extends LongRunning {
+export interface CompareOptions extends LongRunning, SharingOptions {
   /** Different virtual sizes, and different allocation, count as a difference. */
   strict?: boolean | undefined
   /** Format of the first. Default: qcow2, by its magic; raw must be said. */
@@ -42,6 +43,7 @@ export interface CompareResult {
 
 const COMPARE = {
   ...LONG_RUNNING,
+  ...SHARING,
   strict: flag,
   formatA: oneOf('qcow2', 'raw'),
   formatB: oneOf('qcow2', 'raw'),
@@ -59,7 +61,8 @@ export async function compare(a: ImageSource, b: ImageSource, options?: CompareO
   const locatedB = toLocated(b, 'b')
   const read = readOptions(options, 'compare', COMPARE)
   throwIfAborted(read.signal)
-  const chain = { references: read.references, limits: read.limits, signal: read.signal }
+  const { references, limits, signal } = read
+  const chain = { references, limits, signal, access: toReadAccess(read) }
   const first = await openChain(locatedA, { ...chain, format: read.formatA })
   try {
     const second = await openChain(locatedB, { ...chain, format: read.formatB })

@@ -1,5 +1,6 @@
 /** Converting between formats and shapes. */
 
+import { SHARING, type SharingOptions, toReadAccess } from './access.js'
 import { type Chain, openChain } from './backing/chain.js'
 import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
 import { type Preallocation, type Qcow2Shape, type ReadShape, shape, toNativeShape } from './create.js'
@@ -36,7 +37,7 @@ export interface Compression {
 }
 
 /** What `convert` and `measure` read. */
-export interface SourceOptions {
+export interface SourceOptions extends SharingOptions {
   /** Format of the source. Default: qcow2, by its magic; raw must be said. */
   from?: Format | undefined
   /** What the source may pull in. Default `'deny'`. */
@@ -48,6 +49,7 @@ export interface SourceOptions {
 
 /** The table entries of {@link SourceOptions}. */
 export const SOURCE = {
+  ...SHARING,
   from: oneOf('qcow2', 'raw'),
   references: referencePolicy,
   snapshot: text,
@@ -133,7 +135,8 @@ export async function convert(source: ImageSource, target: PathLike, options: Co
   const { from, references, snapshot, limits, signal } = read
   throwIfAborted(signal)
   const begin = performance.now()
-  const chain = await openChain(located, { format: from, references, snapshot, limits, signal })
+  const access = toReadAccess(read)
+  const chain = await openChain(located, { format: from, references, snapshot, limits, signal, access })
   try {
     const delta = read.base && (await lookAtBase(read.base, chain, read))
     const inUse = [...chain.identities, ...(delta?.identities ?? [])]
@@ -201,10 +204,11 @@ function toShape({ create, compress, preallocation }: ReadConvert): ReadShape {
 async function lookAtBase(
   base: Located,
   source: Chain,
-  { references, limits, signal, create }: ReadConvert,
+  read: ReadConvert,
 ): Promise<{ identities: readonly string[]; order: Pick<NativeConvertJob, 'deltaLayers' | 'baseSize'> }> {
-  const format = create?.backingFormat === 'raw' ? 'raw' : 'qcow2'
-  const chain = await openChain(base, { format, references, limits, signal })
+  const { references, limits, signal } = read
+  const format = read.create?.backingFormat === 'raw' ? 'raw' : 'qcow2'
+  const chain = await openChain(base, { format, references, limits, signal, access: toReadAccess(read) })
   await release(chain.image)
   const identity = chain.layers[0]
   const deltaLayers = identity === undefined ? -1 : source.layers.indexOf(identity)

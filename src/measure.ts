@@ -1,5 +1,6 @@
 /** Sizes of images before they are made. */
 
+import { toReadAccess } from './access.js'
 import { openChain } from './backing/chain.js'
 import { SOURCE, type SourceOptions } from './convert.js'
 import { type Preallocation, type Qcow2Shape, shape, toNativeShape } from './create.js'
@@ -63,7 +64,8 @@ export async function measure(
   }
   const located = toLocated(source, 'source')
   throwIfAborted(signal)
-  const { image } = await openChain(located, { format: from, references, snapshot, limits, signal })
+  const access = toReadAccess(read)
+  const { image } = await openChain(located, { format: from, references, snapshot, limits, signal, access })
   try {
     return await run(image, 0, wanted)
   } finally {
