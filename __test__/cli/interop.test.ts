@@ -1,3 +1,5 @@
+import { spawn } from 'node:child_process'
+import { once } from 'node:events'
 import { mkdtempSync } from 'node:fs'
 import { expect, it } from 'vitest'
 import { makeImages } from './images.js'
@@ -139,5 +141,33 @@ describeWithQemu('side by side with qemu-img', () => {
   ])('%j', async args => {
     const { ours, theirs } = await both(args)
     expect(ours).toEqual(theirs)
+  })
+})
+
+describeWithQemu('an image that QEMU has open for writing', () => {
+  it('is not read, except with -U', async () => {
+    await execute('cp', ['data.qcow2', 'busy.qcow2'], folder)
+    const writer = spawn('qemu-io', ['-f', 'qcow2', 'busy.qcow2'], { cwd: folder, stdio: ['pipe', 'pipe', 'ignore'] })
+    try {
+      writer.stdin.write('write 0 64k\n')
+      await once(writer.stdout, 'data')
+      for (const args of [
+        ['info'],
+        ['map'],
+        ['check'],
+        ['measure'],
+        ['compare', 'empty.qcow2'],
+        ['convert', '-O', 'raw'],
+      ]) {
+        const rest = args[0] === 'convert' ? ['busy.qcow2', 'busy.raw'] : ['busy.qcow2']
+        const { ours, theirs } = await both([...args, ...rest])
+        expect(ours, args[0]).toEqual(theirs)
+        const shared = await both([...args, '-U', ...rest])
+        expect({ ...shared.ours, stderr: '' }, `${args[0]} -U`).toEqual({ ...shared.theirs, stderr: '' })
+      }
+    } finally {
+      writer.stdin.end()
+      await once(writer, 'exit')
+    }
   })
 })

@@ -54,8 +54,13 @@ export function describeError(error: unknown, target?: string): string {
   if (code === 'ERR_QCOW2_CHAIN' && cause instanceof Qcow2Error) {
     return `Could not open backing file: ${describeError(cause)}`
   }
+  const locked = LOCKED.exec(error.message)
+  if (code === 'ERR_QCOW2_LOCKED' && locked) return `F${locked[1]} (${error.code})`
   return `${withoutPath(error.message, path)} (${error.code})`
 }
+
+/** In two parts, as qemu-img says it: what failed, and what to look for. */
+const LOCKED = /(?:^|: )[Ff](ailed to get .* lock)/
 
 const withoutPath = (message: string, path: unknown): string =>
   typeof path === 'string' && message.startsWith(`${path}: `) ? message.slice(path.length + 2) : message
@@ -70,5 +75,7 @@ export function openFailure(filename: string, error: unknown, exitCode = 1): Com
     error instanceof Qcow2Error && error.code === 'ERR_QCOW2_NO_SNAPSHOT'
       ? "Failed to load snapshot: Can't find snapshot"
       : `Could not open '${filename}': ${describeError(error)}`
-  return new CommandFailure(message, { exitCode, cause: error })
+  const locked = error instanceof Qcow2Error && error.code === 'ERR_QCOW2_LOCKED'
+  const hint = locked ? { hint: `Is another process using the image [${error.path ?? filename}]?` } : {}
+  return new CommandFailure(message, { exitCode, cause: error, ...hint })
 }

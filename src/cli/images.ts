@@ -41,7 +41,7 @@ export async function formatOf(filename: string, requested: string | undefined, 
   )
 }
 
-export interface Request extends Pick<OpenOptions, 'snapshot' | 'references'> {
+export interface Request extends Pick<OpenOptions, 'snapshot' | 'references' | 'forceShare'> {
   readonly filename: string
   readonly format: string | undefined
   /** Of a failure to open. Default 1. */
@@ -50,11 +50,11 @@ export interface Request extends Pick<OpenOptions, 'snapshot' | 'references'> {
 
 /** Opens an image and everything below it, runs `work` on it, and closes it whatever happens. */
 export async function withImage<T>(
-  { filename, format, exitCode, snapshot, references = 'allow' }: Request,
+  { filename, format, exitCode, snapshot, forceShare, references = 'allow' }: Request,
   session: Session,
   work: (image: Image) => Promise<T>,
 ): Promise<T> {
-  const image = await openImage(filename, format, { snapshot, references }, session).catch(error => {
+  const image = await openImage(filename, format, { snapshot, references, forceShare }, session).catch(error => {
     throw session.signal.aborted ? error : openFailure(filename, error, exitCode)
   })
   try {
@@ -67,7 +67,7 @@ export async function withImage<T>(
 async function openImage(
   filename: string,
   requested: string | undefined,
-  options: Pick<OpenOptions, 'snapshot' | 'references'>,
+  options: Pick<OpenOptions, 'snapshot' | 'references' | 'forceShare'>,
   session: Session,
 ): Promise<Image> {
   const format = await formatOf(filename, requested, session)
@@ -82,6 +82,7 @@ export async function snapshotOf(
   filename: string,
   format: Format,
   parameter: string | undefined,
+  forceShare: boolean | undefined,
   session: Session,
 ): Promise<string | undefined> {
   if (parameter === undefined || !parameter.startsWith('snapshot.')) return parameter
@@ -91,7 +92,7 @@ export async function snapshotOf(
   if ([...wanted.keys()].some(key => key !== 'snapshot.id' && key !== 'snapshot.name') || (!id && !name)) {
     throw new CommandFailure(`Failed in parsing snapshot param '${parameter}'`)
   }
-  const found = await withImage({ filename, format, references: 'layer' }, session, async image => {
+  const found = await withImage({ filename, format, references: 'layer', forceShare }, session, async image => {
     const { snapshots } = await image.info()
     return snapshots.find(each => (id === undefined || each.id === id) && (name === undefined || each.name === name))
   })

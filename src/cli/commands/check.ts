@@ -1,8 +1,10 @@
 import type { Command } from 'commander'
+import { type CheckResult, check } from '../../index.js'
+import { describeError, openFailure } from '../errors.js'
 import { CommandFailure, UsageFailure, unsupported } from '../failure.js'
 import { checkExitCode, checkJson, formatCheck } from '../format/check.js'
 import { cacheMode, oneFile, outputOption, refuseDriverSyntax } from '../grammar.js'
-import { withImage } from '../images.js'
+import { formatOf, localPath, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
@@ -10,6 +12,7 @@ import type { Session } from '../session.js'
 interface CheckArguments {
   readonly format?: string
   readonly output?: string
+  readonly forceShare?: boolean
   readonly quiet?: boolean
 }
 
@@ -37,7 +40,9 @@ export function declareCheck(program: Command, run: Runner): void {
     .option('-r, --repair <what>', 'not in this version: a check never writes', refuseRepair)
     .option('-q, --quiet', 'print nothing but errors')
   refuseDriverSyntax(command)
-  command.action((files: string[], options: CheckArguments) => run(session => check(oneFile(files), options, session)))
+  command.action((files: string[], options: CheckArguments) =>
+    run(session => checkFile(oneFile(files), options, session)),
+  )
 }
 
 function refuseRepair(what: string): never {
@@ -47,19 +52,34 @@ function refuseRepair(what: string): never {
   throw unsupported("Option '-r'", 'this version checks images and does not repair them')
 }
 
-async function check(filename: string, options: CheckArguments, session: Session): Promise<number> {
-  return withImage({ filename, format: options.format }, session, async image => {
-    const { format } = await image.info()
-    if (format === 'raw') {
+async function checkFile(filename: string, options: CheckArguments, session: Session): Promise<number> {
+  const { forceShare, quiet = false } = options
+  const found = { ...(await checked(filename, { forceShare, quiet, format: options.format }, session)), filename }
+  for (const message of found.messages) session.stderr.write(`${message}\n`)
+  session.stderr.flush()
+  if (found.failure !== undefined) throw new CommandFailure(`Check failed: ${describeError(found.failure)}`)
+  if (!quiet) session.stdout.write(options.output === 'json' ? checkJson(found) : formatCheck(found))
+  if (found.checkErrors !== 0) throw new CommandFailure('Check failed')
+  return checkExitCode(found)
+}
+
+async function checked(
+  filename: string,
+  { forceShare, quiet, format }: { forceShare: boolean | undefined; quiet: boolean; format: string | undefined },
+  session: Session,
+): Promise<CheckResult> {
+  const choice = { progress: false, quiet, verb: 'Checking', step: 1 }
+  try {
+    if ((await formatOf(filename, format, session)) === 'raw') {
+      // A file that is not there is the first thing to say.
+      await withImage({ filename, format: 'raw', forceShare }, session, async () => undefined)
       throw new CommandFailure('This image format does not support checks', { exitCode: CHECK_NOT_SUPPORTED })
     }
-    const quiet = options.quiet ?? false
-    const choice = { progress: false, quiet, verb: 'Checking', step: 1 }
-    const found = { ...(await withProgress(session, choice, job => image.check(job))), filename }
-    for (const message of found.messages) session.stderr.write(`${message}\n`)
-    session.stderr.flush()
-    if (!quiet) session.stdout.write(options.output === 'json' ? checkJson(found) : formatCheck(found))
-    if (found.checkErrors !== 0) throw new CommandFailure('Check failed')
-    return checkExitCode(found)
-  })
+    return await withProgress(session, choice, job =>
+      check(localPath(filename), { ...job, forceShare, references: 'allow' }),
+    )
+  } catch (error) {
+    if (session.signal.aborted || error instanceof CommandFailure) throw error
+    throw openFailure(filename, error)
+  }
 }

@@ -12,6 +12,7 @@ interface CompareArguments {
   readonly aFormat?: string
   readonly bFormat?: string
   readonly strict?: boolean
+  readonly forceShare?: boolean
   readonly progress?: boolean
   readonly quiet?: boolean
 }
@@ -50,8 +51,8 @@ async function compareFiles(files: readonly string[], options: CompareArguments,
   if (a === undefined || b === undefined || excess !== undefined) {
     throw new UsageFailure('Expecting two image file names')
   }
-  const sizeA = await sizeOf(a, options.aFormat, session)
-  const sizeB = await sizeOf(b, options.bFormat, session)
+  const sizeA = await sizeOf(a, options.aFormat, options.forceShare, session)
+  const sizeB = await sizeOf(b, options.bFormat, options.forceShare, session)
   const choice = {
     progress: options.progress ?? false,
     quiet: options.quiet ?? false,
@@ -60,7 +61,8 @@ async function compareFiles(files: readonly string[], options: CompareArguments,
   }
   const formatA = await formatOf(a, options.aFormat, session)
   const formatB = await formatOf(b, options.bFormat, session)
-  const request = { formatA, formatB, strict: options.strict ?? false, references: 'allow' } as const
+  const { strict, forceShare } = options
+  const request = { formatA, formatB, strict, forceShare, references: 'allow' } as const
   const result = await withProgress(session, choice, job =>
     compare(localPath(a), localPath(b), { ...request, ...job }),
   ).catch(error => {
@@ -76,8 +78,13 @@ async function compareFiles(files: readonly string[], options: CompareArguments,
 }
 
 /** Opened once before the comparison: a missing file and unreadable data have different exit codes. */
-const sizeOf = (filename: string, format: string | undefined, session: Session): Promise<number> =>
-  withImage({ filename, format, exitCode: CANNOT_OPEN }, session, async image => image.virtualSize)
+const sizeOf = (
+  filename: string,
+  format: string | undefined,
+  forceShare: boolean | undefined,
+  session: Session,
+): Promise<number> =>
+  withImage({ filename, format, forceShare, exitCode: CANNOT_OPEN }, session, async image => image.virtualSize)
 
 /** What is printed: the warning comes when the shorter image ends, so a difference before that comes without it. */
 export function verdict(result: CompareResult, common: number, sizesDiffer: boolean): string {

@@ -30,6 +30,7 @@ interface ConvertArguments {
   readonly sparseSize?: number
   readonly parallel?: number
   readonly copyRangeOffloading?: boolean
+  readonly forceShare?: boolean
   readonly targetCache: string
   readonly progress?: boolean
   readonly quiet?: boolean
@@ -146,13 +147,15 @@ async function convertNamed(source: string, target: string, given: ConvertArgume
   const from = await formatOf(source, given.sourceFormat, session).catch(error => {
     throw session.signal.aborted ? error : openFailure(source, error)
   })
-  const snapshot = await snapshotOf(source, from, given.sourceSnapshot, session)
-  await withImage({ filename: source, format: from, snapshot }, session, async () => undefined)
+  const { forceShare } = given
+  const snapshot = await snapshotOf(source, from, given.sourceSnapshot, forceShare, session)
+  await withImage({ filename: source, format: from, snapshot, forceShare }, session, async () => undefined)
   const to = targetFormat(given.targetFormat)
   const options: ConvertOptions = {
     from,
     to,
     references: 'allow',
+    forceShare,
     ...(snapshot !== undefined && { snapshot }),
     ...(given.sparseSize !== undefined && { sparseSize: given.sparseSize }),
     ...(given.parallel !== undefined && { concurrency: given.parallel }),

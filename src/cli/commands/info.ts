@@ -12,6 +12,7 @@ interface InfoArguments {
   readonly format?: string
   readonly output?: string
   readonly backingChain?: boolean
+  readonly forceShare?: boolean
 }
 
 export function declareInfo(program: Command, run: Runner): void {
@@ -42,12 +43,15 @@ async function showInfo(filename: string, options: InfoArguments, session: Sessi
 async function collect(top: string, options: InfoArguments, session: Session): Promise<InfoDocument[]> {
   const documents: InfoDocument[] = []
   const seen = new Set<string>()
+  const { forceShare } = options
   let next: { filename: string; format: string | undefined } | undefined = { filename: top, format: options.format }
   while (next !== undefined) {
     const { filename, format }: { filename: string; format: string | undefined } = next
     if (seen.has(filename)) throw new CommandFailure(`Backing file '${filename}' creates an infinite loop.`)
     seen.add(filename)
-    const info: ImageInfo = await withImage({ filename, format, references: 'layer' }, session, image => image.info())
+    const info: ImageInfo = await withImage({ filename, format, references: 'layer', forceShare }, session, image =>
+      image.info(),
+    )
     documents.push(infoDocument(filename, info))
     next = options.backingChain ? below(info) : undefined
   }

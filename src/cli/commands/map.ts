@@ -21,6 +21,7 @@ interface MapArguments {
   readonly write?: string
   readonly startOffset?: bigint
   readonly maxLength?: bigint
+  readonly forceShare?: boolean
 }
 
 export function declareMap(program: Command, run: Runner): void {
@@ -48,7 +49,7 @@ async function map(filename: string, options: MapArguments, session: Session): P
   if (options.write !== undefined && options.output !== 'svg') {
     throw new CommandFailure('-o requires --output=svg.')
   }
-  await withImage({ filename, format: options.format }, session, async image => {
+  await withImage({ filename, format: options.format, forceShare: options.forceShare }, session, async image => {
     const range = rangeOf(image, options)
     if (options.picture) return drawTerminal(filename, image, range, session)
     if (options.output === 'svg') return drawFile(filename, image, range, options.write, session)

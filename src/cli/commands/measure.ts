@@ -17,6 +17,7 @@ interface MeasureArguments {
   readonly options?: string
   readonly size?: bigint
   readonly snapshot?: string
+  readonly forceShare?: boolean
   readonly output?: string
 }
 
@@ -69,8 +70,14 @@ async function measured(source: string | bigint, options: MeasureArguments, sess
   }
   try {
     const from = await formatOf(source, options.format, session)
-    const snapshot = await snapshotOf(source, from, options.snapshot, session)
-    return await measure(localPath(source), { ...plan, from, snapshot, references: 'allow' })
+    const snapshot = await snapshotOf(source, from, options.snapshot, options.forceShare, session)
+    return await measure(localPath(source), {
+      ...plan,
+      from,
+      snapshot,
+      references: 'allow',
+      forceShare: options.forceShare,
+    })
   } catch (error) {
     throw session.signal.aborted ? error : openFailure(source, error)
   }
