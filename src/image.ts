@@ -5,6 +5,7 @@ import type { ReadableStream } from 'node:stream/web'
 import { ACCESS, type AccessOptions, toAccess } from './access.js'
 import { type Chain, openChain } from './backing/chain.js'
 import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
+import { Bitmaps } from './bitmap.js'
 import { type CheckResult, checkImage, readCheckOptions } from './check.js'
 import { AbortError, invalidArgument, Qcow2Error } from './errors.js'
 import { type ImageInfo, layersInfo } from './info.js'
@@ -23,10 +24,12 @@ import {
   text,
   throwIfAborted,
 } from './options.js'
+import { Snapshots } from './snapshot/snapshots.js'
 import { type Format, type ImageSource, release, toLocated } from './source.js'
 import { openReadStream, openWebStream, type ReadStreamOptions, type WebStreamOptions } from './stream.js'
 import { toBytesView } from './support/buffers.js'
 import { Lifetime } from './support/lifetime.js'
+import type { ImageOwner } from './support/owner.js'
 import { request, submitRead, submitWrite, toError } from './support/requests.js'
 import { describe, type Size, toBytes } from './units.js'
 import {
@@ -120,7 +123,26 @@ export class Image implements AsyncDisposable {
     })
     unclosed.register(this, chain, this)
     if (chain.writable) stopAtExit()
+    const owner: ImageOwner = {
+      image: chain.image,
+      read: work => this.#lifetime.run(work),
+      change: (what, signal, work) => this.#change(what, signal, work),
+    }
+    const top = async () => (await layersInfo(chain.image))[0]
+    this.snapshots = new Snapshots({
+      ...owner,
+      infos: async () => (await top())?.snapshots ?? [],
+      resized: virtualSize => {
+        this.#size = virtualSize
+      },
+    })
+    this.bitmaps = new Bitmaps({ ...owner, infos: async () => (await top())?.formatSpecific?.bitmaps ?? [] })
   }
+
+  /** The internal snapshots. */
+  readonly snapshots: Snapshots
+  /** The persistent bitmaps. */
+  readonly bitmaps: Bitmaps
 
   /** Size of the disk in bytes. */
   get virtualSize(): number {
@@ -323,15 +345,17 @@ export class Image implements AsyncDisposable {
   }
 
   /** Runs a change of the image that has no buffer. */
-  async #change(owner: string, signal: AbortSignal | undefined, work: () => Promise<void>): Promise<void> {
+  async #change<T>(owner: string, signal: AbortSignal | undefined, work: () => Promise<T>): Promise<T> {
     throwIfAborted(signal)
     this.#enterToWrite(owner)
+    let result: T
     try {
-      await work()
+      result = await work()
     } finally {
       this.#lifetime.leave()
     }
     throwIfAborted(signal)
+    return result
   }
 
   /** Begins a request that writes. */

@@ -2,6 +2,7 @@
 
 export type { AccessOptions, CacheMode, SharingOptions } from './access.js'
 export type { Reference, ReferencePolicy } from './backing/policy.js'
+export type { AddBitmapOptions, Bitmaps, DirtyRange } from './bitmap.js'
 export { type CheckFinding, type CheckOptions, type CheckResult, check } from './check.js'
 export { type CompareOptions, type CompareResult, compare } from './compare.js'
 export {
@@ -20,6 +21,7 @@ export type { MapEntry, MapOptions } from './map.js'
 export { type MeasureOptions, type MeasureResult, measure } from './measure.js'
 export type { Abortable, Limits, LongRunning, Progress } from './options.js'
 export { type KnownFormat, probe } from './probe.js'
+export type { Snapshots } from './snapshot/snapshots.js'
 export type { Format, ImageSource, PathLike } from './source.js'
 export type { ReadStreamOptions, SparseChunk, WebStreamOptions } from './stream.js'
 export type { Size } from './units.js'

@@ -270,6 +270,19 @@ export interface Addon {
   convertImage(request: number, job: number, image: number, path: string | Buffer, order: NativeConvertJob): void
   compareImages(request: number, job: number, a: number, b: number, strict: boolean, workers: number | undefined): void
   measureImage(request: number, job: number, image: number | undefined, size: number, shape: NativeShape): void
+  /** `granularity` 0 is the default. */
+  addBitmap(request: number, image: number, name: string, granularity: number, enabled: boolean): void
+  removeBitmap(request: number, image: number, name: string): void
+  clearBitmap(request: number, image: number, name: string): void
+  enableBitmap(request: number, image: number, name: string, enabled: boolean): void
+  mergeBitmaps(
+    request: number,
+    image: number,
+    target: string,
+    sources: readonly { readonly image: number; readonly name: string }[],
+  ): void
+  /** Start and length in turn. */
+  bitmapExtents(request: number, image: number, name: string): void
   /** The snapshot table of an image: a `SnapshotTable`. */
   snapshotTable(request: number, image: number): void
   /** Executes a snapshot plan; tells the disk's size afterwards. */

@@ -145,7 +145,7 @@ impl Qcow2Info {
             data_file: header.data_file().map(text),
             data_file_raw: header.data_file_raw(),
             snapshots: qcow2.snapshots().iter().map(SnapshotInfo::new).collect(),
-            bitmaps: qcow2.bitmaps()?.iter().map(BitmapInfo::new).collect(),
+            bitmaps: qcow2.bitmaps()?.iter().map(|record| BitmapInfo::new(qcow2, record)).collect(),
         })
     }
 }
@@ -190,9 +190,14 @@ impl SnapshotInfo {
 }
 
 impl BitmapInfo {
-    fn new(record: &BitmapRecord) -> Self {
+    fn new(qcow2: &Qcow2, record: &BitmapRecord) -> Self {
         let flags = [(BitmapFlags::IN_USE, "in-use"), (BitmapFlags::AUTO, "auto")];
-        let set = flags.iter().filter(|(flag, _)| record.entry.flags.contains(*flag));
+        let mut stored = record.entry.flags;
+        if qcow2.tracks_bitmap(&record.entry.name) {
+            // In use by this handle, which has it in memory: consistent.
+            stored.remove(BitmapFlags::IN_USE);
+        }
+        let set = flags.iter().filter(|(flag, _)| stored.contains(*flag));
         Self {
             name: text(&record.entry.name),
             granularity: (1u64 << record.entry.granularity_bits) as f64,

@@ -68,7 +68,8 @@ pub fn write(
     runtime.submit(&env, request, Task::Write(write))
 }
 
-fn change(
+/// Runs a change of an image that has no buffer.
+pub(crate) fn change(
     env: &Env,
     request: u32,
     image: u32,

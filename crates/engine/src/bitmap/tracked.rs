@@ -38,6 +38,11 @@ impl Tracker {
         }
     }
 
+    /// Whether a bitmap of this name is in memory.
+    pub(crate) fn tracks(&self, name: &[u8]) -> bool {
+        self.list.read().iter().any(|t| t.name == name)
+    }
+
     pub(super) fn find(&self, name: &[u8]) -> Option<Tracked> {
         self.list.read().iter().find(|t| t.name == name).cloned()
     }
@@ -70,7 +75,7 @@ impl Tracker {
         for record in image.bitmaps()? {
             let flags = record.entry.flags;
             let enabled = flags.contains(BitmapFlags::AUTO);
-            let known = self.find(&record.entry.name).is_some();
+            let known = self.tracks(&record.entry.name);
             if !known && !flags.contains(BitmapFlags::IN_USE) && (enabled || all) {
                 let bits = Arc::new(stored::load(image, &record.entry)?);
                 let flags = (flags | BitmapFlags::IN_USE).bits().to_be_bytes();

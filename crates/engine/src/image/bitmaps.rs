@@ -13,6 +13,12 @@ pub struct BitmapRecord {
 }
 
 impl Qcow2 {
+    /// Whether a bitmap is in memory and follows the writes of this handle. In the file it is then marked in use, and is
+    /// consistent all the same.
+    pub fn tracks_bitmap(&self, name: &[u8]) -> bool {
+        self.writer.as_ref().is_some_and(|writer| writer.bitmaps.tracks(name))
+    }
+
     /// The persistent bitmaps in the directory's order; none when the image has no consistent bitmaps extension.
     ///
     /// # Errors

@@ -2,17 +2,14 @@
 
 import type { SnapshotInfo } from '../info.js'
 import { ABORTABLE, type Abortable, readOptions, throwIfAborted } from '../options.js'
+import type { ImageOwner } from '../support/owner.js'
 import { request } from '../support/requests.js'
 import { checkName, findSnapshot } from './ids.js'
 import { planApply, planCreate, planDelete, planRename } from './plan.js'
 import type { Plan, SnapshotTable } from './types.js'
 
 /** What the snapshots need of the image that has them. */
-export interface SnapshotOwner {
-  /** The addon's number of the image. */
-  readonly image: number
-  /** Runs work while the image is kept open. */
-  run<T>(work: () => Promise<T>): Promise<T>
+export interface SnapshotOwner extends ImageOwner {
   /** The snapshots as `info` tells them. */
   infos(): Promise<readonly SnapshotInfo[]>
   /** The disk may have another size now. */
@@ -36,7 +33,7 @@ export class Snapshots {
   async list(options?: Abortable): Promise<readonly SnapshotInfo[]> {
     const { signal } = readOptions(options, 'Snapshots.list', ABORTABLE)
     throwIfAborted(signal)
-    return this.#owner.run(() => this.#owner.infos())
+    return this.#owner.read(() => this.#owner.infos())
   }
 
   /**
@@ -46,9 +43,10 @@ export class Snapshots {
    *   narrow to count one more reference, or the table is full; `ERR_QCOW2_READ_ONLY`; `ERR_QCOW2_UNSUPPORTED_FEATURE` for a raw
    *   image and for one with an external data file
    */
-  async create(name: string): Promise<SnapshotInfo> {
+  async create(name: string, options?: Abortable): Promise<SnapshotInfo> {
     const checked = checkName(name, 'Snapshots.create: name')
-    return this.#owner.run(async () => {
+    const { signal } = readOptions(options, 'Snapshots.create', ABORTABLE)
+    return this.#owner.change('Snapshots.create', signal, async () => {
       const { created, ...plan } = planCreate(await this.#table(), { name: checked, date: new Date() })
       await this.#execute(plan)
       return { ...created, vmStateSize: 0, vmClockSec: 0, vmClockNsec: 0 }
@@ -60,8 +58,8 @@ export class Snapshots {
    *
    * @throws {@link Qcow2Error} `ERR_QCOW2_NO_SNAPSHOT`, and as {@link Snapshots.create}
    */
-  async apply(idOrName: string): Promise<void> {
-    await this.#change(table => planApply(table, idOrName))
+  async apply(idOrName: string, options?: Abortable): Promise<void> {
+    await this.#change('Snapshots.apply', options, table => planApply(table, idOrName))
   }
 
   /**
@@ -69,8 +67,8 @@ export class Snapshots {
    *
    * @throws {@link Qcow2Error} as {@link Snapshots.apply}
    */
-  async delete(idOrName: string): Promise<void> {
-    await this.#change(table => planDelete(table, idOrName))
+  async delete(idOrName: string, options?: Abortable): Promise<void> {
+    await this.#change('Snapshots.delete', options, table => planDelete(table, idOrName))
   }
 
   /**
@@ -78,9 +76,9 @@ export class Snapshots {
    *
    * @throws {@link Qcow2Error} as {@link Snapshots.apply}
    */
-  async rename(idOrName: string, name: string): Promise<void> {
+  async rename(idOrName: string, name: string, options?: Abortable): Promise<void> {
     const checked = checkName(name, 'Snapshots.rename: name')
-    await this.#change(table => planRename(table, idOrName, checked))
+    await this.#change('Snapshots.rename', options, table => planRename(table, idOrName, checked))
   }
 
   /**
@@ -93,8 +91,9 @@ export class Snapshots {
     return infos[findSnapshot(infos, idOrName)]
   }
 
-  async #change(plan: (table: SnapshotTable) => Plan): Promise<void> {
-    await this.#owner.run(async () => this.#execute(plan(await this.#table())))
+  async #change(what: string, options: Abortable | undefined, plan: (table: SnapshotTable) => Plan): Promise<void> {
+    const { signal } = readOptions(options, what, ABORTABLE)
+    await this.#owner.change(what, signal, async () => this.#execute(plan(await this.#table())))
   }
 
   #table(): Promise<SnapshotTable> {

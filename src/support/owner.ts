@@ -1,0 +1,10 @@
+/** What the parts of an image's interface that live outside its class need of it. */
+
+export interface ImageOwner {
+  /** The addon's number of the image. */
+  readonly image: number
+  /** Runs work while the image is kept open. */
+  read<T>(work: () => Promise<T>): Promise<T>
+  /** As `read`, for work that changes the image: refused, in the name of `what`, for one that is open for reading only. */
+  change<T>(what: string, signal: AbortSignal | undefined, work: () => Promise<T>): Promise<T>
+}
