@@ -23,4 +23,4 @@ pub(crate) use open::on_file;
 pub use open::{OpenOptions, read_header};
 pub use qcow2::{BackingReference, DataFileReference, Qcow2, References};
 pub use raw::Raw;
-pub(crate) use slices::decode_words;
+pub(crate) use slices::{Slice, decode_words};

@@ -39,6 +39,24 @@ impl Pool {
     }
 }
 
+/// Where new clusters should be: neighbours of the guest as neighbours of the host, so that one call writes both.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Wish {
+    /// Host clusters that continue the guest's neighbours, the better one first.
+    pub(super) near: [Option<u64>; 2],
+    /// Else: place of the first cluster in a chunk of guest clusters. A chunk of host clusters that is free as a whole
+    /// keeps room for the neighbours to come. `None`: anywhere.
+    pub(super) within: Option<u64>,
+}
+
+/// Guest bytes that get neighbouring host clusters where that costs nothing.
+const CHUNK_BYTES: u64 = 512 << 10;
+
+/// Clusters in a chunk.
+pub(super) fn chunk_clusters(g: &Geometry) -> u64 {
+    (CHUNK_BYTES / g.cluster_size()).clamp(1, 8)
+}
+
 /// Contiguous clusters handed out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Allocation {
@@ -74,6 +92,17 @@ pub(crate) struct Allocator {
     pub(super) packing: Option<(u64, u64)>,
 }
 
+/// Takes from one set what comes nearest to the wish.
+fn take(ranges: &mut Ranges, count: u64, wish: Wish, chunk: u64, next: u64) -> Option<(u64, u64)> {
+    for at in wish.near.into_iter().flatten() {
+        if let Some(taken) = ranges.take_at(count, at) {
+            return Some(taken);
+        }
+    }
+    let aligned = wish.within.and_then(|within| ranges.take_aligned(count, chunk, within));
+    aligned.or_else(|| ranges.take(count, next))
+}
+
 impl Allocator {
     pub(super) fn new(
         storage: &Arc<dyn Storage>,
@@ -106,14 +135,16 @@ impl Allocator {
         &mut self,
         count: u64,
         covered: bool,
+        wish: Wish,
         metadata: &mut MetadataMap,
     ) -> Result<Allocation> {
+        let chunk = chunk_clusters(&self.geometry);
         let order = if covered { [false, true] } else { [true, false] };
         loop {
             for durable in [true, false] {
                 for clean in order {
                     let pool = if durable { &mut self.ready } else { &mut self.fresh };
-                    if let Some((cluster, count)) = pool.of(clean).take(count, self.next) {
+                    if let Some((cluster, count)) = take(pool.of(clean), count, wish, chunk, self.next) {
                         self.next = cluster + count;
                         self.recent += count;
                         return Ok(Allocation { cluster, count, clean, durable });

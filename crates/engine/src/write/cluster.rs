@@ -4,11 +4,12 @@ use std::ops::Range;
 
 use qcow2_format::{HostOffset, L2Mapping, SubclusterKind};
 
+use super::alloc::{Wish, chunk_clusters};
 use super::inflight::Registration;
 use super::table::{SlicePlace, exclusive_slice};
 use super::writer::Writer;
 use crate::Result;
-use crate::image::{Loaded, Missing, Qcow2};
+use crate::image::{Loaded, Missing, Qcow2, Slice};
 
 /// Most guest bytes that one run of new clusters covers.
 const RUN_BYTES: u64 = 8 << 20;
@@ -43,6 +44,8 @@ pub(super) struct Run<'a> {
     pub(super) old: Vec<L2Mapping>,
     /// The host cluster that the entry keeps: the run is then this one cluster.
     pub(super) reuse: Option<HostOffset>,
+    /// Where its new host clusters should be.
+    pub(super) wish: Wish,
     /// Keeps other changes away.
     pub(super) registration: Registration<'a>,
 }
@@ -68,6 +71,29 @@ fn reusable(mapping: &L2Mapping) -> Option<HostOffset> {
         | L2Mapping::Subclusters { host: Some(host), copied: true, .. } => Some(host),
         _ => None,
     }
+}
+
+/// The best places for new clusters of the run of `count` guest clusters from `first` on, whose first entry has
+/// `index` in the slice. Looks at the entries of its chunk only.
+fn wish(image: &Qcow2, slice: &Slice, index: u64, first: u64, count: u64) -> Wish {
+    let g = image.geometry();
+    let chunk = chunk_clusters(g);
+    let host = |index: u64| {
+        let entry = image.slices.entry(slice, index);
+        match entry.decode(g, image.header().version, false) {
+            Ok(L2Mapping::Data { host, .. } | L2Mapping::Subclusters { host: Some(host), .. }) => {
+                Some(g.cluster_index(host.0))
+            }
+            _ => None,
+        }
+    };
+    // The cluster right before counts even across the chunk's border: that is how a disk is written in order.
+    let before = (first % chunk).max(1).min(index);
+    let left = (1..=before).find_map(|d| Some(host(index - d)? + d));
+    let end = first + count;
+    let after = (end.next_multiple_of(chunk) - end).min(image.slices.entries().saturating_sub(index + count));
+    let right = (0..after).find_map(|d| host(index + count + d)?.checked_sub(count + d));
+    Wish { near: [left, right], within: Some(first % chunk) }
 }
 
 impl Writer {
@@ -118,9 +144,10 @@ impl Writer {
         }
         let first = g.cluster_index(guest);
         let clusters = first..first + old.len() as u64;
+        let wish = wish(image, &slice, index, first, old.len() as u64);
         Ok(match self.inflight.try_register(clusters.clone()) {
             Some(registration) => {
-                Step::Change(Run { guest, clusters: old.len() as u64, old, reuse, registration })
+                Step::Change(Run { guest, clusters: old.len() as u64, old, reuse, wish, registration })
             }
             None => Step::Busy(clusters),
         })
@@ -142,6 +169,7 @@ impl Writer {
                 clusters: clusters.end - clusters.start,
                 old: Vec::new(),
                 reuse: None,
+                wish: Wish::default(),
                 registration,
             }),
             None => Step::Busy(clusters),

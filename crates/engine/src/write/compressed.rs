@@ -3,6 +3,7 @@
 use qcow2_format::{CompressedDescriptor, CompressionType, HostOffset, L2Mapping};
 use qcow2_transform::{Codec, CompressOptions, Compressor};
 
+use super::alloc::Wish;
 use super::cluster::Step;
 use super::link::Change;
 use super::request::{Payload, Top};
@@ -122,7 +123,7 @@ impl Writer {
                 alloc.packing = Some((cluster, used + length)).filter(|p| p.1 < size);
                 return Ok(cluster * size + used);
             }
-            let allocation = alloc.allocate(1, true, &mut self.metadata.lock())?;
+            let allocation = alloc.allocate(1, true, Wish::default(), &mut self.metadata.lock())?;
             alloc.packing = Some((allocation.cluster, length)).filter(|p| p.1 < size);
             Ok(allocation.cluster * size)
         })();

@@ -15,6 +15,7 @@
 //! leaked clusters: reservations, and clusters between the two steps.
 
 mod alloc;
+mod batch;
 mod cluster;
 mod compressed;
 mod cow;

@@ -7,6 +7,8 @@ use std::collections::BTreeMap;
 pub(super) struct Ranges {
     ranges: BTreeMap<u64, u64>,
     total: u64,
+    /// No aligned run of `take_aligned` begins before this.
+    aligned_from: u64,
 }
 
 impl Ranges {
@@ -21,12 +23,14 @@ impl Ranges {
             return;
         }
         self.total += count;
+        self.aligned_from = self.aligned_from.min(start);
         if let Some((&before, &length)) = self.ranges.range(..start).next_back()
             && before + length == start
         {
             self.ranges.remove(&before);
             start = before;
             count += length;
+            self.aligned_from = self.aligned_from.min(start);
         }
         if let Some(length) = self.ranges.remove(&(start + count)) {
             count += length;
@@ -49,6 +53,40 @@ impl Ranges {
         Some(self.cut(start, length, at, count))
     }
 
+    /// Removes up to `count` contiguous clusters from `at` on, if `at` is in the set.
+    pub(super) fn take_at(&mut self, count: u64, at: u64) -> Option<(u64, u64)> {
+        let (&start, &length) = self.ranges.range(..=at).next_back()?;
+        (start + length > at).then(|| self.cut(start, length, at, count))
+    }
+
+    /// Removes up to `count` contiguous clusters from place `within` of an aligned run of `chunk` clusters on, all of
+    /// which are in the set. `chunk` is the same in every call.
+    pub(super) fn take_aligned(&mut self, count: u64, chunk: u64, within: u64) -> Option<(u64, u64)> {
+        if self.aligned_from == u64::MAX {
+            return None;
+        }
+        let mut first = None;
+        let before = self.ranges.range(..self.aligned_from).next_back().map(|(start, _)| *start);
+        for (&start, &length) in self.ranges.range(before.unwrap_or(self.aligned_from)..) {
+            let aligned = start.max(self.aligned_from).next_multiple_of(chunk);
+            if aligned + chunk > start + length {
+                continue;
+            }
+            first = first.or(Some((start, length, aligned)));
+            if aligned + within + count <= start + length {
+                let earliest = first.map_or(aligned, |f| f.2);
+                self.aligned_from = earliest;
+                return Some(self.cut(start, length, aligned + within, count));
+            }
+        }
+        let Some((start, length, aligned)) = first else {
+            self.aligned_from = u64::MAX;
+            return None;
+        };
+        self.aligned_from = aligned;
+        Some(self.cut(start, length, aligned + within, count))
+    }
+
     /// Takes clusters from `from` on out of the range `start, length`.
     fn cut(&mut self, start: u64, length: u64, from: u64, count: u64) -> (u64, u64) {
         let taken = count.min(start + length - from);
@@ -67,6 +105,7 @@ impl Ranges {
     /// Empties the set.
     pub(super) fn drain(&mut self) -> impl Iterator<Item = (u64, u64)> + use<> {
         self.total = 0;
+        self.aligned_from = 0;
         std::mem::take(&mut self.ranges).into_iter()
     }
 
@@ -87,6 +126,47 @@ mod tests {
     use super::*;
 
     proptest! {
+        #[test]
+        fn aligned_runs_are_found_where_there_are_any(
+            ops in proptest::collection::vec((0u8..3, 0u64..96, 1u64..20, 0u64..4), 0..60)
+        ) {
+            const CHUNK: u64 = 4;
+            let mut ranges = Ranges::default();
+            let mut model = BTreeSet::new();
+            for (op, start, count, within) in ops {
+                let taken = match op {
+                    0 => {
+                        if (start..start + count).all(|c| !model.contains(&c)) {
+                            ranges.insert(start, count);
+                            model.extend(start..start + count);
+                        }
+                        None
+                    }
+                    1 => {
+                        let taken = ranges.take_at(count, start);
+                        prop_assert_eq!(taken.is_some(), model.contains(&start));
+                        prop_assert!(taken.is_none_or(|t| t.0 == start));
+                        taken
+                    }
+                    _ => {
+                        let whole = |c: u64| (c..c + CHUNK).all(|c| model.contains(&c));
+                        let any = (0..40).any(|n| whole(n * CHUNK));
+                        let taken = ranges.take_aligned(count, CHUNK, within);
+                        prop_assert_eq!(taken.is_some(), any);
+                        prop_assert!(taken.is_none_or(|t| t.0 % CHUNK == within && whole(t.0 - within)));
+                        taken
+                    }
+                };
+                if let Some((from, n)) = taken {
+                    prop_assert!(n >= 1 && n <= count);
+                    for c in from..from + n {
+                        prop_assert!(model.remove(&c));
+                    }
+                }
+                prop_assert_eq!(ranges.total(), model.len() as u64);
+            }
+        }
+
         #[test]
         fn behaves_like_a_set(ops in proptest::collection::vec((any::<bool>(), 0u64..64, 1u64..8), 0..60)) {
             let mut ranges = Ranges::default();

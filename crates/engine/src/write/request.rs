@@ -1,14 +1,15 @@
 //! Guest writes.
 
 use std::ops::Range;
+use std::sync::Arc;
 
-use qcow2_format::{HostOffset, L2Mapping, SubclusterBitmap};
+use qcow2_format::{L2Mapping, SubclusterBitmap};
 use qcow2_transform::is_zero;
 
 use super::alloc::Allocation;
+use super::batch::{Batch, NewRun, Piece};
 use super::cluster::{Run, Step};
 use super::cow::plan_cow;
-use super::link::Change;
 use super::writer::{DetectZeroes, Writer};
 use crate::image::{Image, Layer, Loaded, Qcow2};
 use crate::{Error, ErrorKind, GuestSource, Job, Mem, MemMut, Result, StorageExt};
@@ -29,21 +30,6 @@ impl<'a> Payload<'a> {
                 (Self::Bytes(front), Self::Bytes(rest))
             }
             Self::Zeroes => (Self::Zeroes, Self::Zeroes),
-        }
-    }
-}
-
-/// Bytes for one place of the data file.
-enum Piece<'a> {
-    Guest(Mem<'a>),
-    Owned(Vec<u8>),
-}
-
-impl Piece<'_> {
-    fn mem(&self) -> Mem<'_> {
-        match self {
-            Self::Guest(mem) => *mem,
-            Self::Owned(bytes) => Mem::from(bytes.as_slice()),
         }
     }
 }
@@ -117,96 +103,122 @@ impl Image {
         }
     }
 
-    /// Writes `payload` to `range`, step by step.
+    /// Writes `payload` to `range`, step by step; steps whose places in the file follow each other share one call.
     pub(super) fn write_range(
         &self,
         image: &Qcow2,
         writer: &Writer,
-        mut payload: Payload<'_>,
+        payload: Payload<'_>,
         range: Range<u64>,
+    ) -> Result<()> {
+        let mut batch = Batch::default();
+        let steps = self.write_steps(image, writer, payload, range, &mut batch);
+        let written = steps.and_then(|()| writer.issue(image, &mut batch));
+        if written.is_err() {
+            writer.give_up(image, &mut batch);
+        }
+        written
+    }
+
+    fn write_steps<'a>(
+        &self,
+        image: &Qcow2,
+        writer: &'a Writer,
+        mut payload: Payload<'a>,
+        range: Range<u64>,
+        batch: &mut Batch<'a>,
     ) -> Result<()> {
         let mut at = range.start;
         let mut loaded = Loaded::default();
         while at < range.end {
             // Held until the step's bytes are written: until then its host offsets stay out of other hands.
-            let _pin = image.pin();
+            let pin = image.pin();
             match writer.plan_write(image, at..range.end, &loaded)? {
                 Step::InPlace { host, length } => {
                     let (part, rest) = payload.split(length);
                     writer.check_overlap(image, host, length)?;
                     match part {
-                        Payload::Bytes(mem) => image.data_storage()?.write_all_at(mem, host)?,
-                        Payload::Zeroes => image.data_storage()?.zero(host, length, false)?,
+                        Payload::Bytes(mem) => {
+                            writer.add(image, batch, pin, vec![(host, Piece::Guest(mem))])?;
+                        }
+                        Payload::Zeroes => {
+                            writer.issue(image, batch)?;
+                            image.data_storage()?.zero(host, length, false)?;
+                        }
                     }
                     payload = rest;
                     at += length;
                 }
                 Step::Change(run) => {
                     let room = run.guest + run.clusters * image.geometry().cluster_size();
-                    let written = self.write_run(image, writer, &run, payload, at..range.end.min(room))?;
+                    let range = at..range.end.min(room);
+                    let written = self.write_run(image, writer, run, payload, range, pin, batch)?;
                     payload = payload.split(written).1;
                     at += written;
                 }
-                Step::NeedsTable => writer.prepare_table(image, at)?,
-                Step::Busy(clusters) => writer.inflight.wait(&clusters),
+                Step::NeedsTable => {
+                    writer.issue(image, batch)?;
+                    writer.prepare_table(image, at)?;
+                }
+                // Nobody waits while registered: who is waited for may wait for this one.
+                Step::Busy(clusters) => {
+                    writer.issue(image, batch)?;
+                    writer.inflight.wait(&clusters);
+                }
                 Step::Missing(missing) => loaded = image.load_slice(missing)?,
             }
         }
         Ok(())
     }
 
-    /// Writes the start of `range`, which lies in the run, to new host clusters (or the one the entry keeps) and links
-    /// them. Returns how many bytes: fewer than asked where fewer contiguous clusters were had.
-    fn write_run(
+    /// Takes host clusters for the start of `range`, which lies in the run (or keeps the one that the entry has), and
+    /// adds what is to be written to the batch. Returns how many bytes: fewer than asked where fewer contiguous
+    /// clusters were had.
+    #[allow(clippy::too_many_arguments, reason = "one step of write_steps")]
+    fn write_run<'a>(
         &self,
         image: &Qcow2,
-        writer: &Writer,
-        run: &Run<'_>,
-        payload: Payload<'_>,
+        writer: &'a Writer,
+        run: Run<'a>,
+        payload: Payload<'a>,
         range: Range<u64>,
+        pin: Option<Arc<()>>,
+        batch: &mut Batch<'a>,
     ) -> Result<u64> {
         let g = *image.geometry();
-        let was_zero = run.reuse.is_none() && self.read_zero(image, run)?;
-        let target = writer.target(image, run, !was_zero)?;
-        let host = target.cluster * g.cluster_size();
+        let was_zero = run.reuse.is_none() && self.read_zero(image, &run)?;
+        let target = writer.target(image, &run, !was_zero)?;
         let end = range.end.min(run.guest + target.count * g.cluster_size());
         let range = range.start..end;
-        let written = self.write_target(image, writer, run, target, was_zero, payload, range.clone());
-        if let Err(error) = written {
-            writer.give_up(image, run, target);
-            return Err(error);
-        }
-        let barrier = !was_zero || !target.clean || !target.durable;
-        let clusters = g.clusters_for(end) - g.cluster_index(run.guest);
-        writer.link(image, Change { guest: run.guest, clusters, barrier, punch: false }, |number, old| {
-            let cluster = run.guest + number * g.cluster_size();
-            let host = HostOffset(host + number * g.cluster_size());
-            if !g.extended_l2() {
-                return Some(L2Mapping::Data { host, copied: true });
-            }
-            let within = range.start.max(cluster) - cluster..end.min(cluster + g.cluster_size()) - cluster;
-            let bitmap = plan_cow(&g, old, within, run.reuse.is_some()).bitmap;
-            Some(L2Mapping::Subclusters { host: Some(host), copied: true, bitmap })
-        })?;
-        Ok(end - range.start)
+        let length = end - range.start;
+        let pieces = self.pieces(image, &run, target, was_zero, payload, range.clone());
+        let added = pieces.and_then(|pieces| {
+            writer.check_overlap(
+                image,
+                target.cluster * g.cluster_size(),
+                target.count * g.cluster_size(),
+            )?;
+            writer.add(image, batch, pin, pieces)
+        });
+        // In the batch in any case: that is where it is given up.
+        batch.runs.push_back(NewRun { run, target, was_zero, range });
+        added.map(|()| length)
     }
 
-    /// Writes COW and data of one run in as few requests as their places allow.
-    #[allow(clippy::too_many_arguments, reason = "one step of write_run")]
-    fn write_target(
+    /// COW and data of one run, in the order of their places.
+    fn pieces<'a>(
         &self,
         image: &Qcow2,
-        writer: &Writer,
         run: &Run<'_>,
         target: Allocation,
         was_zero: bool,
-        payload: Payload<'_>,
+        payload: Payload<'a>,
         range: Range<u64>,
-    ) -> Result<()> {
+    ) -> Result<Vec<(u64, Piece<'a>)>> {
         let g = *image.geometry();
         let host = |guest: u64| target.cluster * g.cluster_size() + (guest - run.guest);
         let last = g.cluster_start(range.end - 1);
-        let mut pieces: Vec<(u64, Piece<'_>)> = Vec::new();
+        let mut pieces: Vec<(u64, Piece<'a>)> = Vec::new();
         for cluster in [run.guest, last].into_iter().take(if last == run.guest { 1 } else { 2 }) {
             let within =
                 range.start.max(cluster) - cluster..range.end.min(cluster + g.cluster_size()) - cluster;
@@ -232,26 +244,7 @@ impl Image {
             }
         }
         pieces.sort_by_key(|piece| piece.0);
-        let bytes = target.count * g.cluster_size();
-        writer.check_overlap(image, target.cluster * g.cluster_size(), bytes)?;
-        let storage = image.data_storage()?;
-        let mut rest = pieces.as_slice();
-        while let Some((start, _)) = rest.first() {
-            let mut end = *start;
-            let contiguous = rest
-                .iter()
-                .take_while(|(at, piece)| {
-                    let follows = *at == end;
-                    end = at + piece.mem().len() as u64;
-                    follows
-                })
-                .count();
-            let (group, behind) = rest.split_at(contiguous);
-            let mut bufs: Vec<Mem<'_>> = group.iter().map(|(_, piece)| piece.mem()).collect();
-            storage.write_all_vectored_at(&mut bufs, *start)?;
-            rest = behind;
-        }
-        Ok(())
+        Ok(pieces)
     }
 
     /// The guest bytes of `range` before the write; what lies behind the end of the disk is zero.
@@ -305,15 +298,8 @@ impl Writer {
             return Ok(kept(run.guest, run.clusters));
         }
         let mut alloc = self.alloc.lock();
-        let allocation = alloc.allocate(run.clusters, covered, &mut self.metadata.lock());
+        let allocation = alloc.allocate(run.clusters, covered, run.wish, &mut self.metadata.lock());
         allocation.map_err(|e| self.poison_unless_full(e))
-    }
-
-    /// Gives back what [`Writer::target`] took, after a failed write.
-    fn give_up(&self, image: &Qcow2, run: &Run<'_>, target: Allocation) {
-        if run.reuse.is_none() && !image.header().has_data_file() {
-            self.alloc.lock().abandon(target);
-        }
     }
 
     /// A full file system, or a number beyond a limit, harms nothing: the image goes on with what it has. A failure to

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use qcow2_format::{GuestOffset, HostOffset, L1Entry};
 
+use super::alloc::Wish;
 use super::quarantine::Unlinked;
 use super::writer::Writer;
 use crate::image::{Missing, Qcow2};
@@ -60,7 +61,7 @@ impl Writer {
         // A copied table must be durable before the L1 entry names it, whatever the cluster held.
         let allocation = {
             let mut alloc = self.alloc.lock();
-            let allocation = alloc.allocate(1, old.is_some(), &mut self.metadata.lock());
+            let allocation = alloc.allocate(1, old.is_some(), Wish::default(), &mut self.metadata.lock());
             allocation.map_err(|e| self.poison_unless_full(e))?
         };
         let table = allocation.cluster * g.cluster_size();

@@ -1,0 +1,141 @@
+//! Data of one request on its way to the file. Steps whose places follow each other are written in one call, and what
+//! needs it is linked behind that.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::Arc;
+
+use qcow2_format::{HostOffset, L2Mapping};
+
+use super::alloc::Allocation;
+use super::cluster::Run;
+use super::cow::plan_cow;
+use super::link::Change;
+use super::writer::Writer;
+use crate::image::Qcow2;
+use crate::{Mem, Result, StorageExt};
+
+/// Most pieces in one batch.
+const PIECES: usize = 64;
+
+/// Bytes for one place of the data file.
+#[derive(Debug)]
+pub(super) enum Piece<'a> {
+    Guest(Mem<'a>),
+    Owned(Vec<u8>),
+}
+
+impl Piece<'_> {
+    fn mem(&self) -> Mem<'_> {
+        match self {
+            Self::Guest(mem) => *mem,
+            Self::Owned(bytes) => Mem::from(bytes.as_slice()),
+        }
+    }
+}
+
+/// A run with its host clusters: linked when its bytes are written.
+#[derive(Debug)]
+pub(super) struct NewRun<'a> {
+    pub(super) run: Run<'a>,
+    pub(super) target: Allocation,
+    /// It read as zeroes before.
+    pub(super) was_zero: bool,
+    /// Guest bytes that are written.
+    pub(super) range: Range<u64>,
+}
+
+/// Steps that are planned and not written.
+#[derive(Debug, Default)]
+pub(super) struct Batch<'a> {
+    /// Of the first step: it keeps the host offsets of all later ones out of other hands as well.
+    pin: Option<Arc<()>>,
+    pieces: Vec<(u64, Piece<'a>)>,
+    /// Behind the last piece.
+    end: u64,
+    pub(super) runs: VecDeque<NewRun<'a>>,
+}
+
+impl Writer {
+    /// Adds the pieces of one step, in the order of their places. What waits is written first unless they follow it.
+    pub(super) fn add<'a>(
+        &self,
+        image: &Qcow2,
+        batch: &mut Batch<'a>,
+        pin: Option<Arc<()>>,
+        pieces: Vec<(u64, Piece<'a>)>,
+    ) -> Result<()> {
+        let follows = pieces.first().is_none_or(|(start, _)| *start == batch.end);
+        if !follows || batch.pieces.len() >= PIECES {
+            self.issue(image, batch)?;
+        }
+        if batch.pieces.is_empty() && batch.runs.is_empty() {
+            batch.pin = pin;
+        }
+        if let Some((start, piece)) = pieces.last() {
+            batch.end = start + piece.mem().len() as u64;
+        }
+        batch.pieces.extend(pieces);
+        Ok(())
+    }
+
+    /// Writes what waits, then links it.
+    pub(super) fn issue(&self, image: &Qcow2, batch: &mut Batch<'_>) -> Result<()> {
+        write_pieces(image, &batch.pieces)?;
+        batch.pieces.clear();
+        while let Some(new) = batch.runs.pop_front() {
+            self.link_run(image, &new)?;
+        }
+        batch.pin = None;
+        Ok(())
+    }
+
+    /// Gives back the host clusters of a batch that failed.
+    pub(super) fn give_up(&self, image: &Qcow2, batch: &mut Batch<'_>) {
+        for NewRun { run, target, .. } in batch.runs.drain(..) {
+            if run.reuse.is_none() && !image.header().has_data_file() {
+                self.alloc.lock().abandon(target);
+            }
+        }
+    }
+
+    fn link_run(&self, image: &Qcow2, new: &NewRun<'_>) -> Result<()> {
+        let g = *image.geometry();
+        let NewRun { run, target, was_zero, range } = new;
+        let host = target.cluster * g.cluster_size();
+        let barrier = !was_zero || !target.clean || !target.durable;
+        let clusters = g.clusters_for(range.end) - g.cluster_index(run.guest);
+        self.link(image, Change { guest: run.guest, clusters, barrier, punch: false }, |number, old| {
+            let cluster = run.guest + number * g.cluster_size();
+            let host = HostOffset(host + number * g.cluster_size());
+            if !g.extended_l2() {
+                return Some(L2Mapping::Data { host, copied: true });
+            }
+            let within =
+                range.start.max(cluster) - cluster..range.end.min(cluster + g.cluster_size()) - cluster;
+            let bitmap = plan_cow(&g, old, within, run.reuse.is_some()).bitmap;
+            Some(L2Mapping::Subclusters { host: Some(host), copied: true, bitmap })
+        })
+    }
+}
+
+/// Writes pieces in as few calls as their places allow.
+fn write_pieces(image: &Qcow2, pieces: &[(u64, Piece<'_>)]) -> Result<()> {
+    let mut rest = pieces;
+    while let Some((start, _)) = rest.first() {
+        let mut end = *start;
+        let contiguous = rest
+            .iter()
+            .take_while(|(at, piece)| {
+                let follows = *at == end;
+                end = at + piece.mem().len() as u64;
+                follows
+            })
+            .count();
+        let (group, behind) = rest.split_at(contiguous);
+        let mut bufs: Vec<Mem<'_>> = group.iter().map(|(_, piece)| piece.mem()).collect();
+        image.data_storage()?.write_all_vectored_at(&mut bufs, *start)?;
+        rest = behind;
+    }
+    Ok(())
+}
