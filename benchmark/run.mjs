@@ -127,10 +127,14 @@ function onXfs() {
 /** The benchmarks of the engine alone, examples of its crate: the recorded installation, and random writes. */
 function engine(example, ...small) {
   const args = ['run', '--quiet', '--release', '-p', 'qcow2-engine', '--example', example, '--', '--dir', folder]
-  const { status } = spawnSync('cargo', [...args, ...(smoke ? ['--runs', '1', ...small] : ['--runs', String(trials)])], {
-    stdio: ['ignore', 'inherit', 'inherit'],
-    cwd: join(here, '..'),
-  })
+  const { status } = spawnSync(
+    'cargo',
+    [...args, ...(smoke ? ['--runs', '1', ...small] : ['--runs', String(trials)])],
+    {
+      stdio: ['ignore', 'inherit', 'inherit'],
+      cwd: join(here, '..'),
+    },
+  )
   if (status !== 0) throw new Error(`the benchmark ${example} failed`)
 }
 

@@ -1,11 +1,13 @@
 /** Writing: every shape of image against a model and QEMU's tools, many requests at once, every cache mode. */
 
+import { spawnSync } from 'node:child_process'
 import { readFileSync, statSync } from 'node:fs'
 import { join } from 'node:path'
 import { type CacheMode, type CreateOptions, create, type Image, type OpenOptions, open } from 'qcow2'
 import { describe, expect, it } from 'vitest'
 import { failure, pattern, temporaryFolder, writeRaw } from '../api/fixtures.js'
 import { assertSameBytes, describeWithQemu, ok, qemuImg } from '../interop/qemu.js'
+import { library } from '../lifecycle/child.js'
 import { drawer, Model } from './model.js'
 
 const folder = temporaryFolder()
@@ -253,6 +255,47 @@ describe('cache modes', () => {
     const expected = pattern(0, 10_752)
     expected.fill(1, 5_000, 5_003).fill(2, 5_003, 5_703).fill(3, 10_748)
     expect(readFileSync(path).equals(expected)).toBe(true)
+  })
+})
+
+const traced = spawnSync('strace', ['-V'], { stdio: 'ignore' }).status === 0
+if (!traced) process.stderr.write('SKIPPED strace is not installed: host calls are not counted\n')
+
+describe.skipIf(!traced)('host calls', () => {
+  const WRITES = 10
+  it.each([
+    ['writeback', false, 0],
+    ['none', true, 0],
+    ['writethrough', false, WRITES],
+    ['directsync', true, WRITES],
+    ['unsafe', false, undefined],
+  ] as const)('%s', async (cache, direct, syncsPerWrite) => {
+    const path = at(`traced-${cache}.qcow2`)
+    await (await create(path, { size: SIZE })).close()
+    const count = (writes: number): { syncs: number; direct: boolean } => {
+      const program = `require(${JSON.stringify(library)}).open(${JSON.stringify(path)}, { flags: 'r+', cache: '${cache}' })
+        .then(async image => {
+          for (let i = 0; i < ${writes}; i++) await image.write(Buffer.alloc(65536, 1), { position: i * 65536 })
+          await image.close()
+        })`
+      const trace = at(`trace-${cache}`)
+      const args = ['-f', '-e', 'trace=fdatasync,fsync,openat', '-o', trace, process.execPath, '-e', program]
+      expect(spawnSync('strace', args, { stdio: 'inherit' }).status).toBe(0)
+      const calls = readFileSync(trace, 'utf8').split('\n')
+      return {
+        syncs: calls.filter(line => /f(?:data)?sync\(/.test(line)).length,
+        direct: calls.some(line => line.includes(path) && line.includes('O_DIRECT')),
+      }
+    }
+    const first = count(1)
+    expect(first.direct).toBe(direct)
+    if (syncsPerWrite === undefined) expect(first.syncs).toBe(0)
+    else {
+      expect(first.syncs).toBeGreaterThan(0)
+      // Of clusters that are allocated by now: one sync per write in the modes that write through, none in the others.
+      count(WRITES)
+      expect(count(WRITES + 1).syncs - count(1).syncs).toBe(syncsPerWrite)
+    }
   })
 })
 

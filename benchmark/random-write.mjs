@@ -1,0 +1,109 @@
+// 4 KiB writes through Image.write against `qemu-img bench -w`, page cache, at queue depths 1 and 32, each trial on a fresh copy
+// of the same image, trials interleaved; both times end with a flush. Shapes: an empty image at a stride of 64 KiB (every write
+// allocates a cluster), an allocated image, an empty overlay of an allocated image (every write copies around itself).
+//
+// node benchmark/random-write.mjs [--count N] [--rounds N] [--json]
+
+import { spawnSync } from 'node:child_process'
+import { randomFillSync } from 'node:crypto'
+import { copyFileSync, mkdtempSync, rmSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { parseArgs } from 'node:util'
+import { create, open } from '../dist/index.js'
+
+const { values } = parseArgs({
+  options: {
+    count: { type: 'string', default: '16000' },
+    rounds: { type: 'string', default: '5' },
+    json: { type: 'boolean', default: false },
+  },
+})
+const COUNT = Number(values.count)
+const ROUNDS = Number(values.rounds)
+const BLOCK = 4096
+const STRIDE = 65536
+const SIZE = COUNT * STRIDE
+const QEMU = process.env.QEMU_IMG_PROG ?? 'qemu-img'
+
+const folder = mkdtempSync(join(process.env.QCOW2_BENCH_DIR ?? tmpdir(), 'qcow2-bench-'))
+const at = name => join(folder, name)
+try {
+  const hasQemu = spawnSync(QEMU, ['--version']).status === 0
+  if (!hasQemu) process.stderr.write('SKIPPED qemu-img is not installed: this side alone\n')
+  await makeImages()
+  const results = []
+  for (const [shape, image, stride] of [
+    ['growing', 'empty.qcow2', STRIDE],
+    ['rewrite', 'full.qcow2', BLOCK * 17],
+    ['overlay', 'overlay.qcow2', STRIDE],
+  ]) {
+    for (const depth of [1, 32]) {
+      const ours = []
+      const theirs = []
+      for (let round = 0; round < ROUNDS; round++) {
+        copyFileSync(at(image), at('trial.qcow2'))
+        ours.push(await measure(depth, stride))
+        copyFileSync(at(image), at('trial.qcow2'))
+        if (hasQemu) theirs.push(bench(depth, stride))
+      }
+      results.push({ shape, depth, ours: median(ours), theirs: median(theirs) })
+    }
+  }
+  report(results)
+} finally {
+  rmSync(folder, { recursive: true })
+}
+
+async function makeImages() {
+  await (await create(at('empty.qcow2'), { size: SIZE })).close()
+  await using full = await create(at('full.qcow2'), { size: SIZE })
+  const chunk = randomFillSync(Buffer.alloc(2 ** 20))
+  for (let position = 0; position < SIZE; position += chunk.length) {
+    await full.write(chunk, { position, length: Math.min(chunk.length, SIZE - position) })
+  }
+  await full.close()
+  await (await create(at('overlay.qcow2'), { backingFile: at('full.qcow2'), backingFormat: 'qcow2' })).close()
+}
+
+/** Seconds for all writes and a flush. */
+async function measure(depth, stride) {
+  await using image = await open(at('trial.qcow2'), { flags: 'r+', references: 'allow' })
+  const buffers = Array.from({ length: depth }, () => Buffer.alloc(BLOCK, 0x5a))
+  let next = 0
+  const begin = performance.now()
+  const lane = async buffer => {
+    while (next < COUNT) {
+      const position = (next++ * stride) % SIZE
+      await image.write(buffer, { position })
+    }
+  }
+  await Promise.all(buffers.map(lane))
+  await image.datasync()
+  return (performance.now() - begin) / 1000
+}
+
+/** Seconds that qemu-img says. */
+function bench(depth, stride) {
+  const args = ['bench', '-w', '-f', 'qcow2', '-t', 'writeback', '-c', COUNT, '-d', depth, '-s', BLOCK, '-S', stride]
+  const flush = [`--flush-interval=${COUNT}`, '--pattern=90']
+  const { status, stdout, stderr } = spawnSync(QEMU, [...args, ...flush, at('trial.qcow2')].map(String), {
+    encoding: 'utf8',
+  })
+  if (status !== 0) throw new Error(stderr)
+  return Number(/completed in ([\d.]+) seconds/.exec(stdout)?.[1])
+}
+
+function median(numbers) {
+  return numbers.toSorted((a, b) => a - b)[Math.floor(numbers.length / 2)]
+}
+
+function report(results) {
+  if (values.json) return process.stdout.write(`${JSON.stringify(results)}\n`)
+  const row = (...cells) => process.stdout.write(`${cells.map(cell => String(cell).padEnd(14)).join('')}\n`)
+  row('image', 'depth', 'ours/s', 'qemu-img/s', 'ratio')
+  for (const { shape, depth, ours, theirs } of results) {
+    const perSecond = seconds => (seconds === undefined ? '-' : Math.round(COUNT / seconds))
+    row(shape, depth, perSecond(ours), perSecond(theirs), theirs === undefined ? '-' : (theirs / ours).toFixed(2))
+  }
+}
