@@ -293,7 +293,7 @@ describe.skipIf(!traced)('host calls', () => {
     else {
       expect(first.syncs).toBeGreaterThan(0)
       // Of clusters that are allocated by now: one sync per write in the modes that write through, none in the others.
-      count(WRITES)
+      count(WRITES + 1)
       expect(count(WRITES + 1).syncs - count(1).syncs).toBe(syncsPerWrite)
     }
   })
