@@ -1,15 +1,16 @@
-/** Consistency checks, with QAPI's `ImageCheck` counters. */
+/** Consistency checks and repairs, with QAPI's `ImageCheck` counters. */
 
 import { SHARING, type SharingOptions, toReadAccess } from './access.js'
 import { openChain } from './backing/chain.js'
 import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
-import type { Qcow2Error } from './errors.js'
+import { invalidArgument, type Qcow2Error } from './errors.js'
 import type { NativeCheckOutcome } from './native.js'
 import {
   type Limits,
   LONG_RUNNING,
   type LongRunning,
   limits,
+  oneOf,
   type Read,
   readOptions,
   throwIfAborted,
@@ -26,12 +27,19 @@ export interface CheckOptions extends LongRunning, SharingOptions {
    */
   references?: ReferencePolicy | undefined
   limits?: Limits | undefined
+  /**
+   * Repair what is found: leaked clusters only, or all that can be repaired. The image is locked for that: nobody else has it open.
+   * What was repaired is checked once more; the counters are those of the second check.
+   */
+  repair?: 'leaks' | 'all' | undefined
 }
 
 /** One thing that is wrong. */
 export interface CheckFinding {
-  /** Which counter it adds to. */
-  readonly severity: 'corruption' | 'leak' | 'check-error'
+  /** Which counter it adds to; a note to none. */
+  readonly severity: 'corruption' | 'leak' | 'check-error' | 'note'
+  /** It is not wrong any more: a repair removed it. */
+  readonly repaired: boolean
   /** What is wrong, such as `'LEAK'` or `'REFCOUNT_TOO_LOW'`. Stable, unlike the message. */
   readonly code: string
   readonly message: string
@@ -50,9 +58,9 @@ export interface CheckResult {
   readonly corruptions: number
   /** Clusters whose refcount is higher than their references: wasted space, no danger. */
   readonly leaks: number
-  /** Always 0: this version repairs nothing. */
+  /** Corruptions that were repaired; `corruptions` counts what is left. */
   readonly corruptionsFixed: number
-  /** Always 0: this version repairs nothing. */
+  /** Leaked clusters that were freed; `leaks` counts what is left. */
   readonly leaksFixed: number
   /** Clusters of the disk. */
   readonly totalClusters: number
@@ -63,7 +71,7 @@ export interface CheckResult {
   readonly compressedClusters: number
   /** Byte behind the last cluster in use. */
   readonly imageEndOffset: number
-  /** The first 10000 findings, in QEMU's order. */
+  /** The first 10000 findings, in QEMU's order; behind those of a repair, those of the check that followed it. */
   readonly findings: readonly CheckFinding[]
   /** Findings that were counted and are not listed. */
   readonly omittedFindings: number
@@ -73,7 +81,13 @@ export interface CheckResult {
   readonly failure?: Qcow2Error
 }
 
-const CHECK = { ...LONG_RUNNING, ...SHARING, references: referencePolicy, limits } as const
+const CHECK = {
+  ...LONG_RUNNING,
+  ...SHARING,
+  references: referencePolicy,
+  limits,
+  repair: oneOf('leaks', 'all'),
+} as const
 const IMAGE_CHECK = LONG_RUNNING
 
 const MAX_FINDINGS = 10_000
@@ -83,34 +97,53 @@ export const readCheckOptions = (options: unknown): Read<typeof LONG_RUNNING> =>
   readOptions(options, 'Image.check', IMAGE_CHECK)
 
 /**
- * Checks the metadata of a qcow2 image against itself, without changing it: refcounts, leaks, overlaps, COPIED flags, the
- * snapshot table, the bitmap directory. Findings are a result, not an error; an image that is too damaged to be opened at all is one.
+ * Checks the metadata of a qcow2 image against itself: refcounts, leaks, overlaps, COPIED flags, the snapshot table, the bitmap
+ * directory. Findings are a result, not an error; an image that is too damaged to be opened at all is one.
+ *
+ * Without `repair` nothing is changed. A repair never changes what the disk and its snapshots read as. It is safe to interrupt: it
+ * leaves an image that is no worse than before, and that can be repaired again. Leaked clusters are kept while damage remains that
+ * may hide what refers to them.
  *
  * @throws {@link Qcow2Error} as `open`; `ERR_QCOW2_LIMIT` if the counters need more than `limits.maxMemory`
  */
 export async function check(source: ImageSource, options?: CheckOptions): Promise<CheckResult> {
   const located = toLocated(source, 'source')
-  const { references = 'layer', ...read } = readOptions(options, 'check', CHECK)
+  const { references = 'layer', repair, ...read } = readOptions(options, 'check', CHECK)
   throwIfAborted(read.signal)
   const { limits, signal } = read
-  const access = toReadAccess(read)
+  if (repair !== undefined && read.forceShare) {
+    throw invalidArgument('forceShare', 'check: forceShare is for reading: a repair excludes everybody else')
+  }
+  const access = { ...toReadAccess(read), ...(repair !== undefined && { write: {} }) }
   const chain = await openChain(located, { format: 'qcow2', references, limits, signal, access, forCheck: true })
   try {
-    return await checkImage(chain.image, chain.path, 'qcow2', read)
+    const found = await checkImage(chain.image, chain.path, 'qcow2', read, repair)
+    const { corruptionsFixed, leaksFixed } = found
+    if (corruptionsFixed + leaksFixed === 0) return found
+    const left = await checkImage(chain.image, chain.path, 'qcow2', read)
+    return {
+      ...left,
+      corruptionsFixed,
+      leaksFixed,
+      findings: [...found.findings, ...left.findings],
+      omittedFindings: found.omittedFindings + left.omittedFindings,
+      messages: [...found.messages, ...left.messages],
+    }
   } finally {
     await release(chain.image)
   }
 }
 
-/** Checks the top layer of an open image. */
+/** Checks the top layer of an open image, which was opened for a repair if that is wanted. */
 export async function checkImage(
   image: number,
   path: string | undefined,
   format: Format,
   options: Read<typeof LONG_RUNNING>,
+  repair?: 'leaks' | 'all',
 ): Promise<CheckResult> {
   const { failure, ...outcome } = await runJob<NativeCheckOutcome>('check', options, (request, job, addon) =>
-    addon.checkImage(request, job, image, options.concurrency, MAX_FINDINGS),
+    addon.checkImage(request, job, image, options.concurrency, MAX_FINDINGS, repair),
   )
   const { checkErrors, corruptions, leaks } = outcome
   return {
@@ -118,8 +151,6 @@ export async function checkImage(
     format,
     ok: failure === undefined && checkErrors === 0 && corruptions === 0 && leaks === 0,
     ...outcome,
-    corruptionsFixed: 0,
-    leaksFixed: 0,
     messages: outcome.findings.map(({ message }) => message),
     ...(failure !== undefined && { failure: toError(failure) as Qcow2Error }),
   }

@@ -213,8 +213,11 @@ export interface NativeCheckOutcome {
   readonly corruptions: number
   readonly leaks: number
   readonly checkErrors: number
+  readonly corruptionsFixed: number
+  readonly leaksFixed: number
   readonly findings: readonly {
-    readonly severity: 'corruption' | 'leak' | 'check-error'
+    readonly severity: 'corruption' | 'leak' | 'check-error' | 'note'
+    readonly repaired: boolean
     readonly code: string
     readonly message: string
     readonly offset?: number
@@ -257,7 +260,14 @@ export interface Addon {
   layersInfo(request: number, image: number): void
   inspectFile(request: number, file: number, limits: NativeLimits | undefined): void
   inspectPrefix(request: number, bytes: Buffer, limits: NativeLimits | undefined): void
-  checkImage(request: number, job: number, image: number, readers: number | undefined, maxFindings: number): void
+  checkImage(
+    request: number,
+    job: number,
+    image: number,
+    readers: number | undefined,
+    maxFindings: number,
+    repair: 'leaks' | 'all' | undefined,
+  ): void
   createImage(
     request: number,
     job: number,

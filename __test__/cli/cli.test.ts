@@ -37,7 +37,7 @@ describe('a wrong command line', () => {
     [['info', '--output=xml', 'a'], '--output must be used with human or json as argument.'],
     [['info', '--image-opts', 'driver=qcow2'], "Option '--image-opts' is not supported"],
     [['info', '--object', 'secret,id=s', 'a'], "Option '--object' is not supported"],
-    [['check', '-r', 'all', 'a'], "Option '-r' is not supported: this version checks images and does not repair"],
+    [['check', '-r', 'some', 'a'], "Unknown option value for -r (expecting 'leaks' or 'all'): some"],
     [['convert', '-r', '1M', 'a', 'b'], "Option '-r' is not supported"],
     [['convert', '--salvage', 'a', 'b'], "Option '--salvage' is not supported"],
     [['convert', '--bitmaps', 'a', 'b'], "Option '--bitmaps' is not supported"],

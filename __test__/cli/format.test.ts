@@ -143,6 +143,8 @@ const CLEAN: CheckCounters = {
   checkErrors: 0,
   corruptions: 0,
   leaks: 0,
+  corruptionsFixed: 0,
+  leaksFixed: 0,
   imageEndOffset: 1638400,
   totalClusters: 1024,
   allocatedClusters: 18,

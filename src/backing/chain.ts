@@ -178,7 +178,8 @@ class Opening {
 
   /** A write copies what surrounds it from the backing file: without that file, the copy would be zeroes. */
   #refuseHalf({ backing, dataFile }: NativeLayer, { path }: NativeFile, { write }: Access): void {
-    if (write === undefined || this.#policyNow() !== 'layer') return
+    // A repair writes no guest data.
+    if (write === undefined || this.#options.forCheck || this.#policyNow() !== 'layer') return
     const missing = backing === undefined ? dataFile && 'data file' : 'backing file'
     if (missing === undefined) return
     const message = `${path === undefined ? '' : `${path}: `}references is 'layer', and writing needs the ${missing} too`

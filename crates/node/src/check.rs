@@ -2,7 +2,7 @@
 
 use napi::bindgen_prelude::{Env, ToNapiValue};
 use napi_derive::napi;
-use qcow2_engine::check::{self, CheckOptions, CheckReport, Severity};
+use qcow2_engine::check::{self, CheckOptions, CheckReport, Repair, Severity};
 use qcow2_engine::image::read_header;
 use qcow2_engine::{Error, ErrorKind, Layer};
 
@@ -29,6 +29,10 @@ pub struct CheckOutcome {
     pub leaks: f64,
     /// Count.
     pub check_errors: f64,
+    /// Count.
+    pub corruptions_fixed: f64,
+    /// Clusters.
+    pub leaks_fixed: f64,
     /// In QEMU's order.
     pub findings: Vec<CheckFinding>,
     /// Counted and not kept.
@@ -42,6 +46,8 @@ pub struct CheckOutcome {
 pub struct CheckFinding {
     /// `corruption`, `leak`, `check-error` or `note`.
     pub severity: String,
+    /// Whether it was repaired.
+    pub repaired: bool,
     /// Stable.
     pub code: String,
     /// The line that a user sees.
@@ -50,7 +56,8 @@ pub struct CheckFinding {
     pub offset: Option<f64>,
 }
 
-/// Checks the top layer of an image.
+/// Checks the top layer of an image. With `repair`, `leaks` or `all`, it also repairs: then the image must have been
+/// opened for that, and is good for nothing but another check afterwards.
 #[napi]
 pub fn check_image(
     env: Env,
@@ -59,7 +66,14 @@ pub fn check_image(
     image: u32,
     readers: Option<u32>,
     max_findings: u32,
+    repair: Option<String>,
 ) -> napi::Result<()> {
+    let repair = match repair.as_deref() {
+        None => None,
+        Some("leaks") => Some(Repair::Leaks),
+        Some("all") => Some(Repair::All),
+        Some(other) => return Err(napi::Error::from_reason(format!("no such repair: {other}"))),
+    };
     let runtime = Runtime::of(&env)?;
     let handle = runtime.image(image)?;
     runtime.start_job(
@@ -79,6 +93,9 @@ pub fn check_image(
                     max_findings: max_findings as usize,
                     readers: readers.map_or(defaults.readers, |readers| readers as usize),
                 };
+                if let Some(repair) = repair {
+                    return check::repair(&**qcow2.storage(), repair, &options, job);
+                }
                 // An image that is open for writing has a header of its own making in the file.
                 image.settled(|| {
                     let header = read_header(&**qcow2.storage())?;
@@ -103,6 +120,7 @@ impl From<CheckReport> for CheckOutcome {
                 Severity::Note => "note",
             }
             .to_owned(),
+            repaired: finding.repaired,
             code: finding.code.as_str().to_owned(),
             message: finding.to_string(),
             offset: finding.offset.map(|offset| offset as f64),
@@ -116,6 +134,8 @@ impl From<CheckReport> for CheckOutcome {
             corruptions: report.corruptions as f64,
             leaks: report.leaks as f64,
             check_errors: report.check_errors as f64,
+            corruptions_fixed: report.corruptions_fixed as f64,
+            leaks_fixed: report.leaks_fixed as f64,
             findings: report.findings.iter().map(finding).collect(),
             omitted_findings: report.omitted_findings as f64,
             failure: report.failure.as_ref().map(Failure::from),

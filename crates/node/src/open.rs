@@ -311,7 +311,8 @@ pub fn open_qcow2(env: Env, request: u32, file: u32, options: LayerOptions) -> n
         // Before anything of the image is believed.
         lock.claim(&*storage, true, write.is_some())?;
         let mut image = Qcow2::open(storage, &options)?;
-        if let Some(write) = write {
+        // A repair writes to the file alone: the image may be too damaged for anything else.
+        if let Some(write) = write.filter(|_| !options.for_check) {
             image.enable_writing(write)?;
         }
         Ok(Layer::Qcow2(Box::new(image)))

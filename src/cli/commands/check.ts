@@ -1,7 +1,7 @@
 import type { Command } from 'commander'
 import { type CheckResult, check } from '../../index.js'
 import { describeError, openFailure } from '../errors.js'
-import { CommandFailure, UsageFailure, unsupported } from '../failure.js'
+import { CommandFailure, UsageFailure } from '../failure.js'
 import { checkExitCode, checkJson, formatCheck } from '../format/check.js'
 import { cacheMode, oneFile, outputOption, refuseDriverSyntax } from '../grammar.js'
 import { formatOf, localPath, withImage } from '../images.js'
@@ -10,6 +10,7 @@ import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
 
 interface CheckArguments {
+  readonly repair?: 'leaks' | 'all'
   readonly format?: string
   readonly output?: string
   readonly forceShare?: boolean
@@ -24,7 +25,7 @@ export function declareCheck(program: Command, run: Runner): void {
     .command('check')
     .summary('check the consistency of an image')
     .description(
-      'Check the metadata of an image against itself. Exit code: 0 consistent, 1 the check failed, ' +
+      'Check the metadata of an image against itself, and repair it. Exit code: 0 consistent, 1 the check failed, ' +
         '2 corrupt, 3 leaked clusters only, 63 the format has nothing to check.',
     )
     .usage('[options] FILENAME')
@@ -37,7 +38,7 @@ export function declareCheck(program: Command, run: Runner): void {
     )
     .option('-U, --force-share', 'open an image that another process uses')
     .addOption(outputOption('human', 'json'))
-    .option('-r, --repair <what>', 'not in this version: a check never writes', refuseRepair)
+    .option('-r, --repair <what>', 'repair leaked clusters (leaks), or all that can be repaired (all)', repairOf)
     .option('-q, --quiet', 'print nothing but errors')
   refuseDriverSyntax(command)
   command.action((files: string[], options: CheckArguments) =>
@@ -45,16 +46,14 @@ export function declareCheck(program: Command, run: Runner): void {
   )
 }
 
-function refuseRepair(what: string): never {
-  if (what !== 'leaks' && what !== 'all') {
-    throw new UsageFailure(`Unknown option value for -r (expecting 'leaks' or 'all'): ${what}`)
-  }
-  throw unsupported("Option '-r'", 'this version checks images and does not repair them')
+function repairOf(what: string): 'leaks' | 'all' {
+  if (what === 'leaks' || what === 'all') return what
+  throw new UsageFailure(`Unknown option value for -r (expecting 'leaks' or 'all'): ${what}`)
 }
 
 async function checkFile(filename: string, options: CheckArguments, session: Session): Promise<number> {
-  const { forceShare, quiet = false } = options
-  const found = { ...(await checked(filename, { forceShare, quiet, format: options.format }, session)), filename }
+  const { quiet = false } = options
+  const found = { ...(await checked(filename, options, session)), filename }
   for (const message of found.messages) session.stderr.write(`${message}\n`)
   session.stderr.flush()
   if (found.failure !== undefined) throw new CommandFailure(`Check failed: ${describeError(found.failure)}`)
@@ -65,7 +64,7 @@ async function checkFile(filename: string, options: CheckArguments, session: Ses
 
 async function checked(
   filename: string,
-  { forceShare, quiet, format }: { forceShare: boolean | undefined; quiet: boolean; format: string | undefined },
+  { forceShare, quiet = false, format, repair }: CheckArguments,
   session: Session,
 ): Promise<CheckResult> {
   const choice = { progress: false, quiet, verb: 'Checking', step: 1 }
@@ -76,7 +75,7 @@ async function checked(
       throw new CommandFailure('This image format does not support checks', { exitCode: CHECK_NOT_SUPPORTED })
     }
     return await withProgress(session, choice, job =>
-      check(localPath(filename), { ...job, forceShare, references: 'allow' }),
+      check(localPath(filename), { ...job, forceShare, repair, references: 'allow' }),
     )
   } catch (error) {
     if (session.signal.aborted || error instanceof CommandFailure) throw error

@@ -8,6 +8,8 @@ export interface CheckCounters {
   readonly checkErrors: number
   readonly corruptions: number
   readonly leaks: number
+  readonly corruptionsFixed: number
+  readonly leaksFixed: number
   readonly imageEndOffset: number
   readonly totalClusters: number
   readonly allocatedClusters: number
@@ -16,9 +18,18 @@ export interface CheckCounters {
 }
 
 export function formatCheck(check: CheckCounters): string {
-  const parts = [findings(check), statistics(check)]
+  const parts = [repaired(check), findings(check), statistics(check)]
   if (check.imageEndOffset !== 0) parts.push(`Image end offset: ${check.imageEndOffset}\n`)
   return parts.join('')
+}
+
+function repaired({ leaksFixed, corruptionsFixed }: CheckCounters): string {
+  if (leaksFixed === 0 && corruptionsFixed === 0) return ''
+  return (
+    'The following inconsistencies were found and repaired:\n\n' +
+    `    ${leaksFixed} leaked clusters\n    ${corruptionsFixed} corruptions\n\n` +
+    'Double checking the fixed image now...\n'
+  )
 }
 
 function findings({ corruptions, leaks, checkErrors }: CheckCounters): string {
@@ -57,6 +68,8 @@ export function checkJson(check: CheckCounters): string {
     'image-end-offset': counted(check.imageEndOffset),
     corruptions: counted(check.corruptions),
     leaks: counted(check.leaks),
+    'corruptions-fixed': counted(check.corruptionsFixed),
+    'leaks-fixed': counted(check.leaksFixed),
     'total-clusters': counted(check.totalClusters),
     'allocated-clusters': counted(check.allocatedClusters),
     'fragmented-clusters': counted(check.fragmentedClusters),
