@@ -41,7 +41,7 @@ export async function formatOf(filename: string, requested: string | undefined, 
   )
 }
 
-export interface Request extends Pick<OpenOptions, 'snapshot' | 'references' | 'forceShare'> {
+export interface Request extends Pick<OpenOptions, 'snapshot' | 'references' | 'forceShare' | 'flags'> {
   readonly filename: string
   readonly format: string | undefined
   /** Of a failure to open. Default 1. */
@@ -50,11 +50,11 @@ export interface Request extends Pick<OpenOptions, 'snapshot' | 'references' | '
 
 /** Opens an image and everything below it, runs `work` on it, and closes it whatever happens. */
 export async function withImage<T>(
-  { filename, format, exitCode, snapshot, forceShare, references = 'allow' }: Request,
+  { filename, format, exitCode, snapshot, forceShare, flags, references = 'allow' }: Request,
   session: Session,
   work: (image: Image) => Promise<T>,
 ): Promise<T> {
-  const image = await openImage(filename, format, { snapshot, references, forceShare }, session).catch(error => {
+  const image = await openImage(filename, format, { snapshot, references, forceShare, flags }, session).catch(error => {
     throw session.signal.aborted ? error : openFailure(filename, error, exitCode)
   })
   try {
@@ -67,7 +67,7 @@ export async function withImage<T>(
 async function openImage(
   filename: string,
   requested: string | undefined,
-  options: Pick<OpenOptions, 'snapshot' | 'references' | 'forceShare'>,
+  options: Pick<OpenOptions, 'snapshot' | 'references' | 'forceShare' | 'flags'>,
   session: Session,
 ): Promise<Image> {
   const format = await formatOf(filename, requested, session)

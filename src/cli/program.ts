@@ -3,6 +3,7 @@
 import { readFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { Command, CommanderError } from 'commander'
+import { declareBitmap } from './commands/bitmap.js'
 import { declareCheck } from './commands/check.js'
 import { declareCompare } from './commands/compare.js'
 import { declareConvert } from './commands/convert.js'
@@ -10,6 +11,8 @@ import { declareCreate } from './commands/create.js'
 import { declareInfo } from './commands/info.js'
 import { declareMap } from './commands/map.js'
 import { declareMeasure } from './commands/measure.js'
+import { declareResize } from './commands/resize.js'
+import { declareSnapshot } from './commands/snapshot.js'
 import { CommandFailure, UsageFailure } from './failure.js'
 import type { Session } from './session.js'
 
@@ -17,7 +20,7 @@ import type { Session } from './session.js'
 export type Runner = (work: (session: Session) => Promise<number>) => Promise<void>
 
 /** Commands of qemu-img that this version does not have: known, so that the message can say so. */
-const LATER = ['amend', 'bench', 'bitmap', 'commit', 'dd', 'rebase', 'resize', 'snapshot']
+const LATER = ['amend', 'bench', 'commit', 'dd', 'rebase']
 
 const VALUES = `
 Sizes take the suffixes k, M, G, T, P and E, powers of 1024. Formats are qcow2 and raw.
@@ -47,6 +50,9 @@ function buildProgram(session: Session, run: Runner): Command {
     declareCheck,
     declareMeasure,
     declareCompare,
+    declareSnapshot,
+    declareBitmap,
+    declareResize,
   ]) {
     declare(program, run)
   }

@@ -3,6 +3,7 @@ import type { ImageInfo } from '../../index.js'
 import { CommandFailure } from '../failure.js'
 import { formatInfo, type InfoDocument } from '../format/info.js'
 import { toJson } from '../format/json.js'
+import { snapshotDocuments } from '../format/snapshots.js'
 import { oneFile, outputOption, refuseDriverSyntax } from '../grammar.js'
 import { withImage } from '../images.js'
 import type { Runner } from '../program.js'
@@ -82,22 +83,11 @@ function infoDocument(filename: string, info: ImageInfo): InfoDocument {
     ...(info.backingFilename !== undefined && { 'backing-filename': info.backingFilename }),
     ...(info.fullBackingFilename !== undefined && { 'full-backing-filename': info.fullBackingFilename }),
     ...(info.backingFilenameFormat !== undefined && { 'backing-filename-format': info.backingFilenameFormat }),
-    ...(info.snapshots.length > 0 && { snapshots: info.snapshots.map(snapshotDocument) }),
+    ...(info.snapshots.length > 0 && { snapshots: snapshotDocuments(info.snapshots) }),
     ...(specific && { 'format-specific': { type: specific.type, data: specificData(specific) } }),
     children: [{ name: 'file', info: fileDocument(filename, info) }],
   }
 }
-
-const snapshotDocument = (snapshot: ImageInfo['snapshots'][number]) => ({
-  id: snapshot.id,
-  name: snapshot.name,
-  'vm-state-size': snapshot.vmStateSize,
-  'date-sec': snapshot.dateSec,
-  'date-nsec': snapshot.dateNsec,
-  'vm-clock-sec': snapshot.vmClockSec,
-  'vm-clock-nsec': snapshot.vmClockNsec,
-  ...(snapshot.icount !== undefined && { icount: snapshot.icount }),
-})
 
 const specificData = (specific: NonNullable<ImageInfo['formatSpecific']>) => ({
   compat: specific.compat,

@@ -71,9 +71,21 @@ function detailLines(node: InfoDocument): string[] {
     lines.push(`backing file: ${node['backing-filename']}${actualPath(node)}`)
     if (node['backing-filename-format']) lines.push(`backing file format: ${node['backing-filename-format']}`)
   }
-  if (node.snapshots) lines.push('Snapshot list:', SNAPSHOT_HEADER, ...node.snapshots.map(snapshotRow))
+  if (node.snapshots) lines.push(...snapshotLines(node.snapshots))
   return lines
 }
+
+const snapshotLines = (snapshots: readonly SnapshotDocument[]): string[] => [
+  'Snapshot list:',
+  SNAPSHOT_HEADER,
+  ...snapshots.map(snapshotRow),
+]
+
+/** A list of snapshots on its own. */
+export const formatSnapshots = (snapshots: readonly SnapshotDocument[]): string =>
+  snapshotLines(snapshots)
+    .map(line => `${line}\n`)
+    .join('')
 
 function actualPath(node: InfoDocument): string {
   const full = node['full-backing-filename']

@@ -155,9 +155,14 @@ impl Allocator {
         }
     }
 
-    /// Takes exactly `count` contiguous clusters behind everything in use, for a table that must be contiguous. Their
-    /// refcounts are not durable before the next flush or sync of `take_writes`.
+    /// Takes exactly `count` contiguous clusters for a table that must be contiguous: from the reservations where they
+    /// have so many, else behind everything in use. Their refcounts may not be durable before the next flush.
     pub(crate) fn allocate_contiguous(&mut self, count: u64, metadata: &mut MetadataMap) -> Result<u64> {
+        for pool in [&mut self.ready, &mut self.fresh] {
+            if let Some(start) = pool.clean.take_exact(count).or_else(|| pool.stale.take_exact(count)) {
+                return Ok(start);
+            }
+        }
         let mut start = self.cover_end(metadata)?;
         loop {
             // Covering one cluster may have put a refcount block right there: start behind it.

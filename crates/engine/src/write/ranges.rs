@@ -87,6 +87,12 @@ impl Ranges {
         Some(self.cut(start, length, aligned + within, count))
     }
 
+    /// Removes exactly `count` contiguous clusters, from the first range that has them.
+    pub(super) fn take_exact(&mut self, count: u64) -> Option<u64> {
+        let (&start, &length) = self.ranges.iter().find(|(_, length)| **length >= count)?;
+        Some(self.cut(start, length, start, count).0)
+    }
+
     /// Takes clusters from `from` on out of the range `start, length`.
     fn cut(&mut self, start: u64, length: u64, from: u64, count: u64) -> (u64, u64) {
         let taken = count.min(start + length - from);

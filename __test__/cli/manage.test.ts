@@ -1,0 +1,90 @@
+/** `snapshot`, `bitmap` and `resize`: what qemu-img prints and does, done by us, and the other way round. */
+
+import { copyFileSync } from 'node:fs'
+import { join } from 'node:path'
+import { expect, it } from 'vitest'
+import { describeWithQemu, ok, qcow2, qemuImg, temporaryFolder } from '../interop/qemu.js'
+
+const folder = temporaryFolder()
+const at = (name: string): string => join(folder, name)
+
+function image(name: string): string {
+  ok(qcow2('create', '-q', '-f', 'qcow2', at(name), '8M'))
+  return at(name)
+}
+
+const clean = (path: string): void => {
+  ok(qemuImg('check', path))
+}
+
+describeWithQemu('snapshot', () => {
+  it('creates, lists as qemu-img does, applies and deletes', () => {
+    const path = image('life.qcow2')
+    expect(ok(qcow2('snapshot', '-l', path))).toBe('')
+    ok(qcow2('snapshot', '-c', 'one', path))
+    ok(qemuImg('snapshot', '-c', 'two', path))
+    ok(qcow2('snapshot', '-c', 'three', path))
+    expect(ok(qcow2('snapshot', path))).toBe(ok(qemuImg('snapshot', '-l', path)))
+    ok(qcow2('snapshot', '-a', 'two', path))
+    ok(qcow2('snapshot', '-d', 'two', path))
+    ok(qemuImg('snapshot', '-d', 'one', path))
+    clean(path)
+    expect(ok(qcow2('snapshot', '-l', path))).toMatch(/^Snapshot list:\n.*\n3 +three/)
+  })
+
+  it.each([
+    [['-d', 'none'], "Could not delete snapshot 'none': snapshot not found"],
+    [['-a', 'none'], "Could not apply snapshot 'none': "],
+    [['-a', 'one', '-c', 'two'], 'Cannot mix -l, -a, -c, -d'],
+  ])('refuses %j', (args, message) => {
+    const path = image('refused.qcow2')
+    const { code, stderr } = qcow2('snapshot', ...args, path)
+    expect(code).toBe(1)
+    expect(stderr).toContain(message)
+    clean(path)
+  })
+})
+
+describeWithQemu('bitmap', () => {
+  it('does several actions in order, and merges from another file', () => {
+    const path = image('a.qcow2')
+    ok(qcow2('bitmap', '--add', '--disable', '-g', '32k', path, 'b'))
+    expect(ok(qemuImg('info', path))).toMatch(/name: b\n +granularity: 32768/)
+    copyFileSync(path, at('other.qcow2'))
+    ok(qcow2('bitmap', '--merge', 'b', '-b', at('other.qcow2'), '-F', 'qcow2', '--enable', path, 'b'))
+    clean(path)
+    ok(qemuImg('bitmap', '--remove', path, 'b'))
+    clean(path)
+  })
+
+  it.each([
+    [['--add'], 'b', /already/],
+    [['--clear'], 'none', /no bitmap is named 'none'/],
+    [[], 'b', /Need at least one of/],
+    [['--clear', '-g', '4k'], 'b', /granularity only supported with --add/],
+    [['--add', '-g', '1000'], 'c', /power of two/],
+  ] as const)('refuses %j %s', (args, name, message) => {
+    const path = image('bad.qcow2')
+    ok(qcow2('bitmap', '--add', path, 'b'))
+    const { code, stderr } = qcow2('bitmap', ...args, path, name)
+    expect(code).toBe(1)
+    expect(stderr).toMatch(message)
+    clean(path)
+  })
+})
+
+describeWithQemu('resize', () => {
+  it('grows to a size and by an amount', () => {
+    const path = image('grow.qcow2')
+    expect(ok(qcow2('resize', path, '20M'))).toBe('Image resized.\n')
+    expect(ok(qcow2('resize', '-q', path, '+1G'))).toBe('')
+    expect(ok(qemuImg('info', path))).toContain(`(${20 * 2 ** 20 + 2 ** 30} bytes)`)
+    clean(path)
+  })
+
+  it.each([['1M'], ['-1M'], ['nonsense'], ['+']])('refuses %s', size => {
+    const path = image('keep.qcow2')
+    expect(qcow2('resize', path, size).code).toBe(1)
+    expect(ok(qemuImg('info', path))).toContain('(8388608 bytes)')
+  })
+})

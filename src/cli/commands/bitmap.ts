@@ -1,0 +1,99 @@
+import type { Command } from 'commander'
+import type { Image } from '../../index.js'
+import { describeError } from '../errors.js'
+import { CommandFailure, UsageFailure } from '../failure.js'
+import { refuseDriverSyntax } from '../grammar.js'
+import { withImage } from '../images.js'
+import type { Runner } from '../program.js'
+import type { Session } from '../session.js'
+import { sizeArgument, toSize } from '../size.js'
+
+/** One thing to do; several are done in the order of the command line. */
+type Action = { readonly verb: 'add' | 'remove' | 'clear' | 'enable' | 'disable' | 'merge'; readonly source?: string }
+
+interface BitmapArguments {
+  readonly format?: string
+  readonly granularity?: string
+  readonly sourceFile?: string
+  readonly sourceFormat?: string
+}
+
+export function declareBitmap(program: Command, run: Runner): void {
+  const actions: Action[] = []
+  const command = program
+    .command('bitmap')
+    .summary('add, remove or change a persistent bitmap')
+    .description('Change a persistent bitmap of an image. Several actions are carried out in the order given.')
+    .usage('[options] (--add | --remove | --clear | --enable | --disable | --merge SOURCE)... FILENAME BITMAP')
+    .argument('[files...]', 'the image and the name of the bitmap')
+    .option('-f, --format <fmt>', 'format of the image: qcow2 (default: what it looks like)')
+    .option('-g, --granularity <size>', 'with --add: bytes that one bit stands for')
+    .option('-b, --source-file <file>', 'with --merge: the image that has the source bitmap')
+    .option('-F, --source-format <fmt>', 'format of the source image')
+    .option('-q, --quiet', 'print nothing but errors')
+  const flags = {
+    add: 'add the bitmap, recording from now on',
+    remove: 'remove it',
+    clear: 'make all of it clean',
+    enable: 'start recording',
+    disable: 'stop recording',
+  } as const
+  for (const [verb, what] of Object.entries(flags)) {
+    command.option(`--${verb}`, what)
+    command.on(`option:${verb}`, () => actions.push({ verb: verb as keyof typeof flags }))
+  }
+  command.option('--merge <source>', 'mark in it what is dirty in another bitmap')
+  command.on('option:merge', (source: string) => actions.push({ verb: 'merge', source }))
+  refuseDriverSyntax(command)
+  command.action((files: string[], options: BitmapArguments) =>
+    run(session => bitmap(files, actions, options, session)),
+  )
+}
+
+async function bitmap(
+  files: readonly string[],
+  actions: readonly Action[],
+  options: BitmapArguments,
+  session: Session,
+): Promise<number> {
+  const [filename, name, excess] = files
+  if (filename === undefined || name === undefined || excess !== undefined) {
+    throw new UsageFailure('Expecting filename and bitmap name')
+  }
+  const verbs = actions.map(({ verb }) => verb)
+  if (verbs.length === 0) {
+    throw new UsageFailure('Need at least one of --add, --remove, --clear, --enable, --disable, or --merge')
+  }
+  if (options.granularity !== undefined && !verbs.includes('add')) {
+    throw new UsageFailure('granularity only supported with --add')
+  }
+  if (options.sourceFile !== undefined && !verbs.includes('merge')) {
+    throw new UsageFailure('Merge bitmap source file only supported with --merge')
+  }
+  if (options.sourceFormat !== undefined && options.sourceFile === undefined) {
+    throw new UsageFailure('-F only supported with -b')
+  }
+  const granularity = options.granularity === undefined ? undefined : sizeArgument('granularity', options.granularity)
+  const perform = async (image: Image, source: Image) => {
+    for (const { verb, source: from = '' } of actions) {
+      if (verb === 'add') await image.bitmaps.add(name, { granularity: granularity && toSize(granularity) })
+      else if (verb === 'merge') await image.bitmaps.merge(name, [{ bitmaps: source.bitmaps, name: from }])
+      else await image.bitmaps[verb](name)
+    }
+  }
+  const at = { filename, format: options.format, references: 'layer', flags: 'r+' } as const
+  return withImage(at, session, async image => {
+    const { sourceFile, sourceFormat } = options
+    const done =
+      sourceFile === undefined
+        ? perform(image, image)
+        : withImage({ filename: sourceFile, format: sourceFormat, references: 'layer' }, session, source =>
+            perform(image, source),
+          )
+    await done.catch(error => {
+      if (session.signal.aborted || error instanceof CommandFailure) throw error
+      throw new CommandFailure(`Bitmap operation failed: ${describeError(error)}`, { cause: error })
+    })
+    return 0
+  })
+}

@@ -1,0 +1,75 @@
+import type { Command } from 'commander'
+import type { Image } from '../../index.js'
+import { describeError } from '../errors.js'
+import { CommandFailure, UsageFailure } from '../failure.js'
+import { formatSnapshots } from '../format/info.js'
+import { snapshotDocuments } from '../format/snapshots.js'
+import { oneFile, refuseDriverSyntax } from '../grammar.js'
+import { withImage } from '../images.js'
+import type { Runner } from '../program.js'
+import type { Session } from '../session.js'
+
+interface SnapshotArguments {
+  readonly format?: string
+  readonly list?: boolean
+  readonly create?: string
+  readonly apply?: string
+  readonly delete?: string
+  readonly forceShare?: boolean
+}
+
+export function declareSnapshot(program: Command, run: Runner): void {
+  const command = program
+    .command('snapshot')
+    .summary('list, create, apply or delete internal snapshots')
+    .description('List the internal snapshots of an image, or create, apply or delete one.')
+    .usage('[options] [-l | -c NAME | -a SNAPSHOT | -d SNAPSHOT] FILENAME')
+    .argument('[files...]', 'the image')
+    .option('-f, --format <fmt>', 'format of the image: qcow2 (default: what it looks like)')
+    .option('-l, --list', 'list the snapshots (the default)')
+    .option('-c, --create <name>', 'create a snapshot of the disk as it is')
+    .option('-a, --apply <snapshot>', 'make the disk what the snapshot holds, by id or name')
+    .option('-d, --delete <snapshot>', 'delete the snapshot, by name')
+    .option('-U, --force-share', 'list the snapshots of an image that another process uses')
+    .option('-q, --quiet', 'print nothing but errors')
+  refuseDriverSyntax(command)
+  command.action((files: string[], options: SnapshotArguments) =>
+    run(session => snapshot(oneFile(files), options, session)),
+  )
+}
+
+async function snapshot(filename: string, options: SnapshotArguments, session: Session): Promise<number> {
+  const { create, apply, delete: remove, list, format, forceShare } = options
+  const asked = [create, apply, remove, list].filter(each => each !== undefined)
+  if (asked.length > 1) throw new UsageFailure('Cannot mix -l, -a, -c, -d')
+  const at = { filename, format, references: 'layer' } as const
+  const named = create ?? apply ?? remove
+  if (named === undefined) {
+    return withImage({ ...at, forceShare }, session, async image => {
+      const snapshots = await image.snapshots.list()
+      if (snapshots.length > 0) session.stdout.write(formatSnapshots(snapshotDocuments(snapshots)))
+      return 0
+    })
+  }
+  const verb = create !== undefined ? 'create' : apply !== undefined ? 'apply' : 'delete'
+  return withImage({ ...at, flags: 'r+' }, session, async image => {
+    await change(image, verb, named).catch(error => {
+      if (session.signal.aborted || error instanceof CommandFailure) throw error
+      throw new CommandFailure(`Could not ${verb} snapshot '${named}': ${describeError(error)}`, { cause: error })
+    })
+    return 0
+  })
+}
+
+async function change(image: Image, verb: 'create' | 'apply' | 'delete', named: string): Promise<void> {
+  if (verb === 'create') {
+    await image.snapshots.create(named)
+  } else if (verb === 'apply') {
+    await image.snapshots.apply(named)
+  } else {
+    // Like qemu-img, by name only: a name that looks like another one's id must not delete that one.
+    const found = (await image.snapshots.list()).find(({ name }) => name === named)
+    if (found === undefined) throw new CommandFailure(`Could not delete snapshot '${named}': snapshot not found`)
+    await image.snapshots.delete(found.id)
+  }
+}

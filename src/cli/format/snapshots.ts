@@ -1,0 +1,16 @@
+/** Snapshots as the documents that `info` and `snapshot -l` print. */
+
+import type { SnapshotInfo } from '../../index.js'
+import type { SnapshotDocument } from './info.js'
+
+export const snapshotDocuments = (snapshots: readonly SnapshotInfo[]): SnapshotDocument[] =>
+  snapshots.map(snapshot => ({
+    id: snapshot.id,
+    name: snapshot.name,
+    'vm-state-size': snapshot.vmStateSize,
+    'date-sec': snapshot.dateSec,
+    'date-nsec': snapshot.dateNsec,
+    'vm-clock-sec': snapshot.vmClockSec,
+    'vm-clock-nsec': snapshot.vmClockNsec,
+    ...(snapshot.icount !== undefined && { icount: snapshot.icount }),
+  }))
