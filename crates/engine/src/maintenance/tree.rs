@@ -8,6 +8,9 @@ use qcow2_format::{Geometry, HostOffset, L1Entry, L2Entry, L2Mapping, SnapshotRe
 use super::session::Session;
 use crate::{Error, ErrorKind, Result};
 
+/// References dropped between two looks at how many wait.
+const LOOK_EVERY: u64 = 4096;
+
 /// One reference that a tree makes: to an L2 table, a data cluster, or a cluster with compressed data.
 type Reference = u64;
 
@@ -135,12 +138,13 @@ impl Session<'_> {
     /// Takes every reference of `l1` away.
     pub(super) fn drop_references(&self, l1: &[u64]) -> Result<()> {
         let size = self.geometry().cluster_size();
+        let mut visited = 0u64;
         let (_, dropped) = self.for_references(l1, u64::MAX, |cluster| {
             self.unlink(cluster * size, size);
-            Ok(())
+            visited += 1;
+            if visited.is_multiple_of(LOOK_EVERY) { self.limit_unlinked() } else { Ok(()) }
         });
-        dropped?;
-        self.limit_unlinked()
+        dropped
     }
 
     /// Rewrites the COPIED flags of the L2 tables of `l1`: all cleared, or (`restore`) set where a refcount is one.
