@@ -6,7 +6,7 @@
 
 import { spawnSync } from 'node:child_process'
 import { randomFillSync } from 'node:crypto'
-import { copyFileSync, mkdtempSync, rmSync } from 'node:fs'
+import { closeSync, copyFileSync, fsyncSync, mkdtempSync, openSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { parseArgs } from 'node:util'
@@ -42,9 +42,9 @@ try {
       const ours = []
       const theirs = []
       for (let round = 0; round < ROUNDS; round++) {
-        copyFileSync(at(image), at('trial.qcow2'))
+        prepare(image)
         ours.push(await measure(depth, stride))
-        copyFileSync(at(image), at('trial.qcow2'))
+        prepare(image)
         if (hasQemu) theirs.push(bench(depth, stride))
       }
       results.push({ shape, depth, ours: median(ours), theirs: median(theirs) })
@@ -64,6 +64,14 @@ async function makeImages() {
   }
   await full.close()
   await (await create(at('overlay.qcow2'), { backingFile: at('full.qcow2'), backingFormat: 'qcow2' })).close()
+}
+
+/** A fresh copy, on the disk: else its writeback runs into the trial. */
+function prepare(image) {
+  copyFileSync(at(image), at('trial.qcow2'))
+  const file = openSync(at('trial.qcow2'), 'r+')
+  fsyncSync(file)
+  closeSync(file)
 }
 
 /** Seconds for all writes and a flush. */
