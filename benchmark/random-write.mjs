@@ -47,7 +47,7 @@ try {
         prepare(image)
         if (hasQemu) theirs.push(bench(depth, stride))
       }
-      results.push({ shape, depth, ours: median(ours), theirs: median(theirs) })
+      results.push({ shape, depth, ours: perSecond(ours), theirs: perSecond(theirs) })
     }
   }
   report(results)
@@ -104,8 +104,10 @@ function bench(depth, stride) {
   return Number(/completed in ([\d.]+) seconds/.exec(stdout)?.[1])
 }
 
-function median(numbers) {
-  return numbers.toSorted((a, b) => a - b)[Math.floor(numbers.length / 2)]
+/** Writes per second, the median of the trials; undefined without any. */
+function perSecond(seconds) {
+  const median = seconds.toSorted((a, b) => a - b)[Math.floor(seconds.length / 2)]
+  return median === undefined ? undefined : COUNT / median
 }
 
 function report(results) {
@@ -113,7 +115,7 @@ function report(results) {
   const row = (...cells) => process.stdout.write(`${cells.map(cell => String(cell).padEnd(14)).join('')}\n`)
   row('image', 'depth', 'ours/s', 'qemu-img/s', 'ratio')
   for (const { shape, depth, ours, theirs } of results) {
-    const perSecond = seconds => (seconds === undefined ? '-' : Math.round(COUNT / seconds))
-    row(shape, depth, perSecond(ours), perSecond(theirs), theirs === undefined ? '-' : (theirs / ours).toFixed(2))
+    const [mine, others] = [ours, theirs].map(rate => (rate === undefined ? '-' : Math.round(rate)))
+    row(shape, depth, mine, others, theirs === undefined ? '-' : (ours / theirs).toFixed(2))
   }
 }

@@ -2,7 +2,8 @@
 // process, trials of both sides alternate, page cache warm. Every result is checked once, by `compare`.
 //
 // node benchmark/run.mjs [--smoke] [--trials N] [--source FOLDER] [--size MIB] [--only WORDS] [--json FILE]
-// Words to choose by: a convert's name, 'check', 'map', 'on XFS', 'random reads', 'installation', 'random writes'.
+// Words to choose by: a convert's name, 'check', 'map', 'on XFS', 'random reads', 'installation', 'random writes',
+// 'writes from Node'.
 //
 // --smoke: one trial of everything on a small disk, to see that nothing rots; without qemu-img, this side alone.
 
@@ -156,6 +157,11 @@ function randomReads() {
   return JSON.parse(trial([process.execPath, join(here, 'random-read.mjs'), '--json', ...flags]).stdout)
 }
 
+function nodeWrites() {
+  const flags = smoke ? ['--count', '200', '--rounds', '1'] : ['--rounds', String(trials)]
+  return JSON.parse(trial([process.execPath, join(here, 'random-write.mjs'), '--json', ...flags]).stdout)
+}
+
 try {
   const input = prepare()
   const machine = `${availableParallelism()} cores, ${cpus()[0]?.model}, ${process.platform} ${release()}`
@@ -173,9 +179,17 @@ try {
     console.log(`${name}: ${perSecond.toLocaleString('en')} reads/s`)
   if (qemu && 'installation'.includes(values.only)) engine('replay', '--requests', '500')
   if (qemu && 'random writes'.includes(values.only)) engine('random_writes', '--count', '200')
+  const writes = 'writes from Node'.includes(values.only) ? nodeWrites() : []
+  console.log()
+  for (const { shape, depth, ours, theirs } of writes) {
+    const times = theirs === undefined ? '' : `, ${(ours / theirs).toFixed(2)} times qemu-img bench`
+    console.log(
+      `4 KiB writes from Node, ${shape}, depth ${depth}: ${Math.round(ours).toLocaleString('en')} writes/s${times}`,
+    )
+  }
   if (values.json) {
     const manifest = JSON.parse(readFileSync(join(here, '..', 'package.json'), 'utf8'))
-    const record = { input, machine, versions, trials, version: manifest.version, results, reads }
+    const record = { input, machine, versions, trials, version: manifest.version, results, reads, writes }
     writeFileSync(values.json, `${JSON.stringify(record, undefined, 2)}\n`)
   }
 } finally {
