@@ -3,6 +3,7 @@
 //! Layering (imports point down only): `node -> engine -> transform -> format`. Nothing here knows of
 //! JavaScript; nothing below here does I/O.
 
+pub mod amend;
 pub mod bitmap;
 pub mod check;
 pub mod compare;

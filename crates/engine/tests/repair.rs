@@ -178,7 +178,7 @@ struct Places {
 
 fn small(qemu: &Qemu, dir: &Fixture) -> (std::path::PathBuf, Places) {
     let path = dir.path("small");
-    qemu.create(&path, "", Some(64 << 20));
+    qemu.create(&path, "", Some(8 << 20));
     qemu.io(&path, "qcow2", &["write -P 1 0 256k"]);
     let bytes = std::fs::read(&path).unwrap();
     let l1 = be64(&bytes, 40);

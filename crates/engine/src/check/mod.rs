@@ -22,6 +22,7 @@ mod walk;
 use qcow2_format::{Header, Limits};
 
 pub use repair::{Repair, repair};
+pub(crate) use repair::{expand_zeroes, restructure};
 pub use report::{CheckReport, Finding, FindingCode, Severity};
 
 use crate::{Error, ErrorKind, Job, Result, Storage, StorageExt};

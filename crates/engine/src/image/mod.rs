@@ -24,3 +24,4 @@ pub use open::{OpenOptions, read_header};
 pub use qcow2::{BackingReference, DataFileReference, Qcow2, References};
 pub use raw::Raw;
 pub(crate) use slices::{Slice, decode_words};
+pub(crate) use snapshots::load as load_snapshots;

@@ -16,11 +16,13 @@ mod flags;
 mod metadata;
 mod rebuild;
 mod refcounts;
+mod restructure;
 
 use qcow2_format::Header;
 use qcow2_format::header::feature::{Autoclear, Incompatible};
 
 use self::metadata::Metadata;
+pub(crate) use self::restructure::{expand_zeroes, restructure};
 use super::compare::{self, Compared, Fix};
 use super::report::{CheckReport, FindingCode, Severity, Tally};
 use super::snapshots::{self, SnapshotTable};

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use qcow2_format::limits::{MAX_REFCOUNT_TABLE_BYTES, MAX_SNAPSHOT_TABLE_BYTES};
-use qcow2_format::{Header, HostOffset, refcount};
+use qcow2_format::{Geometry, Header, HostOffset, refcount};
 
 use super::super::compare::Fix;
 use super::super::counts::ReferenceCounts;
@@ -20,52 +20,82 @@ use crate::{Error, ErrorKind, StorageExt};
 /// Extra data of an entry that is written anew.
 const EXTRA_DATA: u32 = 24;
 
-struct Builder<'a, 'b> {
+pub(super) struct Builder<'a, 'b, 'c> {
     target: &'a Target<'a>,
-    stored: &'b mut StoredRefcounts<'a>,
+    stored: &'b mut StoredRefcounts<'c>,
     counts: &'b ReferenceCounts,
     fix: Fix,
-    /// Clusters that were taken for the new structures.
-    taken: BTreeSet<u64>,
+    /// Of the new structures.
+    geometry: Geometry,
+    /// Clusters that were taken, and their refcounts.
+    taken: BTreeMap<u64, u64>,
     /// Where the search for free clusters goes on.
     next: u64,
 }
 
 /// Writes the structures, and a new snapshot table if the old one is damaged, and switches the header to them. Returns
 /// the new header.
-pub(super) fn rebuild<'a>(
-    target: &'a Target<'a>,
+pub(super) fn rebuild(
+    target: &Target<'_>,
     snapshots: &SnapshotTable,
-    stored: &mut StoredRefcounts<'a>,
+    stored: &mut StoredRefcounts<'_>,
     counts: &ReferenceCounts,
     fix: Fix,
 ) -> Result<Header, Stop> {
-    let mut builder = Builder { target, stored, counts, fix, taken: BTreeSet::new(), next: 0 };
     let mut header = target.header.clone();
+    let mut builder = Builder::new(target, stored, counts, fix, header.geometry);
     if snapshots.corruptions > 0 {
         builder.snapshot_table(snapshots, &mut header)?;
     }
-    let (blocks, table, table_clusters) = builder.place()?;
-    builder.write(&blocks, table)?;
-    target.storage.flush()?;
-    header.refcount_table_offset = HostOffset(table << header.geometry.cluster_bits());
-    header.refcount_table_clusters = table_clusters;
-    // One write inside one sector: the new structures appear together.
+    builder.structures(&mut header)?;
+    switch(target, &header)?;
+    Ok(header)
+}
+
+/// Switches the header to new structures, in one write inside one sector: they appear together.
+pub(super) fn switch(target: &Target<'_>, header: &Header) -> Result<(), Stop> {
     let mut fields = Vec::with_capacity(24);
     fields.extend_from_slice(&header.refcount_table_offset.get().to_be_bytes());
-    fields.extend_from_slice(&table_clusters.to_be_bytes());
+    fields.extend_from_slice(&header.refcount_table_clusters.to_be_bytes());
     fields.extend_from_slice(&header.nb_snapshots.to_be_bytes());
     fields.extend_from_slice(&header.snapshots_offset.get().to_be_bytes());
     super::write(target.storage, &fields, REFCOUNT_TABLE_OFFSET)?;
     target.storage.flush()?;
-    Ok(header)
+    Ok(())
 }
 
-impl Builder<'_, '_> {
+impl<'a, 'b, 'c> Builder<'a, 'b, 'c> {
+    pub(super) fn new(
+        target: &'a Target<'a>,
+        stored: &'b mut StoredRefcounts<'c>,
+        counts: &'b ReferenceCounts,
+        fix: Fix,
+        geometry: Geometry,
+    ) -> Self {
+        Self { target, stored, counts, fix, geometry, taken: BTreeMap::new(), next: 0 }
+    }
+
+    /// Writes all refcount structures, makes them durable, and enters their place into `header`.
+    pub(super) fn structures(&mut self, header: &mut Header) -> Result<(), Stop> {
+        let (blocks, table, table_clusters) = self.place()?;
+        self.write(&blocks, table)?;
+        self.target.storage.flush()?;
+        header.refcount_table_offset = HostOffset(table << self.geometry.cluster_bits());
+        header.refcount_table_clusters = table_clusters;
+        Ok(())
+    }
+
+    /// Takes one free cluster that gets `refcount`.
+    pub(super) fn take_one(&mut self, refcount: u64) -> Result<u64, Stop> {
+        let cluster = self.take(1)?;
+        self.taken.insert(cluster, refcount);
+        Ok(cluster)
+    }
+
     /// The refcount that a cluster gets.
     fn refcount(&mut self, cluster: u64) -> Result<u64, Stop> {
-        if self.taken.contains(&cluster) {
-            return Ok(1);
+        if let Some(refcount) = self.taken.get(&cluster) {
+            return Ok(*refcount);
         }
         let counted = self.counts.get(cluster);
         if self.fix.leaks {
@@ -77,7 +107,7 @@ impl Builder<'_, '_> {
 
     fn is_free(&mut self, cluster: u64) -> Result<bool, Stop> {
         Ok(self.counts.get(cluster) == 0
-            && !self.taken.contains(&cluster)
+            && !self.taken.contains_key(&cluster)
             && self.stored.get(cluster)?.is_none_or(|stored| stored == 0))
     }
 
@@ -96,11 +126,15 @@ impl Builder<'_, '_> {
         if count == 1 {
             self.next = start + 1;
         }
-        self.taken.extend(start..start + count);
+        self.taken.extend((start..start + count).map(|cluster| (cluster, 1)));
         Ok(start)
     }
 
-    fn snapshot_table(&mut self, snapshots: &SnapshotTable, header: &mut Header) -> Result<(), Stop> {
+    pub(super) fn snapshot_table(
+        &mut self,
+        snapshots: &SnapshotTable,
+        header: &mut Header,
+    ) -> Result<(), Stop> {
         let mut bytes = Vec::new();
         for record in &snapshots.records {
             let mut record = record.clone();
@@ -128,7 +162,7 @@ impl Builder<'_, '_> {
 
     /// Finds a place for every block that is needed, those for the new structures included, and for their table.
     fn place(&mut self) -> Result<(BTreeMap<u64, u64>, u64, u32), Stop> {
-        let geometry = self.target.header.geometry;
+        let geometry = self.geometry;
         let entries = geometry.refcount_block_entries();
         let mut blocks = BTreeMap::new();
         for index in 0..self.counts.clusters().div_ceil(entries) {
@@ -144,7 +178,7 @@ impl Builder<'_, '_> {
         let mut table = (0, 0);
         loop {
             // Clusters that were taken behind the file need blocks themselves.
-            let missing: BTreeSet<u64> = self.taken.iter().map(|c| c / entries).collect();
+            let missing: BTreeSet<u64> = self.taken.keys().map(|c| c / entries).collect();
             let missing: Vec<u64> = missing.into_iter().filter(|i| !blocks.contains_key(i)).collect();
             for &index in &missing {
                 blocks.insert(index, self.take(1)?);
@@ -169,7 +203,7 @@ impl Builder<'_, '_> {
     }
 
     fn write(&mut self, blocks: &BTreeMap<u64, u64>, table: u64) -> Result<(), Stop> {
-        let geometry = self.target.header.geometry;
+        let geometry = self.geometry;
         let (bits, order) = (geometry.cluster_bits(), geometry.refcount_order());
         let entries = geometry.refcount_block_entries();
         let highest = blocks.keys().next_back().copied().unwrap_or(0);
@@ -179,9 +213,8 @@ impl Builder<'_, '_> {
             let mut block = vec![0; geometry.cluster_len()];
             for (place, counted) in (index * entries..(index + 1) * entries).enumerate() {
                 let value = self.refcount(counted)?;
-                if value > 0 {
-                    // A count never exceeds what a refcount can hold.
-                    let _ = refcount::set(&mut block, place, order, value);
+                if value > 0 && refcount::set(&mut block, place, order, value).is_none() {
+                    return Err(too_wide(counted, value, geometry.refcount_max()));
                 }
             }
             super::write(self.target.storage, &block, cluster << bits)?;
@@ -192,4 +225,12 @@ impl Builder<'_, '_> {
         super::write(self.target.storage, &words, table << bits)?;
         Ok(())
     }
+}
+
+/// A refcount that the width of the new structures cannot hold.
+fn too_wide(cluster: u64, value: u64, max: u64) -> Stop {
+    let message = format!(
+        "host cluster {cluster} has {value} references, more than the largest refcount ({max}) of the new width"
+    );
+    Stop::Error(Error::new(ErrorKind::Limit, message).with_field("refcount_bits"))
 }

@@ -1,0 +1,239 @@
+//! Changes of a sound image that need new refcount structures: another refcount width, a new snapshot table, clusters
+//! for what was zero clusters. Like a rebuild, all of it is durable before the header knows of it.
+
+use std::collections::BTreeMap;
+
+use qcow2_format::l1::{COPIED, OFFSET_MASK};
+use qcow2_format::l2::ZERO;
+use qcow2_format::{Header, HostOffset, L1Entry, L2Entry};
+
+use super::super::compare::{self, Fix};
+use super::super::counts::ReferenceCounts;
+use super::super::report::Tally;
+use super::super::snapshots::{self, SnapshotTable};
+use super::super::stored::StoredRefcounts;
+use super::super::{CheckOptions, File, Stop, Target, check, walk_all};
+use super::rebuild::{Builder, switch};
+use super::{Repair, refcounts};
+use crate::{Error, ErrorKind, Job, MemMut, Result, Storage, StorageExt};
+
+/// Only what is counted matters: the image is sound, but for leaks.
+const COUNTED: Fix = Fix { leaks: true, errors: true };
+/// Bytes of memory per entry that waits to be written.
+const ENTRY_MEMORY: u64 = 128;
+
+impl From<Stop> for Error {
+    fn from(stop: Stop) -> Self {
+        match stop {
+            Stop::Failed(error) | Stop::Error(error) => error,
+        }
+    }
+}
+
+/// Refuses an image whose references cannot be trusted.
+fn require_sound(storage: &dyn Storage, header: &Header, options: &CheckOptions, job: &Job) -> Result<()> {
+    let report = check(storage, header, options, job)?;
+    let errors = report.corruptions + report.check_errors;
+    if errors == 0 && report.failure.is_none() {
+        return Ok(());
+    }
+    let message = format!("the image has {errors} errors: repair it before it is amended");
+    let error = storage.located(Error::new(ErrorKind::Corrupt, message));
+    Err(match report.failure {
+        Some(failure) => error.with_source(failure),
+        None => error,
+    })
+}
+
+/// Writes the refcount structures anew for the header `new`, with a new snapshot table if `rewrite_snapshots`, and
+/// then `new` itself through `publish`, with the places of both.
+///
+/// # Errors
+/// `Corrupt` for an image that is not sound; `Limit` for a refcount that the new width cannot hold. Nothing is changed
+/// before `publish`.
+pub(crate) fn restructure(
+    storage: &dyn Storage,
+    new: &Header,
+    rewrite_snapshots: bool,
+    options: &CheckOptions,
+    job: &Job,
+    publish: impl FnOnce(&Header) -> Result<()>,
+) -> Result<()> {
+    let header = crate::image::read_header(storage)?;
+    require_sound(storage, &header, options, job)?;
+    let target = Target { storage, header: &header, options, job, repair: Some(Repair::All) };
+    let mut image = Sound::walk(&target)?;
+    let mut new = new.clone();
+    let mut builder = Builder::new(&target, &mut image.stored, &image.counts, COUNTED, new.geometry);
+    if rewrite_snapshots {
+        builder.snapshot_table(&image.snapshots, &mut new)?;
+    }
+    builder.structures(&mut new)?;
+    publish(&new)?;
+    free_leaks(storage, options, job)
+}
+
+/// What a sound image refers to.
+struct Sound<'a> {
+    snapshots: SnapshotTable,
+    stored: StoredRefcounts<'a>,
+    counts: ReferenceCounts,
+}
+
+impl<'a> Sound<'a> {
+    fn walk(target: &'a Target<'_>) -> Result<Self> {
+        let (mut tally, mut copied) = (Tally::new(0), Tally::new(0));
+        let snapshots = snapshots::read(target, &mut tally)?;
+        let file = File::measure(target)?;
+        let mut stored = StoredRefcounts::load(target, file.clusters)?;
+        let walked = walk_all(target, &file, &snapshots, &mut stored, &mut tally, &mut copied)?;
+        Ok(Self { snapshots, stored, counts: walked.counts })
+    }
+}
+
+/// Lowers the refcounts of what nothing refers to any more.
+fn free_leaks(storage: &dyn Storage, options: &CheckOptions, job: &Job) -> Result<()> {
+    let header = crate::image::read_header(storage)?;
+    let target = Target { storage, header: &header, options, job, repair: Some(Repair::Leaks) };
+    let mut image = Sound::walk(&target)?;
+    let mut tally = Tally::new(0);
+    compare::compare(&target, &mut image.stored, &image.counts, Fix::default(), &mut tally)?;
+    if tally.leaks > 0 {
+        refcounts::write(&target, &mut image.stored, &image.counts, Fix { leaks: true, errors: false })?;
+    }
+    Ok(())
+}
+
+/// Replaces every zero cluster, of the active disk and of all snapshots, by one that reads as zeroes without a flag:
+/// nothing where there is no backing file, else a cluster of zeroes. The disks read the same at every moment.
+///
+/// With `plain`, an image that has compressed clusters is refused before anything is changed.
+///
+/// # Errors
+/// As [`restructure`], and `InvalidArgument` for compressed clusters.
+pub(crate) fn expand_zeroes(
+    storage: &dyn Storage,
+    plain: bool,
+    options: &CheckOptions,
+    job: &Job,
+) -> Result<()> {
+    let header = crate::image::read_header(storage)?;
+    require_sound(storage, &header, options, job)?;
+    let target = Target { storage, header: &header, options, job, repair: Some(Repair::All) };
+    let mut image = Sound::walk(&target)?;
+    let tables = l2_tables(&target, &image.snapshots)?;
+    let mut expansion = Expansion {
+        target: &target,
+        builder: Builder::new(&target, &mut image.stored, &image.counts, COUNTED, header.geometry),
+        counts: &image.counts,
+        words: BTreeMap::new(),
+        new_clusters: false,
+    };
+    if plain {
+        for &table in &tables {
+            job.checkpoint()?;
+            expansion.refuse_compressed(table)?;
+        }
+    }
+    for table in tables {
+        job.checkpoint()?;
+        expansion.table(table)?;
+    }
+    let Expansion { mut builder, words, new_clusters, .. } = expansion;
+    if words.is_empty() {
+        return Ok(());
+    }
+    // The clusters of zeroes, then their refcounts, then what refers to them.
+    storage.flush()?;
+    if new_clusters {
+        let mut new = header.clone();
+        builder.structures(&mut new)?;
+        switch(&target, &new)?;
+    }
+    for (at, word) in words {
+        super::write(storage, &word.to_be_bytes(), at)?;
+    }
+    storage.flush()?;
+    free_leaks(storage, options, job)
+}
+
+/// Host offsets of all L2 tables, each once.
+fn l2_tables(target: &Target<'_>, snapshots: &SnapshotTable) -> Result<Vec<u64>> {
+    let header = target.header;
+    let mut offsets = Vec::new();
+    let mut l1_tables = vec![(header.l1_table_offset.get(), u64::from(header.l1_size))];
+    l1_tables.extend(snapshots.entries.iter().map(|s| (s.l1_offset, u64::from(s.l1_size))));
+    for (at, entries) in l1_tables {
+        // At most 32 MiB each: the walk was there before.
+        let mut bytes = vec![0; entries as usize * 8];
+        target.storage.read_padded_at(MemMut::from(&mut bytes[..]), at)?;
+        let words = bytes.as_chunks::<8>().0.iter().map(|b| L1Entry(u64::from_be_bytes(*b)));
+        offsets.extend(words.map(L1Entry::offset_bits).filter(|offset| *offset != 0));
+        offsets.sort_unstable();
+        offsets.dedup();
+    }
+    Ok(offsets)
+}
+
+struct Expansion<'a, 'b, 'c> {
+    target: &'a Target<'a>,
+    builder: Builder<'a, 'b, 'c>,
+    counts: &'b ReferenceCounts,
+    /// New L2 entries by their host offset.
+    words: BTreeMap<u64, u64>,
+    new_clusters: bool,
+}
+
+impl Expansion<'_, '_, '_> {
+    fn read(&self, table: u64) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; self.target.header.geometry.cluster_len()];
+        self.target.storage.read_padded_at(MemMut::from(&mut bytes[..]), table)?;
+        Ok(bytes)
+    }
+
+    fn refuse_compressed(&self, table: u64) -> Result<()> {
+        let bytes = self.read(table)?;
+        let mut words = bytes.as_chunks::<8>().0.iter().map(|b| L2Entry::standard(u64::from_be_bytes(*b)));
+        if !words.any(L2Entry::is_compressed) {
+            return Ok(());
+        }
+        let message = "Cannot downgrade an image with zstd compression type and existing compressed clusters";
+        let error = Error::new(ErrorKind::InvalidArgument, message).with_field("compression_type");
+        Err(self.target.storage.located(error))
+    }
+
+    fn table(&mut self, table: u64) -> Result<()> {
+        let header = self.target.header;
+        let geometry = &header.geometry;
+        let storage = self.target.storage;
+        let size = geometry.cluster_size();
+        let bytes = self.read(table)?;
+        let references = self.counts.get(geometry.cluster_index(table));
+        for (index, bytes) in bytes.as_chunks::<8>().0.iter().enumerate() {
+            let entry = L2Entry::standard(u64::from_be_bytes(*bytes));
+            if entry.is_compressed() || entry.word & ZERO == 0 {
+                continue;
+            }
+            let host = entry.word & OFFSET_MASK;
+            let word = if header.backing_file.is_none() {
+                0
+            } else if host != 0 && self.counts.get(geometry.cluster_index(host)) == 1 {
+                // Nothing else reads this cluster, and through this entry it reads as zeroes.
+                storage.zero(host, size, false)?;
+                entry.word & !ZERO
+            } else {
+                self.new_clusters = true;
+                let cluster = self.builder.take_one(references)? << geometry.cluster_bits();
+                storage.zero(cluster, size, false)?;
+                HostOffset(cluster).get() | if references == 1 { COPIED } else { 0 }
+            };
+            self.words.insert(table + index as u64 * 8, word);
+            let limit = self.target.options.limits.max_memory;
+            if self.words.len() as u64 > limit / ENTRY_MEMORY {
+                let message = format!("the zero clusters to expand exceed the limit of {limit} bytes");
+                return Err(Error::new(ErrorKind::Limit, message));
+            }
+        }
+        Ok(())
+    }
+}
