@@ -38,7 +38,6 @@ const AUTOCLEAR = 88
 describe('opening for writing', () => {
   const cases: [string, (header: Buffer) => void, string][] = [
     ['the corrupt bit', h => h.writeBigUInt64BE(2n, INCOMPATIBLE), 'ERR_QCOW2_CORRUPT'],
-    ['the dirty bit', h => h.writeBigUInt64BE(1n, INCOMPATIBLE), 'ERR_QCOW2_CORRUPT'],
     ['an unknown incompatible bit', h => h.writeBigUInt64BE(1n << 40n, INCOMPATIBLE), 'ERR_QCOW2_UNSUPPORTED_FEATURE'],
     ['encryption', h => h.writeUInt32BE(1, 32), 'ERR_QCOW2_UNSUPPORTED_FEATURE'],
     ['no refcount table', h => h.writeUInt32BE(0, 56), 'ERR_QCOW2_CORRUPT'],
@@ -52,6 +51,15 @@ describe('opening for writing', () => {
     expect(digest(path)).toBe(before)
     // Nothing stays open, and nothing locked.
     expect((await failure(() => open(path, { flags: 'r+' }))).code).toBe(code)
+  })
+
+  it('an image that was not closed cleanly is repaired first', async () => {
+    const path = changed(h => h.writeBigUInt64BE(1n, INCOMPATIBLE))
+    const image = await open(path, { flags: 'r+' })
+    const { buffer } = await image.read(Buffer.alloc(100), { position: 0 })
+    expect(buffer).toEqual(pattern(0, 100))
+    await image.close()
+    expect(readFileSync(path).readBigUInt64BE(INCOMPATIBLE)).toBe(0n)
   })
 
   it('an image that is damaged so can be read', async () => {
