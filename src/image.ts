@@ -543,7 +543,8 @@ function toViews(buffers: unknown, owner: string): Uint8Array[] {
  * @throws {@link Qcow2Error} `ERR_QCOW2_FORMAT_UNKNOWN`, `ERR_QCOW2_INVALID_HEADER`, `ERR_QCOW2_UNSUPPORTED_FEATURE`,
  *   `ERR_QCOW2_CORRUPT`, `ERR_QCOW2_LIMIT`, `ERR_QCOW2_REFERENCE_DENIED`, `ERR_QCOW2_CHAIN`, `ERR_QCOW2_NO_SNAPSHOT`,
  *   `ERR_QCOW2_LOCKED` if another process uses the image in a way that excludes this one, or the system's code (`ENOENT`,
- *   `EACCES`). For writing also `ERR_QCOW2_CORRUPT` for an image that is marked corrupt or was not closed cleanly
+ *   `EACCES`). For writing also `ERR_QCOW2_CORRUPT` for an image that is marked corrupt, or that was not
+ *   closed cleanly and cannot be repaired
  */
 export async function open(source: ImageSource, options?: OpenOptions): Promise<Image> {
   const located = toLocated(source, 'source')
