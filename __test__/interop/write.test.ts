@@ -96,8 +96,10 @@ describeWithQemu('what convert writes', () => {
 
   it('is raw with the length and the holes of the disk', async () => {
     const source = join(folder, 'sparse.qcow2')
-    await using image = await create(source, { size: 2 ** 36 + 512 })
+    const image = await create(source, { size: 2 ** 36 + 512 })
     expect(image.virtualSize).toBe(2 ** 36 + 512)
+    // Until then nobody else can open it.
+    await image.close()
     const raw = join(folder, 'sparse.raw')
     await convert(source, raw, { to: 'raw' })
     const { size, blocks } = statSync(raw)
@@ -113,7 +115,8 @@ describeWithQemu('what create writes', () => {
     '$name is described alike',
     async ({ shape }) => {
       const path = join(folder, 'created.qcow2')
-      await using image = await create(path, { ...shape, size: 3_000_000, overwrite: true })
+      const image = await create(path, { ...shape, size: 3_000_000, overwrite: true })
+      await image.close()
       ok(qemuImg('check', '-q', '-f', 'qcow2', path))
       const theirs = JSON.parse(ok(qemuImg('info', '-f', 'qcow2', '--output=json', path)))
       const ours = JSON.parse(ok(qcow2('info', '-f', 'qcow2', '--output=json', path)))
