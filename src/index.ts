@@ -1,6 +1,7 @@
 /** Open, create, read, convert, check and inspect qcow2 disk images, in-process. */
 
 export type { AccessOptions, CacheMode, SharingOptions } from './access.js'
+export { type AmendOptions, amend } from './amend.js'
 export type { Reference, ReferencePolicy } from './backing/policy.js'
 export type { AddBitmapOptions, Bitmaps, DirtyRange } from './bitmap.js'
 export { type CheckFinding, type CheckOptions, type CheckResult, check } from './check.js'

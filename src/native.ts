@@ -204,6 +204,17 @@ export interface NativeMeasured {
   readonly bitmaps?: number
 }
 
+/** What to amend; what is absent stays. */
+export interface NativeAmendChanges {
+  readonly version?: number | undefined
+  readonly refcountBits?: number | undefined
+  readonly lazyRefcounts?: boolean | undefined
+  readonly dataFile?: string | undefined
+  readonly dataFileRaw?: boolean | undefined
+  readonly backingFile?: string | undefined
+  readonly backingFormat?: string | undefined
+}
+
 export interface NativeCheckOutcome {
   readonly imageEndOffset: number
   readonly totalClusters: number
@@ -260,6 +271,7 @@ export interface Addon {
   layersInfo(request: number, image: number): void
   inspectFile(request: number, file: number, limits: NativeLimits | undefined): void
   inspectPrefix(request: number, bytes: Buffer, limits: NativeLimits | undefined): void
+  amendImage(request: number, job: number, image: number, changes: NativeAmendChanges): void
   checkImage(
     request: number,
     job: number,

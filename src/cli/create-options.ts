@@ -72,6 +72,9 @@ export function optionSpecs(format: Format): readonly OptionSpec[] {
   return [...QCOW2_OPTIONS, ...FILE_OPTIONS.filter(({ name }) => !own.has(name))]
 }
 
+/** Whether an image can be made with this option. */
+export const isCreateOption = (name: string): boolean => QCOW2_OPTIONS.some(spec => spec.name === name)
+
 /** The text of `-o help`. With a file name, the options of the file itself are listed too. */
 export function describeFormat(format: Format, filename: string | undefined): string {
   const offered = (specs: readonly OptionSpec[]): string => optionHelp(specs.filter(({ name }) => !isRefused(name)))

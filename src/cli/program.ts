@@ -3,6 +3,7 @@
 import { readFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { Command, CommanderError } from 'commander'
+import { declareAmend } from './commands/amend.js'
 import { declareBitmap } from './commands/bitmap.js'
 import { declareCheck } from './commands/check.js'
 import { declareCompare } from './commands/compare.js'
@@ -20,7 +21,7 @@ import type { Session } from './session.js'
 export type Runner = (work: (session: Session) => Promise<number>) => Promise<void>
 
 /** Commands of qemu-img that this version does not have: known, so that the message can say so. */
-const LATER = ['amend', 'bench', 'commit', 'dd', 'rebase']
+const LATER = ['bench', 'commit', 'dd', 'rebase']
 
 const VALUES = `
 Sizes take the suffixes k, M, G, T, P and E, powers of 1024. Formats are qcow2 and raw.
@@ -53,6 +54,7 @@ function buildProgram(session: Session, run: Runner): Command {
     declareSnapshot,
     declareBitmap,
     declareResize,
+    declareAmend,
   ]) {
     declare(program, run)
   }

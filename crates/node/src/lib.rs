@@ -13,6 +13,7 @@
     reason = "what JavaScript calls is exported by the napi attribute, not by its path"
 )]
 
+pub mod amend;
 pub mod bitmaps;
 mod boundary;
 pub mod check;

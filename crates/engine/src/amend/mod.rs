@@ -102,6 +102,9 @@ impl<'a> Plan<'a> {
             let message = "Refcount width must be a power of two and may not exceed 64 bits";
             return Err(refused("refcount_bits", message));
         }
+        if version < 3 && refcount_bits != 16 && options.refcount_bits.is_none() {
+            return Err(refused("refcount_bits", "compat=0.10 requires refcount_bits=16"));
+        }
         if version < 3 && refcount_bits != 16 {
             let message = "Refcount widths other than 16 bits require compatibility level 1.1 or above \
                            (use compat=1.1 or greater)";

@@ -1,0 +1,126 @@
+/** Changing the options of an existing image. */
+
+import { SHARING, type SharingOptions, toReadAccess } from './access.js'
+import { openChain } from './backing/chain.js'
+import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
+import { invalidArgument, Qcow2Error } from './errors.js'
+import { open } from './image.js'
+import type { NativeAmendChanges } from './native.js'
+import {
+  bytes,
+  flag,
+  type Limits,
+  LONG_RUNNING,
+  type LongRunning,
+  limits,
+  oneOf,
+  type Read,
+  readOptions,
+  text,
+  throwIfAborted,
+} from './options.js'
+import { type Format, type ImageSource, release, toLocated } from './source.js'
+import { runJob } from './support/jobs.js'
+import type { Size } from './units.js'
+
+/** Options of {@link amend}: what is not named stays as it is. */
+export interface AmendOptions extends LongRunning, SharingOptions {
+  /**
+   * Version of the format. Going back to 2 turns zero clusters into data where there is a backing file, and is refused for what
+   * version 2 does not have.
+   */
+  version?: 2 | 3 | undefined
+  /** Width of the refcounts. Refused where a cluster has more references than the width can count. */
+  refcountBits?: 1 | 2 | 4 | 8 | 16 | 32 | 64 | undefined
+  /** Whether other programs may postpone refcount updates. This library never does. */
+  lazyRefcounts?: boolean | undefined
+  /** Grows the disk to this size. */
+  size?: Size | undefined
+  /** Name of the external data file of an image that has one; `''` removes the name. */
+  dataFile?: string | undefined
+  /** `false` gives up that the external data file is a raw image on its own; it cannot be promised later. */
+  dataFileRaw?: boolean | undefined
+  /** Only what is there already: another backing file takes a rebase. */
+  backingFile?: string | undefined
+  /** See `backingFile`. */
+  backingFormat?: Format | undefined
+  /** What the image names is opened only to change the size. Default `'deny'`. */
+  references?: ReferencePolicy | undefined
+  limits?: Limits | undefined
+}
+
+const AMEND = {
+  ...LONG_RUNNING,
+  ...SHARING,
+  version: oneOf(2, 3),
+  refcountBits: oneOf(1, 2, 4, 8, 16, 32, 64),
+  lazyRefcounts: flag,
+  size: bytes,
+  dataFile: text,
+  dataFileRaw: flag,
+  backingFile: text,
+  backingFormat: oneOf('qcow2', 'raw'),
+  references: referencePolicy,
+  limits,
+} as const
+
+/**
+ * Changes the options of a qcow2 image in place. The image is locked for that: nobody else has it open. What the disk and its
+ * snapshots read as does not change. Each change is whole: interrupted at any point, the image has some of them, and leaked clusters at
+ * worst. Unknown header fields and extensions are kept.
+ *
+ * @throws {@link Qcow2Error} as `open`; `ERR_QCOW2_INVALID_ARGUMENT` for what the format or the image does not allow, before anything is
+ *   changed; `ERR_QCOW2_CORRUPT` for an image that must be repaired first; `ERR_QCOW2_LIMIT` for refcounts that do not fit
+ */
+export async function amend(source: ImageSource, options?: AmendOptions): Promise<void> {
+  const located = toLocated(source, 'source')
+  const { size, version, references, refcountBits, lazyRefcounts, ...read } = readOptions(options, 'amend', AMEND)
+  const { dataFile, dataFileRaw, backingFile, backingFormat } = read
+  throwIfAborted(read.signal)
+  if (read.forceShare) throw invalidArgument('forceShare', 'amend: forceShare is for reading')
+  const changes = { refcountBits, lazyRefcounts, dataFile, dataFileRaw, backingFile, backingFormat }
+  const run = async (these: NativeAmendChanges): Promise<void> => {
+    const access = { ...toReadAccess(read), write: {} }
+    const { limits, signal } = read
+    const chain = await openChain(located, {
+      format: 'qcow2',
+      references: 'layer',
+      limits,
+      signal,
+      access,
+      forCheck: true,
+    })
+    try {
+      if (size !== undefined && size < chain.virtualSize) throw shrinks(size, chain.virtualSize)
+      await runJob<void>('amend', read, (request, job, addon) => addon.amendImage(request, job, chain.image, these))
+    } finally {
+      await release(chain.image)
+    }
+  }
+  if (size === undefined) return run({ ...changes, version })
+  // A new size may need what only version 3 has, so going back to version 2 is last.
+  await run({ ...changes, version: version === 2 ? undefined : version })
+  await grow(source, size, references, read)
+  if (version === 2) await run({ version })
+}
+
+function shrinks(size: number, now: number): Qcow2Error {
+  const message = `amend: a size of ${size} bytes would cut off a disk of ${now} bytes`
+  return new Qcow2Error('ERR_QCOW2_DATA_LOSS', message, { field: 'size' })
+}
+
+type Rest = Pick<Read<typeof AMEND>, 'limits' | 'signal' | 'locking'>
+
+async function grow(
+  source: ImageSource,
+  size: number,
+  references: ReferencePolicy | undefined,
+  { limits, signal, locking }: Rest,
+): Promise<void> {
+  const image = await open(source, { flags: 'r+', format: 'qcow2', references, limits, signal, locking })
+  try {
+    await image.truncate(size, { signal })
+  } finally {
+    await image.close()
+  }
+}

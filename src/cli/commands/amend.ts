@@ -1,0 +1,152 @@
+import type { Command } from 'commander'
+import { type AmendOptions, amend, type Format, Qcow2Error } from '../../index.js'
+import { isCreateOption } from '../create-options.js'
+import { describeError, openFailure } from '../errors.js'
+import { CommandFailure, UsageFailure, unsupported } from '../failure.js'
+import { cacheMode, oneFile, refuseDriverSyntax } from '../grammar.js'
+import { formatOf, localPath } from '../images.js'
+import {
+  asksForHelp,
+  joinOptionLists,
+  type OptionSpec,
+  type OptionValues,
+  optionHelp,
+  parseOptionList,
+} from '../options.js'
+import type { Runner } from '../program.js'
+import { withProgress } from '../progress.js'
+import type { Session } from '../session.js'
+import { toSize } from '../size.js'
+
+interface AmendArguments {
+  readonly format?: string
+  readonly options?: string
+  readonly progress?: boolean
+  readonly quiet?: boolean
+}
+
+const OPTIONS: readonly OptionSpec[] = [
+  { name: 'backing_file', type: 'string', help: 'File name of a base image' },
+  { name: 'backing_fmt', type: 'string', help: 'Image format of the base image' },
+  { name: 'compat', type: 'string', help: 'Compatibility level (v2 [0.10] or v3 [1.1])' },
+  { name: 'data_file', type: 'string', help: 'File name of an external data file' },
+  { name: 'data_file_raw', type: 'bool', help: 'The external data file must stay valid as a raw image' },
+  { name: 'lazy_refcounts', type: 'bool', help: 'Postpone refcount updates' },
+  { name: 'refcount_bits', type: 'number', help: 'Width of a reference count entry in bits' },
+  { name: 'size', type: 'size', help: 'Virtual disk size' },
+]
+
+export function declareAmend(program: Command, run: Runner): void {
+  const command = program
+    .command('amend')
+    .summary('change the options of an image')
+    .description('Change the options of an existing qcow2 image. The contents of the disk stay as they are.')
+    .usage('[options] -o OPTIONS FILENAME')
+    .argument('[files...]', 'the image')
+    .option('-f, --format <fmt>', 'format of the image: qcow2 (default: what it looks like)')
+    .option(
+      '-o, --options <list>',
+      'options as name=value,name=value; help lists them',
+      (list: string, previous: string | undefined) => joinOptionLists(previous, list),
+    )
+    .option('-p, --progress', 'show progress')
+    .option('-q, --quiet', 'print nothing but errors')
+    .option('-t, --cache <mode>', 'cache mode, as qemu-img takes it', cacheMode('cache'))
+    .option('--force', 'allow what could make an encrypted image unreadable: nothing in this version')
+  refuseDriverSyntax(command)
+  command.action((files: string[], options: AmendArguments) => run(session => amendFile(files, options, session)))
+}
+
+async function amendFile(files: readonly string[], options: AmendArguments, session: Session): Promise<number> {
+  const { options: list, progress = false, quiet = false } = options
+  if (list === undefined) throw new UsageFailure('Must specify options (-o)')
+  if (asksForHelp(list)) {
+    session.stdout.write(`Amend options for 'qcow2':\n${optionHelp(OPTIONS)}`)
+    return 0
+  }
+  const filename = oneFile(files)
+  const format = await formatOf(filename, options.format, session).catch(error => {
+    throw session.signal.aborted ? error : openFailure(filename, error)
+  })
+  if (format !== 'qcow2') throw new CommandFailure(`Format driver '${format}' does not support option amendment`)
+  const changes = toAmendOptions(parse(list))
+  const choice = { progress: progress && !quiet, quiet, verb: 'Amending', step: 1 }
+  await withProgress(session, choice, job =>
+    amend(localPath(filename), { ...job, ...changes, references: 'allow' }),
+  ).catch(error => {
+    throw session.signal.aborted ? error : worded(filename, error)
+  })
+  return 0
+}
+
+/** Parses the list; an option that exists when an image is made is told apart from one that does not exist. */
+function parse(list: string): OptionValues {
+  try {
+    return parseOptionList(list, OPTIONS)
+  } catch (error) {
+    const name = /^Invalid parameter '(.*)'$/.exec(error instanceof Error ? error.message : '')?.[1]
+    if (name === undefined || !isCreateOption(name)) throw error
+    const hint = 'This option is only supported for image creation'
+    throw new CommandFailure(`Invalid parameter '${name}'`, { hint, cause: error })
+  }
+}
+
+function toAmendOptions(values: OptionValues): AmendOptions {
+  const options: AmendOptions = {}
+  for (const [name, value] of values) {
+    switch (name) {
+      case 'compat':
+        options.version = version(String(value))
+        break
+      case 'backing_file':
+        options.backingFile = String(value)
+        break
+      case 'backing_fmt':
+        options.backingFormat = value as Format
+        break
+      case 'data_file':
+        options.dataFile = String(value)
+        break
+      case 'data_file_raw':
+        options.dataFileRaw = value === true
+        break
+      case 'lazy_refcounts':
+        options.lazyRefcounts = value === true
+        break
+      case 'refcount_bits':
+        options.refcountBits = refcountBits(value)
+        break
+      case 'size':
+        if (typeof value === 'bigint') options.size = toSize(value)
+        break
+      default:
+        throw unsupported(`Option '${name}'`, 'it cannot be amended')
+    }
+  }
+  return options
+}
+
+function version(compat: string): 2 | 3 {
+  if (compat === '0.10' || compat === 'v2') return 2
+  if (compat === '1.1' || compat === 'v3') return 3
+  throw new CommandFailure(`Unknown compatibility level ${compat}`)
+}
+
+function refcountBits(value: unknown): Exclude<AmendOptions['refcountBits'], undefined> {
+  const widths = [1, 2, 4, 8, 16, 32, 64] as const
+  const found = widths.find(width => BigInt(width) === value)
+  if (found !== undefined) return found
+  throw new CommandFailure('Refcount width must be a power of two and may not exceed 64 bits')
+}
+
+/** A refusal in qemu-img's words, where options have its names; anything else as for every command. */
+function worded(filename: string, error: unknown): CommandFailure {
+  if (!(error instanceof Qcow2Error)) return openFailure(filename, error)
+  if (error.code !== 'ERR_QCOW2_INVALID_ARGUMENT') return new CommandFailure(describeError(error), { cause: error })
+  const message = describeError(error)
+    .replace(` (${error.code})`, '')
+    .replace(` (field ${error.field})`, '')
+    .replace('refcountBits=', 'refcount_bits=')
+  const hint = error.field === 'backingFile' ? "You can use 'qemu-img rebase' instead." : undefined
+  return new CommandFailure(message, { cause: error, ...(hint !== undefined && { hint }) })
+}
