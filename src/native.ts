@@ -66,6 +66,7 @@ export interface NativeFileOptions {
 export interface NativeLock {
   readonly locking: 'auto' | 'on'
   readonly forceShare?: boolean | undefined
+  readonly writable?: boolean | undefined
 }
 
 /** How to write to an image; what is absent has the engine's default. */
@@ -78,8 +79,6 @@ export interface NativeWriting {
 export interface NativeLayerOptions {
   /** Not locked without it. */
   lock?: NativeLock | undefined
-  /** Read only without it. */
-  write?: NativeWriting | undefined
   snapshot?: string | undefined
   l2CacheSize?: number | undefined
   forCheck?: boolean | undefined
@@ -251,7 +250,8 @@ export interface Addon {
   openQcow2(request: number, file: number, options: NativeLayerOptions): void
   openRaw(request: number, file: number, options: NativeLayerOptions): void
   setDataFile(request: number, layer: number, file: number, lock: NativeLock | undefined): void
-  assemble(request: number, layers: readonly number[]): void
+  /** The top layer is read only without `write`. */
+  assemble(request: number, layers: readonly number[], write: NativeWriting | undefined): void
   release(request: number, number: number): void
   read(request: number, image: number, buffer: Uint8Array, offset: number, length: number, position: number): void
   write(

@@ -71,6 +71,21 @@ describe('opening for writing', () => {
     expect(buffer).toEqual(pattern(0, 100))
   })
 
+  it('one that was not closed cleanly is not touched before all of it is accepted', async () => {
+    const raw = writeRaw(at('unclean.raw'), SIZE, [])
+    const path = at('unclean.qcow2')
+    await (await create(path, { backingFile: raw, backingFormat: 'raw' })).close()
+    const bytes = readFileSync(path)
+    bytes.writeBigUInt64BE(1n, INCOMPATIBLE)
+    writeFileSync(path, bytes)
+    for (const references of [undefined, 'layer'] as const) {
+      expect((await failure(() => open(path, { flags: 'r+', references }))).code).toBe('ERR_QCOW2_REFERENCE_DENIED')
+      expect(readFileSync(path).equals(bytes)).toBe(true)
+    }
+    await (await open(path, { flags: 'r+', references: 'allow' })).close()
+    expect(readFileSync(path).readBigUInt64BE(INCOMPATIBLE)).toBe(0n)
+  })
+
   it('an image that is damaged so can be read', async () => {
     await using image = await open(changed(h => h.writeBigUInt64BE(3n, INCOMPATIBLE)))
     const { buffer } = await image.read(Buffer.alloc(100), { position: 0 })

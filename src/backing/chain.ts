@@ -5,7 +5,7 @@
 
 import { type Access, READING } from '../access.js'
 import { Qcow2Error } from '../errors.js'
-import type { NativeFile, NativeLayer, NativeLayerOptions } from '../native.js'
+import type { NativeFile, NativeLayer, NativeLayerOptions, NativeLock } from '../native.js'
 import { type ReadLimits, throwIfAborted } from '../options.js'
 import { type Format, type Located, openFile, release } from '../source.js'
 import { request } from '../support/requests.js'
@@ -57,7 +57,9 @@ export async function openChain(located: Located, options: ChainOptions): Promis
     while (above.next !== undefined) above = await opening.backing(above.next)
     throwIfAborted(options.signal)
     const layers = opening.takeLayers()
-    const image = await request<number>((number, addon) => addon.assemble(number, layers))
+    // A repair writes to the file by itself: the image may be too damaged for anything else.
+    const write = options.forCheck ? undefined : options.access?.write
+    const image = await request<number>((number, addon) => addon.assemble(number, layers, write))
     return {
       image,
       path: top.path,
@@ -157,11 +159,12 @@ class Opening {
     return file
   }
 
-  #openLayer(file: NativeFile, format: Format, { lock, write }: Access): Promise<NativeLayer> {
-    if (format === 'raw') return request((number, addon) => addon.openRaw(number, file.file, { lock, write }))
+  #openLayer(file: NativeFile, format: Format, access: Access): Promise<NativeLayer> {
+    const lock = lockFor(access)
+    if (format === 'raw') return request((number, addon) => addon.openRaw(number, file.file, { lock }))
     const { snapshot, l2CacheSize, limits, forCheck } = this.#options
     const top = this.#layers.length === 0
-    const options: NativeLayerOptions = { l2CacheSize, forCheck, lock, write }
+    const options: NativeLayerOptions = { l2CacheSize, forCheck, lock }
     if (top && snapshot !== undefined) options.snapshot = snapshot
     if (limits !== undefined) options.limits = limits
     return request((number, addon) => addon.openQcow2(number, file.file, options))
@@ -194,7 +197,7 @@ class Opening {
     try {
       const file = await this.#open(located, access)
       if (file.identity !== undefined) this.#seen.add(file.identity)
-      await request<void>((number, addon) => addon.setDataFile(number, layer, file.file, access.lock))
+      await request<void>((number, addon) => addon.setDataFile(number, layer, file.file, lockFor(access)))
     } catch (error) {
       throw inReference(error, `the ${nameOf({ kind: 'data-file', filename: dataFile.filename })} of '${from}'`)
     }
@@ -212,6 +215,9 @@ class Opening {
     return isTop && this.#options.trustTop && this.#policy !== 'layer' ? 'allow' : this.#policy
   }
 }
+
+/** How the files of a layer are locked. */
+const lockFor = ({ lock, write }: Access): NativeLock | undefined => lock && { ...lock, writable: write !== undefined }
 
 /** The format of the image that the caller opens: what it says, else qcow2 by its magic, never raw. */
 function topFormat({ head, path }: NativeFile, given: Format | undefined): Format {

@@ -149,8 +149,6 @@ pub struct LayerOptions {
     pub limits: Option<LimitOptions>,
     /// How to lock the file; not at all without it.
     pub lock: Option<LockOptions>,
-    /// Open for writing, and how.
-    pub write: Option<WritingOptions>,
 }
 
 /// How to lock a file against other processes.
@@ -160,17 +158,23 @@ pub struct LockOptions {
     pub locking: String,
     /// Also while another process writes.
     pub force_share: Option<bool>,
+    /// To write to it.
+    pub writable: Option<bool>,
 }
 
 impl LockOptions {
     fn read(given: Option<&Self>) -> napi::Result<Lock> {
-        let Some(given) = given else { return Ok(Lock { locking: Locking::Off, force_share: false }) };
+        let Some(given) = given else { return Ok(Lock::NONE) };
         let locking = match given.locking.as_str() {
             "auto" => Locking::Auto,
             "on" => Locking::On,
             other => return Err(unknown("locking", other)),
         };
-        Ok(Lock { locking, force_share: given.force_share == Some(true) })
+        Ok(Lock {
+            locking,
+            force_share: given.force_share == Some(true),
+            writable: given.writable == Some(true),
+        })
     }
 }
 
@@ -179,13 +183,16 @@ impl LockOptions {
 struct Lock {
     locking: Locking,
     force_share: bool,
+    writable: bool,
 }
 
 impl Lock {
+    const NONE: Self = Self { locking: Locking::Off, force_share: false, writable: false };
+
     /// Claims the file. `image`: its bytes mean nothing without its metadata, so nobody may change it meanwhile;
     /// raw files are shared with a writer, as QEMU's tools share them.
-    fn claim(self, storage: &dyn Storage, image: bool, writable: bool) -> Result<()> {
-        let claim = match (writable, image && !self.force_share) {
+    fn claim(self, storage: &dyn Storage, image: bool) -> Result<()> {
+        let claim = match (self.writable, image && !self.force_share) {
             (true, _) => Claim::WRITER,
             (false, true) => Claim::READER,
             (false, false) => Claim::SHARING_READER,
@@ -299,7 +306,6 @@ pub fn open_qcow2(env: Env, request: u32, file: u32, options: LayerOptions) -> n
     let runtime = Runtime::of(&env)?;
     let storage = runtime.storage(file)?;
     let lock = LockOptions::read(options.lock.as_ref())?;
-    let write = options.write.as_ref().map(WritingOptions::read).transpose()?;
     let options = OpenOptions {
         limits: LimitOptions::read(options.limits.as_ref()),
         snapshot: options.snapshot,
@@ -309,13 +315,8 @@ pub fn open_qcow2(env: Env, request: u32, file: u32, options: LayerOptions) -> n
     };
     let work = move || {
         // Before anything of the image is believed.
-        lock.claim(&*storage, true, write.is_some())?;
-        let mut image = Qcow2::open(storage, &options)?;
-        // A repair writes to the file alone: the image may be too damaged for anything else.
-        if let Some(write) = write.filter(|_| !options.for_check) {
-            image.enable_writing(write)?;
-        }
-        Ok(Layer::Qcow2(Box::new(image)))
+        lock.claim(&*storage, true)?;
+        Ok(Layer::Qcow2(Box::new(Qcow2::open(storage, &options)?)))
     };
     runtime.run(&env, request, work, hold_layer)
 }
@@ -326,14 +327,9 @@ pub fn open_raw(env: Env, request: u32, file: u32, options: LayerOptions) -> nap
     let runtime = Runtime::of(&env)?;
     let storage = runtime.storage(file)?;
     let lock = LockOptions::read(options.lock.as_ref())?;
-    let write = options.write.as_ref().map(WritingOptions::read).transpose()?;
     let work = move || {
-        lock.claim(&*storage, false, write.is_some())?;
-        let raw = Raw::new(storage)?;
-        Ok(Layer::Raw(match write {
-            Some(write) => raw.with_write_options(&write),
-            None => raw,
-        }))
+        lock.claim(&*storage, false)?;
+        Ok(Layer::Raw(Raw::new(storage)?))
     };
     runtime.run(&env, request, work, hold_layer)
 }
@@ -355,7 +351,7 @@ fn hold_layer(runtime: &Runtime, env: &Env, layer: Layer) -> napi::Result<sys::n
     unsafe { OpenedLayer::to_napi_value(env.raw(), opened) }
 }
 
-/// Attaches an external data file to a layer, locked as the layer is. The file's number stays valid.
+/// Attaches an external data file to a layer. The file's number stays valid.
 #[napi]
 pub fn set_data_file(
     env: Env,
@@ -368,21 +364,21 @@ pub fn set_data_file(
     let storage = runtime.storage(file)?;
     let lock = LockOptions::read(lock.as_ref())?;
     let data = Arc::clone(&storage);
-    let writable = runtime.with_layer(layer, |layer| match layer {
-        Layer::Qcow2(qcow2) => {
+    runtime.with_layer(layer, |layer| {
+        if let Layer::Qcow2(qcow2) = layer {
             qcow2.set_data_file(storage);
-            qcow2.is_writable()
         }
-        Layer::Raw(_) => false,
     })?;
-    runtime.run(&env, request, move || lock.claim(&*data, true, writable), nothing)
+    runtime.run(&env, request, move || lock.claim(&*data, true), nothing)
 }
 
-/// Makes an image of layers, top first, which become part of it.
+/// Makes an image of layers, top first, which become part of it. With `write`, the top layer is made writable: only now, when
+/// everything that it names was accepted, may opening change the file (an image that was not closed cleanly is repaired).
 #[napi]
-pub fn assemble(env: Env, request: u32, layers: Vec<u32>) -> napi::Result<()> {
+pub fn assemble(env: Env, request: u32, layers: Vec<u32>, write: Option<WritingOptions>) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
-    let layers: Vec<Layer> = layers
+    let write = write.as_ref().map(WritingOptions::read).transpose()?;
+    let mut layers: Vec<Layer> = layers
         .into_iter()
         .filter_map(|number| match runtime.release(number) {
             Some(Resource::Layer(layer)) => Some(layer),
@@ -392,7 +388,12 @@ pub fn assemble(env: Env, request: u32, layers: Vec<u32>) -> napi::Result<()> {
     runtime.run(
         &env,
         request,
-        move || Image::new(layers),
+        move || {
+            if let (Some(write), Some(top)) = (write, layers.first_mut()) {
+                top.enable_writing(write)?;
+            }
+            Image::new(layers)
+        },
         |runtime, env, image| {
             let number = runtime.hold(Resource::Image(Arc::new(Handle::new(image))));
             // SAFETY: on the environment's thread, with its own env.

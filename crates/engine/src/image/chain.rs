@@ -6,6 +6,7 @@ use super::mapping::{Segment, SegmentKind};
 use super::qcow2::Qcow2;
 use super::raw::Raw;
 use crate::source::{Extent, GuestSource};
+use crate::write::WriteOptions;
 use crate::{Error, ErrorKind, Job, MemMut, Result, Storage, StorageExt};
 
 /// One file of a chain.
@@ -30,6 +31,23 @@ impl Layer {
         match self {
             Self::Qcow2(q) => q.storage(),
             Self::Raw(r) => r.storage(),
+        }
+    }
+    /// Makes the layer writable: as the top of a chain.
+    ///
+    /// # Errors
+    /// As [`Qcow2::enable_writing`]; `ReadOnly` for a raw file that is open for reading only.
+    pub fn enable_writing(&mut self, options: WriteOptions) -> Result<()> {
+        match self {
+            Self::Qcow2(qcow2) => qcow2.enable_writing(options),
+            Self::Raw(raw) if raw.storage().traits().writable => {
+                raw.set_write_options(&options);
+                Ok(())
+            }
+            Self::Raw(raw) => {
+                let error = Error::new(ErrorKind::ReadOnly, "the file is open for reading only");
+                Err(super::open::on_file(&**raw.storage(), error))
+            }
         }
     }
     /// The qcow2 image, unless the layer is raw.

@@ -42,9 +42,13 @@ impl Raw {
     /// Sets how the disk is written to.
     #[must_use]
     pub fn with_write_options(mut self, options: &WriteOptions) -> Self {
+        self.set_write_options(options);
+        self
+    }
+
+    pub(super) fn set_write_options(&mut self, options: &WriteOptions) {
         self.discard = options.discard;
         self.flush_each = options.flush_each;
-        self
     }
 
     pub(crate) fn discard(&self) -> Discard {
