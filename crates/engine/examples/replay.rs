@@ -77,12 +77,12 @@ fn open(path: &Path, format: &str, mode: CacheMode) -> (Image, Arc<CountingStora
     // Below the bounce buffers of direct I/O, so that what they cost is counted.
     let storage = DirectStorage::over(calls.clone() as Arc<dyn Storage>);
     let flush_each = mode.flushes_every_write();
-    let options = WriteOptions { discard: Discard::Unmap, flush_each, ..WriteOptions::default() };
+    let write = WriteOptions { discard: Discard::Unmap, flush_each, ..WriteOptions::default() };
     let layer = if format == "raw" {
-        Layer::Raw(Raw::new(storage).unwrap().with_write_options(&options))
+        Layer::Raw(Raw::new(storage).unwrap().with_write_options(&write))
     } else {
         let mut qcow2 = Qcow2::open(storage, &OpenOptions::default()).unwrap();
-        qcow2.enable_writing(options).unwrap();
+        qcow2.enable_writing(write).unwrap();
         Layer::Qcow2(Box::new(qcow2))
     };
     (Image::new(vec![layer]).unwrap(), calls)
@@ -99,7 +99,7 @@ fn ours(
     make(path, format);
     let (image, calls) = open(path, format, mode);
     let begun = Instant::now();
-    trace::replay(&image, requests, false).unwrap();
+    trace::replay(&image, requests).unwrap();
     image.close().unwrap();
     let time = begun.elapsed();
     let of = |call| calls.of(call).calls;

@@ -21,10 +21,10 @@ struct Counted {
     calls: Arc<CountingStorage>,
 }
 
-fn raw() -> Counted {
+fn raw(flush_each: bool) -> Counted {
     let file = Arc::new(RecordingStorage::plain(Sparse::new(trace::DISK)));
     let calls = Arc::new(CountingStorage::new(file.clone()));
-    let write = WriteOptions { discard: Discard::Unmap, ..WriteOptions::default() };
+    let write = WriteOptions { discard: Discard::Unmap, flush_each, ..WriteOptions::default() };
     let layer = Layer::Raw(Raw::new(calls.clone()).unwrap().with_write_options(&write));
     let image = Image::new(vec![layer]).unwrap();
     Counted { image, file, calls }
@@ -52,10 +52,10 @@ fn counts(disk: &Counted) -> [u64; 5] {
 #[test]
 fn qcow2_costs_hardly_more_calls_than_raw() {
     let Some(requests) = trace::load() else { return };
-    let (raw, qcow2) = (raw(), qcow2(false));
+    let (raw, qcow2) = (raw(false), qcow2(false));
     for disk in [&raw, &qcow2] {
         disk.calls.reset();
-        trace::replay(&disk.image, &requests, false).unwrap();
+        trace::replay(&disk.image, &requests).unwrap();
     }
     let before_close = counts(&qcow2);
     qcow2.image.close().unwrap();
@@ -80,11 +80,11 @@ fn writethrough_costs_hardly_more_syncs_than_raw() {
     let Some(requests) = trace::load() else { return };
     // A part is enough: every request is a flush.
     let requests: Vec<Op> = requests.into_iter().take(6000).collect();
-    let (raw, qcow2) = (raw(), qcow2(true));
+    let (raw, qcow2) = (raw(true), qcow2(true));
     raw.calls.reset();
-    trace::replay(&raw.image, &requests, true).unwrap();
+    trace::replay(&raw.image, &requests).unwrap();
     qcow2.calls.reset();
-    trace::replay(&qcow2.image, &requests, false).unwrap();
+    trace::replay(&qcow2.image, &requests).unwrap();
     eprintln!("writethrough: raw {:?}, qcow2 {:?}", counts(&raw), counts(&qcow2));
     let (raw_syncs, syncs) = (raw.calls.of(Call::Sync).calls, qcow2.calls.of(Call::Sync).calls);
     assert!(syncs * 100 <= raw_syncs * 101, "{syncs} syncs, raw {raw_syncs}");

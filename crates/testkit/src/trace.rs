@@ -56,11 +56,11 @@ pub fn pattern(n: usize) -> u8 {
     (n % 255) as u8 + 1
 }
 
-/// Replays the requests on a target, one at a time, and flushes at the end. `flush_each` makes every request durable.
+/// Replays the requests on a target, one at a time, and flushes at the end.
 ///
 /// # Errors
 /// The target's.
-pub fn replay(target: &dyn Target, requests: &[Op], flush_each: bool) -> Result<()> {
+pub fn replay(target: &dyn Target, requests: &[Op]) -> Result<()> {
     let longest = requests.iter().map(|op| if let Op::Write { len, .. } = op { *len } else { 0 }).max();
     let mut data = vec![0; longest.unwrap_or(0) as usize];
     for (n, op) in requests.iter().enumerate() {
@@ -73,9 +73,6 @@ pub fn replay(target: &dyn Target, requests: &[Op], flush_each: bool) -> Result<
             Op::Zero { offset, len, unmap } => target.write_zeroes(offset, len, unmap)?,
             Op::Discard { offset, len } => target.discard(offset, len)?,
             _ => target.flush()?,
-        }
-        if flush_each && *op != Op::Flush {
-            target.flush()?;
         }
     }
     target.flush()

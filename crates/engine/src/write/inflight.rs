@@ -1,11 +1,11 @@
 //! Guest clusters whose mapping a request is about to change. Requests that overlap wait, then plan again.
 //!
-//! A request registers one range at a time and never waits while it has one, so there is no cycle to wait in.
+//! A request never waits while it has a range registered, so there is no cycle to wait in.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use parking_lot::{Condvar, Mutex};
+use super::sync::{Condvar, Mutex};
 
 /// The registry: start of a range of guest clusters to its end.
 #[derive(Debug, Default)]
@@ -49,34 +49,5 @@ impl Drop for Registration<'_> {
     fn drop(&mut self) {
         self.registry.ranges.lock().remove(&self.start);
         self.registry.released.notify_all();
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn overlapping_ranges_exclude_each_other() {
-        let registry = InFlight::default();
-        let first = registry.try_register(4..8).unwrap();
-        assert!(registry.try_register(7..9).is_none());
-        assert!(registry.try_register(0..5).is_none());
-        let second = registry.try_register(8..9).unwrap();
-        let third = registry.try_register(0..4).unwrap();
-        drop((first, second));
-        assert!(registry.try_register(4..9).is_some());
-        drop(third);
-    }
-
-    #[test]
-    fn a_waiter_goes_on_when_the_range_is_released() {
-        let registry = InFlight::default();
-        let registration = registry.try_register(0..1).unwrap();
-        std::thread::scope(|scope| {
-            let waiter = scope.spawn(|| registry.wait(&(0..4)));
-            drop(registration);
-            waiter.join().unwrap();
-        });
     }
 }

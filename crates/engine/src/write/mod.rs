@@ -22,6 +22,8 @@ mod cow;
 mod flush;
 mod header;
 mod inflight;
+#[cfg(test)]
+mod inflight_tests;
 mod link;
 mod overlap;
 mod quarantine;
@@ -29,6 +31,7 @@ mod ranges;
 mod refcounts;
 mod request;
 mod resize;
+mod sync;
 mod table;
 mod writer;
 mod zeroes;
