@@ -101,11 +101,21 @@ pub struct Finding {
     pub offset: Option<u64>,
 }
 
+impl Finding {
+    /// Whether QEMU words it with a colon, which programs compare.
+    fn has_colon(&self) -> bool {
+        ["counting reference", "overflow cluster", "coffset=", "Unallocated cluster"]
+            .iter()
+            .any(|start| self.message.starts_with(start))
+    }
+}
+
 impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self.severity {
             _ if self.repaired => "Repairing ",
             Severity::Leak => "Leaked ",
+            Severity::Corruption if self.has_colon() => "ERROR: ",
             Severity::Corruption => "ERROR ",
             Severity::CheckError | Severity::Note => "",
         })?;

@@ -42,6 +42,8 @@ pub(super) struct Walked {
     pub(super) rebuild: bool,
     /// L2 entries to write, by their host offset.
     pub(super) entries: BTreeMap<u64, L2Entry>,
+    /// Clusters that are referred to as L2 tables, and how often; of a repair only.
+    pub(super) tables: BTreeMap<u64, u64>,
 }
 
 /// The walk and what it collects.
@@ -56,6 +58,7 @@ pub(super) struct Walk<'a, 'b> {
     pub(super) file_length: u64,
     /// L2 entries that a repair replaces, by their host offset: a table that is shared is visited more than once.
     pub(super) entries: BTreeMap<u64, L2Entry>,
+    tables: BTreeMap<u64, u64>,
     rebuild: bool,
     /// Clusters of the file.
     clusters: u64,
@@ -82,14 +85,15 @@ impl<'a, 'b> Walk<'a, 'b> {
             fragmentation,
             file_length,
             entries: BTreeMap::new(),
+            tables: BTreeMap::new(),
             rebuild: false,
             clusters,
         }
     }
 
     pub(super) fn finish(self) -> Walked {
-        let Self { counts, fragmentation, rebuild, entries, .. } = self;
-        Walked { counts, fragmentation, rebuild, entries }
+        let Self { counts, fragmentation, rebuild, entries, tables, .. } = self;
+        Walked { counts, fragmentation, rebuild, entries, tables }
     }
 
     /// Visits everything, in QEMU's order.
@@ -227,6 +231,9 @@ impl<'a, 'b> Walk<'a, 'b> {
                 });
             }
             self.reference(offset, geometry.cluster_size())?;
+            if self.target.repair.is_some() && offset < self.file_length {
+                *self.tables.entry(geometry.cluster_index(offset)).or_insert(0) += 1;
+            }
             if geometry.in_cluster(offset) != 0 {
                 self.tally.corruption(FindingCode::L2TableUnaligned, offset, || {
                     format!("l2_offset={offset:x}: Table is not cluster aligned; L1 entry corrupted")

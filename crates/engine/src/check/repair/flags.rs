@@ -4,9 +4,9 @@ use qcow2_format::l1::COPIED;
 use qcow2_format::{L1Entry, L2Entry};
 
 use super::super::compare::Fix;
-use super::super::counts::ReferenceCounts;
 use super::super::report::{FindingCode, Tally};
 use super::super::stored::StoredRefcounts;
+use super::super::walk::Walked;
 use super::super::{Stop, Target};
 use super::metadata::Metadata;
 use crate::{MemMut, StorageExt};
@@ -17,7 +17,7 @@ const WINDOW: u64 = 1 << 13;
 pub(super) struct Flags<'a, 'b, 'c> {
     pub(super) target: &'a Target<'a>,
     pub(super) stored: &'b mut StoredRefcounts<'c>,
-    pub(super) counts: &'b ReferenceCounts,
+    pub(super) walked: &'b Walked,
     pub(super) fix: Fix,
     pub(super) metadata: &'b Metadata,
     pub(super) tally: &'b mut Tally,
@@ -39,7 +39,9 @@ pub(super) fn check(flags: &mut Flags<'_, '_, '_>, repair: bool) -> Result<(), S
                 continue;
             }
             flags.target.job.checkpoint()?;
-            if let Some(new) = flags.l1_entry(index, entry, repair)? {
+            // Where the table shares a cluster with something else, its entries may be that.
+            let own = flags.walked.counts.get(header.geometry.cluster_index(l1 + index * 8)) == 1;
+            if let Some(new) = flags.l1_entry(index, entry, repair && own)? {
                 super::write(storage, &new.0.to_be_bytes(), l1 + index * 8)?;
                 written = true;
             }
@@ -57,7 +59,8 @@ impl Flags<'_, '_, '_> {
     fn refcount(&mut self, offset: u64) -> Result<Option<u64>, Stop> {
         let cluster = self.target.header.geometry.cluster_index(offset);
         let stored = self.stored.get(cluster)?;
-        let counted = (cluster < self.counts.clusters()).then(|| self.counts.get(cluster));
+        let counts = &self.walked.counts;
+        let counted = (cluster < counts.clusters()).then(|| counts.get(cluster));
         Ok(stored.map(|stored| counted.map_or(stored, |counted| self.fix.target(stored, counted))))
     }
 
@@ -105,7 +108,11 @@ impl Flags<'_, '_, '_> {
                 found.push((entry, refcount));
             }
         }
-        let possible = !self.metadata.covers(geometry.cluster_index(offset));
+        let cluster = geometry.cluster_index(offset);
+        let possible = !self.metadata.covers(cluster);
+        // Where something else refers to the cluster too, its bytes may be guest data.
+        let own = self.walked.tables.get(&cluster) == Some(&self.walked.counts.get(cluster));
+        let repair = repair && own;
         for (entry, refcount) in &found {
             let at = entry.offset_bits();
             let message =

@@ -214,7 +214,7 @@ fn settle(
     let sure = tally.corruptions == 0 && tally.leaks == 0 && tally.check_errors == 0;
     let mut flags = Tally::new(target.options.max_findings);
     flags::check(
-        &mut flags::Flags { target, stored, counts, fix, metadata, tally: &mut flags },
+        &mut flags::Flags { target, stored, walked, fix, metadata, tally: &mut flags },
         fix.errors || sure,
     )?;
     tally.append(flags);
@@ -233,7 +233,9 @@ fn write_entries(
 ) -> Result<(), Stop> {
     let geometry = &target.header.geometry;
     for (&at, entry) in &walked.entries {
-        if metadata.covers(geometry.cluster_index(at)) {
+        let cluster = geometry.cluster_index(at);
+        let own = walked.tables.get(&cluster) == Some(&walked.counts.get(cluster));
+        if metadata.covers(cluster) || !own {
             tally.corruptions_fixed = tally.corruptions_fixed.saturating_sub(1);
             tally.corruptions += 1;
             tally.check_error(FindingCode::ClusterUnaligned, at, || "ERROR: Overlap check failed".into());
