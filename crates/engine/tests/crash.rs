@@ -175,9 +175,28 @@ fn copy(storage: &dyn Storage, len: u64, out: &mut Sparse) {
     }
 }
 
+/// Lets QEMU take a snapshot, so that the active disk shares its L2 tables.
+fn share_tables(rig: &mut Rig, qemu: &Qemu) {
+    let fixture = Fixture::new();
+    let path = fixture.path("image.qcow2");
+    rig.image.write_to(&path);
+    if let Some((backing, _)) = &rig.backing {
+        backing.write_to(&fixture.path("backing"));
+    }
+    qemu.img(&["snapshot".as_ref(), "-c".as_ref(), "shared".as_ref(), path.as_os_str()]).ok();
+    let bytes = std::fs::read(path).unwrap();
+    rig.image = Sparse::new(bytes.len() as u64);
+    for (n, page) in bytes.chunks(4096).enumerate().filter(|(_, p)| p.iter().any(|b| *b != 0)) {
+        rig.image.write(n as u64 * 4096, page);
+    }
+}
+
 /// Plays a sequence on an image and judges about `random` states and all simple ones.
 fn explore(geometry: &Geometry, seed: u64, ops: usize, random: usize, flush_each: bool, qemu: Option<&Qemu>) {
-    let rig = Rig::forge(geometry, seed);
+    let mut rig = Rig::forge(geometry, seed);
+    if let Some(qemu) = qemu.filter(|_| geometry.snapshots()) {
+        share_tables(&mut rig, qemu);
+    }
     let durability = if flush_each { Durability::Each } else { Durability::Flush };
     let (mut session, files) = Session::new(rig.files(), durability);
     let files: Vec<Arc<dyn Storage>> = files.into_iter().map(|f| f as Arc<dyn Storage>).collect();
@@ -265,17 +284,21 @@ fn confine(op: Op, thread: u64, threads: u64, cluster: u64, size: u64) -> Op {
 
 #[test]
 fn no_power_cut_during_concurrent_requests_loses_or_corrupts() {
+    let qemu = Qemu::find();
     let rounds = wanted_states().map_or(1, |n| (n / 20_000).max(1)) as u64;
     for geometry in geometries() {
         for seed in 1..=rounds {
-            explore_concurrently(&geometry, seed);
+            explore_concurrently(&geometry, seed, qemu.as_ref());
         }
     }
 }
 
-fn explore_concurrently(geometry: &Geometry, seed: u64) {
+fn explore_concurrently(geometry: &Geometry, seed: u64, qemu: Option<&Qemu>) {
     const THREADS: u64 = 4;
-    let rig = Rig::forge(geometry, seed);
+    let mut rig = Rig::forge(geometry, seed);
+    if let Some(qemu) = qemu.filter(|_| geometry.snapshots()) {
+        share_tables(&mut rig, qemu);
+    }
     let (mut session, files) = Session::new(rig.files(), Durability::Flush);
     let files: Vec<Arc<dyn Storage>> = files.into_iter().map(|f| f as Arc<dyn Storage>).collect();
     let image = rig.open(&files, &writable(false)).unwrap();
