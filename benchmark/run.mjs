@@ -177,7 +177,7 @@ try {
   console.log()
   for (const [name, perSecond] of Object.entries(reads))
     console.log(`${name}: ${perSecond.toLocaleString('en')} reads/s`)
-  if (qemu && 'installation'.includes(values.only)) engine('replay', '--requests', '500')
+  if (qemu && 'installation'.includes(values.only)) engine('replay', '--requests', '500', '--modes', 'writeback')
   if (qemu && 'random writes'.includes(values.only)) engine('random_writes', '--count', '200')
   const writes = 'writes from Node'.includes(values.only) ? nodeWrites() : []
   console.log()
