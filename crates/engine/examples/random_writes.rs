@@ -40,8 +40,8 @@ struct Workload {
 const WORKLOADS: [Workload; 4] = [
     Workload { name: "growing, 64 KiB stride", start: Start::Empty, step: 64 << 10 },
     // An odd number of blocks comes to every block of the disk once, far from the one before.
-    Workload { name: "growing, uniform", start: Start::Empty, step: 1_272_131 * BLOCK },
-    Workload { name: "rewriting an allocated image", start: Start::Allocated, step: 1_272_131 * BLOCK },
+    Workload { name: "growing, uniform", start: Start::Empty, step: 393_217 * BLOCK },
+    Workload { name: "rewriting an allocated image", start: Start::Allocated, step: 393_217 * BLOCK },
     Workload { name: "overlay on a raw file", start: Start::Overlay, step: 64 << 10 },
 ];
 

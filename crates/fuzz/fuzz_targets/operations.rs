@@ -97,12 +97,14 @@ fuzz_target!(|data: &[u8]| {
     let mut files: Vec<Arc<dyn Storage>> = recording.iter().map(|f| f.clone() as Arc<dyn Storage>).collect();
     session.start(&rig.open(&files, &Opening::default()).expect("a sound image"));
     if let Some((kind, after, once, full)) = input.fault {
-        let calls = [Call::Read, Call::Write, Call::SetLen, Call::Sync, Call::Zero, Call::Discard, Call::Allocate];
+        let calls =
+            [Call::Read, Call::Write, Call::SetLen, Call::Sync, Call::Zero, Call::Discard, Call::Allocate];
         let ops = calls.get(usize::from(kind)).map(|call| vec![*call]).unwrap_or_default();
         let fault = Fault { ops, after: after.into(), once, errno: if full { 28 } else { 5 } };
         files[0] = Arc::new(FaultStorage::new(recording[0].clone(), fault));
     }
-    let write = WriteOptions { discard: Discard::Unmap, flush_each: input.flush_each, ..WriteOptions::default() };
+    let write =
+        WriteOptions { discard: Discard::Unmap, flush_each: input.flush_each, ..WriteOptions::default() };
     let opening = Opening { write: Some(write), ..Opening::default() };
     let open = || rig.open(&files, &opening).map(|image| Box::new(image) as Box<dyn Target>);
     let image = session.play(&open, &operations(&input.steps, &rig), true);
