@@ -283,7 +283,6 @@ fn confine(op: Op, thread: u64, threads: u64, cluster: u64, size: u64) -> Op {
 }
 
 #[test]
-#[ignore = "open: on a quiet machine it finds zeroed sectors with their old bytes after a cut; run it with --ignored"]
 fn no_power_cut_during_concurrent_requests_loses_or_corrupts() {
     let qemu = Qemu::find();
     let rounds = wanted_states().map_or(1, |n| (n / 20_000).max(1)) as u64;

@@ -376,20 +376,22 @@ impl Session {
         begun: usize,
         f: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
-        let range = offset / SECTOR..(offset + len) / SECTOR;
+        self.begin(offset, len, value, begun);
+        f()?;
+        let mut history = self.history.lock();
+        let now = history.tick();
+        (offset / SECTOR..(offset + len) / SECTOR).for_each(|sector| history.end(sector, now));
+        Ok(())
+    }
+
+    /// A change of whole sectors is under way.
+    fn begin(&self, offset: u64, len: u64, value: Value, begun: usize) {
         assert!(
             offset.is_multiple_of(SECTOR) && len.is_multiple_of(SECTOR),
             "{len} bytes at {offset}: not whole sectors"
         );
-        {
-            let mut history = self.history.lock();
-            range.clone().for_each(|sector| history.begin(sector, value, begun));
-        }
-        f()?;
         let mut history = self.history.lock();
-        let now = history.tick();
-        range.for_each(|sector| history.end(sector, now));
-        Ok(())
+        (offset / SECTOR..(offset + len) / SECTOR).for_each(|sector| history.begin(sector, value, begun));
     }
 
     /// A discarded sector is zero or as before; what it is now is what it stays.
@@ -399,7 +401,8 @@ impl Session {
             let range = offset / SECTOR..(offset + len) / SECTOR;
             range.filter_map(|sector| Some((sector, history.live(sector)?))).collect()
         };
-        self.change(offset, len, Value::Zero, begun, || target.discard(offset, len))?;
+        self.begin(offset, len, Value::Zero, begun);
+        target.discard(offset, len)?;
         let mut undone = Vec::new();
         for run in before.chunk_by(|(a, _), (b, _)| a + 1 == *b) {
             let found = sectors(target, run[0].0 * SECTOR, run.len() as u64 * SECTOR).inspect_err(|_| {
@@ -417,9 +420,12 @@ impl Session {
                 }
             }
         }
+        // At one moment, when it is known what became of each sector: a flush of another thread must not promise zeroes
+        // where the discard left the old bytes.
         let now = self.journal.position();
         let mut history = self.history.lock();
         let moment = history.tick();
+        (offset / SECTOR..(offset + len) / SECTOR).for_each(|sector| history.end(sector, moment));
         undone.into_iter().for_each(|(sector, value)| history.undo(sector, value, now, moment));
         self.promise(&mut history);
         Ok(())
