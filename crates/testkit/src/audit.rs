@@ -13,6 +13,8 @@ const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 pub struct Findings {
     /// Damage.
     pub corruptions: Vec<String>,
+    /// Flags that could be set and are not: nothing is lost, a write only copies what it need not.
+    pub missing_flags: Vec<String>,
     /// Clusters that are counted but not referred to.
     pub leaks: u64,
     /// The image says that its refcounts cannot be trusted (lazy refcounts).
@@ -22,6 +24,10 @@ pub struct Findings {
 impl Findings {
     /// Whether nothing but leaks was found.
     pub fn is_sound(&self) -> bool {
+        self.is_safe() && self.missing_flags.is_empty()
+    }
+    /// Whether nothing but leaks and missing COPIED flags was found.
+    pub fn is_safe(&self) -> bool {
         self.corruptions.is_empty()
     }
     /// Whether nothing at all was found.
@@ -195,8 +201,14 @@ impl Audit<'_> {
 
     fn copied(&mut self, entry: u64, host: u64, active: bool, what: &str, index: u64) {
         let count = self.refcounts.get(&(host >> self.cluster_bits)).copied().unwrap_or(0);
-        if active && !self.findings.dirty && (count == 1) != (entry & COPIED != 0) {
-            self.damage(format!("{what} {index} ({entry:#x}): COPIED does not fit a refcount of {count}"));
+        if !active || self.findings.dirty || (count == 1) == (entry & COPIED != 0) {
+            return;
+        }
+        let text = format!("{what} {index} ({entry:#x}): COPIED does not fit a refcount of {count}");
+        if count == 1 {
+            self.findings.missing_flags.push(text);
+        } else {
+            self.damage(text);
         }
     }
 

@@ -7,6 +7,7 @@
 //! - [`storage`]: simulators of storage
 //! - [`ops`]: guest operations, and sectors that carry their identity
 //! - [`recorder`], [`crash`], [`audit`]: power cuts, and the judgement of what they leave
+//! - [`contents`], [`plans`]: all that an image holds, with snapshots and bitmaps, and the plans that change them
 //! - [`trace`]: the recorded installation of a system
 //!
 //! A failed step here is a failed test, so the code panics freely and says what it was doing.
@@ -21,6 +22,7 @@
 pub mod alloc;
 pub mod audit;
 pub mod chain;
+pub mod contents;
 pub mod crash;
 pub mod disk_model;
 pub mod forge;
@@ -29,6 +31,7 @@ pub mod matrix;
 pub mod model;
 pub mod ops;
 pub mod oracle;
+pub mod plans;
 pub mod reader;
 pub mod recorder;
 pub mod rng;

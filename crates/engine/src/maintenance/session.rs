@@ -51,6 +51,10 @@ impl<'a> Session<'a> {
         if self.writer.with_alloc(|alloc, _| Ok(alloc.refcounts.waiting_bytes()))? > 0 {
             self.disk.flush_metadata(self.image, self.writer)?;
         }
+        if self.image.header().has_data_file() {
+            // A flush of guest data leaves out the image file where no table changed; sessions write more than tables.
+            self.image.storage().flush().map_err(|e| self.writer.poison(e))?;
+        }
         Ok(())
     }
 

@@ -1,0 +1,261 @@
+//! Power cuts during everything that manages an image: at any of them it is the old image or the new one, with leaks
+//! at worst.
+//!
+//! A bounded sample of states by default. `QCOW2_CRASH_STATES=100000` judges about that many (`.ci/crash` does so).
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
+
+mod management;
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use qcow2_engine::Storage;
+use qcow2_engine::image::read_header;
+use qcow2_testkit::Qemu;
+use qcow2_testkit::contents::Contents;
+use qcow2_testkit::crash::{Durability, Session, State};
+use qcow2_testkit::plans::{Table, text};
+use qcow2_testkit::recorder::RecordingStorage;
+
+use management::{
+    Action, Flags, World, amendments, checked, checked_by_qemu, geometries, goes_on, run_amend, sound,
+};
+
+/// Seeds per layout and the random states of each change: more in a long run.
+fn effort() -> (u64, usize) {
+    let wanted: usize = std::env::var("QCOW2_CRASH_STATES").ok().and_then(|n| n.parse().ok()).unwrap_or(0);
+    // A seed is about 20,000 states then.
+    if wanted == 0 { (0, 12) } else { ((wanted as u64 / 20_000).max(1), 100) }
+}
+
+static JUDGED: AtomicUsize = AtomicUsize::new(0);
+
+/// Judges states, the cheap way each, and a sample by slower judges.
+struct Judge<'a> {
+    world: &'a World,
+    qemu: Option<&'a Qemu>,
+    old: &'a Contents,
+    new: &'a Contents,
+    resized: bool,
+    flags: Flags,
+    what: String,
+}
+
+impl Judge<'_> {
+    fn judge(&self, state: &State) {
+        let number = JUDGED.fetch_add(1, Ordering::Relaxed);
+        let verdict = std::panic::catch_unwind(AssertUnwindSafe(|| self.verdict(state, number)));
+        if let Err(e) = verdict.unwrap_or_else(|_| Err("panicked".into())) {
+            if let Some(folder) = std::env::var_os("QCOW2_CRASH_KEEP") {
+                for (n, file) in state.files.iter().enumerate() {
+                    file.write_to(&std::path::Path::new(&folder).join(format!("state-{n}")));
+                }
+            }
+            panic!("{}: {}, cut {}, {:?}: {e}", self.world.name, self.what, state.cut, state.shape);
+        }
+    }
+
+    fn verdict(&self, state: &State, number: usize) -> Result<(), String> {
+        sound(&state.files[0], self.flags)?;
+        Contents::read(&self.world.rig, &state.files)?.judge(self.old, self.new, self.resized)?;
+        if number.is_multiple_of(8) {
+            checked(&state.files[0], self.flags)?;
+        }
+        if number.is_multiple_of(16) {
+            goes_on(self.world, &state.files, number as u64, self.flags)?;
+        }
+        if number.is_multiple_of(211)
+            && let Some(qemu) = self.qemu
+        {
+            checked_by_qemu(qemu, &self.world.rig, &state.files, self.flags)?;
+        }
+        Ok(())
+    }
+}
+
+/// Runs `f` for every item on all cores.
+fn on_all_cores<T: Sync>(items: &[T], f: impl Fn(&T) + Sync) {
+    let next = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(2, usize::from) {
+            scope.spawn(|| {
+                while let Some(item) = items.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    f(item);
+                }
+            });
+        }
+    });
+}
+
+/// Every change on every layout that has it; of a short run, each change on a few layouts and each layout with a few.
+fn cases<T: Clone>(changes: impl Fn(&World) -> Vec<T>) -> Vec<(Arc<World>, T, u64)> {
+    let (seeds, _) = effort();
+    let only = std::env::var("QCOW2_CRASH_ONLY").unwrap_or_default();
+    let mut cases = Vec::new();
+    for (number, geometry) in geometries().iter().enumerate().filter(|(_, g)| g.name().contains(&only)) {
+        for seed in 1..=seeds.max(1) {
+            let world = Arc::new(World::build(geometry, seed));
+            for (i, change) in changes(&world).into_iter().enumerate() {
+                if seeds > 0 || (i + number).is_multiple_of(3) {
+                    cases.push((world.clone(), change, seed));
+                }
+            }
+        }
+    }
+    cases
+}
+
+#[test]
+fn the_plans_are_those_of_the_facade() {
+    let table = Table { generation: 7, count: 3 };
+    let golden = include_str!("../../../__test__/unit/snapshot-plans.txt");
+    let plans = [
+        ("create new", table.create("5", "new")),
+        ("apply third", table.apply(1)),
+        ("delete 3", table.delete(1)),
+        ("rename first erste", table.rename(0, "erste")),
+    ];
+    let ours: Vec<String> = plans.iter().map(|(name, plan)| format!("{name}\n{}", text(plan))).collect();
+    assert_eq!(ours.join("\n"), golden.split_once("\n\n").unwrap().1);
+}
+
+#[test]
+fn no_power_cut_leaves_anything_between_the_old_image_and_the_new_one() {
+    let qemu = Qemu::find();
+    let all = |world: &World| {
+        let geometry = &world.rig.geometry;
+        Action::all().into_iter().filter(|action| action.fits(geometry)).collect()
+    };
+    let cases = cases(all);
+    on_all_cores(&cases, |(world, action, seed)| explore(world, *action, *seed, qemu.as_ref()));
+    eprintln!("{} states of {} changes", JUDGED.load(Ordering::Relaxed), cases.len());
+}
+
+/// Runs the change on an image that a guest wrote to, and judges its states.
+fn explore(world: &World, action: Action, seed: u64, qemu: Option<&Qemu>) {
+    let (mut session, storages) = Session::new(world.files(), Durability::Flush);
+    let image = world.open(&storages);
+    world.scribble(&image, seed, 3000).unwrap();
+    image.flush().unwrap();
+    let now = || storages.iter().map(|s| s.snapshot()).collect::<Vec<_>>();
+    let old = Contents::live(&image, &world.rig, &now()).unwrap();
+    session.forget();
+    let what = format!("{action:?}");
+    action.run(&image).unwrap_or_else(|e| panic!("{}: {what}: {e:?}", world.name));
+    let new = action.expect(&old);
+    if action == Action::Close {
+        assert_eq!(world.contents(&now()), new, "{}: {what}", world.name);
+    } else {
+        let live = Contents::live(&image, &world.rig, &now()).unwrap();
+        assert_eq!(live, new, "{}: {what}", world.name);
+        // What is complete is durable.
+        let last = session.states(seed, 0).last().unwrap();
+        let found = world.contents(&last.files);
+        found.judge(&new, &new, true).unwrap_or_else(|e| panic!("{}: {what}, complete: {e}", world.name));
+    }
+    drop(image);
+    let (resized, flags) = (action.resizes(), action.flags());
+    let judge = Judge { world, qemu, old: &old, new: &new, resized, flags, what };
+    session.states(seed, effort().1).for_each(|state| judge.judge(&state));
+}
+
+#[test]
+fn no_power_cut_while_an_image_is_amended_harms_it() {
+    let qemu = Qemu::find();
+    let cases = cases(|world: &World| amendments(&world.rig.geometry));
+    on_all_cores(&cases, |(world, options, seed)| {
+        let (mut session, storages) = Session::new(world.files(), Durability::Flush);
+        let old = world.contents(&world.files());
+        let what = format!("{options:?}");
+        // Version 2 has no bitmaps: they are removed first.
+        if options.version == Some(2) && world.rig.geometry.version == 3 {
+            let image = world.open(&storages);
+            old.bitmaps.iter().for_each(|b| image.remove_bitmap(&b.name).unwrap());
+            // Nor snapshots of another size.
+            while Table::of(&image).count > 1 {
+                image.execute(&Table::of(&image).delete(0)).unwrap();
+            }
+            image.close().unwrap();
+            session.forget();
+        }
+        let now = || storages.iter().map(|s| s.snapshot()).collect::<Vec<_>>();
+        let old = world.contents(&now());
+        let header = |storage: &dyn Storage| read_header(storage).unwrap();
+        let before = header(&*storages[0]);
+        run_amend(&*storages[0], options).unwrap_or_else(|e| panic!("{}: {what}: {e:?}", world.name));
+        let after = header(&*storages[0]);
+        assert_eq!(world.contents(&now()), old, "{}: {what}", world.name);
+        let judge = Judge {
+            world,
+            qemu: qemu.as_ref(),
+            old: &old,
+            new: &old,
+            resized: false,
+            flags: Flags::Exact,
+            what,
+        };
+        session.states(*seed, effort().1).for_each(|state| {
+            judge.judge(&state);
+            let storage = RecordingStorage::plain(state.files[0].clone());
+            let found = header(&storage);
+            let widths = [before.geometry, after.geometry].map(|g| g.refcount_bits());
+            assert!([before.version, after.version].contains(&found.version), "{options:?}");
+            assert!(widths.contains(&found.geometry.refcount_bits()), "{options:?}");
+            // It can be done again, to the same end.
+            run_amend(&storage, options).unwrap_or_else(|e| panic!("{options:?} again: {e:?}"));
+            let again = header(&storage);
+            assert_eq!((again.version, again.compatible), (after.version, after.compatible), "{options:?}");
+            assert_eq!(again.geometry, after.geometry, "{options:?}");
+        });
+    });
+}
+
+#[test]
+fn a_plan_that_stops_between_two_steps_leaves_the_old_image_or_the_new_one() {
+    let actions = [Action::Create, Action::Apply(0), Action::Delete(1), Action::Rename(0)];
+    for geometry in geometries().iter().filter(|g| g.snapshots()) {
+        let world = World::build(geometry, 1);
+        for action in actions {
+            for steps in 1.. {
+                let (mut session, storages) = Session::new(world.files(), Durability::Flush);
+                let image = world.open(&storages);
+                world.scribble(&image, 7, 3000).unwrap();
+                image.flush().unwrap();
+                let now = || storages.iter().map(|s| s.snapshot()).collect::<Vec<_>>();
+                let old = Contents::live(&image, &world.rig, &now()).unwrap();
+                let new = action.expect(&old);
+                session.forget();
+                let table = Table::of(&image);
+                let mut plan = match action {
+                    Action::Create => table.create("9", "new"),
+                    Action::Apply(index) => table.apply(index),
+                    Action::Delete(index) => table.delete(index),
+                    _ => table.rename(0, "another name, and a longer one"),
+                };
+                if steps > plan.steps.len() {
+                    break;
+                }
+                plan.steps.truncate(steps);
+                image.execute(&plan).unwrap();
+                let what = format!("{action:?}, {steps} steps");
+                let (resized, flags) = (action.resizes(), Flags::MayBeMissing);
+                let judge = Judge { world: &world, qemu: None, old: &old, new: &new, resized, flags, what };
+                session
+                    .states(steps as u64, 4)
+                    .filter(|s| s.cut % 3 == steps % 3)
+                    .for_each(|s| judge.judge(&s));
+                // The process lives on with what the steps made.
+                session.forget();
+                world.scribble(&image, 7, 4000).unwrap();
+                image.flush().unwrap();
+                let then = Contents::live(&image, &world.rig, &now()).unwrap();
+                assert!(then.snapshots == old.snapshots || then.snapshots == new.snapshots, "{}", judge.what);
+                image.close().unwrap();
+                sound(&now()[0], flags).unwrap_or_else(|e| panic!("{}: {}: {e}", world.name, judge.what));
+                let closed = world.contents(&now());
+                assert!(closed.active == then.active && closed.snapshots == then.snapshots, "{}", judge.what);
+            }
+        }
+    }
+}
