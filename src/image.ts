@@ -24,6 +24,7 @@ import {
   text,
   throwIfAborted,
 } from './options.js'
+import { resizeDisk, TRUNCATE, type TruncateOptions } from './resize.js'
 import { Snapshots } from './snapshot/snapshots.js'
 import { type Format, type ImageSource, release, toLocated } from './source.js'
 import { openReadStream, openWebStream, type ReadStreamOptions, type WebStreamOptions } from './stream.js'
@@ -329,19 +330,25 @@ export class Image implements AsyncDisposable {
   }
 
   /**
-   * Grows the disk to `size` bytes, a multiple of 512; the new part reads as zeroes. Durable when it is done.
+   * Gives the disk `size` bytes, a multiple of 512. Durable when it is done; a crash meanwhile leaves the old size or the new one. A
+   * new part reads as zeroes. What lies behind a smaller size is lost, so that needs `shrink: true`; its space is freed.
+   * Snapshots keep the size that they have; bitmaps follow the disk.
    *
-   * @throws {@link Qcow2Error} as {@link Image.write}; `ERR_QCOW2_DATA_LOSS` for a smaller size; `ERR_QCOW2_LIMIT` for one that the format cannot
-   *   address
+   * @throws {@link Qcow2Error} as {@link Image.write}; `ERR_QCOW2_DATA_LOSS` for a smaller size without `shrink`; `ERR_QCOW2_LIMIT` for
+   *   one that the format cannot address; `ERR_QCOW2_UNSUPPORTED_FEATURE` for a version 2 image with snapshots;
+   *   `ERR_QCOW2_CORRUPT` for an image with an inconsistent bitmap. Nothing is changed then
    */
-  async truncate(size: Size, options?: Abortable): Promise<void> {
+  async truncate(size: Size, options?: TruncateOptions): Promise<void> {
     const wanted = toBytes(size, 'Image.truncate: size')
-    const { signal } = readOptions(options, 'Image.truncate', ABORTABLE)
+    const { signal, ...how } = readOptions(options, 'Image.truncate', TRUNCATE)
     await this.#change('Image.truncate', signal, async () => {
-      await request<void>((number, addon) => addon.resize(number, this.#chain.image, wanted))
-      // It only grows, also where two calls cross.
-      this.#size = Math.max(this.#size, wanted)
+      this.#size = await resizeDisk(this.#chain.image, wanted, how)
     })
+  }
+
+  /** As {@link Image.truncate}. */
+  resize(size: Size, options?: TruncateOptions): Promise<void> {
+    return this.truncate(size, options)
   }
 
   /** Runs a change of the image that has no buffer. */

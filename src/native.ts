@@ -266,7 +266,8 @@ export interface Addon {
   writeZeroes(request: number, image: number, position: number, length: number, unmap: boolean): void
   discard(request: number, image: number, position: number, length: number): void
   flush(request: number, image: number): void
-  resize(request: number, image: number, size: number): void
+  /** Tells the disk's size afterwards. */
+  resize(request: number, image: number, size: number, shrink: boolean, preallocation: string | undefined): void
   extents(request: number, image: number, start: number, length: number): void
   layersInfo(request: number, image: number): void
   inspectFile(request: number, file: number, limits: NativeLimits | undefined): void

@@ -1,9 +1,9 @@
 /** `snapshot`, `bitmap` and `resize`: what qemu-img prints and does, done by us, and the other way round. */
 
-import { copyFileSync } from 'node:fs'
+import { copyFileSync, statSync } from 'node:fs'
 import { join } from 'node:path'
 import { expect, it } from 'vitest'
-import { describeWithQemu, ok, qcow2, qemuImg, temporaryFolder } from '../interop/qemu.js'
+import { describeWithQemu, ok, qcow2, qemuImg, qemuIo, temporaryFolder } from '../interop/qemu.js'
 
 const folder = temporaryFolder()
 const at = (name: string): string => join(folder, name)
@@ -82,7 +82,49 @@ describeWithQemu('resize', () => {
     clean(path)
   })
 
-  it.each([['1M'], ['-1M'], ['nonsense'], ['+']])('refuses %s', size => {
+  it('shrinks where that is asked for, as qemu-img does', () => {
+    const [ours, theirs] = [image('shrink.qcow2'), at('shrink-theirs.qcow2')]
+    ok(qemuIo('-c', 'write -P 7 0 8M', ours))
+    copyFileSync(ours, theirs)
+    const refused = [qcow2('resize', ours, '1M'), qemuImg('resize', theirs, '1M')]
+    for (const { code, stderr } of refused) {
+      expect(code).toBe(1)
+      expect(stderr).toMatch(/warning: Shrinking an image will delete all data/)
+      expect(stderr).toMatch(/Use the --shrink option to perform a shrink operation/)
+    }
+    expect(ok(qcow2('resize', '--shrink', ours, '--', '-6M'))).toBe('Image resized.\n')
+    ok(qemuImg('resize', '--shrink', theirs, '2M'))
+    ok(qemuImg('compare', '-s', ours, theirs))
+    clean(ours)
+    expect(statSync(ours).blocks * 512).toBeLessThan(3 * 2 ** 20)
+    // Both ways: what one cut, the other grows.
+    ok(qcow2('resize', theirs, '4M'))
+    ok(qemuImg('resize', ours, '4M'))
+    ok(qemuImg('compare', '-s', ours, theirs))
+    clean(theirs)
+  })
+
+  it('preallocates as qemu-img does', () => {
+    for (const mode of ['metadata', 'falloc', 'full']) {
+      const [ours, theirs] = [image(`${mode}.qcow2`), image(`${mode}-theirs.qcow2`)]
+      ok(qcow2('resize', `--preallocation=${mode}`, ours, '+8M'))
+      ok(qemuImg('resize', `--preallocation=${mode}`, theirs, '+8M'))
+      clean(ours)
+      ok(qemuImg('compare', '-s', ours, theirs))
+      const map = (path: string) =>
+        JSON.parse(ok(qemuImg('map', '--output=json', path))).map(({ offset, ...rest }: { offset?: number }) => rest)
+      expect(map(ours)).toEqual(map(theirs))
+    }
+    const path = image('no.qcow2')
+    for (const tool of [qcow2, qemuImg]) {
+      expect(tool('resize', '--preallocation=falloc', path, '8M').stderr).toContain(
+        'Preallocation can only be used for growing images',
+      )
+      expect(tool('resize', '--preallocation=some', path, '9M').stderr).toContain("Invalid preallocation mode 'some'")
+    }
+  })
+
+  it.each([['1M'], ['-1M'], ['nonsense'], ['+'], ['-9M']])('refuses %s', size => {
     const path = image('keep.qcow2')
     expect(qcow2('resize', path, size).code).toBe(1)
     expect(ok(qemuImg('info', path))).toContain('(8388608 bytes)')

@@ -30,6 +30,9 @@ function run(program: string, args: readonly string[]): Ended {
 /** Runs qemu-img. */
 export const qemuImg = (...args: string[]): Ended => run(process.env['QEMU_IMG_PROG'] ?? 'qemu-img', args)
 
+/** Runs qemu-io. */
+export const qemuIo = (...args: string[]): Ended => run(process.env['QEMU_IO_PROG'] ?? 'qemu-io', args)
+
 /** Runs this package's command line. */
 export const qcow2 = (...args: string[]): Ended => run(process.execPath, [cli, ...args])
 

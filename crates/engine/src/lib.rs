@@ -27,4 +27,4 @@ pub use memory::{Mem, MemMut};
 pub use qcow2_format as format;
 pub use source::{Extent, ExtentKind, GuestSource};
 pub use storage::{Storage, StorageExt};
-pub use write::{DetectZeroes, Discard, WriteOptions};
+pub use write::{DetectZeroes, Discard, ResizeOptions, WriteOptions};

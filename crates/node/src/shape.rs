@@ -43,12 +43,7 @@ impl Shape {
 
     /// What to allocate.
     pub(crate) fn preallocation(&self) -> Preallocation {
-        match self.preallocation.as_deref() {
-            Some("metadata") => Preallocation::Metadata,
-            Some("falloc") => Preallocation::Falloc,
-            Some("full") => Preallocation::Full,
-            _ => Preallocation::Off,
-        }
+        to_preallocation(self.preallocation.as_deref())
     }
 
     /// The engine's options for a qcow2 image of `size` bytes.
@@ -88,5 +83,15 @@ impl Shape {
         let options = self.options(0);
         options.validate()?;
         Ok(MeasureTarget::Qcow2(Qcow2Target::from_options(&options)?))
+    }
+}
+
+/// A preallocation mode by its name; TypeScript has checked it.
+pub(crate) fn to_preallocation(name: Option<&str>) -> Preallocation {
+    match name {
+        Some("metadata") => Preallocation::Metadata,
+        Some("falloc") => Preallocation::Falloc,
+        Some("full") => Preallocation::Full,
+        _ => Preallocation::Off,
     }
 }

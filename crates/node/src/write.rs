@@ -3,9 +3,9 @@
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use napi::bindgen_prelude::{Env, Unknown};
+use napi::bindgen_prelude::{Env, ToNapiValue, Unknown};
 use napi_derive::napi;
-use qcow2_engine::{Image, Mem, Result};
+use qcow2_engine::{Image, Mem, ResizeOptions, Result};
 
 use crate::delivery::Outcome;
 use crate::open::nothing;
@@ -13,6 +13,7 @@ use crate::pool::Task;
 use crate::read::range_of;
 use crate::resource::Handle;
 use crate::runtime::Runtime;
+use crate::shape::to_preallocation;
 
 /// A write that is under way. JavaScript keeps the buffer reachable until it hears of the completion, and the
 /// cleanup hook waits for running writes before the environment frees its memory.
@@ -105,8 +106,24 @@ pub fn flush(env: Env, request: u32, image: u32) -> napi::Result<()> {
     change(&env, request, image, Image::flush)
 }
 
-/// Grows the disk.
+/// Resizes the disk; tells its size when that is heard of. `shrink` allows a smaller one.
 #[napi]
-pub fn resize(env: Env, request: u32, image: u32, size: f64) -> napi::Result<()> {
-    change(&env, request, image, move |image| image.resize(size as u64))
+pub fn resize(
+    env: Env,
+    request: u32,
+    image: u32,
+    size: f64,
+    shrink: bool,
+    preallocation: Option<String>,
+) -> napi::Result<()> {
+    let options = ResizeOptions { shrink, preallocation: to_preallocation(preallocation.as_deref()) };
+    let runtime = Runtime::of(&env)?;
+    let handle = runtime.image(image)?;
+    let work = move || handle.run(|image| image.resize_with(size as u64, options)).map(|()| handle);
+    runtime.run(&env, request, work, |_, env, handle| {
+        // Two requests may cross: the size is the one that the disk has now.
+        let now = handle.run(|image| Ok(image.virtual_size())).unwrap_or_default();
+        // SAFETY: on the environment's thread, with its own env.
+        unsafe { f64::to_napi_value(env.raw(), now as f64) }
+    })
 }

@@ -163,7 +163,7 @@ fn contiguous_runs(places: &[Option<HostOffset>], cluster_size: u64) -> Vec<(Hos
     runs
 }
 
-fn write_zero_bytes(storage: &dyn Storage, start: u64, length: u64, job: &Job) -> Result<()> {
+pub(crate) fn write_zero_bytes(storage: &dyn Storage, start: u64, length: u64, job: &Job) -> Result<()> {
     static ZEROES: [u8; ZERO_WRITE] = [0; ZERO_WRITE];
     let end = start.saturating_add(length);
     let mut at = start;

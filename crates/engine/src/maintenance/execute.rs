@@ -306,6 +306,6 @@ fn parse_all(mut bytes: &[u8]) -> Option<Vec<SnapshotRecord>> {
     Some(records)
 }
 
-fn encode_words(words: &[u64]) -> Vec<u8> {
+pub(super) fn encode_words(words: &[u64]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_be_bytes()).collect()
 }

@@ -8,6 +8,7 @@
 mod execute;
 mod plan;
 mod session;
+mod shrink;
 mod tree;
 
 pub use plan::{L1Source, NewSnapshot, Plan, Record, Step, Tree};

@@ -43,6 +43,10 @@ impl<'a> Session<'a> {
 
     /// Makes all that was written durable, refcounts among it; clusters that lost references before are freed.
     pub(crate) fn barrier(&self) -> Result<()> {
+        if self.image.header().has_data_file() {
+            // A flush that finds no waiting metadata syncs the data file alone; here the image was written to directly.
+            self.image.storage().flush().map_err(|e| self.writer.poison(e))?;
+        }
         self.disk.flush_metadata(self.image, self.writer)?;
         // Reads that planned before may still use what lost its reference: they end soon, and later ones plan anew.
         while !self.writer.with_alloc(|alloc, _| alloc.drain())? {

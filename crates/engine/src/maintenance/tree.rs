@@ -57,7 +57,7 @@ impl Session<'_> {
     }
 
     /// Host clusters that one L2 entry refers to.
-    fn clusters_of(
+    pub(super) fn clusters_of(
         &self,
         entry: L2Entry,
         g: &Geometry,
@@ -83,7 +83,7 @@ impl Session<'_> {
         })
     }
 
-    fn table_of(&self, entry: u64, index: usize) -> Result<Option<HostOffset>> {
+    pub(super) fn table_of(&self, entry: u64, index: usize) -> Result<Option<HostOffset>> {
         let g = self.geometry();
         let guest = index as u64 * g.l2_coverage();
         L1Entry(entry).table(&g).map_err(|e| self.image.corrupt_entry(e, guest))
@@ -206,7 +206,7 @@ impl Session<'_> {
 }
 
 /// The L2 entries in a table's bytes.
-fn entries<'a>(table: &'a [u8], g: &Geometry) -> impl Iterator<Item = L2Entry> + 'a {
+pub(super) fn entries<'a>(table: &'a [u8], g: &Geometry) -> impl Iterator<Item = L2Entry> + 'a {
     table.chunks_exact(g.l2_entry_size() as usize).map(|bytes| {
         let mut words = bytes.as_chunks::<8>().0.iter().map(|w| u64::from_be_bytes(*w));
         let word = words.next().unwrap_or(0);

@@ -178,7 +178,7 @@ impl Writer {
     }
 
     /// Gives the reservations back and cuts the file.
-    fn give_back(&self, image: &Qcow2) -> Result<()> {
+    pub(super) fn give_back(&self, image: &Qcow2) -> Result<()> {
         let storage = image.storage();
         let (length, writes) = {
             let mut alloc = self.alloc.lock();

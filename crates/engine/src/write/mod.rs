@@ -26,6 +26,7 @@ mod inflight;
 mod inflight_tests;
 mod link;
 mod overlap;
+mod preallocate;
 mod quarantine;
 mod ranges;
 mod refcounts;
@@ -37,5 +38,6 @@ mod writer;
 mod zeroes;
 
 pub(crate) use quarantine::Unlinked;
+pub use resize::ResizeOptions;
 pub(crate) use writer::Writer;
 pub use writer::{DetectZeroes, Discard, WriteOptions};

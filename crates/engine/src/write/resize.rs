@@ -1,39 +1,118 @@
-//! Growing the virtual disk.
+//! Growing the virtual disk, and the rules of resizing it. Shrinking is `maintenance::shrink`.
 
+use std::ops::Range;
+
+use qcow2_format::L2Mapping;
+use qcow2_format::bitmap::BitmapFlags;
 use qcow2_format::limits::MAX_L1_BYTES;
 
 use super::request::{Payload, Top};
 use super::writer::Writer;
+use crate::create::{Preallocation, write_zero_bytes};
 use crate::image::{Image, Layer, Qcow2};
-use crate::{Error, ErrorKind, Mem, Result, StorageExt};
+use crate::maintenance::Session;
+use crate::{Error, ErrorKind, GuestSource, Job, Mem, Raw, Result, StorageExt};
+
+/// Extents looked at together.
+const EXTENTS: usize = 4096;
+
+/// How to resize a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ResizeOptions {
+    /// A smaller size is meant: what lies behind the new end is lost.
+    pub shrink: bool,
+    /// What the new part of the disk has from the start.
+    pub preallocation: Preallocation,
+}
 
 impl Image {
     /// Grows the disk to `size` bytes; the new part reads as zeroes, also where a backing file is longer.
     ///
     /// # Errors
-    /// `InvalidArgument` unless `size` is a multiple of 512; `DataLoss` for a smaller size; `Limit` where the format
-    /// ends; else as [`Image::write_at`].
+    /// As [`Image::resize_with`].
     pub fn resize(&self, size: u64) -> Result<()> {
-        let old = self.virtual_size();
+        self.resize_with(size, ResizeOptions::default())
+    }
+
+    /// Gives the disk `size` bytes, durably. A new part reads as zeroes, also where a backing file is longer; what lies
+    /// behind a smaller size is lost, and its clusters are freed. Snapshots keep their own size. After a crash the disk
+    /// has the old size or the new one, with leaked clusters at worst.
+    ///
+    /// # Errors
+    /// `InvalidArgument` unless `size` is a multiple of 512, and for a preallocation where nothing grows; `DataLoss` for a
+    /// smaller size without `shrink`, saying how much is stored behind it; `UnsupportedFeature` for a version 2
+    /// image with snapshots, which do not know their size; `Corrupt` for an inconsistent bitmap, which cannot be
+    /// resized; `Limit` where the format ends; else as [`Image::write_at`].
+    pub fn resize_with(&self, size: u64, options: ResizeOptions) -> Result<()> {
         if !size.is_multiple_of(512) {
             let message = format!("the size {size} is not a multiple of 512 bytes");
             return Err(Error::new(ErrorKind::InvalidArgument, message));
         }
-        if size < old {
-            let message = format!("shrinking from {old} to {size} bytes would lose data");
-            return Err(Error::new(ErrorKind::DataLoss, message));
-        }
         match self.top()? {
-            Top::Raw(raw) => raw.resize(size),
+            Top::Raw(raw) => self.resize_raw(raw, size, options),
             Top::Qcow2(image, writer) => {
-                let _alone = writer.gate.write();
-                writer.begin(image)?;
-                self.grow(image, writer, old, size)
+                // Once before anything is touched, once when nobody else changes it.
+                self.judge_size(size, options)?;
+                refuse_resize(image, writer)?;
+                let session = Session::begin(self)?;
+                self.judge_size(size, options)?;
+                refuse_resize(image, writer)?;
+                let old = self.virtual_size();
+                if size < old {
+                    session.shrink(size)?;
+                    writer.give_back(image)
+                } else {
+                    self.grow(image, writer, old..size, options.preallocation)
+                }
             }
         }
     }
 
-    fn grow(&self, image: &Qcow2, writer: &Writer, old: u64, size: u64) -> Result<()> {
+    /// Refuses what the options do not allow.
+    fn judge_size(&self, size: u64, options: ResizeOptions) -> Result<()> {
+        let old = self.virtual_size();
+        if size <= old && options.preallocation != Preallocation::Off {
+            let message = "preallocation is for the new part of a disk that grows";
+            return Err(Error::new(ErrorKind::InvalidArgument, message).with_field("preallocation"));
+        }
+        if size >= old || options.shrink {
+            return Ok(());
+        }
+        let lost = self.stored_behind(size)?;
+        let message = format!(
+            "shrinking from {old} to {size} bytes would lose {lost} bytes of data: it must be asked for"
+        );
+        Err(Error::new(ErrorKind::DataLoss, message).with_field("size"))
+    }
+
+    /// Guest bytes from `size` on that are stored, here or in a backing file.
+    fn stored_behind(&self, size: u64) -> Result<u64> {
+        let (mut at, mut stored) = (size, 0u64);
+        while at < self.virtual_size() {
+            let mut extents = Vec::new();
+            at = self.extents_up_to(at, self.virtual_size() - at, EXTENTS, &Job::new(), &mut extents)?;
+            stored += extents.iter().filter(|extent| !extent.zero).map(|extent| extent.length).sum::<u64>();
+        }
+        Ok(stored)
+    }
+
+    fn resize_raw(&self, raw: &Raw, size: u64, options: ResizeOptions) -> Result<()> {
+        self.judge_size(size, options)?;
+        let old = self.virtual_size();
+        match options.preallocation {
+            Preallocation::Metadata => {
+                let message = "a raw image has no metadata to preallocate: falloc and full are possible";
+                return Err(Error::new(ErrorKind::InvalidArgument, message).with_field("preallocation"));
+            }
+            Preallocation::Falloc => raw.storage().reserve(old, size - old)?,
+            Preallocation::Full => write_zero_bytes(&**raw.storage(), old, size - old, &Job::new())?,
+            Preallocation::Off => {}
+        }
+        raw.resize(size)
+    }
+
+    fn grow(&self, image: &Qcow2, writer: &Writer, new: Range<u64>, mode: Preallocation) -> Result<()> {
+        let Range { start: old, end: size } = new;
         if size == old {
             return Ok(());
         }
@@ -49,23 +128,51 @@ impl Image {
         if writer.bitmaps.load(image, true)? {
             image.storage().flush().map_err(|e| writer.poison(e))?;
         }
+        self.drop_behind(image, writer, old)?;
         if entries > image.mapping.read().l1.len() as u64 {
             // What refers to the old table must be in the file before it is copied.
             self.flush_metadata(image, writer)?;
             writer.grow_l1(image, entries)?;
         }
         self.zero_behind(image, writer, old, size)?;
-        if image.header().data_file_raw() {
-            let data = image.data_storage()?;
-            if data.size()? < size {
-                data.resize(size)?;
-            }
+        self.grow_data_file(image, old..size)?;
+        if let Err(error) = self.preallocate(image, writer, old..size, mode) {
+            // Nothing may be mapped behind the end that stays.
+            self.drop_behind(image, writer, old)?;
+            return Err(error);
         }
         self.flush_metadata(image, writer)?;
         writer.write_size(image, size)?;
         image.storage().flush().map_err(|e| writer.poison(e))?;
         image.set_virtual_size(size);
         writer.bitmaps.resize(size, image.limits().max_memory)
+    }
+
+    /// Gives up what is mapped behind the end: the state of a virtual machine that a snapshot brought, or what another
+    /// program left. It must not become part of the disk.
+    fn drop_behind(&self, image: &Qcow2, writer: &Writer, end: u64) -> Result<()> {
+        let g = image.geometry();
+        let mapped = (image.mapping.read().l1.len() as u64).saturating_mul(g.l2_coverage());
+        let Some(start) = end.checked_next_multiple_of(g.cluster_size()).filter(|start| *start < mapped)
+        else {
+            return Ok(());
+        };
+        self.change_range(image, writer, start..mapped, !image.header().has_data_file(), &|_, old| {
+            (*old != L2Mapping::Unallocated).then_some(L2Mapping::Unallocated)
+        })
+    }
+
+    /// Extends an external data file that is a raw image by itself: nothing of it may show up behind the old end.
+    fn grow_data_file(&self, image: &Qcow2, new: Range<u64>) -> Result<()> {
+        if !image.header().data_file_raw() {
+            return Ok(());
+        }
+        let data = image.data_storage()?;
+        let length = data.size()?;
+        if length > new.start {
+            data.zero(new.start, length.min(new.end) - new.start, true)?;
+        }
+        if length < new.end { data.resize(new.end) } else { Ok(()) }
     }
 
     /// Makes sure that the bytes behind the old end read as zeroes once they are inside: the rest of the last cluster
@@ -131,4 +238,22 @@ impl Writer {
         }
         Ok(())
     }
+}
+
+/// Refuses what QEMU refuses, too: what belongs to the disk and cannot follow its size.
+fn refuse_resize(image: &Qcow2, writer: &Writer) -> Result<()> {
+    if image.header().version < 3 && !image.snapshots().is_empty() {
+        let message = "a version 2 image with snapshots cannot be resized: they do not say their size";
+        return Err(image.error(ErrorKind::UnsupportedFeature, message));
+    }
+    for record in image.bitmaps()? {
+        let entry = &record.entry;
+        if entry.flags.contains(BitmapFlags::IN_USE) && !writer.bitmaps.tracks(&entry.name) {
+            let name = String::from_utf8_lossy(&entry.name);
+            let message =
+                format!("the bitmap '{name}' is inconsistent: remove it before the disk is resized");
+            return Err(image.error(ErrorKind::Corrupt, message));
+        }
+    }
+    Ok(())
 }

@@ -144,7 +144,7 @@ impl Image {
 
     /// Replaces the mappings of the clusters that `range` touches, slice by slice. `replace` gets the guest offset of
     /// the cluster. `punch`: the clusters' space is given up.
-    fn change_range(
+    pub(super) fn change_range(
         &self,
         image: &Qcow2,
         writer: &Writer,

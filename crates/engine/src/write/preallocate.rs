@@ -1,0 +1,105 @@
+//! Clusters for the new part of a disk that grows, before anything is written there.
+
+use std::ops::Range;
+
+use qcow2_format::{HostOffset, L2Mapping, SubclusterBitmap};
+
+use super::alloc::{Allocation, Wish};
+use super::link::Change;
+use super::writer::Writer;
+use crate::create::{Preallocation, write_zero_bytes};
+use crate::image::{Image, Layer, Qcow2};
+use crate::{Job, Result, StorageExt};
+
+impl Image {
+    /// Gives every cluster that `new`, behind the disk's end, touches first a host cluster that reads as zeroes.
+    pub(super) fn preallocate(
+        &self,
+        image: &Qcow2,
+        writer: &Writer,
+        new: Range<u64>,
+        mode: Preallocation,
+    ) -> Result<()> {
+        let g = *image.geometry();
+        let raw_data = image.header().data_file_raw();
+        // Readers of a raw data file's image must see what readers of the raw file see.
+        let mode = if mode == Preallocation::Off && raw_data { Preallocation::Metadata } else { mode };
+        if mode == Preallocation::Off {
+            return Ok(());
+        }
+        let backing = self.layers().get(1).map_or(0, Layer::virtual_size);
+        let bitmap = if raw_data || backing > new.start {
+            SubclusterBitmap::ALL_DATA
+        } else {
+            SubclusterBitmap::default()
+        };
+        let mapped = |host: u64| match g.extended_l2() {
+            true => L2Mapping::Subclusters { host: Some(HostOffset(host)), copied: true, bitmap },
+            false => L2Mapping::Data { host: HostOffset(host), copied: true },
+        };
+        let end = new.end.next_multiple_of(g.cluster_size());
+        let mut at = new.start.next_multiple_of(g.cluster_size());
+        while at < end {
+            // One slice of one table at a time.
+            let slice = image.slices.entries() * g.cluster_size();
+            let wanted = (slice - at % slice).min(end - at) / g.cluster_size();
+            writer.prepare_table(image, at)?;
+            let space = self.space(image, writer, at, wanted, mode)?;
+            let barrier = !(space.clean && space.durable);
+            let change = Change { guest: at, clusters: space.count, barrier, punch: false };
+            let host = space.cluster * g.cluster_size();
+            writer.link(image, change, |n, _| Some(mapped(host + n * g.cluster_size())))?;
+            at += space.count * g.cluster_size();
+            self.limit_dirty(image, writer)?;
+        }
+        Ok(())
+    }
+
+    /// Clusters for `guest`, at most `count`, that read as zeroes, with their space reserved as `mode` says.
+    fn space(
+        &self,
+        image: &Qcow2,
+        writer: &Writer,
+        guest: u64,
+        count: u64,
+        mode: Preallocation,
+    ) -> Result<Allocation> {
+        let g = *image.geometry();
+        let external = image.header().has_data_file();
+        let mut space = if external {
+            let clean = image.data_storage()?.size()? <= guest || image.header().data_file_raw();
+            Allocation { cluster: g.cluster_index(guest), count, clean, durable: true }
+        } else {
+            let mut alloc = writer.alloc.lock();
+            let allocated = alloc.allocate(count, false, Wish::default(), &mut writer.metadata.lock());
+            allocated.map_err(|e| writer.poison_unless_full(e))?
+        };
+        let prepared = prepare(image, &space, mode);
+        if prepared.is_err() && !external {
+            writer.alloc.lock().abandon(space);
+        }
+        prepared?;
+        // What was written or reserved must be there before the link, as zeroes must be.
+        space.clean &= mode == Preallocation::Metadata;
+        Ok(space)
+    }
+}
+
+/// Makes the clusters read as zeroes, with their space reserved as `mode` says.
+fn prepare(image: &Qcow2, space: &Allocation, mode: Preallocation) -> Result<()> {
+    let size = image.geometry().cluster_size();
+    let (start, length) = (space.cluster * size, space.count * size);
+    let storage = image.data_storage()?;
+    if mode == Preallocation::Full {
+        return write_zero_bytes(&**storage, start, length, &Job::new());
+    }
+    if !space.clean {
+        storage.zero(start, length, true)?;
+    }
+    match mode {
+        Preallocation::Falloc => storage.reserve(start, length),
+        // A mapped cluster lies inside the file.
+        _ if storage.size()? < start + length => storage.resize(start + length),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,171 @@
+//! Shrinking and growing, on every kind of image: what stays, what is freed, what is refused; QEMU does the same and
+//! judges; power cuts.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
+
+mod contents;
+
+use contents::{Contents, assert_clean, bytes, explore, geometries, snapshot_of, writable};
+use qcow2_engine::create::Preallocation;
+use qcow2_engine::{ErrorKind, ResizeOptions, Storage};
+use qcow2_testkit::disk_model::{Rig, open_file};
+use qcow2_testkit::matrix::{DataFile, Geometry};
+use qcow2_testkit::recorder::RecordingStorage;
+use qcow2_testkit::{Fixture, Qemu};
+
+const SHRINK: ResizeOptions = ResizeOptions { shrink: true, preallocation: Preallocation::Off };
+
+/// Rigs that can be resized: version 2 cannot with snapshots, so its rig has none.
+fn rig(geometry: &Geometry, seed: u64) -> Rig {
+    let geometry = match geometry.version {
+        // Narrow enough that the rig makes no snapshot; version 2 has 16 bits in any case.
+        2 => Geometry { data_file: DataFile::Internal, refcount_bits: 16, ..geometry.clone() },
+        _ => geometry.clone(),
+    };
+    Rig::forge(&geometry, seed)
+}
+
+fn sizes(geometry: &Geometry) -> Vec<u64> {
+    let (c, size) = (geometry.cluster_size, geometry.size / 512 * 512);
+    let aligned = |n: u64| n / c * c;
+    let mut sizes = vec![aligned(size / 2), aligned(size / 3) + 512, 512, size - 512];
+    sizes.retain(|s| *s < size && *s > 0);
+    sizes
+}
+
+fn has_snapshots(rig: &Rig) -> bool {
+    rig.geometry.version < 3 && rig.geometry.snapshots()
+}
+
+#[test]
+fn shrinking_keeps_the_front_and_frees_the_rest() {
+    for geometry in geometries() {
+        for (seed, size) in sizes(&geometry).into_iter().enumerate() {
+            let rig = rig(&geometry, seed as u64);
+            let what = format!("{} to {size}", geometry.name());
+            let files: Vec<_> =
+                rig.files().into_iter().map(RecordingStorage::plain).map(std::sync::Arc::new).collect();
+            let storages: Vec<_> = files.iter().map(|f| f.clone() as std::sync::Arc<dyn Storage>).collect();
+            let before = Contents::of(&rig, &rig.files());
+            let image = rig.open(&storages, &writable()).unwrap();
+            if has_snapshots(&rig) {
+                let error = image.resize_with(size, SHRINK).unwrap_err();
+                assert_eq!(error.kind(), ErrorKind::UnsupportedFeature, "{what}");
+                continue;
+            }
+            assert_eq!(image.resize(size).unwrap_err().kind(), ErrorKind::DataLoss, "{what}");
+            image.resize_with(size, SHRINK).unwrap_or_else(|e| panic!("{what}: {e:?}"));
+            assert!(bytes(&image) == before.active[..size as usize], "{what}: while open");
+            image.resize(before.active.len() as u64 / 512 * 512).unwrap();
+            let grown = bytes(&image);
+            assert!(grown[..size as usize] == before.active[..size as usize], "{what}: grown");
+            assert!(grown[size as usize..].iter().all(|b| *b == 0), "{what}: the new part is not zero");
+            image.resize_with(size, SHRINK).unwrap();
+            image.close().unwrap();
+            let now: Vec<_> = files.iter().map(|f| snapshot_of(&**f)).collect();
+            assert_clean(&now, &what);
+            let after = Contents::of(&rig, &now);
+            assert!(after.active == before.active[..size as usize], "{what}: the active disk");
+            assert!(after.snapshots == before.snapshots, "{what}: a snapshot");
+            assert!(
+                rig.geometry.data_file == DataFile::Internal || now[1].len() == size,
+                "{what}: data file"
+            );
+        }
+    }
+}
+
+#[test]
+fn no_power_cut_during_a_shrink_leaves_anything_between() {
+    for geometry in geometries() {
+        let mut rig = rig(&geometry, 7);
+        if has_snapshots(&rig) {
+            continue;
+        }
+        let sizes = sizes(&geometry);
+        let random = if geometry.cluster_size > 65536 { 10 } else { 60 };
+        for size in [sizes[0], sizes[1]] {
+            let what = format!("{} to {size}", geometry.name());
+            let files = explore(&rig, 1, random, &what, |image| image.resize_with(size, SHRINK));
+            assert_clean(&files, &what);
+        }
+        let size = sizes[0];
+        rig.image = explore(&rig, 2, 10, "a shrink", |image| image.resize_with(size, SHRINK))[0].clone();
+        let what = format!("{}: back", geometry.name());
+        explore(&rig, 3, random, &what, |image| image.resize(geometry.size / 512 * 512));
+    }
+}
+
+#[test]
+fn what_would_be_lost_is_told() {
+    let Some(qemu) = Qemu::find() else { return };
+    let fixture = Fixture::new();
+    let path = fixture.path("a.qcow2");
+    qemu.create(&path, "", Some(8 << 20));
+    qemu.io(&path, "qcow2", &["write -P 5 0 1M", "write -P 6 4M 192k", "write -z 6M 1M"]);
+    let image = open_file(&path, &writable()).unwrap();
+    let error = image.resize(1 << 20).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::DataLoss);
+    assert!(error.to_string().contains("196608 bytes of data"), "{error}");
+    let error = image.resize(5 << 20).unwrap_err();
+    assert!(error.to_string().contains(" 0 bytes of data"), "{error}");
+    let both = ResizeOptions { shrink: true, preallocation: Preallocation::Full };
+    assert_eq!(image.resize_with(1 << 20, both).unwrap_err().kind(), ErrorKind::InvalidArgument);
+    assert_eq!(image.resize_with(1000, SHRINK).unwrap_err().kind(), ErrorKind::InvalidArgument);
+    image.close().unwrap();
+    assert_eq!(qemu.info_json(&path)["virtual-size"], 8 << 20);
+}
+
+#[test]
+fn preallocated_growth_reads_as_zeroes_and_has_its_clusters() {
+    let Some(qemu) = Qemu::find() else { return };
+    for options in [
+        "cluster_size=64k",
+        "cluster_size=512",
+        "compat=0.10,cluster_size=4k",
+        "extended_l2=on,cluster_size=16k",
+        "refcount_bits=1,cluster_size=2M",
+        "BACKING",
+        "BACKING,extended_l2=on",
+        "data_file=DATA",
+        "data_file=DATA,data_file_raw=on",
+    ] {
+        for mode in [Preallocation::Metadata, Preallocation::Falloc, Preallocation::Full] {
+            let fixture = Fixture::new();
+            let path = fixture.path("a.qcow2");
+            qemu.create(&fixture.path("base.qcow2"), "", Some(8 << 20));
+            qemu.io(&fixture.path("base.qcow2"), "qcow2", &["write -P 9 0 8M"]);
+            let full = options.replace("DATA", fixture.path("data.raw").to_str().unwrap()).replace(
+                "BACKING",
+                &format!("backing_fmt=qcow2,backing_file={}", fixture.path("base.qcow2").display()),
+            );
+            qemu.create(&path, &full, Some((1 << 20) + 512));
+            qemu.io(&path, "qcow2", &["write -P 5 100k 300k"]);
+            let what = format!("{options} {mode:?}");
+            let image = open_file(&path, &writable()).unwrap();
+            let before = bytes(&image);
+            let size = (3 << 20) + 1024;
+            let grow = ResizeOptions { shrink: false, preallocation: mode };
+            image.resize_with(size, grow).unwrap_or_else(|e| panic!("{what}: {e:?}"));
+            let now = bytes(&image);
+            assert!(now[..before.len()] == before, "{what}: what was there");
+            assert!(now[before.len()..].iter().all(|b| *b == 0), "{what}: the new part");
+            image.close().unwrap();
+            qemu.assert_clean(&path);
+            assert!(qemu.guest_bytes(&path, "qcow2", &[]) == now, "{what}: as QEMU reads it");
+            let check = qemu.img(&["check", "--output=json", path.to_str().unwrap()]).stdout;
+            let check: serde_json::Value = serde_json::from_str(&check).unwrap();
+            let cluster = qemu.info_json(&path)["cluster-size"].as_u64().unwrap();
+            let wanted = (size - before.len() as u64) / cluster;
+            assert!(check["allocated-clusters"].as_u64().unwrap() >= wanted, "{what}: {check}");
+            if mode != Preallocation::Metadata {
+                let file = if options.contains("DATA") { fixture.path("data.raw") } else { path.clone() };
+                let used = std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&file).unwrap()) * 512;
+                assert!(used >= 2 << 20, "{what}: only {used} bytes are reserved");
+            }
+            // QEMU takes it from there, and back.
+            qemu.io(&path, "qcow2", &["write -P 7 2M 64k"]);
+            qemu.img(&["resize", "-q", "--shrink", path.to_str().unwrap(), "1M"]).ok();
+            qemu.assert_clean(&path);
+        }
+    }
+}

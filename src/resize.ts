@@ -1,0 +1,33 @@
+/** Resizing the disk of an open image. */
+
+import type { Preallocation } from './create.js'
+import { ABORTABLE, type Abortable, flag, oneOf } from './options.js'
+import { request } from './support/requests.js'
+
+/** Options of {@link Image.truncate}. */
+export interface TruncateOptions extends Abortable {
+  /**
+   * A size below the disk's is meant: what lies behind the new end is lost. Without it a smaller size is refused with
+   * `ERR_QCOW2_DATA_LOSS`, whose message says how many bytes are stored there. Default false.
+   */
+  shrink?: boolean | undefined
+  /**
+   * What the new part of the disk has from the start: nothing, a host cluster for every guest cluster (`'metadata'`), reserved space
+   * (`'falloc'`), or written zeroes (`'full'`). Default `'off'`. Only for a disk that grows; raw has no `'metadata'`.
+   */
+  preallocation?: Preallocation | undefined
+}
+
+/** The table entries of {@link TruncateOptions}. */
+export const TRUNCATE = {
+  ...ABORTABLE,
+  shrink: flag,
+  preallocation: oneOf('off', 'metadata', 'falloc', 'full'),
+} as const
+
+/** Resizes the disk of the addon's image; tells its size afterwards. */
+export const resizeDisk = (
+  image: number,
+  size: number,
+  { shrink = false, preallocation }: Pick<TruncateOptions, 'shrink' | 'preallocation'>,
+): Promise<number> => request<number>((number, addon) => addon.resize(number, image, size, shrink, preallocation))
