@@ -6,6 +6,7 @@
 pub mod amend;
 pub mod bitmap;
 pub mod check;
+pub mod clone;
 pub mod compare;
 pub mod convert;
 pub mod create;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::mapping::{Segment, SegmentKind};
 use super::qcow2::Qcow2;
 use super::raw::Raw;
+use crate::clone::Clones;
 use crate::source::{Extent, GuestSource};
 use crate::write::WriteOptions;
 use crate::{Error, ErrorKind, Job, MemMut, Result, Storage, StorageExt};
@@ -63,6 +64,8 @@ impl Layer {
 #[derive(Debug)]
 pub struct Image {
     layers: Vec<Layer>,
+    /// Copies of the disk at a point in time that are being made.
+    pub(crate) clones: Arc<Clones>,
 }
 
 impl Image {
@@ -86,7 +89,7 @@ impl Image {
                 return Err(super::open::on_file(&**again.storage(), error));
             }
         }
-        Ok(Self { layers })
+        Ok(Self { layers, clones: Arc::default() })
     }
 
     /// The layers, top first; never empty.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::write::{Discard, WriteOptions};
+use crate::write::{DetectZeroes, Discard, WriteOptions};
 use crate::{Result, Storage, StorageExt};
 
 /// Sector size: a raw disk's size is rounded up to it, as QEMU does.
@@ -15,6 +15,7 @@ pub struct Raw {
     storage: Arc<dyn Storage>,
     size: AtomicU64,
     discard: Discard,
+    detect_zeroes: DetectZeroes,
     flush_each: bool,
 }
 
@@ -27,7 +28,13 @@ impl Raw {
     pub fn new(storage: Arc<dyn Storage>) -> Result<Self> {
         let size = storage.size()?;
         let size = size.checked_next_multiple_of(SECTOR).unwrap_or(size);
-        Ok(Self { storage, size: AtomicU64::new(size), discard: Discard::Ignore, flush_each: false })
+        Ok(Self {
+            storage,
+            size: AtomicU64::new(size),
+            discard: Discard::default(),
+            detect_zeroes: DetectZeroes::default(),
+            flush_each: false,
+        })
     }
 
     /// The file.
@@ -48,11 +55,15 @@ impl Raw {
 
     pub(super) fn set_write_options(&mut self, options: &WriteOptions) {
         self.discard = options.discard;
+        self.detect_zeroes = options.detect_zeroes;
         self.flush_each = options.flush_each;
     }
 
     pub(crate) fn discard(&self) -> Discard {
         self.discard
+    }
+    pub(crate) fn detect_zeroes(&self) -> DetectZeroes {
+        self.detect_zeroes
     }
     pub(crate) fn flush_each(&self) -> bool {
         self.flush_each

@@ -244,6 +244,8 @@ impl Session<'_> {
         l1.used = true;
         let (offset, entries, size) = (l1.offset, l1.entries.clone(), l1.size);
         made.unsettled = true;
+        // Any byte of the disk may be another one from here on.
+        self.disk.preserve(&(0..self.image.virtual_size()));
         let resized = size != self.image.virtual_size();
         if resized && self.writer.bitmaps.load(self.image, true)? {
             self.barrier()?;
@@ -255,7 +257,6 @@ impl Session<'_> {
         made.former_active = Some((former, former_entries));
         self.image.set_virtual_size(size);
         self.image.next_generation();
-        // Any byte of the disk may be another one now.
         self.writer.bitmaps.resize(size, self.image.limits().max_memory)?;
         self.writer.bitmaps.mark(&(0..size));
         Ok(())

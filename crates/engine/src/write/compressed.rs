@@ -1,5 +1,7 @@
 //! Compressed writes: whole clusters, packed one behind the other.
 
+use std::ops::Range;
+
 use qcow2_format::{CompressedDescriptor, CompressionType, HostOffset, L2Mapping};
 use qcow2_transform::{Codec, CompressOptions, Compressor};
 
@@ -19,23 +21,11 @@ impl Image {
     /// disk); `UnsupportedFeature` for a raw disk and for an external data file.
     pub fn write_compressed_at(&self, buf: Mem<'_>, offset: u64) -> Result<()> {
         let range = self.guest_range(offset, buf.len() as u64)?;
-        let disk = self.virtual_size();
-        self.guest_request(&range.clone(), |top| {
-            let Top::Qcow2(image, writer) = top else {
-                let message = "a raw disk cannot hold compressed clusters";
-                return Err(Error::new(ErrorKind::UnsupportedFeature, message));
-            };
-            if image.header().has_data_file() {
-                let message = "an image with an external data file cannot hold compressed clusters";
-                return Err(image.error(ErrorKind::UnsupportedFeature, message));
-            }
+        // Before the request begins, which marks bitmaps: what is refused changes nothing.
+        let (image, writer) = self.check_compressed(&range)?;
+        let mut context = Packer::new(image, writer)?;
+        self.guest_request(&range.clone(), |_| {
             let size = image.geometry().cluster_size();
-            if range.start % size != 0 || (range.end % size != 0 && range.end != disk) {
-                let message =
-                    format!("a compressed write at {offset} must cover whole clusters of {size} bytes");
-                return Err(image.error(ErrorKind::InvalidArgument, message));
-            }
-            let mut context = Packer::new(image, writer)?;
             let (mut rest, mut at) = (buf, range.start);
             while at < range.end {
                 let part;
@@ -47,6 +37,26 @@ impl Image {
             }
             self.limit_dirty(image, writer)
         })
+    }
+
+    fn check_compressed(&self, range: &Range<u64>) -> Result<(&Qcow2, &Writer)> {
+        let Top::Qcow2(image, writer) = self.top()? else {
+            let message = "a raw disk cannot hold compressed clusters";
+            return Err(Error::new(ErrorKind::UnsupportedFeature, message));
+        };
+        if image.header().has_data_file() {
+            let message = "an image with an external data file cannot hold compressed clusters";
+            return Err(image.error(ErrorKind::UnsupportedFeature, message));
+        }
+        let size = image.geometry().cluster_size();
+        if !range.start.is_multiple_of(size)
+            || (!range.end.is_multiple_of(size) && range.end != self.virtual_size())
+        {
+            let message =
+                format!("a compressed write at {} must cover whole clusters of {size} bytes", range.start);
+            return Err(image.error(ErrorKind::InvalidArgument, message));
+        }
+        Ok((image, writer))
     }
 
     fn write_packed(
@@ -99,8 +109,9 @@ impl Packer {
             CompressionType::Zlib => Codec::Zlib,
             CompressionType::Zstd => Codec::Zstd,
         };
+        let options = writer.options;
         let options =
-            CompressOptions { codec, level: writer.options.compression_level, ..CompressOptions::default() };
+            CompressOptions { codec, level: options.compression_level, window: options.compression_window };
         let compressor = Compressor::new(&options)
             .map_err(|e| Error::new(ErrorKind::InvalidArgument, e.to_string()).with_source(e))?;
         let size = image.geometry().cluster_len();

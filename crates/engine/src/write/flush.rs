@@ -53,6 +53,7 @@ impl Image {
     /// # Errors
     /// As [`Image::flush`].
     pub fn close(&self) -> Result<()> {
+        self.clones.end();
         match self.layers().first() {
             Some(Layer::Qcow2(image)) => {
                 let Some(writer) = &image.writer else { return Ok(()) };

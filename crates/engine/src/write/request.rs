@@ -50,7 +50,13 @@ impl Image {
     pub fn write_at(&self, buf: Mem<'_>, offset: u64) -> Result<()> {
         let range = self.guest_range(offset, buf.len() as u64)?;
         self.guest_request(&range.clone(), |top| match top {
-            Top::Raw(raw) => raw.storage().write_all_at(buf, offset),
+            Top::Raw(raw) => match raw.detect_zeroes() {
+                DetectZeroes::Off => raw.storage().write_all_at(buf, offset),
+                detect if !buf.is_empty() && buf.is_zero() => {
+                    raw.storage().zero(offset, buf.len() as u64, detect == DetectZeroes::Unmap)
+                }
+                _ => raw.storage().write_all_at(buf, offset),
+            },
             Top::Qcow2(image, writer) => {
                 match writer.options.detect_zeroes {
                     DetectZeroes::Off => self.write_range(image, writer, Payload::Bytes(buf), range)?,
@@ -70,12 +76,15 @@ impl Image {
     ) -> Result<()> {
         match self.top()? {
             Top::Raw(raw) => {
+                let _shared = self.clones.raw_gate.read();
+                self.preserve(range);
                 request(Top::Raw(raw))?;
                 if raw.flush_each() { raw.storage().flush() } else { Ok(()) }
             }
             Top::Qcow2(image, writer) => {
                 let _shared = writer.gate.read();
                 writer.begin(image)?;
+                self.preserve(range);
                 writer.bitmaps.mark(range);
                 request(Top::Qcow2(image, writer))?;
                 if writer.options.flush_each { self.flush_metadata(image, writer) } else { Ok(()) }

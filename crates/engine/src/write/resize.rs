@@ -49,7 +49,10 @@ impl Image {
             return Err(Error::new(ErrorKind::InvalidArgument, message));
         }
         match self.top()? {
-            Top::Raw(raw) => self.resize_raw(raw, size, options),
+            Top::Raw(raw) => {
+                let _alone = self.clones.raw_gate.write();
+                self.resize_raw(raw, size, options)
+            }
             Top::Qcow2(image, writer) => {
                 // Once before anything is touched, once when nobody else changes it.
                 self.judge_size(size, options)?;
@@ -59,6 +62,7 @@ impl Image {
                 refuse_resize(image, writer)?;
                 let old = self.virtual_size();
                 if size < old {
+                    self.preserve(&(size..old));
                     session.shrink(size)?;
                     writer.give_back(image)
                 } else {
@@ -108,6 +112,7 @@ impl Image {
             Preallocation::Full => write_zero_bytes(&**raw.storage(), old, size - old, &Job::new())?,
             Preallocation::Off => {}
         }
+        self.preserve(&(size..old));
         raw.resize(size)
     }
 

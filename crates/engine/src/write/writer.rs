@@ -7,6 +7,7 @@ use parking_lot::{Mutex, RwLock};
 use qcow2_format::header::extension::BitmapsExtension;
 use qcow2_format::header::feature::Incompatible;
 use qcow2_format::{CryptMethod, Geometry, L1Entry, SnapshotRecord};
+use qcow2_transform::Window;
 
 use super::alloc::Allocator;
 use super::inflight::InFlight;
@@ -50,6 +51,8 @@ pub struct WriteOptions {
     pub flush_each: bool,
     /// Level of compressed writes; the codec's default without one.
     pub compression_level: Option<u32>,
+    /// Window of a zlib stream.
+    pub compression_window: Window,
 }
 
 /// Everything that writing needs beside the mapping. See the module's documentation for the order of the locks.
