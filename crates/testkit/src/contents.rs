@@ -46,14 +46,22 @@ pub struct Contents {
     pub consistent: bool,
 }
 
+/// A disk in a message: its length and a sum.
+fn brief(disk: &[u8]) -> String {
+    let sum = disk.iter().fold(0u32, |n, b| n.wrapping_mul(31).wrapping_add(u32::from(*b)));
+    format!("{} bytes ({sum:08x})", disk.len())
+}
+
+impl std::fmt::Debug for Shot {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "snapshot {} '{}' of {}", self.id, self.name, brief(&self.disk))
+    }
+}
+
 impl std::fmt::Debug for Contents {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let sum = |disk: &[u8]| disk.iter().fold(0u32, |n, b| n.wrapping_mul(31).wrapping_add(u32::from(*b)));
-        write!(f, "{} bytes ({:08x})", self.active.len(), sum(&self.active))?;
-        for s in &self.snapshots {
-            write!(f, ", snapshot {} '{}' of {} bytes ({:08x})", s.id, s.name, s.disk.len(), sum(&s.disk))?;
-        }
-        write!(f, ", bitmaps {:?}, consistent {}", self.bitmaps, self.consistent)
+        let Self { active, snapshots, bitmaps, consistent } = self;
+        write!(f, "{}, {snapshots:?}, bitmaps {bitmaps:?}, consistent {consistent}", brief(active))
     }
 }
 

@@ -120,7 +120,11 @@ impl Session<'_> {
         if let Some(table) = &made.table {
             self.abandon(table.offset, table.bytes);
         }
-        // Flags are only ever too few; a failure to set them again costs copies, not data.
+        // Flags are only ever too few; a failure to set them again costs copies, not data. They follow the refcounts that
+        // are durable: where those did not get into the file, no flag may.
+        if self.barrier().is_err() {
+            return;
+        }
         let l1 = self.image.mapping.read().l1.clone();
         if let Ok(l1) = self.rewrite_copied(&l1, true) {
             let _ = self.write_active_l1(l1).and_then(|()| self.barrier());

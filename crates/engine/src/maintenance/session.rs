@@ -84,8 +84,9 @@ impl<'a> Session<'a> {
         self.write(offset, &bytes)
     }
 
-    /// Writes metadata; a failure poisons the image.
+    /// Writes metadata; a failure poisons the image, which then takes no more writes.
     pub(crate) fn write(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.writer.check()?;
         let written = self.image.storage().write_all_at(Mem::from(bytes), offset);
         written.map_err(|e| self.writer.poison(e))
     }

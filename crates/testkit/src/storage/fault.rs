@@ -55,6 +55,11 @@ impl FaultStorage {
         self.failed.load(Ordering::Relaxed)
     }
 
+    /// How many calls of the kinds that fail there were so far.
+    pub fn calls(&self) -> u64 {
+        self.calls.load(Ordering::Relaxed)
+    }
+
     fn pass(&self, op: Op) -> io::Result<()> {
         if !self.fault.ops.is_empty() && !self.fault.ops.contains(&op) {
             return Ok(());
