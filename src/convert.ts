@@ -79,6 +79,12 @@ export interface ConvertOptions extends SourceOptions, LongRunning {
    * (`create.backingFile`). Opened as qcow2, by its magic, or as `create.backingFormat` says.
    */
   base?: ImageSource | undefined
+  /**
+   * Copy the persistent bitmaps of the source's top layer, with their names, granularities and whether they record; qcow2 to
+   * qcow2 of version 3 only. An inconsistent bitmap, as a crash leaves it, is refused with `ERR_QCOW2_CORRUPT` before
+   * anything is written; with `{ skipBroken: true }` it is left out. Default false.
+   */
+  bitmaps?: boolean | { skipBroken?: boolean | undefined } | undefined
 }
 
 /** What a conversion did. */
@@ -90,6 +96,8 @@ export interface ConvertResult {
   /** Bytes of guest data written to the target, as they are stored. */
   readonly bytesWritten: number
   readonly durationMs: number
+  /** With `bitmaps`: names of the inconsistent ones that were left out. */
+  readonly skippedBitmaps?: readonly string[]
 }
 
 const COMPRESSION = {
@@ -105,6 +113,13 @@ const compression: Reader<Read<typeof COMPRESSION> | undefined> = (value, name) 
       : undefined
     : readOptions(value, name, COMPRESSION)
 
+const BITMAPS = { skipBroken: flag } as const
+
+const bitmaps: Reader<'all' | 'consistent' | undefined> = (value, name) => {
+  if (typeof value === 'boolean') return value ? 'all' : undefined
+  return readOptions(value, name, BITMAPS).skipBroken ? 'consistent' : 'all'
+}
+
 const CONVERT = {
   ...LONG_RUNNING,
   ...SOURCE,
@@ -117,6 +132,7 @@ const CONVERT = {
   targetIsZero: flag,
   overwrite: flag,
   base: toLocated,
+  bitmaps,
 } as const
 
 type ReadConvert = Read<typeof CONVERT>
@@ -165,6 +181,12 @@ function toOrder(read: ReadConvert): Omit<NativeConvertJob, 'inUse'> {
   if (targetIsZero && !existingTarget) {
     throw invalidArgument('targetIsZero', 'convert: targetIsZero needs existingTarget: a new file is zero anyway')
   }
+  if (read.bitmaps !== undefined && (to !== 'qcow2' || existingTarget || read.from === 'raw')) {
+    throw invalidArgument('bitmaps', 'convert: bitmaps are copied from qcow2 into a new qcow2 image')
+  }
+  if (read.bitmaps !== undefined && create?.version === 2) {
+    throw invalidArgument('bitmaps', 'convert: an image of version 2 has no bitmaps')
+  }
   if ((read.base !== undefined) !== (create?.backingFile !== undefined)) {
     throw invalidArgument('base', 'convert: base and create.backingFile need each other')
   }
@@ -179,6 +201,7 @@ function toOrder(read: ReadConvert): Omit<NativeConvertJob, 'inUse'> {
     sparseSize: read.sparseSize,
     concurrency: read.concurrency,
     existing: existingTarget,
+    bitmaps: read.bitmaps,
     targetIsZero,
     overwrite,
   }

@@ -179,6 +179,7 @@ export interface NativeConvertJob {
   deltaLayers?: number | undefined
   baseSize?: number | undefined
   existing: boolean
+  bitmaps?: 'all' | 'consistent' | undefined
   targetIsZero: boolean
   overwrite: boolean
   inUse: readonly string[]
@@ -188,6 +189,7 @@ export interface NativeConverted {
   readonly virtualSize: number
   readonly bytesRead: number
   readonly bytesWritten: number
+  readonly skippedBitmaps?: readonly string[]
 }
 
 export interface NativeCompared {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use napi::bindgen_prelude::{BufferSlice, Either, Env, ToNapiValue};
 use napi_derive::napi;
+use qcow2_engine::bitmap::CopyableBitmaps;
 use qcow2_engine::convert::{
     Compression, ConvertOptions, ConvertResult, ConvertTarget, Delta, Window, convert,
 };
@@ -41,6 +42,8 @@ pub struct ConvertJob {
     pub target_is_zero: bool,
     /// Replace.
     pub overwrite: bool,
+    /// Copy the persistent bitmaps: `"all"`, or those that are consistent: `"consistent"`.
+    pub bitmaps: Option<String>,
     /// Device and inode of what the job reads.
     pub in_use: Vec<String>,
 }
@@ -54,6 +57,8 @@ pub struct Converted {
     pub bytes_read: f64,
     /// Bytes.
     pub bytes_written: f64,
+    /// Names of the bitmaps that were left out.
+    pub skipped_bitmaps: Option<Vec<String>>,
 }
 
 /// Converts an open image.
@@ -73,11 +78,12 @@ pub fn convert_image(
         &env,
         Ticket { request, job },
         move |job| handle.run(|image| order.run(image, &target, job)),
-        |_, env, result: ConvertResult| {
+        |_, env, (result, skipped): (ConvertResult, Option<Vec<String>>)| {
             let converted = Converted {
                 virtual_size: result.virtual_size as f64,
                 bytes_read: result.bytes_read as f64,
                 bytes_written: result.bytes_written as f64,
+                skipped_bitmaps: skipped,
             };
             // SAFETY: on the environment's thread, with its own env.
             unsafe { Converted::to_napi_value(env.raw(), converted) }
@@ -86,7 +92,26 @@ pub fn convert_image(
 }
 
 impl ConvertJob {
-    fn run(&self, image: &Image, target: &Target, job: &Arc<Job>) -> Result<ConvertResult> {
+    fn run(
+        &self,
+        image: &Image,
+        target: &Target,
+        job: &Arc<Job>,
+    ) -> Result<(ConvertResult, Option<Vec<String>>)> {
+        let bitmaps = self.bitmaps.as_deref();
+        let bitmaps = bitmaps.map(|which| CopyableBitmaps::of(image, which == "consistent")).transpose()?;
+        let result = self.convert(image, target, bitmaps.as_ref(), job)?;
+        let name = |name: &Vec<u8>| String::from_utf8_lossy(name).into_owned();
+        Ok((result, bitmaps.map(|bitmaps| bitmaps.skipped.iter().map(name).collect())))
+    }
+
+    fn convert(
+        &self,
+        image: &Image,
+        target: &Target,
+        bitmaps: Option<&CopyableBitmaps<'_>>,
+        job: &Arc<Job>,
+    ) -> Result<ConvertResult> {
         if self.existing {
             return convert(image, self.raw(existing(target)?, true), &self.options(), job);
         }
@@ -108,6 +133,9 @@ impl ConvertJob {
             create: Box::new(create),
         };
         let result = convert(image, qcow2, &self.options(), job)?;
+        if let Some(bitmaps) = bitmaps {
+            bitmaps.copy_to(file.storage(), data.as_ref().map(NewFile::storage))?;
+        }
         // The image last: it is not there without its data.
         data.map(NewFile::commit).transpose()?;
         file.commit()?;

@@ -31,6 +31,8 @@ interface ConvertArguments {
   readonly parallel?: number
   readonly copyRangeOffloading?: boolean
   readonly forceShare?: boolean
+  readonly bitmaps?: boolean
+  readonly skipBrokenBitmaps?: boolean
   readonly targetCache: string
   readonly progress?: boolean
   readonly quiet?: boolean
@@ -83,13 +85,13 @@ export function declareConvert(program: Command, run: Runner): void {
       'cache mode, as qemu-img takes it: FILENAME is read through the page cache',
       cacheMode('source cache'),
     )
+    .option('--bitmaps', 'copy the persistent bitmaps, too (qcow2 only)')
+    .option('--skip-broken-bitmaps', 'with --bitmaps: leave inconsistent ones out')
     .option('-U, --force-share', 'open an image that another process uses')
     .option('-p, --progress', 'show the progress, also without a terminal')
     .option('-q, --quiet', 'print nothing but errors')
   refuseDriverSyntax(command)
   refuse(command, '--target-image-opts', 'images are given by file name')
-  refuse(command, '--bitmaps', 'this version does not copy bitmaps')
-  refuse(command, '--skip-broken-bitmaps', 'this version does not copy bitmaps')
   refuse(command, '--salvage', 'this version does not go on after a read error')
   refuse(command, '-r, --rate <rate>', 'this version has no rate limit')
   command.action((files: string[], options: ConvertArguments & { concurrency?: number }) =>
@@ -128,6 +130,9 @@ async function convertFiles(files: readonly string[], given: ConvertArguments, s
 }
 
 function refuseContradictions(given: ConvertArguments): void {
+  if (given.skipBrokenBitmaps && !given.bitmaps) {
+    throw new CommandFailure('Use of --skip-broken-bitmaps requires --bitmaps')
+  }
   const copyRange = given.copyRangeOffloading ?? false
   if (given.compress && copyRange) throw new CommandFailure('Cannot enable copy offloading when -c is used')
   if (given.sparseSize !== undefined && copyRange) {
@@ -151,19 +156,27 @@ async function convertNamed(source: string, target: string, given: ConvertArgume
   const snapshot = await snapshotOf(source, from, given.sourceSnapshot, forceShare, session)
   await withImage({ filename: source, format: from, snapshot, forceShare }, session, async () => undefined)
   const to = targetFormat(given.targetFormat)
+  const parts = given.create ? newTarget(target, to, given) : existingTarget(to, given)
+  if (given.bitmaps) await checkBitmaps(source, to, parts, given, session)
   const options: ConvertOptions = {
     from,
+    ...(given.bitmaps && { bitmaps: { skipBroken: given.skipBrokenBitmaps } }),
     to,
     references: 'allow',
     forceShare,
     ...(snapshot !== undefined && { snapshot }),
     ...(given.sparseSize !== undefined && { sparseSize: given.sparseSize }),
     ...(given.parallel !== undefined && { concurrency: given.parallel }),
-    ...(given.create ? newTarget(target, to, given) : existingTarget(to, given)),
+    ...parts,
   }
   const choice = { progress: given.progress ?? false, quiet: given.quiet ?? false, verb: 'Converting', step: 1 }
   try {
-    await withProgress(session, choice, job => convert(localPath(source), localPath(target), { ...options, ...job }))
+    const converted = await withProgress(session, choice, job =>
+      convert(localPath(source), localPath(target), { ...options, ...job }),
+    )
+    for (const name of converted.skippedBitmaps ?? []) {
+      session.stderr.write(`qcow2: warning: Skipping inconsistent bitmap '${name}'\n`)
+    }
     if (given.targetCache !== 'unsafe') await makeDurable(localPath(target))
   } catch (error) {
     if (session.signal.aborted || error instanceof CommandFailure) throw error
@@ -174,6 +187,31 @@ async function convertNamed(source: string, target: string, given: ConvertArgume
     }
     throw new CommandFailure(`${target}: error while converting ${to}: ${reason}`, { cause: error })
   }
+}
+
+/** What qemu-img says before it copies bitmaps. */
+async function checkBitmaps(
+  source: string,
+  to: Format,
+  { create }: Partial<ConvertOptions>,
+  { sourceFormat, skipBrokenBitmaps, forceShare }: ConvertArguments,
+  session: Session,
+): Promise<void> {
+  const at = { filename: source, format: sourceFormat, references: 'layer', forceShare } as const
+  await withImage(at, session, async image => {
+    const { format, formatSpecific } = await image.info()
+    if (format === 'raw') throw new CommandFailure('Source lacks bitmap support')
+    const broken = formatSpecific?.bitmaps?.find(bitmap => bitmap.flags.includes('in-use'))
+    if (broken !== undefined && !skipBrokenBitmaps) {
+      throw new CommandFailure(
+        `Cannot copy inconsistent bitmap '${broken.name}'\n` +
+          "Try --skip-broken-bitmaps, or use 'qcow2 bitmap --remove' to delete it",
+      )
+    }
+    if (to === 'raw' || create?.version === 2) {
+      throw new CommandFailure(`Format driver '${to}' does not support bitmaps`)
+    }
+  })
 }
 
 function existingTarget(to: Format, given: ConvertArguments): Partial<ConvertOptions> {

@@ -37,29 +37,16 @@ impl Image {
                 format!("a granularity of 2^{granularity_bits} bytes is not between 512 bytes and 2 GiB");
             return Err(image.error(ErrorKind::InvalidArgument, message));
         }
-        let bits = Arc::new(Bits::new(image.virtual_size(), granularity_bits, image.limits().max_memory)?);
-        session.replace_bitmaps(|mut entries| {
-            if entries.iter().any(|e| e.entry.name == name.as_bytes()) {
-                let message = format!("a bitmap named '{name}' exists already");
-                return Err(image.error(ErrorKind::InvalidArgument, message));
-            }
-            let flags = if enabled { BitmapFlags::AUTO | BitmapFlags::IN_USE } else { BitmapFlags::empty() };
-            let entry = BitmapDirectoryEntry {
-                table_offset: HostOffset(0),
-                table_size: 0,
-                flags,
-                kind: DIRTY_TRACKING,
-                granularity_bits,
-                name: name.as_bytes().to_vec(),
-                extra_data: Vec::new(),
-            };
-            entries.push(NewEntry { entry, bits: Some(Arc::clone(&bits)), former: None });
-            Ok(entries)
-        })?;
-        if enabled {
-            session.writer.bitmaps.put(Tracked { name: name.as_bytes().to_vec(), bits, enabled });
-        }
-        Ok(())
+        let bits = Bits::new(image.virtual_size(), granularity_bits, image.limits().max_memory)?;
+        session.insert_bitmap(name.as_bytes(), bits, enabled)
+    }
+
+    /// Adds a bitmap with these bits, of a disk of this size.
+    ///
+    /// # Errors
+    /// As [`Image::add_bitmap`].
+    pub(super) fn insert_bitmap(&self, name: &[u8], bits: Bits, enabled: bool) -> Result<()> {
+        begin(self)?.insert_bitmap(name, bits, enabled)
     }
 
     /// Removes a bitmap, also an inconsistent one.
@@ -171,6 +158,33 @@ fn load_consistent(image: &Qcow2, name: &str) -> Result<(Bits, bool)> {
 }
 
 impl Session<'_> {
+    fn insert_bitmap(&self, name: &[u8], bits: Bits, enabled: bool) -> Result<()> {
+        let bits = Arc::new(bits);
+        self.replace_bitmaps(|mut entries| {
+            if entries.iter().any(|e| e.entry.name == name) {
+                let name = String::from_utf8_lossy(name);
+                let message = format!("a bitmap named '{name}' exists already");
+                return Err(self.image.error(ErrorKind::InvalidArgument, message));
+            }
+            let flags = if enabled { BitmapFlags::AUTO | BitmapFlags::IN_USE } else { BitmapFlags::empty() };
+            let entry = BitmapDirectoryEntry {
+                table_offset: HostOffset(0),
+                table_size: 0,
+                flags,
+                kind: DIRTY_TRACKING,
+                granularity_bits: bits.granularity_bits(),
+                name: name.to_vec(),
+                extra_data: Vec::new(),
+            };
+            entries.push(NewEntry { entry, bits: Some(Arc::clone(&bits)), former: None });
+            Ok(entries)
+        })?;
+        if enabled {
+            self.writer.bitmaps.put(Tracked { name: name.to_vec(), bits, enabled });
+        }
+        Ok(())
+    }
+
     /// The bits of a consistent bitmap, and whether it is enabled.
     fn bits_of(&self, name: &str) -> Result<(Arc<Bits>, bool)> {
         match self.writer.bitmaps.find(name.as_bytes()) {

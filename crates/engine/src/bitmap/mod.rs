@@ -5,6 +5,7 @@
 //! but to be removed, never silently stale. Changes of the set of bitmaps write a new directory and switch to it.
 
 mod bits;
+mod copy;
 mod directory;
 mod extension;
 mod manage;
@@ -12,4 +13,5 @@ mod stored;
 mod tracked;
 
 pub use bits::Bits;
+pub use copy::CopyableBitmaps;
 pub(crate) use tracked::Tracker;

@@ -44,7 +44,8 @@ impl<'a> Session<'a> {
     /// Makes all that was written durable, refcounts among it; clusters that lost references before are freed.
     pub(crate) fn barrier(&self) -> Result<()> {
         if self.image.header().has_data_file() {
-            // A flush that finds no waiting metadata syncs the data file alone; here the image was written to directly.
+            // A flush that finds no waiting metadata syncs the data file alone; a session writes more than that. First,
+            // because the flush frees what lost its references.
             self.image.storage().flush().map_err(|e| self.writer.poison(e))?;
         }
         self.disk.flush_metadata(self.image, self.writer)?;
@@ -54,10 +55,6 @@ impl<'a> Session<'a> {
         }
         if self.writer.with_alloc(|alloc, _| Ok(alloc.refcounts.waiting_bytes()))? > 0 {
             self.disk.flush_metadata(self.image, self.writer)?;
-        }
-        if self.image.header().has_data_file() {
-            // A flush of guest data leaves out the image file where no table changed; sessions write more than tables.
-            self.image.storage().flush().map_err(|e| self.writer.poison(e))?;
         }
         Ok(())
     }

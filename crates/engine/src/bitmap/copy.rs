@@ -1,0 +1,89 @@
+//! Copying the persistent bitmaps of one image to another, as a convert does.
+
+use std::sync::Arc;
+
+use qcow2_format::bitmap::BitmapFlags;
+
+use super::stored;
+use crate::image::{Image, Layer, OpenOptions, Qcow2};
+use crate::write::WriteOptions;
+use crate::{Error, ErrorKind, Result, Storage};
+
+/// The persistent bitmaps of an image that can be copied.
+#[derive(Debug)]
+pub struct CopyableBitmaps<'a> {
+    source: &'a Qcow2,
+    /// Names in the directory's order.
+    names: Vec<Vec<u8>>,
+    /// Names of inconsistent ones, which are left out.
+    pub skipped: Vec<Vec<u8>>,
+}
+
+impl<'a> CopyableBitmaps<'a> {
+    /// Looks at the bitmaps of the top layer; `skip` leaves inconsistent ones out.
+    ///
+    /// # Errors
+    /// `UnsupportedFeature` for a raw source; `Corrupt` for an inconsistent bitmap without `skip`.
+    pub fn of(source: &'a Image, skip: bool) -> Result<Self> {
+        let Some(Layer::Qcow2(source)) = source.layers().first() else {
+            return Err(Error::new(ErrorKind::UnsupportedFeature, "a raw source has no bitmaps"));
+        };
+        let (mut names, mut skipped) = (Vec::new(), Vec::new());
+        for record in source.bitmaps()? {
+            let entry = record.entry;
+            if !entry.flags.contains(BitmapFlags::IN_USE) || source.tracks_bitmap(&entry.name) {
+                names.push(entry.name);
+            } else if skip {
+                skipped.push(entry.name);
+            } else {
+                let name = String::from_utf8_lossy(&entry.name);
+                let message = format!("the bitmap '{name}' is inconsistent and cannot be copied");
+                return Err(source.error(ErrorKind::Corrupt, message));
+            }
+        }
+        Ok(Self { source, names, skipped })
+    }
+
+    /// Adds the bitmaps to the complete image in `target`, whose disk has the same size; one at a time is in memory.
+    ///
+    /// # Errors
+    /// `UnsupportedFeature` for a version 2 target; `InvalidArgument` for a disk of another size; `Io`.
+    pub fn copy_to(&self, target: Arc<dyn Storage>, data_file: Option<Arc<dyn Storage>>) -> Result<()> {
+        if self.names.is_empty() {
+            return Ok(());
+        }
+        let options = OpenOptions { limits: *self.source.limits(), ..OpenOptions::default() };
+        let mut qcow2 = Qcow2::open(target, &options)?;
+        if let Some(data_file) = data_file {
+            qcow2.set_data_file(data_file);
+        }
+        qcow2.enable_writing(WriteOptions::default())?;
+        let target = Image::new(vec![Layer::Qcow2(Box::new(qcow2))])?;
+        let records = self.source.bitmaps()?;
+        for name in &self.names {
+            let tracked = self.source.writer.as_ref().and_then(|writer| writer.bitmaps.find(name));
+            let (bits, enabled) = match (tracked, records.iter().find(|r| r.entry.name == *name)) {
+                (Some(tracked), _) => (tracked.bits, tracked.enabled),
+                (None, Some(record)) => {
+                    let bits = stored::load(self.source, &record.entry)?;
+                    (Arc::new(bits), record.entry.flags.contains(BitmapFlags::AUTO))
+                }
+                // Removed meanwhile.
+                (None, None) => continue,
+            };
+            if bits.size() != target.virtual_size() {
+                let name = String::from_utf8_lossy(name);
+                let message = format!(
+                    "the bitmap '{name}' is of a disk of {} bytes, and the target's has {}",
+                    bits.size(),
+                    target.virtual_size()
+                );
+                return Err(Error::new(ErrorKind::InvalidArgument, message).with_field("bitmaps"));
+            }
+            // A copy: the source's may change while this one is stored.
+            let bits = bits.resized(bits.size(), self.source.limits().max_memory)?;
+            target.insert_bitmap(name, bits, enabled)?;
+        }
+        target.close()
+    }
+}
