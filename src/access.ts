@@ -70,7 +70,7 @@ export const READING: Access = { cache: undefined, lock: { locking: 'auto' }, wr
 export const WRITING: Access = { ...READING, write: {} }
 
 /** Reads {@link SharingOptions} for a job that only reads. */
-export function toReadAccess({ locking = 'auto', forceShare }: Read<typeof SHARING>): Access {
+export function toReadAccess({ locking = 'auto', forceShare }: Partial<Read<typeof SHARING>>): Access {
   return { cache: undefined, lock: locking === 'off' ? undefined : { locking, forceShare }, write: undefined }
 }
 

@@ -216,6 +216,20 @@ export interface NativeAmendChanges {
   readonly backingFormat?: string | undefined
 }
 
+/** How to commit. */
+export interface NativeCommitOrder {
+  readonly empty: boolean
+  readonly concurrency?: number | undefined
+  /** Bytes a second. */
+  readonly rate?: number | undefined
+}
+
+/** A backing file as the header is to name it. */
+export interface NativeBacking {
+  readonly filename: string
+  readonly format?: string | undefined
+}
+
 export interface NativeCheckOutcome {
   readonly imageEndOffset: number
   readonly totalClusters: number
@@ -275,6 +289,17 @@ export interface Addon {
   inspectFile(request: number, file: number, limits: NativeLimits | undefined): void
   inspectPrefix(request: number, bytes: Buffer, limits: NativeLimits | undefined): void
   amendImage(request: number, job: number, image: number, changes: NativeAmendChanges): void
+  commitImage(request: number, job: number, above: number, base: number, order: NativeCommitOrder): void
+  rebaseImage(
+    request: number,
+    job: number,
+    image: number,
+    next: number | undefined,
+    backing: NativeBacking | undefined,
+    compress: boolean,
+    concurrency: number | undefined,
+  ): void
+  setBackingFile(request: number, job: number, image: number, backing: NativeBacking | undefined): void
   checkImage(
     request: number,
     job: number,

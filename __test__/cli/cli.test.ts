@@ -33,7 +33,7 @@ describe('a wrong command line', () => {
   })
 
   it.concurrent.each([
-    [['commit', 'a'], 'Command not supported in this version: commit (ERR_QCOW2_UNSUPPORTED_COMMAND)'],
+    [['bench', 'a'], 'Command not supported in this version: bench (ERR_QCOW2_UNSUPPORTED_COMMAND)'],
     [['info', '--output=xml', 'a'], '--output must be used with human or json as argument.'],
     [['info', '--image-opts', 'driver=qcow2'], "Option '--image-opts' is not supported"],
     [['info', '--object', 'secret,id=s', 'a'], "Option '--object' is not supported"],

@@ -5,7 +5,7 @@
 
 import { type Access, READING } from '../access.js'
 import { Qcow2Error } from '../errors.js'
-import type { NativeFile, NativeLayer, NativeLayerOptions, NativeLock } from '../native.js'
+import type { NativeFile, NativeLayer, NativeLayerOptions, NativeLock, NativeWriting } from '../native.js'
 import { type ReadLimits, throwIfAborted } from '../options.js'
 import { type Format, type Located, openFile, release } from '../source.js'
 import { request } from '../support/requests.js'
@@ -28,6 +28,10 @@ export interface ChainOptions {
   readonly forCheck?: boolean | undefined
   /** The caller named what the top layer refers to: it is followed unless the policy is `'layer'`. */
   readonly trustTop?: boolean | undefined
+  /** The layer at this depth and those below it become an image of their own, which `access` opens for writing like the top. */
+  readonly base?: number | undefined
+  /** Only look at the layers above `base`: they are not written to, although their top is opened for it. */
+  readonly keepTop?: boolean | undefined
 }
 
 /** An open chain. The image is the addon's; the caller releases it. */
@@ -46,6 +50,8 @@ export interface Chain {
   readonly identities: readonly string[]
   /** The file of each layer, top first; undefined where the system has no identity for it. */
   readonly layers: readonly (string | undefined)[]
+  /** The image of the layers from `base` on, where that was asked for; `image` then has those above it. */
+  readonly base: number | undefined
 }
 
 /** Opens an image and what the policy lets it pull in. Nothing stays open on failure. */
@@ -56,12 +62,14 @@ export async function openChain(located: Located, options: ChainOptions): Promis
     let above = top
     while (above.next !== undefined) above = await opening.backing(above.next)
     throwIfAborted(options.signal)
+    if (options.base !== undefined) opening.refuseShort(options.base, top.path)
     const layers = opening.takeLayers()
     // A repair writes to the file by itself: the image may be too damaged for anything else.
     const write = options.forCheck ? undefined : options.access?.write
-    const image = await request<number>((number, addon) => addon.assemble(number, layers, write))
+    const [image, base] = await assemble(layers, options, write)
     return {
       image,
+      base,
       path: top.path,
       virtualSize: top.opened.virtualSize,
       clusterSize: top.opened.clusterSize,
@@ -73,6 +81,27 @@ export async function openChain(located: Located, options: ChainOptions): Promis
     }
   } finally {
     await opening.end()
+  }
+}
+
+/** Makes an image of the layers; of those from `base` on, one of their own. */
+async function assemble(
+  layers: readonly number[],
+  { base, keepTop }: ChainOptions,
+  write: NativeWriting | undefined,
+): Promise<[image: number, base: number | undefined]> {
+  const of = (part: readonly number[], writing: NativeWriting | undefined): Promise<number> =>
+    request<number>((number, addon) => addon.assemble(number, part, writing))
+  if (base === undefined) return [await of(layers, write), undefined]
+  const below = await of(layers.slice(base), write).catch(async (error: unknown) => {
+    await Promise.all(layers.slice(0, base).map(release))
+    throw error
+  })
+  try {
+    return [await of(layers.slice(0, base), keepTop ? undefined : write), below]
+  } catch (error) {
+    await release(below)
+    throw error
   }
 }
 
@@ -110,8 +139,10 @@ class Opening {
   /** Opens a file, and the layer that it is; asks the policy about what it names. */
   async layer(located: Located, formatOf: (file: NativeFile) => Format): Promise<OpenLayer> {
     throwIfAborted(this.#options.signal)
-    // Only the top layer is written to.
-    const access: Access = this.#layers.length === 0 ? this.#access : { ...this.#access, write: undefined }
+    // Only the top layer is written to, and the base of a commit.
+    const depth = this.#layers.length
+    const written = depth === 0 || depth === this.#options.base
+    const access: Access = written ? this.#access : { ...this.#access, write: undefined }
     const file = await this.#open(located, access)
     this.#refuseLoop(file)
     const opened = await this.#openLayer(file, formatOf(file), access)
@@ -140,6 +171,13 @@ class Opening {
 
   get identities(): readonly string[] {
     return [...this.#seen]
+  }
+
+  /** Refuses a chain that has no layer at the depth of the base. */
+  refuseShort(base: number, path: string | undefined): void {
+    if (this.#layers.length > base) return
+    const message = `${path === undefined ? '' : `${path}: `}the image has no backing file`
+    throw new Qcow2Error('ERR_QCOW2_CHAIN', message, { path, field: 'backing_file' })
   }
 
   takeLayers(): readonly number[] {

@@ -1,6 +1,7 @@
 /** Options that several commands share, and how commander is told about qemu-img's habits. */
 
 import { type Command, Option } from 'commander'
+import type { CacheMode } from '../index.js'
 import { CommandFailure, UsageFailure, unsupported } from './failure.js'
 import { joinOptionLists } from './options.js'
 
@@ -36,6 +37,9 @@ export const cacheMode =
     if (CACHE_MODES.includes(value)) return value
     throw new CommandFailure(`Invalid ${what} option: ${value}`, { exitCode })
   }
+
+/** The library's name of a cache mode. */
+export const toCacheMode = (mode: string): CacheMode => (mode === 'off' ? 'none' : (mode as CacheMode))
 
 /** A whole number in a range. */
 export const wholeNumber =

@@ -6,12 +6,14 @@ import { Command, CommanderError } from 'commander'
 import { declareAmend } from './commands/amend.js'
 import { declareBitmap } from './commands/bitmap.js'
 import { declareCheck } from './commands/check.js'
+import { declareCommit } from './commands/commit.js'
 import { declareCompare } from './commands/compare.js'
 import { declareConvert } from './commands/convert.js'
 import { declareCreate } from './commands/create.js'
 import { declareInfo } from './commands/info.js'
 import { declareMap } from './commands/map.js'
 import { declareMeasure } from './commands/measure.js'
+import { declareRebase } from './commands/rebase.js'
 import { declareResize } from './commands/resize.js'
 import { declareSnapshot } from './commands/snapshot.js'
 import { CommandFailure, UsageFailure } from './failure.js'
@@ -21,7 +23,7 @@ import type { Session } from './session.js'
 export type Runner = (work: (session: Session) => Promise<number>) => Promise<void>
 
 /** Commands of qemu-img that this version does not have: known, so that the message can say so. */
-const LATER = ['bench', 'commit', 'dd', 'rebase']
+const LATER = ['bench', 'dd']
 
 const VALUES = `
 Sizes take the suffixes k, M, G, T, P and E, powers of 1024. Formats are qcow2 and raw.
@@ -55,6 +57,8 @@ function buildProgram(session: Session, run: Runner): Command {
     declareBitmap,
     declareResize,
     declareAmend,
+    declareCommit,
+    declareRebase,
   ]) {
     declare(program, run)
   }

@@ -1,6 +1,8 @@
 //! A long-running job's control block: cancellation and progress, shared with the caller's thread.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use crate::{Error, Result};
 
@@ -11,7 +13,15 @@ pub struct Job {
     cancelled: AtomicBool,
     current: AtomicU64,
     total: AtomicU64,
+    /// Bytes a second; 0 for as fast as it goes.
+    rate: AtomicU64,
+    /// Bytes since the first that was paced.
+    paced: AtomicU64,
+    begin: OnceLock<Instant>,
 }
+
+/// A job that is held back looks this often whether it is cancelled.
+const LOOK: Duration = Duration::from_millis(50);
 
 impl Job {
     /// A fresh job at 0 of 0.
@@ -42,6 +52,32 @@ impl Job {
     /// Adds to what is done, in bytes of guest data.
     pub fn advance(&self, done: u64) {
         self.current.fetch_add(done, Ordering::Relaxed);
+    }
+
+    /// Moves no more than this many bytes of guest data a second; 0 for as fast as it goes. Set before the job begins.
+    pub fn set_rate(&self, bytes: u64) {
+        self.rate.store(bytes, Ordering::Relaxed);
+    }
+
+    /// Waits until `bytes` more may be moved.
+    ///
+    /// # Errors
+    /// `Aborted` once cancelled.
+    pub fn pace(&self, bytes: u64) -> Result<()> {
+        let rate = self.rate.load(Ordering::Relaxed);
+        if rate == 0 {
+            return Ok(());
+        }
+        let before = self.paced.fetch_add(bytes, Ordering::Relaxed);
+        let due = Duration::from_secs_f64(before as f64 / rate as f64);
+        let begin = *self.begin.get_or_init(Instant::now);
+        loop {
+            self.checkpoint()?;
+            match due.checked_sub(begin.elapsed()) {
+                None | Some(Duration::ZERO) => return Ok(()),
+                Some(rest) => std::thread::sleep(rest.min(LOOK)),
+            }
+        }
     }
 
     /// Bytes done and bytes in all.

@@ -4,6 +4,7 @@
 //! JavaScript; nothing below here does I/O.
 
 pub mod amend;
+pub mod backing;
 pub mod bitmap;
 pub mod check;
 pub mod clone;
@@ -19,6 +20,7 @@ pub mod measure;
 pub mod memory;
 pub mod source;
 pub mod storage;
+mod workers;
 mod write;
 
 pub use error::{Error, ErrorKind, Result};

@@ -14,6 +14,7 @@
 )]
 
 pub mod amend;
+pub mod backing;
 pub mod bitmaps;
 mod boundary;
 pub mod check;

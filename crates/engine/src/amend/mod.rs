@@ -4,7 +4,7 @@
 //! All is judged before anything is written. Each change is complete and durable before the next: a crash leaves the
 //! image with some of the changes, each whole, and leaked clusters at worst. Everything unknown in the header is kept.
 
-mod publish;
+pub(crate) mod publish;
 mod version;
 
 use qcow2_format::header::extension::Extension;

@@ -16,7 +16,7 @@ const SECTOR: usize = 512;
 ///
 /// # Errors
 /// `Limit` for a header that does not fit into the first cluster; `Io`.
-pub(super) fn header(storage: &dyn Storage, old: &Header, new: &Header) -> Result<()> {
+pub(crate) fn header(storage: &dyn Storage, old: &Header, new: &Header) -> Result<()> {
     let encode = |header: &Header| {
         header.encode().map_err(|e| storage.located(Error::format(e, ErrorKind::InvalidArgument)))
     };

@@ -5,6 +5,7 @@
 //! may rely on what was written since the first: a crash leaves the old image or the new one, and leaks. COPIED
 //! flags, which only save work, may be too few in between, never too many.
 
+mod empty;
 mod execute;
 mod plan;
 mod session;

@@ -1,0 +1,136 @@
+//! Commit: what the layers above a base have goes into the base.
+
+use crate::image::Layer;
+use crate::source::{Extent, ExtentKind};
+use crate::workers::{Tasks, share};
+use crate::{Error, ErrorKind, GuestSource, Image, Job, Mem, MemMut, Result, StorageExt};
+
+/// Guest bytes of data that a worker moves at once, aligned: workers seldom meet in a cluster.
+const CHUNK: u64 = 1 << 20;
+/// Guest bytes of zeroes that a worker writes at once.
+const ZERO_CHUNK: u64 = 1 << 30;
+/// Guest bytes whose extents are listed at once, at most.
+const STEP: u64 = 64 << 30;
+/// The number of extents at which a step ends early.
+const MOST_EXTENTS: usize = 16 << 10;
+
+/// How to commit.
+#[derive(Debug, Clone, Copy)]
+pub struct CommitOptions {
+    /// Empty the top afterwards: it then reads all from the base. Only where the base is its backing file.
+    pub empty: bool,
+    /// Threads that copy; at least one.
+    pub workers: usize,
+}
+
+impl Default for CommitOptions {
+    fn default() -> Self {
+        Self { empty: true, workers: 2 }
+    }
+}
+
+/// A range of the disk that the base has to get.
+struct Task {
+    start: u64,
+    length: u64,
+    zero: bool,
+}
+
+/// Writes what `above` has into `base`. `above` is the part of the chain in front of the base, on its own; `base` the rest,
+/// open for writing. A smaller base grows. The base is durable before the top is emptied.
+///
+/// # Errors
+/// `InvalidArgument` for layers that cannot be emptied; `Chain` for a file that is in both; `ReadOnly`; `Aborted`; what
+/// reading and writing give. Until the top is emptied it is as it was, and reads as before whatever the base has got.
+pub fn commit(above: &Image, base: &Image, options: &CommitOptions, job: &Job) -> Result<()> {
+    check(above, base, options)?;
+    let size = above.virtual_size();
+    job.set_total(size);
+    // A disk is whole sectors; qcow2 can name other sizes.
+    let wanted = size.next_multiple_of(512);
+    if base.virtual_size() < wanted {
+        base.resize(wanted)?;
+    }
+    share(
+        options.workers,
+        job,
+        |tasks| find(above, tasks, job),
+        |buffer, task| copy(above, base, buffer, &task, job),
+    )?;
+    job.checkpoint()?;
+    base.flush()?;
+    if options.empty { above.empty() } else { Ok(()) }
+}
+
+fn check(above: &Image, base: &Image, options: &CommitOptions) -> Result<()> {
+    if above.layers().iter().any(|layer| layer.as_qcow2().is_none()) {
+        let message = "a raw image has no backing file to commit to";
+        return Err(Error::new(ErrorKind::InvalidArgument, message));
+    }
+    if options.empty && above.layers().len() != 1 {
+        let message = "the top can be emptied only after a commit into its own backing file: the layers between would \
+                       show through";
+        return Err(Error::new(ErrorKind::InvalidArgument, message).with_field("drop"));
+    }
+    let identity = |layer: &Layer| layer.storage().traits().identity;
+    for layer in above.layers() {
+        if base.layers().iter().any(|other| identity(other).is_some() && identity(other) == identity(layer)) {
+            let error = Error::new(ErrorKind::Chain, "the backing chain contains this file twice");
+            return Err(layer.storage().located(error));
+        }
+    }
+    Ok(())
+}
+
+/// Hands out what the layers have: data, and zeroes that they state.
+fn find(above: &Image, tasks: &Tasks<'_, Task>, job: &Job) -> Result<()> {
+    let size = above.virtual_size();
+    // What lies behind the end of a layer between reads as zeroes, whatever the base has there.
+    let reach = above.layers().iter().skip(1).map(Layer::virtual_size).min().unwrap_or(u64::MAX);
+    let mut extents = Vec::new();
+    let mut at = 0;
+    while at < size {
+        extents.clear();
+        let covered = above.extents_up_to(at, STEP.min(size - at), MOST_EXTENTS, job, &mut extents)?;
+        for extent in &extents {
+            let end = extent.start + extent.length;
+            if extent.kind == ExtentKind::Unallocated {
+                let hidden = extent.start.max(reach).min(end);
+                job.advance(hidden - extent.start);
+                hand_out(tasks, hidden, end, true)?;
+            } else {
+                hand_out(tasks, extent.start, end, is_zero(extent))?;
+            }
+        }
+        at = covered;
+    }
+    Ok(())
+}
+
+fn is_zero(extent: &Extent) -> bool {
+    extent.zero || extent.kind == ExtentKind::Zero
+}
+
+fn hand_out(tasks: &Tasks<'_, Task>, mut start: u64, end: u64, zero: bool) -> Result<()> {
+    let chunk = if zero { ZERO_CHUNK } else { CHUNK };
+    while start < end {
+        let next = (start - start % chunk).saturating_add(chunk).min(end);
+        tasks.hand_out(Task { start, length: next - start, zero })?;
+        start = next;
+    }
+    Ok(())
+}
+
+fn copy(above: &Image, base: &Image, buffer: &mut Vec<u8>, task: &Task, job: &Job) -> Result<()> {
+    if task.zero {
+        base.write_zeroes(task.start, task.length, true)?;
+    } else {
+        job.pace(task.length)?;
+        buffer.resize(CHUNK as usize, 0);
+        let bytes = buffer.get_mut(..task.length as usize).unwrap_or_default();
+        above.read_at(MemMut::from(&mut *bytes), task.start)?;
+        base.write_at(Mem::from(&*bytes), task.start)?;
+    }
+    job.advance(task.length);
+    Ok(())
+}

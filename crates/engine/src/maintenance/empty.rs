@@ -1,0 +1,35 @@
+//! Emptying an image: everything of its disk is read from the backing file afterwards.
+
+use super::session::Session;
+use crate::image::Image;
+use crate::{Result, StorageExt};
+
+impl Image {
+    /// Gives up everything that the top layer's active disk has; its snapshots keep what is theirs. The caller knows that
+    /// the backing file has the same contents, durably: a crash between two writes then changes nothing that is read.
+    ///
+    /// # Errors
+    /// As [`Image::write_at`].
+    pub fn empty(&self) -> Result<()> {
+        let session = Session::begin(self)?;
+        let l1 = session.image.l1();
+        if l1.iter().all(|entry| *entry == 0) {
+            return Ok(());
+        }
+        let zeroes = vec![0u8; l1.len() * 8];
+        session.write(session.writer.l1_offset(), &zeroes)?;
+        session.image.mapping.write().l1.fill(0);
+        // References go before refcounts: the loss must be durable before anything is used again.
+        session.barrier()?;
+        session.drop_references(&l1)?;
+        session.barrier()?;
+        let external = session.image.header().has_data_file() && !session.image.header().data_file_raw();
+        match session.image.data_file().filter(|_| external) {
+            Some(data) => {
+                let length = data.size()?;
+                data.discard(0, length).map_err(|e| data.failure(e, "fallocate"))
+            }
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,134 @@
+//! Operations on backing chains.
+
+use napi::bindgen_prelude::{Env, ToNapiValue};
+use napi::sys;
+use napi_derive::napi;
+use qcow2_engine::backing::{Backing, CommitOptions, RebaseOptions, commit, rebase, set_backing};
+use qcow2_engine::check::CheckOptions;
+use qcow2_engine::{Error, ErrorKind, Image, Job, Layer, Qcow2, Result};
+
+use crate::job::Ticket;
+use crate::pool::default_threads;
+use crate::runtime::Runtime;
+
+/// How to commit.
+#[napi(object, object_to_js = false)]
+pub struct CommitOrder {
+    /// Empty the top afterwards.
+    pub empty: bool,
+    /// Threads.
+    pub concurrency: Option<u32>,
+    /// Bytes a second.
+    pub rate: Option<f64>,
+}
+
+/// A backing file as the header is to name it.
+#[napi(object, object_to_js = false)]
+pub struct BackingInput {
+    /// File name.
+    pub filename: String,
+    /// Format.
+    pub format: Option<String>,
+}
+
+impl BackingInput {
+    fn read(self) -> Backing {
+        Backing { filename: self.filename.into_bytes(), format: self.format.map(String::into_bytes) }
+    }
+}
+
+/// Writes what the image `above` has into the image `base`, which is the rest of its chain.
+#[napi]
+pub fn commit_image(
+    env: Env,
+    request: u32,
+    job: u32,
+    above: u32,
+    base: u32,
+    order: CommitOrder,
+) -> napi::Result<()> {
+    let runtime = Runtime::of(&env)?;
+    let (above, base) = (runtime.image(above)?, runtime.image(base)?);
+    let options = CommitOptions { empty: order.empty, workers: workers(order.concurrency) };
+    let work = move |job: &Job| {
+        job.set_rate(order.rate.map_or(0, |rate| rate as u64));
+        above.run(|above| base.run(|base| commit(above, base, &options, job)))
+    };
+    start(&env, Ticket { request, job }, work)
+}
+
+/// Changes the backing file of an image that is open for writing, and closes the image. `new` is the new backing chain.
+#[napi]
+#[allow(clippy::too_many_arguments, reason = "the arguments of one call from JavaScript")]
+pub fn rebase_image(
+    env: Env,
+    request: u32,
+    job: u32,
+    image: u32,
+    new: Option<u32>,
+    backing: Option<BackingInput>,
+    compress: bool,
+    concurrency: Option<u32>,
+) -> napi::Result<()> {
+    let runtime = Runtime::of(&env)?;
+    let top = runtime.image(image)?;
+    let new = new.map(|new| runtime.image(new)).transpose()?;
+    let backing = backing.map(BackingInput::read);
+    let options = RebaseOptions { compress, workers: workers(concurrency) };
+    let work = move |job: &Job| {
+        top.run(|top| match &new {
+            Some(new) => new.run(|new| rebase(top, Some(new), backing.as_ref(), &options, job)),
+            None => rebase(top, None, backing.as_ref(), &options, job),
+        })
+    };
+    start(&env, Ticket { request, job }, work)
+}
+
+/// Changes the backing file that an image names and nothing else. The image was opened for a check, and is good for nothing
+/// else afterwards.
+#[napi]
+pub fn set_backing_file(
+    env: Env,
+    request: u32,
+    job: u32,
+    image: u32,
+    backing: Option<BackingInput>,
+) -> napi::Result<()> {
+    let runtime = Runtime::of(&env)?;
+    let handle = runtime.image(image)?;
+    let backing = backing.map(BackingInput::read);
+    let work = move |job: &Job| {
+        handle.run(|image| {
+            let top = top(image)?;
+            let limits = CheckOptions { limits: *top.limits(), ..CheckOptions::default() };
+            set_backing(&**top.storage(), backing.as_ref(), &limits, job)
+        })
+    };
+    start(&env, Ticket { request, job }, work)
+}
+
+fn top(image: &Image) -> Result<&Qcow2> {
+    let top = image.layers().first().and_then(Layer::as_qcow2);
+    top.ok_or_else(|| Error::new(ErrorKind::InvalidArgument, "a raw image cannot have a backing file"))
+}
+
+fn workers(concurrency: Option<u32>) -> usize {
+    concurrency.map_or_else(default_threads, |threads| threads as usize)
+}
+
+/// Starts a job that answers with nothing.
+fn start(
+    env: &Env,
+    ticket: Ticket,
+    work: impl FnOnce(&Job) -> Result<()> + Send + 'static,
+) -> napi::Result<()> {
+    Runtime::of(env)?.start_job(
+        env,
+        ticket,
+        move |job| work(job),
+        |_, env, ()| -> napi::Result<sys::napi_value> {
+            // SAFETY: on the environment's thread, with its own env.
+            unsafe { <()>::to_napi_value(env.raw(), ()) }
+        },
+    )
+}

@@ -1,0 +1,96 @@
+import { realpath } from 'node:fs/promises'
+import { dirname, resolve } from 'node:path'
+import type { Command } from 'commander'
+import { type CacheMode, commit, type ImageInfo } from '../../index.js'
+import { describeError, openFailure } from '../errors.js'
+import { CommandFailure } from '../failure.js'
+import { cacheMode, oneFile, refuseDriverSyntax, toCacheMode } from '../grammar.js'
+import { formatOf, localPath, withImage } from '../images.js'
+import type { Runner } from '../program.js'
+import { withProgress } from '../progress.js'
+import type { Session } from '../session.js'
+import { sizeArgument, toSize } from '../size.js'
+
+interface CommitArguments {
+  readonly format?: string
+  readonly cache: string
+  readonly base?: string
+  readonly drop?: boolean
+  readonly rate?: number | bigint
+  readonly progress?: boolean
+  readonly quiet?: boolean
+}
+
+export function declareCommit(program: Command, run: Runner): void {
+  const command = program
+    .command('commit')
+    .summary('write the changes of an overlay into its backing file')
+    .description('Write what an image has into its backing file, which grows if it is smaller, and empty the image.')
+    .usage('[options] FILENAME')
+    .argument('[files...]', 'the image')
+    .option('-f, --format <fmt>', 'format of the image: qcow2 (default: what it looks like)')
+    .option('-t, --cache <mode>', 'cache mode of the files that are written', cacheMode('cache'), 'writeback')
+    .option('-b, --base <file>', 'commit into this file of the backing chain; implies -d')
+    .option('-d, --drop', 'leave the image as it is, do not empty it')
+    .option('-r, --rate <rate>', 'bytes per second, at most', rateLimit)
+    .option('-p, --progress', 'show the progress, also without a terminal')
+    .option('-q, --quiet', 'print nothing but errors')
+  refuseDriverSyntax(command)
+  command.action((files: string[], options: CommitArguments) => run(session => commitFile(files, options, session)))
+}
+
+/** A number of bytes a second. */
+export const rateLimit = (text: string): number | bigint => toSize(sizeArgument('rate limit', text))
+
+async function commitFile(files: readonly string[], options: CommitArguments, session: Session): Promise<number> {
+  const filename = oneFile(files)
+  const { format, quiet = false, rate } = options
+  const request = { filename, format }
+  const base = await withImage(request, session, async image => baseOf(filename, options.base, await image.chain()))
+  const from = await formatOf(filename, format, session)
+  if (from !== 'qcow2') throw new CommandFailure('Image does not have a backing file')
+  const choice = { progress: options.progress ?? false, quiet, verb: 'Committing', step: 1 }
+  const drop = options.drop || options.base !== undefined
+  const cache: CacheMode = toCacheMode(options.cache)
+  await withProgress(session, choice, job =>
+    commit(localPath(filename), {
+      ...job,
+      references: 'allow',
+      cache,
+      drop,
+      ...(base !== undefined && { base }),
+      ...(rate !== undefined && { rate }),
+    }),
+  ).catch(error => {
+    if (session.signal.aborted) throw error
+    const opening = /^Could not|^Failed to get/.test(describeError(error))
+    throw opening ? openFailure(filename, error) : new CommandFailure(describeError(error), { cause: error })
+  })
+  if (!quiet) session.stdout.write('Image committed.\n')
+  return 0
+}
+
+/** The file of the chain that `-b` means: a relative name is relative to the directory of each image above it. */
+async function baseOf(
+  filename: string,
+  wanted: string | undefined,
+  chain: readonly ImageInfo[],
+): Promise<string | undefined> {
+  if (chain.length < 2) {
+    if (wanted === undefined) throw new CommandFailure('Image does not have a backing file')
+    throw notFound(wanted, filename)
+  }
+  if (wanted === undefined) return undefined
+  const name = localPath(wanted)
+  for (const [depth, layer] of chain.slice(1).entries()) {
+    const above = chain[depth]?.filename ?? filename
+    const [a, b] = await Promise.all(
+      [resolve(dirname(above), name), layer.filename].map(path => realpath(path).catch(() => undefined)),
+    )
+    if (a !== undefined && a === b) return layer.filename
+  }
+  throw notFound(wanted, filename)
+}
+
+const notFound = (base: string, filename: string): CommandFailure =>
+  new CommandFailure(`Did not find '${base}' in the backing chain of '${filename}'`)

@@ -1,0 +1,201 @@
+/** Rebasing: another backing file under the same disk. */
+
+import { type CacheMode, READING, type SharingOptions, toReadAccess } from './access.js'
+import { type Chain, openChain } from './backing/chain.js'
+import { decide, type ReferencePolicy, referencePolicy } from './backing/policy.js'
+import { invalidArgument, Qcow2Error } from './errors.js'
+import type { NativeBacking, NativeFile } from './native.js'
+import {
+  flag,
+  type Limits,
+  LONG_RUNNING,
+  type LongRunning,
+  limits,
+  oneOf,
+  type Read,
+  readOptions,
+  throwIfAborted,
+} from './options.js'
+import { type Format, type ImageSource, type Located, openFile, release, toLocated } from './source.js'
+import { runJob } from './support/jobs.js'
+import { describe } from './units.js'
+
+/** Options of {@link rebase}. */
+export interface RebaseOptions extends LongRunning, Pick<SharingOptions, 'locking'> {
+  /** Format of the new backing file, which the image then names with it. Needed unless there is none. */
+  backingFormat?: Format | undefined
+  /** What the old chain may pull in, and what the new backing file names in turn. Default `'deny'`. */
+  references?: ReferencePolicy | undefined
+  /** Store the clusters that are copied compressed. */
+  compress?: boolean | undefined
+  /**
+   * Only change the name: nothing is compared or copied, and neither backing file has to be there. For a backing file that was moved. The
+   * disk reads as before only if the new one has the same contents; so this needs `acknowledgeDataLoss`.
+   */
+  unsafe?: boolean | undefined
+  acknowledgeDataLoss?: boolean | undefined
+  /** Default `'writeback'`. */
+  cache?: CacheMode | undefined
+  limits?: Limits | undefined
+}
+
+const REBASE = {
+  ...LONG_RUNNING,
+  locking: oneOf('auto', 'on', 'off'),
+  backingFormat: oneOf('qcow2', 'raw'),
+  references: referencePolicy,
+  compress: flag,
+  unsafe: flag,
+  acknowledgeDataLoss: flag,
+  cache: oneOf('writeback', 'none', 'writethrough', 'directsync', 'unsafe'),
+  limits,
+} as const
+
+type ReadRebase = Read<typeof REBASE>
+
+/**
+ * Gives a qcow2 image another backing file, or none (`null`: the image then has all of its disk itself). The disk reads the same: what
+ * the image does not have and the two backing files differ in is copied first, and only when that is durable does the image name
+ * the new one. Interrupted before that moment, it reads as before over the old one. What internal snapshots read from the backing file is
+ * not copied: they then read the new one.
+ *
+ * `backing` is stored as it is given: a relative name is relative to the directory of the image.
+ *
+ * @throws {@link Qcow2Error} as `open`; `ERR_QCOW2_CHAIN` for a new backing chain that contains the image;
+ *   `ERR_QCOW2_DATA_LOSS` for `unsafe` without `acknowledgeDataLoss`; `ERR_QCOW2_LIMIT` for a name that does not fit into the header.
+ *   Nothing is changed by any of these
+ */
+export async function rebase(top: ImageSource, backing: string | null, options?: RebaseOptions): Promise<void> {
+  const located = toLocated(top, 'top')
+  const read = readOptions(options, 'rebase', REBASE)
+  const named = toBacking(backing, read)
+  throwIfAborted(read.signal)
+  if (read.unsafe && !read.acknowledgeDataLoss) {
+    const message =
+      'rebase: unsafe changes what the disk reads as unless the new backing file has the contents of the old one: say acknowledgeDataLoss: true'
+    throw new Qcow2Error('ERR_QCOW2_DATA_LOSS', message, { field: 'acknowledgeDataLoss' })
+  }
+  const file = await openFile(located)
+  await release(file.file)
+  await (read.unsafe ? setName(located, file, named, read) : copyAndSetName(located, file, named, read))
+}
+
+function toBacking(backing: string | null, read: ReadRebase): NativeBacking | undefined {
+  if (read.unsafe && read.compress) throw invalidArgument('compress', 'rebase: an unsafe rebase copies nothing')
+  if (!read.unsafe && read.references === 'layer') {
+    throw invalidArgument('references', "rebase: references: 'layer' leaves out the backing files, which are compared")
+  }
+  if (backing === null) {
+    if (read.backingFormat === undefined) return undefined
+    throw invalidArgument('backingFormat', 'rebase: there is no format where there is no backing file')
+  }
+  if (typeof backing !== 'string' || backing === '' || backing.includes('\0')) {
+    throw invalidArgument('backing', `rebase: backing must be a file name or null, not ${describe(backing)}`)
+  }
+  if (read.backingFormat === undefined) {
+    throw invalidArgument('backingFormat', "rebase: backingFormat is needed with a backing file: 'qcow2' or 'raw'")
+  }
+  return { filename: backing, format: read.backingFormat }
+}
+
+async function copyAndSetName(
+  located: Located,
+  file: NativeFile,
+  named: NativeBacking | undefined,
+  read: ReadRebase,
+): Promise<void> {
+  const { references, limits, signal, cache, concurrency, compress = false } = read
+  // Before the image is locked: a chain that contains it could not be opened then.
+  const next = named && (await openNext(file, named, read))
+  try {
+    const access = { ...toReadAccess(read), cache, write: { cache } }
+    const chain = await openChain(located, { format: 'qcow2', references, limits, signal, access })
+    try {
+      await runJob<void>('rebase', read, (request, job, addon) =>
+        addon.rebaseImage(request, job, chain.image, next?.image, named, compress, concurrency),
+      )
+    } finally {
+      await release(chain.image)
+    }
+  } finally {
+    if (next !== undefined) await release(next.image)
+  }
+}
+
+async function setName(
+  located: Located,
+  file: NativeFile,
+  named: NativeBacking | undefined,
+  read: ReadRebase,
+): Promise<void> {
+  if (named !== undefined) await refuseLoop(file, named, read)
+  const { limits, signal, cache } = read
+  const access = { ...toReadAccess(read), cache, write: { cache } }
+  // A check needs no backing file.
+  const options = { format: 'qcow2', references: 'layer', limits, signal, access, forCheck: true } as const
+  const chain = await openChain(located, options)
+  try {
+    await runJob<void>('rebase', read, (request, job, addon) => addon.setBackingFile(request, job, chain.image, named))
+  } finally {
+    await release(chain.image)
+  }
+}
+
+/** Where the new backing file is: the caller named it, so it is followed unless a function decides. */
+function locate(
+  { path }: NativeFile,
+  { filename, format }: NativeBacking,
+  { references }: ReadRebase,
+): Promise<Located | undefined> {
+  const policy = typeof references === 'function' ? references : 'allow'
+  return decide(policy, 'backing', { filename, exact: true, ...(format !== undefined && { format }) }, path)
+}
+
+/** Opens the new backing chain, for reading. */
+async function openNext(file: NativeFile, named: NativeBacking, read: ReadRebase): Promise<Chain> {
+  const located = await locate(file, named, read)
+  if (located === undefined) throw invalidArgument('references', 'rebase: the new backing file is not opened')
+  await refuseItself(file, located, named)
+  const { references, limits, signal } = read
+  const format = read.backingFormat
+  const chain = await openChain(located, { format, references, limits, signal, access: toReadAccess(read) })
+  if (file.identity === undefined || !chain.identities.includes(file.identity)) return chain
+  await release(chain.image)
+  throw containsItself(file, named)
+}
+
+/** Refuses a name that makes the chain contain itself, as far as that can be seen: the files need not be there. */
+async function refuseLoop(file: NativeFile, named: NativeBacking, read: ReadRebase): Promise<void> {
+  try {
+    const located = await locate(file, named, read)
+    if (located === undefined) return
+    await refuseItself(file, located, named)
+    const { references, limits, signal, backingFormat: format } = read
+    const chain = await openChain(located, {
+      format,
+      references,
+      limits,
+      signal,
+      access: { ...READING, lock: undefined },
+    })
+    await release(chain.image)
+    if (file.identity !== undefined && chain.identities.includes(file.identity)) throw containsItself(file, named)
+  } catch (error) {
+    throwIfAborted(read.signal)
+    if (error instanceof Qcow2Error && error.code === 'ERR_QCOW2_CHAIN' && error.field === LOOP) throw error
+  }
+}
+
+async function refuseItself(file: NativeFile, located: Located, named: NativeBacking): Promise<void> {
+  const other = await openFile(located)
+  await release(other.file)
+  if (file.identity !== undefined && other.identity === file.identity) throw containsItself(file, named)
+}
+
+const LOOP = 'backing'
+
+function containsItself({ path }: NativeFile, { filename }: NativeBacking): Qcow2Error {
+  const image = path === undefined ? 'the image' : `'${path}'`
+  const message = `rebase: with the backing file '${filename}', the backing chain of ${image} would contain itself`
+  return new Qcow2Error('ERR_QCOW2_CHAIN', message, { path, field: LOOP })
+}
