@@ -3,7 +3,6 @@
 import { SHARING, type SharingOptions, toReadAccess } from './access.js'
 import { type Chain, openChain } from './backing/chain.js'
 import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
-import { type Preallocation, type Qcow2Shape, type ReadShape, shape, toNativeShape } from './create.js'
 import { invalidArgument } from './errors.js'
 import type { NativeConverted, NativeConvertJob } from './native.js'
 import {
@@ -20,21 +19,17 @@ import {
   text,
   throwIfAborted,
 } from './options.js'
+import {
+  type Compression,
+  compression,
+  type Preallocation,
+  type Qcow2Shape,
+  type ReadShape,
+  shape,
+  toNativeShape,
+} from './shape.js'
 import { type Format, type ImageSource, type Located, type PathLike, release, toLocated, toPath } from './source.js'
 import { runJob } from './support/jobs.js'
-
-/** How to compress. */
-export interface Compression {
-  /** Default: the compression type of `create`, which is zlib unless it says otherwise. */
-  type?: 'zlib' | 'zstd' | undefined
-  /** zlib 1 to 12, zstd 1 to 22. The default is made for speed, with files no larger than `qemu-img`'s. */
-  level?: number | undefined
-  /**
-   * How far back a zlib stream may refer: `'full'`, deflate's 32 KiB, which QEMU and every reader that inflates a cluster at once
-   * accept; or `'small'`, the 4 KiB that QEMU writes, for readers that stream with a window of that size. Default `'full'`.
-   */
-  window?: 'full' | 'small' | undefined
-}
 
 /** What `convert` and `measure` read. */
 export interface SourceOptions extends SharingOptions {
@@ -99,19 +94,6 @@ export interface ConvertResult {
   /** With `bitmaps`: names of the inconsistent ones that were left out. */
   readonly skippedBitmaps?: readonly string[]
 }
-
-const COMPRESSION = {
-  type: oneOf('zlib', 'zstd'),
-  level: integer(1, 22),
-  window: oneOf('full', 'small'),
-} as const
-
-const compression: Reader<Read<typeof COMPRESSION> | undefined> = (value, name) =>
-  typeof value === 'boolean'
-    ? value
-      ? readOptions({}, name, COMPRESSION)
-      : undefined
-    : readOptions(value, name, COMPRESSION)
 
 const BITMAPS = { skipBroken: flag } as const
 

@@ -7,6 +7,7 @@ import { type Chain, openChain } from './backing/chain.js'
 import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
 import { Bitmaps } from './bitmap.js'
 import { type CheckResult, checkImage, readCheckOptions } from './check.js'
+import { type CloneOptions, type CloneResult, Clones, readCloneOptions } from './clone.js'
 import { AbortError, invalidArgument, Qcow2Error } from './errors.js'
 import { type ImageInfo, layersInfo } from './info.js'
 import { type MapEntry, type MapOptions, readMapOptions, walkMap } from './map.js'
@@ -26,7 +27,7 @@ import {
 } from './options.js'
 import { resizeDisk, TRUNCATE, type TruncateOptions } from './resize.js'
 import { Snapshots } from './snapshot/snapshots.js'
-import { type Format, type ImageSource, release, toLocated } from './source.js'
+import { type Format, type ImageSource, type PathLike, release, toLocated } from './source.js'
 import { openReadStream, openWebStream, type ReadStreamOptions, type WebStreamOptions } from './stream.js'
 import { toBytesView } from './support/buffers.js'
 import { Lifetime } from './support/lifetime.js'
@@ -108,6 +109,7 @@ function stopAtExit(): void {
 export class Image implements AsyncDisposable {
   readonly #chain: Chain
   readonly #lifetime: Lifetime
+  readonly #clones: Clones
   #size: number
 
   /** @internal Images are made by `open` and `create`. */
@@ -123,6 +125,7 @@ export class Image implements AsyncDisposable {
       return release(chain.image)
     })
     unclosed.register(this, chain, this)
+    this.#clones = new Clones(chain)
     if (chain.writable) stopAtExit()
     const owner: ImageOwner = {
       image: chain.image,
@@ -455,6 +458,21 @@ export class Image implements AsyncDisposable {
   }
 
   /**
+   * Copies the disk as it is at one moment, while reads and writes go on: see `onPointInTime`. The copy is whole (what backing files
+   * have is in it), has its name only when it is complete, and is durable then. Internal snapshots and bitmaps are not in it. A write
+   * to a part that is not yet copied waits until that part is: 64 KiB or a cluster of the copy, more for a disk above 16 TiB. A failure of
+   * the copy never fails a write. Closing the image ends it.
+   *
+   * @throws {@link Qcow2Error} as `create`; `ERR_QCOW2_INVALID_ARGUMENT` for a target that is a file of this image; `ERR_QCOW2_CLOSED` if the
+   *   image is closed first; the system's code (`ENOSPC`, `EIO`)
+   */
+  async clone(target: PathLike, options: CloneOptions): Promise<CloneResult> {
+    const { path, options: read } = readCloneOptions(target, options)
+    throwIfAborted(read.signal)
+    return this.#lifetime.run(() => this.#clones.make(path, read))
+  }
+
+  /**
    * Checks the metadata of the top layer against itself, without changing it; see {@link check}, which also takes images
    * that are too damaged to be opened here.
    *
@@ -495,6 +513,7 @@ export class Image implements AsyncDisposable {
    * @throws {@link Qcow2Error} the system's code if something could not be made durable; the files are closed all the same
    */
   close(): Promise<void> {
+    this.#clones.end()
     return this.#lifetime.close()
   }
 

@@ -185,6 +185,21 @@ export interface NativeConvertJob {
   inUse: readonly string[]
 }
 
+export interface NativeCloneOrder {
+  shape: NativeShape
+  compress: boolean
+  level?: number | undefined
+  smallWindow: boolean
+  overwrite: boolean
+  inUse: readonly string[]
+}
+
+export interface NativeCloned {
+  readonly virtualSize: number
+  readonly bytesRead: number
+  readonly bytesWritten: number
+}
+
 export interface NativeConverted {
   readonly virtualSize: number
   readonly bytesRead: number
@@ -318,6 +333,10 @@ export interface Addon {
     inUse: readonly string[],
   ): void
   convertImage(request: number, job: number, image: number, path: string | Buffer, order: NativeConvertJob): void
+  /** Makes the target and takes the point in time; tells the clone's number. */
+  beginClone(request: number, job: number, image: number, path: string | Buffer, order: NativeCloneOrder): void
+  /** Copies the rest. The clone's number is gone, however it ends. */
+  runClone(request: number, job: number, clone: number, concurrency: number | undefined): void
   compareImages(request: number, job: number, a: number, b: number, strict: boolean, workers: number | undefined): void
   measureImage(request: number, job: number, image: number | undefined, size: number, shape: NativeShape): void
   /** `granularity` 0 is the default. */

@@ -1,7 +1,7 @@
 /** Resizing the disk of an open image. */
 
-import type { Preallocation } from './create.js'
 import { ABORTABLE, type Abortable, flag, oneOf } from './options.js'
+import type { Preallocation } from './shape.js'
 import { request } from './support/requests.js'
 
 /** Options of {@link Image.truncate}. */

@@ -18,6 +18,7 @@ pub mod backing;
 pub mod bitmaps;
 mod boundary;
 pub mod check;
+pub mod clone;
 pub mod compare;
 pub mod convert;
 pub mod create;

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use qcow2_engine::{Error, ErrorKind, Image, Layer, Result, Storage};
 
+use crate::clone::Begun;
 use crate::guard::guarded;
 
 /// An open image. Requests share it; it closes when the last of them is done and JavaScript has released it.
@@ -48,6 +49,8 @@ pub(crate) enum Resource {
     Layer(Layer),
     /// An open image.
     Image(Arc<Handle>),
+    /// A clone whose point in time has passed.
+    Clone(Box<Begun>),
 }
 
 impl Resource {
@@ -55,7 +58,7 @@ impl Resource {
     pub(crate) fn close(self) -> Result<()> {
         match self {
             Self::Image(handle) => handle.close(),
-            Self::Storage(_) | Self::Layer(_) => Ok(()),
+            Self::Storage(_) | Self::Layer(_) | Self::Clone(_) => Ok(()),
         }
     }
 }

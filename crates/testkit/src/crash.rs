@@ -9,6 +9,7 @@ mod states;
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 use qcow2_engine::{ErrorKind, Result};
@@ -250,6 +251,8 @@ pub struct Session {
     entries: Vec<Entry>,
     /// Cuts before this position were looked at.
     seen: usize,
+    /// An operation failed.
+    failed: AtomicBool,
 }
 
 impl std::fmt::Debug for Session {
@@ -278,6 +281,7 @@ impl Session {
             first: 0,
             entries: Vec::new(),
             seen: 0,
+            failed: AtomicBool::new(false),
         };
         (session, storages)
     }
@@ -303,6 +307,14 @@ impl Session {
     /// # Errors
     /// The target's. The operation then counts as begun and never complete: its values are allowed, not promised.
     pub fn run(&self, target: &dyn Target, op: Op, generation: u32) -> Result<()> {
+        let result = self.perform(target, op, generation);
+        if result.is_err() {
+            self.failed.store(true, Ordering::Relaxed);
+        }
+        result
+    }
+
+    fn perform(&self, target: &dyn Target, op: Op, generation: u32) -> Result<()> {
         let begun = self.journal.position();
         match op {
             Op::Write { offset, len } => {
@@ -338,6 +350,10 @@ impl Session {
             }
             // Closing promises what a flush does. Opening again is the caller's.
             Op::Reopen => {
+                if self.failed.load(Ordering::Relaxed) {
+                    // An image that refuses writes since an error closes without a promise: nobody opens it again here.
+                    target.write(0, &[])?;
+                }
                 target.close()?;
                 let now = self.journal.position();
                 let mut history = self.history.lock();

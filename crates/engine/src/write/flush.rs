@@ -48,7 +48,8 @@ impl Image {
     }
 
     /// Flushes, gives reservations back and cuts the file to what it uses. Later writes fail with `Closed`. Closing an
-    /// image that refuses writes changes nothing.
+    /// image that refuses writes changes nothing: what was written since its last flush may be lost, as the error said
+    /// that led there.
     ///
     /// # Errors
     /// As [`Image::flush`].

@@ -1,0 +1,144 @@
+//! Live clones of open images.
+
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
+use napi::bindgen_prelude::{BufferSlice, Either, Env, ToNapiValue};
+use napi_derive::napi;
+use qcow2_engine::clone::{CloneResult, CloneTarget, LiveClone};
+use qcow2_engine::convert::{Compression, Window};
+use qcow2_engine::storage::NewFile;
+use qcow2_engine::{Image, Job, Result};
+
+use crate::create::Target;
+use crate::job::Ticket;
+use crate::resource::{Handle, Resource};
+use crate::runtime::Runtime;
+use crate::shape::Shape;
+
+/// How to clone. Checked in TypeScript.
+#[napi(object, object_to_js = false)]
+pub struct CloneOrder {
+    /// The target's.
+    pub shape: Shape,
+    /// Compress.
+    pub compress: bool,
+    /// The codec's.
+    pub level: Option<u32>,
+    /// The 4 KiB window of QEMU's writer.
+    pub small_window: bool,
+    /// Replace.
+    pub overwrite: bool,
+    /// Device and inode of the image's files.
+    pub in_use: Vec<String>,
+}
+
+/// What a clone did.
+#[napi(object, object_from_js = false)]
+pub struct Cloned {
+    /// Bytes.
+    pub virtual_size: f64,
+    /// Bytes.
+    pub bytes_read: f64,
+    /// Bytes.
+    pub bytes_written: f64,
+}
+
+/// A clone between its point in time and its end. Dropped, it ends, and its files never were.
+pub(crate) struct Begun {
+    handle: Arc<Handle>,
+    clone: LiveClone,
+    file: NewFile,
+    data: Option<NewFile>,
+}
+
+/// Makes the target and takes the point in time; tells the clone's number.
+#[napi]
+pub fn begin_clone(
+    env: Env,
+    request: u32,
+    job: u32,
+    image: u32,
+    path: Either<String, BufferSlice<'_>>,
+    order: CloneOrder,
+) -> napi::Result<()> {
+    let runtime = Runtime::of(&env)?;
+    let handle = runtime.image(image)?;
+    let target = Target::new(path, order.overwrite, &order.in_use)?;
+    runtime.start_job(
+        &env,
+        Ticket { request, job },
+        move |job| {
+            let (clone, file, data) = handle.run(|image| order.begin(image, &target, job))?;
+            Ok(Box::new(Begun { handle, clone, file, data }))
+        },
+        |runtime, env, begun| {
+            let number = runtime.hold(Resource::Clone(begun));
+            // SAFETY: on the environment's thread, with its own env.
+            unsafe { u32::to_napi_value(env.raw(), number) }
+        },
+    )
+}
+
+/// Copies the rest. The clone's number is gone, however it ends.
+#[napi]
+pub fn run_clone(env: Env, request: u32, job: u32, clone: u32, concurrency: Option<u32>) -> napi::Result<()> {
+    let runtime = Runtime::of(&env)?;
+    let Some(Resource::Clone(begun)) = runtime.release(clone) else {
+        return Err(napi::Error::from_reason("no such clone"));
+    };
+    let concurrency = concurrency.and_then(|threads| NonZeroUsize::new(threads as usize));
+    runtime.start_job(
+        &env,
+        Ticket { request, job },
+        move |job| begun.run(concurrency, job),
+        |_, env, result: CloneResult| {
+            let cloned = Cloned {
+                virtual_size: result.virtual_size as f64,
+                bytes_read: result.bytes_read as f64,
+                bytes_written: result.bytes_written as f64,
+            };
+            // SAFETY: on the environment's thread, with its own env.
+            unsafe { Cloned::to_napi_value(env.raw(), cloned) }
+        },
+    )
+}
+
+impl CloneOrder {
+    fn begin(
+        &self,
+        image: &Image,
+        target: &Target,
+        job: &Job,
+    ) -> Result<(LiveClone, NewFile, Option<NewFile>)> {
+        if self.shape.is_raw() {
+            let file = target.start()?;
+            let raw = CloneTarget::Raw { storage: file.storage(), preallocation: self.shape.preallocation() };
+            return Ok((image.begin_clone(raw, job)?, file, None));
+        }
+        let create = self.shape.options(image.virtual_size());
+        create.validate()?;
+        let file = target.start()?;
+        let data = self.shape.data_file.as_deref();
+        let data = data.map(|name| target.start_data_file(&file, name)).transpose()?;
+        let window = if self.small_window { Window::Qemu4KiB } else { Window::Full };
+        let qcow2 = CloneTarget::Qcow2 {
+            storage: file.storage(),
+            data_file: data.as_ref().map(NewFile::storage),
+            create: Box::new(create),
+            compression: self.compress.then_some(Compression { level: self.level, window }),
+        };
+        Ok((image.begin_clone(qcow2, job)?, file, data))
+    }
+}
+
+impl Begun {
+    fn run(self, concurrency: Option<NonZeroUsize>, job: &Job) -> Result<CloneResult> {
+        let Self { handle, clone, file, data } = self;
+        let result = handle.run(|image| clone.run(image, concurrency, job))?;
+        // The image last: it is not there without its data.
+        data.map(NewFile::commit).transpose()?;
+        file.commit()?;
+        Ok(result)
+    }
+}

@@ -1,0 +1,146 @@
+/** Copies of an open disk as it is at one moment, made while it is written to. */
+
+import { invalidArgument, Qcow2Error } from './errors.js'
+import type { NativeCloned, NativeCloneOrder } from './native.js'
+import { callback, flag, LONG_RUNNING, type LongRunning, oneOf, type Read, readOptions } from './options.js'
+import { type Compression, compression, type Qcow2Shape, shape, toNativeShape } from './shape.js'
+import { type Format, type PathLike, release, toPath } from './source.js'
+import { runJob } from './support/jobs.js'
+
+/** Options of {@link Image.clone}. */
+export interface CloneOptions extends LongRunning {
+  /** Format of the copy. */
+  to: Format
+  /** Compress every cluster that shrinks. qcow2 only. Requests that have to copy first compress, too. */
+  compress?: boolean | Compression | undefined
+  /** Shape of a qcow2 copy, or `preallocation` of a raw one. A copy is whole: it has no backing file. */
+  create?: Omit<Qcow2Shape, 'backingFile' | 'backingFormat'> | undefined
+  /** Replace an existing file. Default false: `EEXIST`. */
+  overwrite?: boolean | undefined
+  /**
+   * Called once, when the point in time has passed: what is written from now on is not in the copy, what was written before is.
+   * The moment to let a guest go on that was told to be quiet. If it throws, the clone ends and rejects with what it threw.
+   */
+  onPointInTime?: (() => void) | undefined
+}
+
+/** What a clone did. */
+export interface CloneResult {
+  /** Size of the disk in bytes. */
+  readonly virtualSize: number
+  /** Bytes of guest data read. */
+  readonly bytesRead: number
+  /** Bytes of guest data written to the copy; zeroes are left out. */
+  readonly bytesWritten: number
+  readonly durationMs: number
+}
+
+const CLONE = {
+  ...LONG_RUNNING,
+  to: oneOf('qcow2', 'raw'),
+  compress: compression,
+  create: shape,
+  overwrite: flag,
+  onPointInTime: callback<() => void>(),
+} as const
+
+/** What cloning needs of the image. */
+interface Source {
+  /** The addon's number of the image. */
+  readonly image: number
+  readonly path: string | undefined
+  /** Files that are no target. */
+  readonly identities: readonly string[]
+}
+
+/** The clones of one image that are under way. */
+export class Clones {
+  readonly #source: Source
+  readonly #closing = new AbortController()
+
+  constructor(source: Source) {
+    this.#source = source
+  }
+
+  /** Ends them: the image is closing. */
+  end(): void {
+    this.#closing.abort()
+  }
+
+  /** Makes one. The caller keeps the image open meanwhile. */
+  async make(path: string | Buffer, options: ReadClone): Promise<CloneResult> {
+    const { signal } = options
+    const begin = performance.now()
+    // Two may end it: the caller's signal, and closing the image.
+    const ending = new AbortController()
+    const abort = (): void => ending.abort(signal?.reason)
+    const close = (): void => ending.abort()
+    signal?.addEventListener('abort', abort, { once: true })
+    this.#closing.signal.addEventListener('abort', close, { once: true })
+    try {
+      if (signal?.aborted) abort()
+      const cloned = await this.#run(path, { ...options, signal: ending.signal })
+      return { ...cloned, durationMs: performance.now() - begin }
+    } catch (error) {
+      if (!this.#closing.signal.aborted || signal?.aborted || !ending.signal.aborted) throw error
+      const what = this.#source.path === undefined ? 'the image' : `the image '${this.#source.path}'`
+      const message = `${what} was closed before its clone was complete`
+      throw new Qcow2Error('ERR_QCOW2_CLOSED', message, { path: this.#source.path, cause: error })
+    } finally {
+      signal?.removeEventListener('abort', abort)
+      this.#closing.signal.removeEventListener('abort', close)
+    }
+  }
+
+  async #run(path: string | Buffer, options: ReadClone): Promise<NativeCloned> {
+    const { image, identities } = this.#source
+    const { signal, concurrency, onPointInTime } = options
+    const order: NativeCloneOrder = { ...toOrder(options), inUse: identities }
+    const clone = await runJob<number>('clone', { signal }, (request, job, addon) =>
+      addon.beginClone(request, job, image, path, order),
+    )
+    try {
+      onPointInTime?.()
+      return await runJob<NativeCloned>('clone', options, (request, job, addon) =>
+        addon.runClone(request, job, clone, concurrency),
+      )
+    } finally {
+      // Nothing if it ran.
+      await release(clone)
+    }
+  }
+}
+
+type ReadClone = Read<typeof CLONE>
+
+/** Reads the options, and checks what they demand of each other. */
+export function readCloneOptions(
+  target: PathLike,
+  options: CloneOptions,
+): { path: string | Buffer; options: ReadClone } {
+  const path = toPath(target, 'target')
+  const read = readOptions(options, 'Image.clone', CLONE)
+  toOrder(read)
+  return { path, options: read }
+}
+
+function toOrder({ to, compress, create, overwrite = false }: ReadClone): Omit<NativeCloneOrder, 'inUse'> {
+  if (to === undefined) throw invalidArgument('to', "Image.clone: the option to is needed: 'qcow2' or 'raw'")
+  if (compress && to === 'raw') throw invalidArgument('compress', 'Image.clone: a raw image cannot be compressed')
+  if (create?.backingFile !== undefined || create?.backingFormat !== undefined) {
+    throw invalidArgument('backingFile', 'Image.clone: a clone holds the whole disk: it has no backing file')
+  }
+  const type = compress?.type
+  if (type !== undefined && create?.compressionType !== undefined && type !== create.compressionType) {
+    const message = `Image.clone: compress.type '${type}' contradicts create.compressionType '${create.compressionType}'`
+    throw invalidArgument('compress', message)
+  }
+  const wanted = { ...create, ...(type !== undefined && { compressionType: type }) }
+  return {
+    shape: toNativeShape('Image.clone', to, wanted),
+    compress: compress !== undefined,
+    level: compress?.level,
+    smallWindow: compress?.window === 'small',
+    overwrite,
+  }
+}

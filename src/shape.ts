@@ -1,0 +1,107 @@
+/** The shape of new images, and how they are compressed: what everything that makes one has in common. */
+
+import { invalidArgument } from './errors.js'
+import type { NativeShape } from './native.js'
+import { flag, integer, oneOf, type Read, type Reader, readOptions, text } from './options.js'
+import type { Format } from './source.js'
+
+/**
+ * How much of a new image is allocated at once: nothing, its tables (`'metadata'`, qcow2 only), its space too, or its space
+ * written with zeroes.
+ */
+export type Preallocation = 'off' | 'metadata' | 'falloc' | 'full'
+
+/** The shape of a qcow2 image: what `create`, `convert` and `measure` have in common. Defaults are what most readers can read. */
+export interface Qcow2Shape {
+  /** Format version: 3 by default. Spec: "Header", `version`. */
+  version?: 2 | 3 | undefined
+  /** Bytes, a power of two of 512 to 2097152. Default 65536. */
+  clusterSize?: number | undefined
+  /** Subclusters: needs version 3 and clusters of 16 KiB or more. Spec: "Extended L2 Entries". */
+  extendedL2?: boolean | undefined
+  /** How clusters are compressed when they are. Default `'zlib'`; `'zstd'` needs version 3. */
+  compressionType?: 'zlib' | 'zstd' | undefined
+  preallocation?: Preallocation | undefined
+  /** Width of a refcount. Default 16; others need version 3. */
+  refcountBits?: 1 | 2 | 4 | 8 | 16 | 32 | 64 | undefined
+  /** Refcount updates may be postponed; needs version 3. */
+  lazyRefcounts?: boolean | undefined
+  /** Recorded as it is written here: a relative name starts from the directory of the new image. Needs `backingFormat`. */
+  backingFile?: string | undefined
+  backingFormat?: Format | undefined
+  /**
+   * Keep the guest's data in this file, which is created too. Recorded as it is written here: a relative name starts from the working
+   * directory of the process that opens the image. Needs version 3.
+   */
+  dataFile?: string | undefined
+  /** The data file is to be a valid raw image by itself. */
+  dataFileRaw?: boolean | undefined
+}
+
+/** The table entries of {@link Qcow2Shape}. */
+export const SHAPE = {
+  version: oneOf(2, 3),
+  clusterSize: integer(512, 2 ** 21),
+  extendedL2: flag,
+  compressionType: oneOf('zlib', 'zstd'),
+  preallocation: oneOf('off', 'metadata', 'falloc', 'full'),
+  refcountBits: oneOf(1, 2, 4, 8, 16, 32, 64),
+  lazyRefcounts: flag,
+  backingFile: text,
+  backingFormat: oneOf('qcow2', 'raw'),
+  dataFile: text,
+  dataFileRaw: flag,
+} as const
+
+/** {@link Qcow2Shape}, checked. */
+export type ReadShape = Omit<NativeShape, 'format'>
+
+/** Reads a {@link Qcow2Shape} that is an option of its own. */
+export const shape: Reader<ReadShape> = (value, name) => readOptions(value, name, SHAPE)
+
+/** Checks what the options of a shape demand of each other; the rules of the format are the engine's. */
+export function toNativeShape(owner: string, format: Format, read: ReadShape): NativeShape {
+  const { backingFile, backingFormat, dataFile, dataFileRaw } = read
+  if (format === 'raw') {
+    const foreign = Object.entries(read).find(([name, value]) => name !== 'preallocation' && value !== undefined)
+    if (foreign !== undefined) throw invalidArgument(foreign[0], `${owner}: a raw image has no ${foreign[0]}`)
+  }
+  if (backingFile !== undefined && backingFormat === undefined) {
+    const message = `${owner}: backingFile needs backingFormat: guessing it is not safe`
+    throw invalidArgument('backingFormat', message)
+  }
+  if (backingFile === undefined && backingFormat !== undefined) {
+    throw invalidArgument('backingFormat', `${owner}: backingFormat needs backingFile`)
+  }
+  if (dataFileRaw && dataFile === undefined) {
+    throw invalidArgument('dataFileRaw', `${owner}: dataFileRaw needs dataFile`)
+  }
+  return { ...read, format }
+}
+
+/** How to compress. */
+export interface Compression {
+  /** Default: the compression type of `create`, which is zlib unless it says otherwise. */
+  type?: 'zlib' | 'zstd' | undefined
+  /** zlib 1 to 12, zstd 1 to 22. The default is made for speed, with files no larger than `qemu-img`'s. */
+  level?: number | undefined
+  /**
+   * How far back a zlib stream may refer: `'full'`, deflate's 32 KiB, which QEMU and every reader that inflates a cluster at once
+   * accept; or `'small'`, the 4 KiB that QEMU writes, for readers that stream with a window of that size. Default `'full'`.
+   */
+  window?: 'full' | 'small' | undefined
+}
+
+const COMPRESSION = {
+  type: oneOf('zlib', 'zstd'),
+  level: integer(1, 22),
+  window: oneOf('full', 'small'),
+} as const
+
+/** Reads `true`, `false` or a {@link Compression}. */
+export const compression: Reader<Read<typeof COMPRESSION> | undefined> = (value, name) =>
+  typeof value === 'boolean'
+    ? value
+      ? readOptions({}, name, COMPRESSION)
+      : undefined
+    : readOptions(value, name, COMPRESSION)
