@@ -1,7 +1,7 @@
 /** Streams of guest bytes. */
 
 import { Readable } from 'node:stream'
-import { ReadableStream } from 'node:stream/web'
+import type { ReadableStream } from 'node:stream/web'
 import { invalidArgument } from './errors.js'
 import type { MapEntry, MapOptions } from './map.js'
 import { ABORTABLE, type Abortable, bytes, flag, integer, readOptions } from './options.js'
@@ -73,7 +73,8 @@ export function openReadStream(image: Guest, options: ReadStreamOptions | undefi
 export function openWebStream(image: Guest, options: WebStreamOptions | undefined): ReadableStream<Uint8Array> {
   const { start, end, highWaterMark = CHUNK, signal } = readOptions(options, 'Image.readableWebStream', WEB)
   const chunks = denseChunks(image, toRange(image.virtualSize, start, end), highWaterMark, signal)
-  return new ReadableStream<Uint8Array>(
+  // The global: its module is loaded at the first use, not when the library is.
+  return new globalThis.ReadableStream<Uint8Array>(
     {
       async pull(controller) {
         const { done, value } = await chunks.next()

@@ -1,7 +1,5 @@
 /** The commands, and how a command line becomes a call of one of them. */
 
-import { readFileSync } from 'node:fs'
-import { join } from 'node:path'
 import { Command, CommanderError } from 'commander'
 import { declareAmend } from './commands/amend.js'
 import { declareBitmap } from './commands/bitmap.js'
@@ -33,7 +31,11 @@ function buildProgram(session: Session, run: Runner): Command {
   const program = new Command(session.program)
     .description('Create, convert, check and inspect qcow2 and raw disk images, with the grammar of qemu-img.')
     .usage('COMMAND [options] ...')
-    .version(`${session.program} version ${packageVersion()}`, '-V, --version', 'print the version')
+    .option('-V, --version', 'print the version')
+    .on('option:version', () => {
+      session.stdout.write(`${session.program} version ${packageVersion()}\n`)
+      throw new CommanderError(0, 'commander.version', 'the version was printed')
+    })
     .helpOption('-h, --help', 'print this help')
     .helpCommand(false)
     .configureHelp({ subcommandTerm: command => command.name() })
@@ -65,8 +67,9 @@ function buildProgram(session: Session, run: Runner): Command {
   return program
 }
 
+/** Read when asked for, by the package's own name: from the bundle and from its modules alike. */
 function packageVersion(): string {
-  const manifest: { version: string } = JSON.parse(readFileSync(join(__dirname, '../../package.json'), 'utf8'))
+  const manifest = require('qcow2/package.json') as { version: string }
   return manifest.version
 }
 

@@ -1,6 +1,6 @@
 /** How far a job is: a bar on a terminal, qemu-img's own line elsewhere when asked for, nothing with `-q`. */
 
-import { type Options, SingleBar } from 'cli-progress'
+import type { Options, SingleBar } from 'cli-progress'
 import type { LongRunning, Progress } from '../index.js'
 import { fixed, humanSize } from './format/number.js'
 import type { Session } from './session.js'
@@ -103,6 +103,8 @@ class Bar implements Reporter {
     this.#last = progress
     if (progress.total === 0 || Date.now() - this.#started < PATIENCE_MS) return
     if (!this.#bar) {
+      // Loaded when there is a bar to draw: a command that is done sooner starts sooner.
+      const { SingleBar } = require('cli-progress') as typeof import('cli-progress')
       this.#bar = new SingleBar(this.#options())
       this.#bar.start(progress.total, progress.current, this.#payload())
       return
