@@ -158,7 +158,7 @@ function randomReads() {
 }
 
 function nodeWrites() {
-  const flags = smoke ? ['--count', '200', '--rounds', '1'] : ['--rounds', String(trials)]
+  const flags = smoke ? ['--count', '200', '--rewrites', '200', '--rounds', '1'] : ['--rounds', String(trials)]
   return JSON.parse(trial([process.execPath, join(here, 'random-write.mjs'), '--json', ...flags]).stdout)
 }
 

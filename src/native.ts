@@ -273,6 +273,8 @@ export interface NativeCheckOutcome {
  */
 export interface Addon {
   start(deliver: (count: number, others: readonly unknown[] | undefined) => void, numbers: Uint32Array): void
+  /** Calls `deliver` with what is done. True: call this again in the next round of the event loop, nothing wakes the thread before. */
+  look(deliver: (count: number, others: readonly unknown[] | undefined) => void): boolean
   /** Ends all work and closes all images, now. Nothing is delivered any more. */
   stop(): void
   openFile(request: number, path: string | Buffer, options: NativeFileOptions): void
@@ -284,7 +286,9 @@ export interface Addon {
   /** The top layer is read only without `write`. */
   assemble(request: number, layers: readonly number[], write: NativeWriting | undefined): void
   release(request: number, number: number): void
-  read(request: number, image: number, buffer: Uint8Array, offset: number, length: number, position: number): void
+  /** True: `look` is to be called in the next round of the event loop. */
+  read(request: number, image: number, buffer: Uint8Array, offset: number, length: number, position: number): boolean
+  /** As `read`. */
   write(
     request: number,
     image: number,
@@ -293,7 +297,7 @@ export interface Addon {
     length: number,
     position: number,
     compressed: boolean,
-  ): void
+  ): boolean
   writeZeroes(request: number, image: number, position: number, length: number, unmap: boolean): void
   discard(request: number, image: number, position: number, length: number): void
   flush(request: number, image: number): void

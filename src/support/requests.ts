@@ -3,6 +3,8 @@
  * table finds who waits. The table keeps a request's buffer alive until then: a worker writes into it.
  */
 
+// Not the global one, which test runners replace by a fake that never fires by itself.
+import { setImmediate } from 'node:timers'
 import { getSystemErrorName } from 'node:util'
 import { Qcow2Error } from '../errors.js'
 import { type Addon, type NativeFailure, native } from '../native.js'
@@ -22,7 +24,7 @@ const waiting: (Waiting | undefined)[] = []
 const free: number[] = []
 const done = new Uint32Array(BATCH)
 
-native.start((count, others) => {
+function deliver(count: number, others: readonly unknown[] | undefined): void {
   for (let i = 0; i < count; i++) take(done[i] ?? 0)?.resolve(undefined)
   if (others === undefined) return
   for (let i = 0; i < others.length; i += 3) {
@@ -30,7 +32,14 @@ native.start((count, others) => {
     if (others[i + 1] === true) request?.resolve(others[i + 2])
     else request?.reject(others[i + 2])
   }
-}, done)
+}
+
+native.start(deliver, done)
+
+/** Looks for completions between two rounds of the event loop, while the addon expects some soon. */
+function look(): void {
+  if (native.look(deliver)) setImmediate(look)
+}
 
 function take(request: number): Waiting | undefined {
   const found = waiting[request]
@@ -65,7 +74,7 @@ export function submitRead(
     const request = free.pop() ?? waiting.length
     waiting[request] = { resolve: resolve as (value: unknown) => void, reject, buffer }
     try {
-      native.read(request, image, buffer, offset, length, position)
+      if (native.read(request, image, buffer, offset, length, position)) setImmediate(look)
     } catch (error) {
       take(request)
       reject(error)
@@ -86,7 +95,7 @@ export function submitWrite(
     const request = free.pop() ?? waiting.length
     waiting[request] = { resolve: resolve as (value: unknown) => void, reject, buffer }
     try {
-      native.write(request, image, buffer, offset, length, position, compressed)
+      if (native.write(request, image, buffer, offset, length, position, compressed)) setImmediate(look)
     } catch (error) {
       take(request)
       reject(error)

@@ -1,7 +1,7 @@
 //! What is done, on its way to JavaScript.
 //!
 //! Workers append to one queue. The first to append to an empty queue wakes the environment's thread, the others only
-//! append: under load many completions share one call into JavaScript.
+//! append: under load many completions share one call into JavaScript. A thread that watches the queue need not be woken.
 
 use std::ptr;
 
@@ -40,8 +40,9 @@ pub(crate) struct Completion {
 #[derive(Default)]
 struct Queue {
     done: Vec<Completion>,
-    /// A wake-up is on its way and will take everything in the queue.
+    /// A wake-up is on its way and will take everything in the queue, or the thread watches.
     woken: bool,
+    watched: bool,
 }
 
 /// The queue, and the way to wake its environment.
@@ -85,8 +86,16 @@ impl Delivery {
     /// Takes everything that is done; `batch` is the empty vector that the queue goes on with.
     pub(crate) fn take(&self, batch: Vec<Completion>) -> Vec<Completion> {
         let mut queue = self.queue.lock();
-        queue.woken = false;
+        queue.woken = queue.watched;
         std::mem::replace(&mut queue.done, batch)
+    }
+
+    /// The environment's thread is going to look by itself, or not any more. Returns whether something is done.
+    pub(crate) fn watch(&self, watched: bool) -> bool {
+        let mut queue = self.queue.lock();
+        queue.watched = watched;
+        queue.woken = watched;
+        !queue.done.is_empty()
     }
 
     /// Keeps the environment's event loop alive (or not) while requests are outstanding.

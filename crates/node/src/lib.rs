@@ -36,4 +36,5 @@ mod resource;
 pub mod runtime;
 pub mod shape;
 pub mod snapshots;
+mod watch;
 pub mod write;

@@ -2,19 +2,27 @@
 //!
 //! Started one by one when there is work that no idle thread can take, at most as many as the machine has cores (8
 //! at most). Closing drops what is queued, lets running requests finish, and joins.
+//!
+//! One thread watches the queue for a moment before it sleeps, where the last task came within such a moment: see `watch`.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
+use std::time::Instant;
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::delivery::{Completion, Delivery, Outcome};
 use crate::read::Read;
+use crate::watch::MOMENT;
 use crate::write::Write;
 
 /// Most threads of a pool, however many cores there are: more do not make one event loop faster.
 const MAX_THREADS: usize = 8;
+
+/// Looks at the queue between two offers of the core to others: about a microsecond.
+const SPINS: usize = 50;
 
 /// Work for a worker. Reads and writes, of which there are many, are not boxed.
 pub(crate) enum Task {
@@ -30,6 +38,8 @@ struct Queue {
     tasks: VecDeque<(u32, Task)>,
     /// Threads that wait for work and were not yet woken for a task.
     idle: usize,
+    /// A thread watches the queue and takes the first task that comes.
+    watched: bool,
     threads: Vec<JoinHandle<()>>,
     closed: bool,
 }
@@ -37,6 +47,10 @@ struct Queue {
 struct Shared {
     queue: Mutex<Queue>,
     work: Condvar,
+    /// For the thread that watches: there is a task, or the end.
+    called: AtomicBool,
+    /// Watching takes a core that somebody else could use: not the only one.
+    watches: bool,
     delivery: Arc<Delivery>,
 }
 
@@ -54,9 +68,17 @@ pub(crate) fn default_threads() -> usize {
 impl Pool {
     /// A pool without threads yet.
     pub(crate) fn new(delivery: Arc<Delivery>) -> Self {
-        let queue = Queue { tasks: VecDeque::new(), idle: 0, threads: Vec::new(), closed: false };
-        let shared = Shared { queue: Mutex::new(queue), work: Condvar::new(), delivery };
-        Self { shared: Arc::new(shared), max_threads: default_threads() }
+        let queue =
+            Queue { tasks: VecDeque::new(), idle: 0, watched: false, threads: Vec::new(), closed: false };
+        let max_threads = default_threads();
+        let shared = Shared {
+            queue: Mutex::new(queue),
+            work: Condvar::new(),
+            called: AtomicBool::new(false),
+            watches: max_threads > 1,
+            delivery,
+        };
+        Self { shared: Arc::new(shared), max_threads }
     }
 
     /// Queues a task for the request of that number.
@@ -67,6 +89,11 @@ impl Pool {
         let mut queue = self.shared.queue.lock();
         if queue.closed {
             return Err(std::io::Error::other("the environment is closing"));
+        }
+        if queue.watched && queue.tasks.is_empty() {
+            queue.tasks.push_back((request, task));
+            self.shared.called.store(true, Ordering::Release);
+            return Ok(());
         }
         if queue.idle == 0 && queue.threads.len() < self.max_threads {
             match self.start_thread(queue.threads.len()) {
@@ -97,6 +124,7 @@ impl Pool {
             queue.closed = true;
             (std::mem::take(&mut queue.tasks), std::mem::take(&mut queue.threads))
         };
+        self.shared.called.store(true, Ordering::Release);
         self.shared.work.notify_all();
         drop(tasks);
         for thread in threads {
@@ -108,7 +136,8 @@ impl Pool {
 
 impl Shared {
     fn work(&self) {
-        while let Some((request, task)) = self.next() {
+        let mut soon = false;
+        while let Some((request, task)) = self.next(&mut soon) {
             let outcome = match task {
                 Task::Read(read) => read.run(),
                 Task::Write(write) => write.run(),
@@ -118,18 +147,47 @@ impl Shared {
         }
     }
 
-    /// The next task; waits for one. `None` when the pool closes.
-    fn next(&self) -> Option<(u32, Task)> {
+    /// The next task; waits for one. `None` when the pool closes. `soon` says whether this thread's last wait was short.
+    fn next(&self, soon: &mut bool) -> Option<(u32, Task)> {
+        let mut began: Option<Instant> = None;
         let mut queue = self.queue.lock();
         loop {
             if queue.closed {
                 return None;
             }
             if let Some(task) = queue.tasks.pop_front() {
+                if let Some(began) = began {
+                    *soon = began.elapsed() < MOMENT;
+                }
                 return Some(task);
+            }
+            if began.is_none() {
+                began = Some(Instant::now());
+                if *soon && self.watches && !queue.watched {
+                    queue.watched = true;
+                    self.called.store(false, Ordering::Relaxed);
+                    MutexGuard::unlocked(&mut queue, || self.watch());
+                    queue.watched = false;
+                    continue;
+                }
             }
             queue.idle += 1;
             self.work.wait(&mut queue);
+        }
+    }
+
+    /// Waits a moment for a call.
+    fn watch(&self) {
+        let began = Instant::now();
+        while began.elapsed() < MOMENT {
+            for _ in 0..SPINS {
+                if self.called.load(Ordering::Acquire) {
+                    return;
+                }
+                std::hint::spin_loop();
+            }
+            // To the environment's thread, where the system has put it on this thread's core.
+            thread::yield_now();
         }
     }
 }

@@ -41,7 +41,7 @@ impl Read {
 }
 
 /// Fills `length` bytes of the `Uint8Array` from `offset` with the guest bytes at `position`. The caller has
-/// clamped the range to the disk.
+/// clamped the range to the disk. Returns whether to begin to `look` for completions.
 #[napi]
 pub fn read(
     env: Env,
@@ -51,12 +51,12 @@ pub fn read(
     offset: f64,
     length: f64,
     position: f64,
-) -> napi::Result<()> {
+) -> napi::Result<bool> {
     let runtime = Runtime::of(&env)?;
     let handle = runtime.image(image)?;
     let (start, length) = range_of(&env, &buffer, offset, length)?;
     let read = Read { handle, start, length, position: position as u64 };
-    runtime.submit(&env, request, Task::Read(read))
+    runtime.submit_soon(&env, request, Task::Read(read))
 }
 
 /// Where `length` bytes of a `Uint8Array` from `offset` on are, and how many.

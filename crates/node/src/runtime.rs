@@ -5,6 +5,7 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 
+use napi::JsValue;
 use napi::bindgen_prelude::{Env, Unknown};
 use napi::sys;
 use napi_derive::napi;
@@ -15,13 +16,15 @@ use crate::delivery::{Completion, Delivery, IntoJs, Outcome};
 use crate::failure;
 use crate::guard::guarded;
 use crate::job::Jobs;
-use crate::pool::{Pool, Task};
+use crate::pool::{Pool, Task, default_threads};
 use crate::resource::{Handle, Resource, Resources};
+use crate::watch::Watch;
 
 /// The state of one environment.
 pub(crate) struct Runtime {
     delivery: Arc<Delivery>,
     pool: Pool,
+    watch: Watch,
     jobs: Jobs,
     resources: RefCell<Resources>,
     /// Requests that JavaScript waits for.
@@ -47,6 +50,7 @@ pub fn start(env: Env, deliver: Unknown<'_>, numbers: Unknown<'_>) -> napi::Resu
     let delivery = Arc::new(Delivery::new(wake.function()));
     let runtime = Rc::new(Runtime {
         pool: Pool::new(Arc::clone(&delivery)),
+        watch: Watch::new(default_threads()),
         jobs: Jobs::new(Arc::clone(&delivery)),
         delivery,
         resources: RefCell::default(),
@@ -69,6 +73,21 @@ pub fn stop(env: Env) -> napi::Result<()> {
     Ok(())
 }
 
+/// Delivers what is done, now, by the function that `start` was given. Returns whether to call this again in the next round
+/// of the event loop: until then, requests that finish do not wake the thread.
+#[napi(ts_args_type = "deliver: (count: number, others: unknown[] | undefined) => void")]
+pub fn look(env: Env, deliver: Unknown<'_>) -> napi::Result<bool> {
+    let runtime = Runtime::of(&env)?;
+    let goes_on = runtime.watch.goes_on();
+    if runtime.delivery.watch(goes_on) {
+        runtime.deliver(&env, deliver.raw())?;
+    } else {
+        // To the worker, where the system has put it on this thread's core.
+        std::thread::yield_now();
+    }
+    Ok(goes_on)
+}
+
 impl Runtime {
     /// The runtime of the calling environment.
     pub(crate) fn of(env: &Env) -> napi::Result<&Self> {
@@ -81,6 +100,16 @@ impl Runtime {
         self.pool.submit(request, task).map_err(|e| napi::Error::from_reason(e.to_string()))?;
         self.expect(env);
         Ok(())
+    }
+
+    /// As [`Runtime::submit`], for one of very many requests. Returns whether to begin to [`look`].
+    pub(crate) fn submit_soon(&self, env: &Env, request: u32, task: Task) -> napi::Result<bool> {
+        self.submit(env, request, task)?;
+        let begins = self.watch.requested();
+        if begins {
+            self.delivery.watch(true);
+        }
+        Ok(begins)
     }
 
     /// Counts a request that will be delivered.
@@ -155,6 +184,7 @@ impl Runtime {
 
     /// Hands everything that is done to JavaScript.
     pub(crate) fn deliver(&self, env: &Env, callback: sys::napi_value) -> napi::Result<()> {
+        self.watch.delivered();
         let mut batch = self.delivery.take(self.spare.take());
         let delivered = u32::try_from(batch.len()).unwrap_or(u32::MAX);
         let result = self.hand_over(env, callback, &mut batch);

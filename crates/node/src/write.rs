@@ -46,7 +46,8 @@ impl Write {
     }
 }
 
-/// Writes `length` bytes of the `Uint8Array` from `offset` to the guest bytes at `position`.
+/// Writes `length` bytes of the `Uint8Array` from `offset` to the guest bytes at `position`. Returns whether to begin to
+/// `look` for completions.
 #[napi]
 #[allow(
     clippy::too_many_arguments,
@@ -61,12 +62,12 @@ pub fn write(
     length: f64,
     position: f64,
     compressed: bool,
-) -> napi::Result<()> {
+) -> napi::Result<bool> {
     let runtime = Runtime::of(&env)?;
     let handle = runtime.image(image)?;
     let (start, length) = range_of(&env, &buffer, offset, length)?;
     let write = Write { handle, start, length, position: position as u64, compressed };
-    runtime.submit(&env, request, Task::Write(write))
+    runtime.submit_soon(&env, request, Task::Write(write))
 }
 
 /// Runs a change of an image that has no buffer.
