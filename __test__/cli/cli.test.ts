@@ -40,7 +40,6 @@ describe('a wrong command line', () => {
     [['check', '-r', 'some', 'a'], "Unknown option value for -r (expecting 'leaks' or 'all'): some"],
     [['convert', '-r', '1M', 'a', 'b'], "Option '-r' is not supported"],
     [['convert', '--salvage', 'a', 'b'], "Option '--salvage' is not supported"],
-    [['convert', '--bitmaps', 'a', 'b'], "Option '--bitmaps' is not supported"],
     [['convert', 'a', 'b', 'c'], 'Concatenating several source images is not supported'],
     [['convert', '-m', '17', 'a', 'b'], 'It must be between 1 and 16'],
     [['convert', '-S', '1000', 'a', 'b'], 'Valid sizes are multiples of 512 up to 16777216.'],

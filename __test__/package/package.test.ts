@@ -70,7 +70,10 @@ afterAll(() => rmSync(work, { recursive: true, force: true }))
 
 describe('the packed package', () => {
   test('holds the built library, its types, and nothing else', () => {
-    const sources = readdirSync('src', { recursive: true, encoding: 'utf8' }).filter(name => /\.m?ts$/.test(name))
+    // The modules of the command line are in dist/cli.js.
+    const sources = readdirSync('src', { recursive: true, encoding: 'utf8' }).filter(name =>
+      /^(?!cli[\\/]).*\.m?ts$/.test(name),
+    )
     const built = sources.flatMap(name => {
       const base = `dist/${name.replace(/\.m?ts$/, '')}`
       return name.endsWith('.mts') ? [`${base}.mjs`, `${base}.d.mts`] : [`${base}.js`, `${base}.d.ts`]
