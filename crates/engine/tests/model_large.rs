@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use qcow2_engine::create::CreateOptions;
 use qcow2_engine::measure::{MeasureTarget, Qcow2Target, measure};
-use qcow2_engine::{GuestSource, Job, OpenOptions};
+use qcow2_engine::{Discard, GuestSource, Job, OpenOptions, WriteOptions};
 use qcow2_testkit::alloc::Counting;
+use qcow2_testkit::disk_model::{Opening, open_file};
 use qcow2_testkit::{Fixture, Forge, Qemu, chain};
 
 #[global_allocator]
@@ -93,6 +94,49 @@ fn a_disk_of_countless_extents_is_walked_in_bounded_memory() {
     assert!(listed.len() < 20_000, "{} extents at once", listed.len());
     let used = MEMORY.peak() - before;
     assert!(used < 24 << 20, "{used} bytes in use");
+}
+
+/// Zeroing all of a large disk makes more tables than may be in memory at once.
+#[test]
+fn zeroes_over_16_tib_are_written_in_bounded_memory() {
+    let _alone = ALONE.lock();
+    let fixture = Fixture::new();
+    let size = 16u64 << 40;
+    let base = fixture.path("base.qcow2");
+    let mut forge = Forge::new(3, 21, size);
+    forge.data(3, b"from below");
+    forge.data((size >> 21) - 5, b"from below");
+    forge.build().bytes.write_to(&base);
+    let path = fixture.path("large.qcow2");
+    let mut forge = Forge::new(3, 21, size).backing("base.qcow2", "qcow2");
+    for i in 0..100u64 {
+        forge.data(i * (size >> 21) / 100, b"from here");
+    }
+    forge.build().bytes.write_to(&path);
+    let opening = Opening {
+        read: OpenOptions { l2_cache_bytes: Some(1 << 20), ..OpenOptions::default() },
+        write: Some(WriteOptions { discard: Discard::Unmap, ..WriteOptions::default() }),
+    };
+    for round in 0..3 {
+        let image = open_file(&path, &opening).unwrap();
+        let before = MEMORY.reset();
+        match round {
+            0 => image.write_zeroes(0, size, false).unwrap(),
+            // Not on any cluster's boundary.
+            1 => image.write_zeroes(512, size - 1024, true).unwrap(),
+            _ => image.discard(0, size).unwrap(),
+        }
+        let used = MEMORY.peak() - before;
+        // 64 MiB of L2 tables, of which 8 MiB may wait, and are written as bytes.
+        assert!(used < 32 << 20, "round {round}: {used} bytes in use");
+        assert_eq!(chain::read(&image, 3 << 21, 10).unwrap(), [0; 10]);
+        image.close().unwrap();
+    }
+    let image = open_file(&path, &Opening::default()).unwrap();
+    assert_eq!(chain::read(&image, size - (5 << 21), 10).unwrap(), [0; 10]);
+    if let Some(qemu) = Qemu::find() {
+        qemu.assert_clean(&path);
+    }
 }
 
 /// The emptiest disks are the largest: a walk skips what has no tables.

@@ -12,7 +12,7 @@ use super::cluster::{Run, Step};
 use super::cow::plan_cow;
 use super::writer::{DetectZeroes, Writer};
 use crate::image::{Image, Layer, Loaded, Qcow2};
-use crate::{Error, ErrorKind, GuestSource, Job, Mem, MemMut, Result, StorageExt};
+use crate::{Error, ErrorKind, Mem, MemMut, Result, StorageExt};
 
 /// What a request writes.
 #[derive(Debug, Clone, Copy)]
@@ -282,10 +282,8 @@ impl Image {
         if !deeper || self.layers().len() == 1 {
             return Ok(true);
         }
-        let mut extents = Vec::new();
-        let length = run.clusters * image.geometry().cluster_size();
-        self.extents(run.guest, length, &Job::new(), &mut extents)?;
-        Ok(extents.iter().all(|extent| extent.zero))
+        let end = run.guest + run.clusters * image.geometry().cluster_size();
+        self.all_extents(run.guest..end, |extent| extent.zero)
     }
 }
 

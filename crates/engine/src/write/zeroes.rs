@@ -10,7 +10,10 @@ use super::link::Change;
 use super::request::{Payload, Top};
 use super::writer::{Discard, Writer};
 use crate::image::{Image, Qcow2};
-use crate::{ErrorKind, Result, StorageExt};
+use crate::{ErrorKind, Extent, ExtentKind, GuestSource, Job, Result, StorageExt};
+
+/// Extents that are looked at together.
+const EXTENTS: usize = 256;
 
 impl Image {
     /// Makes the guest bytes read as zeroes. `unmap` gives up their clusters; else allocated clusters stay allocated.
@@ -136,10 +139,22 @@ impl Image {
     }
 
     fn is_known_zero(&self, range: Range<u64>) -> Result<bool> {
-        use crate::GuestSource;
-        let mut extents = Vec::new();
-        self.extents(range.start, range.end - range.start, &crate::Job::new(), &mut extents)?;
-        Ok(extents.iter().all(|extent| extent.zero && extent.kind != crate::ExtentKind::Data))
+        self.all_extents(range, |extent| extent.zero && extent.kind != ExtentKind::Data)
+    }
+
+    /// Whether all extents of a range are so; looks at few at a time, and no further than the first that is not.
+    pub(super) fn all_extents(&self, range: Range<u64>, so: impl Fn(&Extent) -> bool) -> Result<bool> {
+        let job = Job::new();
+        let end = range.end.min(self.virtual_size());
+        let mut at = range.start;
+        while at < end {
+            let mut extents = Vec::new();
+            at = self.extents_up_to(at, end - at, EXTENTS, &job, &mut extents)?;
+            if !extents.iter().all(&so) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Replaces the mappings of the clusters that `range` touches, slice by slice. `replace` gets the guest offset of
@@ -177,6 +192,8 @@ impl Image {
                     writer.link(image, change, |n, old| replace(pinned + n * g.cluster_size(), old))?;
                     at = pinned + clusters * g.cluster_size();
                     drop(run.registration);
+                    // A range can need more tables than may wait in memory.
+                    self.limit_dirty(image, writer)?;
                 }
                 Step::Busy(clusters) => writer.inflight.wait(&clusters),
                 Step::NeedsTable => writer.prepare_table(image, at)?,
