@@ -5,8 +5,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
-use super::alignment::{self, Alignment};
 use super::lock::ImageLock;
+use super::platform::alignment::{self, Alignment};
 use super::platform::{self, FileKind};
 use super::{CacheMode, Claim, DirectStorage, Locking, Run, Storage, Traits};
 use crate::{Error, ErrorKind, Mem, MemMut, Result};

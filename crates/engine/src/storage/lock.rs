@@ -12,6 +12,7 @@ use std::fs::File;
 
 use parking_lot::Mutex;
 
+use super::platform::byte_lock as system;
 use crate::{Error, ErrorKind, Result};
 
 /// What one opener does to an image, or keeps others from doing. The value is the number of its lock byte.
@@ -209,84 +210,6 @@ fn conflict(permission: Permission, used: bool) -> Error {
     let name = permission.name();
     let message = format!("failed to get {shared}\"{name}\" lock: is another process using the image?");
     Error::new(ErrorKind::Locked, message)
-}
-
-#[cfg(target_os = "linux")]
-mod system {
-    use std::fs::File;
-    use std::io;
-    use std::os::fd::AsRawFd;
-    use std::sync::OnceLock;
-
-    /// Kernels before 3.15 know no such locks.
-    pub(super) fn available() -> bool {
-        static KNOWN: OnceLock<bool> = OnceLock::new();
-        *KNOWN.get_or_init(|| {
-            let probe = File::open("/dev/null").and_then(|file| is_locked(&file, 0));
-            !probe.is_err_and(|e| e.raw_os_error() == Some(libc::EINVAL))
-        })
-    }
-
-    fn call(file: &File, command: libc::c_int, kind: libc::c_int, byte: i64) -> io::Result<libc::flock> {
-        // SAFETY: flock is plain integers, for which zeroes are valid.
-        let mut lock: libc::flock = unsafe { std::mem::zeroed() };
-        // The constants are at most 2 and 0, the bytes at most 203: all fit.
-        lock.l_type = kind as libc::c_short;
-        lock.l_whence = libc::SEEK_SET as libc::c_short;
-        lock.l_start = byte as libc::off_t;
-        lock.l_len = 1;
-        loop {
-            // SAFETY: the three commands read, and F_OFD_GETLK writes, one flock behind the pointer.
-            if unsafe { libc::fcntl(file.as_raw_fd(), command, &raw mut lock) } == 0 {
-                return Ok(lock);
-            }
-            let error = io::Error::last_os_error();
-            if error.kind() != io::ErrorKind::Interrupted {
-                return Err(error);
-            }
-        }
-    }
-
-    /// Shares a lock on the byte; false where somebody has it exclusively.
-    pub(super) fn lock(file: &File, byte: i64) -> io::Result<bool> {
-        match call(file, libc::F_OFD_SETLK, libc::F_RDLCK, byte) {
-            Ok(_) => Ok(true),
-            Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(false),
-            Err(e) => Err(e),
-        }
-    }
-
-    pub(super) fn unlock(file: &File, byte: i64) -> io::Result<()> {
-        call(file, libc::F_OFD_SETLK, libc::F_UNLCK, byte).map(drop)
-    }
-
-    /// Whether another file description holds a lock on the byte.
-    pub(super) fn is_locked(file: &File, byte: i64) -> io::Result<bool> {
-        let lock = call(file, libc::F_OFD_GETLK, libc::F_WRLCK, byte)?;
-        Ok(libc::c_int::from(lock.l_type) != libc::F_UNLCK)
-    }
-}
-
-#[cfg(not(target_os = "linux"))]
-mod system {
-    use std::fs::File;
-    use std::io;
-
-    pub(super) fn available() -> bool {
-        false
-    }
-
-    pub(super) fn lock(_: &File, _: i64) -> io::Result<bool> {
-        Ok(true)
-    }
-
-    pub(super) fn unlock(_: &File, _: i64) -> io::Result<()> {
-        Ok(())
-    }
-
-    pub(super) fn is_locked(_: &File, _: i64) -> io::Result<bool> {
-        Ok(false)
-    }
 }
 
 #[cfg(all(test, target_os = "linux"))]

@@ -4,7 +4,6 @@
 //! transfers can be simulated without kernel tricks. Implementations are thread-safe: requests carry their
 //! own offset, there is no cursor. A read beyond the end returns 0 bytes, as `pread` does.
 
-mod alignment;
 mod cache;
 mod direct;
 mod ext;

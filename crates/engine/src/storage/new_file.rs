@@ -80,7 +80,7 @@ impl NewFile {
                     return Err(Error::new(ErrorKind::InvalidArgument, message).with_path(path));
                 }
                 if overwrite == Overwrite::Refuse {
-                    return Err(Error::io(already_exists(), "open").with_path(path));
+                    return Err(Error::io(platform::already_exists(), "open").with_path(path));
                 }
                 match kind {
                     FileKind::BlockDevice => Self::in_place(path),
@@ -176,13 +176,6 @@ impl Drop for NewFile {
     }
 }
 
-fn already_exists() -> io::Error {
-    #[cfg(unix)]
-    return io::Error::from_raw_os_error(libc::EEXIST);
-    #[cfg(not(unix))]
-    io::ErrorKind::AlreadyExists.into()
-}
-
 /// `path` behind all symbolic links of its last component, which need not exist.
 fn resolve(path: &Path) -> io::Result<PathBuf> {
     let mut path = path.to_owned();
@@ -192,10 +185,7 @@ fn resolve(path: &Path) -> io::Result<PathBuf> {
             _ => return Ok(path),
         }
     }
-    #[cfg(unix)]
-    return Err(io::Error::from_raw_os_error(libc::ELOOP));
-    #[cfg(not(unix))]
-    Err(io::ErrorKind::InvalidInput.into())
+    Err(platform::too_many_links())
 }
 
 /// The directory of `path`.

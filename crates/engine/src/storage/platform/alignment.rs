@@ -5,14 +5,14 @@ use std::io;
 
 /// Multiples that offsets and lengths, and memory addresses, must be of; powers of two.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Alignment {
-    pub(super) request: u32,
-    pub(super) memory: u32,
+pub(crate) struct Alignment {
+    pub(crate) request: u32,
+    pub(crate) memory: u32,
 }
 
 impl Alignment {
     /// Anything goes.
-    pub(super) const NONE: Self = Self { request: 1, memory: 1 };
+    pub(crate) const NONE: Self = Self { request: 1, memory: 1 };
     /// What every disk and file system takes: the fallback where nothing can be found out.
     #[cfg(target_os = "linux")]
     const SAFE: Self = Self { request: 4096, memory: 4096 };
@@ -23,7 +23,7 @@ impl Alignment {
 /// # Errors
 /// `Unsupported` if the file has no direct I/O at all.
 #[cfg(target_os = "linux")]
-pub(super) fn of_direct(file: &File, block_device: bool) -> io::Result<Alignment> {
+pub(crate) fn of_direct(file: &File, block_device: bool) -> io::Result<Alignment> {
     if let Some(told) = told_by_kernel(file)? {
         return Ok(told);
     }
@@ -33,7 +33,7 @@ pub(super) fn of_direct(file: &File, block_device: bool) -> io::Result<Alignment
 
 /// Elsewhere direct I/O has no rule (macOS) or is not offered.
 #[cfg(not(target_os = "linux"))]
-pub(super) fn of_direct(_: &File, _: bool) -> io::Result<Alignment> {
+pub(crate) fn of_direct(_: &File, _: bool) -> io::Result<Alignment> {
     Ok(Alignment::NONE)
 }
 
@@ -71,14 +71,14 @@ fn sector_size(file: &File) -> io::Result<u32> {
 /// byte already reads is either empty or without rules: both get the safe values.
 #[cfg(target_os = "linux")]
 fn probe(file: &File, request: Option<u32>) -> io::Result<Alignment> {
-    use super::direct::AlignedBuffer;
+    use super::super::direct::AlignedBuffer;
     const SIZES: [u32; 4] = [512, 1024, 2048, 4096];
     let safe = Alignment::SAFE;
     let mut buffer = AlignedBuffer::new(2 * safe.request as usize, safe.memory as usize);
     let mut accepts = |address: u32, length: u32| -> io::Result<bool> {
         let (from, to) = (address as usize, (address + length) as usize);
         let part = buffer.bytes().get_mut(from..to).unwrap_or_default();
-        match super::platform::read_at(file, part.into(), 0) {
+        match super::read_at(file, part.into(), 0) {
             Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(false),
             Err(e) => Err(e),
             Ok(_) => Ok(true),
@@ -114,7 +114,7 @@ mod tests {
         // In a hole, or before it has a place on the disk, any read may be fine.
         file.as_file().sync_all().unwrap();
         // A file system without direct I/O has nothing to find out.
-        let open = super::super::platform::open(file.path(), true, true).ok()?;
+        let open = super::super::open(file.path(), true, true).ok()?;
         Some((file, open))
     }
 

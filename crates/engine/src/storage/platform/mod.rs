@@ -1,0 +1,21 @@
+//! What differs between operating systems, by job: the only folder where it does, but for the descriptors that only
+//! Unix has and that a file takes and hands out.
+//!
+//! Each call has a portable fallback, or answers `Unsupported` where its caller has one.
+
+pub(super) mod alignment;
+pub(super) mod byte_lock;
+mod copy;
+mod file;
+mod space;
+mod transfer;
+mod unnamed;
+
+#[cfg(unix)]
+pub(super) use copy::{clone_range, copy_range};
+pub(super) use file::{FileKind, already_exists, identity, is_a_directory, kind, open, too_many_links};
+pub(super) use space::{
+    allocate, allocate_ahead, allocated_bytes, discard, gains_by_allocating_ahead, run_at, write_zeroes,
+};
+pub(super) use transfer::{read_at, write_at, write_vectored_at};
+pub(super) use unnamed::{link_unnamed, open_unnamed, replace_by_link};
