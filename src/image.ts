@@ -8,6 +8,7 @@ import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
 import { Bitmaps } from './bitmap.js'
 import { type CheckResult, checkImage, readCheckOptions } from './check.js'
 import { type CloneOptions, type CloneResult, Clones, readCloneOptions } from './clone.js'
+import { COMPACT, type CompactOptions, type CompactResult, compactImage } from './compaction.js'
 import { AbortError, invalidArgument, Qcow2Error } from './errors.js'
 import { type ImageInfo, layersInfo } from './info.js'
 import { type MapEntry, type MapOptions, readMapOptions, walkMap } from './map.js'
@@ -483,6 +484,23 @@ export class Image implements AsyncDisposable {
     const { image, path } = this.#chain
     throwIfAborted(read.signal)
     return this.#lifetime.run(() => checkImage(image, path, 'qcow2', read))
+  }
+
+  /**
+   * Gives back to the file system what the top layer does not need: leaked clusters, free ones, on request those of zeroes; and with
+   * `mode: 'rewrite'` makes the file short. What the disk and its snapshots read as stays, whatever interrupts it. Writes wait
+   * meanwhile, reads go on. An abort leaves a sound image, compacted in part. A dry run also works on an image that is
+   * open for reading. Progress is told in bytes of the file.
+   *
+   * @throws {@link Qcow2Error} `ERR_QCOW2_CORRUPT` for an image with errors, which must be repaired first;
+   *   `ERR_QCOW2_UNSUPPORTED_FEATURE` for a raw image; `ERR_QCOW2_LIMIT` where the bookkeeping exceeds `maxMemory`;
+   *   `ERR_QCOW2_READ_ONLY`. Nothing is changed then. Else as {@link Image.write}
+   */
+  async compact(options?: CompactOptions): Promise<CompactResult> {
+    const read = readOptions(options, 'Image.compact', COMPACT)
+    throwIfAborted(read.signal)
+    const work = () => compactImage(this.#chain.image, read)
+    return read.dryRun ? this.#lifetime.run(work) : this.#change('Image.compact', undefined, work)
   }
 
   /**

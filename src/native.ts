@@ -220,6 +220,17 @@ export interface NativeMeasured {
   readonly bitmaps?: number
 }
 
+export interface NativeCompacted {
+  readonly fileLengthBefore: number
+  readonly fileLengthAfter: number
+  readonly actualSizeBefore: number
+  readonly actualSizeAfter: number
+  readonly reclaimedBytes: number
+  readonly leakedClusters: number
+  readonly zeroClusters: number
+  readonly movedClusters: number
+}
+
 /** What to amend; what is absent stays. */
 export interface NativeAmendChanges {
   readonly version?: number | undefined
@@ -341,6 +352,7 @@ export interface Addon {
   beginClone(request: number, job: number, image: number, path: string | Buffer, order: NativeCloneOrder): void
   /** Copies the rest. The clone's number is gone, however it ends. */
   runClone(request: number, job: number, clone: number, concurrency: number | undefined): void
+  compactImage(request: number, job: number, image: number, rewrite: boolean, zeroes: boolean, dryRun: boolean): void
   compareImages(request: number, job: number, a: number, b: number, strict: boolean, workers: number | undefined): void
   measureImage(request: number, job: number, image: number | undefined, size: number, shape: NativeShape): void
   /** `granularity` 0 is the default. */

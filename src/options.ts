@@ -17,7 +17,7 @@ export interface Abortable {
 
 /** How far a job is. */
 export interface Progress {
-  /** What the job is doing: `'convert'`, `'check'`, `'compare'`, `'measure'`, `'create'`, `'clone'`. */
+  /** What the job is doing: `'convert'`, `'check'`, `'compare'`, `'measure'`, `'create'`, `'clone'`, `'compact'`. */
   readonly phase: string
   /** Bytes of guest data done. */
   readonly current: number

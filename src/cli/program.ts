@@ -5,6 +5,7 @@ import { declareAmend } from './commands/amend.js'
 import { declareBitmap } from './commands/bitmap.js'
 import { declareCheck } from './commands/check.js'
 import { declareCommit } from './commands/commit.js'
+import { declareCompact } from './commands/compact.js'
 import { declareCompare } from './commands/compare.js'
 import { declareConvert } from './commands/convert.js'
 import { declareCreate } from './commands/create.js'
@@ -61,6 +62,7 @@ function buildProgram(session: Session, run: Runner): Command {
     declareAmend,
     declareCommit,
     declareRebase,
+    declareCompact,
   ]) {
     declare(program, run)
   }

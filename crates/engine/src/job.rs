@@ -1,7 +1,7 @@
 //! A long-running job's control block: cancellation and progress, shared with the caller's thread.
 
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use crate::{Error, Result};
@@ -10,7 +10,7 @@ use crate::{Error, Result};
 /// polled, so a slow reader never slows the job.
 #[derive(Debug, Default)]
 pub struct Job {
-    cancelled: AtomicBool,
+    cancelled: Arc<AtomicBool>,
     current: AtomicU64,
     total: AtomicU64,
     /// Bytes a second; 0 for as fast as it goes.
@@ -27,6 +27,11 @@ impl Job {
     /// A fresh job at 0 of 0.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// A job that is cancelled with this one and keeps its progress to itself: for a part whose units are others.
+    pub(crate) fn silent(&self) -> Self {
+        Self { cancelled: Arc::clone(&self.cancelled), ..Self::default() }
     }
 
     /// Asks the job to stop at its next chunk.

@@ -8,6 +8,7 @@ pub mod backing;
 pub mod bitmap;
 pub mod check;
 pub mod clone;
+pub mod compact;
 pub mod compare;
 pub mod convert;
 pub mod create;

@@ -19,6 +19,7 @@ pub mod bitmaps;
 mod boundary;
 pub mod check;
 pub mod clone;
+pub mod compact;
 pub mod compare;
 pub mod convert;
 pub mod create;

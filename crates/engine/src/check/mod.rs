@@ -71,6 +71,58 @@ pub fn check(
     conclude(outcome, tally, report)
 }
 
+/// What refers to the clusters of an image file.
+pub(crate) struct References {
+    counts: counts::ReferenceCounts,
+    /// Leaked clusters.
+    pub(crate) leaks: u64,
+    /// Corruptions, and places that could not be looked at.
+    pub(crate) errors: u64,
+}
+
+impl References {
+    /// References to one host cluster.
+    pub(crate) fn get(&self, cluster: u64) -> u64 {
+        self.counts.get(cluster)
+    }
+
+    /// Host clusters of the file.
+    pub(crate) fn clusters(&self) -> u64 {
+        self.counts.clusters()
+    }
+}
+
+/// Checks the image as [`check`] does, and keeps the counters.
+pub(crate) fn count_references(
+    storage: &dyn Storage,
+    header: &Header,
+    options: &CheckOptions,
+    job: &Job,
+) -> Result<References> {
+    let target = Target { storage, header, options, job, repair: None };
+    let mut tally = Tally::new(options.max_findings);
+    let mut copied = Tally::new(options.max_findings);
+    let counted = (|| {
+        let snapshots = snapshots::read(&target, &mut tally)?;
+        tally.corruptions += snapshots.corruptions;
+        let file = File::measure(&target)?;
+        let mut stored = stored::StoredRefcounts::load(&target, file.clusters)?;
+        let walked = walk_all(&target, &file, &snapshots, &mut stored, &mut tally, &mut copied)?;
+        compare::compare(&target, &mut stored, &walked.counts, Fix::default(), &mut tally)?;
+        Ok(walked.counts)
+    })();
+    let counts = match counted {
+        Ok(counts) => counts,
+        Err(Stop::Failed(error) | Stop::Error(error)) => return Err(error),
+    };
+    // Flags that are too few cost copies; they are no reason to trust the references less.
+    Ok(References {
+        counts,
+        leaks: tally.leaks,
+        errors: tally.corruptions + tally.check_errors + copied.check_errors,
+    })
+}
+
 /// Makes a report of how a check ended.
 fn conclude(outcome: Result<(), Stop>, mut tally: Tally, mut report: CheckReport) -> Result<CheckReport> {
     let failure = match outcome {

@@ -163,7 +163,7 @@ impl Session<'_> {
     }
 
     /// Writes the active L1 table in place: only flags differ.
-    fn write_active_l1(&self, l1: Vec<u64>) -> Result<()> {
+    pub(crate) fn write_active_l1(&self, l1: Vec<u64>) -> Result<()> {
         self.write(self.writer.l1_offset(), &encode_words(&l1))?;
         self.image.mapping.write().l1 = l1;
         Ok(())

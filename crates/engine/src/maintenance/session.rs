@@ -127,6 +127,15 @@ impl<'a> Session<'a> {
         self.writer.with_alloc(|alloc, _| alloc.refcounts.decrement(cluster).map(|_| ()))
     }
 
+    /// Sets the refcount of a cluster to what its references need. Durable with the next barrier.
+    pub(crate) fn set_refcount(&self, cluster: u64, count: u64) -> Result<()> {
+        let waiting = self.writer.with_alloc(|alloc, _| {
+            alloc.refcounts.set(cluster, count)?;
+            Ok(alloc.refcounts.waiting_bytes())
+        })?;
+        if waiting > WAITING_LIMIT { self.disk.flush_metadata(self.image, self.writer) } else { Ok(()) }
+    }
+
     /// The refcount of a cluster.
     pub(crate) fn refcount(&self, cluster: u64) -> Result<u64> {
         self.writer.with_alloc(|alloc, _| alloc.refcounts.get(cluster))

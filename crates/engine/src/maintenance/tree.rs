@@ -149,7 +149,7 @@ impl Session<'_> {
 
     /// Rewrites the COPIED flags of the L2 tables of `l1`: all cleared, or (`restore`) set where a refcount is one.
     /// Returns the L1 entries with their own flags treated alike.
-    pub(super) fn rewrite_copied(&self, l1: &[u64], restore: bool) -> Result<Vec<u64>> {
+    pub(crate) fn rewrite_copied(&self, l1: &[u64], restore: bool) -> Result<Vec<u64>> {
         let g = self.geometry();
         let mut table = vec![0u8; g.cluster_len()];
         let mut new_l1 = l1.to_vec();

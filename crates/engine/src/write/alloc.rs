@@ -390,8 +390,13 @@ impl Allocator {
         self.reuse(Unlinked { cluster, count: 1, punch: false })
     }
 
+    /// The first run of free clusters in `from..end`, and where to go on.
+    pub(crate) fn find_free(&mut self, from: u64, end: u64) -> Result<(Option<(u64, u64)>, u64)> {
+        self.refcounts.find_free(from, end, u64::MAX, u64::MAX)
+    }
+
     /// Gives every reservation back, for closing: nothing is in flight. Returns the length that the file needs.
-    pub(super) fn give_back(&mut self) -> Result<u64> {
+    pub(crate) fn give_back(&mut self) -> Result<u64> {
         for run in self.quarantine.take_reachless() {
             self.reuse(run)?;
         }

@@ -179,6 +179,14 @@ impl Writer {
         }
     }
 
+    /// As at the beginning: nothing is reserved, no host cluster waits for more compressed data, and the file ends with
+    /// what is in use.
+    pub(crate) fn restart_allocation(&self, image: &Qcow2) -> Result<()> {
+        self.check()?;
+        self.alloc.lock().packing = None;
+        self.give_back(image)
+    }
+
     /// Gives the reservations back and cuts the file.
     pub(super) fn give_back(&self, image: &Qcow2) -> Result<()> {
         let storage = image.storage();

@@ -41,3 +41,4 @@ pub(crate) use quarantine::Unlinked;
 pub use resize::ResizeOptions;
 pub(crate) use writer::Writer;
 pub use writer::{DetectZeroes, Discard, WriteOptions};
+pub(crate) use zeroes::give_up;

@@ -260,7 +260,7 @@ fn zeroed(g: &Geometry, old: &L2Mapping, within: &Range<u64>, unmap: bool) -> L2
 }
 
 /// The mapping of a cluster that the guest gave up; `None` to leave it.
-fn give_up(g: &Geometry, old: &L2Mapping, version: u32, has_backing: bool) -> Option<L2Mapping> {
+pub(crate) fn give_up(g: &Geometry, old: &L2Mapping, version: u32, has_backing: bool) -> Option<L2Mapping> {
     match old {
         L2Mapping::Unallocated if !has_backing => None,
         L2Mapping::Zero { host: None, .. } => None,

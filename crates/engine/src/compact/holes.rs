@@ -1,0 +1,52 @@
+//! Holes in the file for free host clusters.
+
+use crate::maintenance::Session;
+use crate::{Job, Result, StorageExt};
+
+/// Clusters looked at between two looks at the job.
+const STEP: u64 = 1 << 14;
+
+impl Session<'_> {
+    /// Punches a hole for every run of free host clusters that has space in the file.
+    pub(super) fn punch_free(&self, job: &Job) -> Result<()> {
+        let g = self.geometry();
+        let length = self.image.storage().size()?;
+        let clusters = length / g.cluster_size();
+        let mut at = 0;
+        while at < clusters {
+            job.checkpoint()?;
+            let stop = (at + STEP).min(clusters);
+            job.advance((stop - at) * g.cluster_size());
+            while at < stop {
+                let (run, next) = self.writer.with_alloc(|alloc, _| alloc.find_free(at, stop))?;
+                if let Some((first, count)) = run {
+                    self.punch_run(first * g.cluster_size(), count * g.cluster_size())?;
+                }
+                at = next.max(at + 1);
+            }
+        }
+        Ok(())
+    }
+
+    /// Punches where there is something: a hole costs a change of the file system's own tables.
+    fn punch_run(&self, start: u64, length: u64) -> Result<()> {
+        let storage = self.image.storage();
+        let end = start + length;
+        let mut at = start;
+        while at < end {
+            let run = storage.run_at(at).map_err(|e| storage.failure(e, "lseek"))?;
+            let stop = run.end.clamp(at + 1, end);
+            if run.data {
+                let size = self.geometry().cluster_size();
+                let first = at - at % size;
+                let last = stop.next_multiple_of(size).min(end);
+                let freed = storage.discard(first, last - first);
+                freed.map_err(|e| storage.failure(e, "fallocate").with_offset(first))?;
+                at = last;
+            } else {
+                at = stop;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,154 @@
+//! Leaks, zeroes and holes: nothing moves.
+
+use qcow2_format::L2Mapping;
+
+use super::survey::{Emptied, Table, ZeroScan, entry_at, guest_of, read_words, tables};
+use super::{CompactOptions, CompactResult};
+use crate::check::References;
+use crate::maintenance::Session;
+use crate::{Job, Result, StorageExt};
+
+/// Changed slices of L2 tables that wait for a sync.
+pub(super) const BATCH_SLICES: usize = 2048;
+/// Clusters that wait to lose a reference.
+const BATCH_CLUSTERS: u64 = 1 << 16;
+
+/// Changes of one table that wait.
+#[derive(Debug, Default)]
+pub(super) struct Edits {
+    /// Host offset and new words of each changed slice.
+    pub(super) slices: Vec<(u64, Vec<u64>)>,
+    /// Host clusters that lose a reference with them: place in bytes, and how many references.
+    pub(super) unlinked: Vec<(u64, u64)>,
+}
+
+impl Session<'_> {
+    /// Does what the options ask for, step by step.
+    pub(super) fn compact(
+        &self,
+        references: &References,
+        options: CompactOptions,
+        job: &Job,
+        result: &mut CompactResult,
+    ) -> Result<()> {
+        let steps = 1 + u64::from(options.zeroes) + u64::from(options.rewrite);
+        job.set_total(result.length_before.saturating_mul(steps));
+        result.leaked_clusters = self.free_leaks(references)?;
+        if options.zeroes {
+            self.give_up_zeroes(job, result)?;
+        }
+        self.punch_free(job)
+    }
+
+    /// Gives every cluster the refcount that its references make. Returns how many had too high a one.
+    fn free_leaks(&self, references: &References) -> Result<u64> {
+        if references.leaks == 0 {
+            return Ok(0);
+        }
+        let mut shared = false;
+        for cluster in 0..references.clusters() {
+            let wanted = references.get(cluster);
+            if self.refcount(cluster)? > wanted {
+                self.set_refcount(cluster, wanted)?;
+                shared |= wanted > 0;
+            }
+        }
+        self.barrier()?;
+        if shared {
+            // What has one reference less may be exclusive now.
+            let l1 = self.image.mapping.read().l1.clone();
+            let l1 = self.rewrite_copied(&l1, true)?;
+            self.write_active_l1(l1)?;
+            self.barrier()?;
+        }
+        Ok(references.leaks)
+    }
+
+    /// Replaces clusters that hold nothing but zeroes by zero clusters.
+    fn give_up_zeroes(&self, job: &Job, result: &mut CompactResult) -> Result<()> {
+        let mut scan = ZeroScan::new(self.image, self.disk.layers().len() > 1)?;
+        let mut edits = Edits::default();
+        let tables = tables(self.image)?;
+        let share = result.length_before / (tables.len() as u64).max(1);
+        for table in tables {
+            let emptied = self.empty_table(table, &mut scan, &mut edits, job);
+            if emptied.is_err() || edits.are_many() {
+                // Also what was found before an error or a cancellation: it is complete by itself.
+                result.zero_clusters += self.publish(std::mem::take(&mut edits))?;
+            }
+            emptied?;
+            job.advance(share);
+        }
+        result.zero_clusters += self.publish(edits)?;
+        Ok(())
+    }
+
+    fn empty_table(&self, table: Table, scan: &mut ZeroScan<'_>, edits: &mut Edits, job: &Job) -> Result<()> {
+        let g = self.geometry();
+        let mut words = read_words(self.image, table.offset)?;
+        let slice_words = (self.image.slices.slice_bytes() / 8) as usize;
+        let per_slice = self.image.slices.entries() as usize;
+        for first in (0..g.l2_entries() as usize).step_by(per_slice) {
+            job.checkpoint()?;
+            let mut changed = false;
+            for number in first..first + per_slice {
+                let entry = entry_at(self.image, &words, number);
+                if entry.word == 0 {
+                    continue;
+                }
+                let mapping = self.image.decode_entry(entry, guest_of(self.image, table.l1_index, number))?;
+                let Some(Emptied { new, freed }) = scan.look(&mapping)? else { continue };
+                self.image.slices.set_entry(&mut words, number as u64, new.encode(&g));
+                changed |= new != mapping;
+                if let Some(host) = freed {
+                    edits.unlinked.push((host, table.weight));
+                }
+                debug_assert!(!matches!(new, L2Mapping::Compressed(_)));
+            }
+            if changed {
+                let start = first / per_slice * slice_words;
+                let slice = words.get(start..start + slice_words).unwrap_or_default().to_vec();
+                edits.slices.push((table.offset + start as u64 * 8, slice));
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes changes of tables durable, then frees what lost its references. What the changes refer to is durable.
+    /// Returns how many clusters lost references.
+    pub(super) fn publish(&self, edits: Edits) -> Result<u64> {
+        let Edits { slices, unlinked } = edits;
+        let external = self.image.header().has_data_file();
+        let size = self.geometry().cluster_size();
+        {
+            let mut mapping = self.image.mapping.write();
+            for (offset, words) in slices {
+                mapping.dirty.insert(offset, words.into());
+            }
+            mapping.generation += 1;
+        }
+        if external {
+            self.barrier()?;
+            let data = self.image.data_storage()?;
+            let end = data.size()?;
+            for host in unlinked.iter().map(|u| u.0).filter(|host| *host < end) {
+                data.zero(host, size.min(end - host), true)?;
+            }
+        } else {
+            for &(host, references) in &unlinked {
+                (0..references).for_each(|_| self.unlink(host, size));
+            }
+            self.barrier()?;
+        }
+        self.writer.with_alloc(|alloc, _| alloc.give_back())?;
+        Ok(unlinked.len() as u64)
+    }
+}
+
+impl Edits {
+    /// Whether it is time to publish.
+    pub(super) fn are_many(&self) -> bool {
+        let references: u64 = self.unlinked.iter().map(|u| u.1).sum();
+        self.slices.len() >= BATCH_SLICES || references >= BATCH_CLUSTERS
+    }
+}

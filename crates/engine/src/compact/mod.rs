@@ -1,0 +1,133 @@
+//! Compacting: giving back to the file system what an image does not need.
+//!
+//! **In place** ([`in_place`]): leaked clusters are freed, clusters that hold nothing but zeroes given up (on request),
+//! holes punched for every free host cluster, and the file cut behind the last one in use.
+//!
+//! **Rewriting**: then clusters are moved from the end of the file into the free ones further down, so
+//! that the file becomes short, in batches, without a second copy of the data.
+//!
+//! **Crash rule.** Every change keeps what the disk and the snapshots read as. A move is: take a free cluster and give
+//! it the refcount that it will need; copy; sync; change what refers to it, each reference by one write inside a
+//! sector; sync; free. Between the two syncs either place has all the references it may get counted and holds the
+//! same bytes, so it does not matter which references a power cut lets through: what is left over is a leak. A zero
+//! cluster replaces one of zeroes by the same rule, without a new place. COPIED flags stay right: a cluster whose
+//! refcount is one has one reference, which moves; others have no flag.
+//!
+//! Guest writes wait, guest reads go on: clusters are given up once no read can reach them.
+
+mod holes;
+mod in_place;
+mod survey;
+
+use crate::check::{CheckOptions, References, count_references};
+use crate::image::{Image, Layer, Qcow2, read_header};
+use crate::maintenance::Session;
+use crate::{Error, ErrorKind, Job, Result, StorageExt};
+
+/// How to compact.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct CompactOptions {
+    /// Move clusters from the end of the file into free ones.
+    pub rewrite: bool,
+    /// Give clusters up that hold nothing but zeroes: all data is read.
+    pub zeroes: bool,
+    /// Change nothing; tell what would be had.
+    pub dry_run: bool,
+}
+
+/// What a compaction did, or would do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct CompactResult {
+    /// Length of the image file before, in bytes.
+    pub length_before: u64,
+    /// Length of the image file afterwards, in bytes.
+    pub length_after: u64,
+    /// Bytes that the image file, and an external data file, took on the disk before.
+    pub allocated_before: u64,
+    /// The same afterwards.
+    pub allocated_after: u64,
+    /// Clusters that nothing referred to.
+    pub leaked_clusters: u64,
+    /// Clusters given up because they held nothing but zeroes.
+    pub zero_clusters: u64,
+    /// Host clusters that moved.
+    pub moved_clusters: u64,
+}
+
+impl CompactResult {
+    /// Bytes given back to the file system. A file on a system without holes, or whose clusters had none, gives
+    /// back what it became shorter.
+    pub fn reclaimed(&self) -> u64 {
+        self.allocated_before.saturating_sub(self.allocated_after)
+    }
+}
+
+impl Image {
+    /// Compacts the top layer. What the disk and its snapshots read as stays. Cancelled through `job`, it leaves a
+    /// sound image, compacted in part. Progress is told in bytes of the image file. A dry run needs no image
+    /// that is open for writing.
+    ///
+    /// # Errors
+    /// `UnsupportedFeature` for a raw disk; `Corrupt` for an image with errors, which must be repaired first, before
+    /// anything is changed; `Limit` when the bookkeeping exceeds the limit on memory; `Aborted`; else as
+    /// [`Image::write_at`].
+    pub fn compact(&self, options: CompactOptions, job: &Job) -> Result<CompactResult> {
+        let Some(Layer::Qcow2(image)) = self.layers().first() else {
+            let message = "a raw disk has no clusters to compact: discard gives its space back";
+            return Err(Error::new(ErrorKind::UnsupportedFeature, message));
+        };
+        if options.dry_run {
+            return self.settled(|| {
+                let references = references(image, job)?;
+                survey::estimate(image, &references, options, self.layers().len() > 1, job)
+            });
+        }
+        if options.rewrite {
+            let message = "moving clusters is not in this version: compaction in place is";
+            return Err(image.error(ErrorKind::UnsupportedFeature, message));
+        }
+        let session = Session::begin(self)?;
+        session.writer.restart_allocation(image)?;
+        let references = references(image, job)?;
+        let mut result = measure(image)?;
+        let compacted = session.compact(&references, options, job, &mut result);
+        // Also after an error or a cancellation: what was freed is cut off.
+        let finished = session.writer.restart_allocation(image);
+        compacted.and(finished)?;
+        let after = measure(image)?;
+        Ok(CompactResult {
+            length_after: after.length_before,
+            allocated_after: after.allocated_before,
+            ..result
+        })
+    }
+}
+
+/// What refers to the clusters of a sound image.
+fn references(image: &Qcow2, job: &Job) -> Result<References> {
+    let storage = &**image.storage();
+    let options = CheckOptions { limits: *image.limits(), max_findings: 1, ..CheckOptions::default() };
+    let header = read_header(storage)?;
+    let references = count_references(storage, &header, &options, &job.silent())?;
+    if references.errors == 0 {
+        return Ok(references);
+    }
+    let message = format!("the image has {} errors: repair it before it is compacted", references.errors);
+    Err(image.error(ErrorKind::Corrupt, message))
+}
+
+/// The sizes as they are, as those before a compaction.
+fn measure(image: &Qcow2) -> Result<CompactResult> {
+    let mut allocated = 0;
+    for storage in [Some(image.storage()), image.data_file()].into_iter().flatten() {
+        allocated += storage.allocated_bytes().map_err(|e| storage.failure(e, "fstat"))?;
+    }
+    let length = image.storage().size()?;
+    Ok(CompactResult {
+        length_before: length,
+        length_after: length,
+        allocated_before: allocated,
+        allocated_after: allocated,
+        ..CompactResult::default()
+    })
+}

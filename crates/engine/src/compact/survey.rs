@@ -1,0 +1,251 @@
+//! Looking at an image without changing it: its L2 tables, its clusters of zeroes, and what a compaction would do.
+
+use qcow2_format::{HostOffset, L1Entry, L2Entry, L2Mapping, SubclusterBitmap, SubclusterKind};
+use qcow2_transform::is_zero;
+
+use super::{CompactOptions, CompactResult, measure};
+use crate::check::References;
+use crate::image::{Qcow2, decode_words};
+use crate::write::give_up;
+use crate::{ErrorKind, Job, MemMut, Result, Storage, StorageExt};
+
+/// One L2 table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Table {
+    /// Host offset.
+    pub(super) offset: u64,
+    /// Index of an L1 entry that refers to it.
+    pub(super) l1_index: usize,
+    /// L1 entries that refer to it: as often are the clusters counted that its entries refer to.
+    pub(super) weight: u64,
+}
+
+/// The L2 tables of the active disk and of all snapshots, each once, by their place.
+pub(super) fn tables(image: &Qcow2) -> Result<Vec<Table>> {
+    let mut found = Vec::new();
+    let mut add = |l1: &[u64]| -> Result<()> {
+        for (l1_index, &entry) in l1.iter().enumerate() {
+            let offset = L1Entry(entry).offset_bits();
+            if offset != 0 {
+                found.push(Table { offset, l1_index, weight: 1 });
+            }
+        }
+        let bytes = (found.len() * size_of::<Table>()) as u64;
+        let limit = image.limits().max_memory;
+        if bytes > limit {
+            let message =
+                format!("{} references to L2 tables exceed the limit of {limit} bytes", found.len());
+            return Err(image.error(ErrorKind::Limit, message));
+        }
+        Ok(())
+    };
+    add(&image.mapping.read().l1)?;
+    for snapshot in image.snapshots().iter() {
+        let mut bytes = vec![0u8; snapshot.l1_size as usize * 8];
+        image.storage().read_exact_at(MemMut::from(&mut bytes[..]), snapshot.l1_table_offset.0)?;
+        add(&decode_words(&bytes))?;
+    }
+    found.sort_unstable_by_key(|table| table.offset);
+    found.dedup_by(|again, first| {
+        let same = again.offset == first.offset;
+        first.weight += if same { again.weight } else { 0 };
+        same
+    });
+    Ok(found)
+}
+
+/// Reads the entries of an L2 table that is current in the file.
+pub(super) fn read_words(image: &Qcow2, offset: u64) -> Result<Vec<u64>> {
+    let mut bytes = vec![0u8; image.geometry().cluster_len()];
+    image.storage().read_exact_at(MemMut::from(&mut bytes[..]), offset)?;
+    Ok(decode_words(&bytes))
+}
+
+/// Entry `number` of a table's words.
+pub(super) fn entry_at(image: &Qcow2, words: &[u64], number: usize) -> L2Entry {
+    let width = image.geometry().l2_entry_size() as usize / 8;
+    let at = number * width;
+    let bitmap = if width == 2 { words.get(at + 1).copied().unwrap_or(0) } else { 0 };
+    L2Entry { word: words.get(at).copied().unwrap_or(0), bitmap: SubclusterBitmap(bitmap) }
+}
+
+/// Guest offset of an entry.
+pub(super) fn guest_of(image: &Qcow2, l1_index: usize, number: usize) -> u64 {
+    let g = image.geometry();
+    (l1_index as u64).wrapping_mul(g.l2_coverage()).wrapping_add(number as u64 * g.cluster_size())
+}
+
+/// Finds clusters that hold nothing but zeroes.
+pub(super) struct ZeroScan<'a> {
+    image: &'a Qcow2,
+    data: &'a dyn Storage,
+    /// Reading a deeper layer would show something else than zeroes.
+    has_backing: bool,
+    buffer: Vec<u8>,
+}
+
+/// What becomes of an entry.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Emptied {
+    pub(super) new: L2Mapping,
+    /// The cluster that loses a reference, or in an external data file its space.
+    pub(super) freed: Option<u64>,
+}
+
+impl<'a> ZeroScan<'a> {
+    /// `deeper`: there is a layer below. One that is named and not open counts, too.
+    pub(super) fn new(image: &'a Qcow2, deeper: bool) -> Result<Self> {
+        let has_backing = deeper || image.header().backing_file.is_some();
+        let data = &**image.data_storage()?;
+        Ok(Self { image, data, has_backing, buffer: vec![0; image.geometry().cluster_len()] })
+    }
+
+    /// What the entry can be instead; `None` where it holds data, or nothing to give up.
+    pub(super) fn look(&mut self, mapping: &L2Mapping) -> Result<Option<Emptied>> {
+        let g = *self.image.geometry();
+        let version = self.image.header().version;
+        let raw = self.image.header().data_file_raw();
+        Ok(match *mapping {
+            L2Mapping::Zero { host: Some(host), .. } if !raw => {
+                let new = L2Mapping::Zero { host: None, copied: false };
+                Some(Emptied { new, freed: Some(host.0) })
+            }
+            L2Mapping::Data { host, .. } => {
+                // Without a zero flag, nothing but data hides a backing file.
+                if (version < 3 && self.has_backing) || !self.holds_zeroes(host.0, g.cluster_size())? {
+                    return Ok(None);
+                }
+                if raw && allocated(self.data, host.0, g.cluster_size())? == 0 {
+                    return Ok(None);
+                }
+                let new = if raw { Some(*mapping) } else { give_up(&g, mapping, version, self.has_backing) };
+                new.map(|new| Emptied { new, freed: Some(host.0) })
+            }
+            L2Mapping::Subclusters { host: Some(host), copied, bitmap } => {
+                let kept = self.without_zeroes(host, bitmap)?;
+                let keeps_host = kept.has_data() || raw;
+                let new = match keeps_host {
+                    true => L2Mapping::Subclusters { host: Some(host), copied, bitmap: kept },
+                    false if kept.0 == 0 => L2Mapping::Unallocated,
+                    false => L2Mapping::Subclusters { host: None, copied: false, bitmap: kept },
+                };
+                (new != *mapping).then_some(Emptied { new, freed: (!keeps_host).then_some(host.0) })
+            }
+            _ => None,
+        })
+    }
+
+    /// The bitmap with the zero flag for the data subclusters that hold zeroes.
+    fn without_zeroes(&mut self, host: HostOffset, bitmap: SubclusterBitmap) -> Result<SubclusterBitmap> {
+        let unit = self.image.geometry().subcluster_size();
+        let mut kept = bitmap;
+        if self.image.header().data_file_raw() {
+            return Ok(kept);
+        }
+        for index in 0..32 {
+            if bitmap.kind(index) == SubclusterKind::Data
+                && self.holds_zeroes(host.0 + u64::from(index) * unit, unit)?
+            {
+                kept = kept.with_zero(index, index + 1);
+            }
+        }
+        Ok(kept)
+    }
+
+    fn holds_zeroes(&mut self, offset: u64, length: u64) -> Result<bool> {
+        let end = self.data.size()?;
+        if offset >= end {
+            return Ok(true);
+        }
+        let run = self.data.run_at(offset).map_err(|e| self.data.failure(e, "lseek"))?;
+        if !run.data && run.end >= (offset + length).min(end) {
+            return Ok(true);
+        }
+        let bytes = self.buffer.get_mut(..length as usize).unwrap_or_default();
+        self.data.read_padded_at(MemMut::from(&mut *bytes), offset)?;
+        Ok(is_zero(bytes))
+    }
+}
+
+/// Bytes of the range that take space in the file.
+pub(super) fn allocated(storage: &dyn Storage, start: u64, length: u64) -> Result<u64> {
+    let end = storage.size()?.min(start.saturating_add(length));
+    let (mut at, mut sum) = (start, 0);
+    while at < end {
+        let run = storage.run_at(at).map_err(|e| storage.failure(e, "lseek"))?;
+        let stop = run.end.min(end).max(at + 1);
+        sum += if run.data { stop - at } else { 0 };
+        at = stop;
+    }
+    Ok(sum)
+}
+
+/// What a compaction would do.
+pub(super) fn estimate(
+    image: &Qcow2,
+    references: &References,
+    options: CompactOptions,
+    has_backing: bool,
+    job: &Job,
+) -> Result<CompactResult> {
+    let g = *image.geometry();
+    let storage = &**image.storage();
+    let mut result = measure(image)?;
+    let clusters = g.clusters_for(result.length_before);
+    job.set_total(result.length_before.saturating_mul(if options.zeroes { 2 } else { 1 }));
+    result.leaked_clusters = references.leaks;
+    let (mut freed, mut used, mut highest) = (0, 0, 0);
+    let mut free_from = None;
+    for cluster in 0..=clusters {
+        if cluster.is_multiple_of(1 << 14) {
+            job.checkpoint()?;
+            job.advance((g.cluster_size() << 14).min(result.length_before));
+        }
+        let in_use = cluster == clusters || references.get(cluster) > 0;
+        match (in_use, free_from) {
+            (false, None) => free_from = Some(cluster),
+            (true, Some(first)) => {
+                let start: u64 = first * g.cluster_size();
+                freed += allocated(storage, start, (cluster - first) * g.cluster_size())?;
+                free_from = None;
+            }
+            _ => {}
+        }
+        if in_use && cluster < clusters {
+            (used, highest) = (used + 1, cluster);
+        }
+    }
+    if options.zeroes {
+        let (zero, space) = zero_clusters(image, has_backing, job)?;
+        result.zero_clusters = zero;
+        freed += space;
+        used -= if image.header().has_data_file() { 0 } else { zero.min(used) };
+    }
+    let end = if options.rewrite { used } else { highest + 1 };
+    result.length_after = (end * g.cluster_size()).min(result.length_before);
+    if options.rewrite {
+        result.moved_clusters = (end..=highest).map(|cluster| u64::from(references.get(cluster) > 0)).sum();
+    }
+    result.allocated_after = result.allocated_before.saturating_sub(freed);
+    Ok(result)
+}
+
+/// Number of clusters that hold nothing but zeroes, and the space that they take.
+fn zero_clusters(image: &Qcow2, has_backing: bool, job: &Job) -> Result<(u64, u64)> {
+    let g = *image.geometry();
+    let mut scan = ZeroScan::new(image, has_backing)?;
+    let (mut count, mut space) = (0, 0);
+    for table in tables(image)? {
+        let words = read_words(image, table.offset)?;
+        for number in 0..g.l2_entries() as usize {
+            let mapping = image
+                .decode_entry(entry_at(image, &words, number), guest_of(image, table.l1_index, number))?;
+            if let Some(Emptied { freed: Some(host), .. }) = scan.look(&mapping)? {
+                job.checkpoint()?;
+                count += 1;
+                space += allocated(&**image.data_storage()?, host, g.cluster_size())?;
+            }
+        }
+    }
+    Ok((count, space))
+}

@@ -1,0 +1,73 @@
+import type { Command } from 'commander'
+import { type CompactResult, compact, Qcow2Error } from '../../index.js'
+import { describeError, openFailure } from '../errors.js'
+import { CommandFailure } from '../failure.js'
+import { compactJson, formatCompact } from '../format/compact.js'
+import { oneFile, outputOption, refuseDriverSyntax } from '../grammar.js'
+import { formatOf, localPath, withImage } from '../images.js'
+import type { Runner } from '../program.js'
+import { withProgress } from '../progress.js'
+import type { Session } from '../session.js'
+
+interface CompactArguments {
+  readonly format?: string
+  readonly rewrite?: boolean
+  readonly zeroes?: boolean
+  readonly dryRun?: boolean
+  readonly output?: string
+  readonly progress?: boolean
+  readonly quiet?: boolean
+}
+
+export function declareCompact(program: Command, run: Runner): void {
+  const command = program
+    .command('compact')
+    .summary('give back to the file system what an image does not need')
+    .description(
+      'Free leaked clusters, punch holes for free ones, and cut the file. What the disk and its snapshots read as stays. ' +
+        'Interrupted at any point, the image is sound, and compacted in part.',
+    )
+    .usage('[options] FILENAME')
+    .argument('[files...]', 'the image')
+    .option('-f, --format <fmt>', 'format of the image: qcow2')
+    .option('--rewrite', 'also move clusters from the end of the file into free ones, so that it becomes short')
+    .option('--zeroes', 'also give up clusters that hold nothing but zeroes: reads all data')
+    .option('-n, --dry-run', 'change nothing: tell what would be had')
+    .addOption(outputOption('human', 'json'))
+    .option('-p, --progress', 'show the progress, also without a terminal')
+    .option('-q, --quiet', 'print nothing but errors')
+  refuseDriverSyntax(command)
+  command.action((files: string[], options: CompactArguments) =>
+    run(session => compactFile(oneFile(files), options, session)),
+  )
+}
+
+async function compactFile(filename: string, options: CompactArguments, session: Session): Promise<number> {
+  const { dryRun = false, quiet = false, output } = options
+  const result = await compacted(filename, options, session)
+  if (quiet) return 0
+  session.stdout.write(output === 'json' ? compactJson(result) : formatCompact(result, dryRun))
+  return 0
+}
+
+async function compacted(filename: string, options: CompactArguments, session: Session): Promise<CompactResult> {
+  const { rewrite = false, zeroes, dryRun, progress = false, quiet = false, output } = options
+  if ((await formatOf(filename, options.format, session)) === 'raw') {
+    // A file that is not there is the first thing to say.
+    await withImage({ filename, format: 'raw' }, session, async () => undefined)
+    throw new CommandFailure('This image format does not support compaction')
+  }
+  const choice = { progress: progress && output !== 'json', quiet, verb: 'Compacting', step: 1 }
+  const mode = rewrite ? 'rewrite' : 'in-place'
+  try {
+    return await withProgress(session, choice, job =>
+      compact(localPath(filename), { ...job, mode, zeroes, dryRun, references: 'allow' }),
+    )
+  } catch (error) {
+    if (session.signal.aborted || error instanceof CommandFailure) throw error
+    if (error instanceof Qcow2Error && error.code === 'ERR_QCOW2_CORRUPT') {
+      throw new CommandFailure(`Compaction failed: ${describeError(error)}`, { cause: error })
+    }
+    throw openFailure(filename, error)
+  }
+}

@@ -1,0 +1,36 @@
+/** Compacting an image file. */
+
+import { SHARING, type SharingOptions } from './access.js'
+import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
+import { COMPACT, type CompactOptions, type CompactResult } from './compaction.js'
+import { open } from './image.js'
+import { type Limits, limits, readOptions } from './options.js'
+import type { ImageSource } from './source.js'
+
+/** Options of {@link compact}. */
+export interface CompactFileOptions extends CompactOptions, SharingOptions {
+  /** What the image may pull in. Default `'deny'`. */
+  references?: ReferencePolicy | undefined
+  limits?: Limits | undefined
+}
+
+const COMPACT_FILE = { ...COMPACT, ...SHARING, references: referencePolicy, limits } as const
+
+/**
+ * Compacts a qcow2 image that nobody else has open: {@link Image.compact}, between opening and closing it. A dry run opens it for
+ * reading.
+ *
+ * @throws {@link Qcow2Error} as `open` and {@link Image.compact}
+ */
+export async function compact(source: ImageSource, options?: CompactFileOptions): Promise<CompactResult> {
+  const read = readOptions(options, 'compact', COMPACT_FILE)
+  const { references, locking, forceShare, limits: given, ...how } = read
+  const flags = read.dryRun ? 'r' : 'r+'
+  const { signal } = read
+  const image = await open(source, { flags, format: 'qcow2', references, locking, forceShare, limits: given, signal })
+  try {
+    return await image.compact(how)
+  } finally {
+    await image.close()
+  }
+}
