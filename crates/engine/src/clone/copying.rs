@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::{Condvar, Mutex};
@@ -72,24 +73,15 @@ impl Claims {
     }
 }
 
-/// Chunks that this thread copies. Dropped without `done`, by a panic, it ends the clone.
+/// Chunks that this thread copies. Dropped, it says that they are copied, or that the clone ended.
 struct Claim<'a> {
     copying: &'a Copying,
     chunks: Range<u64>,
-    done: bool,
 }
 
 impl Drop for Claim<'_> {
     fn drop(&mut self) {
-        let mut claims = self.copying.claims.lock();
-        claims.active.remove(&self.chunks.start);
-        if !self.done {
-            claims.over = true;
-            claims
-                .failure
-                .get_or_insert_with(|| Error::new(ErrorKind::Internal, "a copy of a clone panicked"));
-        }
-        drop(claims);
+        self.copying.claims.lock().active.remove(&self.chunks.start);
         self.copying.moved.notify_all();
     }
 }
@@ -202,13 +194,16 @@ impl Copying {
         // What nobody took has not changed since it was seen to be zero.
         self.claims.lock().take(zero);
         let chunks = piece.data.start / self.chunk..piece.data.end.div_ceil(self.chunk);
-        while let Some(mut claim) = self.claim(chunks.clone()) {
-            let copied = self.copy(image, &claim.chunks, buffer);
-            // An error ends the clone before anyone relies on the chunk.
-            if let Err(error) = copied {
-                self.fail(error);
+        while let Some(claim) = self.claim(chunks.clone()) {
+            // A panic is a bug, of this copy alone: the request that came by to change the chunk goes on.
+            let copied = catch_unwind(AssertUnwindSafe(|| self.copy(image, &claim.chunks, buffer)));
+            match copied {
+                Ok(Ok(())) => {}
+                // An error ends the clone before anyone relies on the chunk.
+                Ok(Err(error)) => self.fail(error),
+                Err(_) => self.fail(Error::new(ErrorKind::Internal, "a copy of a clone panicked")),
             }
-            claim.done = true;
+            drop(claim);
         }
         Ok(())
     }
@@ -221,7 +216,7 @@ impl Copying {
         let run = claims.untaken(chunks)?;
         claims.take(run.clone());
         claims.active.insert(run.start, run.end);
-        Some(Claim { copying: self, chunks: run, done: false })
+        Some(Claim { copying: self, chunks: run })
     }
 
     fn copy(&self, image: &Image, chunks: &Range<u64>, buffer: &mut Vec<u8>) -> Result<()> {

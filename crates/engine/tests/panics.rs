@@ -1,0 +1,186 @@
+//! A panic is a bug, and bugs happen: it ends the request that met it with a coded error. The process goes on, requests of
+//! others too, and nobody waits for who is gone. The file's guard is the addon's own.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
+
+#[path = "../../node/src/guard.rs"]
+mod guard;
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use guard::guarded;
+use qcow2_engine::clone::CloneTarget;
+use qcow2_engine::convert::{ConvertOptions, ConvertTarget, convert};
+use qcow2_engine::create::Preallocation;
+use qcow2_engine::storage::{Run, Traits};
+use qcow2_engine::{
+    Error, ErrorKind, Image, Job, Layer, Mem, MemMut, OpenOptions, Qcow2, Storage, WriteOptions,
+};
+use qcow2_testkit::disk_model::Rig;
+use qcow2_testkit::matrix::Geometry;
+use qcow2_testkit::ops::{Target, stamped};
+use qcow2_testkit::recorder::RecordingStorage;
+use qcow2_testkit::storage::Op;
+
+/// A file whose calls of one kind panic while it is armed.
+#[derive(Debug)]
+struct Panicking {
+    inner: Arc<dyn Storage>,
+    on: Op,
+    armed: AtomicBool,
+    met: AtomicU32,
+}
+
+impl Panicking {
+    fn new(inner: Arc<dyn Storage>, on: Op) -> Arc<Self> {
+        Arc::new(Self { inner, on, armed: AtomicBool::new(false), met: AtomicU32::new(0) })
+    }
+
+    fn look(&self, op: Op) {
+        if op == self.on && self.armed.load(Ordering::Relaxed) {
+            let number = self.met.fetch_add(1, Ordering::Relaxed);
+            panic!("a test panic, number {number}");
+        }
+    }
+}
+
+impl Storage for Panicking {
+    fn read_at(&self, buf: MemMut<'_>, offset: u64) -> io::Result<usize> {
+        self.look(Op::Read);
+        self.inner.read_at(buf, offset)
+    }
+    fn write_at(&self, buf: Mem<'_>, offset: u64) -> io::Result<usize> {
+        self.look(Op::Write);
+        self.inner.write_at(buf, offset)
+    }
+    fn len(&self) -> io::Result<u64> {
+        self.inner.len()
+    }
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.inner.set_len(len)
+    }
+    fn sync_data(&self) -> io::Result<()> {
+        self.look(Op::Sync);
+        self.inner.sync_data()
+    }
+    fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
+        self.inner.write_zeroes(offset, length, unmap)
+    }
+    fn discard(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.inner.discard(offset, length)
+    }
+    fn allocate(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.inner.allocate(offset, length)
+    }
+    fn run_at(&self, offset: u64) -> io::Result<Run> {
+        self.inner.run_at(offset)
+    }
+    fn allocated_bytes(&self) -> io::Result<u64> {
+        self.inner.allocated_bytes()
+    }
+    fn traits(&self) -> Traits {
+        self.inner.traits()
+    }
+}
+
+fn assert_internal(error: &Error) {
+    assert_eq!(error.kind(), ErrorKind::Internal, "{error:?}");
+    assert_eq!(error.kind().code(), "ERR_QCOW2_INTERNAL");
+}
+
+fn image(on: Op) -> (Image, Arc<Panicking>) {
+    let rig = Rig::forge(&Geometry { size: 64 * 65536, ..Geometry::plain(65536) }, 5);
+    let storage = Panicking::new(Arc::new(RecordingStorage::plain(rig.image)), on);
+    let mut qcow2 = Qcow2::open(storage.clone(), &OpenOptions::default()).unwrap();
+    qcow2.enable_writing(WriteOptions::default()).unwrap();
+    (Image::new(vec![Layer::Qcow2(Box::new(qcow2))]).unwrap(), storage)
+}
+
+#[test]
+fn what_a_panic_says_is_kept() {
+    let error = guarded(|| -> Result<(), Error> { panic!("plain text") }).unwrap_err();
+    assert_internal(&error);
+    assert!(error.to_string().contains("a bug in this library: plain text"), "{error}");
+    let error = guarded(|| -> Result<(), Error> { panic!("with a number, {}", 7) }).unwrap_err();
+    assert!(error.to_string().contains("with a number, 7"), "{error}");
+    let error = guarded(|| -> Result<(), Error> { std::panic::panic_any(7) }).unwrap_err();
+    assert!(error.to_string().contains("no message"), "{error}");
+    assert_eq!(guarded(|| Ok(7)).unwrap(), 7);
+    let error = guarded(|| -> Result<(), Error> { Err(Error::new(ErrorKind::Limit, "too many")) });
+    assert_eq!(error.unwrap_err().kind(), ErrorKind::Limit);
+}
+
+/// Workers as the addon has them: each request guarded. Those that panic fail alone; nobody waits for their locks or
+/// registrations, on the same image either.
+#[test]
+fn a_request_that_panics_fails_alone() {
+    for on in [Op::Write, Op::Read, Op::Sync] {
+        let ((broken, storage), (sound, _)) = (image(on), image(on));
+        storage.armed.store(true, Ordering::Relaxed);
+        let start = Instant::now();
+        std::thread::scope(|scope| {
+            for worker in 0..4u64 {
+                let (broken, sound) = (&broken, &sound);
+                scope.spawn(move || {
+                    for n in 0..20u64 {
+                        // All at the same clusters: what one left registered would keep the others waiting.
+                        let at = (n + worker) % 8 * 65536 + 512 * worker;
+                        let generation = (100 + n * 4 + worker) as u32;
+                        let part = stamped(at, 512, generation);
+                        let on_broken = guarded(|| {
+                            broken.write(at, &part)?;
+                            broken.flush()?;
+                            broken.read(at, &mut [0; 512])
+                        });
+                        if let Err(error) = on_broken {
+                            assert_internal(&error);
+                        }
+                        guarded(|| sound.write(at, &part)).unwrap();
+                        let mut bytes = [0; 512];
+                        guarded(|| sound.read(at, &mut bytes)).unwrap();
+                        assert!(bytes[..] == part[..]);
+                    }
+                });
+            }
+        });
+        assert!(storage.met.load(Ordering::Relaxed) > 0, "{on:?} never panicked");
+        assert!(start.elapsed() < Duration::from_secs(100), "{on:?}: somebody waited for who is gone");
+        sound.close().unwrap();
+    }
+}
+
+/// Jobs have threads of their own: a panic in one ends the job with an error, not the process or its other threads.
+#[test]
+fn a_job_whose_worker_panics_fails() {
+    let (source, storage) = image(Op::Read);
+    let target = || -> Arc<dyn Storage> { Arc::new(RecordingStorage::plain(qcow2_testkit::Sparse::new(0))) };
+    let raw = |storage| ConvertTarget::Raw { storage, preallocation: Preallocation::Off, keep: false };
+    let clone = |storage| {
+        source.begin_clone(CloneTarget::Raw { storage, preallocation: Preallocation::Off }, &Job::new())
+    };
+    storage.armed.store(true, Ordering::Relaxed);
+    let options = ConvertOptions::default();
+    let converted = guarded(|| convert(&source, raw(target()), &options, &Job::new()));
+    assert_internal(&converted.unwrap_err());
+    let cloned = guarded(|| clone(target())?.run(&source, None, &Job::new()));
+    assert_internal(&cloned.unwrap_err());
+    storage.armed.store(false, Ordering::Relaxed);
+
+    let broken = Panicking::new(target(), Op::Write);
+    broken.armed.store(true, Ordering::Relaxed);
+    let converted = guarded(|| convert(&source, raw(broken.clone()), &options, &Job::new()));
+    assert_internal(&converted.unwrap_err());
+    broken.met.store(0, Ordering::Relaxed);
+    let panicking = broken.clone();
+    let begun = clone(broken).unwrap();
+    // The request that copies first meets the clone's panic: it is the clone's, and the write goes on.
+    for n in 0..64u64 {
+        source.write(n << 16, &stamped(n << 16, 512, 50)).unwrap();
+    }
+    assert_eq!(panicking.met.load(Ordering::Relaxed), 1, "a clone that ended is not copied for");
+    assert_internal(&guarded(|| begun.run(&source, None, &Job::new())).unwrap_err());
+    convert(&source, raw(target()), &options, &Job::new()).unwrap();
+    clone(target()).unwrap().run(&source, None, &Job::new()).unwrap();
+}
