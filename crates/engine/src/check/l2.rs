@@ -1,14 +1,15 @@
 //! L2 tables. A table of a large image is mostly one run of clusters that follow each other in the file, so the loop
-//! looks for runs and judges each as a whole; everything else goes entry by entry.
+//! looks for runs and judges each as a whole; everything else goes entry by entry. A table of nothing but a few runs is
+//! seen as that by the thread that reads it, and its entries go no further.
 
 use qcow2_format::l1::OFFSET_MASK;
 use qcow2_format::l2::ZERO;
 use qcow2_format::limits::MAX_HOST_OFFSET;
-use qcow2_format::{CompressedDescriptor, L2Entry, SubclusterBitmap};
+use qcow2_format::{CompressedDescriptor, Header, L2Entry, SubclusterBitmap};
 
 use super::report::FindingCode;
 use super::walk::Walk;
-use super::{Repair, Stop};
+use super::{Repair, Stop, read_ahead};
 use crate::{Error, ErrorKind};
 
 /// Bytes of memory per entry that waits to be written.
@@ -23,6 +24,81 @@ struct Run {
     length: u64,
 }
 
+/// Runs of a table that stand for all of it.
+const MAX_RUNS: usize = 64;
+
+/// The first word of a run, and how many entries it has.
+pub(super) type Runs = Vec<(u64, u64)>;
+
+/// What an entry of a run must be like in this image.
+#[derive(Clone, Copy)]
+pub(super) struct Shape {
+    cluster_size: u64,
+    extended: bool,
+    external: bool,
+    /// Where host offsets end that need no closer look.
+    limit: u64,
+}
+
+impl Shape {
+    pub(super) fn of(header: &Header, file_length: u64) -> Self {
+        let external = header.has_data_file();
+        Self {
+            cluster_size: header.geometry.cluster_size(),
+            extended: header.geometry.extended_l2(),
+            external,
+            limit: if external { MAX_HOST_OFFSET / 2 } else { file_length },
+        }
+    }
+
+    /// The runs of a table that has nothing else but entries without a host cluster, if they are few.
+    pub(super) fn runs(self, bytes: &[u8]) -> Option<Runs> {
+        if self.extended {
+            self.runs_of(bytes.as_chunks::<16>().0.iter().map(|b| {
+                let pair = u128::from_be_bytes(*b);
+                L2Entry { word: (pair >> 64) as u64, bitmap: SubclusterBitmap(pair as u64) }
+            }))
+        } else {
+            self.runs_of(bytes.as_chunks::<8>().0.iter().map(|b| L2Entry::standard(u64::from_be_bytes(*b))))
+        }
+    }
+
+    #[inline]
+    fn runs_of(self, entries: impl Iterator<Item = L2Entry>) -> Option<Runs> {
+        let mut runs = Runs::new();
+        let (mut first, mut next, mut length) = (0, 0, 0);
+        for entry in entries {
+            if entry.word == next && length > 0 && entry.bitmap.is_valid() {
+                length += 1;
+                next += self.cluster_size;
+            } else if entry.word > ZERO || entry.bitmap.0 != 0 {
+                if !self.begins_run(entry) || runs.len() == MAX_RUNS {
+                    return None;
+                }
+                if length > 0 {
+                    runs.push((first, length));
+                }
+                (first, next, length) = (entry.word, entry.word + self.cluster_size, 1);
+            }
+        }
+        if length > 0 {
+            runs.push((first, length));
+        }
+        Some(runs)
+    }
+
+    /// Whether nothing is wrong with the entry by itself, and it has a host cluster.
+    fn begins_run(self, entry: L2Entry) -> bool {
+        let offset = entry.offset_bits();
+        !entry.is_compressed()
+            && entry.reserved_bits() == 0
+            && entry.bitmap.is_valid()
+            && (offset != 0 || (self.external && entry.copied() && (self.extended || entry.word & ZERO == 0)))
+            && offset.is_multiple_of(self.cluster_size)
+            && offset < self.limit
+    }
+}
+
 /// One table while it is judged.
 struct Table {
     /// Host offset.
@@ -35,15 +111,25 @@ struct Table {
 }
 
 impl Walk<'_, '_> {
-    /// Visits the entries of the L2 table at `offset`, which contains `bytes`.
+    /// Visits the entries of the L2 table at `offset`.
     pub(super) fn l2_table(
         &mut self,
         offset: u64,
-        bytes: &[u8],
+        read: &read_ahead::Table<Runs>,
         active: bool,
         judge_copied: bool,
     ) -> Result<(), Stop> {
         let mut table = Table { offset, active, judge_copied, run: Run::default(), next_contiguous: 0 };
+        let bytes = match read {
+            read_ahead::Table::Bytes(bytes) => bytes,
+            read_ahead::Table::Summary(runs) => {
+                for &(first, length) in runs {
+                    table.run = Run { first, next: 0, length };
+                    self.flush(&mut table)?;
+                }
+                return Ok(());
+            }
+        };
         if self.target.header.geometry.extended_l2() {
             let entries = bytes.as_chunks::<16>().0.iter().map(|b| {
                 let pair = u128::from_be_bytes(*b);

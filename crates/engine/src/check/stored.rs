@@ -1,14 +1,19 @@
 //! The refcounts that the image stores: refcount table and blocks, and which clusters have exactly one reference.
 
+use qcow2_format::limits::MAX_CLUSTER_BITS;
 use qcow2_format::refcount::{self, RefcountTableEntry};
 use qcow2_format::{Geometry, HostOffset};
 
 use super::Target;
+use super::read_ahead::{Source, Table, for_each_table};
 use crate::{Error, ErrorKind, MemMut, Result, Storage, StorageExt};
 
 /// Clusters whose bits share an allocation.
 const PAGE: u64 = 1 << 15;
 const PAGE_WORDS: usize = (PAGE / 64) as usize;
+
+/// The largest offset that a cluster of any size can be read at.
+const MAX_OFFSET: u64 = i64::MAX as u64 - (1 << MAX_CLUSTER_BITS);
 
 /// The stored refcounts. Blocks are read when they are needed and not kept, but for the last one; what is kept of all
 /// is one bit per cluster of the file, which answers nearly every question about a COPIED flag.
@@ -58,10 +63,7 @@ impl<'a> StoredRefcounts<'a> {
             block: vec![0; geometry.cluster_len()],
             loaded: None,
         };
-        for index in 0..clusters.div_ceil(geometry.refcount_block_entries()) {
-            target.job.checkpoint()?;
-            stored.load_ones(index)?;
-        }
+        stored.load_ones(target, clusters.div_ceil(geometry.refcount_block_entries()))?;
         Ok(stored)
     }
 
@@ -78,7 +80,7 @@ impl<'a> StoredRefcounts<'a> {
             Ok(Some(HostOffset(offset))) => offset,
             Err(_) => return Ok(Block::Unreadable("the refcount block is not cluster aligned")),
         };
-        if offset > i64::MAX as u64 - self.geometry.cluster_size() {
+        if offset > MAX_OFFSET {
             return Ok(Block::Unreadable("the refcount block lies beyond the largest file offset"));
         }
         if self.loaded != Some(index) {
@@ -132,23 +134,43 @@ impl<'a> StoredRefcounts<'a> {
         true
     }
 
-    fn load_ones(&mut self, index: u64) -> Result<()> {
+    /// Reads the first `blocks` blocks, as far as they can be read.
+    fn load_ones(&mut self, target: &Target<'_>, blocks: u64) -> Result<()> {
         let order = self.geometry.refcount_order();
-        let first = index * self.geometry.refcount_block_entries();
-        let Block::Present(block) = self.block(index)? else { return Ok(()) };
+        let readable =
+            |index: &u64| self.block_offset(*index).filter(|o| *o <= MAX_OFFSET).map(|o| (*index, o));
+        let (indices, offsets): (Vec<u64>, Vec<u64>) = (0..blocks).filter_map(|i| readable(&i)).unzip();
+        let source = Source {
+            storage: self.storage,
+            file_length: self.storage.size()?,
+            table_length: self.geometry.cluster_len(),
+        };
         // 64 refcounts are 8 bytes times their width in bits.
-        let masks: Vec<u64> = block.chunks_exact(8 << order).map(|chunk| ones(chunk, order)).collect();
-        for (i, mask) in masks.into_iter().enumerate().filter(|(_, mask)| *mask != 0) {
+        let masks =
+            |block: &[u8]| Some(block.chunks_exact(8 << order).map(|c| ones(c, order)).collect::<Vec<u64>>());
+        let entries = self.geometry.refcount_block_entries();
+        let mut keep = |place: usize, read: Result<&Table<Vec<u64>>>| -> Result<()> {
+            target.job.checkpoint()?;
+            if let (Table::Summary(masks), Some(index)) = (read?, indices.get(place)) {
+                self.ones_of_block(index * entries, masks);
+            }
+            Ok(())
+        };
+        for_each_table(source, &offsets, target.options.readers, masks, &mut keep)
+    }
+
+    /// Takes which refcounts from the one of cluster `first` on are 1, 64 in a word.
+    fn ones_of_block(&mut self, first: u64, masks: &[u64]) {
+        for (i, mask) in masks.iter().enumerate().filter(|(_, mask)| **mask != 0) {
             let cluster = first + 64 * i as u64;
             let Some(page) = usize::try_from(cluster / PAGE).ok().and_then(|p| self.ones.get_mut(p)) else {
-                return Ok(());
+                return;
             };
             let page = page.get_or_insert_with(|| Box::new([0; PAGE_WORDS]));
             if let Some(word) = page.get_mut(((cluster % PAGE) / 64) as usize) {
-                *word = mask;
+                *word = *mask;
             }
         }
-        Ok(())
     }
 }
 

@@ -75,7 +75,10 @@ impl Rng {
     }
 }
 
-pub(crate) const IMAGES: &[(&str, u64, &str, &[&str])] = &[
+/// Name, cluster size, options and features of an image.
+pub(crate) type Described = (&'static str, u64, &'static str, &'static [&'static str]);
+
+pub(crate) const IMAGES: &[Described] = &[
     ("default", 65536, "", &["zero", "compressed", "snapshots", "bitmaps"]),
     ("plain", 65536, "", &["zero"]),
     ("v2", 4096, "compat=0.10", &["compressed", "snapshots"]),

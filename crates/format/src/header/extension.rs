@@ -65,15 +65,16 @@ pub(super) fn parse_all(cluster: &[u8], start: usize, end: usize) -> FormatResul
         let length = be32(cluster, at.saturating_add(4), "header extension length")?;
         at = at.saturating_add(8);
         let length = length as usize;
-        if magic == END {
-            break;
-        }
+        // The end marker too: QEMU refuses one that claims more.
         if at > end || length > end - at {
             return Err(FormatError::invalid(
                 "header extension length",
                 length as u64,
                 "the extension is larger than the space for extensions",
             ));
+        }
+        if magic == END {
+            break;
         }
         let data = slice(cluster, at, length, "header extension data")?;
         extensions.push(Extension::parse(magic, data)?);

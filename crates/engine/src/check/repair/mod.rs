@@ -139,7 +139,7 @@ fn refcounts_and_flags(
                 "Rebuilding refcount structure".to_owned()
             });
         }
-        let header = rebuild::rebuild(target, snapshots, &mut stored, &walked.counts, fix)?;
+        let header = rebuild::rebuild(target, snapshots, &mut stored, &walked, fix)?;
         return rebuilt(target, &header, fix, broken, tally, report);
     }
     if broken {
@@ -174,6 +174,8 @@ fn rebuilt(
     let file = File::measure(target)?;
     let mut stored = StoredRefcounts::load(target, file.clusters)?;
     let walked = walk_all(target, &file, &snapshots, &mut stored, &mut again, &mut Tally::new(0))?;
+    // What may hide references is judged anew: behind a reference to what was no part of the file, there is none now.
+    let fix = Fix { leaks: again.hidden == 0, ..fix };
     let mut freed = Tally::new(limit);
     let Compared { highest, rebuild } =
         compare::compare(target, &mut stored, &walked.counts, Fix { errors: false, ..fix }, &mut freed)?;

@@ -5,6 +5,7 @@
 //! behind the new one. The old structures are counted in the new ones, and freed later as any other leak.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
 use qcow2_format::limits::{MAX_REFCOUNT_TABLE_BYTES, MAX_SNAPSHOT_TABLE_BYTES};
 use qcow2_format::{Geometry, Header, HostOffset, refcount};
@@ -13,6 +14,7 @@ use super::super::compare::Fix;
 use super::super::counts::ReferenceCounts;
 use super::super::snapshots::SnapshotTable;
 use super::super::stored::StoredRefcounts;
+use super::super::walk::Walked;
 use super::super::{Stop, Target};
 use super::REFCOUNT_TABLE_OFFSET;
 use crate::{Error, ErrorKind, StorageExt};
@@ -24,6 +26,8 @@ pub(super) struct Builder<'a, 'b, 'c> {
     target: &'a Target<'a>,
     stored: &'b mut StoredRefcounts<'c>,
     counts: &'b ReferenceCounts,
+    /// Clusters behind the file that something refers to: the structures must not come to lie there.
+    beyond: &'b BTreeMap<u64, u64>,
     fix: Fix,
     /// Of the new structures.
     geometry: Geometry,
@@ -31,6 +35,8 @@ pub(super) struct Builder<'a, 'b, 'c> {
     taken: BTreeMap<u64, u64>,
     /// Where the search for free clusters goes on.
     next: u64,
+    /// Clusters of the old refcount table, which the header names until the switch.
+    old_table: Range<u64>,
 }
 
 /// Writes the structures, and a new snapshot table if the old one is damaged, and switches the header to them. Returns
@@ -39,11 +45,11 @@ pub(super) fn rebuild(
     target: &Target<'_>,
     snapshots: &SnapshotTable,
     stored: &mut StoredRefcounts<'_>,
-    counts: &ReferenceCounts,
+    walked: &Walked,
     fix: Fix,
 ) -> Result<Header, Stop> {
     let mut header = target.header.clone();
-    let mut builder = Builder::new(target, stored, counts, fix, header.geometry);
+    let mut builder = Builder::new(target, stored, walked, fix, header.geometry);
     if snapshots.corruptions > 0 {
         builder.snapshot_table(snapshots, &mut header)?;
     }
@@ -68,11 +74,14 @@ impl<'a, 'b, 'c> Builder<'a, 'b, 'c> {
     pub(super) fn new(
         target: &'a Target<'a>,
         stored: &'b mut StoredRefcounts<'c>,
-        counts: &'b ReferenceCounts,
+        walked: &'b Walked,
         fix: Fix,
         geometry: Geometry,
     ) -> Self {
-        Self { target, stored, counts, fix, geometry, taken: BTreeMap::new(), next: 0 }
+        let Walked { counts, beyond, .. } = walked;
+        let old = target.header.geometry.cluster_index(target.header.refcount_table_offset.get());
+        let old_table = old..old + u64::from(target.header.refcount_table_clusters);
+        Self { target, stored, counts, beyond, fix, geometry, taken: BTreeMap::new(), next: 0, old_table }
     }
 
     /// Writes all refcount structures, makes them durable, and enters their place into `header`.
@@ -97,6 +106,9 @@ impl<'a, 'b, 'c> Builder<'a, 'b, 'c> {
         if let Some(refcount) = self.taken.get(&cluster) {
             return Ok(*refcount);
         }
+        if let Some(references) = self.beyond.get(&cluster) {
+            return Ok(*references);
+        }
         let counted = self.counts.get(cluster);
         if self.fix.leaks {
             return Ok(counted);
@@ -108,6 +120,8 @@ impl<'a, 'b, 'c> Builder<'a, 'b, 'c> {
     fn is_free(&mut self, cluster: u64) -> Result<bool, Stop> {
         Ok(self.counts.get(cluster) == 0
             && !self.taken.contains_key(&cluster)
+            && !self.beyond.contains_key(&cluster)
+            && !self.old_table.contains(&cluster)
             && self.stored.get(cluster)?.is_none_or(|stored| stored == 0))
     }
 
@@ -177,8 +191,10 @@ impl<'a, 'b, 'c> Builder<'a, 'b, 'c> {
         }
         let mut table = (0, 0);
         loop {
-            // Clusters that were taken behind the file need blocks themselves.
-            let missing: BTreeSet<u64> = self.taken.keys().map(|c| c / entries).collect();
+            // Clusters that were taken behind the file need blocks themselves, and so does what lies before them then.
+            let end = self.taken.keys().next_back().map_or(0, |last| last + 1);
+            let inside = self.beyond.range(..end).map(|(cluster, _)| cluster);
+            let missing: BTreeSet<u64> = self.taken.keys().chain(inside).map(|c| c / entries).collect();
             let missing: Vec<u64> = missing.into_iter().filter(|i| !blocks.contains_key(i)).collect();
             for &index in &missing {
                 blocks.insert(index, self.take(1)?);

@@ -12,6 +12,7 @@ use super::super::counts::ReferenceCounts;
 use super::super::report::Tally;
 use super::super::snapshots::{self, SnapshotTable};
 use super::super::stored::StoredRefcounts;
+use super::super::walk::Walked;
 use super::super::{CheckOptions, File, Stop, Target, check, walk_all};
 use super::rebuild::{Builder, switch};
 use super::{Repair, refcounts};
@@ -64,7 +65,7 @@ pub(crate) fn restructure(
     let target = Target { storage, header: &header, options, job, repair: Some(Repair::All) };
     let mut image = Sound::walk(&target)?;
     let mut new = new.clone();
-    let mut builder = Builder::new(&target, &mut image.stored, &image.counts, COUNTED, new.geometry);
+    let mut builder = Builder::new(&target, &mut image.stored, &image.walked, COUNTED, new.geometry);
     if rewrite_snapshots {
         builder.snapshot_table(&image.snapshots, &mut new)?;
     }
@@ -77,7 +78,7 @@ pub(crate) fn restructure(
 struct Sound<'a> {
     snapshots: SnapshotTable,
     stored: StoredRefcounts<'a>,
-    counts: ReferenceCounts,
+    walked: Walked,
 }
 
 impl<'a> Sound<'a> {
@@ -87,7 +88,7 @@ impl<'a> Sound<'a> {
         let file = File::measure(target)?;
         let mut stored = StoredRefcounts::load(target, file.clusters)?;
         let walked = walk_all(target, &file, &snapshots, &mut stored, &mut tally, &mut copied)?;
-        Ok(Self { snapshots, stored, counts: walked.counts })
+        Ok(Self { snapshots, stored, walked })
     }
 }
 
@@ -97,9 +98,14 @@ fn free_leaks(storage: &dyn Storage, options: &CheckOptions, job: &Job) -> Resul
     let target = Target { storage, header: &header, options, job, repair: Some(Repair::Leaks) };
     let mut image = Sound::walk(&target)?;
     let mut tally = Tally::new(0);
-    compare::compare(&target, &mut image.stored, &image.counts, Fix::default(), &mut tally)?;
+    compare::compare(&target, &mut image.stored, &image.walked.counts, Fix::default(), &mut tally)?;
     if tally.leaks > 0 {
-        refcounts::write(&target, &mut image.stored, &image.counts, Fix { leaks: true, errors: false })?;
+        refcounts::write(
+            &target,
+            &mut image.stored,
+            &image.walked.counts,
+            Fix { leaks: true, errors: false },
+        )?;
     }
     Ok(())
 }
@@ -124,8 +130,8 @@ pub(crate) fn expand_zeroes(
     let tables = l2_tables(&target, &image.snapshots)?;
     let mut expansion = Expansion {
         target: &target,
-        builder: Builder::new(&target, &mut image.stored, &image.counts, COUNTED, header.geometry),
-        counts: &image.counts,
+        builder: Builder::new(&target, &mut image.stored, &image.walked, COUNTED, header.geometry),
+        counts: &image.walked.counts,
         words: BTreeMap::new(),
         new_clusters: false,
     };
