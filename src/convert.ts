@@ -3,9 +3,10 @@
 import { SHARING, type SharingOptions, toReadAccess } from './access.js'
 import { type Chain, openChain } from './backing/chain.js'
 import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
-import { invalidArgument } from './errors.js'
+import { invalidArgument, Qcow2Error } from './errors.js'
 import type { NativeConverted, NativeConvertJob } from './native.js'
 import {
+  bytes,
   flag,
   integer,
   type Limits,
@@ -28,8 +29,18 @@ import {
   shape,
   toNativeShape,
 } from './shape.js'
-import { type Format, type ImageSource, type Located, type PathLike, release, toLocated, toPath } from './source.js'
+import {
+  type Format,
+  type ImageSource,
+  type Located,
+  openFile,
+  type PathLike,
+  release,
+  toLocated,
+  toPath,
+} from './source.js'
 import { runJob } from './support/jobs.js'
+import type { Size } from './units.js'
 
 /** What `convert` and `measure` read. */
 export interface SourceOptions extends SharingOptions {
@@ -52,7 +63,17 @@ export const SOURCE = {
 } as const
 
 /** Options of {@link convert}. */
-export interface ConvertOptions extends SourceOptions, LongRunning {
+export interface ConvertOptions extends Omit<SourceOptions, 'from'>, LongRunning {
+  /** Format of the source, or one for each of several. Default: qcow2, by its magic; raw must be said. */
+  from?: Format | readonly Format[] | undefined
+  /** Copy from this byte of the disk on. Default 0. */
+  start?: Size | undefined
+  /** Copy this many bytes. Default: the rest of the disk. The target is whole sectors of 512 bytes, filled up with zeroes. */
+  length?: Size | undefined
+  /** What cannot be read becomes zeroes, sector by sector; the result says what that was. */
+  salvage?: boolean | undefined
+  /** Read at most this many bytes a second; 0, the default, for as fast as it goes. */
+  rate?: Size | undefined
   /** Format of the target. */
   to: Format
   /** Compress every cluster that shrinks. qcow2 targets only. */
@@ -63,7 +84,10 @@ export interface ConvertOptions extends SourceOptions, LongRunning {
   preallocation?: Preallocation | undefined
   /** Zeroes of at least this many bytes become a hole: a multiple of 512, 0 stores everything. Default 4096. */
   sparseSize?: number | undefined
-  /** Write into a raw target that exists and is large enough, instead of making one. */
+  /**
+   * Write into a target that exists and is large enough, instead of making one. What it has behind the end of the source stays. Of an error
+   * or an abort, a part of the source is left in it.
+   */
   existingTarget?: boolean | undefined
   /** With `existingTarget`: it reads as zeroes everywhere, so zeroes need not be written. */
   targetIsZero?: boolean | undefined
@@ -91,6 +115,8 @@ export interface ConvertResult {
   /** Bytes of guest data written to the target, as they are stored. */
   readonly bytesWritten: number
   readonly durationMs: number
+  /** With `salvage`: what could not be read, in order, and why. Of very many ranges, the first 4096. */
+  readonly unreadable?: readonly { readonly start: number; readonly length: number; readonly message: string }[]
   /** With `bitmaps`: names of the inconsistent ones that were left out. */
   readonly skippedBitmaps?: readonly string[]
 }
@@ -102,9 +128,19 @@ const bitmaps: Reader<'all' | 'consistent' | undefined> = (value, name) => {
   return readOptions(value, name, BITMAPS).skipBroken ? 'consistent' : 'all'
 }
 
+const format = oneOf('qcow2', 'raw')
+
+const formats: Reader<Format | readonly Format[]> = (value, name) =>
+  Array.isArray(value) ? value.map((each, index) => format(each, `${name}[${index}]`)) : format(value, name)
+
 const CONVERT = {
   ...LONG_RUNNING,
   ...SOURCE,
+  from: formats,
+  start: bytes,
+  length: bytes,
+  salvage: flag,
+  rate: bytes,
   to: oneOf('qcow2', 'raw'),
   compress: compression,
   create: shape,
@@ -120,35 +156,77 @@ const CONVERT = {
 type ReadConvert = Read<typeof CONVERT>
 
 /**
- * Copies a disk into a new image. The bytes never enter JavaScript; what reads as zeroes is not read. The file has its name only when
- * it is complete: nothing is left of a failure, an abort, or a killed process.
+ * Copies a disk into a new image; several sources become one disk, one behind the other. The bytes never enter JavaScript; what reads
+ * as zeroes is not read. The file has its name only when it is complete: nothing is left of a failure, an abort, or a killed process.
  *
- * @throws {@link Qcow2Error} as `open` and `create`; `ERR_QCOW2_INVALID_ARGUMENT` for a target that is also a source
+ * @throws {@link Qcow2Error} as `open` and `create`; `ERR_QCOW2_INVALID_ARGUMENT` for a target that is also a source, or one that exists and
+ *   is too small
  */
-export async function convert(source: ImageSource, target: PathLike, options: ConvertOptions): Promise<ConvertResult> {
-  const located = toLocated(source, 'source')
+export async function convert(
+  source: ImageSource | readonly ImageSource[],
+  target: PathLike,
+  options: ConvertOptions,
+): Promise<ConvertResult> {
+  const located = Array.isArray(source)
+    ? source.map((each: unknown, index) => toLocated(each, `source[${index}]`))
+    : [toLocated(source, 'source')]
   const path = toPath(target, 'target')
   const read = readOptions(options, 'convert', CONVERT)
-  const order = toOrder(read)
-  const { from, references, snapshot, limits, signal } = read
-  throwIfAborted(signal)
+  const order = toOrder(read, located.length)
+  throwIfAborted(read.signal)
   const begin = performance.now()
-  const access = toReadAccess(read)
-  const chain = await openChain(located, { format: from, references, snapshot, limits, signal, access })
+  const images: number[] = []
   try {
-    const delta = read.base && (await lookAtBase(read.base, chain, read))
-    const inUse = [...chain.identities, ...(delta?.identities ?? [])]
+    const chains = await openSources(located, read, images)
+    const [first] = chains
+    const delta = read.base && first && (await lookAtBase(read.base, first, read))
+    const inUse = [...chains.flatMap(chain => chain.identities), ...(delta?.identities ?? [])]
+    const onto = order.existing && read.to === 'qcow2' ? await openTarget({ path }, inUse, read) : undefined
+    if (onto !== undefined) images.push(onto)
+    const sources = chains.map(chain => chain.image)
     const converted = await runJob<NativeConverted>('convert', read, (request, job, addon) =>
-      addon.convertImage(request, job, chain.image, path, { ...order, ...delta?.order, inUse }),
+      addon.convertImage(request, job, sources, path, { ...order, ...delta?.order, inUse, target: onto }),
     )
+    // Closing makes it durable: an error of that is the conversion's.
+    if (onto !== undefined) {
+      images.pop()
+      await release(onto)
+    }
     return { ...converted, durationMs: performance.now() - begin }
   } finally {
-    await release(chain.image)
+    await Promise.all(images.map(image => release(image)))
   }
 }
 
+/** Opens the sources; their images are added to `images` as they are opened. */
+async function openSources(located: readonly Located[], read: ReadConvert, images: number[]): Promise<Chain[]> {
+  const { from, references, snapshot, limits, signal } = read
+  const access = toReadAccess(read)
+  const chains: Chain[] = []
+  for (const [index, each] of located.entries()) {
+    const format = typeof from === 'string' ? from : from?.[index]
+    const chain = await openChain(each, { format, references, snapshot, limits, signal, access })
+    images.push(chain.image)
+    chains.push(chain)
+  }
+  return chains
+}
+
+/** Opens the target that exists, which is none of the files that are read. */
+async function openTarget(located: Located, inUse: readonly string[], read: ReadConvert): Promise<number> {
+  const { references, limits, signal } = read
+  const { file, identity, path } = await openFile(located)
+  await release(file)
+  if (identity !== undefined && inUse.includes(identity)) {
+    const message = `convert: ${path === undefined ? 'the target' : `'${path}'`} is also a source of this operation`
+    throw new Qcow2Error('ERR_QCOW2_INVALID_ARGUMENT', message, { path, field: 'target' })
+  }
+  const access = { ...toReadAccess({ locking: read.locking }), write: {} }
+  return (await openChain(located, { format: 'qcow2', references, limits, signal, access })).image
+}
+
 /** Checks what the options demand of each other; the rules of the format are the engine's. */
-function toOrder(read: ReadConvert): Omit<NativeConvertJob, 'inUse'> {
+function toOrder(read: ReadConvert, sources: number): Omit<NativeConvertJob, 'inUse'> {
   const { to, compress, create, existingTarget = false, targetIsZero = false, overwrite = false } = read
   if (to === undefined) throw invalidArgument('to', "convert: the option to is needed: 'qcow2' or 'raw'")
   if (read.references === 'layer') {
@@ -156,9 +234,14 @@ function toOrder(read: ReadConvert): Omit<NativeConvertJob, 'inUse'> {
     throw invalidArgument('references', message)
   }
   if (compress && to === 'raw') throw invalidArgument('compress', 'convert: a raw image cannot be compressed')
-  if (existingTarget && (to !== 'raw' || create !== undefined || read.preallocation !== undefined)) {
-    const message = 'convert: existingTarget takes a raw image as it is: to must be raw, and nothing can be created'
-    throw invalidArgument('existingTarget', message)
+  if (existingTarget && (create !== undefined || read.preallocation !== undefined)) {
+    throw invalidArgument('existingTarget', 'convert: existingTarget takes the image as it is: nothing can be created')
+  }
+  if (existingTarget && (compress?.type ?? compress?.level ?? compress?.window) !== undefined) {
+    throw invalidArgument(
+      'compress',
+      'convert: an existing target has its own type of compression: compress can only be true',
+    )
   }
   if (targetIsZero && !existingTarget) {
     throw invalidArgument('targetIsZero', 'convert: targetIsZero needs existingTarget: a new file is zero anyway')
@@ -172,6 +255,7 @@ function toOrder(read: ReadConvert): Omit<NativeConvertJob, 'inUse'> {
   if ((read.base !== undefined) !== (create?.backingFile !== undefined)) {
     throw invalidArgument('base', 'convert: base and create.backingFile need each other')
   }
+  refuseParts(read, sources)
   if (read.from === 'raw' && read.snapshot !== undefined) {
     throw invalidArgument('snapshot', 'convert: a raw image has no snapshots')
   }
@@ -183,9 +267,31 @@ function toOrder(read: ReadConvert): Omit<NativeConvertJob, 'inUse'> {
     sparseSize: read.sparseSize,
     concurrency: read.concurrency,
     existing: existingTarget,
+    start: read.start,
+    length: read.length,
+    salvage: read.salvage ?? false,
+    rate: read.rate,
     bitmaps: read.bitmaps,
     targetIsZero,
     overwrite,
+  }
+}
+
+/** What only makes sense for one whole source. */
+function refuseParts(read: ReadConvert, sources: number): void {
+  if (sources === 0) throw invalidArgument('source', 'convert: there must be a source')
+  if (Array.isArray(read.from) && read.from.length !== sources) {
+    throw invalidArgument('from', `convert: from must have a format for each of the ${sources} sources`)
+  }
+  const part = read.start !== undefined || read.length !== undefined
+  for (const name of ['base', 'bitmaps', 'snapshot'] as const) {
+    const whole = name === 'snapshot' ? sources === 1 : sources === 1 && !part
+    if (read[name] !== undefined && !whole) {
+      throw invalidArgument(
+        name,
+        `convert: ${name} is for one source, ${name === 'snapshot' ? 'not several' : 'as a whole'}`,
+      )
+    }
   }
 }
 

@@ -182,6 +182,13 @@ export interface NativeConvertJob {
   bitmaps?: 'all' | 'consistent' | undefined
   targetIsZero: boolean
   overwrite: boolean
+  /** The image to write into. */
+  target?: number | undefined
+  start?: number | undefined
+  length?: number | undefined
+  salvage: boolean
+  /** Bytes a second. */
+  rate?: number | undefined
   inUse: readonly string[]
 }
 
@@ -205,6 +212,7 @@ export interface NativeConverted {
   readonly bytesRead: number
   readonly bytesWritten: number
   readonly skippedBitmaps?: readonly string[]
+  readonly unreadable?: readonly { readonly start: number; readonly length: number; readonly message: string }[]
 }
 
 export interface NativeCompared {
@@ -347,7 +355,13 @@ export interface Addon {
     overwrite: boolean,
     inUse: readonly string[],
   ): void
-  convertImage(request: number, job: number, image: number, path: string | Buffer, order: NativeConvertJob): void
+  convertImage(
+    request: number,
+    job: number,
+    images: readonly number[],
+    path: string | Buffer,
+    order: NativeConvertJob,
+  ): void
   /** Makes the target and takes the point in time; tells the clone's number. */
   beginClone(request: number, job: number, image: number, path: string | Buffer, order: NativeCloneOrder): void
   /** Copies the rest. The clone's number is gone, however it ends. */

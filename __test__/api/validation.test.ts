@@ -103,8 +103,8 @@ const cases: [name: string, call: () => Promise<unknown>, field: RegExp][] = [
     /base/,
   ],
   [
-    'convert into an existing qcow2',
-    () => loose('convert')(empty, target, { to: 'qcow2', existingTarget: true }),
+    'convert into an existing image that is to be created',
+    () => loose('convert')(empty, target, { to: 'qcow2', existingTarget: true, create: {} }),
     /existing/,
   ],
   [

@@ -4,6 +4,7 @@ import { type Command, Option } from 'commander'
 import type { CacheMode } from '../index.js'
 import { CommandFailure, UsageFailure, unsupported } from './failure.js'
 import { joinOptionLists } from './options.js'
+import { sizeArgument, toSize } from './size.js'
 
 /** `-o` lists join up; a list that cannot be joined is refused at once. */
 export const optionList = (list: string, previous: string | undefined): string => joinOptionLists(previous, list)
@@ -37,6 +38,9 @@ export const cacheMode =
     if (CACHE_MODES.includes(value)) return value
     throw new CommandFailure(`Invalid ${what} option: ${value}`, { exitCode })
   }
+
+/** A number of bytes a second. */
+export const rateLimit = (text: string): number | bigint => toSize(sizeArgument('rate limit', text))
 
 /** The library's name of a cache mode. */
 export const toCacheMode = (mode: string): CacheMode => (mode === 'off' ? 'none' : (mode as CacheMode))

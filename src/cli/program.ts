@@ -9,6 +9,7 @@ import { declareCompact } from './commands/compact.js'
 import { declareCompare } from './commands/compare.js'
 import { declareConvert } from './commands/convert.js'
 import { declareCreate } from './commands/create.js'
+import { declareDd } from './commands/dd.js'
 import { declareInfo } from './commands/info.js'
 import { declareMap } from './commands/map.js'
 import { declareMeasure } from './commands/measure.js'
@@ -22,7 +23,7 @@ import type { Session } from './session.js'
 export type Runner = (work: (session: Session) => Promise<number>) => Promise<void>
 
 /** Commands of qemu-img that this version does not have: known, so that the message can say so. */
-const LATER = ['bench', 'dd']
+const LATER = ['bench']
 
 const VALUES = `
 Sizes take the suffixes k, M, G, T, P and E, powers of 1024. Formats are qcow2 and raw.
@@ -63,6 +64,7 @@ function buildProgram(session: Session, run: Runner): Command {
     declareCommit,
     declareRebase,
     declareCompact,
+    declareDd,
   ]) {
     declare(program, run)
   }

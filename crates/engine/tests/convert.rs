@@ -457,6 +457,7 @@ fn contradictions_are_refused_before_anything_is_written() {
     let refused = |target: ConvertTarget, options: &ConvertOptions| {
         let storage = match &target {
             ConvertTarget::Raw { storage, .. } | ConvertTarget::Qcow2 { storage, .. } => storage.clone(),
+            ConvertTarget::Existing(image) => image.layers()[0].storage().clone(),
         };
         storage.write_all_at(Mem::from(&b"precious"[..]), 0).unwrap();
         let error = convert(&source, target, options, &Job::new()).unwrap_err();

@@ -9,11 +9,14 @@ use qcow2_engine::bitmap::CopyableBitmaps;
 use qcow2_engine::convert::{
     Compression, ConvertOptions, ConvertResult, ConvertTarget, Delta, Window, convert,
 };
+use qcow2_engine::salvage::{Salvage, Unreadable};
+use qcow2_engine::splice::Splice;
 use qcow2_engine::storage::{Access, Claim, FileStorage, Locking, NewFile};
-use qcow2_engine::{Error, ErrorKind, Image, Job, Result, Storage};
+use qcow2_engine::{Error, ErrorKind, GuestSource, Image, Job, Result, Storage};
 
 use crate::create::Target;
 use crate::job::Ticket;
+use crate::resource::Handle;
 use crate::runtime::Runtime;
 use crate::shape::Shape;
 
@@ -38,6 +41,16 @@ pub struct ConvertJob {
     pub base_size: Option<f64>,
     /// Write into the raw target that exists.
     pub existing: bool,
+    /// The image to write into, which is open for writing.
+    pub target: Option<u32>,
+    /// First byte of the source to copy.
+    pub start: Option<f64>,
+    /// Bytes of the source to copy.
+    pub length: Option<f64>,
+    /// What cannot be read becomes zeroes.
+    pub salvage: bool,
+    /// Bytes a second.
+    pub rate: Option<f64>,
     /// The target reads as zeroes.
     pub target_is_zero: bool,
     /// Replace.
@@ -59,70 +72,124 @@ pub struct Converted {
     pub bytes_written: f64,
     /// Names of the bitmaps that were left out.
     pub skipped_bitmaps: Option<Vec<String>>,
+    /// What could not be read.
+    pub unreadable: Option<Vec<UnreadableRange>>,
 }
 
-/// Converts an open image.
+/// A range that could not be read.
+#[napi(object, object_from_js = false)]
+pub struct UnreadableRange {
+    /// First byte.
+    pub start: f64,
+    /// Bytes.
+    pub length: f64,
+    /// Why.
+    pub message: String,
+}
+
+impl From<Unreadable> for UnreadableRange {
+    fn from(lost: Unreadable) -> Self {
+        Self { start: lost.start as f64, length: lost.length as f64, message: lost.error.to_string() }
+    }
+}
+
+/// Converts open images, one behind the other.
 #[napi]
 pub fn convert_image(
     env: Env,
     request: u32,
     job: u32,
-    image: u32,
+    images: Vec<u32>,
     path: Either<String, BufferSlice<'_>>,
     order: ConvertJob,
 ) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
-    let handle = runtime.image(image)?;
-    let target = Target::new(path, order.overwrite, &order.in_use)?;
+    let sources = images.into_iter().map(|image| runtime.image(image)).collect::<napi::Result<Vec<_>>>()?;
+    let place = match order.target {
+        Some(image) => Place::Image(runtime.image(image)?),
+        None => Place::File(Target::new(path, order.overwrite, &order.in_use)?),
+    };
     runtime.start_job(
         &env,
         Ticket { request, job },
-        move |job| handle.run(|image| order.run(image, &target, job)),
-        |_, env, (result, skipped): (ConvertResult, Option<Vec<String>>)| {
-            let converted = Converted {
-                virtual_size: result.virtual_size as f64,
-                bytes_read: result.bytes_read as f64,
-                bytes_written: result.bytes_written as f64,
-                skipped_bitmaps: skipped,
-            };
+        move |job| order.run(&sources, &place, job),
+        |_, env, converted| {
             // SAFETY: on the environment's thread, with its own env.
             unsafe { Converted::to_napi_value(env.raw(), converted) }
         },
     )
 }
 
+/// Where the disk goes.
+enum Place {
+    File(Target),
+    Image(Arc<Handle>),
+}
+
 impl ConvertJob {
-    fn run(
-        &self,
-        image: &Image,
-        target: &Target,
-        job: &Arc<Job>,
-    ) -> Result<(ConvertResult, Option<Vec<String>>)> {
+    fn run(&self, sources: &[Arc<Handle>], place: &Place, job: &Arc<Job>) -> Result<Converted> {
+        job.set_rate(self.rate.map_or(0, |rate| rate as u64));
+        let images = sources.iter().map(|source| source.image()).collect::<Result<Vec<_>>>()?;
+        let [first, ..] = images[..] else {
+            return Err(Error::new(ErrorKind::InvalidArgument, "a convert needs a source"));
+        };
+        let disks: Vec<&dyn GuestSource> = images.iter().map(|image| *image as &dyn GuestSource).collect();
+        let joined = if disks.len() > 1 { Some(Splice::concatenation(&disks)?) } else { None };
+        let whole: &dyn GuestSource = joined.as_ref().map_or(first, |joined| joined);
+        let window = self.start.is_some() || self.length.is_some();
+        let window = window.then(|| self.window(whole)).transpose()?;
+        let disk: &dyn GuestSource = window.as_ref().map_or(whole, |window| window);
         let bitmaps = self.bitmaps.as_deref();
-        let bitmaps = bitmaps.map(|which| CopyableBitmaps::of(image, which == "consistent")).transpose()?;
-        let result = self.convert(image, target, bitmaps.as_ref(), job)?;
+        let bitmaps = bitmaps.map(|which| CopyableBitmaps::of(first, which == "consistent")).transpose()?;
+        let (result, lost) = if self.salvage {
+            let salvage = Salvage::new(disk);
+            let result = self.convert(&salvage, place, bitmaps.as_ref(), job)?;
+            (result, Some(salvage.into_lost()))
+        } else {
+            (self.convert(disk, place, bitmaps.as_ref(), job)?, None)
+        };
         let name = |name: &Vec<u8>| String::from_utf8_lossy(name).into_owned();
-        Ok((result, bitmaps.map(|bitmaps| bitmaps.skipped.iter().map(name).collect())))
+        Ok(Converted {
+            virtual_size: result.virtual_size as f64,
+            bytes_read: result.bytes_read as f64,
+            bytes_written: result.bytes_written as f64,
+            skipped_bitmaps: bitmaps.map(|bitmaps| bitmaps.skipped.iter().map(name).collect()),
+            unreadable: lost.map(|lost| lost.into_iter().map(UnreadableRange::from).collect()),
+        })
+    }
+
+    fn window<'a>(&self, whole: &'a dyn GuestSource) -> Result<Splice<'a>> {
+        let start = self.start.map_or(0, |start| start as u64);
+        let rest = whole.virtual_size().saturating_sub(start);
+        Splice::window(whole, start, self.length.map_or(rest, |length| length as u64))
     }
 
     fn convert(
         &self,
-        image: &Image,
-        target: &Target,
+        source: &dyn GuestSource,
+        place: &Place,
         bitmaps: Option<&CopyableBitmaps<'_>>,
         job: &Arc<Job>,
     ) -> Result<ConvertResult> {
+        let target = match place {
+            Place::Image(handle) => {
+                let onto =
+                    |image: &Image| convert(source, ConvertTarget::Existing(image), &self.options(), job);
+                return handle.run(onto);
+            }
+            Place::File(target) => target,
+        };
         if self.existing {
-            return convert(image, self.raw(existing(target)?, true), &self.options(), job);
+            return convert(source, self.raw(existing(target)?, true), &self.options(), job);
         }
         if self.shape.is_raw() {
             let file = target.start()?;
             let keep = file.storage().traits().block_device;
-            let result = convert(image, self.raw(file.storage(), keep), &self.options(), job)?;
+            let result = convert(source, self.raw(file.storage(), keep), &self.options(), job)?;
             file.commit()?;
             return Ok(result);
         }
-        let create = self.shape.options(image.virtual_size());
+        let create = self.shape.options(source.virtual_size());
         create.validate()?;
         let file = target.start()?;
         let data = self.shape.data_file.as_deref();
@@ -132,7 +199,7 @@ impl ConvertJob {
             data_file: data.as_ref().map(NewFile::storage),
             create: Box::new(create),
         };
-        let result = convert(image, qcow2, &self.options(), job)?;
+        let result = convert(source, qcow2, &self.options(), job)?;
         if let Some(bitmaps) = bitmaps {
             bitmaps.copy_to(file.storage(), data.as_ref().map(NewFile::storage))?;
         }
@@ -142,7 +209,7 @@ impl ConvertJob {
         Ok(result)
     }
 
-    fn raw(&self, storage: Arc<dyn Storage>, keep: bool) -> ConvertTarget {
+    fn raw(&self, storage: Arc<dyn Storage>, keep: bool) -> ConvertTarget<'static> {
         ConvertTarget::Raw { storage, preallocation: self.shape.preallocation(), keep }
     }
 

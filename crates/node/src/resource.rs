@@ -25,8 +25,7 @@ impl Handle {
     /// Runs one request; a panic poisons the handle.
     pub(crate) fn run<T>(&self, work: impl FnOnce(&Image) -> Result<T>) -> Result<T> {
         if self.poisoned.load(Ordering::Acquire) {
-            let message = "an earlier request met a bug in this library: close the image and open it again";
-            return Err(Error::new(ErrorKind::Internal, message));
+            return Err(poisoned());
         }
         let result = guarded(|| work(&self.image));
         if result.as_ref().is_err_and(|error| error.kind() == ErrorKind::Internal) {
@@ -35,10 +34,20 @@ impl Handle {
         result
     }
 
+    /// The image, for a job that uses several at once. A panic of it ends the job and poisons nothing: for what only reads.
+    pub(crate) fn image(&self) -> Result<&Image> {
+        if self.poisoned.load(Ordering::Acquire) { Err(poisoned()) } else { Ok(&self.image) }
+    }
+
     /// Makes durable what was written, and gives back what was reserved. After a panic the file is left as it is.
     fn close(&self) -> Result<()> {
         if self.poisoned.load(Ordering::Acquire) { Ok(()) } else { guarded(|| self.image.close()) }
     }
+}
+
+fn poisoned() -> Error {
+    let message = "an earlier request met a bug in this library: close the image and open it again";
+    Error::new(ErrorKind::Internal, message)
 }
 
 /// One thing that JavaScript holds.

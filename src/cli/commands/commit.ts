@@ -4,12 +4,11 @@ import type { Command } from 'commander'
 import { type CacheMode, commit, type ImageInfo } from '../../index.js'
 import { describeError, openFailure } from '../errors.js'
 import { CommandFailure } from '../failure.js'
-import { cacheMode, oneFile, refuseDriverSyntax, toCacheMode } from '../grammar.js'
+import { cacheMode, oneFile, rateLimit, refuseDriverSyntax, toCacheMode } from '../grammar.js'
 import { formatOf, localPath, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
-import { sizeArgument, toSize } from '../size.js'
 
 interface CommitArguments {
   readonly format?: string
@@ -38,9 +37,6 @@ export function declareCommit(program: Command, run: Runner): void {
   refuseDriverSyntax(command)
   command.action((files: string[], options: CommitArguments) => run(session => commitFile(files, options, session)))
 }
-
-/** A number of bytes a second. */
-export const rateLimit = (text: string): number | bigint => toSize(sizeArgument('rate limit', text))
 
 async function commitFile(files: readonly string[], options: CommitArguments, session: Session): Promise<number> {
   const filename = oneFile(files)

@@ -1,11 +1,18 @@
 import { open as openFile } from 'node:fs/promises'
 import { resolve } from 'node:path'
 import { type Command, Option } from 'commander'
-import { type Compression, type ConvertOptions, convert, type Format, Qcow2Error } from '../../index.js'
+import {
+  type Compression,
+  type ConvertOptions,
+  type ConvertResult,
+  convert,
+  type Format,
+  Qcow2Error,
+} from '../../index.js'
 import { describeFormat, optionSpecs, targetFormat, toCreateOptions } from '../create-options.js'
 import { describeError, openFailure } from '../errors.js'
 import { CommandFailure, unsupported } from '../failure.js'
-import { cacheMode, optionList, refuse, refuseDriverSyntax, wholeNumber } from '../grammar.js'
+import { cacheMode, optionList, rateLimit, refuse, refuseDriverSyntax, wholeNumber } from '../grammar.js'
 import { formatOf, localPath, snapshotOf, withImage } from '../images.js'
 import { asksForHelp, type OptionValue, type OptionValues, parseOptionList } from '../options.js'
 import type { Runner } from '../program.js'
@@ -30,6 +37,8 @@ interface ConvertArguments {
   readonly sparseSize?: number
   readonly parallel?: number
   readonly copyRangeOffloading?: boolean
+  readonly salvage?: boolean
+  readonly rate?: number | bigint
   readonly forceShare?: boolean
   readonly bitmaps?: boolean
   readonly skipBrokenBitmaps?: boolean
@@ -43,8 +52,8 @@ export function declareConvert(program: Command, run: Runner): void {
     .command('convert')
     .summary('copy an image into another, of any format')
     .description('Copy a disk image into a new file of a format of your choice. An existing file is replaced.')
-    .usage('[options] FILENAME TARGET')
-    .argument('[files...]', 'the image to read and the file to write')
+    .usage('[options] FILENAME... TARGET')
+    .argument('[files...]', 'the image to read (several become one disk) and the file to write')
     .option('-f, --source-format <fmt>', 'format of FILENAME: qcow2 or raw (default: what it looks like)')
     .option('-O, --target-format <fmt>', 'format of TARGET: qcow2 or raw', 'raw')
     .option('-o, --target-options <list>', 'options of that format: name=value,... ("-o help" lists them)', optionList)
@@ -59,7 +68,7 @@ export function declareConvert(program: Command, run: Runner): void {
     .option('-l, --source-snapshot <snapshot>', 'read this internal snapshot')
     .option('-B, --backing <file>', 'write only what differs from this image, which backs TARGET')
     .option('-F, --backing-format <fmt>', 'format of the backing file')
-    .option('-n, --no-create', 'write into TARGET as it exists (raw only)')
+    .option('-n, --no-create', 'write into TARGET as it exists')
     .option('--target-is-zero', 'with -n: TARGET reads as zeroes everywhere')
     .option(
       '-S, --sparse-size <size>',
@@ -88,12 +97,12 @@ export function declareConvert(program: Command, run: Runner): void {
     .option('--bitmaps', 'copy the persistent bitmaps, too (qcow2 only)')
     .option('--skip-broken-bitmaps', 'with --bitmaps: leave inconsistent ones out')
     .option('-U, --force-share', 'open an image that another process uses')
+    .option('--salvage', 'go on after read errors: what cannot be read becomes zeroes')
+    .option('-r, --rate <rate>', 'bytes per second, at most', rateLimit)
     .option('-p, --progress', 'show the progress, also without a terminal')
     .option('-q, --quiet', 'print nothing but errors')
   refuseDriverSyntax(command)
   refuse(command, '--target-image-opts', 'images are given by file name')
-  refuse(command, '--salvage', 'this version does not go on after a read error')
-  refuse(command, '-r, --rate <rate>', 'this version has no rate limit')
   command.action((files: string[], options: ConvertArguments & { concurrency?: number }) =>
     run(session => convertFiles(files, { ...options, ...threads(options) }, session)),
   )
@@ -122,10 +131,9 @@ async function convertFiles(files: readonly string[], given: ConvertArguments, s
     session.stdout.write(describeFormat(targetFormat(given.targetFormat), target))
     return 0
   }
-  const [source, ...rest] = files
-  if (source === undefined || target === undefined) throw new CommandFailure('Must specify image file name')
-  if (rest.length > 1) throw unsupported('Concatenating several source images', 'convert them one by one')
-  await convertNamed(source, target, given, session)
+  const sources = files.slice(0, -1)
+  if (sources.length === 0 || target === undefined) throw new CommandFailure('Must specify image file name')
+  await convertNamed(sources, target, given, session)
   return 0
 }
 
@@ -138,26 +146,36 @@ function refuseContradictions(given: ConvertArguments): void {
   if (given.sparseSize !== undefined && copyRange) {
     throw new CommandFailure('Cannot enable copy offloading when -S is used')
   }
+  if (given.salvage && copyRange) throw new CommandFailure('Cannot use copy offloading in salvaging mode')
   if (!given.create && given.targetOptions !== undefined) {
     throw new CommandFailure('-o has no effect when skipping image creation')
   }
   if (given.targetIsZero && given.create) throw new CommandFailure('--target-is-zero requires use of -n flag')
+  if (!given.create) refuseWithTarget(given)
   for (const name of ['level', 'window'] as const) {
     if (given[name] !== undefined && !given.compress) throw new CommandFailure(`--${name} requires use of -c flag`)
   }
 }
 
-async function convertNamed(source: string, target: string, given: ConvertArguments, session: Session): Promise<void> {
-  // Opened once before anything else: what is wrong with the source is said in its name, and before the target's.
-  const from = await formatOf(source, given.sourceFormat, session).catch(error => {
-    throw session.signal.aborted ? error : openFailure(source, error)
-  })
+async function convertNamed(
+  sources: readonly string[],
+  target: string,
+  given: ConvertArguments,
+  session: Session,
+): Promise<void> {
   const { forceShare } = given
-  const snapshot = await snapshotOf(source, from, given.sourceSnapshot, forceShare, session)
-  await withImage({ filename: source, format: from, snapshot, forceShare }, session, async () => undefined)
+  const several = sources.length > 1
+  const { from, size, snapshot } = await lookAt(sources, given, session)
   const to = targetFormat(given.targetFormat)
   const parts = given.create ? newTarget(target, to, given) : existingTarget(to, given)
-  if (given.bitmaps) await checkBitmaps(source, to, parts, given, session)
+  if (several && parts.base !== undefined) {
+    throw new CommandFailure(
+      'Having a backing file for the target makes no sense when concatenating multiple input images',
+    )
+  }
+  if (several && given.bitmaps) throw new CommandFailure('Copying bitmaps only possible with single source')
+  if (given.bitmaps) await checkBitmaps(sources[0] ?? target, to, parts, given, session)
+  if (!given.create) await checkTarget(target, to, size, session)
   const options: ConvertOptions = {
     from,
     ...(given.bitmaps && { bitmaps: { skipBroken: given.skipBrokenBitmaps } }),
@@ -167,26 +185,79 @@ async function convertNamed(source: string, target: string, given: ConvertArgume
     ...(snapshot !== undefined && { snapshot }),
     ...(given.sparseSize !== undefined && { sparseSize: given.sparseSize }),
     ...(given.parallel !== undefined && { concurrency: given.parallel }),
+    ...(given.salvage && { salvage: true }),
+    ...(given.rate !== undefined && { rate: given.rate }),
     ...parts,
   }
   const choice = { progress: given.progress ?? false, quiet: given.quiet ?? false, verb: 'Converting', step: 1 }
   try {
     const converted = await withProgress(session, choice, job =>
-      convert(localPath(source), localPath(target), { ...options, ...job }),
+      convert(sources.map(localPath), localPath(target), { ...options, ...job }),
     )
-    for (const name of converted.skippedBitmaps ?? []) {
-      session.stderr.write(`qcow2: warning: Skipping inconsistent bitmap '${name}'\n`)
-    }
+    if (!given.quiet) warn(converted, session)
     if (given.targetCache !== 'unsafe') await makeDurable(localPath(target))
   } catch (error) {
-    if (session.signal.aborted || error instanceof CommandFailure) throw error
-    const reason = describeError(error, localPath(target))
-    const failed = error instanceof Qcow2Error && !reason.startsWith('Could not') ? error.path : undefined
-    if (failed !== undefined && failed !== localPath(target)) {
-      throw new CommandFailure(`${failed}: error while reading: ${reason}`, { cause: error })
-    }
-    throw new CommandFailure(`${target}: error while converting ${to}: ${reason}`, { cause: error })
+    throw session.signal.aborted || error instanceof CommandFailure ? error : worded(target, to, error)
   }
+}
+
+/** What is for new images only in this version. */
+function refuseWithTarget(given: ConvertArguments): void {
+  const refused = { backing: '-B', bitmaps: '--bitmaps', level: '--level', window: '--window' } as const
+  for (const name of ['backing', 'bitmaps', 'level', 'window'] as const) {
+    if (given[name] !== undefined) throw unsupported(`${refused[name]} together with -n`, 'it is for new images')
+  }
+}
+
+/** Opens the sources once before anything else: what is wrong with one is said in its name, and before the target's. */
+async function lookAt(
+  sources: readonly string[],
+  { sourceFormat, sourceSnapshot, forceShare }: ConvertArguments,
+  session: Session,
+): Promise<{ from: Format[]; size: number; snapshot: string | undefined }> {
+  const from: Format[] = []
+  let size = 0
+  for (const filename of sources) {
+    const format = await formatOf(filename, sourceFormat, session).catch(error => {
+      throw session.signal.aborted ? error : openFailure(filename, error)
+    })
+    from.push(format)
+    size += await withImage({ filename, format, forceShare }, session, async image => image.virtualSize)
+  }
+  const [filename] = sources
+  const [format] = from
+  if (sourceSnapshot === undefined || filename === undefined || format === undefined) {
+    return { from, size, snapshot: undefined }
+  }
+  if (sources.length > 1) throw new CommandFailure('No support for concatenating multiple snapshot')
+  const snapshot = await snapshotOf(filename, format, sourceSnapshot, forceShare, session)
+  const viewed = { filename, format, snapshot, forceShare }
+  return { from, size: await withImage(viewed, session, async image => image.virtualSize), snapshot }
+}
+
+function warn({ skippedBitmaps, unreadable }: ConvertResult, session: Session): void {
+  for (const name of skippedBitmaps ?? []) {
+    session.stderr.write(`${session.program}: warning: Skipping inconsistent bitmap '${name}'\n`)
+  }
+  for (const { start, length, message } of unreadable ?? []) {
+    const where = length > 512 ? `${length} bytes at offset ${start}` : `offset ${start}`
+    session.stderr.write(`${session.program}: warning: error while reading ${where}: ${message}\n`)
+  }
+}
+
+function worded(target: string, to: Format, error: unknown): CommandFailure {
+  const reason = describeError(error, localPath(target))
+  const failed = error instanceof Qcow2Error && !reason.startsWith('Could not') ? error.path : undefined
+  if (failed !== undefined && failed !== localPath(target)) {
+    return new CommandFailure(`${failed}: error while reading: ${reason}`, { cause: error })
+  }
+  return new CommandFailure(`${target}: error while converting ${to}: ${reason}`, { cause: error })
+}
+
+/** The target that exists must be there, and large enough. */
+async function checkTarget(filename: string, format: Format, size: number, session: Session): Promise<void> {
+  const room = await withImage({ filename, format, flags: 'r+' }, session, async image => image.virtualSize)
+  if (room < size) throw new CommandFailure('output file is smaller than input file')
 }
 
 /** What qemu-img says before it copies bitmaps. */
@@ -215,11 +286,12 @@ async function checkBitmaps(
 }
 
 function existingTarget(to: Format, given: ConvertArguments): Partial<ConvertOptions> {
-  if (to !== 'raw') throw unsupported(`-n with a ${to} target`, 'this version writes into existing raw images only')
-  if (given.backing !== undefined)
-    throw unsupported('-B together with -n', 'the target exists with its own backing file')
-  if (given.compress) throw new CommandFailure('Compression not supported for this file format')
-  return { existingTarget: true, ...(given.targetIsZero && { targetIsZero: true }) }
+  if (given.compress && to === 'raw') throw new CommandFailure('Compression not supported for this file format')
+  return {
+    existingTarget: true,
+    ...(given.compress && { compress: true }),
+    ...(given.targetIsZero && { targetIsZero: true }),
+  }
 }
 
 function newTarget(target: string, to: Format, given: ConvertArguments): Partial<ConvertOptions> {

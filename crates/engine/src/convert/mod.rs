@@ -7,6 +7,7 @@
 //! change is shared instead of copied. The header comes last: a target that was not finished is no image.
 
 mod copy;
+mod onto;
 mod prepare;
 mod qcow2;
 mod raw;
@@ -20,11 +21,13 @@ use parking_lot::Mutex;
 pub use qcow2_transform::Window;
 
 use self::copy::Copier;
+use self::onto::ImageSink;
 use self::qcow2::Qcow2Sink;
 use self::raw::RawSink;
 use self::scan::{Chunk, Rules, Scanner};
 use crate::create::{CreateOptions, Preallocation, SECTOR_SIZE, check_data_file};
-use crate::{Error, ErrorKind, GuestSource, Job, Result, Storage};
+use crate::image::Layer;
+use crate::{Error, ErrorKind, GuestSource, Image, Job, Result, Storage};
 
 /// Smallest run of zeroes, in bytes, that is left out of the target by default: QEMU's.
 pub const DEFAULT_SPARSE_SIZE: u64 = 4096;
@@ -83,7 +86,7 @@ impl Default for ConvertOptions {
 
 /// Where to convert to. What the target held is lost.
 #[derive(Debug, Clone)]
-pub enum ConvertTarget {
+pub enum ConvertTarget<'a> {
     /// A raw disk.
     Raw {
         /// File or device.
@@ -102,6 +105,9 @@ pub enum ConvertTarget {
         /// Options of the image; its size is the source's.
         create: Box<CreateOptions>,
     },
+    /// An image that is open for writing, at least as large as the source. What its disk has behind the source's end stays; closing it
+    /// is the caller's. An error leaves part of the source there.
+    Existing(&'a Image),
 }
 
 /// What a convert did.
@@ -122,7 +128,7 @@ pub struct ConvertResult {
 /// `Io` (with `ENOSPC` on a full disk), and whatever reading the source meets.
 pub fn convert(
     source: &dyn GuestSource,
-    target: ConvertTarget,
+    target: ConvertTarget<'_>,
     options: &ConvertOptions,
     job: &Job,
 ) -> Result<ConvertResult> {
@@ -140,6 +146,7 @@ pub fn convert(
             create.size = virtual_size;
             Sink::Qcow2(Box::new(Qcow2Sink::new(&context, storage, data_file, *create, workers)?))
         }
+        ConvertTarget::Existing(image) => Sink::Existing(ImageSink::new(&context, image)?),
     };
     let scanner = Mutex::new(Scanner::new(source, sink.rules(), job));
     let run = Run {
@@ -159,7 +166,7 @@ pub fn convert(
     })
 }
 
-fn check(target: &ConvertTarget, options: &ConvertOptions) -> Result<()> {
+fn check(target: &ConvertTarget<'_>, options: &ConvertOptions) -> Result<()> {
     let refuse =
         |field, message: &str| Err(Error::new(ErrorKind::InvalidArgument, message).with_field(field));
     if !options.sparse_size.is_multiple_of(SECTOR_SIZE) {
@@ -176,6 +183,16 @@ fn check(target: &ConvertTarget, options: &ConvertOptions) -> Result<()> {
             refuse("preallocation", "a raw target has no metadata to preallocate")
         }
         ConvertTarget::Raw { .. } => Ok(()),
+        ConvertTarget::Existing(_) if options.delta.is_some() => {
+            refuse("base", "a target that exists has its own backing file")
+        }
+        ConvertTarget::Existing(image) => {
+            let top = image.layers().first().and_then(Layer::as_qcow2);
+            if options.compression.is_some() && top.is_none_or(|top| top.header().has_data_file()) {
+                return refuse("compress", "the target cannot hold compressed clusters");
+            }
+            Ok(())
+        }
         ConvertTarget::Qcow2 { create, data_file, .. } => {
             if options.compression.is_some() && create.data_file.is_some() {
                 return refuse("compress", "an external data file cannot hold compressed clusters");
@@ -224,16 +241,18 @@ impl Context<'_> {
     }
 }
 
-enum Sink {
+enum Sink<'a> {
     Raw(RawSink),
     Qcow2(Box<Qcow2Sink>),
+    Existing(ImageSink<'a>),
 }
 
-impl Sink {
+impl Sink<'_> {
     fn rules(&self) -> Rules {
         match self {
             Self::Raw(raw) => raw.rules(),
             Self::Qcow2(qcow2) => qcow2.rules(),
+            Self::Existing(image) => image.rules(),
         }
     }
 
@@ -241,6 +260,7 @@ impl Sink {
         match self {
             Self::Raw(raw) => raw.finish(options),
             Self::Qcow2(qcow2) => qcow2.finish(options, job),
+            Self::Existing(image) => image.finish(options),
         }
     }
 }
@@ -248,7 +268,7 @@ impl Sink {
 /// The workers' shared state.
 struct Run<'a> {
     context: Context<'a>,
-    sink: &'a Sink,
+    sink: &'a Sink<'a>,
     scanner: &'a Mutex<Scanner<'a>>,
     stop: AtomicBool,
     error: Mutex<Option<Error>>,
@@ -302,14 +322,16 @@ impl Run<'_> {
     fn chunks(&self) -> Result<()> {
         let mut copier = Copier::new(self.context);
         let mut compressor = match self.sink {
-            Sink::Raw(_) => None,
+            Sink::Raw(_) | Sink::Existing(_) => None,
             Sink::Qcow2(qcow2) => qcow2.compressor()?,
         };
         while let Some(chunk) = self.next()? {
             let advance = chunk.advance;
+            self.context.job.pace(chunk.bytes())?;
             match self.sink {
                 Sink::Raw(raw) => raw.write(&mut copier, &chunk)?,
                 Sink::Qcow2(qcow2) => qcow2.write(&mut copier, compressor.as_mut(), chunk)?,
+                Sink::Existing(image) => image.write(&mut copier, &chunk)?,
             }
             self.context.job.advance(advance);
         }

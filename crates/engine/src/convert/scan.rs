@@ -71,6 +71,11 @@ impl Chunk {
     pub(super) fn length(&self) -> u64 {
         self.end - self.start
     }
+    /// Bytes to copy.
+    pub(super) fn bytes(&self) -> u64 {
+        let data = self.pieces.iter().filter(|piece| !matches!(piece.content, Content::Zero));
+        data.map(|piece| piece.length).sum()
+    }
     /// Whether the whole chunk is explicit zeroes; it can then be longer than usual.
     pub(super) fn is_zero(&self) -> bool {
         matches!(self.pieces.as_slice(), [Piece { content: Content::Zero, start, length }]

@@ -1,0 +1,101 @@
+//! A target that exists and is open for writing: every chunk is a guest write.
+
+use qcow2_transform::zero;
+
+use super::copy::Copier;
+use super::scan::{Chunk, Rules, Zeroes};
+use super::{Context, ConvertOptions};
+use crate::image::Layer;
+use crate::{Error, ErrorKind, Image, Mem, Result};
+
+/// Bytes of a chunk, at least a cluster: two workers seldom meet in one.
+const CHUNK: u64 = 1 << 20;
+/// Bytes that are zeroed in one call.
+const ZERO_CHUNK: u64 = 1 << 30;
+
+pub(super) struct ImageSink<'a> {
+    image: &'a Image,
+    /// Granularity in bytes at which zeroes are found; 0 writes them.
+    sparse_size: usize,
+    /// Zeroes have to be put there: the target holds something else.
+    stale: bool,
+    /// Bytes of a cluster, for compressed writes.
+    compressed: Option<u64>,
+    chunk: u64,
+}
+
+impl<'a> ImageSink<'a> {
+    pub(super) fn new(context: &Context<'_>, image: &'a Image) -> Result<Self> {
+        let (size, room) = (context.source.virtual_size(), image.virtual_size());
+        if room < size {
+            let message = format!("the target's disk holds {room} bytes, the source's {size}");
+            return Err(Error::new(ErrorKind::InvalidArgument, message).with_field("target"));
+        }
+        let cluster = match image.layers().first() {
+            Some(Layer::Qcow2(qcow2)) => qcow2.geometry().cluster_size(),
+            _ => CHUNK,
+        };
+        Ok(Self {
+            image,
+            sparse_size: usize::try_from(context.options.sparse_size).unwrap_or(usize::MAX),
+            stale: !context.options.target_is_zero,
+            compressed: context.options.compression.map(|_| cluster),
+            chunk: CHUNK.max(cluster),
+        })
+    }
+
+    pub(super) fn rules(&self) -> Rules {
+        let zeroes = match (self.sparse_size, self.stale) {
+            (0, _) => Zeroes::Written,
+            (_, true) => Zeroes::Explicit(ZERO_CHUNK),
+            (_, false) => Zeroes::Skip,
+        };
+        Rules { chunk: self.chunk, zeroes, delta: None }
+    }
+
+    pub(super) fn write(&self, copier: &mut Copier<'_>, chunk: &Chunk) -> Result<()> {
+        if self.sparse_size != 0 && chunk.is_zero() {
+            return self.image.write_zeroes(chunk.start, chunk.length(), true);
+        }
+        copier.with_chunk(chunk, |copier, bytes| match (self.compressed, self.sparse_size) {
+            (Some(cluster), _) => self.put_compressed(copier, chunk.start, bytes, cluster),
+            (None, 0) => self.put(copier, bytes, chunk.start),
+            (None, _) => zero::runs(bytes, self.sparse_size).try_for_each(|run| {
+                let offset = chunk.start + run.start as u64;
+                let data = bytes.get(run.start..run.start + run.length).unwrap_or_default();
+                if run.zero { self.zero(offset, run.length as u64) } else { self.put(copier, data, offset) }
+            }),
+        })
+    }
+
+    /// Writes whole clusters compressed; one that the source ends in, and the target does not, as it is.
+    fn put_compressed(&self, copier: &Copier<'_>, start: u64, bytes: &[u8], cluster: u64) -> Result<()> {
+        let mut at = start;
+        for part in bytes.chunks(cluster as usize) {
+            let end = at + part.len() as u64;
+            if self.sparse_size != 0 && zero::is_zero(part) {
+                self.zero(at, part.len() as u64)?;
+            } else if part.len() as u64 == cluster || end == self.image.virtual_size() {
+                copier.context.count_written(part.len() as u64);
+                self.image.write_compressed_at(Mem::from(part), at)?;
+            } else {
+                self.put(copier, part, at)?;
+            }
+            at = end;
+        }
+        Ok(())
+    }
+
+    fn put(&self, copier: &Copier<'_>, bytes: &[u8], offset: u64) -> Result<()> {
+        copier.context.count_written(bytes.len() as u64);
+        self.image.write_at(Mem::from(bytes), offset)
+    }
+
+    fn zero(&self, offset: u64, length: u64) -> Result<()> {
+        if self.stale { self.image.write_zeroes(offset, length, true) } else { Ok(()) }
+    }
+
+    pub(super) fn finish(&self, options: &ConvertOptions) -> Result<()> {
+        if options.durable { self.image.flush() } else { Ok(()) }
+    }
+}
