@@ -17,6 +17,7 @@ mod repair;
 mod report;
 mod snapshots;
 mod stored;
+mod uncounted;
 mod walk;
 
 use qcow2_format::{Header, Limits};

@@ -1,7 +1,6 @@
 //! Visits every structure of the image and counts what it refers to.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
 
 use qcow2_format::{L1Entry, L2Entry};
 
@@ -11,20 +10,15 @@ use super::read_ahead::{Source, for_each_table};
 use super::report::{FindingCode, Tally};
 use super::snapshots::SnapshotTable;
 use super::stored::StoredRefcounts;
+use super::uncounted::Uncounted;
 use super::{Repair, Stop, Target, bitmaps};
-use crate::{Error, ErrorKind, MemMut, StorageExt};
+use crate::{MemMut, StorageExt};
 
 /// L1 entries that are looked at together: their tables are read ahead.
 const L1_WINDOW: usize = 1 << 16;
 
 /// L2 tables that an L1 table may always refer to, whatever the size of the file.
 const MIN_TABLES: u64 = 1024;
-
-/// Clusters behind the file that a repair may always reach.
-const MIN_REACH: u64 = 1 << 16;
-
-/// Bytes of memory per cluster behind the file that is referred to.
-const BEYOND_MEMORY: u64 = 64;
 
 /// How the active guest clusters lie in the file.
 #[derive(Debug, Default, Clone, Copy)]
@@ -52,9 +46,8 @@ pub(super) struct Walked {
     pub(super) entries: BTreeMap<u64, L2Entry>,
     /// Clusters that are referred to as L2 tables, and how often; of a repair only.
     pub(super) tables: BTreeMap<u64, u64>,
-    /// Clusters behind the end of the file that are referred to, and how often; of a repair only, and only those that
-    /// may lie inside the file when it is done. They read as zeroes and are not counted.
-    pub(super) beyond: BTreeMap<u64, u64>,
+    /// References that are not in `counts`; of a repair only.
+    pub(super) uncounted: Uncounted,
 }
 
 /// The walk and what it collects.
@@ -70,7 +63,7 @@ pub(super) struct Walk<'a, 'b> {
     /// L2 entries that a repair replaces, by their host offset: a table that is shared is visited more than once.
     pub(super) entries: BTreeMap<u64, L2Entry>,
     tables: BTreeMap<u64, u64>,
-    beyond: BTreeMap<u64, u64>,
+    uncounted: Uncounted,
     rebuild: bool,
     /// Clusters of the file.
     clusters: u64,
@@ -98,15 +91,15 @@ impl<'a, 'b> Walk<'a, 'b> {
             file_length,
             entries: BTreeMap::new(),
             tables: BTreeMap::new(),
-            beyond: BTreeMap::new(),
+            uncounted: Uncounted::new(clusters, target.options.limits.max_memory),
             rebuild: false,
             clusters,
         }
     }
 
     pub(super) fn finish(self) -> Walked {
-        let Self { counts, fragmentation, rebuild, entries, tables, beyond, .. } = self;
-        Walked { counts, fragmentation, rebuild, entries, tables, beyond }
+        let Self { counts, fragmentation, rebuild, entries, tables, uncounted, .. } = self;
+        Walked { counts, fragmentation, rebuild, entries, tables, uncounted }
     }
 
     /// Visits everything, in QEMU's order.
@@ -124,9 +117,9 @@ impl<'a, 'b> Walk<'a, 'b> {
         self.reference(header.snapshots_offset.get(), snapshots.length)?;
         let refcount_table = u64::from(header.refcount_table_clusters) * geometry.cluster_size();
         // Behind one that cannot be right are refcounts at most, no references.
-        let (hidden, beyond) = (self.tally.hidden, std::mem::take(&mut self.beyond));
+        let hidden = self.tally.hidden;
         self.reference(header.refcount_table_offset.get(), refcount_table)?;
-        (self.tally.hidden, self.beyond) = (hidden, beyond);
+        self.tally.hidden = hidden;
         if let Some((offset, length)) = header.crypto_header() {
             self.reference(offset.get(), length)?;
         }
@@ -149,27 +142,13 @@ impl<'a, 'b> Walk<'a, 'b> {
                      offset {offset:#x} size {length:#x}"
                 )
             });
-            return self.note_beyond(geometry.cluster_index(offset)..geometry.cluster_index(end - 1) + 1);
+            if self.target.repair.is_some() {
+                self.uncounted.note(geometry.cluster_index(offset)..geometry.cluster_index(end - 1) + 1)?;
+            }
+            return Ok(());
         }
         let first = geometry.cluster_index(offset);
         self.count(first, geometry.cluster_index(end - 1) - first + 1)
-    }
-
-    /// Notes clusters behind the end of the file, for a repair that may make the file longer.
-    fn note_beyond(&mut self, clusters: Range<u64>) -> Result<(), Stop> {
-        if self.target.repair.is_none() {
-            return Ok(());
-        }
-        // New refcount structures take less than this, with refcounts of 64 bits and clusters of 512 bytes too.
-        let reach = self.clusters + self.clusters / 16 + MIN_REACH;
-        for cluster in clusters.start.max(self.clusters)..clusters.end.min(reach) {
-            *self.beyond.entry(cluster).or_insert(0) += 1;
-        }
-        if self.beyond.len() as u64 > self.target.options.limits.max_memory / BEYOND_MEMORY {
-            let message = "the references behind the end of the file exceed the limit of memory";
-            return Err(Stop::Error(Error::new(ErrorKind::Limit, message)));
-        }
-        Ok(())
     }
 
     /// Counts one reference to each of `length` clusters.

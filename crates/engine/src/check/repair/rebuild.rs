@@ -14,6 +14,7 @@ use super::super::compare::Fix;
 use super::super::counts::ReferenceCounts;
 use super::super::snapshots::SnapshotTable;
 use super::super::stored::StoredRefcounts;
+use super::super::uncounted::Uncounted;
 use super::super::walk::Walked;
 use super::super::{Stop, Target};
 use super::REFCOUNT_TABLE_OFFSET;
@@ -26,8 +27,11 @@ pub(super) struct Builder<'a, 'b, 'c> {
     target: &'a Target<'a>,
     stored: &'b mut StoredRefcounts<'c>,
     counts: &'b ReferenceCounts,
-    /// Clusters behind the file that something refers to: the structures must not come to lie there.
-    beyond: &'b BTreeMap<u64, u64>,
+    uncounted: &'b Uncounted,
+    /// Clusters that something refers to without being counted: the structures must not come to lie there.
+    kept_clear: Vec<Range<u64>>,
+    /// Of those, the ones that count when the structures are in the file, and their references.
+    inside: BTreeMap<u64, u64>,
     fix: Fix,
     /// Of the new structures.
     geometry: Geometry,
@@ -78,10 +82,23 @@ impl<'a, 'b, 'c> Builder<'a, 'b, 'c> {
         fix: Fix,
         geometry: Geometry,
     ) -> Self {
-        let Walked { counts, beyond, .. } = walked;
+        let Walked { counts, uncounted, .. } = walked;
+        let (kept_clear, inside) = (uncounted.clusters(), BTreeMap::new());
         let old = target.header.geometry.cluster_index(target.header.refcount_table_offset.get());
         let old_table = old..old + u64::from(target.header.refcount_table_clusters);
-        Self { target, stored, counts, beyond, fix, geometry, taken: BTreeMap::new(), next: 0, old_table }
+        Self {
+            target,
+            stored,
+            counts,
+            uncounted,
+            kept_clear,
+            inside,
+            fix,
+            geometry,
+            taken: BTreeMap::new(),
+            next: 0,
+            old_table,
+        }
     }
 
     /// Writes all refcount structures, makes them durable, and enters their place into `header`.
@@ -106,10 +123,11 @@ impl<'a, 'b, 'c> Builder<'a, 'b, 'c> {
         if let Some(refcount) = self.taken.get(&cluster) {
             return Ok(*refcount);
         }
-        if let Some(references) = self.beyond.get(&cluster) {
-            return Ok(*references);
-        }
-        let counted = self.counts.get(cluster);
+        let counted = match self.inside.get(&cluster) {
+            // As the walk counts them: up to what a refcount can hold.
+            Some(more) => (self.counts.get(cluster).saturating_add(*more)).min(self.geometry.refcount_max()),
+            None => self.counts.get(cluster),
+        };
         if self.fix.leaks {
             return Ok(counted);
         }
@@ -120,9 +138,15 @@ impl<'a, 'b, 'c> Builder<'a, 'b, 'c> {
     fn is_free(&mut self, cluster: u64) -> Result<bool, Stop> {
         Ok(self.counts.get(cluster) == 0
             && !self.taken.contains_key(&cluster)
-            && !self.beyond.contains_key(&cluster)
+            && !self.is_kept_clear(cluster)
             && !self.old_table.contains(&cluster)
             && self.stored.get(cluster)?.is_none_or(|stored| stored == 0))
+    }
+
+    fn is_kept_clear(&self, cluster: u64) -> bool {
+        let behind = self.kept_clear.partition_point(|range| range.start <= cluster);
+        let range = behind.checked_sub(1).and_then(|index| self.kept_clear.get(index));
+        range.is_some_and(|range| range.contains(&cluster))
     }
 
     /// Takes `count` contiguous free clusters; returns the first.
@@ -189,12 +213,14 @@ impl<'a, 'b, 'c> Builder<'a, 'b, 'c> {
                 }
             }
         }
+        let file = geometry.clusters_for(self.target.storage.size()?);
         let mut table = (0, 0);
         loop {
-            // Clusters that were taken behind the file need blocks themselves, and so does what lies before them then.
+            // Clusters that were taken behind the file need blocks themselves, and so does what lies in front of them.
             let end = self.taken.keys().next_back().map_or(0, |last| last + 1);
-            let inside = self.beyond.range(..end).map(|(cluster, _)| cluster);
-            let missing: BTreeSet<u64> = self.taken.keys().chain(inside).map(|c| c / entries).collect();
+            self.inside = self.uncounted.inside(end.max(file))?;
+            let used = self.taken.keys().chain(self.inside.keys());
+            let missing: BTreeSet<u64> = used.map(|c| c / entries).collect();
             let missing: Vec<u64> = missing.into_iter().filter(|i| !blocks.contains_key(i)).collect();
             for &index in &missing {
                 blocks.insert(index, self.take(1)?);
