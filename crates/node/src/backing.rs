@@ -57,7 +57,7 @@ pub fn commit_image(
     start(&env, Ticket { request, job }, work)
 }
 
-/// Changes the backing file of an image that is open for writing, and closes the image. `new` is the new backing chain.
+/// Changes the backing file of an image that is open for writing, and closes the image. `chain` is the new backing chain.
 #[napi]
 #[allow(clippy::too_many_arguments, reason = "the arguments of one call from JavaScript")]
 pub fn rebase_image(
@@ -65,19 +65,19 @@ pub fn rebase_image(
     request: u32,
     job: u32,
     image: u32,
-    new: Option<u32>,
+    chain: Option<u32>,
     backing: Option<BackingInput>,
     compress: bool,
     concurrency: Option<u32>,
 ) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
     let top = runtime.image(image)?;
-    let new = new.map(|new| runtime.image(new)).transpose()?;
+    let chain = chain.map(|chain| runtime.image(chain)).transpose()?;
     let backing = backing.map(BackingInput::read);
     let options = RebaseOptions { compress, workers: workers(concurrency) };
     let work = move |job: &Job| {
-        top.run(|top| match &new {
-            Some(new) => new.run(|new| rebase(top, Some(new), backing.as_ref(), &options, job)),
+        top.run(|top| match &chain {
+            Some(chain) => chain.run(|chain| rebase(top, Some(chain), backing.as_ref(), &options, job)),
             None => rebase(top, None, backing.as_ref(), &options, job),
         })
     };
