@@ -44,6 +44,12 @@ export interface AccessOptions extends SharingOptions {
    * gives them up (`'unmap'`).
    */
   detectZeroes?: 'off' | 'on' | 'unmap' | undefined
+  /**
+   * Write refcounts late, as QEMU's option `lazy-refcounts`: the image is marked dirty while it is open, and one that is not closed
+   * is repaired when it is opened for writing the next time, by whichever program. Default false, also for an image that was created
+   * with `lazyRefcounts`, which allows this and does not demand it: refcounts seldom cost a sync here. Needs version 3.
+   */
+  lazyRefcounts?: boolean | undefined
 }
 
 /** The table entries of {@link AccessOptions}. */
@@ -53,6 +59,7 @@ export const ACCESS = {
   cache: oneOf('writeback', 'none', 'writethrough', 'directsync', 'unsafe'),
   discard: oneOf('ignore', 'unmap'),
   detectZeroes: oneOf('off', 'on', 'unmap'),
+  lazyRefcounts: flag,
 } as const
 
 /** How a chain's files are opened. */
@@ -76,10 +83,10 @@ export function toReadAccess({ locking = 'auto', forceShare }: Partial<Read<type
 
 /** Reads {@link AccessOptions}; what only makes sense for writing is refused without it. */
 export function toAccess(owner: string, read: Read<typeof ACCESS>): Access {
-  const { flags = 'r', cache, discard, detectZeroes } = read
+  const { flags = 'r', cache, discard, detectZeroes, lazyRefcounts } = read
   const reading = { ...toReadAccess(read), cache }
   if (flags === 'r') {
-    for (const [name, value] of Object.entries({ discard, detectZeroes })) {
+    for (const [name, value] of Object.entries({ discard, detectZeroes, lazyRefcounts })) {
       if (value !== undefined) throw invalidArgument(name, `${owner}: ${name} is for writing: it needs flags: 'r+'`)
     }
     return reading
@@ -87,5 +94,5 @@ export function toAccess(owner: string, read: Read<typeof ACCESS>): Access {
   if (read.forceShare) {
     throw invalidArgument('forceShare', `${owner}: forceShare is for reading: a writer excludes other writers`)
   }
-  return { ...reading, write: { cache, discard, detectZeroes } }
+  return { ...reading, write: { cache, discard, detectZeroes, lazyRefcounts } }
 }

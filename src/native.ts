@@ -74,6 +74,7 @@ export interface NativeWriting {
   readonly cache?: string | undefined
   readonly discard?: string | undefined
   readonly detectZeroes?: string | undefined
+  readonly lazyRefcounts?: boolean | undefined
 }
 
 export interface NativeLayerOptions {

@@ -124,6 +124,7 @@ describe('opening for writing', () => {
     ['locking', true],
     ['discard', 'on'],
     ['detectZeroes', true],
+    ['lazyRefcounts', 'on'],
   ])('%s: %j', async (name, value) => {
     const error = await failure(() => open(sound, { flags: 'r+', [name]: value } as OpenOptions))
     expect([error.code, error.field]).toEqual(['ERR_QCOW2_INVALID_ARGUMENT', expect.stringContaining(name)])

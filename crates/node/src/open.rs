@@ -210,6 +210,8 @@ pub struct WritingOptions {
     pub discard: Option<String>,
     /// `off` (the default), `on` or `unmap`.
     pub detect_zeroes: Option<String>,
+    /// Late refcounts.
+    pub lazy_refcounts: Option<bool>,
 }
 
 impl WritingOptions {
@@ -227,6 +229,7 @@ impl WritingOptions {
                 Some(other) => return Err(unknown("detectZeroes", other)),
             },
             flush_each: cache_mode(self.cache.as_deref())?.flushes_every_write(),
+            lazy_refcounts: self.lazy_refcounts == Some(true),
             ..WriteOptions::default()
         })
     }

@@ -114,6 +114,8 @@ impl Rig {
         let g = &self.geometry;
         let mut menu = Menu::new(g.cluster_size, g.size / SECTOR * SECTOR);
         menu.compression = g.data_file == DataFile::Internal && g.refcount_bits >= 8;
+        // Snapshots of version 2 do not say their size: the disk keeps its own.
+        menu.grow = g.version >= 3 || !g.snapshots();
         menu
     }
 

@@ -41,6 +41,10 @@ impl Layer {
     pub fn enable_writing(&mut self, options: WriteOptions) -> Result<()> {
         match self {
             Self::Qcow2(qcow2) => qcow2.enable_writing(options),
+            Self::Raw(raw) if options.lazy_refcounts => {
+                let error = Error::new(ErrorKind::InvalidArgument, "a raw disk has no refcounts");
+                Err(super::open::on_file(&**raw.storage(), error.with_field("lazy_refcounts")))
+            }
             Self::Raw(raw) if raw.storage().traits().writable => {
                 raw.set_write_options(&options);
                 Ok(())

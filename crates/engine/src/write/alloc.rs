@@ -20,6 +20,8 @@ use crate::{Error, ErrorKind, Result, Storage, StorageExt};
 const BATCH_BYTES: std::ops::RangeInclusive<u64> = (16 << 20)..=(128 << 20);
 /// Bytes of clusters that the pools keep; what is freed beyond goes back to the image.
 const POOL_BYTES: u64 = 256 << 20;
+/// Bytes of lazy refcounts that may wait.
+const LAZY_BYTES: usize = 256 << 10;
 /// Refcounts looked at in one search for free clusters inside the file.
 const SEARCH_BUDGET: u64 = 32 << 10;
 
@@ -298,8 +300,8 @@ impl Allocator {
         Ok(self.refcounts.get(cluster)? < self.geometry.refcount_max())
     }
 
-    /// Tops up the reservations and takes the refcounts to write: the first step of a flush.
-    pub(super) fn begin_flush(&mut self, metadata: &mut MetadataMap) -> Result<Vec<Write>> {
+    /// Tops up the reservations and takes the refcounts to write: the first step of a flush. `lazy`: none, unless many wait.
+    pub(super) fn begin_flush(&mut self, metadata: &mut MetadataMap, lazy: bool) -> Result<Vec<Write>> {
         let target = self.batch();
         if self.recent > 0 && self.ready.clean.total() + self.fresh.clean.total() < target / 2 {
             self.reserve(target, metadata)?;
@@ -310,7 +312,8 @@ impl Allocator {
                 self.settling.of(clean).insert(start, count);
             }
         }
-        Ok(self.refcounts.take_dirty())
+        let late = lazy && self.refcounts.waiting_bytes() <= LAZY_BYTES;
+        Ok(if late { Vec::new() } else { self.refcounts.take_dirty() })
     }
 
     /// The flush is done: its reservations are durable, its unlinked clusters are in quarantine, and what no request

@@ -41,7 +41,7 @@ impl Image {
                 Top::Qcow2(image, writer) => {
                     let _shared = writer.gate.read();
                     writer.check()?;
-                    self.flush_metadata(image, writer)
+                    self.flush_guest(image, writer)
                 }
             },
         }
@@ -65,6 +65,7 @@ impl Image {
                     let session = Session::begin(self)?;
                     self.store_bitmaps(&session)?;
                     writer.give_back(image)?;
+                    writer.mark_clean(image)?;
                     writer.close();
                 } else {
                     let _alone = writer.gate.write();
@@ -98,15 +99,25 @@ impl Image {
     /// Writes metadata early when much of it is waiting.
     pub(super) fn limit_dirty(&self, image: &Qcow2, writer: &Writer) -> Result<()> {
         let waiting = image.mapping.read().dirty.len() as u64 * image.slices.slice_bytes();
-        if waiting > DIRTY_BYTES { self.flush_metadata(image, writer) } else { Ok(()) }
+        if waiting > DIRTY_BYTES { self.flush_guest(image, writer) } else { Ok(()) }
     }
 
-    pub(crate) fn flush_metadata(&self, image: &Qcow2, writer: &Writer) -> Result<()> {
-        let _one = writer.flushing.lock();
-        writer.check()?;
-        let pending = take_pending(image);
-        writer.write_pending(image, pending).map_err(|e| writer.poison(e))
+    /// A guest's flush: refcounts stay behind where they are lazy.
+    pub(super) fn flush_guest(&self, image: &Qcow2, writer: &Writer) -> Result<()> {
+        flush_pending(image, writer, writer.options.lazy_refcounts)
     }
+
+    /// Makes everything durable, refcounts too.
+    pub(crate) fn flush_metadata(&self, image: &Qcow2, writer: &Writer) -> Result<()> {
+        flush_pending(image, writer, false)
+    }
+}
+
+fn flush_pending(image: &Qcow2, writer: &Writer, lazy: bool) -> Result<()> {
+    let _one = writer.flushing.lock();
+    writer.check()?;
+    let pending = take_pending(image);
+    writer.write_pending(image, pending, lazy).map_err(|e| writer.poison(e))
 }
 
 /// Takes what is waiting and begins a new epoch, at one moment. The slices stay where readers find them.
@@ -134,9 +145,9 @@ fn take_pending(image: &Qcow2) -> Pending {
 impl Writer {
     /// Refcounts, then L2 slices, then L1 entries; a sync between two of them only where the later one must not be
     /// durable first; a sync at the end.
-    fn write_pending(&self, image: &Qcow2, pending: Pending) -> Result<()> {
+    fn write_pending(&self, image: &Qcow2, pending: Pending, lazy: bool) -> Result<()> {
         let storage = image.storage();
-        let refcounts = self.alloc.lock().begin_flush(&mut self.metadata.lock())?;
+        let refcounts = self.alloc.lock().begin_flush(&mut self.metadata.lock(), lazy)?;
         let unchanged = refcounts.is_empty() && pending.slices.is_empty() && pending.l1.is_empty();
         for (offset, bytes) in refcounts {
             storage.write_all_at(Mem::from(bytes.as_slice()), offset)?;

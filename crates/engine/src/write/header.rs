@@ -38,6 +38,11 @@ impl Writer {
             self.write_autoclear(image, keep)?;
             changed = true;
         }
+        if self.options.lazy_refcounts {
+            // Before any refcount is late.
+            self.write_incompatible(image, header.incompatible | Incompatible::DIRTY)?;
+            changed = true;
+        }
         if changed {
             image.storage().flush().map_err(|e| self.poison(e))?;
         }
@@ -54,11 +59,25 @@ impl Writer {
     pub(super) fn mark_corrupt(&self, image: &Qcow2) {
         let header = image.header();
         if header.version >= 3 {
-            let bits = (header.incompatible | Incompatible::CORRUPT).bits();
+            let dirty = if self.options.lazy_refcounts { Incompatible::DIRTY } else { Incompatible::empty() };
             // The image is refused either way; a failure here adds nothing to the error that led here.
-            let _ = self.write_field(image, INCOMPATIBLE, &bits.to_be_bytes());
+            let _ = self.write_incompatible(image, header.incompatible | Incompatible::CORRUPT | dirty);
             let _ = image.storage().flush();
         }
+    }
+
+    /// Everything is in the file and durable: the image is no longer dirty.
+    pub(super) fn mark_clean(&self, image: &Qcow2) -> Result<()> {
+        if !self.options.lazy_refcounts {
+            return Ok(());
+        }
+        image.storage().flush().map_err(|e| self.poison(e))?;
+        self.write_incompatible(image, image.header().incompatible)?;
+        image.storage().flush().map_err(|e| self.poison(e))
+    }
+
+    fn write_incompatible(&self, image: &Qcow2, bits: Incompatible) -> Result<()> {
+        self.write_field(image, INCOMPATIBLE, &bits.bits().to_be_bytes())
     }
 
     /// Sets the virtual size.

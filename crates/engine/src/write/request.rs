@@ -87,7 +87,7 @@ impl Image {
                 self.preserve(range);
                 writer.bitmaps.mark(range);
                 request(Top::Qcow2(image, writer))?;
-                if writer.options.flush_each { self.flush_metadata(image, writer) } else { Ok(()) }
+                if writer.options.flush_each { self.flush_guest(image, writer) } else { Ok(()) }
             }
         }
     }

@@ -49,6 +49,9 @@ pub struct WriteOptions {
     pub detect_zeroes: DetectZeroes,
     /// Flush after every request: cache modes `writethrough` and `directsync`.
     pub flush_each: bool,
+    /// Mark the image dirty while it is open, and write refcounts late: QEMU's `lazy-refcounts`. One that is not closed
+    /// cleanly is repaired when it is opened again.
+    pub lazy_refcounts: bool,
     /// Level of compressed writes; the codec's default without one.
     pub compression_level: Option<u32>,
     /// Window of a zlib stream.
@@ -87,7 +90,7 @@ impl Writer {
     ///
     /// # Errors
     /// `ReadOnly`, `UnsupportedFeature` (encryption), `Corrupt` (the corrupt or the dirty bit, no refcount table),
-    /// `InvalidArgument` (a snapshot is viewed).
+    /// `InvalidArgument` (a snapshot is viewed; lazy refcounts in version 2).
     pub(crate) fn new(image: &Qcow2, options: WriteOptions) -> Result<Self> {
         let header = image.header();
         if !image.storage().traits().writable {
@@ -111,6 +114,10 @@ impl Writer {
             if header.incompatible.contains(bit) {
                 return Err(image.error(ErrorKind::Corrupt, reason).with_field("incompatible_features"));
             }
+        }
+        if options.lazy_refcounts && header.version < 3 {
+            let error = image.error(ErrorKind::InvalidArgument, "lazy refcounts need an image of version 3");
+            return Err(error.with_field("lazy_refcounts"));
         }
         if header.refcount_table_clusters == 0 {
             let error = image.error(ErrorKind::Corrupt, "the image has no refcount table");
