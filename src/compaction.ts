@@ -4,7 +4,7 @@ import type { NativeCompacted } from './native.js'
 import { flag, LONG_RUNNING, type LongRunning, oneOf, type Read } from './options.js'
 import { runJob } from './support/jobs.js'
 
-/** Options of {@link Image.compact}. */
+/** Options of {@link Image.compact}. Its progress is told in bytes of the image file. */
 export interface CompactOptions extends LongRunning {
   /**
    * `'in-place'`, the default: leaked clusters are freed, holes punched for all free host clusters, the file cut behind the last one in
@@ -14,7 +14,7 @@ export interface CompactOptions extends LongRunning {
   mode?: 'in-place' | 'rewrite' | undefined
   /** Give up clusters that hold nothing but zeroes, those of snapshots too. All data is read for that. Default false. */
   zeroes?: boolean | undefined
-  /** Change nothing: tell what would be had. Default false. */
+  /** Change nothing: tell what would be had. Needs no image that is open for writing. Default false. */
   dryRun?: boolean | undefined
 }
 

@@ -335,12 +335,10 @@ export class Image implements AsyncDisposable {
 
   /**
    * Gives the disk `size` bytes, a multiple of 512. Durable when it is done; a crash meanwhile leaves the old size or the new one. A
-   * new part reads as zeroes. What lies behind a smaller size is lost, so that needs `shrink: true`; its space is freed.
-   * Snapshots keep the size that they have; bitmaps follow the disk.
+   * new part reads as zeroes. What lies behind a smaller size is lost, so that needs `shrink: true`. Snapshots keep their size.
    *
-   * @throws {@link Qcow2Error} as {@link Image.write}; `ERR_QCOW2_DATA_LOSS` for a smaller size without `shrink`; `ERR_QCOW2_LIMIT` for
-   *   one that the format cannot address; `ERR_QCOW2_UNSUPPORTED_FEATURE` for a version 2 image with snapshots;
-   *   `ERR_QCOW2_CORRUPT` for an image with an inconsistent bitmap. Nothing is changed then
+   * @throws {@link Qcow2Error} as {@link Image.write}; with nothing changed `ERR_QCOW2_DATA_LOSS` for a smaller size without `shrink`,
+   *   `ERR_QCOW2_LIMIT`, `ERR_QCOW2_UNSUPPORTED_FEATURE` (version 2 with snapshots), `ERR_QCOW2_CORRUPT` (an inconsistent bitmap)
    */
   async truncate(size: Size, options?: TruncateOptions): Promise<void> {
     const wanted = toBytes(size, 'Image.truncate: size')
@@ -487,14 +485,11 @@ export class Image implements AsyncDisposable {
   }
 
   /**
-   * Gives back to the file system what the top layer does not need: leaked clusters, free ones, on request those of zeroes; and with
-   * `mode: 'rewrite'` makes the file short. What the disk and its snapshots read as stays, whatever interrupts it. Writes wait
-   * meanwhile, reads go on. An abort leaves a sound image, compacted in part. A dry run also works on an image that is
-   * open for reading. Progress is told in bytes of the file.
+   * Gives back to the file system what the top layer does not need; see {@link CompactOptions}. What the disk and its snapshots read
+   * as stays, whatever interrupts it. Writes wait meanwhile, reads go on. An abort leaves a sound image, compacted in part.
    *
-   * @throws {@link Qcow2Error} `ERR_QCOW2_CORRUPT` for an image with errors, which must be repaired first;
-   *   `ERR_QCOW2_UNSUPPORTED_FEATURE` for a raw image; `ERR_QCOW2_LIMIT` where the bookkeeping exceeds `maxMemory`;
-   *   `ERR_QCOW2_READ_ONLY`. Nothing is changed then. Else as {@link Image.write}
+   * @throws {@link Qcow2Error} with nothing changed: `ERR_QCOW2_CORRUPT` for an image that must be repaired first,
+   *   `ERR_QCOW2_UNSUPPORTED_FEATURE` for a raw image, `ERR_QCOW2_LIMIT`, `ERR_QCOW2_READ_ONLY`. Else as {@link Image.write}
    */
   async compact(options?: CompactOptions): Promise<CompactResult> {
     const read = readOptions(options, 'Image.compact', COMPACT)

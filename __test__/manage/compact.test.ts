@@ -60,7 +60,7 @@ describeWithQemu('compact', () => {
   ].map(shape => ({ size: 0, ...shape }) as Parameters<typeof create>[1])
 
   for (const [number, shape] of shapes.entries()) {
-    for (const mode of ['in-place'] as const) {
+    for (const mode of ['in-place', 'rewrite'] as const) {
       it(`${mode}: an image of ${JSON.stringify(shape)}`, async () => {
         const path = at(`used-${number}-${mode}.qcow2`)
         await used(path, { ...shape, overwrite: true })
@@ -89,6 +89,11 @@ describeWithQemu('compact', () => {
         expect(after.map((bytes, n) => bytes.equals(before[n] as Buffer))).toEqual(before.map(() => true))
         expect(ok(qemuImg('snapshot', '-l', path))).toBe(info)
         expect(result.fileLengthAfter).toBe(statSync(path).size)
+        if (mode === 'rewrite' && shape.dataFile === undefined) {
+          expect(result.movedClusters).toBeGreaterThan(0)
+          expect(result.fileLengthAfter).toBeLessThan(result.fileLengthBefore - MIB)
+          expect(result.fileLengthAfter).toBeLessThan(told.fileLengthAfter * 1.05 + 4 * (shape.clusterSize ?? 65536))
+        }
         expect(result.zeroClusters).toBe(told.zeroClusters)
         expect(result.zeroClusters).toBeGreaterThan(0)
         expect(result.reclaimedBytes).toBe(result.actualSizeBefore - result.actualSizeAfter)
@@ -111,7 +116,7 @@ describeWithQemu('compact', () => {
     const before = await disk(path)
     const image = await open(path, { flags: 'r+' })
     let done = false
-    const compacted = image.compact({ zeroes: true }).finally(() => {
+    const compacted = image.compact({ zeroes: true, mode: 'rewrite' }).finally(() => {
       done = true
     })
     const buffer = Buffer.alloc(MIB)
@@ -148,7 +153,7 @@ describeWithQemu('compact', () => {
     const path = at('aborted.qcow2')
     await used(path, { size: 0, clusterSize: 512 })
     const before = await disk(path)
-    for (const mode of ['in-place'] as const) {
+    for (const mode of ['in-place', 'rewrite'] as const) {
       const abort = new AbortController()
       const options = { mode, zeroes: true, signal: abort.signal, progressInterval: 1, onProgress: () => abort.abort() }
       const stopped = await compact(path, options).then(
@@ -207,6 +212,7 @@ describeWithQemu('compact', () => {
     const said = ok(qcow2('compact', '--zeroes', '-p', path))
     expect(said).toMatch(/\(100.00\/100%\)\r\nreclaimed: [\s\S]*\nclusters: \d+ of zeroes\n$/)
     expect(before - space(path)).toBeGreaterThan(MIB / 2)
+    expect(ok(qcow2('compact', '--rewrite', path))).toMatch(/\nfile length: .* -> .*\nclusters: \d+ moved\n$/)
     ok(qemuImg('check', path))
     for (const [args, message] of [
       [['-f', 'raw', path], 'This image format does not support compaction'],

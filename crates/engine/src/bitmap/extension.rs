@@ -26,7 +26,7 @@ struct Chain {
 
 impl Session<'_> {
     /// Offset of the bitmaps extension's data in the file.
-    pub(super) fn find_extension(&self) -> Result<Option<u64>> {
+    pub(crate) fn find_extension(&self) -> Result<Option<u64>> {
         Ok(self.chain(&self.first_cluster()?)?.bitmaps)
     }
 

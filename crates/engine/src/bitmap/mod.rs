@@ -9,6 +9,7 @@ mod copy;
 mod directory;
 mod extension;
 mod manage;
+mod relocate;
 mod stored;
 mod tracked;
 

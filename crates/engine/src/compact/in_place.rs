@@ -37,7 +37,8 @@ impl Session<'_> {
         if options.zeroes {
             self.give_up_zeroes(job, result)?;
         }
-        self.punch_free(job)
+        self.punch_free(job)?;
+        if options.rewrite { self.rewrite(job, result) } else { Ok(()) }
     }
 
     /// Gives every cluster the refcount that its references make. Returns how many had too high a one.

@@ -3,7 +3,7 @@
 //! **In place** ([`in_place`]): leaked clusters are freed, clusters that hold nothing but zeroes given up (on request),
 //! holes punched for every free host cluster, and the file cut behind the last one in use.
 //!
-//! **Rewriting**: then clusters are moved from the end of the file into the free ones further down, so
+//! **Rewriting** ([`rewrite`]): then clusters are moved from the end of the file into the free ones further down, so
 //! that the file becomes short, in batches, without a second copy of the data.
 //!
 //! **Crash rule.** Every change keeps what the disk and the snapshots read as. A move is: take a free cluster and give
@@ -17,7 +17,12 @@
 
 mod holes;
 mod in_place;
+mod l2_tables;
+mod packing;
+mod rewrite;
+mod structures;
 mod survey;
+mod sweep;
 
 use crate::check::{CheckOptions, References, count_references};
 use crate::image::{Image, Layer, Qcow2, read_header};
@@ -81,10 +86,6 @@ impl Image {
                 let references = references(image, job)?;
                 survey::estimate(image, &references, options, self.layers().len() > 1, job)
             });
-        }
-        if options.rewrite {
-            let message = "moving clusters is not in this version: compaction in place is";
-            return Err(image.error(ErrorKind::UnsupportedFeature, message));
         }
         let session = Session::begin(self)?;
         session.writer.restart_allocation(image)?;

@@ -35,6 +35,8 @@ pub(super) fn collect(
     let mut at = start;
     while at < end && walk.out.len() - first < most {
         job.checkpoint()?;
+        // Keeps tables that are planned with from being used again.
+        let _pin = layers.first().and_then(Layer::as_qcow2).and_then(Qcow2::pin);
         let step = usual.max(hole(layers, at)).min(end - at);
         walk.range(at, step)?;
         at += step;

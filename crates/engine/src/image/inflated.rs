@@ -91,6 +91,17 @@ impl Inflate<'_> {
     }
 }
 
+/// Whether `data` inflates to `cluster`, all of it.
+pub(super) fn inflates(compression: CompressionType, data: &[u8], cluster: &mut [u8]) -> bool {
+    SCRATCH.with_borrow_mut(|scratch| {
+        let context = match compression {
+            CompressionType::Zlib => context(&mut scratch.zlib, Codec::Zlib),
+            CompressionType::Zstd => context(&mut scratch.zstd, Codec::Zstd),
+        };
+        context.is_ok_and(|context| context.decompress(data, cluster).is_ok())
+    })
+}
+
 fn context(slot: &mut Option<Decompressor>, codec: Codec) -> Result<&mut Decompressor> {
     if slot.is_none() {
         let made = Decompressor::new(codec);

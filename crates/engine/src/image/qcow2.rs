@@ -223,6 +223,11 @@ impl Qcow2 {
         }
     }
 
+    /// Whether `data` inflates to a whole cluster.
+    pub(crate) fn inflates(&self, data: &[u8], cluster: &mut [u8]) -> bool {
+        super::inflated::inflates(self.header.compression_type, data, cluster)
+    }
+
     /// An error in this image's file.
     pub(crate) fn error(&self, kind: ErrorKind, message: impl Into<String>) -> Error {
         super::open::on_file(&*self.storage, Error::new(kind, message))

@@ -311,6 +311,6 @@ fn parse_all(mut bytes: &[u8]) -> Option<Vec<SnapshotRecord>> {
     Some(records)
 }
 
-pub(super) fn encode_words(words: &[u64]) -> Vec<u8> {
+pub(crate) fn encode_words(words: &[u64]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_be_bytes()).collect()
 }

@@ -12,5 +12,6 @@ mod session;
 mod shrink;
 mod tree;
 
+pub(crate) use execute::encode_words;
 pub use plan::{L1Source, NewSnapshot, Plan, Record, Step, Tree};
 pub(crate) use session::Session;

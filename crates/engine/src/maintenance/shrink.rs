@@ -41,6 +41,7 @@ impl Session<'_> {
         }
         let mut l1 = old_l1.clone();
         l1.resize(entries, 0);
+        let mut table_offset = None;
         if let Some(cut) = &cut {
             let mut table = cut.bytes.clone();
             table.get_mut(cut.kept..).unwrap_or_default().fill(0);
@@ -49,6 +50,7 @@ impl Session<'_> {
             if let Some(entry) = l1.get_mut(cut.l1_index) {
                 *entry = L1Entry::new(HostOffset(offset), true).0;
             }
+            table_offset = Some(offset);
         }
         let offset = self.allocate(entries as u64 * 8)?;
         self.write_table(offset, encode_words(&l1))?;
@@ -64,8 +66,19 @@ impl Session<'_> {
         self.writer.bitmaps.resize(size, self.image.limits().max_memory)?;
         self.free_behind(&gone, cut.as_ref())?;
         self.unlink(former, old_l1.len() as u64 * 8);
-        self.barrier()?;
-        self.cut_contents(size)
+        self.cut_contents(size)?;
+        self.lower(table_offset, offset)
+    }
+
+    /// The new tables were written behind everything: they go down into what became free, so that the file is short.
+    fn lower(&self, l2_table: Option<u64>, l1: u64) -> Result<()> {
+        let g = self.geometry();
+        self.free_now()?;
+        if let Some(offset) = l2_table {
+            self.lower_l2_table(offset, g.cluster_index(offset))?;
+        }
+        self.move_active_l1(g.cluster_index(l1))?;
+        self.free_now()
     }
 
     /// The L2 table that has entries on both sides of the new end, where one behind it is in use.

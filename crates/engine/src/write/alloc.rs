@@ -83,7 +83,7 @@ pub(crate) struct Allocator {
     settling: Pool,
     quarantine: Quarantine,
     /// First cluster behind everything in use.
-    end: u64,
+    pub(super) end: u64,
     /// Where the search for free clusters inside the file goes on.
     search: u64,
     /// Behind the last allocation: going on there keeps the file in guest order.

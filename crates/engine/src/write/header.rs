@@ -86,7 +86,7 @@ impl Writer {
     }
 
     /// Sets size and place of the L1 table in one write.
-    pub(super) fn write_l1_place(&self, image: &Qcow2, entries: u32, offset: u64) -> Result<()> {
+    pub(crate) fn write_l1_place(&self, image: &Qcow2, entries: u32, offset: u64) -> Result<()> {
         let mut bytes = [0u8; 12];
         let (first, second) = bytes.split_at_mut(4);
         first.copy_from_slice(&entries.to_be_bytes());

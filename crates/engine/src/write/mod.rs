@@ -30,6 +30,7 @@ mod preallocate;
 mod quarantine;
 mod ranges;
 mod refcounts;
+mod relocate;
 mod request;
 mod resize;
 mod sync;

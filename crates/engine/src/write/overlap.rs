@@ -79,7 +79,7 @@ impl MetadataMap {
     }
 
     /// Records a new L2 table or refcount block.
-    pub(super) fn add(&mut self, cluster: u64) {
+    pub(crate) fn add(&mut self, cluster: u64) {
         self.clusters.insert(cluster);
     }
 

@@ -17,22 +17,22 @@ const PIECE: usize = 4096;
 
 #[derive(Debug)]
 pub(crate) struct Refcounts {
-    storage: Arc<dyn Storage>,
-    geometry: Geometry,
-    table: Vec<u64>,
-    table_offset: u64,
-    blocks: HashMap<u64, Block>,
+    pub(super) storage: Arc<dyn Storage>,
+    pub(super) geometry: Geometry,
+    pub(super) table: Vec<u64>,
+    pub(super) table_offset: u64,
+    pub(super) blocks: HashMap<u64, Block>,
     clock: u64,
     /// Bytes of changed pieces.
     waiting: usize,
 }
 
 #[derive(Debug)]
-struct Block {
-    offset: u64,
-    bytes: Vec<u8>,
+pub(super) struct Block {
+    pub(super) offset: u64,
+    pub(super) bytes: Vec<u8>,
     /// Pieces that differ from the file.
-    dirty: BTreeSet<usize>,
+    pub(super) dirty: BTreeSet<usize>,
     used: u64,
 }
 
@@ -149,7 +149,7 @@ impl Refcounts {
     }
 
     /// The block that counts `cluster`, or `None` where there is none.
-    fn block(&mut self, cluster: u64) -> Result<Option<&mut Block>> {
+    pub(super) fn block(&mut self, cluster: u64) -> Result<Option<&mut Block>> {
         let index = self.geometry.refcount_table_index(cluster);
         self.clock += 1;
         let clock = self.clock;
@@ -323,7 +323,7 @@ impl Refcounts {
 }
 
 /// `refcount_table_offset` and `refcount_table_clusters`, which are neighbours in the header: one write changes both.
-fn header_fields(offset: u64, clusters: u64) -> [u8; 12] {
+pub(super) fn header_fields(offset: u64, clusters: u64) -> [u8; 12] {
     let mut bytes = [0u8; 12];
     let (first, second) = bytes.split_at_mut(8);
     first.copy_from_slice(&offset.to_be_bytes());

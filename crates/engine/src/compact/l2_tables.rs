@@ -1,0 +1,122 @@
+//! Moving L2 tables: the L1 entries that refer to them follow.
+
+use qcow2_format::l1::OFFSET_MASK;
+use qcow2_format::{HostOffset, L1Entry};
+
+use super::survey::{Table, tables};
+use crate::image::decode_words;
+use crate::maintenance::Session;
+use crate::{Job, MemMut, Result, StorageExt};
+
+/// Bytes of tables that move between two syncs.
+const BATCH_BYTES: u64 = 32 << 20;
+
+/// Where an L1 entry is.
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    /// Host offset of the table that the entry refers to.
+    table: u64,
+    /// Index of the snapshot; `None` for the active L1 table.
+    snapshot: Option<usize>,
+    index: usize,
+    word: u64,
+}
+
+impl Session<'_> {
+    /// Moves the L2 tables behind cluster `bound` below it. Returns how many.
+    pub(super) fn move_l2_tables(&self, bound: u64, job: &Job) -> Result<u64> {
+        let g = self.geometry();
+        let mut high = tables(self.image)?;
+        high.retain(|table| g.cluster_index(table.offset) >= bound);
+        if high.is_empty() {
+            return Ok(0);
+        }
+        let places = self.places(bound)?;
+        let mut moved = 0;
+        for batch in high.chunks((BATCH_BYTES / g.cluster_size()).max(1) as usize) {
+            job.checkpoint()?;
+            moved += self.move_batch(batch, &places, bound)?;
+        }
+        Ok(moved)
+    }
+
+    /// Moves one L2 table, of the active disk alone, to the lowest place before cluster `limit`.
+    pub(crate) fn lower_l2_table(&self, offset: u64, limit: u64) -> Result<u64> {
+        let table = Table { offset, l1_index: 0, weight: 1 };
+        let mut places = self.places(self.geometry().cluster_index(offset))?;
+        places.retain(|place| place.table == offset);
+        self.move_batch(&[table], &places, limit)
+    }
+
+    fn move_batch(&self, batch: &[Table], places: &[Place], bound: u64) -> Result<u64> {
+        let g = self.geometry();
+        let mut moves = Vec::new();
+        let mut bytes = vec![0u8; g.cluster_len()];
+        for table in batch {
+            let Some(to) = self.take_low(g.cluster_size(), bound)? else { break };
+            self.set_refcount(g.cluster_index(to), table.weight)?;
+            self.read(table.offset, &mut bytes)?;
+            self.write(to, &bytes)?;
+            moves.push((*table, to));
+        }
+        self.barrier()?;
+        for &(table, to) in &moves {
+            self.image.slices.remove_table(to, g.cluster_size());
+            self.writer.with_alloc(|_, metadata| {
+                metadata.add(g.cluster_index(to));
+                Ok(())
+            })?;
+            let first = places.partition_point(|place| place.table < table.offset);
+            let users = places.iter().skip(first).take_while(|place| place.table == table.offset);
+            for place in users {
+                self.refer(place, to)?;
+            }
+            (0..table.weight).for_each(|_| self.unlink(table.offset, g.cluster_size()));
+        }
+        self.free_now()?;
+        Ok(moves.len() as u64)
+    }
+
+    /// Changes one L1 entry, its flag kept.
+    fn refer(&self, place: &Place, to: u64) -> Result<()> {
+        let word = place.word & !OFFSET_MASK | to;
+        match place.snapshot {
+            Some(number) => {
+                let snapshots = self.image.snapshots();
+                let l1 = snapshots.get(number).map_or(HostOffset(0), |record| record.l1_table_offset);
+                self.write(l1.0 + place.index as u64 * 8, &word.to_be_bytes())
+            }
+            None => {
+                let mut mapping = self.image.mapping.write();
+                if let Some(entry) = mapping.l1.get_mut(place.index) {
+                    *entry = word;
+                }
+                mapping.dirty_l1.insert(place.index);
+                mapping.generation += 1;
+                Ok(())
+            }
+        }
+    }
+
+    /// The L1 entries that refer to tables behind `bound`, by table.
+    fn places(&self, bound: u64) -> Result<Vec<Place>> {
+        let g = self.geometry();
+        let mut places = Vec::new();
+        let mut add = |l1: &[u64], snapshot| {
+            for (index, &word) in l1.iter().enumerate() {
+                let table = L1Entry(word).offset_bits();
+                if table != 0 && g.cluster_index(table) >= bound {
+                    places.push(Place { table, snapshot, index, word });
+                }
+            }
+        };
+        add(&self.image.mapping.read().l1, None);
+        for (number, record) in self.image.snapshots().iter().enumerate() {
+            let mut bytes = vec![0u8; record.l1_size as usize * 8];
+            self.image.storage().read_exact_at(MemMut::from(&mut bytes[..]), record.l1_table_offset.0)?;
+            add(&decode_words(&bytes), Some(number));
+        }
+        places.sort_unstable_by_key(|place| place.table);
+        Ok(places)
+    }
+}

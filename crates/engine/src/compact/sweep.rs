@@ -1,0 +1,247 @@
+//! Moving what L2 tables refer to: data clusters, and compressed data.
+
+use std::collections::HashMap;
+
+use qcow2_format::{HostOffset, L2Mapping};
+
+use super::in_place::{BATCH_SLICES, Edits};
+use super::packing::Packing;
+use super::survey::{Table, entry_at, guest_of, read_words, tables};
+use crate::maintenance::Session;
+use crate::{Job, Mem, MemMut, Result, StorageExt};
+
+/// Bytes copied between two syncs.
+const BATCH_BYTES: u64 = 64 << 20;
+/// Bytes copied in one request.
+const COPY_BYTES: u64 = 2 << 20;
+/// Bytes of memory for a cluster whose new place is remembered.
+const REMEMBERED: u64 = 64;
+
+/// One pass over all L2 tables.
+pub(super) struct Sweep<'s, 'a> {
+    pub(super) session: &'s Session<'a>,
+    /// What is at or behind this cluster moves below it.
+    pub(super) bound: u64,
+    /// No free cluster lies before this one.
+    cursor: u64,
+    /// New place of clusters that more entries refer to, and how many references are still to be seen.
+    forward: HashMap<u64, (u64, u64)>,
+    /// Most clusters and compressed clusters that are remembered.
+    pub(super) most: u64,
+    pub(super) packing: Packing,
+    pub(super) edits: Edits,
+    /// Copy that waits for more of its kind: first cluster, its new place, number.
+    waiting: Option<(u64, u64, u64)>,
+    pub(super) copied: u64,
+    pub(super) moved: u64,
+    buffer: Vec<u8>,
+}
+
+impl<'s, 'a> Sweep<'s, 'a> {
+    pub(super) fn new(session: &'s Session<'a>, bound: u64) -> Result<Self> {
+        let most = session.image.limits().max_memory / 4 / REMEMBERED;
+        Ok(Self {
+            session,
+            bound,
+            cursor: 1,
+            forward: HashMap::new(),
+            most,
+            packing: Packing::new(session.image)?,
+            edits: Edits::default(),
+            waiting: None,
+            copied: 0,
+            moved: 0,
+            buffer: Vec::new(),
+        })
+    }
+
+    /// Clusters moved.
+    pub(super) fn moved(&self) -> u64 {
+        self.moved
+    }
+
+    /// Visits every table; `progress` is what of the job is left to tell.
+    pub(super) fn all(&mut self, job: &Job, progress: &mut u64) -> Result<()> {
+        if self.session.image.header().has_data_file() {
+            // Its clusters are where the guest's are.
+            return Ok(());
+        }
+        let tables = tables(self.session.image)?;
+        self.find_starts(&tables, job)?;
+        let share = *progress / (tables.len() as u64).max(1);
+        for table in tables {
+            let swept = self.table(table, job);
+            if swept.as_ref().is_err_and(|e| e.kind() != crate::ErrorKind::Aborted) {
+                return swept;
+            }
+            if swept.is_err() {
+                // What began is completed.
+                self.commit()?;
+                self.forget_rest()?;
+                return swept;
+            }
+            job.advance(share);
+            *progress -= share;
+        }
+        self.commit()?;
+        self.forget_rest()
+    }
+
+    fn table(&mut self, table: Table, job: &Job) -> Result<()> {
+        let image = self.session.image;
+        let g = self.session.geometry();
+        let mut words = read_words(image, table.offset)?;
+        let slice_words = (image.slices.slice_bytes() / 8) as usize;
+        let per_slice = image.slices.entries() as usize;
+        for first in (0..g.l2_entries() as usize).step_by(per_slice) {
+            job.checkpoint()?;
+            let mut changed = false;
+            for number in first..first + per_slice {
+                let entry = entry_at(image, &words, number);
+                if entry.word == 0 {
+                    continue;
+                }
+                let mapping = image.decode_entry(entry, guest_of(image, table.l1_index, number))?;
+                if let Some(new) = self.relocate(&mapping, table.weight)? {
+                    image.slices.set_entry(&mut words, number as u64, new.encode(&g));
+                    changed = true;
+                }
+            }
+            if changed {
+                let start = first / per_slice * slice_words;
+                let slice = words.get(start..start + slice_words).unwrap_or_default().to_vec();
+                self.edits.slices.push((table.offset + start as u64 * 8, slice));
+            }
+            if self.copied >= BATCH_BYTES || self.edits.slices.len() >= BATCH_SLICES || self.edits.are_many()
+            {
+                self.commit()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The entry that refers to the new place; `None` where nothing moves.
+    fn relocate(&mut self, mapping: &L2Mapping, weight: u64) -> Result<Option<L2Mapping>> {
+        let mut new = *mapping;
+        let host = match &mut new {
+            L2Mapping::Unallocated => return Ok(None),
+            L2Mapping::Compressed(descriptor) => {
+                let moved = self.move_compressed(descriptor, weight)?;
+                return Ok(moved.map(L2Mapping::Compressed));
+            }
+            L2Mapping::Data { host, .. }
+            | L2Mapping::Zero { host: Some(host), .. }
+            | L2Mapping::Subclusters { host: Some(host), .. } => host,
+            L2Mapping::Zero { host: None, .. } | L2Mapping::Subclusters { host: None, .. } => {
+                return Ok(None);
+            }
+        };
+        let g = self.session.geometry();
+        let cluster = g.cluster_index(host.0);
+        if cluster < self.bound {
+            return Ok(None);
+        }
+        let Some(to) = self.move_cluster(cluster, weight)? else { return Ok(None) };
+        self.edits.unlinked.push((host.0, weight));
+        *host = HostOffset(to * g.cluster_size());
+        Ok(Some(new))
+    }
+
+    /// Where the cluster is now; `None` where it stays.
+    fn move_cluster(&mut self, cluster: u64, weight: u64) -> Result<Option<u64>> {
+        if let Some((to, left)) = self.forward.get_mut(&cluster) {
+            let to = *to;
+            *left = left.saturating_sub(weight);
+            if *left == 0 {
+                self.forward.remove(&cluster);
+            }
+            return Ok(Some(to));
+        }
+        let references = self.session.refcount(cluster)?;
+        if references > weight && self.forward.len() as u64 >= self.most {
+            return Ok(None);
+        }
+        let Some(to) = self.lowest(1)? else { return Ok(None) };
+        self.session.set_refcount(to, references)?;
+        self.copy(cluster, to)?;
+        self.moved += 1;
+        if references > weight {
+            self.forward.insert(cluster, (to, references - weight));
+        }
+        Ok(Some(to))
+    }
+
+    /// The lowest free clusters below the bound. They are taken by giving them a refcount.
+    pub(super) fn lowest(&mut self, count: u64) -> Result<Option<u64>> {
+        let (cursor, bound) = (self.cursor, self.bound);
+        let found = self.session.writer.with_alloc(|alloc, _| alloc.lowest_free(count, cursor, bound))?;
+        if count == 1 {
+            self.cursor = found.unwrap_or(bound);
+        }
+        Ok(found)
+    }
+
+    /// Copies a cluster, with its neighbours where those follow.
+    fn copy(&mut self, from: u64, to: u64) -> Result<()> {
+        let size = self.session.geometry().cluster_size();
+        self.copied += size;
+        match &mut self.waiting {
+            Some((first, place, count))
+                if *first + *count == from && *place + *count == to && (*count + 1) * size <= COPY_BYTES =>
+            {
+                *count += 1;
+                Ok(())
+            }
+            _ => {
+                self.copy_waiting()?;
+                self.waiting = Some((from, to, 1));
+                Ok(())
+            }
+        }
+    }
+
+    fn copy_waiting(&mut self) -> Result<()> {
+        let Some((from, to, count)) = self.waiting.take() else { return Ok(()) };
+        let storage = self.session.image.storage();
+        let size = self.session.geometry().cluster_size();
+        let (from, to, length) = (from * size, to * size, count * size);
+        let end = storage.size()?;
+        let run = storage.run_at(from.min(end.saturating_sub(1))).map_err(|e| storage.failure(e, "lseek"))?;
+        let written = if !run.data && run.end >= (from + length).min(end) {
+            storage.zero(to, length, true)
+        } else {
+            self.buffer.resize(length as usize, 0);
+            storage.read_padded_at(MemMut::from(&mut self.buffer[..]), from)?;
+            storage.write_all_at(Mem::from(&self.buffer[..]), to)
+        };
+        written.map_err(|e| self.session.writer.poison(e))
+    }
+
+    /// Makes the copies durable, then the entries that refer to them, then frees what these no longer refer to.
+    fn commit(&mut self) -> Result<()> {
+        self.copy_waiting()?;
+        self.copied = 0;
+        let edits = std::mem::take(&mut self.edits);
+        if edits.slices.is_empty() {
+            return Ok(());
+        }
+        self.session.barrier()?;
+        self.session.publish(edits).map(drop)
+    }
+
+    /// After a cancellation: references that were not seen stay with the old place, and are not counted at the new one.
+    fn forget_rest(&mut self) -> Result<()> {
+        if self.forward.is_empty() {
+            return Ok(());
+        }
+        for (_, (to, left)) in std::mem::take(&mut self.forward) {
+            let counted = self.session.refcount(to)?;
+            self.session.set_refcount(to, counted.saturating_sub(left))?;
+        }
+        self.session.barrier()?;
+        let l1 = self.session.image.mapping.read().l1.clone();
+        let l1 = self.session.rewrite_copied(&l1, true)?;
+        self.session.write_active_l1(l1)?;
+        self.session.barrier()
+    }
+}
