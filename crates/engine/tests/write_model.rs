@@ -26,14 +26,6 @@ fn sparse_of(path: &Path) -> Sparse {
     sparse
 }
 
-fn menu(geometry: &Geometry, size: u64, granularity: u64) -> Menu {
-    let mut menu = Menu { granularity, ..Menu::new(geometry.cluster_size, size) };
-    menu.compression = geometry.data_file == DataFile::Internal && geometry.refcount_bits >= 8;
-    // QEMU cannot grow such images either.
-    menu.grow = geometry.version >= 3 || !geometry.snapshots();
-    menu
-}
-
 /// An image, the model beside it, and how requests reach it.
 struct Run<'a> {
     path: &'a Path,
@@ -165,7 +157,7 @@ fn run(qemu: &Qemu, case: &Case, opening: Opening, split: Option<u64>, count: us
         split: split.map(Rng::new),
         what,
     };
-    let menu = menu(&case.geometry, run.disk.size(), 1);
+    let menu = Menu { size: run.disk.size(), granularity: 1, ..case.geometry.menu() };
     for (generation, op) in (1u32..).zip(menu.sequence(case.seed, count)) {
         run.apply(op, generation);
     }
@@ -221,7 +213,7 @@ fn qemu_io_ends_with_the_same_disk() {
         let case = Case { geometry: geometry.clone(), seed: 11 };
         let twin = case.build(&qemu);
         let made = case.build(&qemu);
-        let mut menu = menu(&geometry, made.disk.size(), SECTOR);
+        let mut menu = Menu { size: made.disk.size(), granularity: SECTOR, ..geometry.menu() };
         // What QEMU refuses, or promises less for than we do.
         (menu.compression, menu.discard, menu.grow) = (false, false, false);
         let ops = menu.sequence(case.seed, 60);
@@ -298,7 +290,7 @@ fn preallocated_images_keep_to_the_model() {
             split: None,
             what: options.to_owned(),
         };
-        let menu = menu(&geometry, size, 1);
+        let menu = Menu { size, granularity: 1, ..geometry.menu() };
         (1u32..).zip(menu.sequence(3, 80)).for_each(|(generation, op)| run.apply(op, generation));
         run.finish(&qemu);
     }

@@ -71,6 +71,17 @@ pub const IN_SNAPSHOT: u32 = 2;
 /// Generation of what the active disk contains at the start.
 pub const AT_START: u32 = 4;
 
+impl Geometry {
+    /// The operations that an image of this geometry has.
+    pub fn menu(&self) -> Menu {
+        let mut menu = Menu::new(self.cluster_size, self.size / SECTOR * SECTOR);
+        menu.compression = self.data_file == DataFile::Internal && self.refcount_bits >= 8;
+        // Snapshots of version 2 do not say the size of their disk.
+        menu.grow = self.version >= 3 || !self.snapshots();
+        menu
+    }
+}
+
 impl Rig {
     /// An image with every kind of cluster, and with a snapshot where the geometry has them.
     pub fn forge(geometry: &Geometry, seed: u64) -> Self {
@@ -111,12 +122,7 @@ impl Rig {
 
     /// The operations that this geometry has.
     pub fn menu(&self) -> Menu {
-        let g = &self.geometry;
-        let mut menu = Menu::new(g.cluster_size, g.size / SECTOR * SECTOR);
-        menu.compression = g.data_file == DataFile::Internal && g.refcount_bits >= 8;
-        // Snapshots of version 2 do not say their size: the disk keeps its own.
-        menu.grow = g.version >= 3 || !g.snapshots();
-        menu
+        self.geometry.menu()
     }
 
     /// Opens the disk on these files, in the order of [`Rig::files`].
