@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use qcow2_engine::check::{CheckOptions, check};
+use qcow2_engine::storage::DirectStorage;
 use qcow2_engine::{Discard, Job, Storage, WriteOptions};
 use qcow2_testkit::audit::audit;
 use qcow2_testkit::crash::{Durability, FIRST_GENERATION, History, Scope, Session, State};
@@ -191,16 +192,18 @@ fn share_tables(rig: &mut Rig, qemu: &Qemu) {
     }
 }
 
-/// Plays a sequence on an image and judges about `random` states and all simple ones.
-fn explore(geometry: &Geometry, seed: u64, ops: usize, random: usize, flush_each: bool, qemu: Option<&Qemu>) {
+/// Plays a sequence on an image and judges about `random` states and all simple ones. `block`: bytes of what the file
+/// takes as a whole, 1 with a page cache.
+fn explore(geometry: &Geometry, seed: u64, (ops, random): (usize, usize), block: u32, qemu: Option<&Qemu>) {
+    let flush_each = seed.is_multiple_of(5);
     let mut rig = Rig::forge(geometry, seed);
     if let Some(qemu) = qemu.filter(|_| geometry.snapshots()) {
         share_tables(&mut rig, qemu);
     }
     let durability = if flush_each { Durability::Each } else { Durability::Flush };
-    let (mut session, files) = Session::new(rig.files(), durability);
-    let files: Vec<Arc<dyn Storage>> = files.into_iter().map(|f| f as Arc<dyn Storage>).collect();
-    let what = format!("{} seed {seed} flush_each {flush_each}", geometry.name());
+    let (mut session, files) = Session::aligned(rig.files(), durability, block);
+    let files: Vec<_> = files.into_iter().map(|f| DirectStorage::over(f as Arc<dyn Storage>)).collect();
+    let what = format!("{} seed {seed} flush_each {flush_each} block {block}", geometry.name());
     let open = || rig.open(&files, &writable(flush_each)).map(|i| Box::new(i) as Box<dyn Target>);
     session.start(&rig.open(&files, &Opening::default()).unwrap_or_else(|e| panic!("{what}: {e:?}")));
     let mut sequence = rig.menu().sequence(seed, ops);
@@ -239,10 +242,38 @@ fn no_power_cut_loses_or_corrupts() {
         (1..=rounds).flat_map(|seed| geometries.iter().map(move |g| (g.clone(), seed))).collect();
     let cases: Vec<_> = cases.into_iter().filter(|(g, _)| g.name().contains(&only)).collect();
     let before = JUDGED.load(Ordering::Relaxed);
-    on_all_cores(&cases, |(geometry, seed)| explore(geometry, *seed, 30, 120, seed % 5 == 0, qemu.as_ref()));
+    on_all_cores(&cases, |(geometry, seed)| explore(geometry, *seed, (30, 120), 1, qemu.as_ref()));
     let judged = JUDGED.load(Ordering::Relaxed) - before;
     eprintln!("{judged} crash states of {} sequences", cases.len());
     assert!(judged >= wanted / 2 || !only.is_empty(), "only {judged} states");
+}
+
+/// Past the page cache, a write of a part of a block rewrites the block, and one behind the end makes the file longer than
+/// it is to be for a moment.
+#[test]
+fn no_power_cut_past_the_page_cache_loses_or_corrupts() {
+    let wanted = wanted_states().unwrap_or(1500) / 2;
+    let plain = Geometry::plain;
+    let geometries = [
+        plain(512),
+        Geometry { refcount_bits: 1, ..plain(1024) },
+        Geometry { backing: Backing::ShorterRaw, ..plain(4096) },
+        Geometry { extended_l2: true, ..plain(16384) },
+        plain(65536),
+        Geometry { data_file: DataFile::ExternalRaw, ..plain(4096) },
+    ];
+    let rounds = (wanted / (250 * geometries.len())).max(1) as u64;
+    let cases: Vec<(&Geometry, u64, u32)> = (1..=rounds)
+        .flat_map(|round| geometries.iter().map(move |g| (g, round)))
+        .enumerate()
+        // Seeds of their own, so that the modes that flush each request come, too.
+        .map(|(n, (g, round))| (g, 1000 + round * 7 + n as u64, if n % 3 == 1 { 512 } else { 4096 }))
+        .collect();
+    let before = JUDGED.load(Ordering::Relaxed);
+    on_all_cores(&cases, |(geometry, seed, block)| explore(geometry, *seed, (25, 60), *block, None));
+    let judged = JUDGED.load(Ordering::Relaxed) - before;
+    eprintln!("{judged} crash states of {} sequences past the page cache", cases.len());
+    assert!(judged >= wanted / 2, "only {judged} states");
 }
 
 /// Keeps an operation inside the regions that belong to one of several threads: fine ones, several to a cluster, in

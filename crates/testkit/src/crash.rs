@@ -267,11 +267,20 @@ impl std::fmt::Debug for Session {
 impl Session {
     /// A session on these files. Gives also the recording storages, one per file, to open the target on.
     pub fn new(files: Vec<Sparse>, durability: Durability) -> (Self, Vec<Arc<RecordingStorage>>) {
+        Self::aligned(files, durability, 1)
+    }
+
+    /// As `new`, with storages that take requests of whole blocks of `alignment` bytes only, as direct I/O does.
+    pub fn aligned(
+        files: Vec<Sparse>,
+        durability: Durability,
+        alignment: u32,
+    ) -> (Self, Vec<Arc<RecordingStorage>>) {
         let journal = Journal::new();
         let storages = files
             .iter()
             .enumerate()
-            .map(|(n, f)| Arc::new(RecordingStorage::new(f.clone(), &journal, n)))
+            .map(|(n, f)| Arc::new(RecordingStorage::new(f.clone(), &journal, n).aligned(alignment)))
             .collect();
         let session = Self {
             journal,

@@ -222,7 +222,7 @@ impl Storage for RecordingStorage {
         let identity = Some((u64::MAX, self.identity));
         Traits {
             alignment: self.alignment,
-            memory_alignment: 1,
+            memory_alignment: self.alignment,
             block_device: false,
             writable: true,
             identity,
