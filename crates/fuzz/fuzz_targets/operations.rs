@@ -30,6 +30,7 @@ enum Step {
 struct Input {
     layout: u8,
     flush_each: bool,
+    lazy: bool,
     fault: Option<(u8, u8, bool, bool)>,
     steps: Vec<Step>,
 }
@@ -103,8 +104,12 @@ fuzz_target!(|data: &[u8]| {
         let fault = Fault { ops, after: after.into(), once, errno: if full { 28 } else { 5 } };
         files[0] = Arc::new(FaultStorage::new(recording[0].clone(), fault));
     }
-    let write =
-        WriteOptions { discard: Discard::Unmap, flush_each: input.flush_each, ..WriteOptions::default() };
+    let write = WriteOptions {
+        discard: Discard::Unmap,
+        flush_each: input.flush_each,
+        lazy_refcounts: input.lazy && rig.geometry.version >= 3,
+        ..WriteOptions::default()
+    };
     let opening = Opening { write: Some(write), ..Opening::default() };
     let open = || rig.open(&files, &opening).map(|image| Box::new(image) as Box<dyn Target>);
     let image = session.play(&open, &operations(&input.steps, &rig), true);

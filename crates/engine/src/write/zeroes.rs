@@ -41,16 +41,19 @@ impl Image {
     /// As [`Image::write_at`].
     pub fn discard(&self, offset: u64, length: u64) -> Result<()> {
         let range = self.guest_range(offset, length)?;
+        // What does nothing marks nothing either.
+        match self.top()? {
+            Top::Raw(raw) if raw.discard() == Discard::Ignore => return Ok(()),
+            Top::Qcow2(_, writer) if writer.options.discard == Discard::Ignore => return writer.check(),
+            _ => {}
+        }
         self.guest_request(&range.clone(), |top| match top {
-            Top::Raw(raw) if raw.discard() == Discard::Unmap && length > 0 => {
+            Top::Raw(raw) if length > 0 => {
                 let discarded = raw.storage().discard(offset, length);
                 discarded.map_err(|e| raw.storage().failure(e, "fallocate").with_offset(offset))
             }
             Top::Raw(_) => Ok(()),
             Top::Qcow2(image, writer) => {
-                if writer.options.discard == Discard::Ignore {
-                    return Ok(());
-                }
                 self.discard_range(image, writer, range)?;
                 self.limit_dirty(image, writer)
             }
