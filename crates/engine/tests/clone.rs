@@ -4,8 +4,10 @@
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use qcow2_engine::clone::CloneTarget;
+use qcow2_engine::compact::CompactOptions;
 use qcow2_engine::convert::Compression;
 use qcow2_engine::create::{CreateOptions, DataFile as NamedData, Preallocation};
 use qcow2_engine::format::CompressionType;
@@ -215,8 +217,15 @@ fn judge(
     );
 }
 
-/// Threads write as fast as they can; clones are taken in the middle.
-fn stress(image: &Image, unit: u64, compression: bool, kinds: &[Kind], seed: u64, what: &str) {
+/// Threads write as fast as they can, and `beside` runs again and again; clones are taken in the middle.
+fn stress_beside(
+    image: &Image,
+    (unit, compression): (u64, bool),
+    kinds: &[Kind],
+    seed: u64,
+    what: &str,
+    beside: &(dyn Fn() + Sync),
+) {
     let size = image.virtual_size() / SECTOR * SECTOR;
     let start = values(&read_all(image), what);
     let logs: Vec<Log> = (0..THREADS).map(|_| Log::default()).collect();
@@ -243,6 +252,12 @@ fn stress(image: &Image, unit: u64, compression: bool, kinds: &[Kind], seed: u64
                 }
             });
         }
+        scope.spawn(|| {
+            while !stop.load(Ordering::Acquire) {
+                beside();
+                std::thread::yield_now();
+            }
+        });
         for &kind in kinds {
             let what = format!("{what} to {kind:?}");
             let made = Made::new(kind);
@@ -266,6 +281,12 @@ fn stress(image: &Image, unit: u64, compression: bool, kinds: &[Kind], seed: u64
             }
         }
         stop.store(true, Ordering::Release);
+    });
+}
+
+fn stress(image: &Image, unit: u64, compression: bool, kinds: &[Kind], seed: u64, what: &str) {
+    stress_beside(image, (unit, compression), kinds, seed, what, &|| {
+        std::thread::sleep(Duration::from_millis(5))
     });
 }
 
@@ -304,6 +325,32 @@ fn requests_that_share_a_chunk_wait_for_its_copy() {
 fn a_raw_disk_is_cloned_while_it_is_written() {
     let image = open_raw(&stamped(0, 2 << 20, 9));
     stress(&image, 4096, false, &[Kind::Raw, Kind::Qcow2, Kind::SmallClusters], 5, "raw");
+}
+
+/// What moves clusters, frees them and writes everything out does not show either.
+#[test]
+fn a_disk_is_cloned_while_its_image_is_compacted() {
+    for geometry in [
+        Geometry { size: 2 << 20, ..Geometry::plain(4096) },
+        Geometry { extended_l2: true, size: 3 << 20, ..Geometry::plain(16384) },
+    ] {
+        let rig = Rig::forge(&geometry, 9);
+        let (image, storages) = open(&rig);
+        let compacted = AtomicUsize::new(0);
+        let beside = || {
+            let n = compacted.fetch_add(1, Ordering::Relaxed);
+            let options = CompactOptions { rewrite: n % 2 == 0, zeroes: n % 3 == 0, dry_run: false };
+            image.compact(options, &Job::new()).unwrap();
+            image.settled(|| Ok(())).unwrap();
+        };
+        let kinds = [Kind::Raw, Kind::Qcow2, Kind::Compressed, Kind::Raw];
+        let what = format!("{} compacted", geometry.name());
+        stress_beside(&image, (geometry.cluster_size, true), &kinds, 4, &what, &beside);
+        assert!(compacted.load(Ordering::Relaxed) > 0);
+        image.close().unwrap();
+        let findings = audit(&storages[0].snapshot());
+        assert!(findings.is_clean(), "{what}: {findings:#?}");
+    }
 }
 
 /// Two at once, each of its own moment.
