@@ -187,7 +187,14 @@ fn one_damage(qemu: &Qemu, path: &Path, what: Repair, argument: &str, text: &str
     if repaired.code == 0 && !lost {
         let mine = (verdict, left.is_clean());
         assert_eq!(mine, (0, true), "{text}: QEMU repairs it\n{}\n{report:?}\n{left:#?}", repaired.stderr);
-        assert_kept(&disks_of(&theirs), &after, &format!("{text} (against QEMU's)"));
+        // Where QEMU changed what could be read, as it does in a table that is guest data too, it is no measure either.
+        let mut theirs = disks_of(&theirs);
+        for (their, old) in theirs.iter_mut().zip(&before) {
+            if matches!((&*their, old), (Ok(new), Ok(old)) if new != old) {
+                *their = Err(qcow2_engine::Error::new(ErrorKind::Corrupt, "changed by QEMU"));
+            }
+        }
+        assert_kept(&theirs, &after, &format!("{text} (against QEMU's)"));
     }
     let again = fix(&open(path), what).unwrap();
     assert_kept(&before, &disks_of(path), &format!("{text} (again)"));
@@ -430,7 +437,8 @@ fn crash(file: &Sparse, what: &str) -> u32 {
         };
         assert!(lost(&then) <= lost(&found), "{text}\n{found:#?}\n{then:#?}");
         fix(&*storage, Repair::All).unwrap();
-        assert!(look(&*storage).unwrap().is_clean(), "{text}");
+        let left = look(&*storage).unwrap();
+        assert!(left.is_clean(), "{text}\n{then:#?}\n{left:#?}");
         assert_kept(&before, &disks(&storage, None), &text);
         count += 1;
     }
@@ -486,4 +494,67 @@ fn a_file_that_is_open_for_reading_is_not_repaired() {
 /// Damages after which the refcounts cannot be read.
 fn unreadable(what: &str) -> bool {
     what == "block unaligned" || what == "block with reserved bits"
+}
+
+/// Repairs the image at `path` at once, to what both checkers call clean, and no disk changes.
+fn repaired_at_once(qemu: &Qemu, path: &Path, what: &str) {
+    let before = disks_of(path);
+    let report = fix(&open(path), Repair::All).unwrap();
+    assert!(look(&open(path)).unwrap().is_clean(), "{what}: {report:#?}");
+    qemu.assert_clean(path);
+    assert_kept(&before, &disks_of(path), what);
+}
+
+#[test]
+fn a_table_that_is_guest_data_too_moves_before_its_flags_change() {
+    let Some(qemu) = Qemu::find() else { return };
+    let dir = Fixture::new();
+    let (path, p) = small(&qemu, &dir);
+    for flag in [0, 1 << 63] {
+        for guest in [1, 20] {
+            let sound = std::fs::read(&path).unwrap();
+            poke(&path, p.l2 + 8 * guest, &(p.l2 | flag).to_be_bytes());
+            let what = format!("guest cluster {guest} is the table, flag {flag:x}");
+            let bytes = std::fs::read(&path).unwrap();
+            let mut file = Sparse::new(bytes.len() as u64);
+            file.write(0, &bytes);
+            assert!(crash(&file, &what) > 5, "{what}");
+            repaired_at_once(&qemu, &path, &what);
+            std::fs::write(&path, sound).unwrap();
+        }
+    }
+}
+
+#[test]
+fn what_refers_behind_the_file_never_gets_the_new_refcounts() {
+    let Some(qemu) = Qemu::find() else { return };
+    let dir = Fixture::new();
+    let (path, p) = small(&qemu, &dir);
+    let end = std::fs::metadata(&path).unwrap().len().next_multiple_of(65536);
+    for behind in 0..3 {
+        let sound = std::fs::read(&path).unwrap();
+        // Guest clusters where the next clusters of the file would be, and no refcounts at all.
+        poke(&path, p.l2 + 8 * 9, &((end + behind * 65536) | 1 << 63).to_be_bytes());
+        poke(&path, p.l2 + 8 * 10, &((end + (behind + 1) * 65536) | 1 << 63).to_be_bytes());
+        poke(&path, p.block, &[0; 64]);
+        let before = disks_of(&path);
+        let report = fix(&open(&path), Repair::All).unwrap();
+        assert_kept(&before, &disks_of(&path), &format!("{behind} behind: {report:#?}"));
+        fix(&open(&path), Repair::All).unwrap();
+        assert_kept(&before, &disks_of(&path), &format!("{behind} behind, again"));
+        std::fs::write(&path, sound).unwrap();
+    }
+}
+
+#[test]
+fn a_refcount_table_that_claims_too_much_hides_no_references() {
+    let Some(qemu) = Qemu::find() else { return };
+    let dir = Fixture::new();
+    for (bits, clusters) in [(1, 256u32), (16, 2), (16, 4096), (64, 256)] {
+        let path = dir.path("claims");
+        qemu.create(&path, &format!("cluster_size=512,refcount_bits={bits}"), Some(100 << 10));
+        qemu.io(&path, "qcow2", &["write -P 1 0 5k", "write -P 2 40k 512"]);
+        poke(&path, 56, &clusters.to_be_bytes());
+        repaired_at_once(&qemu, &path, &format!("{clusters} clusters of refcount table, {bits} bits"));
+    }
 }

@@ -124,6 +124,17 @@ impl ReferenceCounts {
         }
     }
 
+    /// Takes one reference to a cluster away.
+    pub(super) fn remove_one(&mut self, cluster: u64) {
+        let (page, index) = place(cluster);
+        match self.pages.get_mut(page) {
+            Some(Page::Byte(c)) => c.get_mut(index).into_iter().for_each(|c| *c = c.saturating_sub(1)),
+            Some(Page::Word(c)) => c.get_mut(index).into_iter().for_each(|c| *c = c.saturating_sub(1)),
+            Some(Page::Wide(c)) => c.get_mut(index).into_iter().for_each(|c| *c = c.saturating_sub(1)),
+            None | Some(Page::Empty) => {}
+        }
+    }
+
     /// Adds one to a counter, widening its page if need be; false when it is at the image's limit.
     fn add_one(&mut self, page: usize, index: usize) -> Result<bool> {
         if self.add_fast(page, index, 1) {

@@ -46,8 +46,29 @@ pub(super) struct Walked {
     pub(super) entries: BTreeMap<u64, L2Entry>,
     /// Clusters that are referred to as L2 tables, and how often; of a repair only.
     pub(super) tables: BTreeMap<u64, u64>,
+    /// The last cluster that a repair moved a table to.
+    pub(super) moved_to: u64,
     /// References that are not in `counts`; of a repair only.
     pub(super) uncounted: Uncounted,
+}
+
+impl Walked {
+    /// Whether a cluster is an L2 table and nothing else.
+    pub(super) fn is_table_alone(&self, cluster: u64) -> bool {
+        self.tables.get(&cluster) == Some(&self.counts.get(cluster))
+    }
+
+    /// One L1 entry refers to the table in `new` instead of the one in `old`.
+    pub(super) fn move_table(&mut self, old: u64, new: u64) -> Result<(), Stop> {
+        self.counts.add(new, 1, &mut |_| {})?;
+        self.counts.remove_one(old);
+        *self.tables.entry(new).or_insert(0) += 1;
+        self.moved_to = self.moved_to.max(new);
+        if let Some(tables) = self.tables.get_mut(&old) {
+            *tables = tables.saturating_sub(1);
+        }
+        Ok(())
+    }
 }
 
 /// The walk and what it collects.
@@ -99,7 +120,7 @@ impl<'a, 'b> Walk<'a, 'b> {
 
     pub(super) fn finish(self) -> Walked {
         let Self { counts, fragmentation, rebuild, entries, tables, uncounted, .. } = self;
-        Walked { counts, fragmentation, rebuild, entries, tables, uncounted }
+        Walked { counts, fragmentation, rebuild, entries, tables, uncounted, moved_to: 0 }
     }
 
     /// Visits everything, in QEMU's order.

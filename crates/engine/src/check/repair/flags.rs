@@ -8,16 +8,20 @@ use super::super::report::{FindingCode, Tally};
 use super::super::stored::StoredRefcounts;
 use super::super::walk::Walked;
 use super::super::{Stop, Target};
+use super::detach::detach;
 use super::metadata::Metadata;
 use crate::{MemMut, StorageExt};
 
 /// L1 entries that are read at once.
 const WINDOW: u64 = 1 << 13;
 
+/// Entries with a wrong flag, and the refcounts of their clusters.
+type Wrong = Vec<(L2Entry, u64)>;
+
 pub(super) struct Flags<'a, 'b, 'c> {
     pub(super) target: &'a Target<'a>,
     pub(super) stored: &'b mut StoredRefcounts<'c>,
-    pub(super) walked: &'b Walked,
+    pub(super) walked: &'b mut Walked,
     pub(super) fix: Fix,
     pub(super) metadata: &'b Metadata,
     pub(super) tally: &'b mut Tally,
@@ -41,6 +45,15 @@ pub(super) fn check(flags: &mut Flags<'_, '_, '_>, repair: bool) -> Result<(), S
             flags.target.job.checkpoint()?;
             // Where the table shares a cluster with something else, its entries may be that.
             let own = flags.walked.counts.get(header.geometry.cluster_index(l1 + index * 8)) == 1;
+            let mut entry = entry;
+            if repair
+                && own
+                && let Some(new) = detach(flags, entry)?
+            {
+                super::write(storage, &new.0.to_be_bytes(), l1 + index * 8)?;
+                storage.flush()?;
+                entry = new;
+            }
             if let Some(new) = flags.l1_entry(index, entry, repair && own)? {
                 super::write(storage, &new.0.to_be_bytes(), l1 + index * 8)?;
                 written = true;
@@ -88,31 +101,11 @@ impl Flags<'_, '_, '_> {
         if geometry.in_cluster(offset) != 0 || offset >= self.target.storage.size()? {
             return Ok(false);
         }
-        let mut table = vec![0; geometry.cluster_len()];
-        self.target.storage.read_padded_at(MemMut::from(&mut table[..]), offset)?;
-        let mut found = Vec::new();
-        for bytes in table.chunks_exact_mut(geometry.l2_entry_size() as usize) {
-            let Some(word) = bytes.first_chunk_mut::<8>() else { continue };
-            let entry = L2Entry::standard(u64::from_be_bytes(*word));
-            let external = header.has_data_file();
-            if entry.word == 0
-                || entry.is_compressed()
-                || (entry.offset_bits() == 0 && !(external && entry.copied()))
-            {
-                continue;
-            }
-            // Clusters of an external data file have no refcounts: exactly one reference, by definition.
-            let refcount = if external { Some(1) } else { self.refcount(entry.offset_bits())? };
-            if let Some(refcount) = refcount.filter(|r| (*r == 1) != entry.copied()) {
-                *word = (entry.word ^ COPIED).to_be_bytes();
-                found.push((entry, refcount));
-            }
-        }
+        let (table, found) = self.judge(offset)?;
         let cluster = geometry.cluster_index(offset);
         let possible = !self.metadata.covers(cluster);
         // Where something else refers to the cluster too, its bytes may be guest data.
-        let own = self.walked.tables.get(&cluster) == Some(&self.walked.counts.get(cluster));
-        let repair = repair && own;
+        let repair = repair && self.walked.is_table_alone(cluster);
         for (entry, refcount) in &found {
             let at = entry.offset_bits();
             let message =
@@ -134,5 +127,33 @@ impl Flags<'_, '_, '_> {
         }
         super::write(self.target.storage, &table, offset)?;
         Ok(true)
+    }
+
+    /// The L2 table at `offset` with its flags as they must be, and the entries that have another one, with their
+    /// refcount.
+    pub(super) fn judge(&mut self, offset: u64) -> Result<(Vec<u8>, Wrong), Stop> {
+        let header = self.target.header;
+        let geometry = &header.geometry;
+        let mut table = vec![0; geometry.cluster_len()];
+        self.target.storage.read_padded_at(MemMut::from(&mut table[..]), offset)?;
+        let mut found = Vec::new();
+        for bytes in table.chunks_exact_mut(geometry.l2_entry_size() as usize) {
+            let Some(word) = bytes.first_chunk_mut::<8>() else { continue };
+            let entry = L2Entry::standard(u64::from_be_bytes(*word));
+            let external = header.has_data_file();
+            if entry.word == 0
+                || entry.is_compressed()
+                || (entry.offset_bits() == 0 && !(external && entry.copied()))
+            {
+                continue;
+            }
+            // Clusters of an external data file have no refcounts: exactly one reference, by definition.
+            let refcount = if external { Some(1) } else { self.refcount(entry.offset_bits())? };
+            if let Some(refcount) = refcount.filter(|r| (*r == 1) != entry.copied()) {
+                *word = (entry.word ^ COPIED).to_be_bytes();
+                found.push((entry, refcount));
+            }
+        }
+        Ok((table, found))
     }
 }

@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use qcow2_format::limits::MAX_L1_BYTES;
+
 use super::super::Target;
 use super::super::snapshots::SnapshotTable;
 use super::super::stored::StoredRefcounts;
@@ -31,7 +33,9 @@ impl Metadata {
         ];
         regions.extend(header.crypto_header().map(|(offset, length)| (offset.get(), length)));
         regions.extend(header.bitmaps().map(|b| (b.directory_offset.get(), b.directory_size)));
-        regions.extend(snapshots.entries.iter().map(|s| (s.l1_offset, u64::from(s.l1_size) * 8)));
+        // A table that is too large to be one would cover everything.
+        let l1_tables = snapshots.entries.iter().map(|s| (s.l1_offset, u64::from(s.l1_size) * 8));
+        regions.extend(l1_tables.filter(|(_, length)| *length <= MAX_L1_BYTES));
         regions.extend(stored.table().iter().filter(|e| e.0 != 0).map(|e| (e.offset_bits(), size)));
         let mut ranges: Vec<_> = regions
             .into_iter()

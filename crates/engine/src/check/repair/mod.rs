@@ -5,13 +5,15 @@
 //! 3. Refcounts that are too low are raised. Where that is not enough (a cluster in use without any refcount, damaged
 //!    refcount structures, a new snapshot table to be placed), all refcount structures are written anew to clusters
 //!    that nothing uses ([`rebuild`]), and the header switches to them when they are durable.
-//! 4. COPIED flags follow the counted references ([`flags`]).
+//! 4. COPIED flags follow the counted references ([`flags`]). A table whose cluster is guest data as well gets a cluster of
+//!    its own first ([`detach`]).
 //! 5. Refcounts that are too high are lowered ([`refcounts`]).
 //! 6. The dirty and the corrupt bit go.
 //!
 //! Each step is durable before the next. Refcounts are only lowered while nothing else is wrong that may hide
 //! references: what looks like leaked clusters may be what a damaged entry pointed to.
 
+mod detach;
 mod flags;
 mod metadata;
 mod rebuild;
@@ -125,7 +127,7 @@ fn refcounts_and_flags(
     let mut stored = StoredRefcounts::load(target, file.clusters)?;
     // The flags are not judged by this walk.
     let mut unused = Tally::new(0);
-    let walked = walk_all(target, &file, snapshots, &mut stored, tally, &mut unused)?;
+    let mut walked = walk_all(target, &file, snapshots, &mut stored, tally, &mut unused)?;
     describe(target, &walked, report);
     let before = (tally.corruptions, tally.leaks, tally.check_errors);
     let compared = compare::compare(target, &mut stored, &walked.counts, Fix::default(), tally)?;
@@ -153,8 +155,9 @@ fn refcounts_and_flags(
         (tally.corruptions, tally.leaks, tally.check_errors) = before;
         highest = compare::compare(target, &mut stored, &walked.counts, fix, tally)?.highest;
     }
-    settle(target, &mut stored, &walked, fix, &metadata, tally)?;
-    report.image_end_offset = Some((highest + 1) << target.header.geometry.cluster_bits());
+    settle(target, &mut stored, &mut walked, fix, &metadata, tally)?;
+    report.image_end_offset =
+        Some((highest.max(walked.moved_to) + 1) << target.header.geometry.cluster_bits());
     Ok(())
 }
 
@@ -173,7 +176,7 @@ fn rebuilt(
     let snapshots = snapshots::read(target, &mut again)?;
     let file = File::measure(target)?;
     let mut stored = StoredRefcounts::load(target, file.clusters)?;
-    let walked = walk_all(target, &file, &snapshots, &mut stored, &mut again, &mut Tally::new(0))?;
+    let mut walked = walk_all(target, &file, &snapshots, &mut stored, &mut again, &mut Tally::new(0))?;
     // What may hide references is judged anew: behind a reference to what was no part of the file, there is none now.
     let fix = Fix { leaks: again.hidden == 0, ..fix };
     let mut freed = Tally::new(limit);
@@ -194,8 +197,8 @@ fn rebuilt(
         tally.append_findings(freed);
     }
     let metadata = Metadata::of(target, &snapshots, &stored)?;
-    settle(target, &mut stored, &walked, fix, &metadata, tally)?;
-    report.image_end_offset = Some((highest + 1) << header.geometry.cluster_bits());
+    settle(target, &mut stored, &mut walked, fix, &metadata, tally)?;
+    report.image_end_offset = Some((highest.max(walked.moved_to) + 1) << header.geometry.cluster_bits());
     Ok(())
 }
 
@@ -203,14 +206,13 @@ fn rebuilt(
 fn settle(
     target: &Target<'_>,
     stored: &mut StoredRefcounts<'_>,
-    walked: &Walked,
+    walked: &mut Walked,
     fix: Fix,
     metadata: &Metadata,
     tally: &mut Tally,
 ) -> Result<(), Stop> {
-    let counts = &walked.counts;
     if fix.errors {
-        refcounts::write(target, stored, counts, Fix { errors: true, leaks: false })?;
+        refcounts::write(target, stored, &walked.counts, Fix { errors: true, leaks: false })?;
     }
     // Without the right to repair everything, flags are only touched where the refcounts are beyond doubt.
     let sure = tally.corruptions == 0 && tally.leaks == 0 && tally.check_errors == 0;
@@ -221,7 +223,7 @@ fn settle(
     )?;
     tally.append(flags);
     if fix.leaks {
-        refcounts::write(target, stored, counts, Fix { errors: false, leaks: true })?;
+        refcounts::write(target, stored, &walked.counts, Fix { errors: false, leaks: true })?;
     }
     Ok(())
 }
@@ -236,8 +238,7 @@ fn write_entries(
     let geometry = &target.header.geometry;
     for (&at, entry) in &walked.entries {
         let cluster = geometry.cluster_index(at);
-        let own = walked.tables.get(&cluster) == Some(&walked.counts.get(cluster));
-        if metadata.covers(cluster) || !own {
+        if metadata.covers(cluster) || !walked.is_table_alone(cluster) {
             tally.corruptions_fixed = tally.corruptions_fixed.saturating_sub(1);
             tally.corruptions += 1;
             tally.check_error(FindingCode::ClusterUnaligned, at, || "ERROR: Overlap check failed".into());
