@@ -339,7 +339,8 @@ fn a_disk_is_cloned_while_its_image_is_compacted() {
         let compacted = AtomicUsize::new(0);
         let beside = || {
             let n = compacted.fetch_add(1, Ordering::Relaxed);
-            let options = CompactOptions { rewrite: n % 2 == 0, zeroes: n % 3 == 0, dry_run: false };
+            let options =
+                CompactOptions { rewrite: n.is_multiple_of(2), zeroes: n.is_multiple_of(3), dry_run: false };
             image.compact(options, &Job::new()).unwrap();
             image.settled(|| Ok(())).unwrap();
         };
