@@ -48,9 +48,9 @@ const CLONE = {
 interface Source {
   /** The addon's number of the image. */
   readonly image: number
-  readonly path: string | undefined
+  path(): string | undefined
   /** Files that are no target. */
-  readonly identities: readonly string[]
+  identities(): readonly string[]
 }
 
 /** The clones of one image that are under way. */
@@ -83,9 +83,10 @@ export class Clones {
       return { ...cloned, durationMs: performance.now() - begin }
     } catch (error) {
       if (!this.#closing.signal.aborted || signal?.aborted || !ending.signal.aborted) throw error
-      const what = this.#source.path === undefined ? 'the image' : `the image '${this.#source.path}'`
+      const path = this.#source.path()
+      const what = path === undefined ? 'the image' : `the image '${path}'`
       const message = `${what} was closed before its clone was complete`
-      throw new Qcow2Error('ERR_QCOW2_CLOSED', message, { path: this.#source.path, cause: error })
+      throw new Qcow2Error('ERR_QCOW2_CLOSED', message, { path, cause: error })
     } finally {
       signal?.removeEventListener('abort', abort)
       this.#closing.signal.removeEventListener('abort', close)
@@ -93,9 +94,9 @@ export class Clones {
   }
 
   async #run(path: string | Buffer, options: ReadClone): Promise<NativeCloned> {
-    const { image, identities } = this.#source
+    const { image } = this.#source
     const { signal, concurrency, onPointInTime } = options
-    const order: NativeCloneOrder = { ...toOrder(options), inUse: identities }
+    const order: NativeCloneOrder = { ...toOrder(options), inUse: this.#source.identities() }
     const clone = await runJob<number>('clone', { signal }, (request, job, addon) =>
       addon.beginClone(request, job, image, path, order),
     )

@@ -21,11 +21,11 @@ import {
   type LongRunning,
   limits,
   oneOf,
-  type Reader,
   readOptions,
   text,
   throwIfAborted,
 } from './options.js'
+import { type OverlayOptions, putOverlay, readOverlayOptions } from './overlay.js'
 import { resizeDisk, TRUNCATE, type TruncateOptions } from './resize.js'
 import { Snapshots } from './snapshot/snapshots.js'
 import { type Format, type ImageSource, type PathLike, release, toLocated } from './source.js'
@@ -34,7 +34,8 @@ import { toBytesView } from './support/buffers.js'
 import { Lifetime } from './support/lifetime.js'
 import type { ImageOwner } from './support/owner.js'
 import { request, submitRead, submitWrite, toError } from './support/requests.js'
-import { describe, type Size, toBytes } from './units.js'
+import { checkTransfer, toTransfer, toViews } from './transfers.js'
+import { type Size, toBytes } from './units.js'
 import {
   checkInside,
   openWriteStream,
@@ -108,7 +109,9 @@ function stopAtExit(): void {
  * `close()`, or by `await using`.
  */
 export class Image implements AsyncDisposable {
-  readonly #chain: Chain
+  #chain: Chain
+  /** Overlays are put on top one after the other. */
+  #overlays: Promise<unknown> = Promise.resolve()
   readonly #lifetime: Lifetime
   readonly #clones: Clones
   #size: number
@@ -120,13 +123,16 @@ export class Image implements AsyncDisposable {
     }
     this.#chain = chain
     this.#size = chain.virtualSize
-    const what = chain.path === undefined ? 'the image' : `the image '${chain.path}'`
-    this.#lifetime = new Lifetime(what, () => {
-      unclosed.unregister(this)
-      return release(chain.image)
-    })
+    const now = (): Chain => this.#chain
+    this.#lifetime = new Lifetime(
+      () => nameOf(now().path),
+      () => {
+        unclosed.unregister(this)
+        return release(chain.image)
+      },
+    )
     unclosed.register(this, chain, this)
-    this.#clones = new Clones(chain)
+    this.#clones = new Clones({ image: chain.image, path: () => now().path, identities: () => now().identities })
     if (chain.writable) stopAtExit()
     const owner: ImageOwner = {
       image: chain.image,
@@ -373,7 +379,7 @@ export class Image implements AsyncDisposable {
     if (this.#chain.writable) return
     this.#lifetime.leave()
     const { path } = this.#chain
-    const what = path === undefined ? 'the image' : `the image '${path}'`
+    const what = nameOf(path)
     throw new Qcow2Error(
       'ERR_QCOW2_READ_ONLY',
       `${owner}: ${what} is open for reading only: open it with flags: 'r+'`,
@@ -472,6 +478,25 @@ export class Image implements AsyncDisposable {
   }
 
   /**
+   * Puts an overlay under the running guest: an external snapshot. A new qcow2 image is made whose backing file is the image as it is at
+   * that moment, complete and durable, and this handle goes on with the overlay on top. The file that was the top is only read from then on,
+   * and others may read it, too. Requests go on; those under way are done first, and later ones wait a moment. Internal snapshots and
+   * bitmaps stay in the file that has them. An error leaves the image as it was, without an overlay.
+   *
+   * @throws {@link Qcow2Error} as `create`; `ERR_QCOW2_READ_ONLY`; `ERR_QCOW2_INVALID_ARGUMENT` for a `backingFile` that is not the image
+   */
+  async createOverlay(path: PathLike, options?: OverlayOptions): Promise<void> {
+    const read = readOverlayOptions(path, options)
+    await this.#change('Image.createOverlay', read.signal, () => {
+      const put = this.#overlays.then(async () => {
+        this.#chain = await putOverlay(this.#chain, read)
+      })
+      this.#overlays = put.catch(() => undefined)
+      return put
+    })
+  }
+
+  /**
    * Checks the metadata of the top layer against itself, without changing it; see {@link check}, which also takes images
    * that are too damaged to be opened here.
    *
@@ -536,44 +561,7 @@ export class Image implements AsyncDisposable {
   }
 }
 
-/** There can be very many transfers: the full check runs only where something is out of the ordinary. */
-function checkTransfer<T extends object>(
-  options: T | undefined,
-  owner: string,
-  table: Readonly<Record<string, Reader<unknown>>>,
-): T | undefined {
-  if (typeof options === 'object' && options !== null) {
-    let known = true
-    for (const name in options) {
-      if (name !== 'position' && name !== 'offset' && name !== 'length') known = false
-    }
-    if (known) return options
-  }
-  readOptions(options, owner, table)
-  return options
-}
-
-/** The range of the buffer, and where it belongs on the disk. */
-function toTransfer(
-  owner: 'Image.read' | 'Image.write',
-  view: Uint8Array,
-  options: { offset?: number | undefined; length?: number | undefined; position: Size } | undefined,
-): { offset: number; length: number; position: number } {
-  const offset = options?.offset === undefined ? 0 : toBytes(options.offset, `${owner}: offset`)
-  const length = options?.length === undefined ? view.length - offset : toBytes(options.length, `${owner}: length`)
-  if (offset > view.length || length < 0 || offset + length > view.length) {
-    const message = `${owner}: ${length} bytes from offset ${offset} are not inside the buffer of ${view.length} bytes`
-    throw invalidArgument(offset > view.length ? `${owner}: offset` : `${owner}: length`, message)
-  }
-  return { offset, length, position: toBytes(options?.position, `${owner}: position`) }
-}
-
-function toViews(buffers: unknown, owner: string): Uint8Array[] {
-  if (!Array.isArray(buffers)) {
-    throw invalidArgument('buffers', `${owner}: buffers must be an array, not ${describe(buffers)}`)
-  }
-  return buffers.map((buffer: unknown, index) => toBytesView(buffer, `${owner}: buffers[${index}]`))
-}
+const nameOf = (path: string | undefined): string => (path === undefined ? 'the image' : `the image '${path}'`)
 
 /**
  * Opens an image, for reading unless `flags` says more. It is refused if it names a backing file or data file, unless

@@ -19,6 +19,7 @@ export { type Finding, type FindingCode, type Inspection, type InspectOptions, i
 export type { MapEntry, MapOptions } from './map.js'
 export { type MeasureOptions, type MeasureResult, measure } from './measure.js'
 export type { Abortable, Limits, LongRunning, Progress } from './options.js'
+export type { OverlayOptions } from './overlay.js'
 export { type KnownFormat, probe } from './probe.js'
 export { type RebaseOptions, rebase } from './rebase.js'
 export type { TruncateOptions } from './resize.js'

@@ -259,6 +259,22 @@ export interface NativeCommitOrder {
   readonly rate?: number | undefined
 }
 
+/** How to put an overlay on top. */
+export interface NativeOverlayOrder {
+  readonly shape: NativeShape
+  readonly inUse: readonly string[]
+  readonly write: NativeWriting
+  readonly lock: NativeLock | undefined
+  readonly l2CacheSize: number | undefined
+}
+
+/** The new top. */
+export interface NativeOverlaid {
+  readonly path: string
+  readonly clusterSize: number
+  readonly identity?: string
+}
+
 /** A backing file as the header is to name it. */
 export interface NativeBacking {
   readonly filename: string
@@ -328,6 +344,7 @@ export interface Addon {
   inspectFile(request: number, file: number, limits: NativeLimits | undefined): void
   inspectPrefix(request: number, bytes: Buffer, limits: NativeLimits | undefined): void
   amendImage(request: number, job: number, image: number, changes: NativeAmendChanges): void
+  createOverlay(request: number, job: number, image: number, path: string | Buffer, order: NativeOverlayOrder): void
   commitImage(request: number, job: number, above: number, base: number, order: NativeCommitOrder): void
   rebaseImage(
     request: number,

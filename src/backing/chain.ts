@@ -52,6 +52,8 @@ export interface Chain {
   readonly layers: readonly (string | undefined)[]
   /** The image of the layers from `base` on, where that was asked for; `image` then has those above it. */
   readonly base: number | undefined
+  readonly access: Access
+  readonly l2CacheSize: number | undefined
 }
 
 /** Opens an image and what the policy lets it pull in. Nothing stays open on failure. */
@@ -78,6 +80,8 @@ export async function openChain(located: Located, options: ChainOptions): Promis
       writable: options.access?.write !== undefined,
       identities: opening.identities,
       layers: opening.layerIdentities,
+      access: options.access ?? READING,
+      l2CacheSize: options.l2CacheSize,
     }
   } finally {
     await opening.end()

@@ -4,14 +4,14 @@ import { Qcow2Error } from '../errors.js'
 
 /** Counts the requests of one handle, and closes it when asked and none is left. */
 export class Lifetime {
-  readonly #what: string
+  readonly #what: () => string
   readonly #release: () => Promise<void>
   #running = 0
   #closing: Promise<void> | undefined
   #idle: (() => void) | undefined
 
   /** `what` names the handle in errors; `release` frees what it holds. */
-  constructor(what: string, release: () => Promise<void>) {
+  constructor(what: () => string, release: () => Promise<void>) {
     this.#what = what
     this.#release = release
   }
@@ -24,7 +24,7 @@ export class Lifetime {
   /** Begins a request. Every `enter` that returns is followed by one `leave`. */
   enter(): void {
     if (this.#closing !== undefined) {
-      throw new Qcow2Error('ERR_QCOW2_CLOSED', `${this.#what} is closed`)
+      throw new Qcow2Error('ERR_QCOW2_CLOSED', `${this.#what()} is closed`)
     }
     this.#running += 1
   }

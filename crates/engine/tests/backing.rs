@@ -4,12 +4,15 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use qcow2_engine::backing::{Backing, CommitOptions, RebaseOptions, commit, rebase, set_backing};
+use qcow2_engine::backing::{
+    Backing, CommitOptions, RebaseOptions, ReopenOptions, commit, rebase, set_backing,
+};
 use qcow2_engine::check::{CheckOptions, check};
+use qcow2_engine::create::{CreateOptions, create};
 use qcow2_engine::image::read_header;
-use qcow2_engine::storage::{Access, FileStorage};
+use qcow2_engine::storage::{Access, FileStorage, MemoryStorage};
 use qcow2_engine::{
-    ErrorKind, Image, Job, Layer, MemMut, OpenOptions, Qcow2, Raw, Result, Storage, WriteOptions,
+    ErrorKind, Image, Job, Layer, Mem, MemMut, OpenOptions, Qcow2, Raw, Result, Storage, WriteOptions,
 };
 use qcow2_testkit::crash::{Durability, Session};
 use qcow2_testkit::recorder::RecordingStorage;
@@ -461,4 +464,55 @@ fn what_is_refused_changes_nothing() {
     set_backing(&storage, None, &CheckOptions::default(), &job).unwrap();
     let header = read_header(&storage).unwrap();
     assert_eq!((header.backing_file.as_deref(), header.backing_format()), (None, None));
+}
+
+/// An empty overlay for a disk of this size.
+fn new_layer(size: u64) -> Layer {
+    let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
+    let options = CreateOptions {
+        size,
+        backing: Some(Backing { filename: b"below".to_vec(), format: Some(b"qcow2".to_vec()) }),
+        ..CreateOptions::default()
+    };
+    create(Arc::clone(&storage), None, &options, &Job::new()).unwrap();
+    layer(storage, false, true)
+}
+
+#[test]
+fn an_overlay_takes_over_or_nothing_changes() {
+    let Some(qemu) = Qemu::find() else { return };
+    let chain = Chain::make(&qemu, &[raw(1000), qcow2("cluster_size=4k", 1000)], 3);
+    let image = chain.image(0..2, true);
+    let mut want = read(&image);
+    let write = |image: &Image, want: &mut Vec<u8>, at: usize, byte: u8| {
+        image.write_at(Mem::from(&[byte; 3000][..]), at as u64).unwrap();
+        want[at..at + 3000].fill(byte);
+    };
+    write(&image, &mut want, 5000, 1);
+    let failed = || Err(qcow2_engine::Error::new(ErrorKind::Io, "no room"));
+    let (image, error) = image.put_overlay(&ReopenOptions::default(), failed).unwrap();
+    assert_eq!(error.unwrap().kind(), ErrorKind::Io);
+    assert_eq!(image.layers().len(), 2);
+    write(&image, &mut want, 6000, 2);
+    let below = image;
+    let mut closed = Vec::new();
+    let make = || {
+        closed = std::fs::read(chain.top()).unwrap();
+        Ok(new_layer(1000 << 10))
+    };
+    let (image, error) = below.put_overlay(&ReopenOptions::default(), make).unwrap();
+    assert!(error.is_none());
+    assert_eq!(below.write_at(Mem::from(&[1; 512][..]), 0).unwrap_err().kind(), ErrorKind::Closed);
+    assert_same(&want, &read(&image), "under the overlay");
+    qemu.assert_clean(chain.top());
+    assert_same(&want, &qemu.guest_bytes(chain.top(), "qcow2", &[]), "the former top");
+    write(&image, &mut want, 6500, 3);
+    image.write_zeroes(100_000, 50_000, true).unwrap();
+    want[100_000..150_000].fill(0);
+    assert_same(&want, &read(&image), "with the overlay");
+    image.close().unwrap();
+    assert!(
+        closed == std::fs::read(chain.top()).unwrap(),
+        "complete when the overlay is made, and not touched since"
+    );
 }

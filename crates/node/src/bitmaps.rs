@@ -64,7 +64,7 @@ pub fn merge_bitmaps(
         .map(|source| Ok((runtime.image(source.image)?, source.name)))
         .collect::<napi::Result<Vec<_>>>()?;
     change(&env, request, image, move |image| {
-        let bits = sources.iter().map(|(from, name)| from.run(|from| from.bitmap_bits(name)));
+        let bits = sources.iter().map(|(from, name)| from.image()?.bitmap_bits(name));
         image.merge_bitmaps(&target, &bits.collect::<Result<Vec<_>>>()?)
     })
 }

@@ -135,7 +135,8 @@ impl CloneOrder {
 impl Begun {
     fn run(self, concurrency: Option<NonZeroUsize>, job: &Job) -> Result<CloneResult> {
         let Self { handle, clone, file, data } = self;
-        let result = handle.run(|image| clone.run(image, concurrency, job))?;
+        // The clone is of what the disk was: an overlay does not matter to it.
+        let result = handle.run_apart(|image| clone.run(image, concurrency, job))?;
         // The image last: it is not there without its data.
         data.map(NewFile::commit).transpose()?;
         file.commit()?;

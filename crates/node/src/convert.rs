@@ -130,10 +130,10 @@ impl ConvertJob {
     fn run(&self, sources: &[Arc<Handle>], place: &Place, job: &Arc<Job>) -> Result<Converted> {
         job.set_rate(self.rate.map_or(0, |rate| rate as u64));
         let images = sources.iter().map(|source| source.image()).collect::<Result<Vec<_>>>()?;
-        let [first, ..] = images[..] else {
+        let Some(first) = images.first().map(|image| &**image) else {
             return Err(Error::new(ErrorKind::InvalidArgument, "a convert needs a source"));
         };
-        let disks: Vec<&dyn GuestSource> = images.iter().map(|image| *image as &dyn GuestSource).collect();
+        let disks: Vec<&dyn GuestSource> = images.iter().map(|image| &**image as &dyn GuestSource).collect();
         let joined = if disks.len() > 1 { Some(Splice::concatenation(&disks)?) } else { None };
         let whole: &dyn GuestSource = joined.as_ref().map_or(first, |joined| joined);
         let window = self.start.is_some() || self.length.is_some();

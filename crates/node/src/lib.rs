@@ -31,6 +31,7 @@ pub mod inspect;
 pub mod job;
 pub mod map;
 pub mod open;
+pub mod overlay;
 mod pool;
 pub mod read;
 mod resource;

@@ -50,7 +50,7 @@ impl FileOptions {
     }
 }
 
-fn cache_mode(name: Option<&str>) -> napi::Result<CacheMode> {
+pub(crate) fn cache_mode(name: Option<&str>) -> napi::Result<CacheMode> {
     match name {
         None => Ok(CacheMode::default()),
         Some(name) => CacheMode::from_name(name).ok_or_else(|| unknown("cache mode", name)),
@@ -163,7 +163,7 @@ pub struct LockOptions {
 }
 
 impl LockOptions {
-    fn read(given: Option<&Self>) -> napi::Result<Lock> {
+    pub(crate) fn read(given: Option<&Self>) -> napi::Result<Lock> {
         let Some(given) = given else { return Ok(Lock::NONE) };
         let locking = match given.locking.as_str() {
             "auto" => Locking::Auto,
@@ -180,18 +180,23 @@ impl LockOptions {
 
 /// [`LockOptions`], read.
 #[derive(Clone, Copy)]
-struct Lock {
+pub(crate) struct Lock {
     locking: Locking,
     force_share: bool,
     writable: bool,
 }
 
 impl Lock {
+    /// The same, to write or not.
+    pub(crate) fn for_writing(self, writable: bool) -> Self {
+        Self { writable, ..self }
+    }
+
     const NONE: Self = Self { locking: Locking::Off, force_share: false, writable: false };
 
     /// Claims the file. `image`: its bytes mean nothing without its metadata, so nobody may change it meanwhile;
     /// raw files are shared with a writer, as QEMU's tools share them.
-    fn claim(self, storage: &dyn Storage, image: bool) -> Result<()> {
+    pub(crate) fn claim(self, storage: &dyn Storage, image: bool) -> Result<()> {
         let claim = match (self.writable, image && !self.force_share) {
             (true, _) => Claim::WRITER,
             (false, true) => Claim::READER,
@@ -215,7 +220,7 @@ pub struct WritingOptions {
 }
 
 impl WritingOptions {
-    fn read(&self) -> napi::Result<WriteOptions> {
+    pub(crate) fn read(&self) -> napi::Result<WriteOptions> {
         Ok(WriteOptions {
             discard: match self.discard.as_deref() {
                 None | Some("ignore") => Discard::Ignore,

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use parking_lot::RwLock;
 use qcow2_engine::{Error, ErrorKind, Image, Layer, Result, Storage};
 
 use crate::clone::Begun;
@@ -11,7 +12,8 @@ use crate::guard::guarded;
 
 /// An open image. Requests share it; it closes when the last of them is done and JavaScript has released it.
 pub(crate) struct Handle {
-    image: Image,
+    /// Shared by requests, exclusive to put an overlay on top.
+    image: RwLock<Arc<Image>>,
     /// A request panicked: the image's state cannot be trusted any more.
     poisoned: AtomicBool,
 }
@@ -19,29 +21,52 @@ pub(crate) struct Handle {
 impl Handle {
     /// A handle on `image`.
     pub(crate) fn new(image: Image) -> Self {
-        Self { image, poisoned: AtomicBool::new(false) }
+        Self { image: RwLock::new(Arc::new(image)), poisoned: AtomicBool::new(false) }
     }
 
-    /// Runs one request; a panic poisons the handle.
+    /// Runs one request; a panic poisons the handle. Requests of one handle do not run inside each other.
     pub(crate) fn run<T>(&self, work: impl FnOnce(&Image) -> Result<T>) -> Result<T> {
+        let image = self.image.read();
+        self.guarded(|| work(&image))
+    }
+
+    /// As `run`, for long work that only reads: it keeps no overlay from being put on top, and goes on with what was there.
+    pub(crate) fn run_apart<T>(&self, work: impl FnOnce(&Image) -> Result<T>) -> Result<T> {
+        let image = Arc::clone(&self.image.read());
+        self.guarded(|| work(&image))
+    }
+
+    /// Goes on with the image that `next` makes of this one, once all requests under way are done; later ones wait.
+    pub(crate) fn replace(&self, next: impl FnOnce(&Image) -> Result<(Image, Option<Error>)>) -> Result<()> {
+        let mut image = self.image.write();
+        let (next, error) = self.guarded(|| next(&image))?;
+        *image = Arc::new(next);
+        error.map_or(Ok(()), Err)
+    }
+
+    /// The image, for a job that uses several at once. A panic of it ends the job and poisons nothing: for what only reads.
+    pub(crate) fn image(&self) -> Result<Arc<Image>> {
         if self.poisoned.load(Ordering::Acquire) {
             return Err(poisoned());
         }
-        let result = guarded(|| work(&self.image));
+        Ok(Arc::clone(&self.image.read()))
+    }
+
+    fn guarded<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        if self.poisoned.load(Ordering::Acquire) {
+            return Err(poisoned());
+        }
+        let result = guarded(work);
         if result.as_ref().is_err_and(|error| error.kind() == ErrorKind::Internal) {
             self.poisoned.store(true, Ordering::Release);
         }
         result
     }
 
-    /// The image, for a job that uses several at once. A panic of it ends the job and poisons nothing: for what only reads.
-    pub(crate) fn image(&self) -> Result<&Image> {
-        if self.poisoned.load(Ordering::Acquire) { Err(poisoned()) } else { Ok(&self.image) }
-    }
-
     /// Makes durable what was written, and gives back what was reserved. After a panic the file is left as it is.
     fn close(&self) -> Result<()> {
-        if self.poisoned.load(Ordering::Acquire) { Ok(()) } else { guarded(|| self.image.close()) }
+        let image = self.image.read();
+        if self.poisoned.load(Ordering::Acquire) { Ok(()) } else { guarded(|| image.close()) }
     }
 }
 

@@ -10,6 +10,7 @@ use qcow2_transform::is_zero;
 
 use crate::amend::publish;
 use crate::check::{self, CheckOptions, Repair};
+use crate::create::Backing;
 use crate::image::{Layer, Qcow2, read_header};
 use crate::source::{Extent, ExtentKind};
 use crate::workers::{Tasks, share};
@@ -21,15 +22,6 @@ const CHUNK: u64 = 1 << 20;
 const STEP: u64 = 64 << 30;
 /// The number of extents at which a step ends early.
 const MOST_EXTENTS: usize = 16 << 10;
-
-/// A backing file as the header is to name it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Backing {
-    /// File name, as bytes.
-    pub filename: Vec<u8>,
-    /// Format as QEMU names it.
-    pub format: Option<Vec<u8>>,
-}
 
 /// How to rebase.
 #[derive(Debug, Clone, Copy)]

@@ -55,6 +55,11 @@ impl Image {
     /// As [`Image::flush`].
     pub fn close(&self) -> Result<()> {
         self.clones.end();
+        self.seal()
+    }
+
+    /// Closes the image but for its clones: what they read does not change any more.
+    pub(crate) fn seal(&self) -> Result<()> {
         match self.layers().first() {
             Some(Layer::Qcow2(image)) => {
                 let Some(writer) = &image.writer else { return Ok(()) };

@@ -1,0 +1,147 @@
+//! An overlay under a running image.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use napi::bindgen_prelude::{BufferSlice, Either, Env, ToNapiValue};
+use napi_derive::napi;
+use qcow2_engine::backing::ReopenOptions;
+use qcow2_engine::create::create;
+use qcow2_engine::storage::{Access, CacheMode, FileStorage, NewFile};
+use qcow2_engine::{Error, Image, Job, Layer, OpenOptions, Qcow2, Result, StorageExt};
+
+use crate::create::Target;
+use crate::job::Ticket;
+use crate::open::{Lock, LockOptions, WritingOptions, cache_mode};
+use crate::runtime::Runtime;
+use crate::shape::Shape;
+
+/// How to make an overlay. Checked in TypeScript.
+#[napi(object, object_to_js = false)]
+pub struct OverlayOrder {
+    /// The overlay's, with the name of its backing file.
+    pub shape: Shape,
+    /// Device and inode of the image's files.
+    pub in_use: Vec<String>,
+    /// How the image is written to.
+    pub write: WritingOptions,
+    /// How its files are locked; not at all without it.
+    pub lock: Option<LockOptions>,
+    /// Most bytes of L2 tables to cache.
+    pub l2_cache_size: Option<f64>,
+}
+
+/// The new top.
+#[napi(object, object_from_js = false)]
+pub struct Overlaid {
+    /// Its path.
+    pub path: String,
+    /// Bytes.
+    pub cluster_size: f64,
+    /// Device and inode.
+    pub identity: Option<String>,
+}
+
+/// Makes a qcow2 image whose backing file is the top of an image that is open for writing, and goes on with it on top.
+#[napi]
+pub fn create_overlay(
+    env: Env,
+    request: u32,
+    job: u32,
+    image: u32,
+    path: Either<String, BufferSlice<'_>>,
+    order: OverlayOrder,
+) -> napi::Result<()> {
+    let runtime = Runtime::of(&env)?;
+    let handle = runtime.image(image)?;
+    let target = Target::new(path, false, &order.in_use)?;
+    let cache = cache_mode(order.write.cache.as_deref())?;
+    let lock = LockOptions::read(order.lock.as_ref())?;
+    let reopen = ReopenOptions {
+        l2_cache_bytes: order.l2_cache_size.map(|size| size as u64),
+        write: order.write.read()?,
+    };
+    let overlay = Overlay { target, shape: order.shape, cache, lock, reopen };
+    runtime.start_job(
+        &env,
+        Ticket { request, job },
+        move |job| {
+            handle.replace(|below| overlay.put_on(below, job))?;
+            handle.run(overlaid)
+        },
+        |_, env, overlaid| {
+            // SAFETY: on the environment's thread, with its own env.
+            unsafe { Overlaid::to_napi_value(env.raw(), overlaid) }
+        },
+    )
+}
+
+struct Overlay {
+    target: Target,
+    shape: Shape,
+    cache: CacheMode,
+    lock: Lock,
+    reopen: ReopenOptions,
+}
+
+impl Overlay {
+    fn put_on(&self, below: &Image, job: &Arc<Job>) -> Result<(Image, Option<Error>)> {
+        job.checkpoint()?;
+        let options = self.shape.options(below.virtual_size());
+        options.validate()?;
+        let file = self.target.start()?;
+        create(file.storage(), None, &options, job)?;
+        file.storage().flush()?;
+        below.put_overlay(&self.reopen, || self.name_and_open(file, below))
+    }
+
+    /// Gives the file its name. It has none after an error.
+    fn name_and_open(&self, file: NewFile, below: &Image) -> Result<Layer> {
+        let path = file.path().to_owned();
+        file.commit()?;
+        let opened = self.open(&path, below);
+        if opened.is_err() {
+            // The error that led here is the one to report.
+            let _removed = std::fs::remove_file(&path);
+            let _claimed = self.claim(below, true);
+        }
+        opened
+    }
+
+    fn open(&self, path: &Path, below: &Image) -> Result<Layer> {
+        let storage = FileStorage::open_cached(path, Access::ReadWrite, self.cache)?.into_storage();
+        self.lock.for_writing(true).claim(&*storage, true)?;
+        let limits = below.layers().first().and_then(Layer::as_qcow2).map(|top| *top.limits());
+        let options = OpenOptions {
+            limits: limits.unwrap_or_default(),
+            l2_cache_bytes: self.reopen.l2_cache_bytes,
+            ..OpenOptions::default()
+        };
+        let mut layer = Layer::Qcow2(Box::new(Qcow2::open(storage, &options)?));
+        layer.enable_writing(self.reopen.write)?;
+        self.claim(below, false)?;
+        Ok(layer)
+    }
+
+    /// Claims the files of the top below, for writing or only for reading: others may then read them, too.
+    fn claim(&self, below: &Image, writing: bool) -> Result<()> {
+        let Some(top) = below.layers().first() else { return Ok(()) };
+        let lock = self.lock.for_writing(writing);
+        lock.claim(&**top.storage(), top.as_qcow2().is_some())?;
+        match top.as_qcow2().and_then(Qcow2::data_file) {
+            Some(data) => lock.claim(&**data, true),
+            None => Ok(()),
+        }
+    }
+}
+
+fn overlaid(image: &Image) -> Result<Overlaid> {
+    let top = image.layers().first().and_then(Layer::as_qcow2);
+    let top = top.ok_or_else(Error::aborted)?;
+    let storage = top.storage();
+    Ok(Overlaid {
+        path: storage.path().map_or_else(String::new, |path| path.to_string_lossy().into_owned()),
+        cluster_size: top.geometry().cluster_size() as f64,
+        identity: storage.traits().identity.map(|(device, inode)| format!("{device}:{inode}")),
+    })
+}

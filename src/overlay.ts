@@ -1,0 +1,89 @@
+/** An overlay under a running image: an external snapshot. */
+
+import { resolve } from 'node:path'
+import type { Chain } from './backing/chain.js'
+import { readFileName } from './backing/filename.js'
+import { invalidArgument } from './errors.js'
+import type { NativeOverlaid } from './native.js'
+import { ABORTABLE, type Abortable, type Read, readOptions, text, throwIfAborted } from './options.js'
+import { type Qcow2Shape, shape, toNativeShape } from './shape.js'
+import { openFile, type PathLike, release, toPath } from './source.js'
+import { runJob } from './support/jobs.js'
+
+/** Options of {@link Image.createOverlay}. */
+export interface OverlayOptions extends Abortable {
+  /**
+   * The name by which the overlay refers to what becomes its backing file; a relative one is relative to the directory of the overlay.
+   * Default: the image's absolute path.
+   */
+  backingFile?: string | undefined
+  /** Shape of the overlay. Its disk has the size of the image, and its data is in it. */
+  create?: Omit<Qcow2Shape, 'backingFile' | 'backingFormat' | 'dataFile' | 'dataFileRaw'> | undefined
+}
+
+const OVERLAY = { ...ABORTABLE, backingFile: text, create: shape } as const
+
+/** Reads the arguments. */
+export function readOverlayOptions(path: PathLike, options: OverlayOptions | undefined): ReadOverlay {
+  const read = readOptions(options, 'Image.createOverlay', OVERLAY)
+  for (const name of ['backingFile', 'backingFormat', 'dataFile', 'dataFileRaw'] as const) {
+    if (read.create?.[name] !== undefined) {
+      throw invalidArgument(name, `Image.createOverlay: create.${name} is not for an overlay of an open image`)
+    }
+  }
+  return { ...read, path: toPath(path, 'path') }
+}
+
+type ReadOverlay = Read<typeof OVERLAY> & { readonly path: string | Buffer }
+
+/** Makes the overlay and puts it on top; tells the chain that there is then. The caller keeps the image open meanwhile. */
+export async function putOverlay(chain: Chain, read: ReadOverlay): Promise<Chain> {
+  const { path, signal } = read
+  const backingFile = await nameOfTop(chain, read)
+  throwIfAborted(signal)
+  const backingFormat = chain.clusterSize === undefined ? 'raw' : 'qcow2'
+  const wanted = { ...read.create, backingFile, backingFormat } as const
+  const order = {
+    shape: toNativeShape('Image.createOverlay', 'qcow2', wanted),
+    inUse: chain.identities,
+    write: { ...chain.access.write, cache: chain.access.cache },
+    lock: chain.access.lock,
+    l2CacheSize: chain.l2CacheSize,
+  }
+  const made = await runJob<NativeOverlaid>('overlay', { signal }, (request, job, addon) =>
+    addon.createOverlay(request, job, chain.image, path, order),
+  )
+  const { identity } = made
+  return {
+    ...chain,
+    path: made.path,
+    clusterSize: made.clusterSize,
+    depth: chain.depth + 1,
+    hasDataFile: false,
+    identities: identity === undefined ? chain.identities : [identity, ...chain.identities],
+    layers: [identity, ...chain.layers],
+  }
+}
+
+/** The name to store, which leads from the overlay to the image. */
+async function nameOfTop(chain: Chain, { backingFile, path }: ReadOverlay): Promise<string> {
+  if (backingFile === undefined) {
+    if (chain.path !== undefined) return resolve(chain.path)
+    throw invalidArgument(
+      'backingFile',
+      'Image.createOverlay: the image was opened without a path: say its backingFile',
+    )
+  }
+  const name = readFileName(backingFile, path.toString())
+  if ('refused' in name) {
+    throw invalidArgument('backingFile', `Image.createOverlay: '${backingFile}' cannot be followed: ${name.refused}`)
+  }
+  const { file, identity } = await openFile({ path: name.path })
+  await release(file)
+  const [top] = chain.layers
+  if (top !== undefined && identity !== top) {
+    const message = `Image.createOverlay: '${backingFile}' is '${name.path}', which is not the image`
+    throw invalidArgument('backingFile', message)
+  }
+  return backingFile
+}
