@@ -45,6 +45,28 @@ describeWithQemu('snapshot', () => {
   })
 })
 
+describeWithQemu('an overlay, and an image with an external data file', () => {
+  it.each([
+    ['overlay.qcow2', ['-b', at('base.qcow2'), '-F', 'qcow2']],
+    ['divided.qcow2', ['-o', `data_file=${at('divided.data')}`]],
+  ])('%s gets snapshots and bitmaps', (name, options) => {
+    image('base.qcow2')
+    const path = at(name)
+    ok(qemuImg('create', '-q', '-f', 'qcow2', ...options, path, ...(name === 'overlay.qcow2' ? [] : ['8M'])))
+    if (name === 'overlay.qcow2') {
+      ok(qcow2('snapshot', '-c', 'one', path))
+      ok(qemuIo('-f', 'qcow2', '-c', 'write -P 3 0 128k', path))
+      ok(qcow2('snapshot', '-a', 'one', path))
+      ok(qcow2('snapshot', '-d', 'one', path))
+    }
+    ok(qcow2('bitmap', '--add', path, 'b'))
+    copyFileSync(path, at('source.qcow2'))
+    ok(qcow2('bitmap', '--merge', 'b', '-b', at('source.qcow2'), '-F', 'qcow2', path, 'b'))
+    ok(qcow2('bitmap', '--remove', path, 'b'))
+    clean(path)
+  })
+})
+
 describeWithQemu('bitmap', () => {
   it('does several actions in order, and merges from another file', () => {
     const path = image('a.qcow2')

@@ -81,7 +81,7 @@ async function bitmap(
       else await image.bitmaps[verb](name)
     }
   }
-  const at = { filename, format: options.format, references: 'layer', flags: 'r+' } as const
+  const at = { filename, format: options.format, flags: 'r+' } as const
   return withImage(at, session, async image => {
     const { sourceFile, sourceFormat } = options
     const done =

@@ -42,10 +42,10 @@ async function snapshot(filename: string, options: SnapshotArguments, session: S
   const { create, apply, delete: remove, list, format, forceShare } = options
   const asked = [create, apply, remove, list].filter(each => each !== undefined)
   if (asked.length > 1) throw new UsageFailure('Cannot mix -l, -a, -c, -d')
-  const at = { filename, format, references: 'layer' } as const
+  const at = { filename, format } as const
   const named = create ?? apply ?? remove
   if (named === undefined) {
-    return withImage({ ...at, forceShare }, session, async image => {
+    return withImage({ ...at, references: 'layer', forceShare }, session, async image => {
       const snapshots = await image.snapshots.list()
       if (snapshots.length > 0) session.stdout.write(formatSnapshots(snapshotDocuments(snapshots)))
       return 0
