@@ -25,6 +25,11 @@ pub struct Segment {
     pub kind: SegmentKind,
 }
 
+/// Clusters in one plan from which on it reads tables in larger pieces than slices.
+const WIDE: u64 = 4096;
+/// Bytes of such a piece.
+const MAX_PIECE: u64 = 64 << 10;
+
 /// How one layer stores a segment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SegmentKind {
@@ -108,17 +113,25 @@ pub(crate) struct Mapping {
     pub(crate) tables_need_barrier: bool,
 }
 
-/// A slice loaded without the lock.
+/// Slices loaded without the lock: one, or those of a piece of a table.
 #[derive(Debug, Default)]
 pub(crate) struct Loaded {
-    slice: Option<(u64, Slice)>,
+    /// Host offset of the first one.
+    offset: u64,
+    slices: Vec<Slice>,
     generation: u64,
 }
 
 impl Loaded {
-    /// The slice.
+    /// The slice, of one.
     pub(crate) fn into_slice(self) -> Option<Slice> {
-        self.slice.map(|(_, slice)| slice)
+        self.slices.into_iter().next()
+    }
+
+    /// The slice at `offset`.
+    fn slice(&self, offset: u64, slice_bytes: u64) -> Option<&Slice> {
+        let index = offset.checked_sub(self.offset)? / slice_bytes;
+        self.slices.get(usize::try_from(index).ok()?)
     }
 }
 
@@ -150,9 +163,9 @@ impl Mapping {
         if let Some(slice) = self.dirty.get(&offset) {
             return Some(Arc::clone(slice));
         }
-        cache.peek(offset).or_else(|| match &loaded.slice {
-            Some((at, slice)) if *at == offset && loaded.generation == self.generation => Some(slice.clone()),
-            _ => None,
+        cache.peek(offset).or_else(|| {
+            let current = loaded.generation == self.generation;
+            loaded.slice(offset, cache.slice_bytes()).filter(|_| current).cloned()
         })
     }
 }
@@ -183,20 +196,47 @@ impl Qcow2 {
         let mut plan = Plan { segments, first };
         let mut at = range.start;
         let mut loaded = Loaded::default();
+        let mut stopped = None;
         while at < range.end {
             let missing = self.plan_from_memory(&mut at, range.end, &loaded, &mut plan)?;
-            if let Some(missing) = missing {
-                loaded = self.load_slice(missing)?;
-            }
+            let Some(missing) = missing else { break };
+            let pieces = self.pieces(at, range.end, missing.offset);
+            loaded = match pieces {
+                // What is not kept is not found where the mapping changed meanwhile: the second time it is.
+                2.. if stopped != Some(at) => self.load_slices(missing, pieces)?,
+                _ => self.load_slice(missing)?,
+            };
+            stopped = Some(at);
         }
         Ok(())
+    }
+
+    /// How many slices from the one at host offset `offset`, which maps `at`, are worth reading at once, past the cache:
+    /// those of the table, where so much is planned that nobody means to read all of it.
+    fn pieces(&self, at: u64, end: u64, offset: u64) -> u64 {
+        let g = self.geometry();
+        if (end - at) >> g.cluster_bits() < WIDE {
+            return 1;
+        }
+        let table_end = (offset | (g.cluster_size() - 1)) + 1;
+        (table_end - offset).min(MAX_PIECE) / self.slices.slice_bytes()
+    }
+
+    /// Reads `count` slices of a table at once, without the lock, and keeps them for the caller alone.
+    fn load_slices(&self, missing: Missing, count: u64) -> Result<Loaded> {
+        match self.slices.load_uncached(&**self.storage(), missing.offset, count) {
+            Ok(slices) => Ok(Loaded { offset: missing.offset, slices, generation: missing.generation }),
+            // A table that the file's end cuts is an error only where it is needed.
+            Err(error) if error.kind() == ErrorKind::Corrupt => self.load_slice(missing),
+            Err(error) => Err(self.in_table(error, missing.guest)),
+        }
     }
 
     /// Reads a slice that was missing, without the lock.
     pub(crate) fn load_slice(&self, missing: Missing) -> Result<Loaded> {
         let slice = self.slices.load(&**self.storage(), missing.offset);
         let slice = slice.map_err(|e| self.in_table(e, missing.guest))?;
-        Ok(Loaded { slice: Some((missing.offset, slice)), generation: missing.generation })
+        Ok(Loaded { offset: missing.offset, slices: vec![slice], generation: missing.generation })
     }
 
     /// Plans from `at` as far as memory reaches, under the shared lock; returns the slice that stopped it.
@@ -225,15 +265,18 @@ impl Qcow2 {
             };
             while index < self.slices.entries() && *at < end {
                 let cluster = g.cluster_start(*at);
-                let cluster_end = (cluster + (g.cluster_size() - 1)).min(end - 1) + 1;
-                self.plan_cluster(self.slices.entry(&slice, index), cluster, *at..cluster_end, plan)?;
-                *at = cluster_end;
-                index += 1;
+                let run = self.slices.run(&slice, index, g.clusters_for(end - cluster), &g);
+                let run_end = (cluster + (run * g.cluster_size() - 1)).min(end - 1) + 1;
+                self.plan_cluster(self.slices.entry(&slice, index), cluster, *at..run_end, plan)?;
+                *at = run_end;
+                index += run;
             }
         }
         Ok(None)
     }
 
+    /// Plans a range that begins in the cluster at guest offset `cluster`, whose entry is given. What goes on behind that
+    /// cluster is a run, see [`SliceCache::run`].
     fn plan_cluster(
         &self,
         entry: L2Entry,

@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 
+use qcow2_format::l1::OFFSET_MASK;
 use qcow2_format::{Geometry, L2Entry, SubclusterBitmap};
 use quick_cache::sync::{Cache, GuardResult};
 
@@ -67,6 +68,39 @@ impl SliceCache {
             }
             GuardResult::Timeout => load(storage, offset, self.bytes),
         }
+    }
+
+    /// `count` slices from `offset` on, read in one transfer and not kept.
+    pub(crate) fn load_uncached(&self, storage: &dyn Storage, offset: u64, count: u64) -> Result<Vec<Slice>> {
+        let mut buf = vec![0u8; (count * self.bytes) as usize];
+        storage.read_exact_at(MemMut::from(&mut buf[..]), offset).map_err(|e| e.with_field("L2 table"))?;
+        Ok(buf.chunks_exact(self.bytes as usize).map(|bytes| decode_words(bytes).into()).collect())
+    }
+
+    /// How many entries from `index` on, at most `limit`, say the same about clusters that follow each other: not
+    /// allocated, or at host offsets that follow each other. Entries of subclusters and of compressed clusters stand
+    /// alone.
+    pub(crate) fn run(&self, slice: &[u64], index: u64, limit: u64, geometry: &Geometry) -> u64 {
+        let Some((first, rest)) = slice.get(index as usize..).and_then(<[u64]>::split_first) else {
+            return 1;
+        };
+        let entry = L2Entry::standard(*first);
+        if self.words_per_entry != 1 || entry.is_compressed() {
+            return 1;
+        }
+        let step = if entry.offset_bits() == 0 { 0 } else { geometry.cluster_size() };
+        let limit = usize::try_from(limit.saturating_sub(1)).unwrap_or(usize::MAX);
+        // The steps stay inside the offset: it has at most 56 bits, and a slice 512 entries.
+        let highest = OFFSET_MASK - step * self.bytes;
+        if entry.offset_bits() > highest {
+            return 1;
+        }
+        let mut next = *first;
+        let following = rest.iter().take(limit).take_while(|word| {
+            next = next.wrapping_add(step);
+            **word == next
+        });
+        1 + following.count() as u64
     }
 
     /// Forgets everything: the tables were changed behind the cache's back.
