@@ -10,10 +10,11 @@ use contents::{Contents, assert_clean, explore, geometries, snapshot_of, writabl
 use qcow2_engine::compact::{CompactOptions, CompactResult};
 use qcow2_engine::{Job, Mem, Storage};
 use qcow2_testkit::audit::audit;
-use qcow2_testkit::disk_model::{Opening, Rig};
+use qcow2_testkit::disk_model::{Opening, Rig, open_file};
 use qcow2_testkit::matrix::Geometry;
 use qcow2_testkit::recorder::RecordingStorage;
-use qcow2_testkit::{Rng, Sparse};
+use qcow2_testkit::storage::{Fault, FaultStorage};
+use qcow2_testkit::{Fixture, Qemu, Rng, Sparse};
 
 const IN_PLACE: CompactOptions = CompactOptions { rewrite: false, zeroes: false, dry_run: false };
 const ZEROES: CompactOptions = CompactOptions { zeroes: true, ..IN_PLACE };
@@ -149,4 +150,186 @@ fn no_power_cut_during_a_compaction_changes_what_is_read() {
         let files = explore(&rig, 2, random, &what, |image| image.compact(options, &Job::new()).map(drop));
         assert_clean(&files, &what);
     }
+}
+
+/// An image that QEMU made, used and managed: with holes everywhere, snapshots, one of them deleted, and bitmaps.
+fn used_by_qemu(qemu: &Qemu, fixture: &Fixture, options: &str, seed: u64) -> std::path::PathBuf {
+    let (path, size) = (fixture.path("a.qcow2"), 24u64 << 20);
+    let version_2 = options.contains("compat=0.10");
+    let snapshots = !options.contains("refcount_bits=1");
+    qemu.create(&path, options, Some(size));
+    let name = path.to_str().unwrap();
+    if !version_2 {
+        qemu.img(&["bitmap", "--add", "-g", "512", name, "fine"]).ok();
+        qemu.img(&["bitmap", "--add", "--disable", "-g", "64k", name, "coarse"]).ok();
+    }
+    let mut rng = Rng::new(seed);
+    for round in 0..4 {
+        let mut commands = Vec::new();
+        if round == 0 {
+            // QEMU compresses only what was never written.
+            commands.extend([0, 4, 10, 12, 18].map(|at| format!("write -c -P {} {at}M 2M", 200 + at)));
+        }
+        for n in 0..40 {
+            let (at, len) = (rng.below(size / 512) * 512, (1 + rng.below(500)) * 512);
+            let len = len.min(size - at);
+            commands.push(match n % 5 {
+                0 => format!("write -z -u {at} {len}"),
+                1 => format!("write -P 0 {at} {len}"),
+                _ => format!("write -P {} {at} {len}", 1 + (round * 40 + n) % 250),
+            });
+        }
+        qemu.io(&path, "qcow2", &commands);
+        if snapshots {
+            let made = qemu.img(&["snapshot", "-c", &format!("s{round}"), name]);
+            assert!(made.code == 0, "{options}: {made:?}");
+        }
+    }
+    if snapshots {
+        qemu.img(&["snapshot", "-d", "s0", name]).ok();
+        qemu.img(&["snapshot", "-d", "s2", name]).ok();
+    }
+    path
+}
+
+#[test]
+fn what_qemu_made_is_compacted_and_goes_on_with_qemu() {
+    let Some(qemu) = Qemu::find() else { return };
+    for (seed, options) in [
+        "cluster_size=64k",
+        "cluster_size=512",
+        "cluster_size=4k,refcount_bits=64",
+        "cluster_size=2k,refcount_bits=32",
+        "cluster_size=16k,extended_l2=on,compression_type=zstd",
+        "cluster_size=2M",
+        "cluster_size=1k,refcount_bits=1",
+        "compat=0.10,cluster_size=8k",
+        "cluster_size=32k,lazy_refcounts=on",
+    ]
+    .iter()
+    .enumerate()
+    {
+        let fixture = Fixture::new();
+        let path = used_by_qemu(&qemu, &fixture, options, seed as u64);
+        let snapshots = !options.contains("refcount_bits=1");
+        let views: &[&[&str]] = if snapshots { &[&[], &["-l", "s1"], &["-l", "s3"]] } else { &[&[]] };
+        let read = || views.iter().map(|view| qemu.guest_bytes(&path, "qcow2", view)).collect::<Vec<_>>();
+        let before = read();
+        let bitmaps = |image: &qcow2_engine::Image| {
+            let names = if options.contains("compat") { vec![] } else { vec!["fine", "coarse"] };
+            names.into_iter().map(|name| image.bitmap_extents(name).unwrap()).collect::<Vec<_>>()
+        };
+        let dirty = bitmaps(&open_file(&path, &Opening::default()).unwrap());
+        for options in [CompactOptions { zeroes: true, ..REWRITE }, REWRITE] {
+            let image = open_file(&path, &writable()).unwrap();
+            let result = image.compact(options, &Job::new()).unwrap_or_else(|e| panic!("{options:?}: {e:?}"));
+            assert!(bitmaps(&image) == dirty, "{options:?}: bitmaps while open");
+            image.close().unwrap();
+            qemu.assert_clean(&path);
+            assert!(read() == before, "{options:?}: {result:?}");
+            assert!(
+                bitmaps(&open_file(&path, &Opening::default()).unwrap()) == dirty,
+                "{options:?}: bitmaps"
+            );
+        }
+        let length = std::fs::metadata(&path).unwrap().len();
+        let mut file = Sparse::new(length);
+        file.write(0, &std::fs::read(&path).unwrap());
+        let storage = RecordingStorage::plain(file.clone());
+        let g = qcow2_engine::image::read_header(&storage).unwrap().geometry;
+        let used = in_use(&file, &Geometry::plain(g.cluster_size()));
+        let clusters = length / g.cluster_size();
+        assert!(clusters <= used + 2 + used / 50, "{options}: {used} clusters in use of {clusters}");
+        let name = path.to_str().unwrap();
+        if snapshots {
+            if !options.contains("compat") {
+                qemu.img(&["bitmap", "--remove", name, "fine"]).ok();
+                qemu.img(&["bitmap", "--remove", name, "coarse"]).ok();
+            }
+            qemu.img(&["snapshot", "-a", "s1", name]).ok();
+            assert!(qemu.guest_bytes(&path, "qcow2", &[]) == before[1], "{options}: applied");
+            qemu.img(&["snapshot", "-d", "s3", name]).ok();
+        }
+        qemu.io(&path, "qcow2", &["write -P 77 1M 9M", "write -z -u 3M 1M"]);
+        qemu.assert_clean(&path);
+    }
+}
+
+/// Any call fails: what is read stays, nothing worse than leaks is left, and where the image goes on, it is right.
+#[test]
+fn any_call_may_fail_during_a_compaction() {
+    let mut failed = 0;
+    for (number, geometry) in geometries().into_iter().enumerate().filter(|(_, g)| g.cluster_size <= 16384) {
+        let rig = used(&geometry, 50 + number as u64);
+        let before = Contents::of(&rig, &rig.files());
+        for n in 0..40u64 {
+            let n = n * n / 2;
+            let what = format!("{} call {n}", geometry.name());
+            let files: Vec<_> = rig.files().into_iter().map(RecordingStorage::plain).map(Arc::new).collect();
+            let errno = if n % 2 == 0 { 28 } else { 5 };
+            let faulty = Arc::new(FaultStorage::new(files[0].clone(), Fault::nth(200 + n, errno)));
+            let mut storages: Vec<_> = files.iter().map(|f| f.clone() as Arc<dyn Storage>).collect();
+            storages[0] = faulty.clone();
+            let Ok(image) = rig.open(&storages, &writable()) else { continue };
+            let done = image.compact(CompactOptions { zeroes: n % 3 == 0, ..REWRITE }, &Job::new());
+            let closed = image.close();
+            failed += u64::from(done.is_err());
+            let now: Vec<_> = files.iter().map(|f| snapshot_of(&**f)).collect();
+            let findings = audit(&now[0]);
+            assert!(findings.is_sound(), "{what}, {done:?}, {closed:?}: {:#?}", findings.corruptions);
+            let difference = before.difference(&Contents::of(&rig, &now));
+            assert!(difference.is_none(), "{what}, {done:?}: {difference:?}");
+        }
+    }
+    assert!(failed > 20, "only {failed} compactions failed");
+}
+
+/// A cancelled compaction leaves no leak: what began is completed.
+#[test]
+fn a_cancelled_compaction_leaves_a_clean_image() {
+    let (mut cancelled, mut completed) = (0, 0);
+    for (number, geometry) in geometries().into_iter().enumerate().filter(|(_, g)| g.cluster_size <= 4096) {
+        let rig = used(&geometry, 90 + number as u64);
+        let before = Contents::of(&rig, &rig.files());
+        for calls in (0..1200).step_by(75) {
+            let files: Vec<_> = rig.files().into_iter().map(RecordingStorage::plain).map(Arc::new).collect();
+            // It only counts.
+            let counting = Arc::new(FaultStorage::new(files[0].clone(), Fault::nth(u64::MAX, 5)));
+            let mut storages: Vec<_> = files.iter().map(|f| f.clone() as Arc<dyn Storage>).collect();
+            storages[0] = counting.clone();
+            let image = rig.open(&storages, &writable()).unwrap();
+            let (job, first) = (Job::new(), counting.calls());
+            let result = std::thread::scope(|scope| {
+                let compacting = scope.spawn(|| image.compact(REWRITE, &job));
+                while counting.calls() < first + calls && !compacting.is_finished() {
+                    std::hint::spin_loop();
+                }
+                job.cancel();
+                compacting.join().unwrap()
+            });
+            let what = format!("{} after {calls} calls: {result:?}", geometry.name());
+            match result {
+                Ok(_) => completed += 1,
+                Err(error) => {
+                    assert_eq!(error.kind(), qcow2_engine::ErrorKind::Aborted, "{what}");
+                    cancelled += 1;
+                }
+            }
+            image.write_at(Mem::from(&[0u8; 512][..]), 0).unwrap();
+            image.close().unwrap();
+            let now: Vec<_> = files.iter().map(|f| snapshot_of(&**f)).collect();
+            let findings = audit(&now[0]);
+            assert!(findings.is_sound(), "{what}: {findings:#?}");
+            let mut contents = Contents::of(&rig, &now);
+            contents.active[..512].copy_from_slice(&before.active[..512]);
+            let difference = before.difference(&contents);
+            assert!(difference.is_none(), "{what}: {difference:?}");
+            let storage = RecordingStorage::plain(now[0].clone());
+            let header = qcow2_engine::image::read_header(&storage).unwrap();
+            let report =
+                qcow2_engine::check::check(&storage, &header, &Default::default(), &Job::new()).unwrap();
+            assert_eq!(report.corruptions, 0, "{what}: {report:#?}");
+        }
+    }
+    assert!(cancelled > 10, "{cancelled} cancelled, {completed} completed");
 }

@@ -1,7 +1,7 @@
 //! The bits of one bitmap in memory.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::{Error, ErrorKind, Result};
 
@@ -11,6 +11,8 @@ pub struct Bits {
     words: Vec<AtomicU64>,
     size: u64,
     granularity_bits: u8,
+    /// The stored form, where there is one, has other bits.
+    changed: AtomicBool,
 }
 
 impl Bits {
@@ -25,7 +27,7 @@ impl Bits {
             return Err(Error::new(ErrorKind::Limit, message).with_field("bitmap"));
         }
         let words = (0..words).map(|_| AtomicU64::new(0)).collect();
-        Ok(Self { words, size, granularity_bits })
+        Ok(Self { words, size, granularity_bits, changed: AtomicBool::new(false) })
     }
 
     /// Size of the disk in bytes.
@@ -60,6 +62,7 @@ impl Bits {
                 // Most writes hit bits that are set: looking first keeps the cache line shared.
                 if word.load(Ordering::Relaxed) & mask != mask {
                     word.fetch_or(mask, Ordering::Relaxed);
+                    self.changed.store(true, Ordering::Release);
                 }
             }
             at = stop;
@@ -69,6 +72,17 @@ impl Bits {
     /// Clears all bits.
     pub fn clear(&self) {
         self.words.iter().for_each(|word| word.store(0, Ordering::Relaxed));
+        self.changed.store(true, Ordering::Release);
+    }
+
+    /// Whether the bits differ from the stored ones: from those that were loaded, or stored last.
+    pub(super) fn is_changed(&self) -> bool {
+        self.changed.load(Ordering::Acquire)
+    }
+
+    /// The stored bits are these.
+    pub(super) fn note_stored(&self) {
+        self.changed.store(false, Ordering::Release);
     }
 
     /// The same bits for a disk of another size; what is new is clean.
@@ -78,6 +92,7 @@ impl Bits {
             to.store(from.load(Ordering::Relaxed), Ordering::Relaxed);
         }
         new.trim();
+        new.changed.store(true, Ordering::Release);
         Ok(new)
     }
 

@@ -179,6 +179,7 @@ impl Session<'_> {
             entries.push(NewEntry { entry, bits: Some(Arc::clone(&bits)), former: None });
             Ok(entries)
         })?;
+        bits.note_stored();
         if enabled {
             self.writer.bitmaps.put(Tracked { name: name.to_vec(), bits, enabled });
         }
@@ -203,6 +204,7 @@ impl Session<'_> {
             }
             Ok(entries)
         })?;
+        bits.note_stored();
         if enabled {
             self.writer.bitmaps.put(Tracked { name: name.as_bytes().to_vec(), bits, enabled });
         } else {

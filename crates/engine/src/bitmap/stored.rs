@@ -43,6 +43,7 @@ pub(super) fn load(image: &Qcow2, entry: &BitmapDirectoryEntry) -> Result<Bits> 
         }
     }
     bits.trim();
+    bits.note_stored();
     Ok(bits)
 }
 

@@ -106,16 +106,43 @@ impl Image {
         if tracked.is_empty() {
             return Ok(());
         }
+        if tracked.iter().any(|one| one.bits.is_changed()) {
+            self.store_changed(session, &tracked)?;
+        } else {
+            session.unmark(&tracked)?;
+        }
+        session.writer.bitmaps.clear();
+        Ok(())
+    }
+
+    fn store_changed(&self, session: &Session<'_>, tracked: &[Tracked]) -> Result<()> {
         session.replace_bitmaps(|mut entries| {
-            for one in &tracked {
+            for one in tracked {
                 if let Some(entry) = entries.iter_mut().find(|e| e.entry.name == one.name) {
                     entry.entry.flags.remove(BitmapFlags::IN_USE);
-                    entry.bits = Some(Arc::clone(&one.bits));
+                    // What did not change keeps its place.
+                    entry.bits = one.bits.is_changed().then(|| Arc::clone(&one.bits));
                 }
             }
             Ok(entries)
-        })?;
-        session.writer.bitmaps.clear();
-        Ok(())
+        })
+    }
+}
+
+impl Session<'_> {
+    /// Takes the marks back from bitmaps that are in the file as they are in memory.
+    fn unmark(&self, tracked: &[Tracked]) -> Result<()> {
+        let Some(directory) = self.image.bitmap_directory() else { return Ok(()) };
+        let mut at = directory.directory_offset.0;
+        // What the marks vouch for is durable first.
+        self.barrier()?;
+        for record in self.image.bitmaps()? {
+            if tracked.iter().any(|one| one.name == record.entry.name) {
+                let flags = (record.entry.flags - BitmapFlags::IN_USE).bits().to_be_bytes();
+                self.write(at + FLAGS, &flags)?;
+            }
+            at += record.entry.encoded_length() as u64;
+        }
+        self.barrier()
     }
 }

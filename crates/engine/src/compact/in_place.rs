@@ -92,6 +92,8 @@ impl Session<'_> {
         for first in (0..g.l2_entries() as usize).step_by(per_slice) {
             job.checkpoint()?;
             let mut changed = false;
+            // Kept apart until the slice is complete: an error leaves it as it is.
+            let mut unlinked = Vec::new();
             for number in first..first + per_slice {
                 let entry = entry_at(self.image, &words, number);
                 if entry.word == 0 {
@@ -102,10 +104,11 @@ impl Session<'_> {
                 self.image.slices.set_entry(&mut words, number as u64, new.encode(&g));
                 changed |= new != mapping;
                 if let Some(host) = freed {
-                    edits.unlinked.push((host, table.weight));
+                    unlinked.push((host, table.weight));
                 }
                 debug_assert!(!matches!(new, L2Mapping::Compressed(_)));
             }
+            edits.unlinked.append(&mut unlinked);
             if changed {
                 let start = first / per_slice * slice_words;
                 let slice = words.get(start..start + slice_words).unwrap_or_default().to_vec();

@@ -89,8 +89,7 @@ impl Sweep<'_, '_> {
                 let length = self.read_data(old)?;
                 let Some(new) = self.place(length, weight)? else { return Ok(None) };
                 let data = self.packing.data.get(..length as usize).unwrap_or_default();
-                let written = self.session.image.storage().write_all_at(Mem::from(data), new.offset.0);
-                written.map_err(|e| self.session.writer.poison(e))?;
+                self.session.image.storage().write_all_at(Mem::from(data), new.offset.0)?;
                 self.session.image.inflated.remove(&new);
                 self.copied += length;
                 if self.packing.shared {
@@ -104,6 +103,7 @@ impl Sweep<'_, '_> {
             let counted = self.session.refcount(cluster)?;
             self.moved += u64::from(counted == 0);
             self.session.set_refcount(cluster, counted + weight)?;
+            self.taken.push((cluster, weight));
         }
         for cluster in first..=last {
             self.edits.unlinked.push((cluster * g.cluster_size(), weight));

@@ -26,13 +26,14 @@ impl Session<'_> {
             if used >= end {
                 break;
             }
+            let before = result.moved_clusters;
             let moved = self.pass(used, job, &mut progress, result);
             // Also after a cancellation: what moved is freed, and the file cut.
             self.free_now()?;
             self.writer.drop_blocks(self.image, used)?;
             self.writer.restart_allocation(self.image)?;
             moved?;
-            if self.extent()?.1 >= end {
+            if self.extent()?.1 >= end && result.moved_clusters == before {
                 break;
             }
         }

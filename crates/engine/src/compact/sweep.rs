@@ -8,7 +8,7 @@ use super::in_place::{BATCH_SLICES, Edits};
 use super::packing::Packing;
 use super::survey::{Table, entry_at, guest_of, read_words, tables};
 use crate::maintenance::Session;
-use crate::{Job, Mem, MemMut, Result, StorageExt};
+use crate::{ErrorKind, Job, Mem, MemMut, Result, StorageExt};
 
 /// Bytes copied between two syncs.
 const BATCH_BYTES: u64 = 64 << 20;
@@ -33,6 +33,8 @@ pub(super) struct Sweep<'s, 'a> {
     /// Copy that waits for more of its kind: first cluster, its new place, number.
     waiting: Option<(u64, u64, u64)>,
     pub(super) copied: u64,
+    /// Clusters that were given references since the last sync, and how many.
+    pub(super) taken: Vec<(u64, u64)>,
     pub(super) moved: u64,
     buffer: Vec<u8>,
 }
@@ -50,6 +52,7 @@ impl<'s, 'a> Sweep<'s, 'a> {
             edits: Edits::default(),
             waiting: None,
             copied: 0,
+            taken: Vec::new(),
             moved: 0,
             buffer: Vec::new(),
         })
@@ -71,14 +74,18 @@ impl<'s, 'a> Sweep<'s, 'a> {
         let share = *progress / (tables.len() as u64).max(1);
         for table in tables {
             let swept = self.table(table, job);
-            if swept.as_ref().is_err_and(|e| e.kind() != crate::ErrorKind::Aborted) {
-                return swept;
-            }
-            if swept.is_err() {
-                // What began is completed.
-                self.commit()?;
-                self.forget_rest()?;
-                return swept;
+            if let Err(error) = swept {
+                // What began is completed by a cancellation, and taken back after a failure, which says more than one of this.
+                let ended = match error.kind() {
+                    ErrorKind::Aborted => self.commit(),
+                    _ => self.take_back(),
+                };
+                let forgotten = ended.and_then(|()| self.forget_rest());
+                return if error.kind() == ErrorKind::Aborted {
+                    forgotten.and(Err(error))
+                } else {
+                    Err(error)
+                };
             }
             job.advance(share);
             *progress -= share;
@@ -163,6 +170,7 @@ impl<'s, 'a> Sweep<'s, 'a> {
         }
         let Some(to) = self.lowest(1)? else { return Ok(None) };
         self.session.set_refcount(to, references)?;
+        self.taken.push((to, references));
         self.copy(cluster, to)?;
         self.moved += 1;
         if references > weight {
@@ -207,14 +215,12 @@ impl<'s, 'a> Sweep<'s, 'a> {
         let (from, to, length) = (from * size, to * size, count * size);
         let end = storage.size()?;
         let run = storage.run_at(from.min(end.saturating_sub(1))).map_err(|e| storage.failure(e, "lseek"))?;
-        let written = if !run.data && run.end >= (from + length).min(end) {
-            storage.zero(to, length, true)
-        } else {
-            self.buffer.resize(length as usize, 0);
-            storage.read_padded_at(MemMut::from(&mut self.buffer[..]), from)?;
-            storage.write_all_at(Mem::from(&self.buffer[..]), to)
-        };
-        written.map_err(|e| self.session.writer.poison(e))
+        if !run.data && run.end >= (from + length).min(end) {
+            return storage.zero(to, length, true);
+        }
+        self.buffer.resize(length as usize, 0);
+        storage.read_padded_at(MemMut::from(&mut self.buffer[..]), from)?;
+        storage.write_all_at(Mem::from(&self.buffer[..]), to)
     }
 
     /// Makes the copies durable, then the entries that refer to them, then frees what these no longer refer to.
@@ -226,7 +232,19 @@ impl<'s, 'a> Sweep<'s, 'a> {
             return Ok(());
         }
         self.session.barrier()?;
+        self.taken.clear();
         self.session.publish(edits).map(drop)
+    }
+
+    /// Gives up the places taken since the last sync: nothing refers to them.
+    fn take_back(&mut self) -> Result<()> {
+        self.waiting = None;
+        self.edits = Edits::default();
+        for (cluster, references) in std::mem::take(&mut self.taken) {
+            let counted = self.session.refcount(cluster)?;
+            self.session.set_refcount(cluster, counted.saturating_sub(references))?;
+        }
+        Ok(())
     }
 
     /// After a cancellation: references that were not seen stay with the old place, and are not counted at the new one.
