@@ -142,9 +142,11 @@ fn no_power_cut_during_a_compaction_changes_what_is_read() {
     for (number, geometry) in geometries().into_iter().enumerate() {
         let random = if geometry.cluster_size > 65536 { 3 } else { 15 };
         let rig = used(&geometry, number as u64);
-        let what = format!("{} in place", geometry.name());
-        let files = explore(&rig, 1, random, &what, |image| image.compact(ZEROES, &Job::new()).map(drop));
-        assert_clean(&files, &what);
+        if number % 4 == 0 {
+            let what = format!("{} in place", geometry.name());
+            let files = explore(&rig, 1, random, &what, |image| image.compact(ZEROES, &Job::new()).map(drop));
+            assert_clean(&files, &what);
+        }
         let what = format!("{} rewriting", geometry.name());
         let options = CompactOptions { zeroes: number % 2 == 0, ..REWRITE };
         let files = explore(&rig, 2, random, &what, |image| image.compact(options, &Job::new()).map(drop));
@@ -291,22 +293,16 @@ fn a_cancelled_compaction_leaves_a_clean_image() {
     for (number, geometry) in geometries().into_iter().enumerate().filter(|(_, g)| g.cluster_size <= 4096) {
         let rig = used(&geometry, 90 + number as u64);
         let before = Contents::of(&rig, &rig.files());
+        let leaks = audit(&rig.image).leaks;
         for calls in (0..1200).step_by(75) {
             let files: Vec<_> = rig.files().into_iter().map(RecordingStorage::plain).map(Arc::new).collect();
-            // It only counts.
-            let counting = Arc::new(FaultStorage::new(files[0].clone(), Fault::nth(u64::MAX, 5)));
+            let job = Arc::new(Job::new());
+            let cancel = Arc::clone(&job);
+            let cancelling = FaultStorage::calling(files[0].clone(), 50 + calls, move || cancel.cancel());
             let mut storages: Vec<_> = files.iter().map(|f| f.clone() as Arc<dyn Storage>).collect();
-            storages[0] = counting.clone();
+            storages[0] = Arc::new(cancelling);
             let image = rig.open(&storages, &writable()).unwrap();
-            let (job, first) = (Job::new(), counting.calls());
-            let result = std::thread::scope(|scope| {
-                let compacting = scope.spawn(|| image.compact(REWRITE, &job));
-                while counting.calls() < first + calls && !compacting.is_finished() {
-                    std::hint::spin_loop();
-                }
-                job.cancel();
-                compacting.join().unwrap()
-            });
+            let result = image.compact(REWRITE, &job);
             let what = format!("{} after {calls} calls: {result:?}", geometry.name());
             match result {
                 Ok(_) => completed += 1,
@@ -329,6 +325,7 @@ fn a_cancelled_compaction_leaves_a_clean_image() {
             let report =
                 qcow2_engine::check::check(&storage, &header, &Default::default(), &Job::new()).unwrap();
             assert_eq!(report.corruptions, 0, "{what}: {report:#?}");
+            assert!(report.leaks <= leaks, "{what}: {report:#?}");
         }
     }
     assert!(cancelled > 10, "{cancelled} cancelled, {completed} completed");

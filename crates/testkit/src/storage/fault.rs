@@ -42,12 +42,27 @@ pub struct FaultStorage {
     fault: Fault,
     calls: AtomicU64,
     failed: AtomicU64,
+    hook: Hook,
+}
+
+/// What is called instead of failing.
+struct Hook(Option<Box<dyn Fn() + Send + Sync>>);
+
+impl std::fmt::Debug for Hook {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Hook({})", self.0.is_some())
+    }
 }
 
 impl FaultStorage {
+    /// Nothing fails: `hook` is called at call number `n` (from 0) of any kind.
+    pub fn calling(inner: Arc<dyn Storage>, n: u64, hook: impl Fn() + Send + Sync + 'static) -> Self {
+        Self { hook: Hook(Some(Box::new(hook))), ..Self::new(inner, Fault::nth(n, 0)) }
+    }
+
     /// Wraps `inner`.
     pub fn new(inner: Arc<dyn Storage>, fault: Fault) -> Self {
-        Self { inner, fault, calls: AtomicU64::new(0), failed: AtomicU64::new(0) }
+        Self { inner, fault, calls: AtomicU64::new(0), failed: AtomicU64::new(0), hook: Hook(None) }
     }
 
     /// How many calls failed so far.
@@ -69,6 +84,10 @@ impl FaultStorage {
             return Ok(());
         }
         self.failed.fetch_add(1, Ordering::Relaxed);
+        if let Hook(Some(hook)) = &self.hook {
+            hook();
+            return Ok(());
+        }
         Err(io::Error::from_raw_os_error(self.fault.errno))
     }
 }
