@@ -83,6 +83,16 @@ describeWithQemu('snapshots', () => {
     }
   })
 
+  it('take no memory for the clusters that they share', async () => {
+    const path = at('many.qcow2')
+    await (await create(path, { size: 32 * MIB, clusterSize: 512, preallocation: 'metadata' })).close()
+    await using image = await open(path, { flags: 'r+', limits: { maxMemory: MIB } })
+    for (const name of ['one', 'two', 'three']) await image.snapshots.create(name)
+    expect(await image.snapshots.list()).toHaveLength(3)
+    await image.close()
+    clean(path)
+  })
+
   it('change nothing when they are refused', async () => {
     const path = at('refused.qcow2')
     await (await create(path, { size: MIB, refcountBits: 1 })).close()
