@@ -259,3 +259,39 @@ fn a_plan_that_stops_between_two_steps_leaves_the_old_image_or_the_new_one() {
         }
     }
 }
+
+#[test]
+fn no_power_cut_while_an_unclean_image_is_opened_harms_it() {
+    let layouts = geometries().into_iter().filter(|g| g.version >= 3);
+    for (number, geometry) in layouts.enumerate() {
+        let world = World::build(&geometry, 2);
+        let contents = world.contents(&world.files());
+        let mut files = world.files();
+        // As lazy refcounts leave it: the mark is there, some refcounts are not.
+        let header = read_header(&RecordingStorage::plain(files[0].clone())).unwrap();
+        let block = files[0].u64(header.refcount_table_offset.0) & !511;
+        let some = 3 + number as u64 % 3;
+        files[0].write(block + some, &[0; 7]);
+        let marks = files[0].get(79, 1)[0] | 1;
+        files[0].write(79, &[marks]);
+        let (mut session, storages) = Session::new(files, Durability::Flush);
+        let image = world.open(&storages);
+        world.scribble(&image, 9, 3000).unwrap();
+        image.flush().unwrap();
+        drop(image);
+        let opened = storages[0].snapshot();
+        sound(&opened, Flags::Exact).unwrap_or_else(|e| panic!("{}: {e}", world.name));
+        let mut judged = 0;
+        for state in session.states(3, effort().1) {
+            let text = format!("{}: cut {}, {:?}", world.name, state.cut, state.shape);
+            let found = Contents::read(&world.rig, &state.files).unwrap_or_else(|e| panic!("{text}: {e}"));
+            assert!(found.snapshots == contents.snapshots, "{text}");
+            // Marked, or sound; and it opens again for writing, and is sound then.
+            sound(&state.files[0], Flags::Exact).unwrap_or_else(|e| panic!("{text}: {e}"));
+            goes_on(&world, &state.files, state.cut as u64, Flags::Exact)
+                .unwrap_or_else(|e| panic!("{text}: {e}"));
+            judged += 1;
+        }
+        assert!(judged > 5, "{}: {judged} states", world.name);
+    }
+}

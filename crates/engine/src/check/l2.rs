@@ -232,7 +232,9 @@ impl Walk<'_, '_> {
             let what = if data { "Data" } else { "Preallocated" };
             let message =
                 || format!("offset={offset:x}: {what} cluster is not properly aligned; L2 entry corrupted.");
-            if !data && self.target.repair == Some(Repair::All) && header.version > 2 {
+            // Version 2 has no zero clusters: there only an entry for nothing reads as zeroes.
+            let possible = header.version > 2 || header.backing_file.is_none();
+            if !data && self.target.repair == Some(Repair::All) && possible {
                 return self.zero_instead(index, entry, table, message);
             }
             self.tally.corruption(FindingCode::ClusterUnaligned, offset, message);
@@ -266,7 +268,7 @@ impl Walk<'_, '_> {
         let zero = if geometry.extended_l2() {
             L2Entry { word: 0, bitmap: entry.bitmap }
         } else {
-            L2Entry::standard(ZERO)
+            L2Entry::standard(if self.target.header.version > 2 { ZERO } else { 0 })
         };
         let first = self.entries.insert(at, zero).is_none();
         if entry.reserved_bits() != 0 {
