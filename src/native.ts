@@ -353,6 +353,7 @@ export interface Addon {
     next: number | undefined,
     backing: NativeBacking | undefined,
     compress: boolean,
+    detectZeroes: boolean,
     concurrency: number | undefined,
   ): void
   setBackingFile(request: number, job: number, image: number, backing: NativeBacking | undefined): void

@@ -14,6 +14,7 @@ import {
   oneOf,
   type Read,
   readOptions,
+  text,
   throwIfAborted,
 } from './options.js'
 import { type Format, type ImageSource, type Located, openFile, release, toLocated } from './source.js'
@@ -22,12 +23,20 @@ import { describe } from './units.js'
 
 /** Options of {@link rebase}. */
 export interface RebaseOptions extends LongRunning, Pick<SharingOptions, 'locking'> {
-  /** Format of the new backing file, which the image then names with it. Needed unless there is none. */
-  backingFormat?: Format | undefined
-  /** What the old chain may pull in, and what the new backing file names in turn. Default `'deny'`. */
+  /**
+   * Format of the new backing file, which the image then names with it: `'qcow2'` or `'raw'`; with `unsafe`, any name that QEMU has for a
+   * format. Needed unless there is no backing file.
+   */
+  backingFormat?: Format | (string & {}) | undefined
+  /**
+   * What the old chain may pull in, and what the new backing file names in turn. Default `'deny'`. With `unsafe`, `'layer'` looks at no other
+   * file at all, also not whether the chain would contain itself.
+   */
   references?: ReferencePolicy | undefined
   /** Store the clusters that are copied compressed. */
   compress?: boolean | undefined
+  /** What is copied and reads as zeroes becomes zero clusters, the default; `false` stores it as data, as QEMU does. */
+  detectZeroes?: boolean | undefined
   /**
    * Only change the name: nothing is compared or copied, and neither backing file has to be there. For a backing file that was moved. The
    * disk reads as before only if the new one has the same contents; so this needs `acknowledgeDataLoss`.
@@ -42,9 +51,10 @@ export interface RebaseOptions extends LongRunning, Pick<SharingOptions, 'lockin
 const REBASE = {
   ...LONG_RUNNING,
   locking: oneOf('auto', 'on', 'off'),
-  backingFormat: oneOf('qcow2', 'raw'),
+  backingFormat: text,
   references: referencePolicy,
   compress: flag,
+  detectZeroes: flag,
   unsafe: flag,
   acknowledgeDataLoss: flag,
   cache: oneOf('writeback', 'none', 'writethrough', 'directsync', 'unsafe'),
@@ -95,8 +105,17 @@ function toBacking(backing: string | null, read: ReadRebase): NativeBacking | un
   if (read.backingFormat === undefined) {
     throw invalidArgument('backingFormat', "rebase: backingFormat is needed with a backing file: 'qcow2' or 'raw'")
   }
+  if (!read.unsafe && !isFormat(read.backingFormat)) {
+    throw invalidArgument(
+      'backingFormat',
+      `rebase: backingFormat must be 'qcow2' or 'raw', not ${describe(read.backingFormat)}`,
+    )
+  }
+  if (read.backingFormat === '') throw invalidArgument('backingFormat', 'rebase: backingFormat must not be empty')
   return { filename: backing, format: read.backingFormat }
 }
+
+const isFormat = (name: string | undefined): name is Format => name === 'qcow2' || name === 'raw'
 
 async function copyAndSetName(
   located: Located,
@@ -104,7 +123,7 @@ async function copyAndSetName(
   named: NativeBacking | undefined,
   read: ReadRebase,
 ): Promise<void> {
-  const { references, limits, signal, cache, concurrency, compress = false } = read
+  const { references, limits, signal, cache, concurrency, compress = false, detectZeroes = true } = read
   // Before the image is locked: a chain that contains it could not be opened then.
   const next = named && (await openNext(file, named, read))
   try {
@@ -112,7 +131,7 @@ async function copyAndSetName(
     const chain = await openChain(located, { format: 'qcow2', references, limits, signal, access })
     try {
       await runJob<void>('rebase', read, (request, job, addon) =>
-        addon.rebaseImage(request, job, chain.image, next?.image, named, compress, concurrency),
+        addon.rebaseImage(request, job, chain.image, next?.image, named, compress, detectZeroes, concurrency),
       )
     } finally {
       await release(chain.image)
@@ -128,7 +147,7 @@ async function setName(
   named: NativeBacking | undefined,
   read: ReadRebase,
 ): Promise<void> {
-  if (named !== undefined) await refuseLoop(file, named, read)
+  if (named !== undefined && read.references !== 'layer') await refuseLoop(file, named, read)
   const { limits, signal, cache } = read
   const access = { ...toReadAccess(read), cache, write: { cache } }
   // A check needs no backing file.
@@ -157,7 +176,7 @@ async function openNext(file: NativeFile, named: NativeBacking, read: ReadRebase
   if (located === undefined) throw invalidArgument('references', 'rebase: the new backing file is not opened')
   await refuseItself(file, located, named)
   const { references, limits, signal } = read
-  const format = read.backingFormat
+  const format = isFormat(read.backingFormat) ? read.backingFormat : undefined
   const chain = await openChain(located, { format, references, limits, signal, access: toReadAccess(read) })
   if (file.identity === undefined || !chain.identities.includes(file.identity)) return chain
   await release(chain.image)
@@ -170,7 +189,8 @@ async function refuseLoop(file: NativeFile, named: NativeBacking, read: ReadReba
     const located = await locate(file, named, read)
     if (located === undefined) return
     await refuseItself(file, located, named)
-    const { references, limits, signal, backingFormat: format } = read
+    const { references, limits, signal, backingFormat } = read
+    const format = isFormat(backingFormat) ? backingFormat : undefined
     const chain = await openChain(located, {
       format,
       references,

@@ -218,12 +218,9 @@ describeWithQemu('rebase, side by side with qemu-img', () => {
       expect(await sideBySide(folders, ['rebase', ...args], [])).toBe(1)
       expect(readFileSync(join(folders.ours, 'top')).equals(before)).toBe(true)
     }
-    // QEMU takes it, and the image cannot be opened any more.
-    for (const name of ['top', './top']) {
-      const mine = await asQemuImg(['rebase', '-u', '-b', name, '-F', 'qcow2', 'top'], folder, folders.ours)
-      expect(mine.code).toBe(1)
-      expect(mine.stderr).toContain('would contain itself')
-    }
+    // A loop of names only, QEMU takes: the image cannot be opened any more.
+    expect(await sideBySide(folders, ['rebase', '-u', '-b', 'top', '-F', 'vmdk', 'other'], [])).toBe(0)
+    expect(await sideBySide(folders, ['rebase', '-u', '-b', './other', '-F', 'qcow2', 'other'], [])).toBe(0)
     const mine = await asQemuImg(['rebase', '-b', 'top', '-F', 'qcow2', 'mid'], folder, folders.ours)
     expect(mine).toMatchObject({ code: 1, stderr: expect.stringContaining('would contain itself') })
   })

@@ -244,7 +244,7 @@ fn rebase_keeps_the_disk_over_another_backing_file() {
                 filename: path.to_str().unwrap().as_bytes().to_vec(),
                 format: Some(if *raw { b"raw".to_vec() } else { b"qcow2".to_vec() }),
             });
-            let options = RebaseOptions { compress, workers: 3 };
+            let options = RebaseOptions { compress, detect_zeroes: number % 2 == 0, workers: 3 };
             rebase(&top, new.as_ref(), backing.as_ref(), &options, &Job::new())
                 .unwrap_or_else(|e| panic!("{what}: {e}"));
             drop((top, new));
@@ -359,7 +359,7 @@ fn a_power_cut_during_a_rebase_leaves_the_disk_over_the_old_or_the_new_backing_f
             // Longer than a sector holds.
             let name = if seed == 0 { "new".to_owned() } else { "n".repeat(400) };
             let backing = Backing { filename: name.clone().into_bytes(), format: Some(b"qcow2".to_vec()) };
-            let options = RebaseOptions { compress: seed == 1, workers: 1 };
+            let options = RebaseOptions { compress: seed == 1, detect_zeroes: seed == 0, workers: 1 };
             rebase(&top, Some(&next), Some(&backing), &options, &Job::new()).unwrap();
             for state in session.states(seed, 150) {
                 let what = format!("chain {number} seed {seed} cut {} {:?}", state.cut, state.shape);

@@ -68,13 +68,14 @@ pub fn rebase_image(
     chain: Option<u32>,
     backing: Option<BackingInput>,
     compress: bool,
+    detect_zeroes: bool,
     concurrency: Option<u32>,
 ) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
     let top = runtime.image(image)?;
     let chain = chain.map(|chain| runtime.image(chain)).transpose()?;
     let backing = backing.map(BackingInput::read);
-    let options = RebaseOptions { compress, workers: workers(concurrency) };
+    let options = RebaseOptions { compress, detect_zeroes, workers: workers(concurrency) };
     let work = move |job: &Job| {
         top.run(|top| match &chain {
             Some(chain) => chain.run(|chain| rebase(top, Some(chain), backing.as_ref(), &options, job)),

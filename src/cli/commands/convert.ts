@@ -167,12 +167,7 @@ async function convertNamed(
   const several = sources.length > 1
   const { from, size, snapshot } = await lookAt(sources, given, session)
   const to = targetFormat(given.targetFormat)
-  const parts = given.create ? newTarget(target, to, given) : existingTarget(to, given)
-  if (several && parts.base !== undefined) {
-    throw new CommandFailure(
-      'Having a backing file for the target makes no sense when concatenating multiple input images',
-    )
-  }
+  const parts = given.create ? newTarget(target, to, given, several) : existingTarget(to, given)
   if (several && given.bitmaps) throw new CommandFailure('Copying bitmaps only possible with single source')
   if (given.bitmaps) await checkBitmaps(sources[0] ?? target, to, parts, given, session)
   if (!given.create) await checkTarget(target, to, size, session)
@@ -294,10 +289,15 @@ function existingTarget(to: Format, given: ConvertArguments): Partial<ConvertOpt
   }
 }
 
-function newTarget(target: string, to: Format, given: ConvertArguments): Partial<ConvertOptions> {
+function newTarget(target: string, to: Format, given: ConvertArguments, several: boolean): Partial<ConvertOptions> {
   const values: Map<string, OptionValue> = parseOptionList(given.targetOptions ?? '', optionSpecs(to))
   addBacking(values, given, to)
   const backing = values.get('backing_file')
+  if (several && backing !== undefined) {
+    throw new CommandFailure(
+      'Having a backing file for the target makes no sense when concatenating multiple input images',
+    )
+  }
   if (backing !== undefined && !values.has('backing_fmt')) {
     throw new CommandFailure('Use of backing file requires explicit backing format')
   }

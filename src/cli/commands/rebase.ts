@@ -1,5 +1,5 @@
 import type { Command } from 'commander'
-import { type CacheMode, type Format, Qcow2Error, rebase } from '../../index.js'
+import { type CacheMode, Qcow2Error, rebase } from '../../index.js'
 import { describeError, openFailure } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
 import { cacheMode, oneFile, refuseDriverSyntax, toCacheMode } from '../grammar.js'
@@ -7,6 +7,13 @@ import { formatOf, localPath, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
+
+/** Names that QEMU has for what a backing file can be, beside qcow2 and raw. */
+const OTHER_FORMATS: ReadonlySet<string> = new Set(
+  'bochs cloop dmg file ftp ftps host_cdrom host_device http https luks nbd nvme parallels qcow qed rbd ssh vdi vhdx vmdk vpc vvfat'.split(
+    ' ',
+  ),
+)
 
 interface RebaseArguments {
   readonly format?: string
@@ -68,10 +75,12 @@ async function rebaseFile(files: readonly string[], options: RebaseArguments, se
   await withProgress(session, choice, job =>
     rebase(localPath(filename), next, {
       ...job,
-      references: 'allow',
+      // Unsafe is unsafe: nothing but the name is looked at.
+      references,
       cache,
       ...(next !== null && { backingFormat }),
-      ...(unsafe ? { unsafe, acknowledgeDataLoss: true } : { compress }),
+      // What qemu-img allocates is allocated.
+      ...(unsafe ? { unsafe, acknowledgeDataLoss: true } : { compress, detectZeroes: false }),
     }),
   ).catch(error => {
     throw session.signal.aborted ? error : worded(filename, next, error)
@@ -79,8 +88,8 @@ async function rebaseFile(files: readonly string[], options: RebaseArguments, se
   return 0
 }
 
-function toFormat(name: string | undefined): Format | undefined {
-  if (name === undefined || name === 'qcow2' || name === 'raw') return name
+function toFormat(name: string | undefined): string | undefined {
+  if (name === undefined || name === 'qcow2' || name === 'raw' || OTHER_FORMATS.has(name)) return name
   throw new CommandFailure(`Invalid format name: '${name}'`)
 }
 

@@ -28,13 +28,15 @@ const MOST_EXTENTS: usize = 16 << 10;
 pub struct RebaseOptions {
     /// Compress the clusters that are written.
     pub compress: bool,
+    /// What reads as zeroes becomes zero clusters. Else it is stored as data, as QEMU does it, up to the end of the old backing file.
+    pub detect_zeroes: bool,
     /// Threads that compare and write; at least one.
     pub workers: usize,
 }
 
 impl Default for RebaseOptions {
     fn default() -> Self {
-        Self { compress: false, workers: 2 }
+        Self { compress: false, detect_zeroes: true, workers: 2 }
     }
 }
 
@@ -65,8 +67,14 @@ pub fn rebase(
         if options.compress { layer.geometry().cluster_size() } else { layer.geometry().subcluster_size() };
     // Without a zero flag, zeroes that nothing hides now would be given up, not stored.
     let has_zero_flag = layer.header().version >= 3;
+    let old_size = top.layers().get(1).map_or(0, Layer::virtual_size);
+    let zeroes_from = match (has_zero_flag, options.detect_zeroes) {
+        (false, _) => u64::MAX,
+        (true, true) => 0,
+        (true, false) => old_size,
+    };
     let shared = shared_depth(top, new);
-    let disks = Disks { top, new, shared, unit, size, has_zero_flag, compress: options.compress };
+    let disks = Disks { top, new, shared, unit, size, zeroes_from, compress: options.compress };
     share(
         options.workers,
         job,
@@ -187,7 +195,8 @@ struct Disks<'a> {
     /// What the top allocates at a time, in bytes: a unit is all in the top or not at all.
     unit: u64,
     size: u64,
-    has_zero_flag: bool,
+    /// From here on, zeroes become zero clusters.
+    zeroes_from: u64,
     compress: bool,
 }
 
@@ -276,12 +285,16 @@ impl Disks<'_> {
     fn write_differences(&self, old: &[u8], new: &[u8], offset: u64) -> Result<()> {
         let unit = self.unit as usize;
         let kinds: Vec<Kind> = old.chunks(unit).zip(new.chunks(unit)).map(|(a, b)| Kind::of(a, b)).collect();
+        let border =
+            usize::try_from(self.zeroes_from.saturating_sub(offset)).unwrap_or(usize::MAX).div_ceil(unit);
+        let (before, behind) = kinds.split_at(border.min(kinds.len()));
+        let same = |a: &Kind, b: &Kind| a == b;
         let mut from = 0;
-        for run in kinds.chunk_by(|a, b| a == b) {
+        for run in before.chunk_by(same).chain(behind.chunk_by(same)) {
             let to = (from + run.len() * unit).min(old.len());
             let (at, bytes) = (offset + from as u64, old.get(from..to).unwrap_or_default());
             match run.first() {
-                Some(Kind::Zero) if self.has_zero_flag => {
+                Some(Kind::Zero) if at >= self.zeroes_from => {
                     self.top.write_zeroes(at, bytes.len() as u64, true)?
                 }
                 Some(Kind::Same) | None => {}

@@ -324,9 +324,9 @@ impl Header {
             _ => None,
         })
     }
-    /// Format of the backing file, if the header stores one.
+    /// Format of the backing file, if the header stores one. Of several the last one counts, as for QEMU.
     pub fn backing_format(&self) -> Option<&[u8]> {
-        self.extensions.iter().find_map(|e| match e {
+        self.extensions.iter().rev().find_map(|e| match e {
             Extension::BackingFormat(name) => Some(name.as_slice()),
             _ => None,
         })
