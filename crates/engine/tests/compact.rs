@@ -6,7 +6,7 @@ mod contents;
 
 use std::sync::Arc;
 
-use contents::{Contents, assert_clean, explore, geometries, snapshot_of, writable};
+use contents::{Contents, KEPT, assert_clean, explore, geometries, snapshot_of, writable};
 use qcow2_engine::compact::{CompactOptions, CompactResult};
 use qcow2_engine::{Job, Mem, Storage};
 use qcow2_testkit::audit::audit;
@@ -42,8 +42,15 @@ fn used(geometry: &Geometry, seed: u64) -> Rig {
             _ => image.write_at(Mem::from(&rng.bytes(c as usize)[..]), at).unwrap(),
         }
     }
+    if geometry.version >= 3 {
+        image.add_bitmap("recording", None, true).unwrap();
+        image.add_bitmap(KEPT, Some(9), true).unwrap();
+    }
     for n in 0..clusters / 3 {
         image.discard((n * 2) * c, c).unwrap();
+    }
+    if geometry.version >= 3 {
+        image.enable_bitmap(KEPT, false).unwrap();
     }
     image.flush().unwrap();
     rig.image = snapshot_of(&*files[0]);

@@ -81,7 +81,7 @@ impl Session<'_> {
             job.advance(share);
         }
         result.zero_clusters += self.publish(edits)?;
-        Ok(())
+        if scan.needs_no_flag() { self.drop_empty_tables(job) } else { Ok(()) }
     }
 
     fn empty_table(&self, table: Table, scan: &mut ZeroScan<'_>, edits: &mut Edits, job: &Job) -> Result<()> {

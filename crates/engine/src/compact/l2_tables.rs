@@ -1,15 +1,19 @@
 //! Moving L2 tables: the L1 entries that refer to them follow.
 
 use qcow2_format::l1::OFFSET_MASK;
+use qcow2_format::l2::ZERO;
 use qcow2_format::{HostOffset, L1Entry};
 
-use super::survey::{Table, tables};
+use super::survey::{Table, entry_at, read_words, tables};
 use crate::image::decode_words;
 use crate::maintenance::Session;
 use crate::{Job, MemMut, Result, StorageExt};
 
 /// Bytes of tables that move between two syncs.
 const BATCH_BYTES: u64 = 32 << 20;
+
+/// Tables that are given up between two syncs.
+const BATCH_TABLES: u64 = 4096;
 
 /// Where an L1 entry is.
 #[derive(Debug, Clone, Copy)]
@@ -48,6 +52,37 @@ impl Session<'_> {
         self.move_batch(&[table], &places, limit)
     }
 
+    /// Gives up the L2 tables that map nothing, where that reads as zeroes.
+    pub(super) fn drop_empty_tables(&self, job: &Job) -> Result<()> {
+        let g = self.geometry();
+        let places = self.places(0)?;
+        let mut waiting = 0;
+        for table in tables(self.image)? {
+            job.checkpoint()?;
+            let words = read_words(self.image, table.offset)?;
+            let maps = (0..g.l2_entries() as usize).map(|number| entry_at(self.image, &words, number));
+            // Without extended entries, bit 0 is the zero flag.
+            let flags = if g.extended_l2() { 0 } else { ZERO };
+            if maps.into_iter().any(|entry| entry.word & !flags != 0) {
+                continue;
+            }
+            self.for_users(&places, table.offset, |place| self.set_l1_entry(place, 0))?;
+            (0..table.weight).for_each(|_| self.unlink(table.offset, g.cluster_size()));
+            waiting += 1;
+            if waiting == BATCH_TABLES {
+                self.free_now()?;
+                waiting = 0;
+            }
+        }
+        self.free_now()
+    }
+
+    /// Calls `visit` for each L1 entry that refers to `table`.
+    fn for_users(&self, places: &[Place], table: u64, visit: impl FnMut(&Place) -> Result<()>) -> Result<()> {
+        let first = places.partition_point(|place| place.table < table);
+        places.iter().skip(first).take_while(|place| place.table == table).try_for_each(visit)
+    }
+
     fn move_batch(&self, batch: &[Table], places: &[Place], bound: u64) -> Result<u64> {
         let g = self.geometry();
         let mut moves = Vec::new();
@@ -66,20 +101,18 @@ impl Session<'_> {
                 metadata.add(g.cluster_index(to));
                 Ok(())
             })?;
-            let first = places.partition_point(|place| place.table < table.offset);
-            let users = places.iter().skip(first).take_while(|place| place.table == table.offset);
-            for place in users {
-                self.refer(place, to)?;
-            }
+            // The flag stays.
+            self.for_users(places, table.offset, |place| {
+                self.set_l1_entry(place, place.word & !OFFSET_MASK | to)
+            })?;
             (0..table.weight).for_each(|_| self.unlink(table.offset, g.cluster_size()));
         }
         self.free_now()?;
         Ok(moves.len() as u64)
     }
 
-    /// Changes one L1 entry, its flag kept.
-    fn refer(&self, place: &Place, to: u64) -> Result<()> {
-        let word = place.word & !OFFSET_MASK | to;
+    /// Changes one L1 entry.
+    fn set_l1_entry(&self, place: &Place, word: u64) -> Result<()> {
         match place.snapshot {
             Some(number) => {
                 let snapshots = self.image.snapshots();

@@ -1,5 +1,7 @@
 //! Looking at an image without changing it: its L2 tables, its clusters of zeroes, and what a compaction would do.
 
+use std::ops::Range;
+
 use qcow2_format::{HostOffset, L1Entry, L2Entry, L2Mapping, SubclusterBitmap, SubclusterKind};
 use qcow2_transform::is_zero;
 
@@ -82,6 +84,10 @@ pub(super) struct ZeroScan<'a> {
     /// Reading a deeper layer would show something else than zeroes.
     has_backing: bool,
     buffer: Vec<u8>,
+    /// Length of the data's file, which does not change meanwhile.
+    end: u64,
+    /// The hole that was found last.
+    hole: Range<u64>,
 }
 
 /// What becomes of an entry.
@@ -97,7 +103,13 @@ impl<'a> ZeroScan<'a> {
     pub(super) fn new(image: &'a Qcow2, deeper: bool) -> Result<Self> {
         let has_backing = deeper || image.header().backing_file.is_some();
         let data = &**image.data_storage()?;
-        Ok(Self { image, data, has_backing, buffer: vec![0; image.geometry().cluster_len()] })
+        let buffer = vec![0; image.geometry().cluster_len()];
+        Ok(Self { image, data, has_backing, buffer, end: data.size()?, hole: 0..0 })
+    }
+
+    /// Whether unallocated clusters read as zeroes, as zero clusters do.
+    pub(super) fn needs_no_flag(&self) -> bool {
+        !self.has_backing && !self.image.header().data_file_raw()
     }
 
     /// What the entry can be instead; `None` where it holds data, or nothing to give up.
@@ -153,13 +165,16 @@ impl<'a> ZeroScan<'a> {
     }
 
     fn holds_zeroes(&mut self, offset: u64, length: u64) -> Result<bool> {
-        let end = self.data.size()?;
-        if offset >= end {
+        let stop = (offset + length).min(self.end);
+        if offset >= self.end || (self.hole.contains(&offset) && self.hole.end >= stop) {
             return Ok(true);
         }
         let run = self.data.run_at(offset).map_err(|e| self.data.failure(e, "lseek"))?;
-        if !run.data && run.end >= (offset + length).min(end) {
-            return Ok(true);
+        if !run.data {
+            self.hole = offset..run.end;
+            if run.end >= stop {
+                return Ok(true);
+            }
         }
         let bytes = self.buffer.get_mut(..length as usize).unwrap_or_default();
         self.data.read_padded_at(MemMut::from(&mut *bytes), offset)?;

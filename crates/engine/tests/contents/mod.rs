@@ -16,7 +16,12 @@ use qcow2_testkit::matrix::{Backing, DataFile, Geometry};
 pub(crate) struct Contents {
     pub(crate) active: Vec<u8>,
     pub(crate) snapshots: Vec<Vec<u8>>,
+    /// Dirty ranges of the bitmap of the name [`KEPT`], where there is one.
+    pub(crate) kept: Vec<std::ops::Range<u64>>,
 }
+
+/// A bitmap that does not record: it is consistent at every moment.
+pub(crate) const KEPT: &str = "kept";
 
 impl Contents {
     pub(crate) fn of(rig: &Rig, files: &[Sparse]) -> Self {
@@ -29,13 +34,17 @@ impl Contents {
         let id =
             |record: &qcow2_engine::format::SnapshotRecord| String::from_utf8(record.id.clone()).unwrap();
         let snapshots = records.iter().map(|record| bytes(&open(Some(id(record))))).collect();
-        Self { active: bytes(&image), snapshots }
+        let kept = image.bitmap_extents(KEPT).unwrap_or_default();
+        Self { active: bytes(&image), snapshots, kept }
     }
 
     /// Where two contents differ first.
     pub(crate) fn difference(&self, other: &Self) -> Option<String> {
         if self.snapshots.len() != other.snapshots.len() {
             return Some(format!("{} snapshots, not {}", self.snapshots.len(), other.snapshots.len()));
+        }
+        if self.kept != other.kept {
+            return Some(format!("the bitmap has {:?}, not {:?}", self.kept, other.kept));
         }
         let disks = std::iter::once((&self.active, &other.active));
         for (number, (a, b)) in disks.chain(self.snapshots.iter().zip(&other.snapshots)).enumerate() {
