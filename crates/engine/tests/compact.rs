@@ -337,3 +337,38 @@ fn a_cancelled_compaction_leaves_a_clean_image() {
     }
     assert!(cancelled > 10, "{cancelled} cancelled, {completed} completed");
 }
+
+/// Little memory for what is shared: clusters move in several passes, or stay; nothing else changes.
+#[test]
+fn a_bound_on_memory_is_kept() {
+    let geometry = Geometry { refcount_bits: 8, ..Geometry::plain(512) };
+    let rig = used(&geometry, 5);
+    let before = Contents::of(&rig, &rig.files());
+    let (_, plenty) = compact(&rig, REWRITE);
+    for max_memory in [1 << 10, 20 << 10, 40 << 10] {
+        let files: Vec<_> = rig.files().into_iter().map(RecordingStorage::plain).map(Arc::new).collect();
+        let storages: Vec<_> = files.iter().map(|f| f.clone() as Arc<dyn Storage>).collect();
+        let mut opening = writable();
+        opening.read.limits.max_memory = max_memory;
+        let image = rig.open(&storages, &opening).unwrap();
+        let result = image.compact(REWRITE, &Job::new());
+        image.close().unwrap();
+        let now: Vec<_> = files.iter().map(|f| snapshot_of(&**f)).collect();
+        let difference = before.difference(&Contents::of(&rig, &now));
+        assert!(difference.is_none(), "{max_memory}: {difference:?}");
+        match result {
+            Ok(result) => {
+                assert_clean(&now, "little memory");
+                assert!(max_memory > 10 << 10, "{max_memory} bytes are too few for the counters");
+                assert!(
+                    result.length_after < result.length_before,
+                    "{result:?}, with more memory {plenty:?}"
+                );
+            }
+            Err(error) => {
+                assert_eq!(error.kind(), qcow2_engine::ErrorKind::Limit, "{error:?}");
+                assert_eq!(max_memory, 1 << 10, "{error:?}");
+            }
+        }
+    }
+}

@@ -10,6 +10,7 @@ use qcow2_engine::{ErrorKind, ResizeOptions, Storage};
 use qcow2_testkit::disk_model::{Rig, open_file};
 use qcow2_testkit::matrix::{DataFile, Geometry};
 use qcow2_testkit::recorder::RecordingStorage;
+use qcow2_testkit::storage::{Fault, FaultStorage};
 use qcow2_testkit::{Fixture, Qemu};
 
 const SHRINK: ResizeOptions = ResizeOptions { shrink: true, preallocation: Preallocation::Off };
@@ -168,4 +169,40 @@ fn preallocated_growth_reads_as_zeroes_and_has_its_clusters() {
             qemu.assert_clean(&path);
         }
     }
+}
+
+/// Any call fails: the disk is the old one or the new one, with leaks at worst.
+#[test]
+fn any_call_may_fail_during_a_shrink() {
+    let mut failed = 0;
+    for geometry in geometries().into_iter().filter(|g| g.cluster_size <= 65536 && g.version >= 3) {
+        let rig = rig(&geometry, 21);
+        let size = sizes(&geometry)[1];
+        let before = Contents::of(&rig, &rig.files());
+        for n in 0..40 {
+            let what = format!("{} call {n}", geometry.name());
+            let files: Vec<_> =
+                rig.files().into_iter().map(RecordingStorage::plain).map(std::sync::Arc::new).collect();
+            let mut storages: Vec<_> =
+                files.iter().map(|f| f.clone() as std::sync::Arc<dyn Storage>).collect();
+            let errno = if n % 2 == 0 { 28 } else { 5 };
+            storages[0] =
+                std::sync::Arc::new(FaultStorage::new(storages[0].clone(), Fault::nth(10 + n, errno)));
+            let Ok(image) = rig.open(&storages, &writable()) else { continue };
+            let done = image.resize_with(size, SHRINK);
+            let _ = image.close();
+            failed += u64::from(done.is_err());
+            let now: Vec<_> = files.iter().map(|f| snapshot_of(&**f)).collect();
+            let findings = qcow2_testkit::audit::audit(&now[0]);
+            assert!(findings.is_sound(), "{what}, {done:?}: {:#?}", findings.corruptions);
+            let mut after = Contents::of(&rig, &now);
+            assert!(done.is_err() || after.active.len() as u64 == size, "{what}");
+            if after.active.len() as u64 == size {
+                after.active.extend_from_slice(&before.active[size as usize..]);
+            }
+            let difference = before.difference(&after);
+            assert!(difference.is_none(), "{what}, {done:?}: {difference:?}");
+        }
+    }
+    assert!(failed > 50, "only {failed} failed");
 }
