@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic, reason = "tests")]
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use qcow2_engine::backing::{
     Backing, CommitOptions, RebaseOptions, ReopenOptions, commit, rebase, set_backing,
@@ -16,6 +16,7 @@ use qcow2_engine::{
 };
 use qcow2_testkit::crash::{Durability, Session};
 use qcow2_testkit::recorder::RecordingStorage;
+use qcow2_testkit::storage::{Fault, FaultStorage};
 use qcow2_testkit::{Fixture, Qemu, Rng, Sparse};
 
 /// A layer to make: its options, its size in KiB, whether it is raw.
@@ -515,4 +516,97 @@ fn an_overlay_takes_over_or_nothing_changes() {
         closed == std::fs::read(chain.top()).unwrap(),
         "complete when the overlay is made, and not touched since"
     );
+}
+
+/// Runs `work` with the call number 0, 1, 2 … of one of two files failing, until it succeeds without a failure.
+fn with_faults(
+    mut work: impl FnMut(&str, &dyn Fn(usize, Arc<dyn Storage>) -> Arc<dyn Storage>) -> Result<()>,
+) {
+    for errno in [5, 28] {
+        for failing in 0..2 {
+            for n in 0.. {
+                let fault = Mutex::new(None);
+                let wrap = |file: usize, storage: Arc<dyn Storage>| -> Arc<dyn Storage> {
+                    if file != failing {
+                        return storage;
+                    }
+                    let faulty = Arc::new(FaultStorage::new(storage, Fault::nth(n, errno)));
+                    *fault.lock().unwrap() = Some(Arc::clone(&faulty));
+                    faulty
+                };
+                let what = format!("errno {errno}, call {n} of file {failing}");
+                let outcome = work(&what, &wrap);
+                let failed = fault.lock().unwrap().as_ref().map_or(0, |faulty| faulty.failed());
+                if failed == 0 {
+                    outcome.unwrap_or_else(|e| panic!("{what}: {e}"));
+                    assert!(n > 3, "{what}");
+                    break;
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_failing_call_during_a_commit_loses_nothing() {
+    let Some(qemu) = Qemu::find() else { return };
+    let chain = small(&qemu, &SMALL[0], 1);
+    let want = read(&chain.image(0..2, false));
+    let files = [sparse(chain.top()), sparse(&chain.files[0].0)];
+    with_faults(|what, wrap| {
+        let plain = files.clone().map(|file| Arc::new(RecordingStorage::plain(file)));
+        let run = || -> Result<()> {
+            let open = |file: usize| -> Result<Image> {
+                let storage = wrap(file, plain[file].clone());
+                let mut layer = Layer::Qcow2(Box::new(Qcow2::open(storage, &OpenOptions::default())?));
+                layer.enable_writing(WriteOptions::default())?;
+                Image::new(vec![layer])
+            };
+            let (above, base) = (open(0)?, open(1)?);
+            let committed = commit(&above, &base, &CommitOptions { empty: true, workers: 1 }, &Job::new());
+            committed.and(above.close()).and(base.close())
+        };
+        let outcome = run();
+        let layers = plain.iter().map(|storage| layer(storage.clone(), false, false));
+        assert_same(&want, &read(&Image::new(layers.collect()).unwrap()), what);
+        for storage in &plain {
+            let header = read_header(&**storage).unwrap();
+            let report = check(&**storage, &header, &CheckOptions::default(), &Job::new()).unwrap();
+            assert_eq!((report.corruptions, report.check_errors), (0, 0), "{what} {report:#?}");
+        }
+        outcome
+    });
+}
+
+#[test]
+fn a_failing_call_during_a_rebase_loses_nothing() {
+    let Some(qemu) = Qemu::find() else { return };
+    let chain = small(&qemu, &SMALL[0], 0);
+    let other = Chain::make(&qemu, &[qcow2("", 700)], 9);
+    let want = read(&chain.image(0..2, false));
+    let files = [sparse(chain.top()), sparse(other.top())];
+    let old = sparse(&chain.files[0].0);
+    let backing = Backing { filename: b"new".to_vec(), format: Some(b"qcow2".to_vec()) };
+    with_faults(|what, wrap| {
+        let plain = files.clone().map(|file| Arc::new(RecordingStorage::plain(file)));
+        let below = || layer(Arc::new(RecordingStorage::plain(old.clone())), false, false);
+        let run = || -> Result<()> {
+            let open = |file: usize| Qcow2::open(wrap(file, plain[file].clone()), &OpenOptions::default());
+            let mut top = Layer::Qcow2(Box::new(open(0)?));
+            top.enable_writing(WriteOptions::default())?;
+            let top = Image::new(vec![top, below()])?;
+            let new = Image::new(vec![Layer::Qcow2(Box::new(open(1)?))])?;
+            let options = RebaseOptions { workers: 1, ..RebaseOptions::default() };
+            rebase(&top, Some(&new), Some(&backing), &options, &Job::new())
+        };
+        let outcome = run();
+        let header = read_header(&*plain[0]).unwrap();
+        let is_new = header.backing_file.as_deref() == Some(b"new");
+        let under = if is_new { layer(plain[1].clone(), false, false) } else { below() };
+        let disk = Image::new(vec![layer(plain[0].clone(), false, false), under]).unwrap();
+        assert_same(&want, &read(&disk), what);
+        let report = check(&*plain[0], &header, &CheckOptions::default(), &Job::new()).unwrap();
+        assert_eq!((report.corruptions, report.check_errors), (0, 0), "{what} {report:#?}");
+        outcome
+    });
 }
