@@ -2,7 +2,7 @@
 
 import { readFileSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
-import { type ConvertOptions, convert, create, open } from 'qcow2'
+import { type ConvertOptions, check, convert, create, open } from 'qcow2'
 import { describe, expect, it } from 'vitest'
 import { temporaryFolder } from '../interop/qemu.js'
 
@@ -139,6 +139,17 @@ it('a rate holds a conversion back, and it can still be cancelled', async () => 
   await expect(convert(source, at('slower'), { to: 'raw', rate: 1, signal })).rejects.toMatchObject({
     name: 'AbortError',
   })
+})
+
+it('a conversion into an existing image can be cancelled while its chunks wait for each other', async () => {
+  const source = await image(16 * 1024 * KIB, [[1, 0, 16 * 1024 * KIB]])
+  const target = await image(16 * 1024 * KIB, [])
+  const options = { to: 'qcow2', existingTarget: true, concurrency: 4, rate: 1024 * KIB } as const
+  const signal = AbortSignal.timeout(200)
+  await expect(convert(source, target, { ...options, signal })).rejects.toMatchObject({ name: 'AbortError' })
+  await convert(source, target, { ...options, rate: 0 })
+  expect((await contents(target)).equals(await contents(source))).toBe(true)
+  expect(await check(target)).toMatchObject({ ok: true })
 })
 
 it('salvage tells that nothing was lost of a sound disk', async () => {

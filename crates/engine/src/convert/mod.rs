@@ -314,8 +314,10 @@ impl Run<'_> {
 
     fn halt(&self) {
         self.stop.store(true, Ordering::Release);
-        if let Sink::Qcow2(qcow2) = self.sink {
-            qcow2.stop();
+        match self.sink {
+            Sink::Raw(_) => {}
+            Sink::Qcow2(qcow2) => qcow2.stop(),
+            Sink::Existing(image) => image.stop(),
         }
     }
 

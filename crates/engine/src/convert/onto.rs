@@ -1,5 +1,7 @@
-//! A target that exists and is open for writing: every chunk is a guest write.
+//! A target that exists and is open for writing: every chunk is a guest write. Chunks are read side by side and written in order, so
+//! that the target's clusters follow each other; those that are compressed are written as they are ready. Lock: `turn`, alone.
 
+use parking_lot::{Condvar, Mutex};
 use qcow2_transform::zero;
 
 use super::copy::Copier;
@@ -22,6 +24,25 @@ pub(super) struct ImageSink<'a> {
     /// Bytes of a cluster, for compressed writes.
     compressed: Option<u64>,
     chunk: u64,
+    turn: Mutex<Turn>,
+    moved: Condvar,
+}
+
+#[derive(Default)]
+struct Turn {
+    /// Number of the chunk to write next.
+    ticket: u64,
+    stopped: bool,
+}
+
+/// The right to write a chunk; the next one follows when it is dropped.
+struct Held<'a>(&'a ImageSink<'a>);
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.0.turn.lock().ticket += 1;
+        self.0.moved.notify_all();
+    }
 }
 
 impl<'a> ImageSink<'a> {
@@ -41,6 +62,8 @@ impl<'a> ImageSink<'a> {
             stale: !context.options.target_is_zero,
             compressed: context.options.compression.map(|_| cluster),
             chunk: CHUNK.max(cluster),
+            turn: Mutex::default(),
+            moved: Condvar::new(),
         })
     }
 
@@ -53,18 +76,44 @@ impl<'a> ImageSink<'a> {
         Rules { chunk: self.chunk, zeroes, delta: None }
     }
 
+    /// Nothing more is written: some chunk never comes.
+    pub(super) fn stop(&self) {
+        self.turn.lock().stopped = true;
+        self.moved.notify_all();
+    }
+
+    /// Waits until all chunks before this one are written.
+    fn wait(&self, chunk: &Chunk) -> Result<Option<Held<'_>>> {
+        if self.compressed.is_some() {
+            return Ok(None);
+        }
+        let mut turn = self.turn.lock();
+        while !turn.stopped && turn.ticket != chunk.ticket {
+            self.moved.wait(&mut turn);
+        }
+        if turn.stopped { Err(Error::aborted()) } else { Ok(Some(Held(self))) }
+    }
+
     pub(super) fn write(&self, copier: &mut Copier<'_>, chunk: &Chunk) -> Result<()> {
         if self.sparse_size != 0 && chunk.is_zero() {
+            let _turn = self.wait(chunk)?;
             return self.image.write_zeroes(chunk.start, chunk.length(), true);
         }
-        copier.with_chunk(chunk, |copier, bytes| match (self.compressed, self.sparse_size) {
-            (Some(cluster), _) => self.put_compressed(copier, chunk.start, bytes, cluster),
-            (None, 0) => self.put(copier, bytes, chunk.start),
-            (None, _) => zero::runs(bytes, self.sparse_size).try_for_each(|run| {
-                let offset = chunk.start + run.start as u64;
-                let data = bytes.get(run.start..run.start + run.length).unwrap_or_default();
-                if run.zero { self.zero(offset, run.length as u64) } else { self.put(copier, data, offset) }
-            }),
+        copier.with_chunk(chunk, |copier, bytes| {
+            let _turn = self.wait(chunk)?;
+            match (self.compressed, self.sparse_size) {
+                (Some(cluster), _) => self.put_compressed(copier, chunk.start, bytes, cluster),
+                (None, 0) => self.put(copier, bytes, chunk.start),
+                (None, _) => zero::runs(bytes, self.sparse_size).try_for_each(|run| {
+                    let offset = chunk.start + run.start as u64;
+                    let data = bytes.get(run.start..run.start + run.length).unwrap_or_default();
+                    if run.zero {
+                        self.zero(offset, run.length as u64)
+                    } else {
+                        self.put(copier, data, offset)
+                    }
+                }),
+            }
         })
     }
 
