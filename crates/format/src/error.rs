@@ -36,11 +36,11 @@ pub enum FormatError {
         reason: &'static str,
     },
     /// Incompatible features that this library does not implement, by name.
-    #[error("unsupported qcow2 feature(s): {}", .names.join(", "))]
+    #[error("Unsupported qcow2 feature(s): {}", .names.join(", "))]
     UnsupportedFeatures {
         /// The mask of unknown bits.
         bits: u64,
-        /// Names from the image's feature name table, else "Unknown incompatible feature: BIT".
+        /// Names from the image's feature name table, then "Unknown incompatible feature: MASK".
         names: Vec<String>,
     },
     /// A size or count above a safety limit.

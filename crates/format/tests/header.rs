@@ -92,8 +92,20 @@ fn unknown_incompatible_features_are_refused_by_the_images_own_name() {
     let error = Header::parse(&bytes).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "unsupported qcow2 feature(s): time warp, Unknown incompatible feature: 63"
+        "Unsupported qcow2 feature(s): time warp, Unknown incompatible feature: 8000000000000000"
     );
+}
+
+#[test]
+fn a_feature_name_that_the_table_cuts_short_is_a_name() {
+    let mut h = header();
+    h.extensions = vec![Extension::Unknown { magic: 0x6803_f857, data: b"\x00\x3fTest feature".to_vec() }];
+    let mut bytes = h.encode().unwrap();
+    bytes[72] = 0xe0; // bits 61, 62, 63
+    let error = Header::parse(&bytes).unwrap_err().to_string();
+    let expected =
+        "Unsupported qcow2 feature(s): Test feature, Unknown incompatible feature: 6000000000000000";
+    assert_eq!(error, expected);
 }
 
 #[test]

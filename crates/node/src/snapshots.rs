@@ -165,7 +165,8 @@ impl EntryInput {
                 date_nsec: new.date_nsec as u32,
                 vm_clock_nsec: 0,
                 vm_state_size: 0,
-                icount: None,
+                // As qemu-img has it.
+                icount: Some(0),
             })),
             _ => Err(unknown("a table entry that is neither old nor new")),
         }

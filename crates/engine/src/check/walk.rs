@@ -179,7 +179,10 @@ impl<'a, 'b> Walk<'a, 'b> {
         self.counts.add(first, length, &mut |cluster| {
             let offset = cluster << bits;
             tally.corruption(FindingCode::RefcountOverflow, offset, || {
-                format!("overflow cluster offset={offset:#x}: more references than a refcount can hold")
+                format!(
+                    "overflow cluster offset={offset:#x}\nUse qemu-img amend to increase the refcount entry width or \
+                     qemu-img convert to create a clean copy if the image cannot be opened for writing"
+                )
             });
         })?;
         Ok(())

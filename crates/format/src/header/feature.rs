@@ -105,10 +105,13 @@ pub const KNOWN_FEATURES: [(FeatureSet, u8, &str); 8] = [
     (FeatureSet::Autoclear, 1, "raw external data"),
 ];
 
-/// Splits the table; a trailing part of an entry is ignored.
+/// Splits the table; a last entry that is cut short reads as if zeroes followed.
 pub(super) fn parse_names(data: &[u8]) -> Vec<FeatureName> {
-    data.chunks_exact(ENTRY_LENGTH)
+    data.chunks(ENTRY_LENGTH)
         .filter_map(|entry| {
+            let mut whole = [0; ENTRY_LENGTH];
+            whole.get_mut(..entry.len())?.copy_from_slice(entry);
+            let entry = &whole[..];
             let set = match *entry.first()? {
                 0 => FeatureSet::Incompatible,
                 1 => FeatureSet::Compatible,
@@ -149,7 +152,8 @@ pub(super) fn known_names() -> Vec<FeatureName> {
         .collect()
 }
 
-/// Names of the set bits of `bits` in `set`: the image's own name, then ours, then the number.
+/// Names of the set bits of `bits` in `set`: the image's own name, else ours; of the bits that have none the mask in
+/// hexadecimal, as QEMU says it.
 pub fn names_of(set: FeatureSet, bits: u64, table: &[FeatureName]) -> Vec<String> {
     let label = match set {
         FeatureSet::Incompatible => "incompatible",
@@ -157,18 +161,23 @@ pub fn names_of(set: FeatureSet, bits: u64, table: &[FeatureName]) -> Vec<String
         FeatureSet::Autoclear => "autoclear",
         FeatureSet::Unknown(_) => "unknown",
     };
-    (0..64u8)
-        .filter(|bit| bits & (1 << bit) != 0)
-        .map(|bit| {
-            table
-                .iter()
-                .find(|f| f.set == set && f.bit == bit && !f.name.is_empty())
-                .map(|f| String::from_utf8_lossy(&f.name).into_owned())
-                .or_else(|| {
-                    let known = KNOWN_FEATURES.iter().find(|k| k.0 == set && k.1 == bit);
-                    known.map(|k| k.2.to_owned())
-                })
-                .unwrap_or_else(|| format!("Unknown {label} feature: {bit}"))
+    let name = |bit: u8| {
+        let own = table.iter().find(|f| f.set == set && f.bit == bit && !f.name.is_empty());
+        own.map(|f| String::from_utf8_lossy(&f.name).into_owned()).or_else(|| {
+            let known = KNOWN_FEATURES.iter().find(|k| k.0 == set && k.1 == bit);
+            known.map(|k| k.2.to_owned())
         })
-        .collect()
+    };
+    let mut unknown = 0;
+    let mut names = Vec::new();
+    for bit in (0..64u8).filter(|bit| bits & (1 << bit) != 0) {
+        match name(bit) {
+            Some(name) => names.push(name),
+            None => unknown |= 1u64 << bit,
+        }
+    }
+    if unknown != 0 {
+        names.push(format!("Unknown {label} feature: {unknown:x}"));
+    }
+    names
 }

@@ -256,7 +256,7 @@ impl<'a, 'b, 'c> Builder<'a, 'b, 'c> {
             for (place, counted) in (index * entries..(index + 1) * entries).enumerate() {
                 let value = self.refcount(counted)?;
                 if value > 0 && refcount::set(&mut block, place, order, value).is_none() {
-                    return Err(too_wide(counted, value, geometry.refcount_max()));
+                    return Err(too_wide(counted << bits, value, geometry.refcount_bits()));
                 }
             }
             super::write(self.target.storage, &block, cluster << bits)?;
@@ -270,9 +270,9 @@ impl<'a, 'b, 'c> Builder<'a, 'b, 'c> {
 }
 
 /// A refcount that the width of the new structures cannot hold.
-fn too_wide(cluster: u64, value: u64, max: u64) -> Stop {
+fn too_wide(offset: u64, value: u64, bits: u32) -> Stop {
     let message = format!(
-        "host cluster {cluster} has {value} references, more than the largest refcount ({max}) of the new width"
+        "Cannot decrease refcount entry width to {bits} bits: Cluster at offset {offset:#x} has a refcount of {value}"
     );
     Stop::Error(Error::new(ErrorKind::Limit, message).with_field("refcount_bits"))
 }
