@@ -30,6 +30,11 @@ impl Handle {
         self.guarded(|| work(&image))
     }
 
+    /// Size of the disk now, in bytes; `None` while an overlay is put on top: this never waits.
+    pub(crate) fn current_size(&self) -> Option<u64> {
+        self.image.try_read().map(|image| image.virtual_size())
+    }
+
     /// As `run`, for long work that only reads: it keeps no overlay from being put on top, and goes on with what was there.
     pub(crate) fn run_apart<T>(&self, work: impl FnOnce(&Image) -> Result<T>) -> Result<T> {
         let image = Arc::clone(&self.image.read());

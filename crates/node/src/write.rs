@@ -120,10 +120,13 @@ pub fn resize(
     let options = ResizeOptions { shrink, preallocation: to_preallocation(preallocation.as_deref()) };
     let runtime = Runtime::of(&env)?;
     let handle = runtime.image(image)?;
-    let work = move || handle.run(|image| image.resize_with(size as u64, options)).map(|()| handle);
-    runtime.run(&env, request, work, |_, env, handle| {
-        // Two requests may cross: the size is the one that the disk has now.
-        let now = handle.run(|image| Ok(image.virtual_size())).unwrap_or_default();
+    let work = move || {
+        let resize = |image: &Image| image.resize_with(size as u64, options).map(|()| image.virtual_size());
+        Ok((handle.run(resize)?, handle))
+    };
+    runtime.run(&env, request, work, |_, env, (resized, handle)| {
+        // Two requests may cross: the size is the one that the disk has now. This thread must not wait for it.
+        let now = handle.current_size().unwrap_or(resized);
         // SAFETY: on the environment's thread, with its own env.
         unsafe { f64::to_napi_value(env.raw(), now as f64) }
     })
