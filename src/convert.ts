@@ -246,8 +246,8 @@ function toOrder(read: ReadConvert, sources: number): Omit<NativeConvertJob, 'in
   if (targetIsZero && !existingTarget) {
     throw invalidArgument('targetIsZero', 'convert: targetIsZero needs existingTarget: a new file is zero anyway')
   }
-  if (read.bitmaps !== undefined && (to !== 'qcow2' || existingTarget || read.from === 'raw')) {
-    throw invalidArgument('bitmaps', 'convert: bitmaps are copied from qcow2 into a new qcow2 image')
+  if (read.bitmaps !== undefined && (to !== 'qcow2' || read.from === 'raw')) {
+    throw invalidArgument('bitmaps', 'convert: bitmaps are copied from qcow2 to qcow2')
   }
   if (read.bitmaps !== undefined && create?.version === 2) {
     throw invalidArgument('bitmaps', 'convert: an image of version 2 has no bitmaps')

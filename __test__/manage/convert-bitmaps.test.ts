@@ -93,6 +93,30 @@ describeWithQemu('convert with bitmaps', () => {
     expect(bitmapsOf(to)).toEqual(bitmapsOf(from))
   })
 
+  it('copies into an image that exists', async () => {
+    const from = await source('onto.qcow2')
+    const [ours, theirs, smaller] = [at('existing.qcow2'), at('existing-theirs.qcow2'), at('larger.qcow2')]
+    for (const [path, size] of [
+      [ours, '32M'],
+      [theirs, '32M'],
+      [smaller, '40M'],
+    ] as const) {
+      ok(qemuImg('create', '-q', '-f', 'qcow2', path, size))
+    }
+    ok(qcow2('convert', '-n', '-O', 'qcow2', '--bitmaps', from, ours))
+    ok(qemuImg('convert', '-n', '-O', 'qcow2', '--bitmaps', from, theirs))
+    ok(qemuImg('check', ours))
+    ok(qemuImg('compare', from, ours))
+    expect(bitmapsOf(ours)).toEqual(bitmapsOf(theirs))
+    expect(await dirty(ours)).toEqual(await dirty(from))
+    for (const path of [ours, smaller]) {
+      // The names are taken; the disk has another size.
+      const again = convert(from, path, { to: 'qcow2', existingTarget: true, bitmaps: true })
+      expect(await failure(() => again)).toMatchObject({ code: 'ERR_QCOW2_INVALID_ARGUMENT' })
+      ok(qemuImg('check', path))
+    }
+  })
+
   it('refuses inconsistent bitmaps, or leaves them out when asked', async () => {
     const from = await broken('broken.qcow2')
     const to = at('none.qcow2')

@@ -173,9 +173,10 @@ impl ConvertJob {
     ) -> Result<ConvertResult> {
         let target = match place {
             Place::Image(handle) => {
-                let onto =
-                    |image: &Image| convert(source, ConvertTarget::Existing(image), &self.options(), job);
-                return handle.run(onto);
+                return handle.run(|image: &Image| {
+                    let result = convert(source, ConvertTarget::Existing(image), &self.options(), job)?;
+                    bitmaps.map_or(Ok(()), |bitmaps| bitmaps.add_to(image)).map(|()| result)
+                });
             }
             Place::File(target) => target,
         };

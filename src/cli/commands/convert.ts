@@ -198,8 +198,8 @@ async function convertNamed(
 
 /** What is for new images only in this version. */
 function refuseWithTarget(given: ConvertArguments): void {
-  const refused = { backing: '-B', bitmaps: '--bitmaps', level: '--level', window: '--window' } as const
-  for (const name of ['backing', 'bitmaps', 'level', 'window'] as const) {
+  const refused = { backing: '-B', level: '--level', window: '--window' } as const
+  for (const name of ['backing', 'level', 'window'] as const) {
     if (given[name] !== undefined) throw unsupported(`${refused[name]} together with -n`, 'it is for new images')
   }
 }

@@ -59,6 +59,15 @@ impl<'a> CopyableBitmaps<'a> {
         }
         qcow2.enable_writing(WriteOptions::default())?;
         let target = Image::new(vec![Layer::Qcow2(Box::new(qcow2))])?;
+        self.add_to(&target)?;
+        target.close()
+    }
+
+    /// Adds the bitmaps to an image that is open for writing.
+    ///
+    /// # Errors
+    /// As [`CopyableBitmaps::copy_to`]; `InvalidArgument` for a name that the target has.
+    pub fn add_to(&self, target: &Image) -> Result<()> {
         let records = self.source.bitmaps()?;
         for name in &self.names {
             let tracked = self.source.writer.as_ref().and_then(|writer| writer.bitmaps.find(name));
@@ -84,6 +93,6 @@ impl<'a> CopyableBitmaps<'a> {
             let bits = bits.resized(bits.size(), self.source.limits().max_memory)?;
             target.insert_bitmap(name, bits, enabled)?;
         }
-        target.close()
+        Ok(())
     }
 }
