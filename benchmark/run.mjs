@@ -1,5 +1,5 @@
 // The benchmarks: this package's command line against qemu-img at its best flags, side by side. Every trial is a fresh
-// process, trials of both sides alternate, page cache warm. Every result is checked once, by `compare`.
+// process, trials of both sides alternate, page cache warm and clean. Every result is checked once, by `compare`.
 //
 // node benchmark/run.mjs [--smoke] [--trials N] [--source FOLDER] [--size MIB] [--only WORDS] [--json FILE]
 // Words to choose by: a convert's name, 'check', 'map', 'on XFS', 'random reads', 'installation', 'random writes',
@@ -89,11 +89,13 @@ function runJob(job) {
   const sizes = {}
   for (let round = 0; round < trials; round++) {
     for (const side of qemu ? ['ours', 'theirs'] : ['ours']) {
-      if (job.check) rmSync(join(job.place, side), { force: true })
+      // What the trial before left to write back would run into this one.
+      spawnSync('sync')
       sides[side].push(trial(job[side]))
       if (!job.check) continue
       if (round === 0) trial(job.check(side))
       sizes[side] = statSync(join(job.place, side)).blocks * 512
+      rmSync(join(job.place, side))
     }
   }
   const of = (side, what) => median(sides[side].map(result => result[what]))
