@@ -68,7 +68,6 @@ describe('an existing qcow2 target', () => {
     await refused(at('nowhere'), {}, { code: 'ENOENT' })
     await refused(small, { create: {} }, invalid('existingTarget'))
     await refused(small, { compress: { level: 3 } }, invalid('compress'))
-    await refused(small, { bitmaps: true }, invalid('bitmaps'))
     const busy = await open(small)
     await refused(small, {}, { code: 'ERR_QCOW2_LOCKED' })
     await busy.close()
