@@ -216,7 +216,7 @@ impl Cursor<'_> {
         let extent_end = e.start + e.length;
         Place {
             length: extent_end.min(end) - at,
-            zero: e.zero || matches!(e.kind, ExtentKind::Zero | ExtentKind::Unallocated),
+            zero: e.zero,
             class: Class {
                 kind: Some(e.kind),
                 zero: e.zero,

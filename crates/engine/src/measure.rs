@@ -9,7 +9,7 @@ use qcow2_format::limits::MAX_L1_BYTES;
 
 use crate::create::{CreateOptions, Preallocation};
 use crate::image::Image;
-use crate::{Error, ErrorKind, ExtentKind, GuestSource, Job, Result};
+use crate::{Error, ErrorKind, GuestSource, Job, Result};
 
 /// Bytes of an entry of the L1, refcount and bitmap tables.
 const TABLE_ENTRY: u64 = 8;
@@ -124,7 +124,7 @@ fn data_clusters(source: &dyn GuestSource, geometry: &Geometry, job: &Job) -> Re
         extents.clear();
         let end = source.extents_up_to(start, STEP.min(size - start), MOST_EXTENTS, job, &mut extents)?;
         for extent in &extents {
-            if extent.zero || matches!(extent.kind, ExtentKind::Zero | ExtentKind::Unallocated) {
+            if extent.zero {
                 continue;
             }
             let first = geometry.cluster_index(extent.start).max(next);

@@ -59,15 +59,6 @@ impl GuestSource for Salvage<'_> {
         self.source.cluster_size()
     }
 
-    fn extents(&self, start: u64, length: u64, job: &Job, out: &mut Vec<Extent>) -> Result<()> {
-        let end = start.saturating_add(length).min(self.virtual_size());
-        let mut at = start;
-        while at < end {
-            at = self.extents_up_to(at, end - at, usize::MAX, job, out)?;
-        }
-        Ok(())
-    }
-
     fn extents_up_to(
         &self,
         start: u64,

@@ -46,7 +46,14 @@ pub trait GuestSource: Send + Sync {
 
     /// Appends the extents of `start..start + length` to `out`, in order and without gaps, neighbours of one
     /// kind and contiguous host bytes merged. `length` is clamped to the end of the disk.
-    fn extents(&self, start: u64, length: u64, job: &Job, out: &mut Vec<Extent>) -> Result<()>;
+    fn extents(&self, start: u64, length: u64, job: &Job, out: &mut Vec<Extent>) -> Result<()> {
+        let end = start.saturating_add(length).min(self.virtual_size());
+        let mut at = start;
+        while at < end {
+            at = self.extents_up_to(at, end - at, usize::MAX, job, out)?;
+        }
+        Ok(())
+    }
 
     /// As `extents`, but may stop early when it has appended `most` extents or more: a disk can have one for every
     /// sector, and a walk over a whole disk must not hold them all. Returns the first guest byte that is not covered,
@@ -58,11 +65,7 @@ pub trait GuestSource: Send + Sync {
         most: usize,
         job: &Job,
         out: &mut Vec<Extent>,
-    ) -> Result<u64> {
-        let _ = most;
-        self.extents(start, length, job, out)?;
-        Ok(start.saturating_add(length).min(self.virtual_size()))
-    }
+    ) -> Result<u64>;
 
     /// Fills `buf` with the guest bytes at `offset`; all of it must lie inside the disk.
     fn read_at(&self, buf: MemMut<'_>, offset: u64) -> Result<()>;

@@ -82,10 +82,6 @@ impl GuestSource for Splice<'_> {
         self.parts.iter().map(|part| part.source.cluster_size()).max().unwrap_or(64 << 10)
     }
 
-    fn extents(&self, start: u64, length: u64, job: &Job, out: &mut Vec<Extent>) -> Result<()> {
-        self.extents_up_to(start, length, usize::MAX, job, out).map(drop)
-    }
-
     fn extents_up_to(
         &self,
         start: u64,
@@ -169,9 +165,6 @@ mod tests {
         }
         fn cluster_size(&self) -> u64 {
             512
-        }
-        fn extents(&self, start: u64, length: u64, job: &Job, out: &mut Vec<Extent>) -> Result<()> {
-            self.extents_up_to(start, length, usize::MAX, job, out).map(drop)
         }
         fn extents_up_to(
             &self,

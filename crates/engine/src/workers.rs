@@ -1,5 +1,6 @@
-//! Tasks that one thread finds and several threads do.
+//! Threads of one job: tasks that one thread finds and several threads do, or several threads that all do the same.
 
+use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
@@ -7,6 +8,30 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use parking_lot::Mutex;
 
 use crate::{Error, Job, Result};
+
+/// Most workers that are started by default.
+const MAX_DEFAULT_WORKERS: usize = 8;
+/// Most workers at all.
+const MAX_WORKERS: usize = 256;
+
+/// How many threads a job gets: as many as are asked for, within reason, else the cores, at most 8.
+pub(crate) fn count(concurrency: Option<NonZeroUsize>) -> usize {
+    let cores = || thread::available_parallelism().map_or(1, NonZeroUsize::get).min(MAX_DEFAULT_WORKERS);
+    concurrency.map_or_else(cores, NonZeroUsize::get).min(MAX_WORKERS)
+}
+
+/// Runs `work` on this thread and `workers - 1` others, named `name-1` and so on; on fewer where the system has no more
+/// threads. Returns whether another thread panicked.
+pub(crate) fn run_all(workers: usize, name: &str, work: impl Fn() + Sync) -> bool {
+    thread::scope(|scope| {
+        let spawned: Vec<_> = (1..workers)
+            .map_while(|n| thread::Builder::new().name(format!("{name}-{n}")).spawn_scoped(scope, &work).ok())
+            .collect();
+        work();
+        // All are waited for, whatever became of the first.
+        spawned.into_iter().filter_map(|thread| thread.join().err()).count() > 0
+    })
+}
 
 /// Hands tasks to the workers.
 pub(crate) struct Tasks<'a, T> {

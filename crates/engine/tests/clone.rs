@@ -4,7 +4,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use qcow2_engine::clone::CloneTarget;
 use qcow2_engine::compact::CompactOptions;
@@ -217,6 +217,15 @@ fn judge(
     );
 }
 
+/// Ends the other threads, also when a judgement fails.
+struct Stops<'a>(&'a AtomicBool);
+
+impl Drop for Stops<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
 /// Threads write as fast as they can, and `beside` runs again and again; clones are taken in the middle.
 fn stress_beside(
     image: &Image,
@@ -237,6 +246,7 @@ fn stress_beside(
         (0..THREADS).map(|thread| Lane { thread, unit, size, whole, compression }).collect();
     let completed = |t: usize| logs[t].lock().unwrap().len();
     std::thread::scope(|scope| {
+        let _stops = Stops(&stop);
         for lane in &lanes {
             let t = lane.thread as usize;
             let (logs, begun, stop) = (&logs, &begun, &stop);
@@ -273,14 +283,15 @@ fn stress_beside(
             for lane in &lanes {
                 let t = lane.thread as usize;
                 // What had begun by then is in the log when it is done.
+                let begun = Instant::now();
                 while completed(t) < after[t] {
+                    assert!(begun.elapsed() < Duration::from_secs(100), "{what}: thread {t} is gone");
                     std::thread::yield_now();
                 }
                 let log = logs[t].lock().unwrap().clone();
                 judge(lane, &start, &found, &log, (before[t], after[t]), &what);
             }
         }
-        stop.store(true, Ordering::Release);
     });
 }
 

@@ -4,16 +4,20 @@
 
 mod contents;
 
-use std::sync::Arc;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::mpsc::sync_channel;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use contents::{Contents, KEPT, assert_clean, explore, geometries, snapshot_of, writable};
 use qcow2_engine::compact::{CompactOptions, CompactResult};
-use qcow2_engine::{Job, Mem, Storage};
+use qcow2_engine::{Image, Job, Mem, MemMut, Storage};
 use qcow2_testkit::audit::audit;
 use qcow2_testkit::disk_model::{Opening, Rig, open_file};
 use qcow2_testkit::matrix::Geometry;
 use qcow2_testkit::recorder::RecordingStorage;
-use qcow2_testkit::storage::{Fault, FaultStorage};
+use qcow2_testkit::storage::{Fault, FaultStorage, Hooked, Op};
 use qcow2_testkit::{Fixture, Qemu, Rng, Sparse};
 
 const IN_PLACE: CompactOptions = CompactOptions { rewrite: false, zeroes: false, dry_run: false };
@@ -305,7 +309,13 @@ fn a_cancelled_compaction_leaves_a_clean_image() {
             let files: Vec<_> = rig.files().into_iter().map(RecordingStorage::plain).map(Arc::new).collect();
             let job = Arc::new(Job::new());
             let cancel = Arc::clone(&job);
-            let cancelling = FaultStorage::calling(files[0].clone(), 50 + calls, move || cancel.cancel());
+            let left = AtomicI64::new(50 + calls);
+            let cancelling = Hooked::with(files[0].clone(), move |_, _| {
+                if left.fetch_sub(1, Ordering::Relaxed) == 0 {
+                    cancel.cancel();
+                }
+                Ok(())
+            });
             let mut storages: Vec<_> = files.iter().map(|f| f.clone() as Arc<dyn Storage>).collect();
             storages[0] = Arc::new(cancelling);
             let image = rig.open(&storages, &writable()).unwrap();
@@ -370,5 +380,64 @@ fn a_bound_on_memory_is_kept() {
                 assert_eq!(max_memory, 1 << 10, "{error:?}");
             }
         }
+    }
+}
+
+/// A read that planned before may still use what the disk gave up since: until it ends, nothing else is put there.
+#[test]
+fn what_a_read_still_uses_is_not_taken() {
+    const CLUSTER: u64 = 4096;
+    type Maintenance = (&'static str, fn(&Image));
+    let maintenance: [Maintenance; 3] = [
+        ("compact", |image| assert!(image.compact(REWRITE, &Job::new()).is_ok())),
+        ("look", |image| {
+            let told = image.compact(CompactOptions { dry_run: true, ..REWRITE }, &Job::new());
+            assert_eq!(told.unwrap().leaked_clusters, 0, "what a read still uses is no leak");
+        }),
+        ("close", |image| image.close().unwrap()),
+    ];
+    for (what, maintain) in maintenance {
+        let rig = Rig::forge(&Geometry { size: 64 * CLUSTER, ..Geometry::plain(CLUSTER) }, 9);
+        let file = Arc::new(RecordingStorage::plain(rig.image.clone()));
+        let (held, is_held) = sync_channel(1);
+        let (go, goes) = sync_channel::<()>(1);
+        let (goes, armed) = (Mutex::new(goes), Arc::new(AtomicBool::new(false)));
+        let arms = Arc::clone(&armed);
+        let hook = move |op: Op, range: Range<u64>| {
+            let data = op == Op::Read && range.end - range.start == CLUSTER;
+            if data && arms.swap(false, Ordering::AcqRel) {
+                held.send(()).unwrap();
+                goes.lock().unwrap().recv().unwrap();
+            }
+            Ok(())
+        };
+        let image = rig.open(&[Arc::new(Hooked::with(file.clone(), hook))], &writable()).unwrap();
+        for n in 0..64u64 {
+            image.write_at(Mem::from(&[n as u8 + 1; CLUSTER as usize][..]), n * CLUSTER).unwrap();
+        }
+        image.flush().unwrap();
+        std::thread::scope(|scope| {
+            armed.store(true, Ordering::Release);
+            let reader = scope.spawn(|| {
+                let mut bytes = [0; CLUSTER as usize];
+                image.read_at(MemMut::from(&mut bytes[..]), 7 * CLUSTER).unwrap();
+                bytes
+            });
+            is_held.recv().unwrap();
+            image.discard(5 * CLUSTER, 6 * CLUSTER).unwrap();
+            image.flush().unwrap();
+            let maintained = scope.spawn(|| maintain(&image));
+            // Long enough to begin.
+            std::thread::sleep(Duration::from_millis(100));
+            go.send(()).unwrap();
+            assert_eq!(reader.join().unwrap(), [8; CLUSTER as usize], "{what}: the bytes before the discard");
+            maintained.join().unwrap();
+        });
+        if what != "close" {
+            image.write_at(Mem::from(&[99; 512][..]), 0).unwrap();
+            image.close().unwrap();
+        }
+        let findings = audit(&snapshot_of(&*file));
+        assert!(findings.is_clean(), "{what}: {findings:#?}");
     }
 }

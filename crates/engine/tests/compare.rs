@@ -160,8 +160,15 @@ impl GuestSource for BadFrom {
     fn cluster_size(&self) -> u64 {
         self.0.cluster_size()
     }
-    fn extents(&self, start: u64, length: u64, job: &Job, out: &mut Vec<Extent>) -> Result<()> {
-        self.0.extents(start, length, job, out)
+    fn extents_up_to(
+        &self,
+        start: u64,
+        length: u64,
+        most: usize,
+        job: &Job,
+        out: &mut Vec<Extent>,
+    ) -> Result<u64> {
+        self.0.extents_up_to(start, length, most, job, out)
     }
     fn read_at(&self, buf: MemMut<'_>, offset: u64) -> Result<()> {
         if offset + buf.len() as u64 > self.1 {

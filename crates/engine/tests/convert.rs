@@ -576,11 +576,18 @@ impl GuestSource for Cancelling<'_> {
     fn cluster_size(&self) -> u64 {
         65536
     }
-    fn extents(&self, start: u64, length: u64, job: &Job, out: &mut Vec<qcow2_engine::Extent>) -> Result<()> {
+    fn extents_up_to(
+        &self,
+        start: u64,
+        length: u64,
+        most: usize,
+        job: &Job,
+        out: &mut Vec<qcow2_engine::Extent>,
+    ) -> Result<u64> {
         let from = out.len();
-        self.inner.extents(start, length, job, out)?;
+        let covered = self.inner.extents_up_to(start, length, most, job, out)?;
         out[from..].iter_mut().for_each(|e| e.host = None);
-        Ok(())
+        Ok(covered)
     }
     fn read_at(&self, buf: MemMut<'_>, offset: u64) -> Result<()> {
         let call = self.calls.fetch_add(1, std::sync::atomic::Ordering::SeqCst);

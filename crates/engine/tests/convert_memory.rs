@@ -31,10 +31,17 @@ impl GuestSource for Endless {
     fn cluster_size(&self) -> u64 {
         65536
     }
-    fn extents(&self, start: u64, length: u64, _: &Job, out: &mut Vec<Extent>) -> Result<()> {
+    fn extents_up_to(
+        &self,
+        start: u64,
+        length: u64,
+        _: usize,
+        _: &Job,
+        out: &mut Vec<Extent>,
+    ) -> Result<u64> {
         let length = length.min(self.0 - start);
         out.push(Extent { start, length, kind: ExtentKind::Data, depth: 0, zero: false, host: None });
-        Ok(())
+        Ok(start + length)
     }
     fn read_at(&self, mut buf: MemMut<'_>, offset: u64) -> Result<()> {
         for (i, word) in buf.exclusive().unwrap().chunks_mut(8).enumerate() {

@@ -6,6 +6,7 @@
 mod guard;
 
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -14,74 +15,33 @@ use guard::guarded;
 use qcow2_engine::clone::CloneTarget;
 use qcow2_engine::convert::{ConvertOptions, ConvertTarget, convert};
 use qcow2_engine::create::Preallocation;
-use qcow2_engine::storage::{Run, Traits};
-use qcow2_engine::{
-    Error, ErrorKind, Image, Job, Layer, Mem, MemMut, OpenOptions, Qcow2, Storage, WriteOptions,
-};
+use qcow2_engine::{Error, ErrorKind, Image, Job, Layer, OpenOptions, Qcow2, Storage, WriteOptions};
 use qcow2_testkit::disk_model::Rig;
 use qcow2_testkit::matrix::Geometry;
 use qcow2_testkit::ops::{Target, stamped};
 use qcow2_testkit::recorder::RecordingStorage;
-use qcow2_testkit::storage::Op;
+use qcow2_testkit::storage::{Before, Hooked, Op};
 
-/// A file whose calls of one kind panic while it is armed.
-#[derive(Debug)]
+/// Calls of one kind panic while it is armed.
 struct Panicking {
-    inner: Arc<dyn Storage>,
     on: Op,
     armed: AtomicBool,
     met: AtomicU32,
 }
 
 impl Panicking {
-    fn new(inner: Arc<dyn Storage>, on: Op) -> Arc<Self> {
-        Arc::new(Self { inner, on, armed: AtomicBool::new(false), met: AtomicU32::new(0) })
+    fn new(on: Op) -> Arc<Self> {
+        Arc::new(Self { on, armed: AtomicBool::new(false), met: AtomicU32::new(0) })
     }
+}
 
-    fn look(&self, op: Op) {
+impl Before for Panicking {
+    fn before(&self, op: Op, _range: Range<u64>) -> io::Result<()> {
         if op == self.on && self.armed.load(Ordering::Relaxed) {
             let number = self.met.fetch_add(1, Ordering::Relaxed);
             panic!("a test panic, number {number}");
         }
-    }
-}
-
-impl Storage for Panicking {
-    fn read_at(&self, buf: MemMut<'_>, offset: u64) -> io::Result<usize> {
-        self.look(Op::Read);
-        self.inner.read_at(buf, offset)
-    }
-    fn write_at(&self, buf: Mem<'_>, offset: u64) -> io::Result<usize> {
-        self.look(Op::Write);
-        self.inner.write_at(buf, offset)
-    }
-    fn len(&self) -> io::Result<u64> {
-        self.inner.len()
-    }
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        self.inner.set_len(len)
-    }
-    fn sync_data(&self) -> io::Result<()> {
-        self.look(Op::Sync);
-        self.inner.sync_data()
-    }
-    fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
-        self.inner.write_zeroes(offset, length, unmap)
-    }
-    fn discard(&self, offset: u64, length: u64) -> io::Result<()> {
-        self.inner.discard(offset, length)
-    }
-    fn allocate(&self, offset: u64, length: u64) -> io::Result<()> {
-        self.inner.allocate(offset, length)
-    }
-    fn run_at(&self, offset: u64) -> io::Result<Run> {
-        self.inner.run_at(offset)
-    }
-    fn allocated_bytes(&self) -> io::Result<u64> {
-        self.inner.allocated_bytes()
-    }
-    fn traits(&self) -> Traits {
-        self.inner.traits()
+        Ok(())
     }
 }
 
@@ -92,10 +52,11 @@ fn assert_internal(error: &Error) {
 
 fn image(on: Op) -> (Image, Arc<Panicking>) {
     let rig = Rig::forge(&Geometry { size: 64 * 65536, ..Geometry::plain(65536) }, 5);
-    let storage = Panicking::new(Arc::new(RecordingStorage::plain(rig.image)), on);
-    let mut qcow2 = Qcow2::open(storage.clone(), &OpenOptions::default()).unwrap();
+    let panicking = Panicking::new(on);
+    let storage = Hooked::with(Arc::new(RecordingStorage::plain(rig.image)), Arc::clone(&panicking));
+    let mut qcow2 = Qcow2::open(Arc::new(storage), &OpenOptions::default()).unwrap();
     qcow2.enable_writing(WriteOptions::default()).unwrap();
-    (Image::new(vec![Layer::Qcow2(Box::new(qcow2))]).unwrap(), storage)
+    (Image::new(vec![Layer::Qcow2(Box::new(qcow2))]).unwrap(), panicking)
 }
 
 #[test]
@@ -117,8 +78,8 @@ fn what_a_panic_says_is_kept() {
 #[test]
 fn a_request_that_panics_fails_alone() {
     for on in [Op::Write, Op::Read, Op::Sync] {
-        let ((broken, storage), (sound, _)) = (image(on), image(on));
-        storage.armed.store(true, Ordering::Relaxed);
+        let ((broken, panicking), (sound, _)) = (image(on), image(on));
+        panicking.armed.store(true, Ordering::Relaxed);
         let start = Instant::now();
         std::thread::scope(|scope| {
             for worker in 0..4u64 {
@@ -145,7 +106,7 @@ fn a_request_that_panics_fails_alone() {
                 });
             }
         });
-        assert!(storage.met.load(Ordering::Relaxed) > 0, "{on:?} never panicked");
+        assert!(panicking.met.load(Ordering::Relaxed) > 0, "{on:?} never panicked");
         assert!(start.elapsed() < Duration::from_secs(100), "{on:?}: somebody waited for who is gone");
         sound.close().unwrap();
     }
@@ -154,26 +115,26 @@ fn a_request_that_panics_fails_alone() {
 /// Jobs have threads of their own: a panic in one ends the job with an error, not the process or its other threads.
 #[test]
 fn a_job_whose_worker_panics_fails() {
-    let (source, storage) = image(Op::Read);
+    let (source, reading) = image(Op::Read);
     let target = || -> Arc<dyn Storage> { Arc::new(RecordingStorage::plain(qcow2_testkit::Sparse::new(0))) };
     let raw = |storage| ConvertTarget::Raw { storage, preallocation: Preallocation::Off, keep: false };
     let clone = |storage| {
         source.begin_clone(CloneTarget::Raw { storage, preallocation: Preallocation::Off }, &Job::new())
     };
-    storage.armed.store(true, Ordering::Relaxed);
+    reading.armed.store(true, Ordering::Relaxed);
     let options = ConvertOptions::default();
     let converted = guarded(|| convert(&source, raw(target()), &options, &Job::new()));
     assert_internal(&converted.unwrap_err());
     let cloned = guarded(|| clone(target())?.run(&source, None, &Job::new()));
     assert_internal(&cloned.unwrap_err());
-    storage.armed.store(false, Ordering::Relaxed);
+    reading.armed.store(false, Ordering::Relaxed);
 
-    let broken = Panicking::new(target(), Op::Write);
-    broken.armed.store(true, Ordering::Relaxed);
-    let converted = guarded(|| convert(&source, raw(broken.clone()), &options, &Job::new()));
+    let panicking = Panicking::new(Op::Write);
+    panicking.armed.store(true, Ordering::Relaxed);
+    let broken: Arc<dyn Storage> = Arc::new(Hooked::with(target(), Arc::clone(&panicking)));
+    let converted = guarded(|| convert(&source, raw(Arc::clone(&broken)), &options, &Job::new()));
     assert_internal(&converted.unwrap_err());
-    broken.met.store(0, Ordering::Relaxed);
-    let panicking = broken.clone();
+    panicking.met.store(0, Ordering::Relaxed);
     let begun = clone(broken).unwrap();
     // The request that copies first meets the clone's panic: it is the clone's, and the write goes on.
     for n in 0..64u64 {

@@ -9,62 +9,26 @@ use std::sync::Arc;
 use qcow2_engine::convert::{ConvertOptions, ConvertTarget, convert};
 use qcow2_engine::create::Preallocation;
 use qcow2_engine::salvage::Salvage;
-use qcow2_engine::storage::{MemoryStorage, Run, Traits};
+use qcow2_engine::storage::MemoryStorage;
 use qcow2_engine::{ErrorKind, GuestSource, Image, Job, Layer, Mem, MemMut, Raw, Storage, StorageExt};
+use qcow2_testkit::storage::{Hooked, Op};
 
-/// A file of which some ranges cannot be read.
-#[derive(Debug)]
-struct Damaged {
-    inner: MemoryStorage,
-    bad: Vec<Range<u64>>,
+fn eio() -> io::Error {
+    io::Error::from_raw_os_error(5)
 }
 
-impl Storage for Damaged {
-    fn read_at(&self, buf: MemMut<'_>, offset: u64) -> io::Result<usize> {
-        let end = offset + buf.len() as u64;
-        if self.bad.iter().any(|bad| bad.start < end && offset < bad.end) {
-            return Err(io::Error::from_raw_os_error(5));
-        }
-        self.inner.read_at(buf, offset)
-    }
-    fn write_at(&self, buf: Mem<'_>, offset: u64) -> io::Result<usize> {
-        self.inner.write_at(buf, offset)
-    }
-    fn len(&self) -> io::Result<u64> {
-        self.inner.len()
-    }
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        self.inner.set_len(len)
-    }
-    fn sync_data(&self) -> io::Result<()> {
-        self.inner.sync_data()
-    }
-    fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
-        self.inner.write_zeroes(offset, length, unmap)
-    }
-    fn discard(&self, offset: u64, length: u64) -> io::Result<()> {
-        self.inner.discard(offset, length)
-    }
-    fn allocate(&self, offset: u64, length: u64) -> io::Result<()> {
-        self.inner.allocate(offset, length)
-    }
-    fn run_at(&self, offset: u64) -> io::Result<Run> {
-        // Where data is cannot be told either.
-        if offset == 2 << 20 { Err(io::Error::from_raw_os_error(5)) } else { self.inner.run_at(offset) }
-    }
-    fn allocated_bytes(&self) -> io::Result<u64> {
-        self.inner.allocated_bytes()
-    }
-    fn traits(&self) -> Traits {
-        self.inner.traits()
-    }
-}
-
+/// A disk of which some ranges cannot be read.
 fn disk(bad: Vec<Range<u64>>) -> (Image, Vec<u8>) {
     let bytes: Vec<u8> = (0..3u32 << 20).map(|at| (at / 512 % 255) as u8 + 1).collect();
-    let inner = MemoryStorage::new();
+    let inner = Arc::new(MemoryStorage::new());
     inner.write_all_at(Mem::from(&bytes[..]), 0).unwrap();
-    let raw = Raw::new(Arc::new(Damaged { inner, bad })).unwrap();
+    let damaged = Hooked::with(inner, move |op: Op, range: Range<u64>| match op {
+        Op::Read if bad.iter().any(|bad| bad.start < range.end && range.start < bad.end) => Err(eio()),
+        // Where data is cannot be told either.
+        Op::Run if range.start == 2 << 20 => Err(eio()),
+        _ => Ok(()),
+    });
+    let raw = Raw::new(Arc::new(damaged)).unwrap();
     (Image::new(vec![Layer::Raw(raw)]).unwrap(), bytes)
 }
 

@@ -1,7 +1,7 @@
 //! Commit: what the layers above a base have goes into the base.
 
 use crate::image::Layer;
-use crate::source::{Extent, ExtentKind};
+use crate::source::ExtentKind;
 use crate::workers::{Tasks, share};
 use crate::{Error, ErrorKind, GuestSource, Image, Job, Mem, MemMut, Result, StorageExt};
 
@@ -99,16 +99,12 @@ fn find(above: &Image, tasks: &Tasks<'_, Task>, job: &Job) -> Result<()> {
                 job.advance(hidden - extent.start);
                 hand_out(tasks, hidden, end, true)?;
             } else {
-                hand_out(tasks, extent.start, end, is_zero(extent))?;
+                hand_out(tasks, extent.start, end, extent.zero)?;
             }
         }
         at = covered;
     }
     Ok(())
-}
-
-fn is_zero(extent: &Extent) -> bool {
-    extent.zero || extent.kind == ExtentKind::Zero
 }
 
 fn hand_out(tasks: &Tasks<'_, Task>, mut start: u64, end: u64, zero: bool) -> Result<()> {

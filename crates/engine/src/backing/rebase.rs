@@ -231,10 +231,10 @@ impl Disks<'_> {
                 while from < to {
                     while below.next_if(|e| e.start + e.length <= from).is_some() {}
                     let (next, zero) = match below.peek() {
-                        Some(e) => ((e.start + e.length).min(to), reads_zero(e)),
+                        Some(e) => ((e.start + e.length).min(to), e.zero),
                         None => (to, true),
                     };
-                    if zero && reads_zero(extent) {
+                    if zero && extent.zero {
                         job.advance(next - from);
                     } else {
                         let units = from - from % self.unit..next.next_multiple_of(self.unit).min(self.size);
@@ -305,10 +305,6 @@ impl Disks<'_> {
         }
         Ok(())
     }
-}
-
-fn reads_zero(extent: &Extent) -> bool {
-    extent.zero || matches!(extent.kind, ExtentKind::Zero | ExtentKind::Unallocated)
 }
 
 /// What becomes of a unit.

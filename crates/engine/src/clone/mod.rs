@@ -33,12 +33,7 @@ use self::copying::Copying;
 use self::scan::Scan;
 pub use self::target::CloneTarget;
 use crate::image::{Image, Layer};
-use crate::{Error, ErrorKind, Job, Result};
-
-/// Most workers that are started by default.
-const MAX_DEFAULT_WORKERS: usize = 8;
-/// Most workers at all.
-const MAX_WORKERS: usize = 256;
+use crate::{Error, ErrorKind, Job, Result, workers};
 
 /// The clones of one image that are under way.
 #[derive(Debug, Default)]
@@ -161,19 +156,10 @@ impl LiveClone {
         let copying = &*self.copying;
         job.set_total(copying.size());
         let scan = Mutex::new(copying.scan(0..copying.size()));
-        let cores =
-            || std::thread::available_parallelism().map_or(1, NonZeroUsize::get).min(MAX_DEFAULT_WORKERS);
-        let workers = concurrency.map_or_else(cores, NonZeroUsize::get).min(MAX_WORKERS);
-        std::thread::scope(|scope| {
-            for n in 1..workers {
-                let builder = std::thread::Builder::new().name(format!("qcow2-clone-{n}"));
-                // Where no more threads can be had, fewer do the work.
-                if builder.spawn_scoped(scope, || worker(copying, image, &scan, job)).is_err() {
-                    break;
-                }
-            }
-            worker(copying, image, &scan, job);
-        });
+        let workers = workers::count(concurrency);
+        if workers::run_all(workers, "qcow2-clone", || worker(copying, image, &scan, job)) {
+            copying.fail(Error::new(ErrorKind::Internal, "a clone worker panicked"));
+        }
         copying.wait_idle();
         self.clones.remove(&self.copying);
         copying.finish()

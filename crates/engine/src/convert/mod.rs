@@ -27,14 +27,11 @@ use self::raw::RawSink;
 use self::scan::{Chunk, Rules, Scanner};
 use crate::create::{CreateOptions, Preallocation, SECTOR_SIZE, check_data_file};
 use crate::image::Layer;
+use crate::workers::{self, run_all};
 use crate::{Error, ErrorKind, GuestSource, Image, Job, Result, Storage};
 
 /// Smallest run of zeroes, in bytes, that is left out of the target by default: QEMU's.
 pub const DEFAULT_SPARSE_SIZE: u64 = 4096;
-/// Most workers that are started by default.
-const MAX_DEFAULT_WORKERS: usize = 8;
-/// Most workers at all.
-const MAX_WORKERS: usize = 256;
 
 /// How clusters are compressed. The algorithm is the target's compression type.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -135,7 +132,7 @@ pub fn convert(
     check(&target, options)?;
     let virtual_size = source.virtual_size();
     job.set_total(virtual_size);
-    let workers = workers(options);
+    let workers = workers::count(options.concurrency);
     let counters = Counters::default();
     let context = Context { source, options, job, counters: &counters };
     let sink = match target {
@@ -212,11 +209,6 @@ fn check(target: &ConvertTarget<'_>, options: &ConvertOptions) -> Result<()> {
     }
 }
 
-fn workers(options: &ConvertOptions) -> usize {
-    let cores = || std::thread::available_parallelism().map_or(1, NonZeroUsize::get).min(MAX_DEFAULT_WORKERS);
-    options.concurrency.map_or_else(cores, NonZeroUsize::get).min(MAX_WORKERS)
-}
-
 #[derive(Debug, Default)]
 struct Counters {
     read: AtomicU64,
@@ -276,21 +268,9 @@ struct Run<'a> {
 
 impl Run<'_> {
     fn all(&self, workers: usize) -> Result<()> {
-        std::thread::scope(|scope| {
-            let spawned: Vec<_> = (1..workers)
-                .map_while(|n| {
-                    let builder = std::thread::Builder::new().name(format!("qcow2-convert-{n}"));
-                    // Where no more threads can be had, fewer do the work.
-                    builder.spawn_scoped(scope, || self.worker()).ok()
-                })
-                .collect();
-            self.worker();
-            for thread in spawned {
-                if thread.join().is_err() {
-                    self.fail(Error::new(ErrorKind::Internal, "a convert worker panicked"));
-                }
-            }
-        });
+        if run_all(workers, "qcow2-convert", || self.worker()) {
+            self.fail(Error::new(ErrorKind::Internal, "a convert worker panicked"));
+        }
         match self.error.lock().take() {
             Some(error) => Err(error),
             None => Ok(()),

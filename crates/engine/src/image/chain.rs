@@ -186,10 +186,6 @@ impl GuestSource for Image {
         sizes.max().unwrap_or(64 << 10)
     }
 
-    fn extents(&self, start: u64, length: u64, job: &Job, out: &mut Vec<Extent>) -> Result<()> {
-        super::extents::collect(&self.layers, start, length, usize::MAX, job, out).map(drop)
-    }
-
     fn extents_up_to(
         &self,
         start: u64,

@@ -49,10 +49,7 @@ impl<'a> Session<'a> {
             self.image.storage().flush().map_err(|e| self.writer.poison(e))?;
         }
         self.disk.flush_metadata(self.image, self.writer)?;
-        // Reads that planned before may still use what lost its reference: they end soon, and later ones plan anew.
-        while !self.writer.with_alloc(|alloc, _| alloc.drain())? {
-            std::thread::sleep(std::time::Duration::from_millis(1));
-        }
+        self.writer.drain()?;
         if self.writer.with_alloc(|alloc, _| Ok(alloc.refcounts.waiting_bytes()))? > 0 {
             self.disk.flush_metadata(self.image, self.writer)?;
         }

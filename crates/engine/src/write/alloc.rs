@@ -398,11 +398,10 @@ impl Allocator {
         self.refcounts.find_free(from, end, u64::MAX, u64::MAX)
     }
 
-    /// Gives every reservation back, for closing: nothing is in flight. Returns the length that the file needs.
+    /// Gives every reservation back: nothing is in quarantine, and nothing is being written. Returns the length that
+    /// the file needs.
     pub(crate) fn give_back(&mut self) -> Result<u64> {
-        for run in self.quarantine.take_reachless() {
-            self.reuse(run)?;
-        }
+        debug_assert!(self.quarantine.is_empty());
         for pool in [&mut self.ready, &mut self.fresh, &mut self.settling] {
             let clean: Vec<_> = pool.clean.drain().collect();
             let stale: Vec<_> = pool.stale.drain().collect();

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::quarantine::Unlinked;
 use super::request::Top;
@@ -203,8 +204,19 @@ impl Writer {
         self.give_back(image)
     }
 
-    /// Gives the reservations back and cuts the file.
+    /// Frees what waits in quarantine. Reads that planned before may still use it: they end soon, and later ones plan
+    /// anew.
+    pub(crate) fn drain(&self) -> Result<()> {
+        while !self.with_alloc(|alloc, _| alloc.drain())? {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
+    /// Gives the reservations back and cuts the file. Behind a flush, and nothing is being written.
     pub(super) fn give_back(&self, image: &Qcow2) -> Result<()> {
+        // What would stay in quarantine would stay in the file, as a leak, and be freed once more later.
+        self.drain()?;
         let storage = image.storage();
         let (length, writes) = {
             let mut alloc = self.alloc.lock();

@@ -51,9 +51,9 @@ impl Quarantine {
         self.batches.push_back(Batch { epoch, unlinked });
     }
 
-    /// Whether nothing waits.
+    /// Whether no cluster waits.
     pub(super) fn is_empty(&self) -> bool {
-        self.batches.is_empty()
+        self.batches.iter().all(|batch| batch.unlinked.is_empty())
     }
 
     /// Takes the clusters that no request can reach any more.
@@ -88,7 +88,16 @@ mod tests {
             "a request of the first epoch may have seen the second's"
         );
         drop(held);
+        assert!(!quarantine.is_empty());
         assert_eq!(quarantine.take_reachless().len(), 2);
+        let (third, fourth) = (Arc::new(()), Arc::new(()));
+        let held = Arc::clone(&third);
+        quarantine.push(third, Vec::new());
+        assert!(quarantine.is_empty(), "no cluster waits");
+        quarantine.push(fourth, freed(3));
+        assert_eq!(quarantine.take_reachless(), [], "nor may what comes behind an empty batch overtake it");
+        drop(held);
+        assert_eq!(quarantine.take_reachless().len(), 1);
     }
 
     #[test]

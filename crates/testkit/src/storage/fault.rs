@@ -1,14 +1,14 @@
 //! Calls that fail.
 
 use std::io;
-use std::path::Path;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use qcow2_engine::storage::{Run, Traits};
-use qcow2_engine::{Mem, MemMut, Storage};
+use qcow2_engine::Storage;
 
 use super::Op;
+use super::hooked::{Before, Hooked};
 
 /// Which calls fail, and how.
 #[derive(Debug, Clone)]
@@ -35,47 +35,16 @@ impl Fault {
     }
 }
 
-/// Fails as its [`Fault`] says.
+/// Counts calls, and fails those that its [`Fault`] says.
 #[derive(Debug)]
-pub struct FaultStorage {
-    inner: Arc<dyn Storage>,
+pub struct Failing {
     fault: Fault,
     calls: AtomicU64,
     failed: AtomicU64,
-    hook: Hook,
 }
 
-/// What is called instead of failing.
-struct Hook(Option<Box<dyn Fn() + Send + Sync>>);
-
-impl std::fmt::Debug for Hook {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Hook({})", self.0.is_some())
-    }
-}
-
-impl FaultStorage {
-    /// Nothing fails: `hook` is called at call number `n` (from 0) of any kind.
-    pub fn calling(inner: Arc<dyn Storage>, n: u64, hook: impl Fn() + Send + Sync + 'static) -> Self {
-        Self { hook: Hook(Some(Box::new(hook))), ..Self::new(inner, Fault::nth(n, 0)) }
-    }
-
-    /// Wraps `inner`.
-    pub fn new(inner: Arc<dyn Storage>, fault: Fault) -> Self {
-        Self { inner, fault, calls: AtomicU64::new(0), failed: AtomicU64::new(0), hook: Hook(None) }
-    }
-
-    /// How many calls failed so far.
-    pub fn failed(&self) -> u64 {
-        self.failed.load(Ordering::Relaxed)
-    }
-
-    /// How many calls of the kinds that fail there were so far.
-    pub fn calls(&self) -> u64 {
-        self.calls.load(Ordering::Relaxed)
-    }
-
-    fn pass(&self, op: Op) -> io::Result<()> {
+impl Before for Failing {
+    fn before(&self, op: Op, _range: Range<u64>) -> io::Result<()> {
         if !self.fault.ops.is_empty() && !self.fault.ops.contains(&op) {
             return Ok(());
         }
@@ -84,61 +53,26 @@ impl FaultStorage {
             return Ok(());
         }
         self.failed.fetch_add(1, Ordering::Relaxed);
-        if let Hook(Some(hook)) = &self.hook {
-            hook();
-            return Ok(());
-        }
         Err(io::Error::from_raw_os_error(self.fault.errno))
     }
 }
 
-impl Storage for FaultStorage {
-    fn read_at(&self, buf: MemMut<'_>, offset: u64) -> io::Result<usize> {
-        self.pass(Op::Read)?;
-        self.inner.read_at(buf, offset)
+/// Fails as its [`Fault`] says.
+pub type FaultStorage = Hooked<Failing>;
+
+impl FaultStorage {
+    /// Wraps `inner`.
+    pub fn new(inner: Arc<dyn Storage>, fault: Fault) -> Self {
+        Self::with(inner, Failing { fault, calls: AtomicU64::new(0), failed: AtomicU64::new(0) })
     }
-    fn write_at(&self, buf: Mem<'_>, offset: u64) -> io::Result<usize> {
-        self.pass(Op::Write)?;
-        self.inner.write_at(buf, offset)
+
+    /// How many calls failed so far.
+    pub fn failed(&self) -> u64 {
+        self.hook.failed.load(Ordering::Relaxed)
     }
-    fn write_vectored_at(&self, bufs: &[Mem<'_>], offset: u64) -> io::Result<usize> {
-        self.pass(Op::Write)?;
-        self.inner.write_vectored_at(bufs, offset)
-    }
-    fn len(&self) -> io::Result<u64> {
-        self.inner.len()
-    }
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        self.pass(Op::SetLen)?;
-        self.inner.set_len(len)
-    }
-    fn sync_data(&self) -> io::Result<()> {
-        self.pass(Op::Sync)?;
-        self.inner.sync_data()
-    }
-    fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
-        self.pass(Op::Zero)?;
-        self.inner.write_zeroes(offset, length, unmap)
-    }
-    fn discard(&self, offset: u64, length: u64) -> io::Result<()> {
-        self.pass(Op::Discard)?;
-        self.inner.discard(offset, length)
-    }
-    fn allocate(&self, offset: u64, length: u64) -> io::Result<()> {
-        self.pass(Op::Allocate)?;
-        self.inner.allocate(offset, length)
-    }
-    fn run_at(&self, offset: u64) -> io::Result<Run> {
-        self.pass(Op::Run)?;
-        self.inner.run_at(offset)
-    }
-    fn allocated_bytes(&self) -> io::Result<u64> {
-        self.inner.allocated_bytes()
-    }
-    fn traits(&self) -> Traits {
-        self.inner.traits()
-    }
-    fn path(&self) -> Option<&Path> {
-        self.inner.path()
+
+    /// How many calls of the kinds that fail there were so far.
+    pub fn calls(&self) -> u64 {
+        self.hook.calls.load(Ordering::Relaxed)
     }
 }

@@ -6,11 +6,13 @@
 mod aligned_only;
 mod counting;
 mod fault;
+mod hooked;
 mod short_io;
 
 pub use aligned_only::AlignedOnly;
 pub use counting::{CountingStorage, Counts};
-pub use fault::{Fault, FaultStorage};
+pub use fault::{Failing, Fault, FaultStorage};
+pub use hooked::{Before, Hooked};
 pub use short_io::ShortIo;
 
 /// The host calls that a simulator tells apart.
