@@ -28,6 +28,12 @@ const startIn = (program: string): Worker =>
     { eval: true, workerData: { library, path, raw, folder } },
   )
 
+/** What a worker said, and its exit code. Both can come at once, where this thread was late to look. */
+async function end(worker: Worker): Promise<[message: unknown, code: number]> {
+  const [[message], [code]] = await Promise.all([once(worker, 'message'), once(worker, 'exit')])
+  return [message, code as number]
+}
+
 const threads = (): number => readdirSync('/proc/self/task').length
 
 describe('a worker', () => {
@@ -38,17 +44,16 @@ describe('a worker', () => {
         parentPort.postMessage(buffer)
         await image.close()
       })`)
-    const [message] = await once(worker, 'message')
+    const [message, code] = await end(worker)
     expect(Buffer.from(message as Uint8Array)).toEqual(pattern(4096, 16))
-    expect((await once(worker, 'exit'))[0]).toBe(0)
+    expect(code).toBe(0)
   })
 
   it('ends with an image open', async () => {
     const worker = startIn(
       `qcow2.open(path).then(image => { globalThis.image = image; parentPort.postMessage('open') })`,
     )
-    await once(worker, 'message')
-    expect((await once(worker, 'exit'))[0]).toBe(0)
+    expect(await end(worker)).toEqual(['open', 0])
   })
 
   it('can be terminated in the middle of reads, again and again', async () => {

@@ -25,64 +25,88 @@ export async function runJob<T>(phase: string, options: LongRunning, start: Star
   throwIfAborted(signal)
   lastJob += 1
   const job = lastJob
-  const cancel = (): void => native.cancelJob(job)
-  const watch = onProgress && new Watch(phase, job, onProgress, cancel)
-  const timer = watch && setInterval(() => watch.look(), progressInterval ?? PROGRESS_INTERVAL).unref()
+  const watch = new Watch(phase, job, onProgress)
+  const timer = onProgress && setInterval(() => watch.look(), progressInterval ?? PROGRESS_INTERVAL).unref()
+  const cancel = (): void => watch.cancel()
   signal?.addEventListener('abort', cancel, { once: true })
   try {
     const result = await submit<T>(request => start(request, job, native))
-    watch?.finish()
-    watch?.rethrow()
+    watch.finish()
+    watch.rethrow()
     return result
   } catch (failure) {
-    watch?.rethrow()
+    watch.rethrow()
     if (isAborted(failure) && signal?.aborted) throw new AbortError(signal.reason)
     throw toError(failure)
   } finally {
     clearInterval(timer)
     signal?.removeEventListener('abort', cancel)
-    native.endJob(job)
+    watch.end()
   }
 }
 
-/** Calls `onProgress`; its first exception cancels the job and is what the job rejects with. */
+/**
+ * What is asked of a job beside its outcome: in timers and in the signal's event, where nobody would catch what it throws.
+ * The first exception, be it of `onProgress`, cancels the job and is what the job rejects with.
+ */
 class Watch {
   readonly #phase: string
   readonly #job: number
-  readonly #onProgress: (progress: Progress) => void
-  readonly #cancel: () => void
+  readonly #onProgress: ((progress: Progress) => void) | undefined
   #thrown: { readonly error: unknown } | undefined
 
-  constructor(phase: string, job: number, onProgress: (progress: Progress) => void, cancel: () => void) {
+  constructor(phase: string, job: number, onProgress: ((progress: Progress) => void) | undefined) {
     this.#phase = phase
     this.#job = job
     this.#onProgress = onProgress
-    this.#cancel = cancel
   }
 
   look(): void {
-    const [current, total] = native.jobProgress(this.#job)
-    this.#report(total > 0 ? Math.min(current, total) : current, total)
+    this.#report((current, total) => [total > 0 ? Math.min(current, total) : current, total])
   }
 
   /** The last call: everything is done. */
   finish(): void {
-    const [current, total] = native.jobProgress(this.#job)
-    const all = Math.max(current, total)
-    this.#report(all, all)
+    this.#report((current, total) => [Math.max(current, total), Math.max(current, total)])
+  }
+
+  cancel(): void {
+    try {
+      native.cancelJob(this.#job)
+    } catch (error) {
+      this.#thrown ??= { error: toError(error) }
+    }
+  }
+
+  /** Waits for the job's thread, and forgets it. */
+  end(): void {
+    try {
+      native.endJob(this.#job)
+    } catch (error) {
+      throw toError(error)
+    }
   }
 
   rethrow(): void {
     if (this.#thrown !== undefined) throw this.#thrown.error
   }
 
-  #report(current: number, total: number): void {
-    if (this.#thrown !== undefined) return
+  #report(shown: (current: number, total: number) => readonly [current: number, total: number]): void {
+    if (this.#onProgress === undefined || this.#thrown !== undefined) return
     try {
+      const [current, total] = shown(...this.#progress())
       this.#onProgress({ phase: this.#phase, current, total })
     } catch (error) {
       this.#thrown = { error }
-      this.#cancel()
+      this.cancel()
+    }
+  }
+
+  #progress(): [current: number, total: number] {
+    try {
+      return native.jobProgress(this.#job)
+    } catch (error) {
+      throw toError(error)
     }
   }
 }

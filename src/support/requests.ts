@@ -38,7 +38,13 @@ native.start(deliver, done)
 
 /** Looks for completions between two rounds of the event loop, while the addon expects some soon. */
 function look(): void {
-  if (native.look(deliver)) setImmediate(look)
+  let again = true
+  try {
+    again = native.look(deliver)
+  } catch {
+    // A bug in this library, which has said so. Nothing else wakes those who wait.
+  }
+  if (again) setImmediate(look)
 }
 
 function take(request: number): Waiting | undefined {

@@ -30,7 +30,7 @@ pub struct AmendChanges {
 
 /// Changes the options of the top layer of an image, which was opened for a check, and is good for nothing else
 /// afterwards.
-#[napi]
+#[napi(catch_unwind)]
 pub fn amend_image(env: Env, request: u32, job: u32, image: u32, changes: AmendChanges) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
     let handle = runtime.image(image)?;

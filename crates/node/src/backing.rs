@@ -38,7 +38,7 @@ impl BackingInput {
 }
 
 /// Writes what the image `above` has into the image `base`, which is the rest of its chain.
-#[napi]
+#[napi(catch_unwind)]
 pub fn commit_image(
     env: Env,
     request: u32,
@@ -58,7 +58,7 @@ pub fn commit_image(
 }
 
 /// Changes the backing file of an image that is open for writing, and closes the image. `chain` is the new backing chain.
-#[napi]
+#[napi(catch_unwind)]
 #[allow(clippy::too_many_arguments, reason = "the arguments of one call from JavaScript")]
 pub fn rebase_image(
     env: Env,
@@ -87,7 +87,7 @@ pub fn rebase_image(
 
 /// Changes the backing file that an image names and nothing else. The image was opened for a check, and is good for nothing
 /// else afterwards.
-#[napi]
+#[napi(catch_unwind)]
 pub fn set_backing_file(
     env: Env,
     request: u32,

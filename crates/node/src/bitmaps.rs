@@ -18,7 +18,7 @@ pub struct BitmapSource {
 }
 
 /// Adds a bitmap; `granularity` is a power of two in bytes, 0 for the default.
-#[napi]
+#[napi(catch_unwind)]
 pub fn add_bitmap(
     env: Env,
     request: u32,
@@ -32,25 +32,25 @@ pub fn add_bitmap(
 }
 
 /// Removes a bitmap.
-#[napi]
+#[napi(catch_unwind)]
 pub fn remove_bitmap(env: Env, request: u32, image: u32, name: String) -> napi::Result<()> {
     change(&env, request, image, move |image| image.remove_bitmap(&name))
 }
 
 /// Clears a bitmap.
-#[napi]
+#[napi(catch_unwind)]
 pub fn clear_bitmap(env: Env, request: u32, image: u32, name: String) -> napi::Result<()> {
     change(&env, request, image, move |image| image.clear_bitmap(&name))
 }
 
 /// Starts or stops recording in a bitmap.
-#[napi]
+#[napi(catch_unwind)]
 pub fn enable_bitmap(env: Env, request: u32, image: u32, name: String, enabled: bool) -> napi::Result<()> {
     change(&env, request, image, move |image| image.enable_bitmap(&name, enabled))
 }
 
 /// Merges bitmaps, of this or other images, into one of this image.
-#[napi]
+#[napi(catch_unwind)]
 pub fn merge_bitmaps(
     env: Env,
     request: u32,
@@ -70,7 +70,7 @@ pub fn merge_bitmaps(
 }
 
 /// The dirty ranges of a bitmap as start and length in turn.
-#[napi]
+#[napi(catch_unwind)]
 pub fn bitmap_extents(env: Env, request: u32, image: u32, name: String) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
     let handle = runtime.image(image)?;

@@ -58,7 +58,7 @@ pub struct CheckFinding {
 
 /// Checks the top layer of an image. With `repair`, `leaks` or `all`, it also repairs: then the image must have been
 /// opened for that, and is good for nothing but another check afterwards.
-#[napi]
+#[napi(catch_unwind)]
 pub fn check_image(
     env: Env,
     request: u32,

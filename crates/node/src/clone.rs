@@ -53,7 +53,7 @@ pub(crate) struct Begun {
 }
 
 /// Makes the target and takes the point in time; tells the clone's number.
-#[napi]
+#[napi(catch_unwind)]
 pub fn begin_clone(
     env: Env,
     request: u32,
@@ -81,7 +81,7 @@ pub fn begin_clone(
 }
 
 /// Copies the rest. The clone's number is gone, however it ends.
-#[napi]
+#[napi(catch_unwind)]
 pub fn run_clone(env: Env, request: u32, job: u32, clone: u32, concurrency: Option<u32>) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
     let Some(Resource::Clone(begun)) = runtime.release(clone) else {

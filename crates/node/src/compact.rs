@@ -29,7 +29,7 @@ pub struct Compacted {
 }
 
 /// Compacts the top layer of an image.
-#[napi]
+#[napi(catch_unwind)]
 pub fn compact_image(
     env: Env,
     request: u32,

@@ -22,7 +22,7 @@ pub struct Compared {
 }
 
 /// Compares what two images read as.
-#[napi]
+#[napi(catch_unwind)]
 pub fn compare_images(
     env: Env,
     request: u32,
@@ -81,7 +81,7 @@ impl From<Measurement> for Measured {
 }
 
 /// Measures an open image, or an empty disk of `size` bytes.
-#[napi]
+#[napi(catch_unwind)]
 pub fn measure_image(
     env: Env,
     request: u32,

@@ -94,7 +94,7 @@ impl From<Unreadable> for UnreadableRange {
 }
 
 /// Converts open images, one behind the other.
-#[napi]
+#[napi(catch_unwind)]
 pub fn convert_image(
     env: Env,
     request: u32,

@@ -58,7 +58,7 @@ impl Target {
 }
 
 /// Creates an image of `size` bytes.
-#[napi]
+#[napi(catch_unwind)]
 #[allow(clippy::too_many_arguments, reason = "the arguments are JavaScript's")]
 pub fn create_image(
     env: Env,

@@ -98,7 +98,7 @@ pub struct BitmapInfo {
 }
 
 /// Describes every layer of an image, top first.
-#[napi]
+#[napi(catch_unwind)]
 pub fn layers_info(env: Env, request: u32, image: u32) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
     let handle = runtime.image(image)?;

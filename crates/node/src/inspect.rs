@@ -64,7 +64,7 @@ pub struct InspectFinding {
 }
 
 /// Inspects an open file.
-#[napi]
+#[napi(catch_unwind)]
 pub fn inspect_file(env: Env, request: u32, file: u32, limits: Option<LimitOptions>) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
     let storage = runtime.storage(file)?;
@@ -79,7 +79,7 @@ pub fn inspect_file(env: Env, request: u32, file: u32, limits: Option<LimitOptio
 }
 
 /// Inspects the first bytes of an image. The bytes are copied.
-#[napi]
+#[napi(catch_unwind)]
 pub fn inspect_prefix(
     env: Env,
     request: u32,

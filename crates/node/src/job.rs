@@ -107,7 +107,7 @@ impl Runtime {
 }
 
 /// Asks a job to stop. It ends as failed, or completes if it was done anyway.
-#[napi]
+#[napi(catch_unwind)]
 pub fn cancel_job(env: Env, job: u32) -> napi::Result<()> {
     let cancel = |job: &Job| job.cancel();
     Runtime::of(&env)?.jobs().find(job, cancel);
@@ -115,14 +115,14 @@ pub fn cancel_job(env: Env, job: u32) -> napi::Result<()> {
 }
 
 /// Bytes done and bytes in all of a job.
-#[napi(ts_return_type = "[current: number, total: number]")]
+#[napi(catch_unwind, ts_return_type = "[current: number, total: number]")]
 pub fn job_progress(env: Env, job: u32) -> napi::Result<Vec<f64>> {
     let progress = Runtime::of(&env)?.jobs().find(job, Job::progress).unwrap_or_default();
     Ok(vec![progress.0 as f64, progress.1 as f64])
 }
 
 /// Waits for a job that has delivered its outcome, and forgets it.
-#[napi]
+#[napi(catch_unwind)]
 pub fn end_job(env: Env, job: u32) -> napi::Result<()> {
     Runtime::of(&env)?.jobs().end(job);
     Ok(())

@@ -32,6 +32,8 @@ pub mod job;
 pub mod map;
 pub mod open;
 pub mod overlay;
+#[cfg(feature = "panics")]
+pub mod panics;
 mod pool;
 pub mod read;
 mod resource;

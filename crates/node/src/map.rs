@@ -16,7 +16,7 @@ const MOST_EXTENTS: usize = 32 << 10;
 /// Extents of at most `length` bytes from `start`: `{ numbers, files }`. Seven numbers each: start, length, depth, kind (0
 /// data, 1 zero, 2 unallocated, 3 compressed), whether it reads as zeroes (0 or 1), host offset (-1 for none), and index of
 /// its file in `files` (-1 for none).
-#[napi]
+#[napi(catch_unwind)]
 pub fn extents(env: Env, request: u32, image: u32, start: f64, length: f64) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
     let handle = runtime.image(image)?;

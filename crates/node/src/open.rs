@@ -63,7 +63,7 @@ fn unknown(what: &str, name: &str) -> napi::Error {
 }
 
 /// Opens a file.
-#[napi]
+#[napi(catch_unwind)]
 pub fn open_file(
     env: Env,
     request: u32,
@@ -97,7 +97,7 @@ fn path_of(bytes: &[u8]) -> napi::Result<PathBuf> {
 
 /// Opens the file behind a descriptor, which stays JavaScript's.
 #[cfg(unix)]
-#[napi]
+#[napi(catch_unwind)]
 pub fn open_descriptor(env: Env, request: u32, descriptor: i32, options: FileOptions) -> napi::Result<()> {
     let (access, cache) = options.read()?;
     // SAFETY: the descriptor is that of a `FileHandle` which JavaScript keeps open during this call; it is
@@ -117,6 +117,8 @@ fn open_storage(
 ) -> napi::Result<()> {
     let work = move || {
         let storage = open()?.into_storage();
+        #[cfg(feature = "panics")]
+        let storage = crate::panics::hook(storage);
         let length = storage.size()?;
         let mut head = vec![0; HEAD];
         let got = storage.read_up_to_at(MemMut::from(&mut head[..]), 0)?;
@@ -309,7 +311,7 @@ impl NamedFile {
 }
 
 /// Opens a qcow2 layer on a file. The file's number stays valid.
-#[napi]
+#[napi(catch_unwind)]
 pub fn open_qcow2(env: Env, request: u32, file: u32, options: LayerOptions) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
     let storage = runtime.storage(file)?;
@@ -330,7 +332,7 @@ pub fn open_qcow2(env: Env, request: u32, file: u32, options: LayerOptions) -> n
 }
 
 /// Makes a raw layer of a file. The file's number stays valid.
-#[napi]
+#[napi(catch_unwind)]
 pub fn open_raw(env: Env, request: u32, file: u32, options: LayerOptions) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
     let storage = runtime.storage(file)?;
@@ -360,7 +362,7 @@ fn hold_layer(runtime: &Runtime, env: &Env, layer: Layer) -> napi::Result<sys::n
 }
 
 /// Attaches an external data file to a layer. The file's number stays valid.
-#[napi]
+#[napi(catch_unwind)]
 pub fn set_data_file(
     env: Env,
     request: u32,
@@ -382,7 +384,7 @@ pub fn set_data_file(
 
 /// Makes an image of layers, top first, which become part of it. With `write`, the top layer is made writable: only now, when
 /// everything that it names was accepted, may opening change the file (an image that was not closed cleanly is repaired).
-#[napi]
+#[napi(catch_unwind)]
 pub fn assemble(env: Env, request: u32, layers: Vec<u32>, write: Option<WritingOptions>) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
     let write = write.as_ref().map(WritingOptions::read).transpose()?;
@@ -412,7 +414,7 @@ pub fn assemble(env: Env, request: u32, layers: Vec<u32>, write: Option<WritingO
 
 /// Gives a file, layer or image up. It closes on a worker: closing can block, and an image that was written to is flushed
 /// first. It is given up also when that fails; its files close with the last request that uses them.
-#[napi]
+#[napi(catch_unwind)]
 pub fn release(env: Env, request: u32, number: u32) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
     let resource = runtime.release(number);

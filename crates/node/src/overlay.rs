@@ -43,7 +43,7 @@ pub struct Overlaid {
 }
 
 /// Makes a qcow2 image whose backing file is the top of an image that is open for writing, and goes on with it on top.
-#[napi]
+#[napi(catch_unwind)]
 pub fn create_overlay(
     env: Env,
     request: u32,

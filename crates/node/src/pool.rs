@@ -14,6 +14,7 @@ use std::time::Instant;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::delivery::{Completion, Delivery, Outcome};
+use crate::guard::guarded;
 use crate::read::Read;
 use crate::watch::MOMENT;
 use crate::write::Write;
@@ -32,6 +33,21 @@ pub(crate) enum Task {
     Write(Write),
     /// Anything else.
     Call(Box<dyn FnOnce() -> Outcome + Send>),
+}
+
+impl Task {
+    /// A request is guarded where its image is used. It gives that up here, and may be the last to do so: without an outcome
+    /// its caller would wait for ever.
+    fn run(self) -> Outcome {
+        let run = || {
+            Ok(match self {
+                Self::Read(read) => read.run(),
+                Self::Write(write) => write.run(),
+                Self::Call(call) => call(),
+            })
+        };
+        guarded(run).unwrap_or_else(Outcome::Failed)
+    }
 }
 
 struct Queue {
@@ -126,7 +142,11 @@ impl Pool {
         };
         self.shared.called.store(true, Ordering::Release);
         self.shared.work.notify_all();
-        drop(tasks);
+        // What they hold may be the last use of an image.
+        let _dropped = guarded(|| {
+            drop(tasks);
+            Ok(())
+        });
         for thread in threads {
             // A worker catches panics of its tasks; there is nothing to hear from it.
             let _ = thread.join();
@@ -138,12 +158,7 @@ impl Shared {
     fn work(&self) {
         let mut soon = false;
         while let Some((request, task)) = self.next(&mut soon) {
-            let outcome = match task {
-                Task::Read(read) => read.run(),
-                Task::Write(write) => write.run(),
-                Task::Call(call) => call(),
-            };
-            self.delivery.push(Completion { request, outcome });
+            self.delivery.push(Completion { request, outcome: task.run() });
         }
     }
 

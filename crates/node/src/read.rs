@@ -42,7 +42,7 @@ impl Read {
 
 /// Fills `length` bytes of the `Uint8Array` from `offset` with the guest bytes at `position`. The caller has
 /// clamped the range to the disk. Returns whether to begin to `look` for completions.
-#[napi]
+#[napi(catch_unwind)]
 pub fn read(
     env: Env,
     request: u32,

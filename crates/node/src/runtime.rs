@@ -39,6 +39,7 @@ pub(crate) struct Runtime {
 /// `count` of them had nothing to say and their numbers are in `numbers`; `others` is undefined or a flat list of
 /// number, whether it succeeded, and value or failure.
 #[napi(
+    catch_unwind,
     ts_args_type = "deliver: (count: number, others: unknown[] | undefined) => void, numbers: Uint32Array"
 )]
 pub fn start(env: Env, deliver: Unknown<'_>, numbers: Unknown<'_>) -> napi::Result<()> {
@@ -67,7 +68,7 @@ pub fn start(env: Env, deliver: Unknown<'_>, numbers: Unknown<'_>) -> napi::Resu
 }
 
 /// Ends all work of this environment now, and closes its images: for `process.exit()`, which does not run the cleanup hook.
-#[napi]
+#[napi(catch_unwind)]
 pub fn stop(env: Env) -> napi::Result<()> {
     Runtime::of(&env)?.close();
     Ok(())
@@ -75,7 +76,7 @@ pub fn stop(env: Env) -> napi::Result<()> {
 
 /// Delivers what is done, now, by the function that `start` was given. Returns whether to call this again in the next round
 /// of the event loop: until then, requests that finish do not wake the thread.
-#[napi(ts_args_type = "deliver: (count: number, others: unknown[] | undefined) => void")]
+#[napi(catch_unwind, ts_args_type = "deliver: (count: number, others: unknown[] | undefined) => void")]
 pub fn look(env: Env, deliver: Unknown<'_>) -> napi::Result<bool> {
     let runtime = Runtime::of(&env)?;
     let goes_on = runtime.watch.goes_on();
@@ -91,6 +92,8 @@ pub fn look(env: Env, deliver: Unknown<'_>) -> napi::Result<bool> {
 impl Runtime {
     /// The runtime of the calling environment.
     pub(crate) fn of(env: &Env) -> napi::Result<&Self> {
+        #[cfg(feature = "panics")]
+        crate::panics::at("call", "");
         boundary::instance(env)?
             .ok_or_else(|| napi::Error::from_reason("the addon is not started in this environment"))
     }
@@ -172,13 +175,13 @@ impl Runtime {
     }
 
     /// Ends all work: nothing of this environment runs afterwards. Images that nobody closed are closed, so that what was
-    /// written to them stays, as it would with a file.
+    /// written to them stays, as it would with a file. Called by the system, where a panic would end the process.
     fn close(&self) {
         self.jobs.close();
         self.pool.close();
         for resource in self.resources.borrow_mut().take() {
             // There is nobody left to hear of a failure.
-            let _closed = resource.close();
+            let _closed = guarded(|| resource.close());
         }
     }
 
@@ -215,17 +218,23 @@ impl Runtime {
                         count = 0;
                     }
                 }
-                Outcome::Value(make) => match make(self, env) {
+                Outcome::Value(make) => match self.value(env, make) {
                     Ok(value) => others.push((request, true, value)),
-                    Err(error) => {
-                        let error =
-                            Error::new(ErrorKind::Internal, format!("no value could be made: {error}"));
-                        others.push((request, false, failure::to_js(env, &error)?));
-                    }
+                    Err(error) => others.push((request, false, failure::to_js(env, &error)?)),
                 },
                 Outcome::Failed(error) => others.push((request, false, failure::to_js(env, &error)?)),
             }
         }
         boundary::call(env, callback, count, &others)
+    }
+
+    /// A panic here is that of one request: all others of the batch are still to be told.
+    fn value(&self, env: &Env, make: IntoJs) -> Result<sys::napi_value> {
+        guarded(|| {
+            #[cfg(feature = "panics")]
+            crate::panics::at("value", "");
+            make(self, env)
+                .map_err(|error| Error::new(ErrorKind::Internal, format!("no value could be made: {error}")))
+        })
     }
 }

@@ -73,7 +73,7 @@ pub struct CreateInput {
 }
 
 /// Tells the snapshot table of an image: `{ generation, records }`.
-#[napi]
+#[napi(catch_unwind)]
 pub fn snapshot_table(env: Env, request: u32, image: u32) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
     let handle = runtime.image(image)?;
@@ -92,7 +92,7 @@ pub fn snapshot_table(env: Env, request: u32, image: u32) -> napi::Result<()> {
 }
 
 /// Executes a plan on an image that is open for writing; tells the disk's size afterwards.
-#[napi]
+#[napi(catch_unwind)]
 pub fn execute_plan(env: Env, request: u32, image: u32, plan: PlanInput) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
     let handle = runtime.image(image)?;

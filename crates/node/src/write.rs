@@ -48,7 +48,7 @@ impl Write {
 
 /// Writes `length` bytes of the `Uint8Array` from `offset` to the guest bytes at `position`. Returns whether to begin to
 /// `look` for completions.
-#[napi]
+#[napi(catch_unwind)]
 #[allow(
     clippy::too_many_arguments,
     reason = "one call for each of very many requests: no object is made for it"
@@ -83,7 +83,7 @@ pub(crate) fn change(
 }
 
 /// Makes guest bytes read as zeroes; `unmap` gives their clusters up.
-#[napi]
+#[napi(catch_unwind)]
 pub fn write_zeroes(
     env: Env,
     request: u32,
@@ -96,19 +96,19 @@ pub fn write_zeroes(
 }
 
 /// Gives the contents of guest bytes up.
-#[napi]
+#[napi(catch_unwind)]
 pub fn discard(env: Env, request: u32, image: u32, position: f64, length: f64) -> napi::Result<()> {
     change(&env, request, image, move |image| image.discard(position as u64, length as u64))
 }
 
 /// Makes durable what was written before.
-#[napi]
+#[napi(catch_unwind)]
 pub fn flush(env: Env, request: u32, image: u32) -> napi::Result<()> {
     change(&env, request, image, Image::flush)
 }
 
 /// Resizes the disk; tells its size when that is heard of. `shrink` allows a smaller one.
-#[napi]
+#[napi(catch_unwind)]
 pub fn resize(
     env: Env,
     request: u32,

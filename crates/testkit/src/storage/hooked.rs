@@ -6,8 +6,8 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use qcow2_engine::storage::{Run, Traits};
-use qcow2_engine::{Mem, MemMut, Storage};
+use qcow2_engine::storage::{Claim, Locking, Run, Traits};
+use qcow2_engine::{Mem, MemMut, Result, Storage};
 
 use super::Op;
 
@@ -91,6 +91,9 @@ impl<B: Before> Storage for Hooked<B> {
     }
     fn allocated_bytes(&self) -> io::Result<u64> {
         self.inner.allocated_bytes()
+    }
+    fn lock(&self, claim: Claim, locking: Locking) -> Result<()> {
+        self.inner.lock(claim, locking)
     }
     fn traits(&self) -> Traits {
         self.inner.traits()
