@@ -116,7 +116,14 @@ impl<'a> Session<'a> {
         })?;
         debug_assert!(waiting <= WAITING_LIMIT || !writes.is_empty());
         // Refcounts that are too high are leaks at worst: they can be written at any time.
-        writes.iter().try_for_each(|(offset, bytes)| self.write(*offset, bytes))
+        writes.iter().try_for_each(|(offset, bytes)| self.write(*offset, bytes))?;
+        if writes.is_empty() {
+            return Ok(());
+        }
+        self.writer.with_alloc(|alloc, _| {
+            alloc.refcounts.note_written();
+            Ok(())
+        })
     }
 
     /// Takes back a reference that [`Session::add_reference`] counted and nothing uses.

@@ -319,6 +319,7 @@ impl Allocator {
     /// The flush is done: its reservations are durable, its unlinked clusters are in quarantine, and what no request
     /// can reach is reused.
     pub(super) fn end_flush(&mut self, epoch: Arc<()>, unlinked: Vec<Unlinked>) -> Result<()> {
+        self.refcounts.note_written();
         for clean in [true, false] {
             for (start, count) in self.settling.of(clean).drain() {
                 self.ready.of(clean).insert(start, count);

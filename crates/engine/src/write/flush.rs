@@ -226,6 +226,7 @@ impl Writer {
         for (offset, bytes) in &writes {
             storage.write_all_at(Mem::from(bytes.as_slice()), *offset).map_err(|e| self.poison(e))?;
         }
+        self.alloc.lock().refcounts.note_written();
         if !storage.traits().block_device && storage.size()? > length {
             storage.resize(length).map_err(|e| self.poison(e))?;
         } else if writes.is_empty() {

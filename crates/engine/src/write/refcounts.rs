@@ -33,10 +33,18 @@ pub(super) struct Block {
     pub(super) bytes: Vec<u8>,
     /// Pieces that differ from the file.
     pub(super) dirty: BTreeSet<usize>,
+    /// Pieces were taken to be written: until they are, the file must not be asked.
+    writing: bool,
     used: u64,
 }
 
 impl Block {
+    fn new(offset: u64, bytes: Vec<u8>, used: u64) -> Self {
+        Self { offset, bytes, dirty: BTreeSet::new(), writing: false, used }
+    }
+    fn is_in_file(&self) -> bool {
+        self.dirty.is_empty() && !self.writing
+    }
     fn touch(&mut self, clock: u64) -> &mut Self {
         self.used = clock;
         self
@@ -167,18 +175,18 @@ impl Refcounts {
             self.storage
                 .read_exact_at(MemMut::from(&mut bytes[..]), offset.0)
                 .map_err(|e| e.with_field("refcount block"))?;
-            self.insert(index, Block { offset: offset.0, bytes, dirty: BTreeSet::new(), used: clock });
+            self.insert(index, Block::new(offset.0, bytes, clock));
         }
         let block = self.blocks.get_mut(&index);
         Ok(block.map(|block| block.touch(clock)))
     }
 
-    /// Caches a block; the least recently used unchanged one makes room.
+    /// Caches a block; the least recently used one that is in the file as it is makes room.
     fn insert(&mut self, index: u64, block: Block) {
         let capacity = (CACHE_BYTES / self.geometry.cluster_size()).max(4) as usize;
         while self.blocks.len() >= capacity {
-            let unchanged = self.blocks.iter().filter(|(_, b)| b.dirty.is_empty());
-            let Some(oldest) = unchanged.min_by_key(|(_, b)| b.used).map(|(i, _)| *i) else { break };
+            let clean = self.blocks.iter().filter(|(_, b)| b.is_in_file());
+            let Some(oldest) = clean.min_by_key(|(_, b)| b.used).map(|(i, _)| *i) else { break };
             self.blocks.remove(&oldest);
         }
         self.blocks.insert(index, block);
@@ -189,13 +197,15 @@ impl Refcounts {
         self.waiting
     }
 
-    /// Takes the changed pieces, neighbours joined, to be written before anything that relies on them.
+    /// Takes the changed pieces, neighbours joined, to be written before anything that relies on them. Their blocks stay
+    /// in memory until [`Refcounts::note_written`]: read again meanwhile, they would be what they were.
     pub(crate) fn take_dirty(&mut self) -> Vec<Write> {
         self.waiting = 0;
         let mut writes: Vec<Write> = Vec::new();
         let mut dirty: Vec<&mut Block> = self.blocks.values_mut().filter(|b| !b.dirty.is_empty()).collect();
         dirty.sort_by_key(|b| b.offset);
         for block in dirty {
+            block.writing = true;
             for piece in std::mem::take(&mut block.dirty) {
                 let start = piece * PIECE;
                 let end = (start + PIECE).min(block.bytes.len());
@@ -208,6 +218,11 @@ impl Refcounts {
             }
         }
         writes
+    }
+
+    /// What was taken is in the file.
+    pub(crate) fn note_written(&mut self) {
+        self.blocks.values_mut().for_each(|block| block.writing = false);
     }
 
     /// The cluster behind the last one with a refcount, for storage whose length says nothing.
@@ -245,8 +260,7 @@ impl Refcounts {
         }
         // The new block counts itself: it is the first cluster that it covers, or lies in what it covers.
         let offset = cluster * g.cluster_size();
-        let mut block =
-            Block { offset, bytes: vec![0u8; g.cluster_len()], dirty: BTreeSet::new(), used: self.clock };
+        let mut block = Block::new(offset, vec![0u8; g.cluster_len()], self.clock);
         let own = g.refcount_block_index(cluster) as usize;
         refcount::set(&mut block.bytes, own, g.refcount_order(), 1);
         self.storage.write_all_at(Mem::from(block.bytes.as_slice()), offset)?;
@@ -304,8 +318,7 @@ impl Refcounts {
             if let Some(entry) = table.get_mut((first_block + number) as usize) {
                 *entry = offset;
             }
-            let block = Block { offset, bytes, dirty: BTreeSet::new(), used: self.clock };
-            new_blocks.push((first_block + number, block));
+            new_blocks.push((first_block + number, Block::new(offset, bytes, self.clock)));
         }
         let table_offset = (cluster + blocks) * g.cluster_size();
         let bytes: Vec<u8> = table.iter().flat_map(|e| e.to_be_bytes()).collect();
@@ -351,4 +364,49 @@ pub(super) struct Moved {
     pub(super) old: (u64, u64),
     pub(super) table_offset: HostOffset,
     pub(super) table_clusters: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::MemoryStorage;
+
+    /// Refcounts in clusters of 1 MiB, of which the cache keeps four, with `blocks` blocks behind the table.
+    fn refcounts(blocks: u64) -> Refcounts {
+        let geometry = Geometry::new(20, 6, false).unwrap();
+        let size = geometry.cluster_size();
+        let storage = MemoryStorage::new();
+        storage.resize((blocks + 2) * size).unwrap();
+        Refcounts {
+            storage: Arc::new(storage),
+            geometry,
+            table: (0..blocks).map(|number| (number + 2) * size).collect(),
+            table_offset: size,
+            blocks: HashMap::new(),
+            clock: 0,
+            waiting: 0,
+        }
+    }
+
+    #[test]
+    fn what_a_flush_has_not_written_yet_is_not_read_from_the_file() {
+        let mut refcounts = refcounts(8);
+        let entries = refcounts.geometry.refcount_block_entries();
+        refcounts.set(7, 1).unwrap();
+        let writes = refcounts.take_dirty();
+        // A request looks at others before the flush comes to write.
+        for number in 1..8 {
+            assert_eq!(refcounts.get(number * entries).unwrap(), 0);
+        }
+        assert_eq!(refcounts.get(7).unwrap(), 1);
+        for (offset, bytes) in writes {
+            refcounts.storage.write_all_at(Mem::from(bytes.as_slice()), offset).unwrap();
+        }
+        refcounts.note_written();
+        for number in 1..8 {
+            refcounts.get(number * entries).unwrap();
+        }
+        assert!(refcounts.blocks.len() <= 4, "written blocks make room");
+        assert_eq!(refcounts.get(7).unwrap(), 1);
+    }
 }

@@ -234,6 +234,7 @@ impl Writer {
             storage.flush()
         };
         write().map_err(|e| self.poison(e))?;
+        self.alloc.lock().refcounts.note_written();
         self.metadata.lock().set_l1(&g, offset, entries);
         self.set_l1_offset(offset);
         image.mapping.write().l1 = l1;
