@@ -75,7 +75,10 @@ impl<'a> Session<'a> {
     pub(crate) fn write_table(&self, offset: u64, mut bytes: Vec<u8>) -> Result<()> {
         let whole = self.geometry().clusters_for(bytes.len() as u64) * self.geometry().cluster_size();
         bytes.resize(whole as usize, 0);
-        self.write(offset, &bytes)
+        self.write(offset, &bytes)?;
+        // A read that was slow may remember an L2 table that was there.
+        self.image.slices.remove_table(offset, whole);
+        Ok(())
     }
 
     /// Writes metadata; a failure poisons the image, which then takes no more writes.

@@ -4,12 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use qcow2_format::L1Entry;
+
 use super::quarantine::Unlinked;
 use super::request::Top;
 use super::writer::Writer;
 use crate::image::{Image, Layer, Qcow2};
 use crate::maintenance::Session;
-use crate::{Mem, Result, StorageExt};
+use crate::{ErrorKind, Mem, Result, StorageExt};
 
 /// Bytes of changed L2 slices that a request may leave behind; more are written without waiting for a flush.
 const DIRTY_BYTES: u64 = 8 << 20;
@@ -67,16 +69,23 @@ impl Image {
                 if writer.check().is_err() {
                     return Ok(());
                 }
-                if writer.begun.get().is_some() {
-                    let session = Session::begin(self)?;
-                    self.store_bitmaps(&session)?;
-                    writer.give_back(image)?;
-                    writer.mark_clean(image)?;
-                    writer.close();
-                } else {
+                {
                     let _alone = writer.gate.write();
-                    writer.close();
+                    // The first request may have been under way.
+                    if writer.begun.get().is_none() {
+                        writer.close();
+                        return Ok(());
+                    }
                 }
+                let session = match Session::begin(self) {
+                    // Somebody else closed it meanwhile.
+                    Err(error) if error.kind() == ErrorKind::Closed => return Ok(()),
+                    begun => begun?,
+                };
+                self.store_bitmaps(&session)?;
+                writer.give_back(image)?;
+                writer.mark_clean(image)?;
+                writer.close();
                 Ok(())
             }
             Some(Layer::Raw(raw)) if raw.storage().traits().writable => raw.storage().flush(),
@@ -183,16 +192,26 @@ impl Writer {
         self.alloc.lock().end_flush(pending.epoch, pending.unlinked)
     }
 
-    /// Tables that nothing refers to any more leave the overlap check and the cache.
+    /// Tables that the active disk no longer refers to leave the overlap check and the cache. One that lost a snapshot's
+    /// reference alone stays.
     fn forget_tables(&self, image: &Qcow2, unlinked: &[Unlinked]) {
-        let size = image.geometry().cluster_size();
+        let g = *image.geometry();
+        let mut gone: BTreeSet<u64> = {
+            let metadata = self.metadata.lock();
+            let clusters = unlinked.iter().flat_map(|run| run.cluster..run.cluster + run.count);
+            clusters.filter(|cluster| metadata.has(*cluster)).collect()
+        };
+        if gone.is_empty() {
+            return;
+        }
+        let mapping = image.mapping.read();
+        for entry in &mapping.l1 {
+            gone.remove(&g.cluster_index(L1Entry(*entry).offset_bits()));
+        }
         let mut metadata = self.metadata.lock();
-        for run in unlinked {
-            for cluster in run.cluster..run.cluster + run.count {
-                if metadata.remove(cluster) {
-                    image.slices.remove_table(cluster * size, size);
-                }
-            }
+        for cluster in gone {
+            metadata.remove(cluster);
+            image.slices.remove_table(cluster * g.cluster_size(), g.cluster_size());
         }
     }
 

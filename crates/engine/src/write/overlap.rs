@@ -83,9 +83,14 @@ impl MetadataMap {
         self.clusters.insert(cluster);
     }
 
-    /// Forgets an L2 table that lost its reference; true if the cluster was one.
-    pub(super) fn remove(&mut self, cluster: u64) -> bool {
-        self.clusters.remove(&cluster)
+    /// Whether the cluster is an L2 table or a refcount block.
+    pub(super) fn has(&self, cluster: u64) -> bool {
+        self.clusters.contains(&cluster)
+    }
+
+    /// Forgets an L2 table or a refcount block that nothing refers to.
+    pub(super) fn remove(&mut self, cluster: u64) {
+        self.clusters.remove(&cluster);
     }
 
     /// The structure that a write to clusters `first..end` would hit.
