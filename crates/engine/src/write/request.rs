@@ -68,7 +68,8 @@ impl Image {
         })
     }
 
-    /// Runs one guest request on `range`: shared with others, apart from maintenance; with the flush of the write-through modes.
+    /// Runs one guest request on `range`: shared with others, apart from maintenance; with the flush of the write-through
+    /// modes. The disk may have shrunk while it waited for the gate.
     pub(super) fn guest_request(
         &self,
         range: &Range<u64>,
@@ -77,12 +78,14 @@ impl Image {
         match self.top()? {
             Top::Raw(raw) => {
                 let _shared = self.clones.raw_gate.read();
+                self.guest_range(range.start, range.end - range.start)?;
                 self.preserve(range);
                 request(Top::Raw(raw))?;
                 if raw.flush_each() { raw.storage().flush() } else { Ok(()) }
             }
             Top::Qcow2(image, writer) => {
                 let _shared = writer.gate.read();
+                self.guest_range(range.start, range.end - range.start)?;
                 writer.begin(image)?;
                 self.preserve(range);
                 writer.bitmaps.mark(range);
