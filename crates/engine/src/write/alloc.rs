@@ -304,7 +304,11 @@ impl Allocator {
     pub(super) fn begin_flush(&mut self, metadata: &mut MetadataMap, lazy: bool) -> Result<Vec<Write>> {
         let target = self.batch();
         if self.recent > 0 && self.ready.clean.total() + self.fresh.clean.total() < target / 2 {
-            self.reserve(target, metadata)?;
+            match self.reserve(target, metadata) {
+                // No room for later requests: what is there is written all the same.
+                Err(error) if error.is_no_space() || error.kind() == ErrorKind::Limit => {}
+                reserved => reserved?,
+            }
         }
         self.recent = 0;
         for clean in [true, false] {
