@@ -69,12 +69,6 @@ impl Bits {
         }
     }
 
-    /// Clears all bits.
-    pub fn clear(&self) {
-        self.words.iter().for_each(|word| word.store(0, Ordering::Relaxed));
-        self.changed.store(true, Ordering::Release);
-    }
-
     /// Whether the bits differ from the stored ones: from those that were loaded, or stored last.
     pub(super) fn is_changed(&self) -> bool {
         self.changed.load(Ordering::Acquire)

@@ -72,8 +72,9 @@ impl Image {
     pub fn clear_bitmap(&self, name: &str) -> Result<()> {
         let session = begin(self)?;
         let (bits, enabled) = session.bits_of(name)?;
-        bits.clear();
-        session.keep(name, bits, enabled)
+        // Others: an error leaves those in memory as they are.
+        let clean = Bits::new(bits.size(), bits.granularity_bits(), session.image.limits().max_memory)?;
+        session.keep(name, Arc::new(clean), enabled)
     }
 
     /// Starts or stops recording guest changes in a bitmap.
@@ -111,6 +112,8 @@ impl Image {
     /// `NoBitmap`; `Corrupt` for an inconsistent bitmap; `Io`.
     pub fn bitmap_bits(&self, name: &str) -> Result<Bits> {
         let image = qcow2(self)?;
+        // Nobody frees what is read, nor gives it to others.
+        let _shared = image.writer.as_ref().map(|writer| writer.gate.read());
         if let Some(tracked) = image.writer.as_ref().and_then(|w| w.bitmaps.find(name.as_bytes())) {
             return tracked.bits.resized(tracked.bits.size(), image.limits().max_memory);
         }
