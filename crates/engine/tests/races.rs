@@ -1,0 +1,332 @@
+//! One thing held in the middle of another: races as they are at their worst, one by one.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
+
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use qcow2_engine::create::{CreateOptions, create};
+use qcow2_engine::{
+    Discard, ErrorKind, Image, Job, Layer, Mem, OpenOptions, Qcow2, Raw, ResizeOptions, Storage, WriteOptions,
+};
+use qcow2_testkit::audit::audit;
+use qcow2_testkit::ops::{Target, stamped};
+use qcow2_testkit::plans::Table;
+use qcow2_testkit::recorder::RecordingStorage;
+use qcow2_testkit::storage::{Before, Hooked, Op};
+use qcow2_testkit::{Rng, Sparse};
+
+const SHRINK: ResizeOptions =
+    ResizeOptions { shrink: true, preallocation: qcow2_engine::create::Preallocation::Off };
+
+/// Long enough for another thread to come as far as it can.
+const WHILE: Duration = Duration::from_millis(100);
+
+type Which = Box<dyn Fn(Op, &Range<u64>) -> bool + Send + Sync>;
+
+/// Holds the first call that fits, once it is armed.
+struct Hold {
+    which: Which,
+    armed: AtomicBool,
+    held: SyncSender<()>,
+    go: Mutex<Receiver<()>>,
+}
+
+impl Before for Hold {
+    fn before(&self, op: Op, range: Range<u64>) -> io::Result<()> {
+        if self.armed.load(Ordering::Acquire)
+            && (self.which)(op, &range)
+            && self.armed.swap(false, Ordering::AcqRel)
+        {
+            self.held.send(()).unwrap();
+            self.go.lock().unwrap().recv().unwrap();
+        }
+        Ok(())
+    }
+}
+
+/// The other end of a [`Hold`].
+struct Held {
+    hold: Arc<Hold>,
+    is_held: Receiver<()>,
+    go: SyncSender<()>,
+}
+
+impl Held {
+    fn arm(&self) {
+        self.hold.armed.store(true, Ordering::Release);
+    }
+    fn wait(&self) {
+        self.is_held.recv_timeout(Duration::from_secs(60)).unwrap();
+    }
+    fn release(&self) {
+        self.go.send(()).unwrap();
+    }
+}
+
+fn hold(which: impl Fn(Op, &Range<u64>) -> bool + Send + Sync + 'static) -> Held {
+    let (held, is_held) = sync_channel(1);
+    let (go, goes) = sync_channel(1);
+    let armed = AtomicBool::new(false);
+    let hold = Hold { which: Box::new(which), armed, held, go: Mutex::new(goes) };
+    Held { hold: Arc::new(hold), is_held, go }
+}
+
+fn options() -> WriteOptions {
+    WriteOptions { discard: Discard::Unmap, ..WriteOptions::default() }
+}
+
+fn new_image(cluster_size: u64, size: u64) -> Arc<RecordingStorage> {
+    let file = Arc::new(RecordingStorage::plain(Sparse::new(0)));
+    let options = CreateOptions { cluster_size, size, ..CreateOptions::default() };
+    create(file.clone(), None, &options, &Job::new()).unwrap();
+    file
+}
+
+fn open(storage: Arc<dyn Storage>, options: WriteOptions) -> Image {
+    let mut qcow2 = Qcow2::open(storage, &OpenOptions::default()).unwrap();
+    qcow2.enable_writing(options).unwrap();
+    Image::new(vec![Layer::Qcow2(Box::new(qcow2))]).unwrap()
+}
+
+fn read_all(image: &Image) -> Vec<u8> {
+    let mut bytes = vec![0; image.virtual_size() as usize];
+    image.read(0, &mut bytes).unwrap();
+    bytes
+}
+
+fn clean(file: &RecordingStorage, what: &str) {
+    let findings = audit(&file.snapshot());
+    assert!(findings.is_clean(), "{what}: {findings:#?}");
+}
+
+/// What is remembered of a table goes with it, also where the table was shared with a snapshot meanwhile: another one may
+/// be written in its place.
+#[test]
+fn a_table_in_the_place_of_another_is_read_as_it_is() {
+    const CLUSTER: u64 = 4096;
+    /// Guest bytes of an L2 table.
+    const COVERED: u64 = CLUSTER / 8 * CLUSTER;
+    for seed in 0..40 {
+        let mut rng = Rng::new(seed);
+        // Much that is remembered, of which the first tables are used.
+        let file = new_image(CLUSTER, 40 * COVERED);
+        let image = open(file.clone(), options());
+        let mut model = vec![0; 3 * COVERED as usize];
+        let mut snapshots: Vec<Vec<u8>> = Vec::new();
+        for step in 0..40 {
+            let table = Table::of(&image);
+            let any = rng.below(snapshots.len().max(1) as u64) as usize;
+            let act = match rng.below(7) {
+                0 if snapshots.len() < 3 => {
+                    image.execute(&table.create(&format!("{}", 1 + step), "new")).unwrap();
+                    snapshots.push(model.clone());
+                    "create"
+                }
+                1 if any < snapshots.len() => {
+                    image.execute(&table.delete(any)).unwrap();
+                    snapshots.remove(any);
+                    "delete"
+                }
+                2 if any < snapshots.len() => {
+                    image.execute(&table.apply(any)).unwrap();
+                    model = snapshots[any].clone();
+                    "apply"
+                }
+                3 => {
+                    let size = (model.len() as u64 - COVERED / 4).max(COVERED / 2);
+                    image.resize_with(size, SHRINK).unwrap();
+                    model.truncate(size as usize);
+                    "shrink"
+                }
+                4 => {
+                    image.resize(40 * COVERED).unwrap();
+                    model.resize(3 * COVERED as usize, 0);
+                    "grow"
+                }
+                _ => {
+                    for _ in 0..20 {
+                        let at = rng.below(model.len() as u64 / CLUSTER) * CLUSTER;
+                        let bytes = stamped(at, CLUSTER, step);
+                        image.write(at, &bytes).unwrap();
+                        model[at as usize..(at + CLUSTER) as usize].copy_from_slice(&bytes);
+                    }
+                    image.flush().unwrap();
+                    "write"
+                }
+            };
+            let mut found = vec![0; model.len()];
+            image.read(0, &mut found).unwrap();
+            assert!(found == model, "seed {seed}: {act} in step {step}");
+        }
+        image.close().unwrap();
+        clean(&file, &format!("seed {seed}"));
+    }
+}
+
+/// A request is judged by the disk that it meets, not by the one that it was made for.
+#[test]
+fn what_waited_for_a_shrink_does_not_write_behind_the_end() {
+    const SIZE: u64 = 1 << 20;
+    type Request = (&'static str, fn(&Image) -> qcow2_engine::Result<()>);
+    let requests: [Request; 4] = [
+        ("write", |image| image.write(SIZE - 4096, &[7; 4096])),
+        ("zeroes", |image| image.write_zeroes(SIZE - 4096, 4096, false)),
+        ("discard", |image| image.discard(SIZE - 65536, 65536)),
+        ("write over the end", |image| image.write(SIZE / 2 - 4096, &[7; 8192])),
+    ];
+    for (what, request) in requests {
+        for raw in [true, false] {
+            let what = format!("{what}, raw {raw}");
+            let file = if raw {
+                Arc::new(RecordingStorage::plain(Sparse::new(SIZE)))
+            } else {
+                new_image(65536, SIZE)
+            };
+            // A raw disk is cut by its file's length; the other one's second sync is that of its new tables.
+            let held = hold(move |op, _| op == if raw { Op::SetLen } else { Op::Sync });
+            let storage: Arc<dyn Storage> = Arc::new(Hooked::with(file.clone(), Arc::clone(&held.hold)));
+            let image = if raw {
+                let raw = Raw::new(storage).unwrap().with_write_options(&options());
+                Image::new(vec![Layer::Raw(raw)]).unwrap()
+            } else {
+                open(storage, options())
+            };
+            image.write(0, &[1; 4096]).unwrap();
+            image.flush().unwrap();
+            std::thread::scope(|scope| {
+                held.arm();
+                let shrinking = scope.spawn(|| image.resize_with(SIZE / 2, SHRINK));
+                held.wait();
+                let request = scope.spawn(|| request(&image));
+                std::thread::sleep(WHILE);
+                held.release();
+                shrinking.join().unwrap().unwrap();
+                let error = request.join().unwrap().unwrap_err();
+                assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{what}: {error}");
+            });
+            assert_eq!(image.virtual_size(), SIZE / 2, "{what}");
+            image.close().unwrap();
+            if raw {
+                assert_eq!(file.snapshot().len(), SIZE / 2, "{what}: the file");
+            } else {
+                clean(&file, &what);
+            }
+        }
+    }
+}
+
+/// Closing keeps what a request wrote that was there before, also when that was the first one.
+#[test]
+fn closing_waits_for_the_first_request() {
+    let file = new_image(65536, 1 << 20);
+    // The image is marked dirty before the first change.
+    let held = hold(|op, range| op == Op::Write && range.start == 72);
+    let storage = Arc::new(Hooked::with(file.clone(), Arc::clone(&held.hold)));
+    let image = open(storage, WriteOptions { lazy_refcounts: true, ..options() });
+    std::thread::scope(|scope| {
+        held.arm();
+        let writing = scope.spawn(|| image.write(0, &[5; 4096]));
+        held.wait();
+        let closing = scope.spawn(|| image.close());
+        std::thread::sleep(WHILE);
+        held.release();
+        writing.join().unwrap().unwrap();
+        closing.join().unwrap().unwrap();
+    });
+    clean(&file, "closed");
+    let again = open(file, options());
+    assert!(read_all(&again)[..4096].iter().all(|b| *b == 5), "what was written is gone");
+}
+
+/// A flush reserves clusters for later requests. That there is no room for those is their matter.
+#[test]
+fn a_flush_on_a_full_disk_writes_what_there_is() {
+    const ENOSPC: i32 = 28;
+    let file = new_image(512, 1 << 20);
+    let full = Arc::new(Mutex::new(None));
+    let limit = Arc::clone(&full);
+    let hook = move |op: Op, range: Range<u64>| match *limit.lock().unwrap() {
+        Some(end) if op == Op::Write && range.end > end => Err(io::Error::from_raw_os_error(ENOSPC)),
+        _ => Ok(()),
+    };
+    let image = open(Arc::new(Hooked::with(file.clone(), hook)), options());
+    image.write(0, &stamped(0, 8192, 1)).unwrap();
+    image.flush().unwrap();
+    *full.lock().unwrap() = Some(file.len().unwrap());
+    let mut written = 8192;
+    let error = loop {
+        match image.write(written, &stamped(written, 512, 2)) {
+            Ok(()) => written += 512,
+            Err(error) => break error,
+        }
+        image.flush().unwrap();
+    };
+    assert!(error.is_no_space(), "{error}");
+    assert!(written > 8192 + 32 * 512, "what was reserved was not used: {written}");
+    image.flush().unwrap();
+    // There is room again.
+    *full.lock().unwrap() = None;
+    image.write(written, &stamped(written, 512, 2)).unwrap();
+    image.close().unwrap();
+    clean(&file, "closed");
+    let again = open(file, options());
+    assert!(read_all(&again)[8192..written as usize + 512] == stamped(8192, written - 8192 + 512, 2));
+}
+
+/// A bitmap's bits are read as they are, whoever removes it meanwhile.
+#[test]
+fn a_bitmap_is_not_freed_while_it_is_read() {
+    let file = new_image(4096, 64 << 20);
+    let reads = AtomicBool::new(false);
+    // The directory, then the table.
+    let held = hold(move |op, _| op == Op::Read && reads.swap(true, Ordering::AcqRel));
+    let image = open(Arc::new(Hooked::with(file.clone(), Arc::clone(&held.hold))), options());
+    image.add_bitmap("bits", Some(9), true).unwrap();
+    image.write(1 << 20, &[1; 4096]).unwrap();
+    image.enable_bitmap("bits", false).unwrap();
+    let marked: Vec<_> = std::iter::once(1 << 20..(1 << 20) + 4096).collect();
+    assert_eq!(image.bitmap_extents("bits").unwrap(), marked);
+    std::thread::scope(|scope| {
+        held.arm();
+        let reading = scope.spawn(|| image.bitmap_extents("bits"));
+        held.wait();
+        let removing = scope.spawn(|| {
+            image.remove_bitmap("bits").unwrap();
+            for n in 0..64 {
+                image.write(n * 4096, &[0xff; 4096]).unwrap();
+            }
+        });
+        std::thread::sleep(WHILE);
+        held.release();
+        assert_eq!(reading.join().unwrap().unwrap(), marked);
+        removing.join().unwrap();
+    });
+    image.close().unwrap();
+    clean(&file, "closed");
+}
+
+/// What fails changes nothing: a bitmap that could not be cleared still says what was written.
+#[test]
+fn a_bitmap_that_could_not_be_cleared_is_as_it_was() {
+    let file = new_image(65536, 1 << 20);
+    let full = Arc::new(AtomicBool::new(false));
+    let is_full = Arc::clone(&full);
+    let hook = move |op: Op, _: Range<u64>| match op == Op::Write && is_full.load(Ordering::Acquire) {
+        true => Err(io::Error::from_raw_os_error(28)),
+        false => Ok(()),
+    };
+    let image = open(Arc::new(Hooked::with(file.clone(), hook)), options());
+    image.add_bitmap("bits", None, true).unwrap();
+    image.write_at(Mem::from(&[1; 4096][..]), 0).unwrap();
+    image.flush().unwrap();
+    let marked = image.bitmap_extents("bits").unwrap();
+    assert_eq!(marked.len(), 1);
+    full.store(true, Ordering::Release);
+    image.clear_bitmap("bits").unwrap_err();
+    full.store(false, Ordering::Release);
+    assert_eq!(image.bitmap_extents("bits").unwrap(), marked);
+}
