@@ -86,6 +86,21 @@ describeWithQemu('check -r side by side with qemu-img', () => {
     expect(await check(path)).toMatchObject({ ok: true, corruptionsFixed: 0 })
   })
 
+  it('repairs an image that counts more snapshots than an image may have', async () => {
+    const path = await damaged('snapshots', () => {})
+    await execute('qemu-img', ['snapshot', '-c', 'one', path], folder)
+    const bytes = readFileSync(path)
+    bytes.writeUInt32BE(70_000, 60)
+    writeFileSync(path, bytes)
+    const found = await asQemuImg(['check', path], folder)
+    expect(found).toMatchObject({ code: 1, stdout: '', stderr: expect.stringContaining('snapshot table too large') })
+    await expect(open(path)).rejects.toMatchObject({ code: 'ERR_QCOW2_LIMIT', field: 'nb_snapshots' })
+    const repaired = await asQemuImg(['check', '-r', 'all', path], folder)
+    expect(repaired).toMatchObject({ code: 0, stdout: expect.stringMatching(/ 7\d{4} corruptions/) })
+    const list = await execute('qemu-img', ['snapshot', '-l', path], folder)
+    expect(list.stdout).toMatch(/^1 +one /m)
+  })
+
   it('is refused while somebody else has the image open', async () => {
     const path = await damaged('busy', () => {})
     const image = await open(path)

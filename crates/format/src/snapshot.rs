@@ -95,6 +95,16 @@ impl SnapshotRecord {
         Ok(ParsedSnapshot::Record(Box::new(record), padded8(length)))
     }
 
+    /// The id as QEMU knows it: up to the first zero byte.
+    pub fn id_text(&self) -> &[u8] {
+        until_zero(&self.id)
+    }
+
+    /// The name as QEMU knows it: up to the first zero byte.
+    pub fn name_text(&self) -> &[u8] {
+        until_zero(&self.name)
+    }
+
     /// Bytes that the entry takes in the table it was read from, with padding.
     pub fn encoded_length(&self) -> usize {
         padded8(FIXED_LENGTH + self.extra_data_size as usize + self.id.len() + self.name.len())
@@ -171,6 +181,10 @@ impl SnapshotRecord {
     }
 }
 
+fn until_zero(bytes: &[u8]) -> &[u8] {
+    bytes.split(|byte| *byte == 0).next().unwrap_or_default()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -220,6 +234,14 @@ mod tests {
                 prop_assert!(n > bytes.len() && n <= 40 + 1024 + 2 * 65535 + 8);
             }
         }
+    }
+
+    #[test]
+    fn ids_and_names_end_at_a_zero_byte() {
+        let with = |id: &[u8], name: &[u8]| record(id.to_vec(), name.to_vec(), None, Vec::new());
+        let padded = with(b"12\0\0", b"\0\0");
+        assert_eq!((padded.id_text(), padded.name_text()), (&b"12"[..], &b""[..]));
+        assert_eq!(with(b"", b"name").name_text(), b"name");
     }
 
     #[test]

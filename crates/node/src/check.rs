@@ -3,7 +3,7 @@
 use napi::bindgen_prelude::{Env, ToNapiValue};
 use napi_derive::napi;
 use qcow2_engine::check::{self, CheckOptions, CheckReport, Repair, Severity};
-use qcow2_engine::image::read_header;
+use qcow2_engine::image::read_header_for_check;
 use qcow2_engine::{Error, ErrorKind, Layer};
 
 use crate::failure::Failure;
@@ -98,7 +98,7 @@ pub fn check_image(
                 }
                 // An image that is open for writing has a header of its own making in the file.
                 image.settled(|| {
-                    let header = read_header(&**qcow2.storage())?;
+                    let header = read_header_for_check(&**qcow2.storage())?;
                     check::check(&**qcow2.storage(), &header, &options, job)
                 })
             })

@@ -177,8 +177,8 @@ const NANOSECONDS: u64 = 1_000_000_000;
 impl SnapshotInfo {
     fn new(record: &SnapshotRecord) -> Self {
         Self {
-            id: text(&record.id),
-            name: text(&record.name),
+            id: text(record.id_text()),
+            name: text(record.name_text()),
             vm_state_size: record.vm_state_size as f64,
             date_sec: record.date_sec.into(),
             date_nsec: record.date_nsec.into(),

@@ -81,7 +81,8 @@ pub fn snapshot_table(env: Env, request: u32, image: u32) -> napi::Result<()> {
         handle.run(|image| {
             let top = top(image)?;
             let records = top.snapshots();
-            let records = records.iter().map(|r| TableRecord { id: text(&r.id), name: text(&r.name) });
+            let records =
+                records.iter().map(|r| TableRecord { id: text(r.id_text()), name: text(r.name_text()) });
             Ok(Table { generation: top.generation() as f64, records: records.collect() })
         })
     };

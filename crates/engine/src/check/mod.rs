@@ -105,7 +105,7 @@ pub(crate) fn count_references(
     let mut copied = Tally::new(options.max_findings);
     let counted = (|| {
         let snapshots = snapshots::read(&target, &mut tally)?;
-        tally.corruptions += snapshots.corruptions;
+        tally.corruptions += snapshots.corruptions();
         let file = File::measure(&target)?;
         let mut stored = stored::StoredRefcounts::load(&target, file.clusters)?;
         let walked = walk_all(&target, &file, &snapshots, &mut stored, &mut tally, &mut copied)?;
@@ -171,7 +171,7 @@ impl Stop {
 
 fn run(target: &Target<'_>, tally: &mut Tally, report: &mut CheckReport) -> Result<(), Stop> {
     let snapshots = snapshots::read(target, tally)?;
-    tally.corruptions += snapshots.corruptions;
+    tally.corruptions += snapshots.corruptions();
     let file = File::measure(target)?;
     let mut stored = stored::StoredRefcounts::load(target, file.clusters)?;
     let mut copied = Tally::new(target.options.max_findings);

@@ -1,6 +1,8 @@
 //! The result of a check: QEMU's counters, and a bounded list of what they stand for.
 
+use std::collections::HashSet;
 use std::fmt;
+use std::ops::Range;
 
 use crate::Error;
 
@@ -295,6 +297,22 @@ impl Tally {
         self.leaks_fixed += later.leaks_fixed;
         self.hidden += later.hidden;
         self.append_findings(later);
+    }
+
+    /// Tells again, as repaired, the leaks that are told here and that `later` does not tell as left.
+    pub(super) fn append_freed(&mut self, later: &Self) {
+        let leaked = |f: &&Finding| f.code == FindingCode::Leak && !f.repaired;
+        let left: HashSet<_> = later.findings.iter().filter(leaked).map(|f| f.offset).collect();
+        let freed = self.findings.iter().filter(leaked).filter(|f| !left.contains(&f.offset));
+        let freed: Vec<_> = freed.map(|f| Finding { repaired: true, ..f.clone() }).collect();
+        for Finding { severity, repaired, code, message, offset } in freed {
+            self.add(severity, repaired, code, offset, || message);
+        }
+    }
+
+    /// Forgets what is told about clusters in `range`, which is not counted as repaired.
+    pub(super) fn forget(&mut self, range: &Range<u64>) {
+        self.findings.retain(|f| !f.offset.is_some_and(|offset| range.contains(&offset)));
     }
 
     /// Adds the findings of `later` alone.

@@ -1,6 +1,6 @@
 //! The snapshot table, as far as a check needs it.
 
-use qcow2_format::limits::{MAX_SNAPSHOT_EXTRA_DATA, MAX_SNAPSHOT_TABLE_BYTES};
+use qcow2_format::limits::{MAX_SNAPSHOT_EXTRA_DATA, MAX_SNAPSHOT_TABLE_BYTES, MAX_SNAPSHOTS};
 use qcow2_format::snapshot::{FIXED_LENGTH, ParsedSnapshot, V3_EXTRA_DATA};
 use qcow2_format::{FormatError, SnapshotRecord};
 
@@ -27,74 +27,96 @@ pub(super) struct SnapshotTable {
     pub(super) length: u64,
     /// The entries in full, for a repair to write.
     pub(super) records: Vec<SnapshotRecord>,
-    /// Corruptions of the table; a repair removes them with a new table.
-    pub(super) corruptions: u64,
+    /// Corruptions of entries that stay: a repair removes them with a new table.
+    pub(super) damaged: u64,
+    /// Entries behind those that an image may have: a repair gives them up with a lower count in the header.
+    pub(super) overhanging: u64,
 }
 
-/// Reads the table. One that cannot be read fails the check: without it, the references of snapshots would be taken for
-/// leaks.
-pub(super) fn read(target: &Target<'_>, tally: &mut Tally) -> Result<SnapshotTable, Stop> {
-    let header = target.header;
-    let limits = &target.options.limits;
-    if header.nb_snapshots > limits.max_snapshots {
-        let message =
-            format!("{} snapshots exceed the limit of {}", header.nb_snapshots, limits.max_snapshots);
-        return Err(Stop::Error(Error::new(ErrorKind::Limit, message).with_field("nb_snapshots")));
+impl SnapshotTable {
+    /// Corruptions of the table.
+    pub(super) fn corruptions(&self) -> u64 {
+        self.damaged + self.overhanging
     }
-    let limit = MAX_SNAPSHOT_TABLE_BYTES.min(limits.max_metadata_bytes);
-    let repair = target.repair == Some(Repair::All);
-    let file_length = target.storage.size()?.next_multiple_of(super::SECTOR);
-    let mut table = SnapshotTable::default();
-    let mut incomplete = Vec::new();
-    // What a repaired table takes: extra data beyond the limit is cut off.
-    let mut kept = 0;
-    for index in 0..header.nb_snapshots {
-        target.job.checkpoint()?;
-        let at = header.snapshots_offset.get().saturating_add(table.length);
-        let Entry { record, length, cut } = read_entry(target, at)?;
-        if repair && at.saturating_add(length) > file_length {
-            // What reads as zeroes there is no entry: to write it anew would give up the snapshots for good.
-            return Err(Stop::corrupt("the snapshot table lies outside the file", at));
-        }
-        if let Some(claimed) = cut {
-            table.corruptions += 1;
-            tally.announce(Severity::Note, false, FindingCode::Snapshot, at, || {
-                format!(
-                    "Discarding too much extra metadata in snapshot table entry {index} \
-                     ({claimed} > {MAX_SNAPSHOT_EXTRA_DATA})"
-                )
-            });
-        }
-        kept += record.encoded_length() as u64;
-        if kept > limit || table.length + length > i32::MAX as u64 {
-            if !repair {
-                return Err(Stop::corrupt(
-                    "failed to read the snapshot table: Snapshot table is too big",
-                    at,
-                ));
-            }
-            let rest = header.nb_snapshots - index;
-            table.corruptions += u64::from(rest);
-            tally.announce(Severity::Note, false, FindingCode::Snapshot, at, || {
-                format!("Discarding {rest} overhanging snapshots (snapshot table is too big)")
-            });
-            break;
-        }
-        table.length += length;
-        if header.version >= 3 && (record.extra_data_size as usize) < V3_EXTRA_DATA {
-            incomplete.push((index, at));
-        }
-        table.entries.push(Snapshot {
+
+    /// Gives up the last `count` entries of the table, the first of them at `at`.
+    fn give_up(&mut self, tally: &mut Tally, at: u64, count: u32, reason: &str) {
+        self.overhanging += u64::from(count);
+        tally.announce(Severity::Note, false, FindingCode::Snapshot, at, || {
+            format!("Discarding {count} overhanging snapshots{reason}")
+        });
+    }
+
+    fn push(&mut self, entry: Entry, keep: bool) {
+        let Entry { mut record, length, .. } = entry;
+        self.length += length;
+        record.id.truncate(record.id_text().len());
+        record.name.truncate(record.name_text().len());
+        self.entries.push(Snapshot {
             id: String::from_utf8_lossy(&record.id).into_owned(),
             name: String::from_utf8_lossy(&record.name).into_owned(),
             l1_offset: record.l1_table_offset.get(),
             l1_size: record.l1_size,
         });
-        if repair {
-            table.records.push(record);
+        if keep {
+            self.records.push(record);
         }
     }
-    table.corruptions += incomplete.len() as u64;
+}
+
+/// Reads the table. One that cannot be read fails the check: without it, the references of snapshots would be taken for
+/// leaks.
+pub(super) fn read(target: &Target<'_>, tally: &mut Tally) -> Result<SnapshotTable, Stop> {
+    let repair = target.repair == Some(Repair::All);
+    let mut table = SnapshotTable::default();
+    let count = entries_to_read(target, repair, &mut table, tally)?;
+    let file_length = target.storage.size()?.next_multiple_of(super::SECTOR);
+    let mut incomplete = Vec::new();
+    // What a repaired table takes: extra data beyond the limit is cut off.
+    let mut kept = 0;
+    let mut complete = true;
+    for index in 0..count {
+        target.job.checkpoint()?;
+        let at = target.header.snapshots_offset.get().saturating_add(table.length);
+        if repair && at.saturating_add(FIXED_LENGTH as u64) > file_length {
+            if index == 0 || !complete {
+                // The place of the table, or of the entries from here on, is lost: to write what reads as zeroes there
+                // would give up the snapshots for good.
+                return Err(Stop::corrupt("the snapshot table lies outside the file", at));
+            }
+            table.give_up(tally, at, count - index, " (they lie behind the end of the file)");
+            break;
+        }
+        let entry = read_entry(target, index, at)?;
+        if let Some(claimed) = entry.cut {
+            table.damaged += 1;
+            tally.announce(Severity::Note, false, FindingCode::Snapshot, at, || {
+                format!("Discarding too much extra metadata in {}", too_much(index, claimed))
+            });
+        }
+        kept += entry.length - entry.cut.map_or(0, |claimed| claimed - u64::from(MAX_SNAPSHOT_EXTRA_DATA));
+        if kept > MAX_SNAPSHOT_TABLE_BYTES || table.length + entry.length > i32::MAX as u64 {
+            if !repair {
+                let message = "failed to read the snapshot table: Snapshot table is too big: a repair of all gives \
+                               its last entries up";
+                return Err(Stop::corrupt(message, at));
+            }
+            table.give_up(tally, at, count - index, " (snapshot table is too big)");
+            break;
+        }
+        if kept > target.options.limits.max_metadata_bytes {
+            let message = format!("a snapshot table of {kept} bytes or more exceeds the limit");
+            return Err(Stop::Error(Error::new(ErrorKind::Limit, message).with_field("snapshot table")));
+        }
+        complete = at.saturating_add(entry.unpadded) <= file_length;
+        let old = target.header.version >= 3 && (entry.record.extra_data_size as usize) < V3_EXTRA_DATA;
+        // As in QEMU, a check takes what lies behind the file for zeroes; an image cannot be opened like that.
+        if old || (repair && !complete && entry.cut.is_none()) {
+            incomplete.push((index, at));
+        }
+        table.push(entry, repair);
+    }
+    table.damaged += incomplete.len() as u64;
     for (index, at) in incomplete {
         tally.announce(Severity::Corruption, repair, FindingCode::Snapshot, at, || {
             format!("snapshot table entry {index} is incomplete")
@@ -103,23 +125,61 @@ pub(super) fn read(target: &Target<'_>, tally: &mut Tally) -> Result<SnapshotTab
     Ok(table)
 }
 
+/// The entries to read: those that the header claims, as far as an image may have so many.
+fn entries_to_read(
+    target: &Target<'_>,
+    repair: bool,
+    table: &mut SnapshotTable,
+    tally: &mut Tally,
+) -> Result<u32, Stop> {
+    let claimed = target.header.nb_snapshots;
+    let limit = target.options.limits.max_snapshots;
+    let count = claimed.min(MAX_SNAPSHOTS);
+    if count > limit {
+        let message = format!("{claimed} snapshots exceed the limit of {limit}");
+        return Err(Stop::Error(Error::new(ErrorKind::Limit, message).with_field("nb_snapshots")));
+    }
+    if claimed > count {
+        let at = target.header.snapshots_offset.get();
+        if !repair {
+            let message = format!(
+                "snapshot table too large: {claimed} snapshots exceed the limit of {MAX_SNAPSHOTS}; a repair of all \
+                 gives the last {} up",
+                claimed - count
+            );
+            return Err(Stop::corrupt(message, at));
+        }
+        table.give_up(tally, at, claimed - count, "");
+    }
+    Ok(count)
+}
+
+/// Names an entry with too much extra data.
+fn too_much(index: u32, claimed: u64) -> String {
+    format!("snapshot table entry {index} ({claimed} > {MAX_SNAPSHOT_EXTRA_DATA})")
+}
+
 /// An entry as it lies in the table.
 struct Entry {
     record: SnapshotRecord,
     /// Bytes it takes, with padding.
     length: u64,
+    /// Bytes it takes, without.
+    unpadded: u64,
     /// The size of its extra data, where that was cut to the limit.
-    cut: Option<u32>,
+    cut: Option<u64>,
 }
 
-fn read_entry(target: &Target<'_>, at: u64) -> Result<Entry, Stop> {
+fn read_entry(target: &Target<'_>, index: u32, at: u64) -> Result<Entry, Stop> {
     let mut buffer = vec![0; FIRST_READ];
     // Two rounds at most: the first read tells the length of the entry.
     loop {
         target.storage.read_padded_at(MemMut::from(&mut buffer[..]), at)?;
         match SnapshotRecord::parse(&buffer) {
             Ok(ParsedSnapshot::Record(record, length)) => {
-                return Ok(Entry { record: *record, length: length as u64, cut: None });
+                let names = record.id.len() + record.name.len();
+                let unpadded = FIXED_LENGTH as u64 + u64::from(record.extra_data_size) + names as u64;
+                return Ok(Entry { record: *record, length: length as u64, unpadded, cut: None });
             }
             Ok(ParsedSnapshot::Needs(length)) if length > buffer.len() => buffer.resize(length, 0),
             Ok(ParsedSnapshot::Needs(_)) => {
@@ -128,8 +188,12 @@ fn read_entry(target: &Target<'_>, at: u64) -> Result<Entry, Stop> {
             Err(FormatError::Limit { value, .. }) if target.repair == Some(Repair::All) => {
                 return cut_entry(target, at, &buffer, value);
             }
-            Err(error @ FormatError::Limit { .. }) => {
-                return Err(Stop::corrupt(format!("failed to read the snapshot table: {error}"), at));
+            Err(FormatError::Limit { value, .. }) => {
+                let entry = too_much(index, value);
+                let message = format!(
+                    "failed to read the snapshot table: Too much extra metadata in {entry}: a repair of all discards it"
+                );
+                return Err(Stop::corrupt(message, at));
             }
             Err(error) => return Err(Stop::corrupt(error.to_string(), at)),
         }
@@ -152,12 +216,11 @@ fn cut_entry(target: &Target<'_>, at: u64, start: &[u8], claimed: u64) -> Result
     if let Some(size) = kept.get_mut(36..40) {
         size.copy_from_slice(&MAX_SNAPSHOT_EXTRA_DATA.to_be_bytes());
     }
+    let unpadded = FIXED_LENGTH as u64 + claimed + names;
     match SnapshotRecord::parse(&entry) {
-        Ok(ParsedSnapshot::Record(record, _)) => Ok(Entry {
-            record: *record,
-            length: (FIXED_LENGTH as u64 + claimed + names).next_multiple_of(8),
-            cut: Some(u32::try_from(claimed).unwrap_or(u32::MAX)),
-        }),
+        Ok(ParsedSnapshot::Record(record, _)) => {
+            Ok(Entry { record: *record, length: unpadded.next_multiple_of(8), unpadded, cut: Some(claimed) })
+        }
         _ => Err(broken()),
     }
 }

@@ -20,7 +20,7 @@ pub use chain::{Image, Layer};
 pub(crate) use mapping::{Loaded, Missing};
 pub use mapping::{Segment, SegmentKind};
 pub(crate) use open::on_file;
-pub use open::{OpenOptions, read_header};
+pub use open::{OpenOptions, read_header, read_header_for_check};
 pub use qcow2::{BackingReference, DataFileReference, Qcow2, References};
 pub use raw::Raw;
 pub(crate) use slices::{Slice, decode_words};

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use qcow2_format::header::PREAMBLE_LENGTH;
-use qcow2_format::{Geometry, Header, HostOffset, Limits};
+use qcow2_format::{FormatResult, Geometry, Header, HostOffset, Limits};
 
 use super::inflated::InflatedCache;
 use super::qcow2::{Qcow2, View};
@@ -31,6 +31,18 @@ pub struct OpenOptions {
 /// # Errors
 /// `InvalidHeader`, `UnsupportedFeature`, `Limit` or `Io`, with the file's path.
 pub fn read_header(storage: &dyn Storage) -> Result<Header> {
+    header_by(storage, Header::parse)
+}
+
+/// As [`read_header`], for a check: see [`Header::parse_for_check`].
+///
+/// # Errors
+/// As [`read_header`].
+pub fn read_header_for_check(storage: &dyn Storage) -> Result<Header> {
+    header_by(storage, Header::parse_for_check)
+}
+
+fn header_by(storage: &dyn Storage, parse: impl Fn(&[u8]) -> FormatResult<Header>) -> Result<Header> {
     let fail = |e| on_file(storage, Error::format(e, ErrorKind::InvalidHeader));
     let mut start = [0u8; PREAMBLE_LENGTH];
     let got = storage.read_up_to_at(MemMut::from(&mut start[..]), 0)?;
@@ -38,7 +50,7 @@ pub fn read_header(storage: &dyn Storage) -> Result<Header> {
     // At most 2 MiB: the preamble is validated.
     let mut cluster = vec![0u8; preamble.cluster_size as usize];
     let got = storage.read_up_to_at(MemMut::from(&mut cluster[..]), 0)?;
-    Header::parse(cluster.get(..got).unwrap_or_default()).map_err(fail)
+    parse(cluster.get(..got).unwrap_or_default()).map_err(fail)
 }
 
 impl Qcow2 {
@@ -47,7 +59,8 @@ impl Qcow2 {
     /// # Errors
     /// As [`read_header`]; `Corrupt` for tables outside the file; `Limit`; `NoSnapshot`.
     pub fn open(storage: Arc<dyn Storage>, options: &OpenOptions) -> Result<Self> {
-        let header = read_header(&*storage)?;
+        let header =
+            if options.for_check { read_header_for_check(&*storage)? } else { read_header(&*storage)? };
         let fail = |e: Error| on_file(&*storage, e);
         check_limits(&header, &options.limits).map_err(fail)?;
         let file_size = storage.size()?;
@@ -126,8 +139,7 @@ fn check_limits(header: &Header, limits: &Limits) -> Result<()> {
         "refcount_table_clusters",
         u64::from(header.refcount_table_clusters) * header.geometry.cluster_size(),
         limits.max_metadata_bytes,
-    )?;
-    limit("nb_snapshots", header.nb_snapshots.into(), limits.max_snapshots.into())
+    )
 }
 
 /// An L1 table must lie behind the header and inside the file: checked before its size is allocated.

@@ -2,7 +2,7 @@
 
 use qcow2_format::limits::MAX_SNAPSHOT_TABLE_BYTES;
 use qcow2_format::snapshot::ParsedSnapshot;
-use qcow2_format::{Header, Limits, SnapshotRecord};
+use qcow2_format::{FormatError, Header, Limits, SnapshotRecord};
 
 use crate::{Error, ErrorKind, MemMut, Result, Storage, StorageExt};
 
@@ -19,12 +19,16 @@ pub(crate) fn load(storage: &dyn Storage, header: &Header, limits: &Limits) -> R
     let corrupt = |message: String, at: u64| {
         Error::new(ErrorKind::Corrupt, message).with_field("snapshot table").with_offset(at)
     };
+    if header.nb_snapshots > limits.max_snapshots {
+        let message =
+            format!("nb_snapshots of {} exceeds the limit of {}", header.nb_snapshots, limits.max_snapshots);
+        return Err(Error::new(ErrorKind::Limit, message).with_field("nb_snapshots"));
+    }
     let mut consumed = 0usize;
     for index in 0..header.nb_snapshots {
         loop {
             let rest = window.get(consumed..).unwrap_or_default();
-            let parsed = SnapshotRecord::parse(rest)
-                .map_err(|e| Error::format(e, ErrorKind::Corrupt).with_offset(at))?;
+            let parsed = SnapshotRecord::parse(rest).map_err(|e| unreadable(index, e).with_offset(at))?;
             match parsed {
                 ParsedSnapshot::Record(record, length) => {
                     consumed += length;
@@ -54,13 +58,20 @@ pub(crate) fn load(storage: &dyn Storage, header: &Header, limits: &Limits) -> R
     Ok(records)
 }
 
+/// Why entry `index` cannot be read.
+fn unreadable(index: u32, error: FormatError) -> Error {
+    let error = Error::format(error, ErrorKind::Corrupt);
+    let message = format!("snapshot table entry {index}: {}", error.message());
+    Error::new(error.kind(), message).with_source(error)
+}
+
 /// Index of the snapshot with this id, else with this name.
 pub(crate) fn find(snapshots: &[SnapshotRecord], wanted: &str) -> Result<usize> {
     let wanted = wanted.as_bytes();
     snapshots
         .iter()
-        .position(|s| s.id == wanted)
-        .or_else(|| snapshots.iter().position(|s| s.name == wanted))
+        .position(|s| s.id_text() == wanted)
+        .or_else(|| snapshots.iter().position(|s| s.name_text() == wanted))
         .ok_or_else(|| {
             let message = format!("no snapshot has the id or name '{}'", String::from_utf8_lossy(wanted));
             Error::new(ErrorKind::NoSnapshot, message)

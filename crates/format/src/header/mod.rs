@@ -116,6 +116,22 @@ impl Header {
     /// As [`Header::preamble`]; `UnsupportedFeatures` by name; `Invalid` or `Limit` for fields that contradict the
     /// format; `Truncated` where the bytes end inside a structure.
     pub fn parse(cluster: &[u8]) -> FormatResult<Self> {
+        let header = Self::parse_for_check(cluster)?;
+        if header.nb_snapshots > MAX_SNAPSHOTS {
+            return Err(FormatError::Limit {
+                field: "nb_snapshots",
+                value: header.nb_snapshots.into(),
+                limit: MAX_SNAPSHOTS.into(),
+            });
+        }
+        Ok(header)
+    }
+
+    /// As [`Header::parse`], for a check: more snapshots than an image may have are part of what is checked.
+    ///
+    /// # Errors
+    /// As [`Header::parse`].
+    pub fn parse_for_check(cluster: &[u8]) -> FormatResult<Self> {
         let preamble = Self::preamble(cluster)?;
         let v2 = RawHeaderV2::read_from_bytes(slice(cluster, 0, V2_LENGTH, "header")?)
             .map_err(|_| truncated(V2_LENGTH, cluster))?;
@@ -202,13 +218,6 @@ impl Header {
         let refcount_bytes = u64::from(self.refcount_table_clusters) * g.cluster_size();
         table("refcount_table_offset", self.refcount_table_offset, refcount_bytes, MAX_REFCOUNT_TABLE_BYTES)?;
         table("l1_table_offset", self.l1_table_offset, u64::from(self.l1_size) * 8, MAX_L1_BYTES)?;
-        if self.nb_snapshots > MAX_SNAPSHOTS {
-            return Err(FormatError::Limit {
-                field: "nb_snapshots",
-                value: self.nb_snapshots.into(),
-                limit: MAX_SNAPSHOTS.into(),
-            });
-        }
         let smallest = u64::from(self.nb_snapshots) * crate::snapshot::FIXED_LENGTH as u64;
         table("snapshots_offset", self.snapshots_offset, smallest, u64::MAX)?;
         if self.l1_size > 0 && self.l1_table_offset.0 >= MAX_HOST_OFFSET {

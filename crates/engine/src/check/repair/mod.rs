@@ -1,6 +1,7 @@
 //! Repairing an image, in an order in which a crash at any point leaves it no worse than it was.
 //!
-//! 1. The walk counts the references, as in a check; nothing is written before it is complete.
+//! 1. The walk counts the references, as in a check; nothing is written before it is complete. Snapshots that the header
+//!    counts and that cannot be there are given up then, with a lower count.
 //! 2. L2 entries that read as zeroes but name an impossible cluster lose it.
 //! 3. Refcounts that are too low are raised. Where that is not enough (a cluster in use without any refcount, damaged
 //!    refcount structures, a new snapshot table to be placed), all refcount structures are written anew to clusters
@@ -31,11 +32,13 @@ use super::snapshots::{self, SnapshotTable};
 use super::stored::StoredRefcounts;
 use super::walk::Walked;
 use super::{CheckOptions, File, Stop, Target, conclude, describe, walk_all};
-use crate::image::read_header;
+use crate::image::read_header_for_check;
 use crate::{Error, ErrorKind, Job, Mem, Result, Storage, StorageExt};
 
 /// Offset of `refcount_table_offset`; number and place of the snapshots follow.
 const REFCOUNT_TABLE_OFFSET: u64 = 48;
+/// Offset of `nb_snapshots`.
+const NB_SNAPSHOTS: u64 = 60;
 /// Offset of `incompatible_features`.
 const INCOMPATIBLE: u64 = 72;
 /// Offset of `autoclear_features`.
@@ -54,7 +57,7 @@ pub enum Repair {
 /// in this process or another. The report counts what is left, and what was repaired; check again to be sure.
 ///
 /// # Errors
-/// As [`super::check()`], `ReadOnly`, and as [`read_header`]. An error leaves the image no worse than it was.
+/// As [`super::check()`], `ReadOnly`, and as [`read_header_for_check`]. An error leaves the image no worse than it was.
 pub fn repair(
     storage: &dyn Storage,
     repair: Repair,
@@ -65,7 +68,7 @@ pub fn repair(
         let message = "the file is open for reading only: it cannot be repaired";
         return Err(storage.located(Error::new(ErrorKind::ReadOnly, message)));
     }
-    let mut header = read_header(storage)?;
+    let mut header = read_header_for_check(storage)?;
     clear_autoclear(storage, &mut header)?;
     let mut tally = Tally::new(options.max_findings);
     let mut report = CheckReport::default();
@@ -93,9 +96,9 @@ fn run(target: &Target<'_>, repair: Repair, tally: &mut Tally, report: &mut Chec
     let snapshots = snapshots::read(target, tally)?;
     let done = refcounts_and_flags(target, repair, &snapshots, tally, report);
     if done.is_err() || repair != Repair::All {
-        tally.corruptions += snapshots.corruptions;
+        tally.corruptions += snapshots.corruptions();
     } else {
-        tally.corruptions_fixed += snapshots.corruptions;
+        tally.corruptions_fixed += snapshots.corruptions();
     }
     done?;
     if tally.check_errors == 0 && tally.corruptions == 0 {
@@ -131,18 +134,23 @@ fn refcounts_and_flags(
     describe(target, &walked, report);
     let before = (tally.corruptions, tally.leaks, tally.check_errors);
     let compared = compare::compare(target, &mut stored, &walked.counts, Fix::default(), tally)?;
+    if repair == Repair::All && snapshots.overhanging > 0 {
+        // Before what they alone referred to is freed, and before the file grows to where they were read as nothing.
+        write(target.storage, &(snapshots.entries.len() as u32).to_be_bytes(), NB_SNAPSHOTS)?;
+        target.storage.flush()?;
+    }
     let metadata = Metadata::of(target, snapshots, &stored)?;
     write_entries(target, &walked, &metadata, tally)?;
     let broken = walked.rebuild || compared.rebuild;
     let fix = Fix { leaks: tally.hidden == 0, errors: repair == Repair::All };
-    if repair == Repair::All && (broken || snapshots.corruptions > 0) {
+    if repair == Repair::All && (broken || snapshots.damaged > 0) {
         if broken {
             tally.announce(Severity::Note, false, FindingCode::Rebuild, None, || {
                 "Rebuilding refcount structure".to_owned()
             });
         }
         let header = rebuild::rebuild(target, snapshots, &mut stored, &walked, fix)?;
-        return rebuilt(target, &header, fix, broken, tally, report);
+        return rebuilt(target, &header, snapshots.length, (fix, broken), tally, report);
     }
     if broken {
         let message = "need to rebuild refcount structures";
@@ -161,15 +169,17 @@ fn refcounts_and_flags(
     Ok(())
 }
 
-/// Goes on behind a rebuild: the references are counted again, and the former structures are freed.
+/// Goes on behind a rebuild: the references are counted again, and the former structures are freed. All that is freed
+/// is told with `tell`, else only what was told as leaked. The former snapshot table had `former_snapshots` bytes.
 fn rebuilt(
     target: &Target<'_>,
     header: &Header,
-    fix: Fix,
-    tell: bool,
+    former_snapshots: u64,
+    (fix, tell): (Fix, bool),
     tally: &mut Tally,
     report: &mut CheckReport,
 ) -> Result<(), Stop> {
+    let old_snapshots = target.header.snapshots_offset;
     let target = &Target { header, ..*target };
     let limit = target.options.max_findings;
     let mut again = Tally::new(limit);
@@ -197,7 +207,13 @@ fn rebuilt(
     tally.leaks = freed.leaks;
     tally.check_errors = again.check_errors + freed.check_errors;
     if tell {
+        // A former snapshot table was not leaked: it goes with the repair of its entries.
+        if header.snapshots_offset != old_snapshots {
+            freed.forget(&(old_snapshots.get()..old_snapshots.get().saturating_add(former_snapshots)));
+        }
         tally.append_findings(freed);
+    } else {
+        tally.append_freed(&freed);
     }
     settle(target, &mut stored, &mut walked, fix, &metadata, tally)?;
     report.image_end_offset = Some((highest.max(walked.moved_to) + 1) << header.geometry.cluster_bits());

@@ -54,8 +54,10 @@ pub(super) fn rebuild(
 ) -> Result<Header, Stop> {
     let mut header = target.header.clone();
     let mut builder = Builder::new(target, stored, walked, fix, header.geometry);
-    if snapshots.corruptions > 0 {
+    if snapshots.damaged > 0 {
         builder.snapshot_table(snapshots, &mut header)?;
+    } else {
+        header.nb_snapshots = snapshots.entries.len() as u32;
     }
     builder.structures(&mut header)?;
     switch(target, &header)?;
