@@ -5,7 +5,7 @@
 //
 // The allocated image is written to 75,000 times, which is qemu-img bench's default, the others once for each cluster.
 //
-// node benchmark/random-write.mjs [--count N] [--rewrites N] [--rounds N] [--flush] [--json]
+// node benchmark/random-write.mjs [--shape NAME] [--count N] [--rewrites N] [--rounds N] [--flush] [--json]
 
 import { spawnSync } from 'node:child_process'
 import { randomFillSync } from 'node:crypto'
@@ -17,6 +17,7 @@ import { create, open } from '../dist/index.js'
 
 const { values } = parseArgs({
   options: {
+    shape: { type: 'string' },
     count: { type: 'string', default: '16000' },
     rewrites: { type: 'string' },
     rounds: { type: 'string', default: '5' },
@@ -50,6 +51,7 @@ try {
     ['rewrite', 'full.qcow2', BLOCK * 17, REWRITES],
     ['overlay', 'overlay.qcow2', STRIDE, COUNT],
   ]) {
+    if (values.shape && values.shape !== shape) continue
     for (const depth of [1, 32]) {
       const ours = []
       const theirs = []
