@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use qcow2_engine::amend::{AmendOptions, amend};
-use qcow2_engine::check::{CheckOptions, check};
+use qcow2_engine::check::{CheckOptions, CheckReport, Repair, check, repair};
 use qcow2_engine::image::read_header;
 use qcow2_engine::storage::{Access, FileStorage};
 use qcow2_engine::{
@@ -18,7 +18,7 @@ use qcow2_testkit::crash::{Durability, Session};
 use qcow2_testkit::recorder::RecordingStorage;
 use qcow2_testkit::{Fixture, Qemu, Sparse};
 
-use damage::{be64, image};
+use damage::{be64, image, poke};
 
 fn run(storage: &dyn Storage, options: &AmendOptions) -> Result<()> {
     amend(storage, options, &CheckOptions::default(), &Job::new())
@@ -238,6 +238,42 @@ fn data_files() {
     let raw = AmendOptions { data_file_raw: Some(true), ..AmendOptions::default() };
     assert_eq!(on(&path, &raw).unwrap_err().field(), Some("data_file_raw"));
     assert_eq!(on(&path, &version(2)).unwrap_err().kind(), ErrorKind::InvalidArgument);
+}
+
+#[test]
+fn refcounts_that_overflowed_get_room_and_can_be_repaired_then() {
+    let Some(qemu) = Qemu::find() else { return };
+    let dir = Fixture::new();
+    let path = dir.path("image");
+    qemu.create(&path, "refcount_bits=1", Some(1 << 20));
+    qemu.io(&path, "qcow2", &["write -P 7 0 64k", "write -P 8 192k 64k"]);
+    let bytes = std::fs::read(&path).unwrap();
+    let l2 = be64(&bytes, be64(&bytes, 40)) & !(1 << 63);
+    // Three guest clusters share one host cluster, which can be counted once.
+    let first = be64(&bytes, l2).to_be_bytes();
+    poke(&path, l2 + 8, &first);
+    poke(&path, l2 + 16, &first);
+    let guest = qemu.guest_bytes(&path, "qcow2", &[]);
+    assert_eq!(fix(&path).corruptions, 2);
+    let copy = dir.path("copy");
+    for width in [2u32, 16, 64] {
+        std::fs::copy(&path, &copy).unwrap();
+        on(&copy, &bits(width)).unwrap();
+        assert_eq!(qemu.info_json(&copy)["format-specific"]["data"]["refcount-bits"], width);
+        let report = fix(&copy);
+        assert_eq!((report.corruptions, report.check_errors), (0, 0), "{report:#?}");
+        qemu.assert_clean(&copy);
+        assert!(qemu.guest_bytes(&copy, "qcow2", &[]) == guest);
+    }
+    // Other damage is to be repaired first.
+    poke(&path, l2 + 32, &((be64(&bytes, l2) & !(1 << 63)) + 512).to_be_bytes());
+    assert_eq!(on(&path, &bits(2)).unwrap_err().kind(), ErrorKind::Corrupt);
+}
+
+/// Repairs all of the image at `path`.
+fn fix(path: &Path) -> CheckReport {
+    let storage = FileStorage::open(path, Access::ReadWrite).unwrap();
+    repair(&storage, Repair::All, &CheckOptions::default(), &Job::new()).unwrap()
 }
 
 #[test]

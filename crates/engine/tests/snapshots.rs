@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
 
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -182,6 +183,25 @@ fn narrow_refcounts_refuse_and_nothing_changes() {
     image.write_at(Mem::from(&[1u8; 10][..]), 0).unwrap();
     image.close().unwrap();
     qemu.assert_clean(&path);
+    assert_eq!(qemu.info_json(&path)["snapshots"].as_array().map_or(0, Vec::len), 0);
+}
+
+#[test]
+fn the_largest_refcount_takes_no_more() {
+    let Some(qemu) = Qemu::find() else { return };
+    let fixture = Fixture::new();
+    let path = fixture.path("a.qcow2");
+    qemu.create(&path, "refcount_bits=64", Some(1 << 20));
+    qemu.io(&path, "qcow2", &["write -P 5 0 64k"]);
+    let bytes = std::fs::read(&path).unwrap();
+    let word = |at: u64| u64::from_be_bytes(bytes[at as usize..][..8].try_into().unwrap()) & !(1 << 63);
+    let (block, data) = (word(word(48)), word(word(word(40))));
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    file.write_all_at(&[0xff; 8], block + 8 * (data >> 16)).unwrap();
+    let image = open(&path);
+    let error = create(&image, "1").unwrap_err();
+    assert_eq!((error.kind(), error.field()), (ErrorKind::Limit, Some("refcount_bits")));
+    image.close().unwrap();
     assert_eq!(qemu.info_json(&path)["snapshots"].as_array().map_or(0, Vec::len), 0);
 }
 

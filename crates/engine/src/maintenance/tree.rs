@@ -107,17 +107,17 @@ impl Session<'_> {
             if count <= max / 2 {
                 return Ok(());
             }
-            let mut wanted = count.saturating_add(1);
+            let mut more = 1;
             if count > 1 || previous == Some(cluster) {
                 if repeated.len() as u64 >= limit {
                     return Err(self.image.error(ErrorKind::Limit, "too many packed clusters to account for"));
                 }
                 let times = repeated.entry(cluster).or_insert(0);
                 *times += 1;
-                wanted = count.saturating_add(*times);
+                more = *times;
             }
             previous = Some(cluster);
-            if wanted > max {
+            if count > max.saturating_sub(more) {
                 let message = format!(
                     "host cluster {cluster} has a refcount of {count}, and one more reference would exceed the \
                      largest refcount of this image ({max})"

@@ -95,22 +95,22 @@ impl Refcounts {
 
     /// Sets the refcount of `cluster`, whose block must exist.
     pub(crate) fn set(&mut self, cluster: u64, value: u64) -> Result<()> {
-        self.update(cluster, |_| Some(value)).map(|_| ())
+        self.update(cluster, |_| Some(value.into())).map(|_| ())
     }
 
     /// Adds one reference to `cluster`; returns the refcount.
     pub(crate) fn increment(&mut self, cluster: u64) -> Result<u64> {
-        self.update(cluster, |count| Some(count.saturating_add(1)))
+        self.update(cluster, |count| Some(u128::from(count) + 1))
     }
 
     /// Drops one reference of `cluster`; returns the refcount.
     pub(crate) fn decrement(&mut self, cluster: u64) -> Result<u64> {
-        self.update(cluster, |count| count.checked_sub(1))
+        self.update(cluster, |count| count.checked_sub(1).map(u128::from))
     }
 
     /// Changes the refcount of `cluster`, whose block must exist, to what `change` makes of it: `None` where that would
     /// be less than 0. Returns the refcount. One look at the block: snapshots count the references of whole disks.
-    fn update(&mut self, cluster: u64, change: impl FnOnce(u64) -> Option<u64>) -> Result<u64> {
+    fn update(&mut self, cluster: u64, change: impl FnOnce(u64) -> Option<u128>) -> Result<u64> {
         let (order, index) = self.place(cluster);
         let piece = (index << order) / 8 / PIECE;
         let Some(block) = self.block(cluster)? else {
@@ -119,11 +119,13 @@ impl Refcounts {
         let Some(value) = change(refcount::get(&block.bytes, index, order).unwrap_or(0)) else {
             return Err(self.corrupt(format!("host cluster {cluster} was referenced with a refcount of 0")));
         };
-        if refcount::set(&mut block.bytes, index, order, value).is_none() {
+        // The largest 64-bit refcount has a successor as well.
+        let fits = |value: &u64| refcount::set(&mut block.bytes, index, order, *value).is_some();
+        let Some(value) = u64::try_from(value).ok().filter(fits) else {
             let max = self.geometry.refcount_max();
             let message = format!("a refcount of {value} exceeds the image's largest ({max})");
             return Err(Error::new(ErrorKind::Limit, message).with_field("refcount_bits"));
-        }
+        };
         if block.dirty.insert(piece) {
             self.waiting += PIECE;
         }

@@ -9,7 +9,7 @@ use qcow2_format::{Header, HostOffset, L1Entry, L2Entry};
 
 use super::super::compare::{self, Fix};
 use super::super::counts::ReferenceCounts;
-use super::super::report::Tally;
+use super::super::report::{FindingCode, Tally};
 use super::super::snapshots::{self, SnapshotTable};
 use super::super::stored::StoredRefcounts;
 use super::super::walk::Walked;
@@ -31,10 +31,18 @@ impl From<Stop> for Error {
     }
 }
 
-/// Refuses an image whose references cannot be trusted.
-fn require_sound(storage: &dyn Storage, header: &Header, options: &CheckOptions, job: &Job) -> Result<()> {
+/// Refuses an image whose references cannot be trusted. With `roomier`, refcounts that were too narrow for them are what
+/// is remedied: a repair can count them then.
+fn require_sound(
+    storage: &dyn Storage,
+    header: &Header,
+    roomier: bool,
+    options: &CheckOptions,
+    job: &Job,
+) -> Result<()> {
     let report = check(storage, header, options, job)?;
-    let errors = report.corruptions + report.check_errors;
+    let overflows = report.findings.iter().filter(|f| f.code == FindingCode::RefcountOverflow).count() as u64;
+    let errors = report.corruptions + report.check_errors - if roomier { overflows } else { 0 };
     if errors == 0 && report.failure.is_none() {
         return Ok(());
     }
@@ -50,7 +58,8 @@ fn require_sound(storage: &dyn Storage, header: &Header, options: &CheckOptions,
 /// then `new` itself through `publish`, with the places of both.
 ///
 /// # Errors
-/// `Corrupt` for an image that is not sound; `Limit` for a refcount that the new width cannot hold. Nothing is changed
+/// `Corrupt` for an image that is not sound, but for refcounts that overflowed and get room; `Limit` for a refcount that
+/// the new width cannot hold. Nothing is changed
 /// before `publish`.
 pub(crate) fn restructure(
     storage: &dyn Storage,
@@ -61,7 +70,8 @@ pub(crate) fn restructure(
     publish: impl FnOnce(&Header) -> Result<()>,
 ) -> Result<()> {
     let header = crate::image::read_header(storage)?;
-    require_sound(storage, &header, options, job)?;
+    let roomier = new.geometry.refcount_bits() > header.geometry.refcount_bits();
+    require_sound(storage, &header, roomier, options, job)?;
     let target = Target { storage, header: &header, options, job, repair: Some(Repair::All) };
     let mut image = Sound::walk(&target)?;
     let mut new = new.clone();
@@ -124,7 +134,7 @@ pub(crate) fn expand_zeroes(
     job: &Job,
 ) -> Result<()> {
     let header = crate::image::read_header(storage)?;
-    require_sound(storage, &header, options, job)?;
+    require_sound(storage, &header, false, options, job)?;
     let target = Target { storage, header: &header, options, job, repair: Some(Repair::All) };
     let mut image = Sound::walk(&target)?;
     let tables = l2_tables(&target, &image.snapshots)?;
