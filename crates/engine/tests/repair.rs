@@ -115,7 +115,9 @@ fn one_damage(qemu: &Qemu, path: &Path, what: Repair, argument: &str, text: &str
     let left = look(&open(path)).unwrap();
     // An L1 table that claims half the file makes entries of all that is in it, refcounts among them.
     let noise = severity(&found) / 100;
-    assert!(severity(&left) <= severity(&found) + noise, "{text}: worse\n{found:#?}\n{left:#?}");
+    // What a check that ended early did not see cannot be compared.
+    let worse = found.failure.is_none() && severity(&left) > severity(&found) + noise;
+    assert!(!worse, "{text}: worse\n{found:#?}\n{left:#?}");
     if report.failure.is_none() {
         // What is beyond repair may count differently once its neighbours are repaired.
         let verdict = |report: &CheckReport| (report.corruptions == 0, report.leaks == 0);
@@ -133,7 +135,9 @@ fn one_damage(qemu: &Qemu, path: &Path, what: Repair, argument: &str, text: &str
     // Where QEMU changed what could be read, as it does in a table that is guest data too, it is no measure either.
     let mut theirs = disks_of(&theirs);
     let harmed = theirs.iter().zip(&before).any(|pair| matches!(pair, (Ok(new), Ok(old)) if new != old));
-    if repaired.code == 0 && !lost && !harmed {
+    // Nor where it writes to a table that is something else of a disk that cannot be read: we do not.
+    let refused = report.findings.iter().any(|f| f.message.contains("Overlap check failed"));
+    if repaired.code == 0 && !lost && !harmed && !refused {
         let mine = (verdict, left.is_clean());
         assert_eq!(mine, (0, true), "{text}: QEMU repairs it\n{}\n{report:?}\n{left:#?}", repaired.stderr);
         // Entries of a damaged snapshot table can be anybody's guess.
@@ -411,6 +415,49 @@ fn a_table_that_is_guest_data_too_moves_before_its_flags_change() {
             std::fs::write(&path, sound).unwrap();
         }
     }
+}
+
+#[test]
+fn a_table_that_is_guest_data_too_moves_even_where_refcounts_cannot_tell() {
+    let Some(qemu) = Qemu::find() else { return };
+    let dir = Fixture::new();
+    let path = dir.path("one-bit");
+    qemu.create(&path, "cluster_size=512,refcount_bits=1", Some(64 << 9));
+    qemu.io(&path, "qcow2", &["write -P 1 0 4k"]);
+    let bytes = std::fs::read(&path).unwrap();
+    let l2 = be64(&bytes, be64(&bytes, 40)) & !(1 << 63);
+    // Two references to the table, of which one bit can count one. The flag of the second one is to be set.
+    poke(&path, l2 + 8 * 62, &l2.to_be_bytes());
+    let before = disks_of(&path);
+    for round in 0..2 {
+        let report = fix(&open(&path), Repair::All).unwrap();
+        assert_kept(&before, &disks_of(&path), &format!("{round}: {report:#?}"));
+    }
+    // The first repair gave the table a cluster of its own.
+    repaired_at_once(&qemu, &path, "no reference too many is left");
+}
+
+#[test]
+fn what_cannot_be_written_is_told_and_frees_nothing() {
+    let Some(qemu) = Qemu::find() else { return };
+    let dir = Fixture::new();
+    let path = dir.path("guest-table");
+    qemu.create(&path, "cluster_size=4k", Some(4 << 20));
+    qemu.io(&path, "qcow2", &["write -P 7 0 64k"]);
+    let bytes = std::fs::read(&path).unwrap();
+    let l1 = be64(&bytes, 40);
+    let data = be64(&bytes, be64(&bytes, l1) & !(1 << 63));
+    // Guest data as a table: its entries look like zero clusters whose place is not aligned. And a leaked cluster.
+    poke(&path, l1 + 8, &data.to_be_bytes());
+    let free = bytes.len() as u64 >> 12;
+    poke(&path, be64(&bytes, be64(&bytes, 48)) + 2 * (free - 1), &[0, 3]);
+    let read = || std::fs::read(&path).unwrap()[(data & !(1 << 63)) as usize..][..4096].to_vec();
+    let before = read();
+    let report = fix(&open(&path), Repair::All).unwrap();
+    let left = look(&open(&path)).unwrap();
+    assert!(left.corruptions > 0 && report.corruptions > 0, "{left:#?}");
+    assert!(report.check_errors > 0 && report.leaks_fixed == 0, "{:?}", report.findings.last());
+    assert_eq!(read(), before);
 }
 
 #[test]

@@ -1,9 +1,14 @@
 //! Reference counters, one per cluster of the file: sparse, and as wide as their values need.
 
+use std::collections::BTreeSet;
+
 use crate::{Error, ErrorKind, Result};
 
 /// Counters in a page.
 pub(super) const PAGE: usize = 1 << 14;
+
+/// Memory that one cluster with too many references takes.
+const OVERFLOWED_BYTES: usize = 16;
 
 /// Counts the references to every cluster. A page is allocated with its first reference, and widened when a counter
 /// outgrows it: an image without many snapshots costs one byte per cluster.
@@ -12,6 +17,8 @@ pub(super) struct ReferenceCounts {
     clusters: u64,
     /// Where a counter stops: the largest refcount of the image.
     max: u64,
+    /// Clusters with more references than that.
+    overflowed: BTreeSet<u64>,
     memory: u64,
     memory_limit: u64,
 }
@@ -30,7 +37,7 @@ pub(super) enum Page {
 impl ReferenceCounts {
     /// Counters for `clusters` clusters, all 0, that stop at `max` and take no more than `memory_limit` bytes.
     pub(super) fn new(clusters: u64, max: u64, memory_limit: u64) -> Self {
-        Self { pages: Vec::new(), clusters, max, memory: 0, memory_limit }
+        Self { pages: Vec::new(), clusters, max, overflowed: BTreeSet::new(), memory: 0, memory_limit }
     }
 
     /// Clusters that have a counter: those of the file, and the one behind it where something refers to it.
@@ -52,6 +59,11 @@ impl ReferenceCounts {
             Some(Page::Word(c)) => c.get(index).copied().map_or(0, u64::from),
             Some(Page::Wide(c)) => c.get(index).copied().unwrap_or(0),
         }
+    }
+
+    /// The references to one cluster; `None` where there are more than can be counted.
+    pub(super) fn exact(&self, cluster: u64) -> Option<u64> {
+        (!self.overflowed.contains(&cluster)).then(|| self.get(cluster))
     }
 
     /// Whether each of the clusters `first..end` is referred to exactly once, where that can be told fast.
@@ -82,6 +94,9 @@ impl ReferenceCounts {
             if !self.add_fast(page, index, count) {
                 for i in 0..count {
                     if !self.add_one(page, index + i)? {
+                        if self.overflowed.insert(cluster + i as u64) {
+                            self.charge(OVERFLOWED_BYTES)?;
+                        }
                         overflow(cluster + i as u64);
                     }
                 }
@@ -126,6 +141,10 @@ impl ReferenceCounts {
 
     /// Takes one reference to a cluster away.
     pub(super) fn remove_one(&mut self, cluster: u64) {
+        if self.overflowed.contains(&cluster) {
+            // What is left is not known: at least as many as can be counted.
+            return;
+        }
         let (page, index) = place(cluster);
         match self.pages.get_mut(page) {
             Some(Page::Byte(c)) => c.get_mut(index).into_iter().for_each(|c| *c = c.saturating_sub(1)),

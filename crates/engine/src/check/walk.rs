@@ -55,7 +55,8 @@ pub(super) struct Walked {
 impl Walked {
     /// Whether a cluster is an L2 table and nothing else.
     pub(super) fn is_table_alone(&self, cluster: u64) -> bool {
-        self.tables.get(&cluster) == Some(&self.counts.get(cluster))
+        let tables = self.tables.get(&cluster).copied();
+        tables.is_some() && tables == self.counts.exact(cluster)
     }
 
     /// One L1 entry refers to the table in `new` instead of the one in `old`.

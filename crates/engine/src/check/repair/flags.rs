@@ -44,7 +44,7 @@ pub(super) fn check(flags: &mut Flags<'_, '_, '_>, repair: bool) -> Result<(), S
             }
             flags.target.job.checkpoint()?;
             // Where the table shares a cluster with something else, its entries may be that.
-            let own = flags.walked.counts.get(header.geometry.cluster_index(l1 + index * 8)) == 1;
+            let own = flags.walked.counts.exact(header.geometry.cluster_index(l1 + index * 8)) == Some(1);
             let mut entry = entry;
             if repair
                 && own

@@ -132,8 +132,6 @@ fn refcounts_and_flags(
     let mut unused = Tally::new(0);
     let mut walked = walk_all(target, &file, snapshots, &mut stored, tally, &mut unused)?;
     describe(target, &walked, report);
-    let before = (tally.corruptions, tally.leaks, tally.check_errors);
-    let compared = compare::compare(target, &mut stored, &walked.counts, Fix::default(), tally)?;
     if repair == Repair::All && snapshots.overhanging > 0 {
         // Before what they alone referred to is freed, and before the file grows to where they were read as nothing.
         write(target.storage, &(snapshots.entries.len() as u32).to_be_bytes(), NB_SNAPSHOTS)?;
@@ -141,6 +139,8 @@ fn refcounts_and_flags(
     }
     let metadata = Metadata::of(target, snapshots, &stored)?;
     write_entries(target, &walked, &metadata, tally)?;
+    let before = (tally.corruptions, tally.leaks, tally.check_errors);
+    let compared = compare::compare(target, &mut stored, &walked.counts, Fix::default(), tally)?;
     let broken = walked.rebuild || compared.rebuild;
     let fix = Fix { leaks: tally.hidden == 0, errors: repair == Repair::All };
     if repair == Repair::All && (broken || snapshots.damaged > 0) {
@@ -187,6 +187,9 @@ fn rebuilt(
     let file = File::measure(target)?;
     let mut stored = StoredRefcounts::load(target, file.clusters)?;
     let mut walked = walk_all(target, &file, &snapshots, &mut stored, &mut again, &mut Tally::new(0))?;
+    // Entries in a table that shared its cluster with the former structures can be written now; others still cannot.
+    let metadata = Metadata::of(target, &snapshots, &stored)?;
+    write_entries(target, &walked, &metadata, &mut again)?;
     // What may hide references is judged anew: behind a reference to what was no part of the file, there is none now.
     let fix = Fix { leaks: again.hidden == 0, ..fix };
     let mut freed = Tally::new(limit);
@@ -196,9 +199,6 @@ fn rebuilt(
         let message = "rebuilt refcount structure is still broken";
         return Err(Stop::corrupt(message, header.refcount_table_offset.get()));
     }
-    // Entries in a table that shared its cluster with the former structures can be written now; others still cannot.
-    let metadata = Metadata::of(target, &snapshots, &stored)?;
-    write_entries(target, &walked, &metadata, &mut again)?;
     // What remains is what the second walk found; the difference was repaired.
     let left = again.corruptions + freed.corruptions;
     tally.corruptions_fixed += tally.corruptions.saturating_sub(left);
@@ -259,6 +259,7 @@ fn write_entries(
         if metadata.covers(cluster) || !walked.is_table_alone(cluster) {
             tally.corruptions_fixed = tally.corruptions_fixed.saturating_sub(1);
             tally.corruptions += 1;
+            tally.hidden += 1;
             tally.check_error(FindingCode::ClusterUnaligned, at, || "ERROR: Overlap check failed".into());
             continue;
         }
