@@ -5,7 +5,7 @@ use std::sync::Arc;
 use qcow2_transform::zero;
 
 use crate::convert::{Compression, DEFAULT_SPARSE_SIZE};
-use crate::create::{CreateOptions, Preallocation, create, create_raw};
+use crate::create::{CreateOptions, Preallocation, create_raw, create_withheld, publish};
 use crate::image::{Image, Layer, OpenOptions, Qcow2};
 use crate::{Error, ErrorKind, Job, Mem, Result, Storage, StorageExt, WriteOptions};
 
@@ -64,8 +64,8 @@ impl CloneTarget {
         compression: Option<Compression>,
         job: &Job,
     ) -> Result<Sink> {
-        create(Arc::clone(&storage), data_file.clone(), options, job)?;
-        let mut qcow2 = Qcow2::open(storage, &OpenOptions::default())?;
+        let header = create_withheld(Arc::clone(&storage), data_file.clone(), options, job)?;
+        let mut qcow2 = Qcow2::open_with(storage, header, &OpenOptions::default())?;
         if let Some(data_file) = data_file {
             qcow2.set_data_file(data_file);
         }
@@ -148,8 +148,11 @@ impl Sink {
     pub(super) fn finish(&self) -> Result<()> {
         match self {
             Self::Raw(storage) => storage.flush(),
-            // It was durable when it was made, so an image that nothing was written to has nothing to flush.
-            Self::Qcow2 { image, .. } => image.close(),
+            Self::Qcow2 { image, .. } => {
+                image.close()?;
+                // Until now, the file was no image.
+                image.layers().iter().try_for_each(|layer| publish(&**layer.storage()))
+            }
         }
     }
 }

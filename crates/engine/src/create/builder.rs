@@ -5,6 +5,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use qcow2_format::header::raw::MAGIC;
 use qcow2_format::{Geometry, GuestOffset, Header, HostOffset, L1Entry, L2Mapping, SubclusterBitmap};
 
 use super::hosts::{Finished, HostClusters};
@@ -224,7 +225,23 @@ impl ImageBuilder {
 
     /// Completes the image: the remaining tables, then the header, each behind a sync where `durable`.
     /// Returns the length of the image in bytes.
-    pub(crate) fn finish(mut self, preallocation: Preallocation, durable: bool) -> Result<u64> {
+    pub(crate) fn finish(self, preallocation: Preallocation, durable: bool) -> Result<u64> {
+        self.complete(preallocation, durable, MAGIC).map(|(end, _)| end)
+    }
+
+    /// As `finish`, durably, but for the first bytes: the file is no image before [`publish`] writes them.
+    pub(crate) fn withhold(self, preallocation: Preallocation) -> Result<Header> {
+        let (_, first) = self.complete(preallocation, true, [0; 4])?;
+        Header::parse(&first).map_err(|e| Error::format(e, ErrorKind::Internal))
+    }
+
+    /// Gives also the first cluster as it is with its magic; `magic` is what is written in its place.
+    fn complete(
+        mut self,
+        preallocation: Preallocation,
+        durable: bool,
+        magic: [u8; 4],
+    ) -> Result<(u64, Vec<u8>)> {
         let g = self.geometry();
         self.retire(0)?;
         self.hosts.finish_blocks(true, &mut self.finished)?;
@@ -252,18 +269,29 @@ impl ImageBuilder {
         }
         let mut first = self.header.encode().map_err(|e| Error::format(e, ErrorKind::Internal))?;
         first.resize(g.cluster_len(), 0);
-        self.storage.write_all_at(Mem::from(&first[..]), 0)?;
+        let mut written = first.clone();
+        written.iter_mut().zip(magic).for_each(|(byte, magic)| *byte = magic);
+        self.storage.write_all_at(Mem::from(&written[..]), 0)?;
         if durable {
             self.storage.flush()?;
         }
-        Ok(end)
+        Ok((end, first))
     }
+}
+
+/// Makes an image of a withheld one, durably. All else is durable.
+pub(crate) fn publish(storage: &dyn Storage) -> Result<()> {
+    storage.write_all_at(Mem::from(&MAGIC[..]), 0)?;
+    storage.flush()
 }
 
 /// Empties a file; on a device, removes what would be taken for a header should this end early.
 fn prepare(storage: &dyn Storage, cluster_size: u64) -> Result<()> {
     match storage.traits().block_device {
-        true => storage.zero(0, cluster_size, false),
+        true => {
+            storage.zero(0, cluster_size, false)?;
+            storage.flush()
+        }
         false => super::empty(storage),
     }
 }

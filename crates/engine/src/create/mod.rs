@@ -12,9 +12,9 @@ use std::sync::Arc;
 
 pub use options::{Backing, CreateOptions, DataFile, Preallocation, SECTOR_SIZE};
 use qcow2_format::limits::MAX_VIRTUAL_SIZE;
-use qcow2_format::{HostOffset, SubclusterBitmap};
+use qcow2_format::{Header, HostOffset, SubclusterBitmap};
 
-pub(crate) use builder::{ImageBuilder, NewCluster};
+pub(crate) use builder::{ImageBuilder, NewCluster, publish};
 
 use crate::{Error, ErrorKind, Job, Mem, Result, Storage, StorageExt};
 
@@ -35,6 +35,28 @@ pub fn create(
     options: &CreateOptions,
     job: &Job,
 ) -> Result<()> {
+    let builder = build(storage, data_file, options, job)?;
+    builder.finish(options.effective_preallocation(), true).map(drop)
+}
+
+/// As [`create`], for an image that is filled before anybody may take it for one: `storage` holds no image until
+/// [`publish`]. Returns its header, which cannot be read from there.
+pub(crate) fn create_withheld(
+    storage: Arc<dyn Storage>,
+    data_file: Option<Arc<dyn Storage>>,
+    options: &CreateOptions,
+    job: &Job,
+) -> Result<Header> {
+    build(storage, data_file, options, job)?.withhold(options.effective_preallocation())
+}
+
+/// All of a new image but what its builder writes at the end.
+fn build(
+    storage: Arc<dyn Storage>,
+    data_file: Option<Arc<dyn Storage>>,
+    options: &CreateOptions,
+    job: &Job,
+) -> Result<ImageBuilder> {
     options.validate()?;
     check_data_file(options, data_file.is_some())?;
     let preallocation = options.effective_preallocation();
@@ -42,14 +64,14 @@ pub fn create(
     let size = builder.size();
     job.set_total(size);
     if preallocation != Preallocation::Off {
-        let fill = Preallocator::new(options, storage.clone());
+        let fill = Preallocator::new(options, storage);
         fill.place(&mut builder, 0, size, job)?;
     }
     if let Some(data_file) = &data_file {
         size_raw(data_file.as_ref(), size, preallocation, job)?;
         data_file.flush()?;
     }
-    builder.finish(preallocation, true).map(drop)
+    Ok(builder)
 }
 
 /// Makes a raw disk of `size` bytes, rounded up to a sector, in `storage`. What it held is lost. Returns when it is durable.

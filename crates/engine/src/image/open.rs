@@ -61,6 +61,15 @@ impl Qcow2 {
     pub fn open(storage: Arc<dyn Storage>, options: &OpenOptions) -> Result<Self> {
         let header =
             if options.for_check { read_header_for_check(&*storage)? } else { read_header(&*storage)? };
+        Self::open_with(storage, header, options)
+    }
+
+    /// As `open`, with a header that was read before.
+    pub(crate) fn open_with(
+        storage: Arc<dyn Storage>,
+        header: Header,
+        options: &OpenOptions,
+    ) -> Result<Self> {
         let fail = |e: Error| on_file(&*storage, e);
         check_limits(&header, &options.limits).map_err(fail)?;
         let file_size = storage.size()?;
