@@ -12,7 +12,7 @@ export interface CompactOptions extends LongRunning {
    * it needs no second copy of the data.
    */
   mode?: 'in-place' | 'rewrite' | undefined
-  /** Give up clusters that hold nothing but zeroes, those of snapshots too. All data is read for that. Default false. */
+  /** Give up clusters that hold nothing but zeroes, compressed ones and those of snapshots too. All data is read. Default false. */
   zeroes?: boolean | undefined
   /** Change nothing: tell what would be had. Needs no image that is open for writing. Default false. */
   dryRun?: boolean | undefined

@@ -5,6 +5,7 @@
 mod contents;
 
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex};
@@ -41,6 +42,9 @@ fn used(geometry: &Geometry, seed: u64) -> Rig {
             2 if rig.menu().compression => {
                 let mut bytes = vec![n as u8; c as usize];
                 bytes[..c as usize / 3].copy_from_slice(&rng.bytes(c as usize)[..c as usize / 3]);
+                if n % 8 == 6 {
+                    bytes.fill(0);
+                }
                 image.write_compressed_at(Mem::from(&bytes[..]), at).unwrap();
             }
             _ => image.write_at(Mem::from(&rng.bytes(c as usize)[..]), at).unwrap(),
@@ -182,6 +186,7 @@ fn used_by_qemu(qemu: &Qemu, fixture: &Fixture, options: &str, seed: u64) -> std
         if round == 0 {
             // QEMU compresses only what was never written.
             commands.extend([0, 4, 10, 12, 18].map(|at| format!("write -c -P {} {at}M 2M", 200 + at)));
+            commands.push("write -c -P 0 20M 2M".to_owned());
         }
         for n in 0..40 {
             let (at, len) = (rng.below(size / 512) * 512, (1 + rng.below(500)) * 512);
@@ -264,6 +269,92 @@ fn what_qemu_made_is_compacted_and_goes_on_with_qemu() {
             qemu.img(&["snapshot", "-d", "s3", name]).ok();
         }
         qemu.io(&path, "qcow2", &["write -P 77 1M 9M", "write -z -u 3M 1M"]);
+        qemu.assert_clean(&path);
+    }
+}
+
+#[test]
+fn compressed_clusters_of_zeroes_are_given_up() {
+    let Some(qemu) = Qemu::find() else { return };
+    // With small clusters, one of the two tables with zeroes is shared with the snapshot.
+    for (options, zeroes) in [
+        ("", 64 + 64),
+        ("compression_type=zstd,extended_l2=on", 64 + 64),
+        ("cluster_size=4k,compat=0.10", 3 * 512),
+    ] {
+        let fixture = Fixture::new();
+        let path = fixture.path("a.qcow2");
+        qemu.create(&path, options, Some(16 << 20));
+        qemu.io(&path, "qcow2", &["write -c -P 3 0 2M", "write -c -P 0 2M 4M", "write -c -P 4 6M 1M"]);
+        qemu.img(&["snapshot", "-c", "one", path.to_str().unwrap()]).ok();
+        // Entries whose neighbours in the same host cluster stay, of the disk and of the snapshot.
+        qemu.io(&path, "qcow2", &["write -P 5 1M 64k", "write -P 0 3M 64k"]);
+        let read = || [&[][..], &["-l", "one"]].map(|view| qemu.guest_bytes(&path, "qcow2", view));
+        let before = read();
+        let told = {
+            let image = open_file(&path, &Opening::default()).unwrap();
+            image.compact(CompactOptions { dry_run: true, ..ZEROES }, &Job::new()).unwrap()
+        };
+        let image = open_file(&path, &writable()).unwrap();
+        let result = image.compact(ZEROES, &Job::new()).unwrap();
+        let again = image.compact(ZEROES, &Job::new()).unwrap();
+        image.close().unwrap();
+        assert_eq!(result.zero_clusters, zeroes, "{options}: {result:?}");
+        assert_eq!((told.zero_clusters, again.zero_clusters), (result.zero_clusters, 0), "{options}");
+        assert!(result.length_after <= told.length_after, "{options}: {result:?}, {told:?}");
+        qemu.assert_clean(&path);
+        assert!(read() == before, "{options}");
+        let map = qemu.img(&["map", "--output=json", path.to_str().unwrap()]).ok().to_owned();
+        assert!(
+            map.lines().all(|line| !line.contains("\"start\": 2097152") || line.contains("\"data\": false")),
+            "{map}"
+        );
+    }
+}
+
+/// A snapshot with the state of a machine, as far as a disk image knows of it: clusters behind the end of the disk.
+fn with_vm_state(qemu: &Qemu, path: &std::path::Path, state: u64) {
+    let name = path.to_str().unwrap();
+    qemu.io(
+        path,
+        "qcow2",
+        &[&format!("write -b -P 99 0 {state}")[..], &format!("write -b -P 0 {state} 256k")],
+    );
+    qemu.img(&["snapshot", "-c", "running", name]).ok();
+    let bytes = std::fs::read(path).unwrap();
+    let table = u64::from_be_bytes(bytes[64..72].try_into().unwrap());
+    let file = std::fs::File::options().write(true).open(path).unwrap();
+    file.write_all_at(&(state as u32).to_be_bytes(), table + 32).unwrap();
+    file.write_all_at(&state.to_be_bytes(), table + 40).unwrap();
+    qemu.io(path, "qcow2", &[format!("write -b -P 98 0 {}", state / 2)]);
+}
+
+#[test]
+fn the_state_of_machines_is_kept() {
+    let Some(qemu) = Qemu::find() else { return };
+    for (options, state) in [("", 1 << 20), ("cluster_size=512", 100 << 10), ("extended_l2=on", 3 << 20)] {
+        let fixture = Fixture::new();
+        let path = fixture.path("a.qcow2");
+        qemu.create(&path, options, Some(8 << 20));
+        // What is freed again leaves room in front of the state.
+        qemu.io(&path, "qcow2", &["write -P 1 0 6M"]);
+        with_vm_state(&qemu, &path, state);
+        qemu.io(&path, "qcow2", &["write -P 2 1M 1M", "discard 2M 1M"]);
+        let before = [&[][..], &["-l", "running"]].map(|view| qemu.guest_bytes(&path, "qcow2", view));
+        for options in [CompactOptions { zeroes: true, ..REWRITE }, REWRITE] {
+            let image = open_file(&path, &writable()).unwrap();
+            let result = image.compact(options, &Job::new()).unwrap();
+            assert!(!options.zeroes || result.zero_clusters > 0, "{result:?}");
+            image.close().unwrap();
+            qemu.assert_clean(&path);
+        }
+        assert!([&[][..], &["-l", "running"]].map(|view| qemu.guest_bytes(&path, "qcow2", view)) == before);
+        let current = format!("read -b -P 98 0 {}", state / 2);
+        qemu.io(&path, "qcow2", &[current]);
+        let list = qemu.img(&["snapshot", "-l", path.to_str().unwrap()]).ok().to_owned();
+        assert!(list.contains("running") && (list.contains(" MiB") || list.contains(" KiB")), "{list}");
+        qemu.img(&["snapshot", "-a", "running", path.to_str().unwrap()]).ok();
+        qemu.io(&path, "qcow2", &[format!("read -b -P 99 0 {state}"), format!("read -b -P 0 {state} 256k")]);
         qemu.assert_clean(&path);
     }
 }

@@ -1,8 +1,11 @@
 //! Leaks, zeroes and holes: nothing moves.
 
-use qcow2_format::L2Mapping;
+use std::ops::Range;
 
-use super::survey::{Emptied, Table, ZeroScan, entry_at, guest_of, read_words, tables};
+use qcow2_format::Geometry;
+
+use super::survey::{Table, ZeroScan, tables};
+use super::table_edit::TableEdit;
 use super::{CompactOptions, CompactResult};
 use crate::check::References;
 use crate::maintenance::Session;
@@ -20,6 +23,8 @@ pub(super) struct Edits {
     pub(super) slices: Vec<(u64, Vec<u64>)>,
     /// Host clusters that lose a reference with them: place in bytes, and how many references.
     pub(super) unlinked: Vec<(u64, u64)>,
+    /// Entries that gave their data up.
+    pub(super) emptied: u64,
 }
 
 impl Session<'_> {
@@ -57,12 +62,17 @@ impl Session<'_> {
         self.barrier()?;
         if shared {
             // What has one reference less may be exclusive now.
-            let l1 = self.image.mapping.read().l1.clone();
-            let l1 = self.rewrite_copied(&l1, true)?;
-            self.write_active_l1(l1)?;
-            self.barrier()?;
+            self.restore_copied()?;
         }
         Ok(references.leaks)
+    }
+
+    /// Sets and clears the COPIED flags of the active disk as the refcounts say. Durable on return.
+    pub(super) fn restore_copied(&self) -> Result<()> {
+        let l1 = self.image.mapping.read().l1.clone();
+        let l1 = self.rewrite_copied(&l1, true)?;
+        self.write_active_l1(l1)?;
+        self.barrier()
     }
 
     /// Replaces clusters that hold nothing but zeroes by zero clusters.
@@ -75,53 +85,38 @@ impl Session<'_> {
             let emptied = self.empty_table(table, &mut scan, &mut edits, job);
             if emptied.is_err() || edits.are_many() {
                 // Also what was found before an error or a cancellation: it is complete by itself.
-                result.zero_clusters += self.publish(std::mem::take(&mut edits))?;
+                result.zero_clusters += edits.emptied;
+                self.publish(std::mem::take(&mut edits))?;
             }
             emptied?;
             job.advance(share);
         }
-        result.zero_clusters += self.publish(edits)?;
+        result.zero_clusters += edits.emptied;
+        self.publish(edits)?;
         if scan.needs_no_flag() { self.drop_empty_tables(job) } else { Ok(()) }
     }
 
     fn empty_table(&self, table: Table, scan: &mut ZeroScan<'_>, edits: &mut Edits, job: &Job) -> Result<()> {
-        let g = self.geometry();
-        let mut words = read_words(self.image, table.offset)?;
-        let slice_words = (self.image.slices.slice_bytes() / 8) as usize;
-        let per_slice = self.image.slices.entries() as usize;
-        for first in (0..g.l2_entries() as usize).step_by(per_slice) {
+        let mut edit = TableEdit::read(self.image, table)?;
+        for first in edit.slices() {
             job.checkpoint()?;
-            let mut changed = false;
             // Kept apart until the slice is complete: an error leaves it as it is.
-            let mut unlinked = Vec::new();
-            for number in first..first + per_slice {
-                let entry = entry_at(self.image, &words, number);
-                if entry.word == 0 {
-                    continue;
-                }
-                let mapping = self.image.decode_entry(entry, guest_of(self.image, table.l1_index, number))?;
-                let Some(Emptied { new, freed }) = scan.look(&mapping)? else { continue };
-                self.image.slices.set_entry(&mut words, number as u64, new.encode(&g));
-                changed |= new != mapping;
-                if let Some(host) = freed {
-                    unlinked.push((host, table.weight));
-                }
-                debug_assert!(!matches!(new, L2Mapping::Compressed(_)));
-            }
-            edits.unlinked.append(&mut unlinked);
-            if changed {
-                let start = first / per_slice * slice_words;
-                let slice = words.get(start..start + slice_words).unwrap_or_default().to_vec();
-                edits.slices.push((table.offset + start as u64 * 8, slice));
-            }
+            let mut freed = Vec::new();
+            let slice = edit.slice(first, |mapping| {
+                let Some(emptied) = scan.look(mapping)? else { return Ok(None) };
+                freed.extend(emptied.freed);
+                Ok(Some(emptied.new))
+            })?;
+            edits.emptied += freed.len() as u64;
+            edits.unlink(&self.geometry(), freed, table.weight);
+            edits.slices.extend(slice);
         }
         Ok(())
     }
 
     /// Makes changes of tables durable, then frees what lost its references. What the changes refer to is durable.
-    /// Returns how many clusters lost references.
-    pub(super) fn publish(&self, edits: Edits) -> Result<u64> {
-        let Edits { slices, unlinked } = edits;
+    pub(super) fn publish(&self, edits: Edits) -> Result<()> {
+        let Edits { slices, unlinked, .. } = edits;
         let external = self.image.header().has_data_file();
         let size = self.geometry().cluster_size();
         {
@@ -144,12 +139,16 @@ impl Session<'_> {
             }
             self.barrier()?;
         }
-        self.writer.with_alloc(|alloc, _| alloc.give_back())?;
-        Ok(unlinked.len() as u64)
+        self.writer.with_alloc(|alloc, _| alloc.give_back().map(drop))
     }
 }
 
 impl Edits {
+    /// Takes `weight` references from each of some runs of host clusters.
+    fn unlink(&mut self, g: &Geometry, runs: Vec<Range<u64>>, weight: u64) {
+        self.unlinked.extend(runs.into_iter().flatten().map(|cluster| (cluster * g.cluster_size(), weight)));
+    }
+
     /// Whether it is time to publish.
     pub(super) fn are_many(&self) -> bool {
         let references: u64 = self.unlinked.iter().map(|u| u.1).sum();

@@ -23,6 +23,7 @@ mod rewrite;
 mod structures;
 mod survey;
 mod sweep;
+mod table_edit;
 
 use crate::check::{CheckOptions, References, count_references};
 use crate::image::{Image, Layer, Qcow2, read_header};
@@ -53,7 +54,7 @@ pub struct CompactResult {
     pub allocated_after: u64,
     /// Clusters that nothing referred to.
     pub leaked_clusters: u64,
-    /// Clusters given up because they held nothing but zeroes.
+    /// Clusters given up because they held nothing but zeroes, compressed ones among them.
     pub zero_clusters: u64,
     /// Host clusters that moved.
     pub moved_clusters: u64,

@@ -1,8 +1,11 @@
 //! Looking at an image without changing it: its L2 tables, its clusters of zeroes, and what a compaction would do.
 
+use std::collections::HashMap;
 use std::ops::Range;
 
-use qcow2_format::{HostOffset, L1Entry, L2Entry, L2Mapping, SubclusterBitmap, SubclusterKind};
+use qcow2_format::{
+    CompressedDescriptor, HostOffset, L1Entry, L2Entry, L2Mapping, SubclusterBitmap, SubclusterKind,
+};
 use qcow2_transform::is_zero;
 
 use super::{CompactOptions, CompactResult, measure};
@@ -10,6 +13,9 @@ use crate::check::References;
 use crate::image::{Qcow2, decode_words};
 use crate::write::give_up;
 use crate::{ErrorKind, Job, MemMut, Result, Storage, StorageExt};
+
+/// Bytes of memory for a host cluster that is remembered.
+const REMEMBERED: u64 = 64;
 
 /// One L2 table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,6 +90,7 @@ pub(super) struct ZeroScan<'a> {
     /// Reading a deeper layer would show something else than zeroes.
     has_backing: bool,
     buffer: Vec<u8>,
+    compressed: Vec<u8>,
     /// Length of the data's file, which does not change meanwhile.
     end: u64,
     /// The hole that was found last.
@@ -94,8 +101,8 @@ pub(super) struct ZeroScan<'a> {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Emptied {
     pub(super) new: L2Mapping,
-    /// The cluster that loses a reference, or in an external data file its space.
-    pub(super) freed: Option<u64>,
+    /// The host clusters that lose a reference, or in an external data file their space.
+    pub(super) freed: Option<Range<u64>>,
 }
 
 impl<'a> ZeroScan<'a> {
@@ -104,7 +111,8 @@ impl<'a> ZeroScan<'a> {
         let has_backing = deeper || image.header().backing_file.is_some();
         let data = &**image.data_storage()?;
         let buffer = vec![0; image.geometry().cluster_len()];
-        Ok(Self { image, data, has_backing, buffer, end: data.size()?, hole: 0..0 })
+        let compressed = Vec::new();
+        Ok(Self { image, data, has_backing, buffer, compressed, end: data.size()?, hole: 0..0 })
     }
 
     /// Whether unallocated clusters read as zeroes, as zero clusters do.
@@ -117,10 +125,11 @@ impl<'a> ZeroScan<'a> {
         let g = *self.image.geometry();
         let version = self.image.header().version;
         let raw = self.image.header().data_file_raw();
+        let one = |host: HostOffset| g.cluster_index(host.0)..g.cluster_index(host.0) + 1;
         Ok(match *mapping {
             L2Mapping::Zero { host: Some(host), .. } if !raw => {
                 let new = L2Mapping::Zero { host: None, copied: false };
-                Some(Emptied { new, freed: Some(host.0) })
+                Some(Emptied { new, freed: Some(one(host)) })
             }
             L2Mapping::Data { host, .. } => {
                 // Without a zero flag, nothing but data hides a backing file.
@@ -131,7 +140,15 @@ impl<'a> ZeroScan<'a> {
                     return Ok(None);
                 }
                 let new = if raw { Some(*mapping) } else { give_up(&g, mapping, version, self.has_backing) };
-                new.map(|new| Emptied { new, freed: Some(host.0) })
+                new.map(|new| Emptied { new, freed: Some(one(host)) })
+            }
+            L2Mapping::Compressed(descriptor) => {
+                if (version < 3 && self.has_backing) || !self.inflates_to_zeroes(&descriptor)? {
+                    return Ok(None);
+                }
+                let (first, last) = descriptor.host_clusters(&g);
+                let new = give_up(&g, mapping, version, self.has_backing);
+                new.map(|new| Emptied { new, freed: Some(first..last + 1) })
             }
             L2Mapping::Subclusters { host: Some(host), copied, bitmap } => {
                 let kept = self.without_zeroes(host, bitmap)?;
@@ -141,7 +158,7 @@ impl<'a> ZeroScan<'a> {
                     false if kept.0 == 0 => L2Mapping::Unallocated,
                     false => L2Mapping::Subclusters { host: None, copied: false, bitmap: kept },
                 };
-                (new != *mapping).then_some(Emptied { new, freed: (!keeps_host).then_some(host.0) })
+                (new != *mapping).then_some(Emptied { new, freed: (!keeps_host).then(|| one(host)) })
             }
             _ => None,
         })
@@ -162,6 +179,13 @@ impl<'a> ZeroScan<'a> {
             }
         }
         Ok(kept)
+    }
+
+    /// Whether compressed data is that of zeroes. Data that cannot be read is not: it is no matter of a compaction.
+    fn inflates_to_zeroes(&mut self, descriptor: &CompressedDescriptor) -> Result<bool> {
+        self.compressed.resize(descriptor.max_length() as usize, 0);
+        self.image.storage().read_padded_at(MemMut::from(&mut self.compressed[..]), descriptor.offset.0)?;
+        Ok(self.image.inflates(&self.compressed, &mut self.buffer) && is_zero(&self.buffer))
     }
 
     fn holds_zeroes(&mut self, offset: u64, length: u64) -> Result<bool> {
@@ -231,10 +255,10 @@ pub(super) fn estimate(
         }
     }
     if options.zeroes {
-        let (zero, space) = zero_clusters(image, has_backing, job)?;
-        result.zero_clusters = zero;
-        freed += space;
-        used -= if image.header().has_data_file() { 0 } else { zero.min(used) };
+        let zeroes = zero_clusters(image, references, has_backing, job)?;
+        result.zero_clusters = zeroes.entries;
+        freed += zeroes.space;
+        used -= if image.header().has_data_file() { 0 } else { zeroes.hosts.min(used) };
     }
     let end = if options.rewrite { used } else { highest + 1 };
     result.length_after = (end * g.cluster_size()).min(result.length_before);
@@ -245,22 +269,52 @@ pub(super) fn estimate(
     Ok(result)
 }
 
-/// Number of clusters that hold nothing but zeroes, and the space that they take.
-fn zero_clusters(image: &Qcow2, has_backing: bool, job: &Job) -> Result<(u64, u64)> {
+/// What giving up clusters of zeroes would bring.
+#[derive(Default)]
+struct Zeroes {
+    /// Entries that have zeroes.
+    entries: u64,
+    /// Host clusters that nothing would refer to.
+    hosts: u64,
+    /// Bytes that those take in the file.
+    space: u64,
+}
+
+/// Looks for clusters that hold nothing but zeroes.
+fn zero_clusters(image: &Qcow2, references: &References, has_backing: bool, job: &Job) -> Result<Zeroes> {
     let g = *image.geometry();
+    let external = image.header().has_data_file();
     let mut scan = ZeroScan::new(image, has_backing)?;
-    let (mut count, mut space) = (0, 0);
+    let mut zeroes = Zeroes::default();
+    // References that host clusters would lose which have more of them.
+    let mut lost: HashMap<u64, u64> = HashMap::new();
+    let most = image.limits().max_memory / 4 / REMEMBERED;
     for table in tables(image)? {
         let words = read_words(image, table.offset)?;
         for number in 0..g.l2_entries() as usize {
             let mapping = image
                 .decode_entry(entry_at(image, &words, number), guest_of(image, table.l1_index, number))?;
-            if let Some(Emptied { freed: Some(host), .. }) = scan.look(&mapping)? {
-                job.checkpoint()?;
-                count += 1;
-                space += allocated(&**image.data_storage()?, host, g.cluster_size())?;
+            let Some(Emptied { freed: Some(hosts), .. }) = scan.look(&mapping)? else { continue };
+            job.checkpoint()?;
+            zeroes.entries += 1;
+            for host in hosts {
+                let all = if external { 0 } else { references.get(host) };
+                if all > table.weight {
+                    // An estimate does without what cannot be remembered.
+                    if lost.len() as u64 >= most && !lost.contains_key(&host) {
+                        continue;
+                    }
+                    let lost = lost.entry(host).or_insert(0);
+                    *lost += table.weight;
+                    if *lost != all {
+                        continue;
+                    }
+                }
+                zeroes.hosts += 1;
+                zeroes.space +=
+                    allocated(&**image.data_storage()?, host * g.cluster_size(), g.cluster_size())?;
             }
         }
     }
-    Ok((count, space))
+    Ok(zeroes)
 }

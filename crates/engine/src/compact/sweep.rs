@@ -6,7 +6,8 @@ use qcow2_format::{HostOffset, L2Mapping};
 
 use super::in_place::{BATCH_SLICES, Edits};
 use super::packing::Packing;
-use super::survey::{Table, entry_at, guest_of, read_words, tables};
+use super::survey::{Table, tables};
+use super::table_edit::TableEdit;
 use crate::maintenance::Session;
 use crate::{ErrorKind, Job, Mem, MemMut, Result, StorageExt};
 
@@ -95,30 +96,11 @@ impl<'s, 'a> Sweep<'s, 'a> {
     }
 
     fn table(&mut self, table: Table, job: &Job) -> Result<()> {
-        let image = self.session.image;
-        let g = self.session.geometry();
-        let mut words = read_words(image, table.offset)?;
-        let slice_words = (image.slices.slice_bytes() / 8) as usize;
-        let per_slice = image.slices.entries() as usize;
-        for first in (0..g.l2_entries() as usize).step_by(per_slice) {
+        let mut edit = TableEdit::read(self.session.image, table)?;
+        for first in edit.slices() {
             job.checkpoint()?;
-            let mut changed = false;
-            for number in first..first + per_slice {
-                let entry = entry_at(image, &words, number);
-                if entry.word == 0 {
-                    continue;
-                }
-                let mapping = image.decode_entry(entry, guest_of(image, table.l1_index, number))?;
-                if let Some(new) = self.relocate(&mapping, table.weight)? {
-                    image.slices.set_entry(&mut words, number as u64, new.encode(&g));
-                    changed = true;
-                }
-            }
-            if changed {
-                let start = first / per_slice * slice_words;
-                let slice = words.get(start..start + slice_words).unwrap_or_default().to_vec();
-                self.edits.slices.push((table.offset + start as u64 * 8, slice));
-            }
+            let slice = edit.slice(first, |mapping| self.relocate(mapping, table.weight))?;
+            self.edits.slices.extend(slice);
             if self.copied >= BATCH_BYTES || self.edits.slices.len() >= BATCH_SLICES || self.edits.are_many()
             {
                 self.commit()?;
@@ -233,7 +215,7 @@ impl<'s, 'a> Sweep<'s, 'a> {
         }
         self.session.barrier()?;
         self.taken.clear();
-        self.session.publish(edits).map(drop)
+        self.session.publish(edits)
     }
 
     /// Gives up the places taken since the last sync: nothing refers to them.
@@ -257,9 +239,6 @@ impl<'s, 'a> Sweep<'s, 'a> {
             self.session.set_refcount(to, counted.saturating_sub(left))?;
         }
         self.session.barrier()?;
-        let l1 = self.session.image.mapping.read().l1.clone();
-        let l1 = self.session.rewrite_copied(&l1, true)?;
-        self.session.write_active_l1(l1)?;
-        self.session.barrier()
+        self.session.restore_copied()
     }
 }
