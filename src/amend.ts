@@ -1,25 +1,23 @@
 /** Changing the options of an existing image. */
 
 import { SHARING, type SharingOptions, toReadAccess } from './access.js'
-import { openChain } from './backing/chain.js'
+import { withChain } from './backing/chain.js'
 import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
 import { invalidArgument, Qcow2Error } from './errors.js'
 import { open } from './image.js'
 import type { NativeAmendChanges } from './native.js'
 import {
   bytes,
-  flag,
   type Limits,
   LONG_RUNNING,
   type LongRunning,
   limits,
-  oneOf,
   type Read,
   readOptions,
-  text,
   throwIfAborted,
 } from './options.js'
-import { type Format, type ImageSource, release, toLocated } from './source.js'
+import { SHAPE } from './shape.js'
+import { type Format, type ImageSource, toLocated } from './source.js'
 import { runJob } from './support/jobs.js'
 import type { Size } from './units.js'
 
@@ -32,7 +30,7 @@ export interface AmendOptions extends LongRunning, SharingOptions {
   version?: 2 | 3 | undefined
   /** Width of the refcounts. Refused where a cluster has more references than the width can count. */
   refcountBits?: 1 | 2 | 4 | 8 | 16 | 32 | 64 | undefined
-  /** Whether other programs may postpone refcount updates. This library never does. */
+  /** Whether programs that write to the image may postpone refcount updates. This library does with the option of `open` only. */
   lazyRefcounts?: boolean | undefined
   /** Grows the disk to this size. */
   size?: Size | undefined
@@ -52,14 +50,14 @@ export interface AmendOptions extends LongRunning, SharingOptions {
 const AMEND = {
   ...LONG_RUNNING,
   ...SHARING,
-  version: oneOf(2, 3),
-  refcountBits: oneOf(1, 2, 4, 8, 16, 32, 64),
-  lazyRefcounts: flag,
+  version: SHAPE.version,
+  refcountBits: SHAPE.refcountBits,
+  lazyRefcounts: SHAPE.lazyRefcounts,
   size: bytes,
-  dataFile: text,
-  dataFileRaw: flag,
-  backingFile: text,
-  backingFormat: oneOf('qcow2', 'raw'),
+  dataFile: SHAPE.dataFile,
+  dataFileRaw: SHAPE.dataFileRaw,
+  backingFile: SHAPE.backingFile,
+  backingFormat: SHAPE.backingFormat,
   references: referencePolicy,
   limits,
 } as const
@@ -82,20 +80,11 @@ export async function amend(source: ImageSource, options?: AmendOptions): Promis
   const run = async (these: NativeAmendChanges): Promise<void> => {
     const access = { ...toReadAccess(read), write: {} }
     const { limits, signal } = read
-    const chain = await openChain(located, {
-      format: 'qcow2',
-      references: 'layer',
-      limits,
-      signal,
-      access,
-      forCheck: true,
+    const opening = { format: 'qcow2', references: 'layer', limits, signal, access, forCheck: true } as const
+    await withChain(located, opening, async ({ image, virtualSize }) => {
+      if (size !== undefined && size < virtualSize) throw shrinks(size, virtualSize)
+      return runJob<void>('amend', read, (request, job, addon) => addon.amendImage(request, job, image, these))
     })
-    try {
-      if (size !== undefined && size < chain.virtualSize) throw shrinks(size, chain.virtualSize)
-      await runJob<void>('amend', read, (request, job, addon) => addon.amendImage(request, job, chain.image, these))
-    } finally {
-      await release(chain.image)
-    }
   }
   if (size === undefined) return run({ ...changes, version })
   // A new size may need what only version 3 has, so going back to version 2 is last.

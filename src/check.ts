@@ -1,7 +1,7 @@
 /** Consistency checks and repairs, with QAPI's `ImageCheck` counters. */
 
 import { SHARING, type SharingOptions, toReadAccess } from './access.js'
-import { openChain } from './backing/chain.js'
+import { withChain } from './backing/chain.js'
 import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
 import { invalidArgument, type Qcow2Error } from './errors.js'
 import type { NativeCheckOutcome } from './native.js'
@@ -15,7 +15,7 @@ import {
   readOptions,
   throwIfAborted,
 } from './options.js'
-import { type Format, type ImageSource, release, toLocated } from './source.js'
+import { type Format, type ImageSource, toLocated } from './source.js'
 import { runJob } from './support/jobs.js'
 import { toError } from './support/requests.js'
 
@@ -115,12 +115,12 @@ export async function check(source: ImageSource, options?: CheckOptions): Promis
     throw invalidArgument('forceShare', 'check: forceShare is for reading: a repair excludes everybody else')
   }
   const access = { ...toReadAccess(read), ...(repair !== undefined && { write: {} }) }
-  const chain = await openChain(located, { format: 'qcow2', references, limits, signal, access, forCheck: true })
-  try {
-    const found = await checkImage(chain.image, chain.path, 'qcow2', read, repair)
+  const opening = { format: 'qcow2', references, limits, signal, access, forCheck: true } as const
+  return withChain(located, opening, async ({ image, path }) => {
+    const found = await checkImage(image, path, 'qcow2', read, repair)
     const { corruptionsFixed, leaksFixed } = found
     if (corruptionsFixed + leaksFixed === 0) return found
-    const left = await checkImage(chain.image, chain.path, 'qcow2', read)
+    const left = await checkImage(image, path, 'qcow2', read)
     return {
       ...left,
       corruptionsFixed,
@@ -129,9 +129,7 @@ export async function check(source: ImageSource, options?: CheckOptions): Promis
       omittedFindings: found.omittedFindings + left.omittedFindings,
       messages: [...found.messages, ...left.messages],
     }
-  } finally {
-    await release(chain.image)
-  }
+  })
 }
 
 /** Checks the top layer of an open image, which was opened for a repair if that is wanted. */

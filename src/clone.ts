@@ -2,9 +2,9 @@
 
 import { invalidArgument, Qcow2Error } from './errors.js'
 import type { NativeCloned, NativeCloneOrder } from './native.js'
-import { callback, flag, LONG_RUNNING, type LongRunning, oneOf, type Read, readOptions } from './options.js'
-import { type Compression, compression, type Qcow2Shape, shape, toNativeShape } from './shape.js'
-import { type Format, type PathLike, release, toPath } from './source.js'
+import { callback, flag, LONG_RUNNING, type LongRunning, type Read, readOptions } from './options.js'
+import { type Compression, compression, type Qcow2Shape, shape, toTarget } from './shape.js'
+import { type Format, format, type PathLike, release, toPath } from './source.js'
 import { runJob } from './support/jobs.js'
 
 /** Options of {@link Image.clone}. */
@@ -37,7 +37,7 @@ export interface CloneResult {
 
 const CLONE = {
   ...LONG_RUNNING,
-  to: oneOf('qcow2', 'raw'),
+  to: format,
   compress: compression,
   create: shape,
   overwrite: flag,
@@ -126,22 +126,8 @@ export function readCloneOptions(
 }
 
 function toOrder({ to, compress, create, overwrite = false }: ReadClone): Omit<NativeCloneOrder, 'inUse'> {
-  if (to === undefined) throw invalidArgument('to', "Image.clone: the option to is needed: 'qcow2' or 'raw'")
-  if (compress && to === 'raw') throw invalidArgument('compress', 'Image.clone: a raw image cannot be compressed')
   if (create?.backingFile !== undefined || create?.backingFormat !== undefined) {
     throw invalidArgument('backingFile', 'Image.clone: a clone holds the whole disk: it has no backing file')
   }
-  const type = compress?.type
-  if (type !== undefined && create?.compressionType !== undefined && type !== create.compressionType) {
-    const message = `Image.clone: compress.type '${type}' contradicts create.compressionType '${create.compressionType}'`
-    throw invalidArgument('compress', message)
-  }
-  const wanted = { ...create, ...(type !== undefined && { compressionType: type }) }
-  return {
-    shape: toNativeShape('Image.clone', to, wanted),
-    compress: compress !== undefined,
-    level: compress?.level,
-    smallWindow: compress?.window === 'small',
-    overwrite,
-  }
+  return { ...toTarget('Image.clone', to, create, compress), overwrite }
 }

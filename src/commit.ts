@@ -1,7 +1,7 @@
 /** Committing: what an overlay has goes into a layer below it. */
 
-import { type CacheMode, type SharingOptions, toReadAccess } from './access.js'
-import { type ChainOptions, openChain } from './backing/chain.js'
+import { ACCESS, type CacheMode, SHARING, type SharingOptions, toReadAccess } from './access.js'
+import { type ChainOptions, lookAtChain, withChain } from './backing/chain.js'
 import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
 import { invalidArgument, Qcow2Error } from './errors.js'
 import {
@@ -11,7 +11,6 @@ import {
   LONG_RUNNING,
   type LongRunning,
   limits,
-  oneOf,
   type Read,
   readOptions,
   throwIfAborted,
@@ -40,11 +39,11 @@ export interface CommitOptions extends LongRunning, Pick<SharingOptions, 'lockin
 
 const COMMIT = {
   ...LONG_RUNNING,
-  locking: oneOf('auto', 'on', 'off'),
+  locking: SHARING.locking,
   references: referencePolicy,
   base: toLocated,
   drop: flag,
-  cache: oneOf('writeback', 'none', 'writethrough', 'directsync', 'unsafe'),
+  cache: ACCESS.cache,
   rate: bytes,
   limits,
 } as const
@@ -79,24 +78,14 @@ export async function commit(top: ImageSource, options?: CommitOptions): Promise
   }
   const write = { cache: read.cache }
   const access = { ...toReadAccess(read), cache: read.cache, write }
-  const chain = await openChain(located, { ...chainOptions(read), access, base: depth, keepTop: !empty })
-  const { image, base } = chain
-  let failure: unknown
-  try {
-    if (base !== undefined) {
-      const { concurrency, rate } = read
-      await runJob<void>('commit', read, (request, job, addon) =>
-        addon.commitImage(request, job, image, base, { empty, concurrency, rate }),
-      )
-    }
-  } catch (error) {
-    failure = error
-  }
-  // Closing stores the bitmaps and makes all durable: an error of it is the commit's.
-  for (const number of [image, base]) {
-    if (number !== undefined) await release(number).catch((error: unknown) => (failure ??= error))
-  }
-  if (failure !== undefined) throw failure
+  const opening = { ...chainOptions(read), access, base: depth, keepTop: !empty }
+  await withChain(located, opening, async ({ image, base }) => {
+    if (base === undefined) return
+    const { concurrency, rate } = read
+    await runJob<void>('commit', read, (request, job, addon) =>
+      addon.commitImage(request, job, image, base, { empty, concurrency, rate }),
+    )
+  })
 }
 
 const chainOptions = ({ references, limits, signal }: ReadCommit): ChainOptions => ({
@@ -110,8 +99,7 @@ const chainOptions = ({ references, limits, signal }: ReadCommit): ChainOptions 
 async function depthOf(top: Located, base: Located, read: ReadCommit): Promise<number> {
   const file = await openFile(base)
   await release(file.file)
-  const chain = await openChain(top, { ...chainOptions(read), access: toReadAccess(read) })
-  await release(chain.image)
+  const chain = await lookAtChain(top, { ...chainOptions(read), access: toReadAccess(read) })
   const depth = file.identity === undefined ? -1 : chain.layers.indexOf(file.identity)
   if (depth >= 1) return depth
   const name = file.path === undefined ? 'the base' : `'${file.path}'`

@@ -1,20 +1,11 @@
 /** Comparing what two images read as. */
 
 import { SHARING, type SharingOptions, toReadAccess } from './access.js'
-import { openChain } from './backing/chain.js'
+import { withChain } from './backing/chain.js'
 import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
 import type { NativeCompared } from './native.js'
-import {
-  flag,
-  type Limits,
-  LONG_RUNNING,
-  type LongRunning,
-  limits,
-  oneOf,
-  readOptions,
-  throwIfAborted,
-} from './options.js'
-import { type Format, type ImageSource, release, toLocated } from './source.js'
+import { flag, type Limits, LONG_RUNNING, type LongRunning, limits, readOptions, throwIfAborted } from './options.js'
+import { type Format, format, type ImageSource, toLocated } from './source.js'
 import { runJob } from './support/jobs.js'
 
 /** Options of {@link compare}. */
@@ -45,8 +36,8 @@ const COMPARE = {
   ...LONG_RUNNING,
   ...SHARING,
   strict: flag,
-  formatA: oneOf('qcow2', 'raw'),
-  formatB: oneOf('qcow2', 'raw'),
+  formatA: format,
+  formatB: format,
   references: referencePolicy,
   limits,
 } as const
@@ -63,21 +54,14 @@ export async function compare(a: ImageSource, b: ImageSource, options?: CompareO
   throwIfAborted(read.signal)
   const { references, limits, signal } = read
   const chain = { references, limits, signal, access: toReadAccess(read) }
-  const first = await openChain(locatedA, { ...chain, format: read.formatA })
-  try {
-    const second = await openChain(locatedB, { ...chain, format: read.formatB })
-    try {
-      return toResult(
-        await runJob<NativeCompared>('compare', read, (request, job, addon) =>
-          addon.compareImages(request, job, first.image, second.image, read.strict ?? false, read.concurrency),
-        ),
+  return withChain(locatedA, { ...chain, format: read.formatA }, first =>
+    withChain(locatedB, { ...chain, format: read.formatB }, async second => {
+      const compared = await runJob<NativeCompared>('compare', read, (request, job, addon) =>
+        addon.compareImages(request, job, first.image, second.image, read.strict ?? false, read.concurrency),
       )
-    } finally {
-      await release(second.image)
-    }
-  } finally {
-    await release(first.image)
-  }
+      return toResult(compared)
+    }),
+  )
 }
 
 const toResult = ({ reason, offset, sizesDiffer }: NativeCompared): CompareResult => ({

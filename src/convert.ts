@@ -1,7 +1,7 @@
 /** Converting between formats and shapes. */
 
 import { SHARING, type SharingOptions, toReadAccess } from './access.js'
-import { type Chain, openChain } from './backing/chain.js'
+import { type Chain, lookAtChain, openChain } from './backing/chain.js'
 import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
 import { invalidArgument, Qcow2Error } from './errors.js'
 import type { NativeConverted, NativeConvertJob } from './native.js'
@@ -13,7 +13,6 @@ import {
   LONG_RUNNING,
   type LongRunning,
   limits,
-  oneOf,
   type Read,
   type Reader,
   readOptions,
@@ -26,16 +25,19 @@ import {
   type Preallocation,
   type Qcow2Shape,
   type ReadShape,
+  SHAPE,
   shape,
-  toNativeShape,
+  toTarget,
 } from './shape.js'
 import {
   type Format,
+  format,
   type ImageSource,
   type Located,
   openFile,
   type PathLike,
   release,
+  toFormat,
   toLocated,
   toPath,
 } from './source.js'
@@ -56,7 +58,7 @@ export interface SourceOptions extends SharingOptions {
 /** The table entries of {@link SourceOptions}. */
 export const SOURCE = {
   ...SHARING,
-  from: oneOf('qcow2', 'raw'),
+  from: format,
   references: referencePolicy,
   snapshot: text,
   limits,
@@ -128,8 +130,6 @@ const bitmaps: Reader<'all' | 'consistent' | undefined> = (value, name) => {
   return readOptions(value, name, BITMAPS).skipBroken ? 'consistent' : 'all'
 }
 
-const format = oneOf('qcow2', 'raw')
-
 const formats: Reader<Format | readonly Format[]> = (value, name) =>
   Array.isArray(value) ? value.map((each, index) => format(each, `${name}[${index}]`)) : format(value, name)
 
@@ -141,10 +141,10 @@ const CONVERT = {
   length: bytes,
   salvage: flag,
   rate: bytes,
-  to: oneOf('qcow2', 'raw'),
+  to: format,
   compress: compression,
   create: shape,
-  preallocation: oneOf('off', 'metadata', 'falloc', 'full'),
+  preallocation: SHAPE.preallocation,
   sparseSize: integer(0, 2 ** 30),
   existingTarget: flag,
   targetIsZero: flag,
@@ -227,13 +227,12 @@ async function openTarget(located: Located, inUse: readonly string[], read: Read
 
 /** Checks what the options demand of each other; the rules of the format are the engine's. */
 function toOrder(read: ReadConvert, sources: number): Omit<NativeConvertJob, 'inUse'> {
-  const { to, compress, create, existingTarget = false, targetIsZero = false, overwrite = false } = read
-  if (to === undefined) throw invalidArgument('to', "convert: the option to is needed: 'qcow2' or 'raw'")
+  const { compress, create, existingTarget = false, targetIsZero = false, overwrite = false } = read
+  const to = toFormat('convert', read.to)
   if (read.references === 'layer') {
     const message = "convert: references: 'layer' would write what is only in the backing file as zeroes"
     throw invalidArgument('references', message)
   }
-  if (compress && to === 'raw') throw invalidArgument('compress', 'convert: a raw image cannot be compressed')
   if (existingTarget && (create !== undefined || read.preallocation !== undefined)) {
     throw invalidArgument('existingTarget', 'convert: existingTarget takes the image as it is: nothing can be created')
   }
@@ -260,10 +259,7 @@ function toOrder(read: ReadConvert, sources: number): Omit<NativeConvertJob, 'in
     throw invalidArgument('snapshot', 'convert: a raw image has no snapshots')
   }
   return {
-    shape: toNativeShape('convert', to, toShape(read)),
-    compress: compress !== undefined,
-    level: compress?.level,
-    smallWindow: compress?.window === 'small',
+    ...toTarget('convert', to, toShape(read), compress),
     sparseSize: read.sparseSize,
     concurrency: read.concurrency,
     existing: existingTarget,
@@ -295,20 +291,11 @@ function refuseParts(read: ReadConvert, sources: number): void {
   }
 }
 
-function toShape({ create, compress, preallocation }: ReadConvert): ReadShape {
-  const type = compress?.type
-  if (type !== undefined && create?.compressionType !== undefined && type !== create.compressionType) {
-    const message = `convert: compress.type '${type}' contradicts create.compressionType '${create.compressionType}'`
-    throw invalidArgument('compress', message)
-  }
+function toShape({ create, preallocation }: ReadConvert): ReadShape {
   if (preallocation !== undefined && create?.preallocation !== undefined && preallocation !== create.preallocation) {
     throw invalidArgument('preallocation', 'convert: preallocation contradicts create.preallocation')
   }
-  return {
-    ...create,
-    ...(type !== undefined && { compressionType: type }),
-    ...(preallocation !== undefined && { preallocation }),
-  }
+  return { ...create, ...(preallocation !== undefined && { preallocation }) }
 }
 
 /** Where the base is in the source's chain, and how large it is. */
@@ -319,8 +306,7 @@ async function lookAtBase(
 ): Promise<{ identities: readonly string[]; order: Pick<NativeConvertJob, 'deltaLayers' | 'baseSize'> }> {
   const { references, limits, signal } = read
   const format = read.create?.backingFormat === 'raw' ? 'raw' : 'qcow2'
-  const chain = await openChain(base, { format, references, limits, signal, access: toReadAccess(read) })
-  await release(chain.image)
+  const chain = await lookAtChain(base, { format, references, limits, signal, access: toReadAccess(read) })
   const identity = chain.layers[0]
   const deltaLayers = identity === undefined ? -1 : source.layers.indexOf(identity)
   if (deltaLayers < 1) {

@@ -1,14 +1,14 @@
 /** Creating images. */
 
 import { READING, WRITING } from './access.js'
-import { openChain } from './backing/chain.js'
+import { lookAtChain, openChain } from './backing/chain.js'
 import { readFileName } from './backing/filename.js'
 import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
 import { AbortError, invalidArgument } from './errors.js'
 import { Image } from './image.js'
-import { bytes, flag, LONG_RUNNING, type LongRunning, oneOf, readOptions, throwIfAborted } from './options.js'
+import { bytes, flag, LONG_RUNNING, type LongRunning, readOptions, throwIfAborted } from './options.js'
 import { type Qcow2Shape, SHAPE, toNativeShape } from './shape.js'
-import { type Format, type PathLike, release, toPath } from './source.js'
+import { type Format, format, type PathLike, release, toPath } from './source.js'
 import { runJob } from './support/jobs.js'
 import type { Size } from './units.js'
 
@@ -30,7 +30,7 @@ export interface CreateOptions extends Qcow2Shape, LongRunning {
 const CREATE = {
   ...LONG_RUNNING,
   ...SHAPE,
-  format: oneOf('qcow2', 'raw'),
+  format,
   size: bytes,
   overwrite: flag,
   references: referencePolicy,
@@ -45,24 +45,12 @@ const CREATE = {
 export async function create(path: PathLike, options: CreateOptions): Promise<Image> {
   const target = toPath(path, 'path')
   const read = readOptions(options, 'create', CREATE)
-  const {
-    format = 'qcow2',
-    size,
-    overwrite,
-    references = 'deny',
-    signal,
-    onProgress,
-    progressInterval,
-    concurrency,
-  } = read
-  const { version, clusterSize, extendedL2, compressionType, preallocation, refcountBits, lazyRefcounts } = read
-  const { backingFile, backingFormat, dataFile, dataFileRaw } = read
-  const wanted = toNativeShape('create', format, {
-    ...{ version, clusterSize, extendedL2, compressionType, preallocation, refcountBits, lazyRefcounts },
-    ...{ backingFile, backingFormat, dataFile, dataFileRaw },
-  })
+  const { format = 'qcow2', size, overwrite, references = 'deny', ...rest } = read
+  const { signal, onProgress, progressInterval, concurrency, ...shape } = rest
+  const wanted = toNativeShape('create', format, shape)
+  const { backingFile, dataFile } = shape
   throwIfAborted(signal)
-  const backing = await lookAtBacking(String(target), backingFile, backingFormat, references, signal)
+  const backing = await lookAtBacking(String(target), backingFile, shape.backingFormat, references, signal)
   const bytesInAll = size ?? backing?.virtualSize
   if (bytesInAll === undefined) {
     const why = backingFile === undefined ? 'without a backing file' : "where references: 'layer' leaves it unopened"
@@ -97,7 +85,5 @@ async function lookAtBacking(
     const message = `create: the backing file '${backingFile}' cannot be opened: ${name.refused}`
     throw invalidArgument('backingFile', message)
   }
-  const { image, virtualSize, identities } = await openChain({ path: name.path }, { format, references, signal })
-  await release(image)
-  return { virtualSize, identities }
+  return lookAtChain({ path: name.path }, { format, references, signal })
 }

@@ -20,7 +20,6 @@ import {
   type Limits,
   type LongRunning,
   limits,
-  oneOf,
   readOptions,
   text,
   throwIfAborted,
@@ -28,7 +27,7 @@ import {
 import { type OverlayOptions, putOverlay, readOverlayOptions } from './overlay.js'
 import { resizeDisk, TRUNCATE, type TruncateOptions } from './resize.js'
 import { Snapshots } from './snapshot/snapshots.js'
-import { type Format, type ImageSource, type PathLike, release, toLocated } from './source.js'
+import { type Format, format, type ImageSource, type PathLike, release, toLocated } from './source.js'
 import { openReadStream, openWebStream, type ReadStreamOptions, type WebStreamOptions } from './stream.js'
 import { toBytesView } from './support/buffers.js'
 import { Lifetime } from './support/lifetime.js'
@@ -64,7 +63,7 @@ export interface OpenOptions extends AccessOptions, Abortable {
 const OPEN = {
   ...ABORTABLE,
   ...ACCESS,
-  format: oneOf('qcow2', 'raw'),
+  format,
   references: referencePolicy,
   snapshot: text,
   l2CacheSize: bytes,

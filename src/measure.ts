@@ -1,13 +1,12 @@
 /** Sizes of images before they are made. */
 
 import { toReadAccess } from './access.js'
-import { openChain } from './backing/chain.js'
+import { withChain } from './backing/chain.js'
 import { SOURCE, type SourceOptions } from './convert.js'
-import { invalidArgument } from './errors.js'
 import type { NativeMeasured, NativeShape } from './native.js'
-import { LONG_RUNNING, type LongRunning, oneOf, readOptions, throwIfAborted } from './options.js'
-import { type Preallocation, type Qcow2Shape, shape, toNativeShape } from './shape.js'
-import { type Format, type ImageSource, release, toLocated } from './source.js'
+import { LONG_RUNNING, type LongRunning, readOptions, throwIfAborted } from './options.js'
+import { type Preallocation, type Qcow2Shape, SHAPE, shape, toNativeShape } from './shape.js'
+import { type Format, format, type ImageSource, toFormat, toLocated } from './source.js'
 import { runJob } from './support/jobs.js'
 import { type Size, toBytes } from './units.js'
 
@@ -33,9 +32,9 @@ export interface MeasureResult {
 const MEASURE = {
   ...LONG_RUNNING,
   ...SOURCE,
-  to: oneOf('qcow2', 'raw'),
+  to: format,
   create: shape,
-  preallocation: oneOf('off', 'metadata', 'falloc', 'full'),
+  preallocation: SHAPE.preallocation,
 } as const
 
 /**
@@ -50,10 +49,9 @@ export async function measure(
   options: MeasureOptions,
 ): Promise<MeasureResult> {
   const read = readOptions(options, 'measure', MEASURE)
-  const { to, from, references, snapshot, limits, signal } = read
-  if (to === undefined) throw invalidArgument('to', "measure: the option to is needed: 'qcow2' or 'raw'")
+  const { from, references, snapshot, limits, signal } = read
   const { preallocation = read.create?.preallocation } = read
-  const wanted = toNativeShape('measure', to, { ...read.create, preallocation })
+  const wanted = toNativeShape('measure', toFormat('measure', read.to), { ...read.create, preallocation })
   const run = (image: number | undefined, size: number, target: NativeShape): Promise<MeasureResult> =>
     runJob<NativeMeasured>('measure', read, (request, job, addon) =>
       addon.measureImage(request, job, image, size, target),
@@ -65,12 +63,8 @@ export async function measure(
   const located = toLocated(source, 'source')
   throwIfAborted(signal)
   const access = toReadAccess(read)
-  const { image } = await openChain(located, { format: from, references, snapshot, limits, signal, access })
-  try {
-    return await run(image, 0, wanted)
-  } finally {
-    await release(image)
-  }
+  const opening = { format: from, references, snapshot, limits, signal, access }
+  return withChain(located, opening, ({ image }) => run(image, 0, wanted))
 }
 
 const isSize = (source: unknown): source is { readonly size: Size } =>

@@ -1,7 +1,7 @@
 /** Rebasing: another backing file under the same disk. */
 
-import { type CacheMode, READING, type SharingOptions, toReadAccess } from './access.js'
-import { type Chain, openChain } from './backing/chain.js'
+import { ACCESS, type CacheMode, READING, SHARING, type SharingOptions, toReadAccess } from './access.js'
+import { type Chain, type ChainOptions, lookAtChain, withChain } from './backing/chain.js'
 import { decide, type ReferencePolicy, referencePolicy } from './backing/policy.js'
 import { invalidArgument, Qcow2Error } from './errors.js'
 import type { NativeBacking, NativeFile } from './native.js'
@@ -11,7 +11,6 @@ import {
   LONG_RUNNING,
   type LongRunning,
   limits,
-  oneOf,
   type Read,
   readOptions,
   text,
@@ -50,14 +49,14 @@ export interface RebaseOptions extends LongRunning, Pick<SharingOptions, 'lockin
 
 const REBASE = {
   ...LONG_RUNNING,
-  locking: oneOf('auto', 'on', 'off'),
+  locking: SHARING.locking,
   backingFormat: text,
   references: referencePolicy,
   compress: flag,
   detectZeroes: flag,
   unsafe: flag,
   acknowledgeDataLoss: flag,
-  cache: oneOf('writeback', 'none', 'writethrough', 'directsync', 'unsafe'),
+  cache: ACCESS.cache,
   limits,
 } as const
 
@@ -124,21 +123,23 @@ async function copyAndSetName(
   read: ReadRebase,
 ): Promise<void> {
   const { references, limits, signal, cache, concurrency, compress = false, detectZeroes = true } = read
+  const access = { ...toReadAccess(read), cache, write: { cache } }
+  const opening = { format: 'qcow2', references, limits, signal, access } as const
+  const change = (next?: Chain): Promise<void> =>
+    withChain(located, opening, ({ image }) =>
+      runJob<void>('rebase', read, (request, job, addon) =>
+        addon.rebaseImage(request, job, image, next?.image, named, compress, detectZeroes, concurrency),
+      ),
+    )
+  if (named === undefined) return change()
+  const place = await locate(file, named, read)
+  if (place === undefined) throw invalidArgument('references', 'rebase: the new backing file is not opened')
+  await refuseItself(file, place, named)
   // Before the image is locked: a chain that contains it could not be opened then.
-  const next = named && (await openNext(file, named, read))
-  try {
-    const access = { ...toReadAccess(read), cache, write: { cache } }
-    const chain = await openChain(located, { format: 'qcow2', references, limits, signal, access })
-    try {
-      await runJob<void>('rebase', read, (request, job, addon) =>
-        addon.rebaseImage(request, job, chain.image, next?.image, named, compress, detectZeroes, concurrency),
-      )
-    } finally {
-      await release(chain.image)
-    }
-  } finally {
-    if (next !== undefined) await release(next.image)
-  }
+  return withChain(place, { ...nextOptions(read), access: toReadAccess(read) }, async next => {
+    refuseInside(file, next, named)
+    return change(next)
+  })
 }
 
 async function setName(
@@ -151,13 +152,10 @@ async function setName(
   const { limits, signal, cache } = read
   const access = { ...toReadAccess(read), cache, write: { cache } }
   // A check needs no backing file.
-  const options = { format: 'qcow2', references: 'layer', limits, signal, access, forCheck: true } as const
-  const chain = await openChain(located, options)
-  try {
-    await runJob<void>('rebase', read, (request, job, addon) => addon.setBackingFile(request, job, chain.image, named))
-  } finally {
-    await release(chain.image)
-  }
+  const opening = { format: 'qcow2', references: 'layer', limits, signal, access, forCheck: true } as const
+  await withChain(located, opening, ({ image }) =>
+    runJob<void>('rebase', read, (request, job, addon) => addon.setBackingFile(request, job, image, named)),
+  )
 }
 
 /** Where the new backing file is: the caller named it, so it is followed unless a function decides. */
@@ -170,18 +168,13 @@ function locate(
   return decide(policy, 'backing', { filename, exact: true, ...(format !== undefined && { format }) }, path)
 }
 
-/** Opens the new backing chain, for reading. */
-async function openNext(file: NativeFile, named: NativeBacking, read: ReadRebase): Promise<Chain> {
-  const located = await locate(file, named, read)
-  if (located === undefined) throw invalidArgument('references', 'rebase: the new backing file is not opened')
-  await refuseItself(file, located, named)
-  const { references, limits, signal } = read
-  const format = isFormat(read.backingFormat) ? read.backingFormat : undefined
-  const chain = await openChain(located, { format, references, limits, signal, access: toReadAccess(read) })
-  if (file.identity === undefined || !chain.identities.includes(file.identity)) return chain
-  await release(chain.image)
-  throw containsItself(file, named)
-}
+/** How the new backing chain is opened. */
+const nextOptions = ({ references, limits, signal, backingFormat }: ReadRebase): ChainOptions => ({
+  format: isFormat(backingFormat) ? backingFormat : undefined,
+  references,
+  limits,
+  signal,
+})
 
 /** Refuses a name that makes the chain contain itself, as far as that can be seen: the files need not be there. */
 async function refuseLoop(file: NativeFile, named: NativeBacking, read: ReadRebase): Promise<void> {
@@ -189,17 +182,8 @@ async function refuseLoop(file: NativeFile, named: NativeBacking, read: ReadReba
     const located = await locate(file, named, read)
     if (located === undefined) return
     await refuseItself(file, located, named)
-    const { references, limits, signal, backingFormat } = read
-    const format = isFormat(backingFormat) ? backingFormat : undefined
-    const chain = await openChain(located, {
-      format,
-      references,
-      limits,
-      signal,
-      access: { ...READING, lock: undefined },
-    })
-    await release(chain.image)
-    if (file.identity !== undefined && chain.identities.includes(file.identity)) throw containsItself(file, named)
+    const next = await lookAtChain(located, { ...nextOptions(read), access: { ...READING, lock: undefined } })
+    refuseInside(file, next, named)
   } catch (error) {
     throwIfAborted(read.signal)
     if (error instanceof Qcow2Error && error.code === 'ERR_QCOW2_CHAIN' && error.field === LOOP) throw error
@@ -210,6 +194,10 @@ async function refuseItself(file: NativeFile, located: Located, named: NativeBac
   const other = await openFile(located)
   await release(other.file)
   if (file.identity !== undefined && other.identity === file.identity) throw containsItself(file, named)
+}
+
+function refuseInside(file: NativeFile, next: Pick<Chain, 'identities'>, named: NativeBacking): void {
+  if (file.identity !== undefined && next.identities.includes(file.identity)) throw containsItself(file, named)
 }
 
 const LOOP = 'backing'

@@ -1,7 +1,7 @@
 /** Resizing the disk of an open image. */
 
-import { ABORTABLE, type Abortable, flag, oneOf } from './options.js'
-import type { Preallocation } from './shape.js'
+import { ABORTABLE, type Abortable, flag } from './options.js'
+import { type Preallocation, SHAPE } from './shape.js'
 import { request } from './support/requests.js'
 
 /** Options of {@link Image.truncate}. */
@@ -22,7 +22,7 @@ export interface TruncateOptions extends Abortable {
 export const TRUNCATE = {
   ...ABORTABLE,
   shrink: flag,
-  preallocation: oneOf('off', 'metadata', 'falloc', 'full'),
+  preallocation: SHAPE.preallocation,
 } as const
 
 /** Resizes the disk of the addon's image; tells its size afterwards. */

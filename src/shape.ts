@@ -1,9 +1,9 @@
 /** The shape of new images, and how they are compressed: what everything that makes one has in common. */
 
 import { invalidArgument } from './errors.js'
-import type { NativeShape } from './native.js'
+import type { NativeCloneOrder, NativeShape } from './native.js'
 import { flag, integer, oneOf, type Read, type Reader, readOptions, text } from './options.js'
-import type { Format } from './source.js'
+import { type Format, format, toFormat } from './source.js'
 
 /**
  * How much of a new image is allocated at once: nothing, its tables (`'metadata'`, qcow2 only), its space too, or its space
@@ -48,7 +48,7 @@ export const SHAPE = {
   refcountBits: oneOf(1, 2, 4, 8, 16, 32, 64),
   lazyRefcounts: flag,
   backingFile: text,
-  backingFormat: oneOf('qcow2', 'raw'),
+  backingFormat: format,
   dataFile: text,
   dataFileRaw: flag,
 } as const
@@ -93,7 +93,7 @@ export interface Compression {
 }
 
 const COMPRESSION = {
-  type: oneOf('zlib', 'zstd'),
+  type: SHAPE.compressionType,
   level: integer(1, 22),
   window: oneOf('full', 'small'),
 } as const
@@ -105,3 +105,28 @@ export const compression: Reader<Read<typeof COMPRESSION> | undefined> = (value,
       ? readOptions({}, name, COMPRESSION)
       : undefined
     : readOptions(value, name, COMPRESSION)
+
+/** How a new image is made, and what is written to it. */
+export type Target = Pick<NativeCloneOrder, 'shape' | 'compress' | 'level' | 'smallWindow'>
+
+/** Checks what format, shape and compression of a new image demand of each other. */
+export function toTarget(
+  owner: string,
+  to: Format | undefined,
+  create: ReadShape | undefined,
+  compress: Read<typeof COMPRESSION> | undefined,
+): Target {
+  const made = toFormat(owner, to)
+  if (compress && made === 'raw') throw invalidArgument('compress', `${owner}: a raw image cannot be compressed`)
+  const type = compress?.type
+  if (type !== undefined && create?.compressionType !== undefined && type !== create.compressionType) {
+    const message = `${owner}: compress.type '${type}' contradicts create.compressionType '${create.compressionType}'`
+    throw invalidArgument('compress', message)
+  }
+  return {
+    shape: toNativeShape(owner, made, { ...create, ...(type !== undefined && { compressionType: type }) }),
+    compress: compress !== undefined,
+    level: compress?.level,
+    smallWindow: compress?.window === 'small',
+  }
+}

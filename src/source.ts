@@ -4,6 +4,7 @@ import type { FileHandle } from 'node:fs/promises'
 import { fileURLToPath } from 'node:url'
 import { invalidArgument, Qcow2Error } from './errors.js'
 import type { NativeFile, NativeFileOptions } from './native.js'
+import { oneOf, type Reader } from './options.js'
 import { request } from './support/requests.js'
 import { describe } from './units.js'
 
@@ -18,6 +19,15 @@ export type ImageSource = PathLike | FileHandle
 
 /** The formats that images are read and written in. */
 export type Format = 'qcow2' | 'raw'
+
+/** Reads a {@link Format}. */
+export const format: Reader<Format> = oneOf('qcow2', 'raw')
+
+/** What `convert` and its like make: a target has no default. */
+export function toFormat(owner: string, to: Format | undefined): Format {
+  if (to === undefined) throw invalidArgument('to', `${owner}: the option to is needed: 'qcow2' or 'raw'`)
+  return to
+}
 
 /** A source that was checked: a path for the system, or a handle's descriptor. */
 export type Located = { readonly path: string | Buffer } | { readonly descriptor: number }

@@ -88,6 +88,39 @@ export async function openChain(located: Located, options: ChainOptions): Promis
   }
 }
 
+/**
+ * Opens a chain for `work` and closes it afterwards, however that ended. Closing stores bitmaps and makes all durable: an error of it
+ * is the work's, unless that failed first.
+ */
+export async function withChain<T>(
+  located: Located,
+  options: ChainOptions,
+  work: (chain: Chain) => Promise<T>,
+): Promise<T> {
+  const chain = await openChain(located, options)
+  const close = async (): Promise<void> => {
+    try {
+      await release(chain.image)
+    } finally {
+      if (chain.base !== undefined) await release(chain.base)
+    }
+  }
+  let result: T
+  try {
+    result = await work(chain)
+  } catch (error) {
+    // The error that led here is the one to report.
+    await close().catch(() => {})
+    throw error
+  }
+  await close()
+  return result
+}
+
+/** What a chain is, once it opened; it is closed again. */
+export const lookAtChain = (located: Located, options: ChainOptions): Promise<Omit<Chain, 'image'>> =>
+  withChain(located, options, ({ image: _, ...chain }) => Promise.resolve(chain))
+
 /** Makes an image of the layers; of those from `base` on, one of their own. */
 async function assemble(
   layers: readonly number[],
