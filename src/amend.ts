@@ -13,7 +13,9 @@ import {
   type LongRunning,
   limits,
   type Read,
+  type Reader,
   readOptions,
+  text,
   throwIfAborted,
 } from './options.js'
 import { SHAPE } from './shape.js'
@@ -47,6 +49,9 @@ export interface AmendOptions extends LongRunning, SharingOptions {
   limits?: Limits | undefined
 }
 
+/** A name, or `''` for none. */
+const textOrNone: Reader<string> = (value, name) => (value === '' ? value : text(value, name))
+
 const AMEND = {
   ...LONG_RUNNING,
   ...SHARING,
@@ -54,7 +59,7 @@ const AMEND = {
   refcountBits: SHAPE.refcountBits,
   lazyRefcounts: SHAPE.lazyRefcounts,
   size: bytes,
-  dataFile: SHAPE.dataFile,
+  dataFile: textOrNone,
   dataFileRaw: SHAPE.dataFileRaw,
   backingFile: SHAPE.backingFile,
   backingFormat: SHAPE.backingFormat,

@@ -95,6 +95,16 @@ describeWithQemu('amend side by side with qemu-img', () => {
     expect(await qemuImg('check', '-q', path)).toMatchObject({ code: 0 })
   })
 
+  it('takes the name of a data file away, as qemu-img does', async () => {
+    const path = await make('unnamed', `data_file=${join(folder, 'named.raw')}`, false)
+    const other = `${path}.theirs`
+    copyFileSync(path, other)
+    expect(await asQemuImg(['amend', '-o', 'data_file=', path], folder)).toMatchObject({ code: 0 })
+    expect(await qemuImg('amend', '-o', 'data_file=', other)).toMatchObject({ code: 0 })
+    expect(await specific(path)).toEqual(await specific(other))
+    expect(await specific(path)).not.toHaveProperty('data-file')
+  })
+
   it('is refused while the image is open, and names what is wrong', async () => {
     const path = await make('busy', '', false)
     const image = await open(path)

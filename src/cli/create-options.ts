@@ -44,11 +44,15 @@ const QCOW2_OPTIONS: readonly OptionSpec[] = [
   { name: 'refcount_bits', type: 'number', help: 'Width of a reference count entry in bits', fallback: '16' },
 ]
 
-const SIZE_OPTION: OptionSpec = { name: 'size', type: 'size', help: 'Virtual disk size' }
+/** Some of them, for an image that exists: what is not given stays as it is. */
+export const qcow2Options = (...names: readonly string[]): readonly OptionSpec[] =>
+  QCOW2_OPTIONS.filter(({ name }) => names.includes(name)).map(({ name, type, help }) => ({ name, type, help }))
+
+const SIZE_OPTIONS = qcow2Options('size')
 
 /** Options of the file that an image is stored in. */
 const FILE_OPTIONS: readonly OptionSpec[] = [
-  SIZE_OPTION,
+  ...SIZE_OPTIONS,
   { name: 'preallocation', type: 'string', help: 'Preallocation mode (allowed values: off, falloc, full)' },
   { name: 'nocow', type: 'bool', help: 'Turn off copy-on-write (valid only on btrfs)' },
   { name: 'extent_size_hint', type: 'size', help: 'Extent size hint for the image file, 0 to disable' },
@@ -79,7 +83,7 @@ export const isCreateOption = (name: string): boolean => QCOW2_OPTIONS.some(spec
 export function describeFormat(format: Format, filename: string | undefined): string {
   const offered = (specs: readonly OptionSpec[]): string => optionHelp(specs.filter(({ name }) => !isRefused(name)))
   if (filename !== undefined) return `Supported options:\n${offered(optionSpecs(format))}`
-  const own = format === 'raw' ? [SIZE_OPTION] : QCOW2_OPTIONS
+  const own = format === 'raw' ? SIZE_OPTIONS : QCOW2_OPTIONS
   return (
     `Supported ${format} options:\n${offered(own)}\n` +
     'The protocol level may support further options.\nSpecify the target filename to include those options.\n'
@@ -94,15 +98,19 @@ export function toCreateOptions(values: OptionValues, format: Format): Qcow2Shap
   const preallocation = choice(values, 'preallocation', allowed)
   if (preallocation) options.preallocation = preallocation
   if (format === 'raw') return options
-  const shape = qcow2Options(values, options)
+  const shape = toShape(values, options)
   checkShape(shape)
   return shape
 }
 
 const PREALLOCATIONS = ['off', 'metadata', 'falloc', 'full'] as const
 
-function qcow2Options(values: OptionValues, options: Qcow2Shape): Qcow2Shape {
-  const version = versionOf(text(values, 'compat'))
+function toShape(values: OptionValues, options: Qcow2Shape): Qcow2Shape {
+  const compat = text(values, 'compat')
+  const version = compat === undefined ? undefined : toVersion(compat)
+  if (compat !== undefined && version === undefined) {
+    throw new CommandFailure(`Parameter 'version' does not accept value '${compat}'`)
+  }
   if (version) options.version = version
   const clusterSize = values.get('cluster_size')
   if (typeof clusterSize === 'bigint') options.clusterSize = Number(clusterSize)
@@ -113,7 +121,7 @@ function qcow2Options(values: OptionValues, options: Qcow2Shape): Qcow2Shape {
   const compressionType = choice(values, 'compression_type', ['zlib', 'zstd'] as const)
   if (compressionType) options.compressionType = compressionType
   const refcountBits = values.get('refcount_bits')
-  if (typeof refcountBits === 'bigint') options.refcountBits = refcountWidth(refcountBits)
+  if (typeof refcountBits === 'bigint') options.refcountBits = toRefcountBits(refcountBits)
   const backingFile = text(values, 'backing_file')
   if (backingFile !== undefined) options.backingFile = backingFile
   const backingFormat = choice<Format>(values, 'backing_fmt', ['qcow2', 'raw'])
@@ -139,16 +147,16 @@ function choice<T extends string>(values: OptionValues, name: string, allowed: r
   return found
 }
 
-function versionOf(compat: string | undefined): 2 | 3 | undefined {
-  if (compat === undefined) return undefined
+/** The version that a compatibility level names. */
+export function toVersion(compat: string): 2 | 3 | undefined {
   if (compat === '0.10' || compat === 'v2') return 2
-  if (compat === '1.1' || compat === 'v3') return 3
-  throw new CommandFailure(`Parameter 'version' does not accept value '${compat}'`)
+  return compat === '1.1' || compat === 'v3' ? 3 : undefined
 }
 
 const REFCOUNT_WIDTHS = [1, 2, 4, 8, 16, 32, 64] as const
 
-function refcountWidth(bits: bigint): (typeof REFCOUNT_WIDTHS)[number] {
+/** A width of refcounts that there is. */
+export function toRefcountBits(bits: OptionValue): (typeof REFCOUNT_WIDTHS)[number] {
   const width = REFCOUNT_WIDTHS.find(candidate => BigInt(candidate) === bits)
   if (width === undefined) {
     throw new CommandFailure('Refcount width must be a power of two and may not exceed 64 bits')

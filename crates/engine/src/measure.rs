@@ -102,7 +102,7 @@ pub fn measure(image: &Image, target: &MeasureTarget, job: &Job) -> Result<Measu
         data_clusters(image, &qcow2.geometry, job)?
     };
     let mut measurement = measured(size, data, qcow2)?;
-    let source = image.layers().first().and_then(|layer| layer.as_qcow2());
+    let source = image.top_qcow2();
     if let Some(source) = source.filter(|s| s.header().version >= 3 && qcow2.version >= 3) {
         let bitmaps = source.bitmaps()?;
         let sizes = bitmaps.iter().map(|b| (b.entry.granularity_bits, b.entry.name.len() as u64));

@@ -1,12 +1,13 @@
 //! Amending an image's options.
 
-use napi::bindgen_prelude::{Env, ToNapiValue};
+use napi::bindgen_prelude::Env;
 use napi_derive::napi;
 use qcow2_engine::amend::{AmendOptions, amend};
 use qcow2_engine::check::CheckOptions;
-use qcow2_engine::{Error, ErrorKind, Layer};
+use qcow2_engine::{Error, ErrorKind};
 
 use crate::job::Ticket;
+use crate::open::nothing;
 use crate::runtime::Runtime;
 
 /// What to change; what is absent stays.
@@ -48,7 +49,7 @@ pub fn amend_image(env: Env, request: u32, job: u32, image: u32, changes: AmendC
         Ticket { request, job },
         move |job| {
             handle.run(|image| {
-                let Some(qcow2) = image.layers().first().and_then(Layer::as_qcow2) else {
+                let Some(qcow2) = image.top_qcow2() else {
                     let message = "a raw image has no options to amend";
                     return Err(Error::new(ErrorKind::UnsupportedFeature, message));
                 };
@@ -56,9 +57,6 @@ pub fn amend_image(env: Env, request: u32, job: u32, image: u32, changes: AmendC
                 amend(&**qcow2.storage(), &options, &limits, job)
             })
         },
-        |_, env, ()| {
-            // SAFETY: on the environment's thread, with its own env.
-            unsafe { <()>::to_napi_value(env.raw(), ()) }
-        },
+        nothing,
     )
 }

@@ -1,14 +1,14 @@
 //! Operations on backing chains.
 
-use napi::bindgen_prelude::{Env, ToNapiValue};
-use napi::sys;
+use napi::bindgen_prelude::Env;
 use napi_derive::napi;
 use qcow2_engine::backing::{Backing, CommitOptions, RebaseOptions, commit, rebase, set_backing};
 use qcow2_engine::check::CheckOptions;
-use qcow2_engine::{Error, ErrorKind, Image, Job, Layer, Qcow2, Result};
+use qcow2_engine::{Error, ErrorKind, Image, Job, Qcow2, Result};
 
 use crate::job::Ticket;
-use crate::pool::default_threads;
+use crate::open::nothing;
+use crate::pool::threads;
 use crate::runtime::Runtime;
 
 /// How to commit.
@@ -49,7 +49,7 @@ pub fn commit_image(
 ) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
     let (above, base) = (runtime.image(above)?, runtime.image(base)?);
-    let options = CommitOptions { empty: order.empty, workers: workers(order.concurrency) };
+    let options = CommitOptions { empty: order.empty, workers: threads(order.concurrency) };
     let work = move |job: &Job| {
         job.set_rate(order.rate.map_or(0, |rate| rate as u64));
         above.run(|above| base.run(|base| commit(above, base, &options, job)))
@@ -75,7 +75,7 @@ pub fn rebase_image(
     let top = runtime.image(image)?;
     let chain = chain.map(|chain| runtime.image(chain)).transpose()?;
     let backing = backing.map(BackingInput::read);
-    let options = RebaseOptions { compress, detect_zeroes, workers: workers(concurrency) };
+    let options = RebaseOptions { compress, detect_zeroes, workers: threads(concurrency) };
     let work = move |job: &Job| {
         top.run(|top| match &chain {
             Some(chain) => chain.run(|chain| rebase(top, Some(chain), backing.as_ref(), &options, job)),
@@ -109,12 +109,8 @@ pub fn set_backing_file(
 }
 
 fn top(image: &Image) -> Result<&Qcow2> {
-    let top = image.layers().first().and_then(Layer::as_qcow2);
+    let top = image.top_qcow2();
     top.ok_or_else(|| Error::new(ErrorKind::InvalidArgument, "a raw image cannot have a backing file"))
-}
-
-fn workers(concurrency: Option<u32>) -> usize {
-    concurrency.map_or_else(default_threads, |threads| threads as usize)
 }
 
 /// Starts a job that answers with nothing.
@@ -123,13 +119,5 @@ fn start(
     ticket: Ticket,
     work: impl FnOnce(&Job) -> Result<()> + Send + 'static,
 ) -> napi::Result<()> {
-    Runtime::of(env)?.start_job(
-        env,
-        ticket,
-        move |job| work(job),
-        |_, env, ()| -> napi::Result<sys::napi_value> {
-            // SAFETY: on the environment's thread, with its own env.
-            unsafe { <()>::to_napi_value(env.raw(), ()) }
-        },
-    )
+    Runtime::of(env)?.start_job(env, ticket, move |job| work(job), nothing)
 }

@@ -4,7 +4,7 @@ use napi::bindgen_prelude::{Env, ToNapiValue};
 use napi_derive::napi;
 use qcow2_engine::check::{self, CheckOptions, CheckReport, Repair, Severity};
 use qcow2_engine::image::read_header_for_check;
-use qcow2_engine::{Error, ErrorKind, Layer};
+use qcow2_engine::{Error, ErrorKind};
 
 use crate::failure::Failure;
 use crate::job::Ticket;
@@ -81,7 +81,7 @@ pub fn check_image(
         Ticket { request, job },
         move |job| {
             handle.run(|image| {
-                let Some(qcow2) = image.layers().first().and_then(Layer::as_qcow2) else {
+                let Some(qcow2) = image.top_qcow2() else {
                     return Err(Error::new(
                         ErrorKind::UnsupportedFeature,
                         "a raw image has nothing to check",

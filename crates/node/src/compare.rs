@@ -6,7 +6,7 @@ use qcow2_engine::compare::{CompareOptions, Comparison, Difference, compare};
 use qcow2_engine::measure::{Measurement, measure, measure_size};
 
 use crate::job::Ticket;
-use crate::pool::default_threads;
+use crate::pool::threads;
 use crate::runtime::Runtime;
 use crate::shape::Shape;
 
@@ -34,8 +34,7 @@ pub fn compare_images(
 ) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
     let (a, b) = (runtime.image(a)?, runtime.image(b)?);
-    let workers = workers.map_or_else(default_threads, |workers| workers as usize);
-    let options = CompareOptions { strict, workers };
+    let options = CompareOptions { strict, workers: threads(workers) };
     runtime.start_job(
         &env,
         Ticket { request, job },

@@ -3,14 +3,14 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use napi::bindgen_prelude::{BufferSlice, Either, Env, ToNapiValue};
+use napi::bindgen_prelude::{BufferSlice, Either, Env};
 use napi_derive::napi;
 use qcow2_engine::create::{create, create_raw};
 use qcow2_engine::storage::{NewFile, Overwrite};
 use qcow2_engine::{Error, ErrorKind, Job, Result};
 
 use crate::job::Ticket;
-use crate::open::to_path;
+use crate::open::{nothing, to_path};
 use crate::runtime::Runtime;
 use crate::shape::Shape;
 
@@ -76,8 +76,7 @@ pub fn create_image(
         &env,
         Ticket { request, job },
         move |job| run(&target, size as u64, &shape, job),
-        // SAFETY: on the environment's thread, with its own env.
-        |_, env, ()| unsafe { <()>::to_napi_value(env.raw(), ()) },
+        nothing,
     )
 }
 

@@ -111,7 +111,7 @@ impl Overlay {
     fn open(&self, path: &Path, below: &Image) -> Result<Layer> {
         let storage = FileStorage::open_cached(path, Access::ReadWrite, self.cache)?.into_storage();
         self.lock.for_writing(true).claim(&*storage, true)?;
-        let limits = below.layers().first().and_then(Layer::as_qcow2).map(|top| *top.limits());
+        let limits = below.top_qcow2().map(|top| *top.limits());
         let options = OpenOptions {
             limits: limits.unwrap_or_default(),
             l2_cache_bytes: self.reopen.l2_cache_bytes,
@@ -136,7 +136,7 @@ impl Overlay {
 }
 
 fn overlaid(image: &Image) -> Result<Overlaid> {
-    let top = image.layers().first().and_then(Layer::as_qcow2);
+    let top = image.top_qcow2();
     let top = top.ok_or_else(Error::aborted)?;
     let storage = top.storage();
     Ok(Overlaid {

@@ -81,6 +81,11 @@ pub(crate) fn default_threads() -> usize {
     thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS)
 }
 
+/// The threads that a job was given, or as many as a pool has.
+pub(crate) fn threads(given: Option<u32>) -> usize {
+    given.map_or_else(default_threads, |threads| threads as usize)
+}
+
 impl Pool {
     /// A pool without threads yet.
     pub(crate) fn new(delivery: Arc<Delivery>) -> Self {

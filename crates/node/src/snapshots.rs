@@ -111,7 +111,7 @@ pub fn execute_plan(env: Env, request: u32, image: u32, plan: PlanInput) -> napi
 }
 
 fn top(image: &Image) -> Result<&Qcow2> {
-    let top = image.layers().first().and_then(|layer| layer.as_qcow2());
+    let top = image.top_qcow2();
     top.ok_or_else(|| Error::new(ErrorKind::UnsupportedFeature, "a raw image has no internal snapshots"))
 }
 

@@ -1,18 +1,11 @@
 import type { Command } from 'commander'
 import { type AmendOptions, amend, type Format, Qcow2Error } from '../../index.js'
-import { isCreateOption } from '../create-options.js'
+import { isCreateOption, qcow2Options, toRefcountBits, toVersion } from '../create-options.js'
 import { describeError, openFailure } from '../errors.js'
 import { CommandFailure, UsageFailure, unsupported } from '../failure.js'
 import { cacheMode, oneFile, refuseDriverSyntax } from '../grammar.js'
 import { formatOf, localPath } from '../images.js'
-import {
-  asksForHelp,
-  joinOptionLists,
-  type OptionSpec,
-  type OptionValues,
-  optionHelp,
-  parseOptionList,
-} from '../options.js'
+import { asksForHelp, joinOptionLists, type OptionValues, optionHelp, parseOptionList } from '../options.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
@@ -25,16 +18,9 @@ interface AmendArguments {
   readonly quiet?: boolean
 }
 
-const OPTIONS: readonly OptionSpec[] = [
-  { name: 'backing_file', type: 'string', help: 'File name of a base image' },
-  { name: 'backing_fmt', type: 'string', help: 'Image format of the base image' },
-  { name: 'compat', type: 'string', help: 'Compatibility level (v2 [0.10] or v3 [1.1])' },
-  { name: 'data_file', type: 'string', help: 'File name of an external data file' },
-  { name: 'data_file_raw', type: 'bool', help: 'The external data file must stay valid as a raw image' },
-  { name: 'lazy_refcounts', type: 'bool', help: 'Postpone refcount updates' },
-  { name: 'refcount_bits', type: 'number', help: 'Width of a reference count entry in bits' },
-  { name: 'size', type: 'size', help: 'Virtual disk size' },
-]
+const OPTIONS = qcow2Options(
+  ...['backing_file', 'backing_fmt', 'compat', 'data_file', 'data_file_raw', 'lazy_refcounts', 'refcount_bits', 'size'],
+)
 
 export function declareAmend(program: Command, run: Runner): void {
   const command = program
@@ -114,7 +100,7 @@ function toAmendOptions(values: OptionValues): AmendOptions {
         options.lazyRefcounts = value === true
         break
       case 'refcount_bits':
-        options.refcountBits = refcountBits(value)
+        options.refcountBits = toRefcountBits(value)
         break
       case 'size':
         if (typeof value === 'bigint') options.size = toSize(value)
@@ -127,16 +113,9 @@ function toAmendOptions(values: OptionValues): AmendOptions {
 }
 
 function version(compat: string): 2 | 3 {
-  if (compat === '0.10' || compat === 'v2') return 2
-  if (compat === '1.1' || compat === 'v3') return 3
-  throw new CommandFailure(`Unknown compatibility level ${compat}`)
-}
-
-function refcountBits(value: unknown): Exclude<AmendOptions['refcountBits'], undefined> {
-  const widths = [1, 2, 4, 8, 16, 32, 64] as const
-  const found = widths.find(width => BigInt(width) === value)
-  if (found !== undefined) return found
-  throw new CommandFailure('Refcount width must be a power of two and may not exceed 64 bits')
+  const found = toVersion(compat)
+  if (found === undefined) throw new CommandFailure(`Unknown compatibility level ${compat}`)
+  return found
 }
 
 /** A refusal in qemu-img's words, where options have its names; anything else as for every command. */

@@ -54,7 +54,7 @@ pub fn rebase(
     options: &RebaseOptions,
     job: &Job,
 ) -> Result<()> {
-    let Some(layer) = top.layers().first().and_then(Layer::as_qcow2) else {
+    let Some(layer) = top.top_qcow2() else {
         let message = "a raw image cannot have a backing file";
         return Err(Error::new(ErrorKind::InvalidArgument, message));
     };

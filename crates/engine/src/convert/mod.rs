@@ -26,7 +26,6 @@ use self::qcow2::Qcow2Sink;
 use self::raw::RawSink;
 use self::scan::{Chunk, Rules, Scanner};
 use crate::create::{CreateOptions, Preallocation, SECTOR_SIZE, check_data_file};
-use crate::image::Layer;
 use crate::workers::{self, run_all};
 use crate::{Error, ErrorKind, GuestSource, Image, Job, Result, Storage};
 
@@ -184,7 +183,7 @@ fn check(target: &ConvertTarget<'_>, options: &ConvertOptions) -> Result<()> {
             refuse("base", "a target that exists has its own backing file")
         }
         ConvertTarget::Existing(image) => {
-            let top = image.layers().first().and_then(Layer::as_qcow2);
+            let top = image.top_qcow2();
             if options.compression.is_some() && top.is_none_or(|top| top.header().has_data_file()) {
                 return refuse("compress", "the target cannot hold compressed clusters");
             }

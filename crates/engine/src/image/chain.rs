@@ -101,6 +101,11 @@ impl Image {
         &self.layers
     }
 
+    /// The top layer where that is qcow2.
+    pub fn top_qcow2(&self) -> Option<&Qcow2> {
+        self.layers.first().and_then(Layer::as_qcow2)
+    }
+
     /// Size of the disk in bytes: the top layer's.
     pub fn virtual_size(&self) -> u64 {
         self.layers.first().map_or(0, Layer::virtual_size)
@@ -113,7 +118,7 @@ impl Image {
     /// `ReferenceDenied` (data file not opened) from the layers. The buffer's contents are unspecified then.
     pub fn read_at(&self, buf: MemMut<'_>, offset: u64) -> Result<()> {
         // Keeps planned clusters from being reused while they are read. Only the top layer changes.
-        let _pin = self.layers.first().and_then(Layer::as_qcow2).and_then(Qcow2::pin);
+        let _pin = self.top_qcow2().and_then(Qcow2::pin);
         let size = self.virtual_size();
         if offset.checked_add(buf.len() as u64).is_none_or(|end| end > size) {
             let message = format!("{} bytes at {offset} reach beyond the disk of {size} bytes", buf.len());

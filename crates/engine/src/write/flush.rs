@@ -99,7 +99,7 @@ impl Image {
     /// # Errors
     /// As [`Image::flush`], and those of `look`.
     pub fn settled<T>(&self, look: impl FnOnce() -> Result<T>) -> Result<T> {
-        let writable = self.layers().first().and_then(Layer::as_qcow2);
+        let writable = self.top_qcow2();
         let Some((image, writer)) = writable.and_then(|image| Some((image, image.writer.as_ref()?))) else {
             return look();
         };
