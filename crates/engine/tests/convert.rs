@@ -1,7 +1,6 @@
 //! Converts in every direction, judged by QEMU and by the model.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
 
-use std::io;
 use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::Arc;
@@ -11,14 +10,14 @@ use qcow2_engine::convert::{
 };
 use qcow2_engine::create::{Backing, CreateOptions, DataFile, Preallocation};
 use qcow2_engine::format::CompressionType;
-use qcow2_engine::storage::{MemoryStorage, NewFile, Overwrite, Run, Traits};
+use qcow2_engine::storage::{MemoryStorage, NewFile, Overwrite};
 use qcow2_engine::{
     Error, ErrorKind, GuestSource, Image, Job, Layer, Mem, MemMut, OpenOptions, Raw, Result, Storage,
     StorageExt,
 };
 use qcow2_testkit::matrix::{self, Case, Geometry, geometries};
 use qcow2_testkit::model::assert_same;
-use qcow2_testkit::storage::{Fault, FaultStorage, Op, ShortIo};
+use qcow2_testkit::storage::{Device, Fault, FaultStorage, Op, ShortIo};
 use qcow2_testkit::{Fixture, Qemu, Rng, chain};
 
 fn raw_image(storage: Arc<dyn Storage>) -> Image {
@@ -357,57 +356,6 @@ fn a_delta_holds_nothing_of_the_base() {
     );
 }
 
-/// A device: of fixed length, full of old bytes.
-#[derive(Debug)]
-struct Device(MemoryStorage, u64);
-
-impl Device {
-    fn new(length: usize) -> Arc<Self> {
-        Arc::new(Self(MemoryStorage::from_bytes(&vec![0xee; length]), length as u64))
-    }
-    fn bound(&self, offset: u64, length: usize) -> io::Result<()> {
-        if offset + length as u64 > self.1 { Err(io::Error::from_raw_os_error(28)) } else { Ok(()) }
-    }
-}
-
-impl Storage for Device {
-    fn read_at(&self, buf: MemMut<'_>, offset: u64) -> io::Result<usize> {
-        self.0.read_at(buf, offset)
-    }
-    fn write_at(&self, buf: Mem<'_>, offset: u64) -> io::Result<usize> {
-        self.bound(offset, buf.len())?;
-        self.0.write_at(buf, offset)
-    }
-    fn len(&self) -> io::Result<u64> {
-        Ok(self.1)
-    }
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        self.bound(len, 0)
-    }
-    fn sync_data(&self) -> io::Result<()> {
-        Ok(())
-    }
-    fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
-        self.bound(offset, length as usize)?;
-        self.0.write_zeroes(offset, length, unmap)
-    }
-    fn discard(&self, _: u64, _: u64) -> io::Result<()> {
-        Ok(())
-    }
-    fn allocate(&self, _: u64, _: u64) -> io::Result<()> {
-        Ok(())
-    }
-    fn run_at(&self, offset: u64) -> io::Result<Run> {
-        Ok(Run { end: self.1.max(offset + 1), data: true })
-    }
-    fn allocated_bytes(&self) -> io::Result<u64> {
-        Ok(0)
-    }
-    fn traits(&self) -> Traits {
-        Traits { block_device: true, ..self.0.traits() }
-    }
-}
-
 #[test]
 fn devices_are_zeroed_where_the_disk_is_zero() {
     let Some(qemu) = Qemu::find() else { return };
@@ -420,19 +368,19 @@ fn devices_are_zeroed_where_the_disk_is_zero() {
         keep: false,
     };
     convert(&source, target(&device), &ConvertOptions::default(), &Job::new()).unwrap();
-    let after = device.0.to_vec();
+    let after = device.to_vec();
     assert_same(&bytes, &after[..bytes.len()], 0, "device");
     assert!(after[bytes.len()..].iter().all(|b| *b == 0xee));
 
     let zeroed = ConvertOptions { target_is_zero: true, ..Default::default() };
     let device = Device::new(6 << 20);
     convert(&source, target(&device), &zeroed, &Job::new()).unwrap();
-    assert!(device.0.to_vec() != bytes, "what is zero was left alone");
+    assert!(device.to_vec() != bytes, "what is zero was left alone");
 
     let small = Device::new((6 << 20) - 512);
     let error = convert(&source, target(&small), &ConvertOptions::default(), &Job::new()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidArgument);
-    assert!(small.0.to_vec().iter().all(|b| *b == 0xee));
+    assert!(small.to_vec().iter().all(|b| *b == 0xee));
 
     // qcow2 on a device: nothing old shows through, whatever is not written.
     let dir = Fixture::new();
@@ -443,7 +391,7 @@ fn devices_are_zeroed_where_the_disk_is_zero() {
                 Box::new(CreateOptions { cluster_size, extended_l2, preallocation, ..Default::default() });
             let target = ConvertTarget::Qcow2 { storage: device.clone(), data_file: None, create };
             convert(&source, target, &ConvertOptions::default(), &Job::new()).unwrap();
-            let file = dir.file("image", &device.0.to_vec());
+            let file = dir.file("image", &device.to_vec());
             assert_same(&bytes, &qemu.guest_bytes(&file, "qcow2", &[]), 0, "qcow2 on a device");
             let check = qemu.check_json(&file);
             assert!(check["corruptions"].is_null() && check["leaks"].is_null(), "{check}");

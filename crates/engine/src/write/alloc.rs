@@ -185,6 +185,9 @@ impl Allocator {
                 start = self.cover_end(metadata)?;
             }
         }
+        if start + count > self.room()? {
+            return Err(self.no_room());
+        }
         for cluster in start..start + count {
             self.refcounts.set(cluster, 1)?;
         }
@@ -231,8 +234,12 @@ impl Allocator {
 
     fn reserve_end(&mut self, count: u64, metadata: &mut MetadataMap) -> Result<()> {
         let start = self.cover_end(metadata)?;
+        let stop = start.saturating_add(count).min(self.room()?);
+        if start >= stop {
+            return Err(self.no_room());
+        }
         let mut end = start;
-        while end < start + count && self.refcounts.is_covered(end) && self.refcounts.get(end)? == 0 {
+        while end < stop && self.refcounts.is_covered(end) && self.refcounts.get(end)? == 0 {
             end += 1;
         }
         if end == start {
@@ -269,6 +276,19 @@ impl Allocator {
             }
         }
         Ok(self.end)
+    }
+
+    /// Clusters that there is room for. A device must not be found full by the write of a table, which poisons.
+    fn room(&self) -> Result<u64> {
+        match self.storage.traits().block_device {
+            true => Ok(self.storage.size()? / self.geometry.cluster_size()),
+            false => Ok(u64::MAX),
+        }
+    }
+
+    fn no_room(&self) -> Error {
+        let full = std::io::Error::from(std::io::ErrorKind::StorageFull);
+        self.storage.failure(full, "pwrite").with_offset(self.end * self.geometry.cluster_size())
     }
 
     /// Extends the file over the reservations, so that they read as zeroes and later writes do not grow it. False

@@ -5,12 +5,14 @@
 
 mod aligned_only;
 mod counting;
+mod device;
 mod fault;
 mod hooked;
 mod short_io;
 
 pub use aligned_only::AlignedOnly;
 pub use counting::{CountingStorage, Counts};
+pub use device::Device;
 pub use fault::{Failing, Fault, FaultStorage};
 pub use hooked::{Before, Hooked};
 pub use short_io::ShortIo;

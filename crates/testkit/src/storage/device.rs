@@ -1,0 +1,65 @@
+//! A block device.
+
+use std::io;
+use std::sync::Arc;
+
+use qcow2_engine::storage::{MemoryStorage, Run, Traits};
+use qcow2_engine::{Mem, MemMut, Storage};
+
+/// A device: of fixed length, full of old bytes.
+#[derive(Debug)]
+pub struct Device(MemoryStorage, u64);
+
+impl Device {
+    /// A device of `length` bytes.
+    pub fn new(length: usize) -> Arc<Self> {
+        Arc::new(Self(MemoryStorage::from_bytes(&vec![0xee; length]), length as u64))
+    }
+
+    /// What is on it.
+    pub fn to_vec(&self) -> Vec<u8> {
+        self.0.to_vec()
+    }
+
+    fn bound(&self, offset: u64, length: u64) -> io::Result<()> {
+        if offset + length > self.1 { Err(io::Error::from_raw_os_error(28)) } else { Ok(()) }
+    }
+}
+
+impl Storage for Device {
+    fn read_at(&self, buf: MemMut<'_>, offset: u64) -> io::Result<usize> {
+        self.0.read_at(buf, offset)
+    }
+    fn write_at(&self, buf: Mem<'_>, offset: u64) -> io::Result<usize> {
+        self.bound(offset, buf.len() as u64)?;
+        self.0.write_at(buf, offset)
+    }
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.1)
+    }
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.bound(len, 0)
+    }
+    fn sync_data(&self) -> io::Result<()> {
+        Ok(())
+    }
+    fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
+        self.bound(offset, length)?;
+        self.0.write_zeroes(offset, length, unmap)
+    }
+    fn discard(&self, _: u64, _: u64) -> io::Result<()> {
+        Ok(())
+    }
+    fn allocate(&self, _: u64, _: u64) -> io::Result<()> {
+        Ok(())
+    }
+    fn run_at(&self, offset: u64) -> io::Result<Run> {
+        Ok(Run { end: self.1.max(offset + 1), data: true })
+    }
+    fn allocated_bytes(&self) -> io::Result<u64> {
+        Ok(0)
+    }
+    fn traits(&self) -> Traits {
+        Traits { block_device: true, ..self.0.traits() }
+    }
+}
