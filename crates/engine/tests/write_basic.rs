@@ -7,9 +7,10 @@ use std::sync::Arc;
 
 use qcow2_engine::storage::{Access, FileStorage};
 use qcow2_engine::{
-    Discard, Image, Layer, Mem, MemMut, OpenOptions, Qcow2, Raw, Result, Storage, WriteOptions,
+    Discard, Image, Layer, Mem, MemMut, OpenOptions, Qcow2, Raw, Result, Storage, StorageExt, WriteOptions,
 };
-use qcow2_testkit::{Fixture, Qemu, Rng};
+use qcow2_testkit::storage::{CountingStorage, Op};
+use qcow2_testkit::{Fixture, Forge, Qemu, Rng};
 
 const SIZE: u64 = 6 << 20;
 
@@ -217,5 +218,36 @@ fn growing_the_disk() {
         image.close().unwrap();
         qemu.assert_clean(&path);
         assert!(qemu.guest_bytes(&path, "qcow2", &[]) == model, "{options}");
+    }
+}
+
+/// Space is asked for ahead where the image grows fast and only there; closing gives back what is left of it.
+#[test]
+fn a_fast_growing_file_gets_its_space_ahead() {
+    const CLUSTER: u64 = 65536;
+    let scratch = tempfile::tempdir().unwrap();
+    let path = scratch.path().join("fast.qcow2");
+    for (clusters, ahead) in [(10, false), (1000, true)] {
+        Forge::new(3, 16, 4000 * CLUSTER).build().bytes.write_to(&path);
+        let counting = Arc::new(CountingStorage::new(file(&path, Access::ReadWrite)));
+        let mut qcow2 = Qcow2::open(counting.clone(), &OpenOptions::default()).unwrap();
+        qcow2.enable_writing(WriteOptions::default()).unwrap();
+        let image = Image::new(vec![Layer::Qcow2(Box::new(qcow2))]).unwrap();
+        for n in 0..clusters {
+            image.write_at(Mem::from(&[n as u8 | 1; CLUSTER as usize][..]), n * CLUSTER).unwrap();
+        }
+        assert_eq!(counting.of(Op::Allocate).calls > 0, ahead, "{clusters} clusters");
+        image.close().unwrap();
+        // With room for the metadata.
+        let most = (clusters + 16) * CLUSTER;
+        assert!(counting.size().unwrap() <= most, "{clusters} clusters: {} bytes", counting.size().unwrap());
+        assert!(counting.allocated_bytes().unwrap() <= most, "{clusters} clusters");
+        drop(image);
+        let image = open(&[&path], None).unwrap();
+        for n in 0..clusters {
+            let mut bytes = [0; CLUSTER as usize];
+            image.read_at(MemMut::from(&mut bytes[..]), n * CLUSTER).unwrap();
+            assert!(bytes == [n as u8 | 1; CLUSTER as usize]);
+        }
     }
 }

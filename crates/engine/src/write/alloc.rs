@@ -291,14 +291,18 @@ impl Allocator {
         self.storage.failure(full, "pwrite").with_offset(self.end * self.geometry.cluster_size())
     }
 
-    /// Extends the file over the reservations, so that they read as zeroes and later writes do not grow it. False
-    /// where they may hold anything: a block device.
+    /// Extends the file over the reservations, so that they read as zeroes and later writes do not grow it. A file that
+    /// grows fast gets their space, too, where that makes writes cheaper; closing gives back what is left. False where
+    /// they may hold anything: a block device.
     fn extend(&self, end: u64) -> Result<bool> {
         if self.storage.traits().block_device {
             return Ok(false);
         }
         let bytes = end * self.geometry.cluster_size();
-        if self.storage.size()? < bytes {
+        let size = self.storage.size()?;
+        let missing = bytes.saturating_sub(size);
+        let fast = missing > *BATCH_BYTES.start();
+        if missing > 0 && !(fast && self.storage.allocate_ahead(size, missing).is_ok()) {
             self.storage.resize(bytes)?;
         }
         Ok(true)
