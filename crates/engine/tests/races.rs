@@ -330,3 +330,25 @@ fn a_bitmap_that_could_not_be_cleared_is_as_it_was() {
     full.store(false, Ordering::Release);
     assert_eq!(image.bitmap_extents("bits").unwrap(), marked);
 }
+
+/// A bitmap that cannot follow the disk keeps it from growing: it would not know what is written there.
+#[test]
+fn a_disk_does_not_outgrow_its_bitmaps() {
+    let file = new_image(65536, 1 << 20);
+    let mut read = OpenOptions::default();
+    // Bits of 512 bytes for 16 MiB.
+    read.limits.max_memory = 4096;
+    let mut qcow2 = Qcow2::open(file.clone(), &read).unwrap();
+    qcow2.enable_writing(options()).unwrap();
+    let image = Image::new(vec![Layer::Qcow2(Box::new(qcow2))]).unwrap();
+    image.add_bitmap("bits", Some(9), true).unwrap();
+    assert_eq!(image.resize(32 << 20).unwrap_err().kind(), ErrorKind::Limit);
+    assert_eq!(image.virtual_size(), 1 << 20);
+    image.resize(16 << 20).unwrap();
+    image.write(15 << 20, &[1; 4096]).unwrap();
+    image.close().unwrap();
+    clean(&file, "closed");
+    let again = open(file, options());
+    let marked: Vec<_> = std::iter::once(15 << 20..(15 << 20) + 4096).collect();
+    assert_eq!(again.bitmap_extents("bits").unwrap(), marked);
+}

@@ -21,13 +21,22 @@ impl Bits {
     /// # Errors
     /// `Limit` when that takes more than `max_memory` bytes.
     pub fn new(size: u64, granularity_bits: u8, max_memory: u64) -> Result<Self> {
+        let words = Self::words_for(size, granularity_bits, max_memory)?;
+        let words = (0..words).map(|_| AtomicU64::new(0)).collect();
+        Ok(Self { words, size, granularity_bits, changed: AtomicBool::new(false) })
+    }
+
+    /// Words for the bits of a disk of `size` bytes.
+    ///
+    /// # Errors
+    /// As [`Bits::new`].
+    pub(super) fn words_for(size: u64, granularity_bits: u8, max_memory: u64) -> Result<u64> {
         let words = size.div_ceil(1 << granularity_bits).div_ceil(64);
         if words.saturating_mul(8) > max_memory {
             let message = format!("a bitmap of {} bytes exceeds the limit of {max_memory}", words * 8);
             return Err(Error::new(ErrorKind::Limit, message).with_field("bitmap"));
         }
-        let words = (0..words).map(|_| AtomicU64::new(0)).collect();
-        Ok(Self { words, size, granularity_bits, changed: AtomicBool::new(false) })
+        Ok(words)
     }
 
     /// Size of the disk in bytes.

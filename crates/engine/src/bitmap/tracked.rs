@@ -88,6 +88,15 @@ impl Tracker {
         Ok(changed)
     }
 
+    /// Refuses a size of the disk for which a bitmap would take too much memory.
+    ///
+    /// # Errors
+    /// `Limit`.
+    pub(crate) fn check_size(&self, size: u64, max_memory: u64) -> Result<()> {
+        let list = self.list.read();
+        list.iter().try_for_each(|t| Bits::words_for(size, t.bits.granularity_bits(), max_memory).map(drop))
+    }
+
     /// Gives every bitmap the disk's new size.
     pub(crate) fn resize(&self, size: u64, max_memory: u64) -> Result<()> {
         let mut resized = self.all();

@@ -133,6 +133,8 @@ impl Image {
         if writer.bitmaps.load(image, true)? {
             image.storage().flush().map_err(|e| writer.poison(e))?;
         }
+        // Later, it would be too late to refuse: what is written there must be recorded.
+        writer.bitmaps.check_size(size, image.limits().max_memory)?;
         self.drop_behind(image, writer, old)?;
         if entries > image.mapping.read().l1.len() as u64 {
             // What refers to the old table must be in the file before it is copied.
