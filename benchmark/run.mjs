@@ -2,8 +2,8 @@
 // process, trials of both sides alternate, page cache warm and clean. Every result is checked once, by `compare`.
 //
 // node benchmark/run.mjs [--smoke] [--trials N] [--source FOLDER] [--size MIB] [--only WORDS] [--json FILE]
-// Words to choose by: a convert's name, 'check', 'map', 'on XFS', 'random reads', 'installation', 'random writes',
-// 'writes from Node'.
+// Words to choose by: a convert's name, 'check', 'map', 'commit', 'rebase', 'on XFS', 'random reads', 'installation',
+// 'random writes', 'writes from Node'.
 //
 // --smoke: one trial of everything on a small disk, to see that nothing rots; without qemu-img, this side alone.
 
@@ -13,6 +13,7 @@ import { availableParallelism, cpus, release, tmpdir } from 'node:os'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { parseArgs } from 'node:util'
+import { chainJobs } from './chain.mjs'
 import { makeInput } from './input.mjs'
 import { median, trial } from './trial.mjs'
 import { mountXfs, unmountXfs } from './xfs.mjs'
@@ -90,6 +91,7 @@ function runJob(job) {
   // The first round is not counted: it finds memory that the machine may have to ask its host for.
   for (let round = smoke ? 1 : 0; round <= trials; round++) {
     for (const side of qemu ? ['ours', 'theirs'] : ['ours']) {
+      job.before?.()
       // What the trial before left to write back would run into this one.
       spawnSync('sync')
       const result = trial(job[side])
@@ -175,6 +177,10 @@ try {
     process.stderr.write(`${job.name}\n`)
     return runJob(job)
   })
+  if (['commit', 'rebase onto nothing'].some(name => name.includes(values.only))) {
+    const chains = await chainJobs(folder, smoke ? 16 : 2048, ours, theirs)
+    results.push(...chains.filter(({ name }) => name.includes(values.only)).map(runJob))
+  }
   if ('on XFS'.includes(values.only)) results.push(...onXfs())
   console.log(table(results))
   const reads = 'random reads'.includes(values.only) ? randomReads() : {}
