@@ -8,7 +8,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use qcow2_engine::create::{CreateOptions, create};
+use qcow2_engine::create::{Backing, CreateOptions, create};
 use qcow2_engine::{
     Discard, ErrorKind, Image, Job, Layer, Mem, OpenOptions, Qcow2, Raw, ResizeOptions, Storage, WriteOptions,
 };
@@ -351,4 +351,46 @@ fn a_disk_does_not_outgrow_its_bitmaps() {
     let again = open(file, options());
     let marked: Vec<_> = std::iter::once(15 << 20..(15 << 20) + 4096).collect();
     assert_eq!(again.bitmap_extents("bits").unwrap(), marked);
+}
+
+/// What a shrink takes away reads as what was there, or as zeroes: never as what a backing file has in its place.
+#[test]
+fn a_read_beside_a_shrink_does_not_see_through_the_disk() {
+    const SIZE: u64 = 1 << 20;
+    let file = Arc::new(RecordingStorage::plain(Sparse::new(0)));
+    let backing = Backing { filename: b"below".to_vec(), format: Some(b"raw".to_vec()) };
+    let made = CreateOptions { size: SIZE, backing: Some(backing), ..CreateOptions::default() };
+    create(file.clone(), None, &made, &Job::new()).unwrap();
+    let mut below = Sparse::new(SIZE);
+    below.write(0, &[0xbb; SIZE as usize]);
+    let below: Arc<dyn Storage> = Arc::new(RecordingStorage::plain(below));
+    let open = |storage: Arc<dyn Storage>| {
+        let mut qcow2 = Qcow2::open(storage, &OpenOptions::default()).unwrap();
+        qcow2.enable_writing(options()).unwrap();
+        let below = Layer::Raw(Raw::new(Arc::clone(&below)).unwrap());
+        Image::new(vec![Layer::Qcow2(Box::new(qcow2)), below]).unwrap()
+    };
+    let image = open(file.clone());
+    image.write(0, &[0x11; SIZE as usize]).unwrap();
+    image.close().unwrap();
+    // The tables are not in memory.
+    let held = hold(|op, _| op == Op::Read);
+    let image = open(Arc::new(Hooked::with(file.clone(), Arc::clone(&held.hold))));
+    std::thread::scope(|scope| {
+        held.arm();
+        let reading = scope.spawn(|| {
+            let mut bytes = [0; 8192];
+            image.read(SIZE / 2 - 4096, &mut bytes).map(|()| bytes)
+        });
+        held.wait();
+        let shrinking = scope.spawn(|| image.resize_with(SIZE / 2, SHRINK));
+        std::thread::sleep(WHILE);
+        held.release();
+        let bytes = reading.join().unwrap().unwrap();
+        assert!(bytes[..4096].iter().all(|b| *b == 0x11));
+        assert!(bytes[4096..].iter().all(|b| matches!(b, 0 | 0x11)), "the backing file: {:x}", bytes[4096]);
+        shrinking.join().unwrap().unwrap();
+    });
+    image.close().unwrap();
+    clean(&file, "closed");
 }

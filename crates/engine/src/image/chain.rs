@@ -142,8 +142,12 @@ impl Image {
                     qcow2.plan_read(offset..offset + inside as u64, &mut segments)?;
                     for segment in &segments {
                         let part = here.take_front(segment.length as usize);
-                        if let Some(part) = qcow2.read_segment(segment, part)? {
-                            pending.push((depth + 1, segment.start, part));
+                        if let Some(mut part) = qcow2.read_segment(segment, part)? {
+                            // A layer that shrank meanwhile does not show what is below it either.
+                            let end = qcow2.virtual_size().max(segment.start);
+                            let inside = (end - segment.start).min(segment.length) as usize;
+                            pending.push((depth + 1, segment.start, part.take_front(inside)));
+                            part.fill_zero();
                         }
                     }
                 }

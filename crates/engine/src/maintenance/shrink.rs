@@ -60,8 +60,9 @@ impl Session<'_> {
         self.barrier()?;
         let former = self.writer.l1_offset();
         self.writer.note_active(self.image, &l1, offset);
-        self.image.mapping.write().l1 = l1;
+        // The size first: who finds nothing mapped behind the end sees that it is the end.
         self.image.set_virtual_size(size);
+        self.image.mapping.write().l1 = l1;
         self.image.next_generation();
         self.writer.bitmaps.resize(size, self.image.limits().max_memory)?;
         self.free_behind(&gone, cut.as_ref())?;
