@@ -8,6 +8,7 @@ import { open } from './image.js'
 import type { NativeAmendChanges } from './native.js'
 import {
   bytes,
+  flag,
   type Limits,
   LONG_RUNNING,
   type LongRunning,
@@ -34,8 +35,10 @@ export interface AmendOptions extends LongRunning, SharingOptions {
   refcountBits?: 1 | 2 | 4 | 8 | 16 | 32 | 64 | undefined
   /** Whether programs that write to the image may postpone refcount updates. This library does with the option of `open` only. */
   lazyRefcounts?: boolean | undefined
-  /** Grows the disk to this size. */
+  /** Gives the disk this size. A new part reads as zeroes. */
   size?: Size | undefined
+  /** A smaller size is meant: what lies behind the new end is lost. Default false. */
+  shrink?: boolean | undefined
   /** Name of the external data file of an image that has one; `''` removes the name. */
   dataFile?: string | undefined
   /** `false` gives up that the external data file is a raw image on its own; it cannot be promised later. */
@@ -59,6 +62,7 @@ const AMEND = {
   refcountBits: SHAPE.refcountBits,
   lazyRefcounts: SHAPE.lazyRefcounts,
   size: bytes,
+  shrink: flag,
   dataFile: textOrNone,
   dataFileRaw: SHAPE.dataFileRaw,
   backingFile: SHAPE.backingFile,
@@ -69,15 +73,24 @@ const AMEND = {
 
 /**
  * Changes the options of a qcow2 image in place. The image is locked for that: nobody else has it open. What the disk and its
- * snapshots read as does not change. Each change is whole: interrupted at any point, the image has some of them, and leaked clusters at
- * worst. Unknown header fields and extensions are kept.
+ * snapshots read as does not change, but for its size. Each change is whole: interrupted at any point, the image has some of them, and
+ * leaked clusters at worst. Unknown header fields and extensions are kept.
  *
  * @throws {@link Qcow2Error} as `open`; `ERR_QCOW2_INVALID_ARGUMENT` for what the format or the image does not allow, before anything is
- *   changed; `ERR_QCOW2_CORRUPT` for an image that must be repaired first; `ERR_QCOW2_LIMIT` for refcounts that do not fit
+ *   changed; `ERR_QCOW2_DATA_LOSS` for a smaller size without `shrink`; `ERR_QCOW2_CORRUPT` for an image that must be repaired first;
+ *   `ERR_QCOW2_LIMIT` for refcounts that do not fit
  */
 export async function amend(source: ImageSource, options?: AmendOptions): Promise<void> {
   const located = toLocated(source, 'source')
-  const { size, version, references, refcountBits, lazyRefcounts, ...read } = readOptions(options, 'amend', AMEND)
+  const {
+    size,
+    shrink = false,
+    version,
+    references,
+    refcountBits,
+    lazyRefcounts,
+    ...read
+  } = readOptions(options, 'amend', AMEND)
   const { dataFile, dataFileRaw, backingFile, backingFormat } = read
   throwIfAborted(read.signal)
   if (read.forceShare) throw invalidArgument('forceShare', 'amend: forceShare is for reading')
@@ -87,33 +100,34 @@ export async function amend(source: ImageSource, options?: AmendOptions): Promis
     const { limits, signal } = read
     const opening = { format: 'qcow2', references: 'layer', limits, signal, access, forCheck: true } as const
     await withChain(located, opening, async ({ image, virtualSize }) => {
-      if (size !== undefined && size < virtualSize) throw shrinks(size, virtualSize)
+      if (size !== undefined && size < virtualSize && !shrink) throw shrinks(size, virtualSize)
       return runJob<void>('amend', read, (request, job, addon) => addon.amendImage(request, job, image, these))
     })
   }
   if (size === undefined) return run({ ...changes, version })
   // A new size may need what only version 3 has, so going back to version 2 is last.
   await run({ ...changes, version: version === 2 ? undefined : version })
-  await grow(source, size, references, read)
+  await resize(source, size, shrink, references, read)
   if (version === 2) await run({ version })
 }
 
 function shrinks(size: number, now: number): Qcow2Error {
-  const message = `amend: a size of ${size} bytes would cut off a disk of ${now} bytes`
+  const message = `amend: a size of ${size} bytes would cut off a disk of ${now} bytes: with shrink, what lies behind is lost`
   return new Qcow2Error('ERR_QCOW2_DATA_LOSS', message, { field: 'size' })
 }
 
 type Rest = Pick<Read<typeof AMEND>, 'limits' | 'signal' | 'locking'>
 
-async function grow(
+async function resize(
   source: ImageSource,
   size: number,
+  shrink: boolean,
   references: ReferencePolicy | undefined,
   { limits, signal, locking }: Rest,
 ): Promise<void> {
   const image = await open(source, { flags: 'r+', format: 'qcow2', references, limits, signal, locking })
   try {
-    await image.truncate(size, { signal })
+    await image.truncate(size, { shrink, signal })
   } finally {
     await image.close()
   }

@@ -86,12 +86,20 @@ describeWithQemu('amend side by side with qemu-img', () => {
     expect(help.stdout).toBe(all.stdout.replace(/ {2}encrypt\..*\n/g, ''))
   })
 
-  it('grows the disk before it goes back to version 2, and never shrinks it', async () => {
+  it('grows the disk before it goes back to version 2, and shrinks it on request only', async () => {
     const path = await make('size', 'lazy_refcounts=on', false)
     await amend(path, { size: 32 << 20, version: 2 })
     expect(await specific(path)).toMatchObject({ compat: '0.10', size: 32 << 20 })
     await expect(amend(path, { size: 1 << 20, version: 3 })).rejects.toMatchObject({ code: 'ERR_QCOW2_DATA_LOSS' })
     expect(await specific(path)).toMatchObject({ compat: '0.10', size: 32 << 20 })
+    const args = ['amend', '-o', 'size=1M,compat=v3', path]
+    const refused = await asQemuImg(args, folder)
+    expect(refused).toMatchObject({ code: 1, stderr: expect.stringContaining('with shrink') })
+    expect(await specific(path)).toMatchObject({ compat: '0.10', size: 32 << 20 })
+    expect(await asQemuImg(['amend', '--shrink', ...args.slice(1)], folder)).toMatchObject({ code: 0 })
+    expect(await specific(path)).toMatchObject({ compat: '1.1', size: 1 << 20 })
+    await amend(path, { size: 512 << 10, shrink: true })
+    expect(await specific(path)).toMatchObject({ size: 512 << 10 })
     expect(await qemuImg('check', '-q', path)).toMatchObject({ code: 0 })
   })
 

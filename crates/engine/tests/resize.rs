@@ -142,6 +142,8 @@ fn preallocated_growth_reads_as_zeroes_and_has_its_clusters() {
             qemu.create(&path, &full, Some((1 << 20) + 512));
             qemu.io(&path, "qcow2", &["write -P 5 100k 300k"]);
             let what = format!("{options} {mode:?}");
+            let theirs = fixture.path("theirs.qcow2");
+            std::fs::copy(&path, &theirs).unwrap();
             let image = open_file(&path, &writable()).unwrap();
             let before = bytes(&image);
             let size = (3 << 20) + 1024;
@@ -153,11 +155,21 @@ fn preallocated_growth_reads_as_zeroes_and_has_its_clusters() {
             image.close().unwrap();
             qemu.assert_clean(&path);
             assert!(qemu.guest_bytes(&path, "qcow2", &[]) == now, "{what}: as QEMU reads it");
-            let check = qemu.img(&["check", "--output=json", path.to_str().unwrap()]).stdout;
-            let check: serde_json::Value = serde_json::from_str(&check).unwrap();
+            let allocated = |path: &std::path::Path| {
+                let check = qemu.img(&["check", "--output=json", path.to_str().unwrap()]).stdout;
+                let check: serde_json::Value = serde_json::from_str(&check).unwrap();
+                check["allocated-clusters"].as_u64().unwrap()
+            };
             let cluster = qemu.info_json(&path)["cluster-size"].as_u64().unwrap();
-            let wanted = (size - before.len() as u64) / cluster;
-            assert!(check["allocated-clusters"].as_u64().unwrap() >= wanted, "{what}: {check}");
+            // The last cluster of the old size, which is part of the new one, too.
+            let wanted = size.div_ceil(cluster) - before.len() as u64 / cluster;
+            assert!(allocated(&path) >= wanted, "{what}: {}", allocated(&path));
+            if !options.contains("DATA") {
+                let preallocation = format!("--preallocation={mode:?}").to_lowercase();
+                let args = ["resize", "-q", &preallocation, theirs.to_str().unwrap(), &size.to_string()];
+                qemu.img(&args).ok();
+                assert_eq!(allocated(&path), allocated(&theirs), "{what}");
+            }
             if mode != Preallocation::Metadata {
                 let file = if options.contains("DATA") { fixture.path("data.raw") } else { path.clone() };
                 let used = std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&file).unwrap()) * 512;

@@ -14,6 +14,7 @@ import { toSize } from '../size.js'
 interface AmendArguments {
   readonly format?: string
   readonly options?: string
+  readonly shrink?: boolean
   readonly progress?: boolean
   readonly quiet?: boolean
 }
@@ -35,6 +36,7 @@ export function declareAmend(program: Command, run: Runner): void {
       'options as name=value,name=value; help lists them',
       (list: string, previous: string | undefined) => joinOptionLists(previous, list),
     )
+    .option('--shrink', 'allow a smaller size: what lies behind it is lost')
     .option('-p, --progress', 'show progress')
     .option('-q, --quiet', 'print nothing but errors')
     .option('-t, --cache <mode>', 'cache mode, as qemu-img takes it', cacheMode('cache'))
@@ -58,7 +60,7 @@ async function amendFile(files: readonly string[], options: AmendArguments, sess
   const changes = toAmendOptions(parse(list))
   const choice = { progress: progress && !quiet, quiet, verb: 'Amending', step: 1 }
   await withProgress(session, choice, job =>
-    amend(localPath(filename), { ...job, ...changes, references: 'allow' }),
+    amend(localPath(filename), { ...job, ...changes, shrink: options.shrink, references: 'allow' }),
   ).catch(error => {
     throw session.signal.aborted ? error : worded(filename, error)
   })

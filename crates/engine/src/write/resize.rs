@@ -141,7 +141,7 @@ impl Image {
             self.flush_metadata(image, writer)?;
             writer.grow_l1(image, entries)?;
         }
-        self.zero_behind(image, writer, old, size)?;
+        self.zero_behind(image, writer, old..size, mode != Preallocation::Off)?;
         self.grow_data_file(image, old..size)?;
         if let Err(error) = self.preallocate(image, writer, old..size, mode) {
             // Nothing may be mapped behind the end that stays.
@@ -183,8 +183,10 @@ impl Image {
     }
 
     /// Makes sure that the bytes behind the old end read as zeroes once they are inside: the rest of the last cluster
-    /// may hold anything, and a longer backing file would show through.
-    fn zero_behind(&self, image: &Qcow2, writer: &Writer, old: u64, size: u64) -> Result<()> {
+    /// may hold anything, and a longer backing file would show through. With `allocate`, it is stored in any case: it is
+    /// part of what is preallocated.
+    fn zero_behind(&self, image: &Qcow2, writer: &Writer, new: Range<u64>, allocate: bool) -> Result<()> {
+        let Range { start: old, end: size } = new;
         let g = image.geometry();
         let cluster_end = old.next_multiple_of(g.cluster_size());
         let backing = self.layers().get(1).map_or(0, Layer::virtual_size);
@@ -194,7 +196,7 @@ impl Image {
             image.plan_read(head.clone(), &mut segments)?;
             let stored =
                 segments.iter().any(|s| !matches!(s.kind, crate::image::SegmentKind::Unallocated { .. }));
-            if stored || backing > old {
+            if stored || backing > old || allocate {
                 self.write_range(image, writer, Payload::Zeroes, head)?;
             }
         }
