@@ -58,7 +58,9 @@ fn slow(seed: u64) -> impl Fn(Op, Range<u64>) -> std::io::Result<()> + Send + Sy
         let mut rng = Rng::new(calls.fetch_add(1, Ordering::Relaxed));
         let one_in = if op == Op::Sync { 3 } else { 40 };
         if rng.below(one_in) == 0 {
-            std::thread::sleep(Duration::from_micros(rng.below(400)));
+            // Some reads take so long that much is given up and used again meanwhile.
+            let long = op == Op::Read && rng.below(20) == 0;
+            std::thread::sleep(Duration::from_micros(rng.below(if long { 10_000 } else { 400 })));
         }
         Ok(())
     }
