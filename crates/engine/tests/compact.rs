@@ -312,6 +312,55 @@ fn compressed_clusters_of_zeroes_are_given_up() {
     }
 }
 
+#[test]
+fn space_of_a_data_file_that_nothing_refers_to_is_given_back() {
+    let Some(qemu) = Qemu::find() else { return };
+    for (options, raw) in
+        [("", false), ("cluster_size=4k,extended_l2=off", false), (",data_file_raw=on", true)]
+    {
+        let fixture = Fixture::new();
+        let (path, data) = (fixture.path("a.qcow2"), fixture.path("data"));
+        let options = format!("data_file={},{}", data.display(), options.trim_start_matches(','));
+        qemu.create(&path, options.trim_end_matches(','), Some(8 << 20));
+        qemu.io(&path, "qcow2", &["write -P 3 0 4M"]);
+        let bytes = std::fs::read(&path).unwrap();
+        let word = |at: u64| u64::from_be_bytes(bytes[at as usize..][..8].try_into().unwrap()) & !(1 << 63);
+        // Entries that another program dropped without freeing what they referred to: all but one of the second MiB.
+        let cluster = 1u64 << u32::from_be_bytes(bytes[20..24].try_into().unwrap());
+        let count = (1 << 20) / cluster;
+        let file = std::fs::File::options().write(true).open(&path).unwrap();
+        let l2 = word(word(40));
+        file.write_all_at(&vec![0; 8 * (count as usize - 1)], l2 + 8 * count).unwrap();
+        let used = || std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&data).unwrap()) * 512;
+        let before = (std::fs::read(&data).unwrap(), used());
+        let image = open_file(&path, &Opening::default()).unwrap();
+        let disk = bytes_of(&image);
+        let told = image.compact(CompactOptions { dry_run: true, ..IN_PLACE }, &Job::new()).unwrap();
+        drop(image);
+        let image = open_file(&path, &writable()).unwrap();
+        let result = image.compact(IN_PLACE, &Job::new()).unwrap();
+        assert!(bytes_of(&image) == disk, "{options}");
+        image.close().unwrap();
+        qemu.assert_clean(&path);
+        let after = std::fs::read(&data).unwrap();
+        assert_eq!(after.len(), before.0.len(), "{options}");
+        if raw {
+            assert!(after == before.0 && used() == before.1, "{options}: {result:?}");
+            continue;
+        }
+        let stale = (1 << 20) - cluster;
+        assert_eq!(before.1 - used(), stale, "{options}: {result:?}");
+        assert!(result.reclaimed() >= stale && told.reclaimed() >= stale, "{options}: {told:?}, {result:?}");
+    }
+}
+
+/// What the disk reads as.
+fn bytes_of(image: &Image) -> Vec<u8> {
+    let mut bytes = vec![0; image.layers()[0].virtual_size() as usize];
+    image.read_at(MemMut::from(&mut bytes[..]), 0).unwrap();
+    bytes
+}
+
 /// A snapshot with the state of a machine, as far as a disk image knows of it: clusters behind the end of the disk.
 fn with_vm_state(qemu: &Qemu, path: &std::path::Path, state: u64) {
     let name = path.to_str().unwrap();

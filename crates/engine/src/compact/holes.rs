@@ -1,7 +1,7 @@
 //! Holes in the file for free host clusters.
 
 use crate::maintenance::Session;
-use crate::{Job, Result, StorageExt};
+use crate::{Job, Result, Storage, StorageExt};
 
 /// Clusters looked at between two looks at the job.
 const STEP: u64 = 1 << 14;
@@ -20,7 +20,11 @@ impl Session<'_> {
             while at < stop {
                 let (run, next) = self.writer.with_alloc(|alloc, _| alloc.find_free(at, stop))?;
                 if let Some((first, count)) = run {
-                    self.punch_run(first * g.cluster_size(), count * g.cluster_size())?;
+                    self.punch_run(
+                        &**self.image.storage(),
+                        first * g.cluster_size(),
+                        count * g.cluster_size(),
+                    )?;
                 }
                 at = next.max(at + 1);
             }
@@ -29,8 +33,7 @@ impl Session<'_> {
     }
 
     /// Punches where there is something: a hole costs a change of the file system's own tables.
-    fn punch_run(&self, start: u64, length: u64) -> Result<()> {
-        let storage = self.image.storage();
+    pub(super) fn punch_run(&self, storage: &dyn Storage, start: u64, length: u64) -> Result<()> {
         let end = start + length;
         let mut at = start;
         while at < end {

@@ -43,6 +43,7 @@ impl Session<'_> {
             self.give_up_zeroes(job, result)?;
         }
         self.punch_free(job)?;
+        self.punch_stale_data(job)?;
         if options.rewrite { self.rewrite(job, result) } else { Ok(()) }
     }
 

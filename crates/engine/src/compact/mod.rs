@@ -1,7 +1,8 @@
 //! Compacting: giving back to the file system what an image does not need.
 //!
 //! **In place** ([`in_place`]): leaked clusters are freed, clusters that hold nothing but zeroes given up (on request),
-//! holes punched for every free host cluster, and the file cut behind the last one in use.
+//! holes punched for every free host cluster and for what nothing refers to in a data file, and the file cut behind
+//! the last cluster in use.
 //!
 //! **Rewriting** ([`rewrite`]): then clusters are moved from the end of the file into the free ones further down, so
 //! that the file becomes short, in batches, without a second copy of the data.
@@ -15,6 +16,7 @@
 //!
 //! Guest writes wait, guest reads go on: clusters are given up once no read can reach them.
 
+mod data_file;
 mod holes;
 mod in_place;
 mod l2_tables;

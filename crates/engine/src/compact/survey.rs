@@ -8,6 +8,7 @@ use qcow2_format::{
 };
 use qcow2_transform::is_zero;
 
+use super::data_file::{has_stale_data, stale_data};
 use super::{CompactOptions, CompactResult, measure};
 use crate::check::References;
 use crate::image::{Qcow2, decode_words};
@@ -253,6 +254,13 @@ pub(super) fn estimate(
         if in_use && cluster < clusters {
             (used, highest) = (used + 1, cluster);
         }
+    }
+    if has_stale_data(image) {
+        let data = &**image.data_storage()?;
+        stale_data(image, job, &mut |range| {
+            freed += allocated(data, range.start, range.end - range.start)?;
+            Ok(())
+        })?;
     }
     if options.zeroes {
         let zeroes = zero_clusters(image, references, has_backing, job)?;
