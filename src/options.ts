@@ -29,7 +29,8 @@ export interface Progress {
 export interface LongRunning extends Abortable {
   /**
    * Called with the progress every `progressInterval` ms, and once at the end of a job that succeeded. Never awaited: it
-   * cannot slow the job. If it throws, the job is cancelled and rejects with what it threw.
+   * cannot slow the job. If it throws, the job is cancelled and rejects with what it threw; what the last call throws comes too late
+   * to cancel anything: the work is done, and stays.
    */
   onProgress?: ((progress: Progress) => void) | undefined
   /** Milliseconds between two calls of `onProgress`, 1 to 2^31 - 1. Default 250. */

@@ -40,6 +40,7 @@ type ReadOverlay = Read<typeof OVERLAY> & { readonly path: string | Buffer }
 export async function putOverlay(chain: Chain, read: ReadOverlay): Promise<Chain> {
   const { path, signal } = read
   const backingFile = await nameOfTop(chain, read)
+  const absolutePath = resolve(path.toString())
   throwIfAborted(signal)
   const backingFormat = chain.clusterSize === undefined ? 'raw' : 'qcow2'
   const wanted = { ...read.create, backingFile, backingFormat } as const
@@ -57,6 +58,7 @@ export async function putOverlay(chain: Chain, read: ReadOverlay): Promise<Chain
   return {
     ...chain,
     path: made.path,
+    absolutePath,
     clusterSize: made.clusterSize,
     depth: chain.depth + 1,
     hasDataFile: false,
@@ -65,10 +67,9 @@ export async function putOverlay(chain: Chain, read: ReadOverlay): Promise<Chain
   }
 }
 
-/** The name to store, which leads from the overlay to the image. */
-async function nameOfTop(chain: Chain, { backingFile, path }: ReadOverlay): Promise<string> {
+/** The name to store. It leads from the overlay to the image: the file may have been moved since it was opened. */
+async function nameOfTop(chain: Chain, { backingFile = chain.absolutePath, path }: ReadOverlay): Promise<string> {
   if (backingFile === undefined) {
-    if (chain.path !== undefined) return resolve(chain.path)
     throw invalidArgument(
       'backingFile',
       'Image.createOverlay: the image was opened without a path: say its backingFile',

@@ -1,7 +1,7 @@
 /** Overlays put on top of an image that is in use. */
 
 import { createHash } from 'node:crypto'
-import { existsSync, mkdirSync, readFileSync, writeFileSync } from 'node:fs'
+import { existsSync, mkdirSync, readFileSync, renameSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { check, commit, create, type Image, open } from 'qcow2'
 import { describe, expect, it } from 'vitest'
@@ -41,6 +41,56 @@ const contentOf = async (path: string, format: 'qcow2' | 'raw' = 'qcow2'): Promi
 const digest = (path: string): string => createHash('sha256').update(readFileSync(path)).digest('hex')
 
 describe('an overlay under an open image', () => {
+  it('names the image that was opened, wherever the process works by then', async () => {
+    const at = folder()
+    const before = process.cwd()
+    try {
+      process.chdir(at(''))
+      mkdirSync('elsewhere')
+      const image = await create('base', { size: MIB })
+      await fill(image, 1, 0, 512)
+      process.chdir('elsewhere')
+      await image.createOverlay('one')
+      process.chdir('..')
+      await image.createOverlay('two')
+      await image.close()
+    } finally {
+      process.chdir(before)
+    }
+    const image = await open(at('two'), allow)
+    expect((await image.chain()).map(info => info.fullBackingFilename)).toEqual([
+      at('elsewhere/one'),
+      at('base'),
+      undefined,
+    ])
+    await image.close()
+    expect((await contentOf(at('two')))[0]).toBe(1)
+  })
+
+  it('is refused where its name of the image would lead elsewhere', async () => {
+    const at = folder()
+    const image = await create(at('base'), { size: MIB })
+    await fill(image, 1, 0, 512)
+    renameSync(at('base'), at('moved'))
+    await expect(image.createOverlay(at('one'))).rejects.toMatchObject({ code: 'ENOENT', path: at('base') })
+    writeFileSync(at('base'), 'another file')
+    await expect(image.createOverlay(at('one'))).rejects.toMatchObject({ code: 'ERR_QCOW2_INVALID_ARGUMENT' })
+    await image.createOverlay(at('one'), { backingFile: 'moved' })
+    await image.close()
+    expect((await contentOf(at('one')))[0]).toBe(1)
+  })
+
+  it.skipIf(process.platform !== 'linux')('is refused where the name of the image cannot be written down', async () => {
+    const at = folder()
+    // Not UTF-8, so what is shown of it leads nowhere.
+    const path = Buffer.concat([Buffer.from(at('')), Buffer.from([0x66, 0xff])])
+    const image = await create(path, { size: MIB })
+    await expect(image.createOverlay(at('one'))).rejects.toMatchObject({ code: 'ENOENT' })
+    expect(existsSync(at('one'))).toBe(false)
+    await fill(image, 1, 0, 512)
+    await image.close()
+  })
+
   it('takes the writes, and leaves the image as it was', async () => {
     const at = folder()
     const image = await create(at('base'), { size: 4 * MIB })

@@ -2,7 +2,7 @@
 
 import { readFileSync, statSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
-import { create, type DirtyRange, open, Qcow2Error } from 'qcow2'
+import { check, create, type DirtyRange, open, Qcow2Error } from 'qcow2'
 import { expect, it } from 'vitest'
 import { failure, temporaryFolder } from '../api/fixtures.js'
 import { describeWithQemu, ok, qemuImg, qemuIo } from '../interop/qemu.js'
@@ -32,6 +32,18 @@ describeWithQemu('resize', () => {
     await image.close()
     ok(qemuImg('check', path))
     expect(statSync(path).blocks * 512).toBeGreaterThanOrEqual(4 * MIB)
+  })
+
+  it('gives an empty disk its first table, and leaves nothing behind', async () => {
+    for (const clusterSize of [512, 65536]) {
+      const path = at(`empty-${clusterSize}.qcow2`)
+      const image = await create(path, { size: 0, clusterSize })
+      await image.truncate(MIB)
+      await image.write(Buffer.alloc(512, 3), { position: MIB - 512 })
+      await image.close()
+      expect((await check(path)).messages).toEqual([])
+      ok(qemuImg('check', path))
+    }
   })
 
   it("keeps snapshots at their size, and bitmaps at the disk's", async () => {

@@ -3,6 +3,7 @@
  * file at a time and nothing that it names.
  */
 
+import { resolve } from 'node:path'
 import { type Access, READING } from '../access.js'
 import { Qcow2Error } from '../errors.js'
 import type { NativeFile, NativeLayer, NativeLayerOptions, NativeLock, NativeWriting } from '../native.js'
@@ -39,6 +40,8 @@ export interface Chain {
   readonly image: number
   /** The top file, as it was opened; undefined where only a descriptor is known. */
   readonly path: string | undefined
+  /** The same from the root of the file system: the process may work in another directory later. */
+  readonly absolutePath: string | undefined
   readonly virtualSize: number
   /** The top layer's; undefined for raw. */
   readonly clusterSize: number | undefined
@@ -73,6 +76,7 @@ export async function openChain(located: Located, options: ChainOptions): Promis
       image,
       base,
       path: top.path,
+      absolutePath: top.absolutePath,
       virtualSize: top.opened.virtualSize,
       clusterSize: top.opened.clusterSize,
       depth: layers.length,
@@ -145,6 +149,7 @@ async function assemble(
 /** An open layer, and what to open below it. */
 interface OpenLayer {
   readonly path: string | undefined
+  readonly absolutePath: string | undefined
   readonly opened: NativeLayer
   readonly next: Next | undefined
 }
@@ -181,6 +186,7 @@ class Opening {
     const written = depth === 0 || depth === this.#options.base
     const access: Access = written ? this.#access : { ...this.#access, write: undefined }
     const file = await this.#open(located, access)
+    const absolutePath = file.path === undefined ? undefined : resolve(file.path)
     this.#refuseLoop(file)
     const opened = await this.#openLayer(file, formatOf(file), access)
     this.#layers.push(opened.layer)
@@ -188,7 +194,7 @@ class Opening {
     this.#refuseHalf(opened, file, access)
     throwIfAborted(this.#options.signal)
     if (opened.dataFile !== undefined) await this.#attachDataFile(opened, file.path, access)
-    return { path: file.path, opened, next: await this.#next(opened, file.path) }
+    return { path: file.path, absolutePath, opened, next: await this.#next(opened, file.path) }
   }
 
   /** Opens the next layer; a failure names both files. */

@@ -48,6 +48,8 @@ pub(crate) struct ImageBuilder {
     finished: Vec<Finished>,
     /// Clusters up to the end of the L1 table.
     fixed: u64,
+    /// Byte behind the L1 table.
+    l1_end: u64,
     /// Most clusters that the image can have.
     most: u64,
 }
@@ -59,8 +61,7 @@ impl ImageBuilder {
         let mut header = options.header()?;
         let geometry = header.geometry;
         let l1_bytes = u64::from(header.l1_size) * L1_ENTRY_SIZE;
-        // QEMU gives an image of size 0 an L1 table of one cluster without entries, too.
-        let l1_clusters = geometry.clusters_for(l1_bytes).max(1);
+        let l1_clusters = geometry.clusters_for(l1_bytes);
         let tables = u64::from(header.l1_size);
         let data = if options.data_file.is_some() { 0 } else { geometry.clusters_for(header.size) };
         // Packing starts a new cluster behind every table: at worst one cluster more each time.
@@ -70,9 +71,12 @@ impl ImageBuilder {
         header.refcount_table_offset = HostOffset(geometry.cluster_size());
         header.refcount_table_clusters = u32::try_from(hosts.table_clusters())
             .map_err(|_| Error::new(ErrorKind::Internal, "refcount table beyond the format's limit"))?;
-        header.l1_table_offset = hosts.contiguous(l1_clusters)?;
+        let l1 = hosts.contiguous(l1_clusters)?;
+        // A table without entries is nowhere, as QEMU has it: nothing would refer to a cluster of it.
+        header.l1_table_offset = if l1_clusters == 0 { HostOffset(0) } else { l1 };
         // Refcount blocks of a long L1 table lie behind it.
-        let fixed = geometry.cluster_index(header.l1_table_offset.get()) + l1_clusters;
+        let fixed = geometry.cluster_index(l1.get()) + l1_clusters;
+        let l1_end = l1.get() + l1_bytes;
         prepare(storage.as_ref(), geometry.cluster_size())?;
         Ok(Self {
             storage,
@@ -82,6 +86,7 @@ impl ImageBuilder {
             open: VecDeque::new(),
             finished: Vec::new(),
             fixed,
+            l1_end,
             most,
         })
     }
@@ -256,7 +261,7 @@ impl ImageBuilder {
         self.storage.write_all_at(Mem::from(&self.l1[..]), self.header.l1_table_offset.get())?;
         let end = match self.hosts.end() {
             end if end > self.fixed => end << g.cluster_bits(),
-            _ => self.header.l1_table_offset.get() + self.l1.len() as u64,
+            _ => self.l1_end,
         };
         if !traits.block_device && self.storage.size()? != end {
             self.storage.resize(end)?;
