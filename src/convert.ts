@@ -97,7 +97,8 @@ export interface ConvertOptions extends Omit<SourceOptions, 'from'>, LongRunning
   overwrite?: boolean | undefined
   /**
    * Leave out what this image has: it is in the source's backing chain, and the target names it as its backing file
-   * (`create.backingFile`). Opened as qcow2, by its magic, or as `create.backingFormat` says.
+   * (`create.backingFile`). Opened as qcow2, by its magic, or as `create.backingFormat` says. With `existingTarget`, the target is
+   * taken to read like the base wherever it has nothing of its own, whatever its backing file is called; the base is not opened.
    */
   base?: ImageSource | undefined
   /**
@@ -251,7 +252,7 @@ function toOrder(read: ReadConvert, sources: number): Omit<NativeConvertJob, 'in
   if (read.bitmaps !== undefined && create?.version === 2) {
     throw invalidArgument('bitmaps', 'convert: an image of version 2 has no bitmaps')
   }
-  if ((read.base !== undefined) !== (create?.backingFile !== undefined)) {
+  if (!existingTarget && (read.base !== undefined) !== (create?.backingFile !== undefined)) {
     throw invalidArgument('base', 'convert: base and create.backingFile need each other')
   }
   refuseParts(read, sources)
@@ -305,13 +306,21 @@ async function lookAtBase(
   read: ReadConvert,
 ): Promise<{ identities: readonly string[]; order: Pick<NativeConvertJob, 'deltaLayers' | 'baseSize'> }> {
   const { references, limits, signal } = read
+  const notThere = (file: string) =>
+    invalidArgument('base', `convert: ${file} is not in the backing chain of the source`)
+  if (read.existingTarget) {
+    const { file, identity, path } = await openFile(base)
+    await release(file)
+    const deltaLayers = identity === undefined ? -1 : source.layers.indexOf(identity)
+    if (deltaLayers < 1) throw notThere(path === undefined ? 'base' : `'${path}'`)
+    return { identities: [], order: { deltaLayers, baseSize: 0 } }
+  }
   const format = read.create?.backingFormat === 'raw' ? 'raw' : 'qcow2'
   const chain = await lookAtChain(base, { format, references, limits, signal, access: toReadAccess(read) })
   const identity = chain.layers[0]
   const deltaLayers = identity === undefined ? -1 : source.layers.indexOf(identity)
   if (deltaLayers < 1) {
-    const file = chain.path === undefined ? 'base' : `'${chain.path}'`
-    throw invalidArgument('base', `convert: ${file} is not in the backing chain of the source`)
+    throw notThere(chain.path === undefined ? 'base' : `'${chain.path}'`)
   }
   return { identities: chain.identities, order: { deltaLayers, baseSize: chain.virtualSize } }
 }

@@ -38,7 +38,6 @@ describe('a wrong command line', () => {
     [['info', '--image-opts', 'driver=qcow2'], "Option '--image-opts' is not supported"],
     [['info', '--object', 'secret,id=s', 'a'], "Option '--object' is not supported"],
     [['check', '-r', 'some', 'a'], "Unknown option value for -r (expecting 'leaks' or 'all'): some"],
-    [['convert', '-n', '-B', 'b', '-F', 'qcow2', '-O', 'qcow2', 'a', 'x'], '-B together with -n is not supported'],
     [['convert', '--target-image-opts', 'a', 'b'], "Option '--target-image-opts' is not supported"],
     [['convert', '-m', '17', 'a', 'b'], 'It must be between 1 and 16'],
     [['convert', '-S', '1000', 'a', 'b'], 'Valid sizes are multiples of 512 up to 16777216.'],

@@ -77,7 +77,6 @@ describe('a conversion', () => {
   it.each([
     [['-n', '-O', 'qcow2'], "Could not open 'refused.img': No such file or directory"],
     [['-n', '-c'], 'Compression not supported for this file format'],
-    [['-n', '-B', 'joined.qcow2', '-F', 'qcow2'], '-B together with -n is not supported'],
     [['-c', '-O', 'qcow2', '--level', '22'], 'zlib has no compression level 22'],
     [['-c', '-O', 'qcow2', '--window', 'tiny'], 'Allowed choices are full, small.'],
     [['--window', 'small'], '--window requires use of -c flag'],

@@ -111,6 +111,49 @@ describeWithQemu('convert into an image that exists', () => {
     expect(await run(folders.ours, 'qemu-img', 'compare', '-F', 'raw', 'small', 'part')).toBe('Images are identical.\n')
   })
 
+  it.concurrent.each([
+    ['onto', []],
+    ['onto', ['-S', '0']],
+    ['onto', ['-m', '1', '-S', '64k']],
+    ['used', []],
+    ['full', []],
+    ['empty', []],
+    ['subclusters', []],
+  ])('onto a base: %s %s', async (target, args) => {
+    const folders = await images(`base ${target} ${args.join(' ').replaceAll('/', '')}`)
+    for (const cwd of [folders.ours, folders.theirs]) {
+      for (const [file, cluster] of [
+        ['onto', '64k'],
+        ['used', '4k'],
+      ] as const) {
+        const options = ['-o', `cluster_size=${cluster}`, '-b', 'base', '-F', 'qcow2', file, '3000k']
+        await run(cwd, 'qemu-img', 'create', '-q', '-f', 'qcow2', ...options)
+      }
+      await io(cwd, 'used', 'write -P 8 1M 1M', 'write -P 8 1400k 300k')
+    }
+    const order = ['convert', '-n', '-B', 'base', ...args, '-O', 'qcow2', 'source', target]
+    expect((await sideBySide(folders, order, [target, 'qcow2'])).code).toBe(0)
+    if (target !== 'onto') return
+    expect(await run(folders.ours, 'qemu-img', 'compare', 'source', target)).toBe('Images are identical.\n')
+    const { stdout } = await execute('qemu-img', ['map', '--output=json', target], folders.ours)
+    const depths = (JSON.parse(stdout) as { depth: number; start: number }[]).filter(({ start }) => start === 0)
+    expect(depths).toMatchObject([{ depth: 1 }])
+  })
+
+  it.concurrent('onto what is no base is refused', async () => {
+    const folders = await images('no base')
+    const before = readFileSync(join(folders.ours, 'full'))
+    for (const [args, message] of [
+      [['-B', 'small'], 'is not in the backing chain of the source'],
+      [['-B', 'base', '--target-is-zero'], 'lacks what the base has'],
+      [['-B', 'base', '-c'], 'its clusters are not whole'],
+    ] as const) {
+      const ended = await asQemuImg(['convert', '-n', ...args, '-O', 'qcow2', 'source', 'full'], folder, folders.ours)
+      expect(ended).toMatchObject({ code: 1, stdout: '', stderr: expect.stringContaining(message) })
+      expect(readFileSync(join(folders.ours, 'full')).equals(before)).toBe(true)
+    }
+  })
+
   it.concurrent('refuses in the same words, and changes nothing', async () => {
     const folders = await images('refused target')
     const before = readFileSync(join(folders.ours, 'small'))

@@ -66,7 +66,7 @@ export function declareConvert(program: Command, run: Runner): void {
       ]),
     )
     .option('-l, --source-snapshot <snapshot>', 'read this internal snapshot')
-    .option('-B, --backing <file>', 'write only what differs from this image, which backs TARGET')
+    .option('-B, --backing <file>', "write only what differs from this image of the source's chain, which backs TARGET")
     .option('-F, --backing-format <fmt>', 'format of the backing file')
     .option('-n, --no-create', 'write into TARGET as it exists')
     .option('--target-is-zero', 'with -n: TARGET reads as zeroes everywhere')
@@ -198,8 +198,8 @@ async function convertNamed(
 
 /** What is for new images only in this version. */
 function refuseWithTarget(given: ConvertArguments): void {
-  const refused = { backing: '-B', level: '--level', window: '--window' } as const
-  for (const name of ['backing', 'level', 'window'] as const) {
+  const refused = { level: '--level', window: '--window' } as const
+  for (const name of ['level', 'window'] as const) {
     if (given[name] !== undefined) throw unsupported(`${refused[name]} together with -n`, 'it is for new images')
   }
 }
@@ -284,6 +284,7 @@ function existingTarget(to: Format, given: ConvertArguments): Partial<ConvertOpt
   if (given.compress && to === 'raw') throw new CommandFailure('Compression not supported for this file format')
   return {
     existingTarget: true,
+    ...(given.backing !== undefined && { base: localPath(given.backing) }),
     ...(given.compress && { compress: true }),
     ...(given.targetIsZero && { targetIsZero: true }),
   }

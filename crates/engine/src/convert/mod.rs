@@ -179,9 +179,13 @@ fn check(target: &ConvertTarget<'_>, options: &ConvertOptions) -> Result<()> {
             refuse("preallocation", "a raw target has no metadata to preallocate")
         }
         ConvertTarget::Raw { .. } => Ok(()),
-        ConvertTarget::Existing(_) if options.delta.is_some() => {
-            refuse("base", "a target that exists has its own backing file")
+        ConvertTarget::Existing(_) if options.delta.is_some() && options.target_is_zero => {
+            refuse("target_is_zero", "a target that is zero everywhere lacks what the base has")
         }
+        ConvertTarget::Existing(_) if options.delta.is_some() && options.compression.is_some() => refuse(
+            "compress",
+            "a part of a target that exists cannot be compressed: its clusters are not whole",
+        ),
         ConvertTarget::Existing(image) => {
             let top = image.top_qcow2();
             if options.compression.is_some() && top.is_none_or(|top| top.header().has_data_file()) {

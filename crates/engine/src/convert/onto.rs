@@ -6,7 +6,7 @@ use qcow2_transform::zero;
 
 use super::copy::Copier;
 use super::scan::{Chunk, Rules, Zeroes};
-use super::{Context, ConvertOptions};
+use super::{Context, ConvertOptions, Delta};
 use crate::image::Layer;
 use crate::{Error, ErrorKind, Image, Mem, Result};
 
@@ -24,6 +24,8 @@ pub(super) struct ImageSink<'a> {
     /// Bytes of a cluster, for compressed writes.
     compressed: Option<u64>,
     chunk: u64,
+    /// What lies deeper in the source is in the target's backing file already.
+    delta: Option<Delta>,
     turn: Mutex<Turn>,
     moved: Condvar,
 }
@@ -62,6 +64,8 @@ impl<'a> ImageSink<'a> {
             stale: !context.options.target_is_zero,
             compressed: context.options.compression.map(|_| cluster),
             chunk: CHUNK.max(cluster),
+            // What the target has behind the end of the base is not known to be zeroes.
+            delta: context.options.delta.map(|delta| Delta { base_size: u64::MAX, ..delta }),
             turn: Mutex::default(),
             moved: Condvar::new(),
         })
@@ -73,7 +77,7 @@ impl<'a> ImageSink<'a> {
             (_, true) => Zeroes::Explicit(ZERO_CHUNK),
             (_, false) => Zeroes::Skip,
         };
-        Rules { chunk: self.chunk, zeroes, delta: None }
+        Rules { chunk: self.chunk, zeroes, delta: self.delta }
     }
 
     /// Nothing more is written: some chunk never comes.
@@ -101,19 +105,30 @@ impl<'a> ImageSink<'a> {
         }
         copier.with_chunk(chunk, |copier, bytes| {
             let _turn = self.wait(chunk)?;
-            match (self.compressed, self.sparse_size) {
-                (Some(cluster), _) => self.put_compressed(copier, chunk.start, bytes, cluster),
-                (None, 0) => self.put(copier, bytes, chunk.start),
-                (None, _) => zero::runs(bytes, self.sparse_size).try_for_each(|run| {
-                    let offset = chunk.start + run.start as u64;
-                    let data = bytes.get(run.start..run.start + run.length).unwrap_or_default();
-                    if run.zero {
-                        self.zero(offset, run.length as u64)
-                    } else {
-                        self.put(copier, data, offset)
-                    }
-                }),
+            if let Some(cluster) = self.compressed {
+                return self.put_compressed(copier, chunk.start, bytes, cluster);
             }
+            if self.delta.is_none() {
+                return self.put_runs(copier, chunk.start, bytes);
+            }
+            // Between the pieces the target has its own.
+            chunk.pieces.iter().try_for_each(|piece| {
+                let start = (piece.start - chunk.start) as usize;
+                let data = bytes.get(start..start + piece.length as usize).unwrap_or_default();
+                self.put_runs(copier, piece.start, data)
+            })
+        })
+    }
+
+    /// Writes bytes, those that are zeroes as such.
+    fn put_runs(&self, copier: &Copier<'_>, start: u64, bytes: &[u8]) -> Result<()> {
+        if self.sparse_size == 0 {
+            return self.put(copier, bytes, start);
+        }
+        zero::runs(bytes, self.sparse_size).try_for_each(|run| {
+            let offset = start + run.start as u64;
+            let data = bytes.get(run.start..run.start + run.length).unwrap_or_default();
+            if run.zero { self.zero(offset, run.length as u64) } else { self.put(copier, data, offset) }
         })
     }
 
