@@ -1,4 +1,5 @@
-import { existsSync, readdirSync, readFileSync, statSync, writeFileSync } from 'node:fs'
+import { spawnSync } from 'node:child_process'
+import { closeSync, existsSync, openSync, readdirSync, readFileSync, statSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { describe, expect, it } from 'vitest'
 import { noise } from './noise.js'
@@ -133,5 +134,19 @@ describe('pictures', () => {
     expect(await run('map', '--output=svg', '-o', 'map.svg', 'small.raw')).toMatchObject({ code: 0, stdout: '' })
     expect(readFileSync(join(folder, 'map.svg'), 'utf8')).toBe(svg.stdout)
     expect(statSync(join(folder, 'map.svg')).size).toBeGreaterThan(1000)
+  })
+})
+
+describe.skipIf(!existsSync('/dev/full'))('output that cannot be written', () => {
+  it('is told in one line, and is a failure', async () => {
+    expect(await run('create', '-q', '-f', 'raw', 'told.raw', '1M')).toMatchObject({ code: 0 })
+    for (const args of [['info', 'told.raw'], ['map', '--output=json', 'told.raw'], ['--help']]) {
+      const full = openSync('/dev/full', 'w')
+      const stdio = ['ignore', full, 'pipe'] as const
+      const ended = spawnSync(process.execPath, [CLI, ...args], { cwd: folder, stdio: [...stdio], encoding: 'utf8' })
+      closeSync(full)
+      expect(ended.stderr).toMatch(/^qcow2: the output cannot be written: ENOSPC.*\n$/)
+      expect(ended.status).toBe(1)
+    }
   })
 })

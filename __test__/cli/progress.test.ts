@@ -116,7 +116,7 @@ describe('output', () => {
     expect(chunks.length).toBeLessThan(5)
   })
 
-  it('notices that nobody reads, and stays quiet', () => {
+  it('notices that nobody reads and stays quiet, and tells of all else once', () => {
     const stream = new PassThrough()
     const output = new Output(stream)
     stream.emit('error', Object.assign(new Error('write EPIPE'), { code: 'EPIPE' }))
@@ -124,6 +124,11 @@ describe('output', () => {
     output.write('x')
     output.flush()
     expect(stream.read()).toBeNull()
-    expect(() => stream.emit('error', Object.assign(new Error('broken'), { code: 'EIO' }))).toThrow('broken')
+    const heard: Error[] = []
+    const file = new PassThrough()
+    const lost = new Output(file, error => heard.push(error))
+    for (let n = 0; n < 2; n++) file.emit('error', Object.assign(new Error('full'), { code: 'ENOSPC' }))
+    expect(lost.closed).toBe(true)
+    expect(heard).toMatchObject([{ message: 'full' }])
   })
 })

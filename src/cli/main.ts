@@ -12,10 +12,20 @@ type Signal = keyof typeof SIGNALS
 /** Runs the command line of this process and sets its exit code. Never rejects. */
 export async function main(argv: readonly string[]): Promise<void> {
   const abort = new AbortController()
+  let exitCode = 0
+  const program = programName(argv[1])
+  const stderr = new Output(process.stderr)
+  // It can come when all is done: files are written to at once, and tell a moment later.
+  const lost = (error: Error): void => {
+    stderr.write(`${program}: the output cannot be written: ${error.message}\n`)
+    stderr.flush()
+    exitCode ||= 1
+    process.exitCode = exitCode
+  }
   const session: Session = {
-    program: programName(argv[1]),
-    stdout: new Output(process.stdout),
-    stderr: new Output(process.stderr),
+    program,
+    stdout: new Output(process.stdout, lost),
+    stderr,
     env: process.env,
     signal: abort.signal,
   }
@@ -31,10 +41,13 @@ export async function main(argv: readonly string[]): Promise<void> {
   }
   for (const signal of Object.keys(SIGNALS)) process.on(signal, onSignal)
   try {
-    process.exitCode = await runProgram(argv.slice(2), session)
+    const code = await runProgram(argv.slice(2), session)
+    // Unless the output was lost meanwhile.
+    exitCode ||= code
   } catch (error) {
-    process.exitCode = caught === undefined ? report(error, session) : 128 + SIGNALS[caught]
+    exitCode = caught === undefined ? report(error, session) : 128 + SIGNALS[caught]
   } finally {
+    process.exitCode = exitCode
     for (const signal of Object.keys(SIGNALS)) process.off(signal, onSignal)
     session.stdout.flush()
     session.stderr.flush()

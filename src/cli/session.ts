@@ -31,11 +31,13 @@ export class Output {
   #pending = ''
   #closed = false
 
-  constructor(stream: Sink) {
+  /** `lost` hears of an error that is not just a reader who has seen enough. */
+  constructor(stream: Sink, lost?: (error: Error) => void) {
     this.stream = stream
     stream.on('error', (error: NodeJS.ErrnoException) => {
-      if (error.code !== 'EPIPE' && error.code !== 'ERR_STREAM_DESTROYED') throw error
+      const first = !this.#closed
       this.#closed = true
+      if (first && error.code !== 'EPIPE' && error.code !== 'ERR_STREAM_DESTROYED') lost?.(error)
     })
   }
 
