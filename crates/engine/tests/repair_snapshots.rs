@@ -183,6 +183,24 @@ fn a_count_that_is_too_high_is_lowered() {
 }
 
 #[test]
+fn no_snapshots_are_nowhere() {
+    let Some(qemu) = Qemu::find() else { return };
+    let dir = Fixture::new();
+    let path = dir.path("none");
+    qemu.create(&path, "", Some(MIB));
+    qemu.io(&path, "qcow2", &["write -P 1 0 64k"]);
+    let before = disks_of(&path);
+    poke(&path, 64, &1u64.to_be_bytes());
+    assert_eq!(qemu.img(&["check", path.to_str().unwrap()]).code, 1);
+    assert!(look(&open(&path)).unwrap().failure.is_some());
+    let report = fix(&open(&path), Repair::All).unwrap();
+    assert_eq!((report.corruptions, report.corruptions_fixed), (0, 1), "{report:#?}");
+    qemu.assert_clean(&path);
+    assert_kept(&before, &disks_of(&path), "no snapshots");
+    assert_eq!(be64(&std::fs::read(&path).unwrap(), 64), 0);
+}
+
+#[test]
 fn entries_whose_place_is_lost_are_not_given_up() {
     let Some(qemu) = Qemu::find() else { return };
     let dir = Fixture::new();

@@ -135,6 +135,17 @@ fn entries_to_read(
     let claimed = target.header.nb_snapshots;
     let limit = target.options.limits.max_snapshots;
     let count = claimed.min(MAX_SNAPSHOTS);
+    let at = target.header.snapshots_offset;
+    if claimed == 0 && !at.is_aligned(target.header.geometry.cluster_size()) {
+        // Nothing is there, but QEMU does not open an image that says so.
+        if !repair {
+            return Err(Stop::corrupt("snapshot table offset invalid", at.get()));
+        }
+        table.damaged += 1;
+        tally.announce(Severity::Corruption, true, FindingCode::Snapshot, at.get(), || {
+            format!("offset {:#x} of a snapshot table without entries", at.get())
+        });
+    }
     if count > limit {
         let message = format!("{claimed} snapshots exceed the limit of {limit}");
         return Err(Stop::Error(Error::new(ErrorKind::Limit, message).with_field("nb_snapshots")));
