@@ -7,7 +7,7 @@ use napi::bindgen_prelude::{BufferSlice, Either, Env, ToNapiValue};
 use napi_derive::napi;
 use qcow2_engine::backing::ReopenOptions;
 use qcow2_engine::create::create;
-use qcow2_engine::storage::{Access, CacheMode, FileStorage, NewFile};
+use qcow2_engine::storage::{Access, CacheMode, FileStorage};
 use qcow2_engine::{Error, Image, Job, Layer, OpenOptions, Qcow2, Result, StorageExt};
 
 use crate::create::Target;
@@ -85,27 +85,28 @@ struct Overlay {
 }
 
 impl Overlay {
-    fn put_on(&self, below: &Image, job: &Arc<Job>) -> Result<(Image, Option<Error>)> {
+    fn put_on(&self, below: &Image, job: &Arc<Job>) -> Result<Image> {
         job.checkpoint()?;
         let options = self.shape.options(below.virtual_size());
         options.validate()?;
         let file = self.target.start()?;
         create(file.storage(), None, &options, job)?;
         file.storage().flush()?;
-        below.put_overlay(&self.reopen, || self.name_and_open(file, below))
-    }
-
-    /// Gives the file its name. It has none after an error.
-    fn name_and_open(&self, file: NewFile, below: &Image) -> Result<Layer> {
         let path = file.path().to_owned();
-        file.commit()?;
-        let opened = self.open(&path, below);
-        if opened.is_err() {
-            // The error that led here is the one to report.
+        let mut named = false;
+        let put = below.put_overlay(&self.reopen, || {
+            file.commit()?;
+            named = true;
+            self.open(&path, below)
+        });
+        if put.is_ok() {
+            // Others may read the former top now. One that stays claimed for writing is only kept more to itself.
+            let _claimed = self.claim_for_reading(below);
+        } else if named {
+            // Nobody goes on with it. The error that led here is the one to report.
             let _removed = std::fs::remove_file(&path);
-            let _claimed = self.claim(below, true);
         }
-        opened
+        put
     }
 
     fn open(&self, path: &Path, below: &Image) -> Result<Layer> {
@@ -119,14 +120,13 @@ impl Overlay {
         };
         let mut layer = Layer::Qcow2(Box::new(Qcow2::open(storage, &options)?));
         layer.enable_writing(self.reopen.write)?;
-        self.claim(below, false)?;
         Ok(layer)
     }
 
-    /// Claims the files of the top below, for writing or only for reading: others may then read them, too.
-    fn claim(&self, below: &Image, writing: bool) -> Result<()> {
+    /// Claims the files of the former top only for reading.
+    fn claim_for_reading(&self, below: &Image) -> Result<()> {
         let Some(top) = below.layers().first() else { return Ok(()) };
-        let lock = self.lock.for_writing(writing);
+        let lock = self.lock.for_writing(false);
         lock.claim(&**top.storage(), top.as_qcow2().is_some())?;
         match top.as_qcow2().and_then(Qcow2::data_file) {
             Some(data) => lock.claim(&**data, true),

@@ -42,11 +42,10 @@ impl Handle {
     }
 
     /// Goes on with the image that `next` makes of this one, once all requests under way are done; later ones wait.
-    pub(crate) fn replace(&self, next: impl FnOnce(&Image) -> Result<(Image, Option<Error>)>) -> Result<()> {
+    pub(crate) fn replace(&self, next: impl FnOnce(&Image) -> Result<Image>) -> Result<()> {
         let mut image = self.image.write();
-        let (next, error) = self.guarded(|| next(&image))?;
-        *image = Arc::new(next);
-        error.map_or(Ok(()), Err)
+        *image = Arc::new(self.guarded(|| next(&image))?);
+        Ok(())
     }
 
     /// The image, for a job that uses several at once. A panic of it ends the job and poisons nothing: for what only reads.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::image::{Layer, OpenOptions, Qcow2, Raw};
-use crate::{Error, Image, Result, WriteOptions};
+use crate::{Image, Result, WriteOptions};
 
 /// How layers are opened again.
 #[derive(Debug, Clone, Copy, Default)]
@@ -16,47 +16,27 @@ pub struct ReopenOptions {
 
 impl Image {
     /// The disk with the layer that `make` gives on top, open for writing; all layers of this image are below it, and no longer
-    /// written to. When `make` is called, the top is closed: complete and durable. The caller lets no request of this image
-    /// run meanwhile, nor afterwards, but for clones under way: they go on.
-    ///
-    /// After an error of `make` the disk goes on as it was: it is the image that is given back then, with the error.
+    /// written to. When `make` is called, all that was written is durable; the former top is closed behind it. The caller
+    /// lets no request of this image run meanwhile, nor afterwards, but for clones under way: they go on.
     ///
     /// # Errors
-    /// `ReadOnly`; what flushing gives, before anything is changed; what opening the top for writing again gives, if that fails:
-    /// then this image is closed.
-    pub fn put_overlay(
-        &self,
-        options: &ReopenOptions,
-        make: impl FnOnce() -> Result<Layer>,
-    ) -> Result<(Self, Option<Error>)> {
+    /// `ReadOnly`, what flushing gives, and those of `make`: this image goes on then. What closing the former top or
+    /// opening the layers below gives: this image takes no more writes then.
+    pub fn put_overlay(&self, options: &ReopenOptions, make: impl FnOnce() -> Result<Layer>) -> Result<Self> {
         // An image that refuses writes would be closed as it is.
         self.flush()?;
+        let mut layers = vec![make()?];
         self.seal()?;
-        let made = make().and_then(|overlay| {
-            let mut layers = vec![overlay];
-            layers.extend(self.reopened(options)?);
-            Self::new(layers)
-        });
-        let (mut image, error) = match made {
-            Ok(image) => (image, None),
-            Err(error) => {
-                let mut layers = self.reopened(options)?;
-                if let Some(top) = layers.first_mut() {
-                    top.enable_writing(options.write)?;
-                }
-                (Self::new(layers)?, Some(error))
-            }
-        };
+        for layer in self.layers() {
+            layers.push(reopen(layer, options)?);
+        }
+        let mut image = Self::new(layers)?;
         image.clones = Arc::clone(&self.clones);
-        Ok((image, error))
-    }
-
-    /// The layers anew, on the same files, for reading.
-    fn reopened(&self, options: &ReopenOptions) -> Result<Vec<Layer>> {
-        self.layers().iter().map(|layer| reopen(layer, options)).collect()
+        Ok(image)
     }
 }
 
+/// A layer anew, on the same file, for reading.
 fn reopen(layer: &Layer, options: &ReopenOptions) -> Result<Layer> {
     let storage = Arc::clone(layer.storage());
     let Some(old) = layer.as_qcow2() else { return Ok(Layer::Raw(Raw::new(storage)?)) };
