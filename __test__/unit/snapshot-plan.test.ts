@@ -17,7 +17,6 @@ const table: SnapshotTable = {
 const lines = ({ steps }: Plan): string[] =>
   steps.map(step => {
     if ('tree' in step) return `${step.op} ${step.tree}`
-    if ('from' in step) return `${step.op} ${step.from}`
     if ('entries' in step) {
       const entries = step.entries.map(entry =>
         'keep' in entry
@@ -55,38 +54,23 @@ describe('plans', () => {
 
   it.each(Object.entries(plans))('%s never relies on what no barrier made durable', (_, plan) => {
     expect(plan.generation).toBe(7)
-    const writes: Step['op'][] = [
-      'clear-copied',
-      'copy-l1',
-      'add-references',
-      'write-table',
-      'set-table',
-      'set-active-l1',
-    ]
-    const relies: Step['op'][] = [
-      'set-table',
-      'set-active-l1',
-      'drop-references',
-      'free-l1',
-      'free-table',
-      'restore-copied',
-    ]
+    const writes: Step['op'][] = ['share', 'drop', 'restore-copied', 'write-table', 'switch']
     let unsettled = false
     for (const { op } of plan.steps) {
-      if (relies.includes(op)) expect(unsettled, op).toBe(false)
+      if (op === 'switch' || op === 'free') expect(unsettled, op).toBe(false)
       if (op === 'barrier') unsettled = false
       else if (writes.includes(op)) unsettled = true
     }
-    expect(plan.steps.at(-1)).toEqual({ op: 'barrier' })
+    expect(unsettled).toBe(false)
   })
 
-  it('counts references before anything refers, and drops them after', () => {
-    const order = (plan: Plan, op: Step['op']) => plan.steps.findIndex(step => step.op === op)
-    expect(order(plans.create, 'add-references')).toBeLessThan(order(plans.create, 'set-table'))
-    expect(order(plans.apply, 'add-references')).toBeLessThan(order(plans.apply, 'set-active-l1'))
-    expect(order(plans.apply, 'drop-references')).toBeGreaterThan(order(plans.apply, 'set-active-l1'))
-    expect(order(plans.delete, 'drop-references')).toBeGreaterThan(order(plans.delete, 'set-table'))
-    expect(order(plans.create, 'clear-copied')).toBeLessThan(order(plans.create, 'add-references'))
+  it.each(Object.entries(plans))('%s changes the image once, and counts only in a fork', (_, plan) => {
+    const ops = plan.steps.map(({ op }) => op)
+    expect(ops.filter(op => op === 'switch')).toHaveLength(1)
+    const counts = ops.findIndex(op => op === 'share' || op === 'drop')
+    if (counts >= 0) expect(ops.slice(0, counts)).toContain('fork')
+    const behind = ops.slice(ops.indexOf('switch') + 1)
+    expect(behind.filter(op => op !== 'barrier' && op !== 'free')).toEqual([])
   })
 })
 

@@ -1,8 +1,7 @@
 /**
- * Plans of snapshot operations: pure functions from the table and a request to the steps that the engine executes. The order
- * is what makes them safe: a plan that stops anywhere leaves the old image or the new one, and leaked clusters at worst.
- * References are counted before anything refers; what refers is gone, durably, before a count drops; COPIED flags, which only
- * save work, are cleared before sharing begins and set again after it has ended.
+ * Plans of snapshot operations: pure functions from the table and a request to the steps that the engine executes. Refcounts and
+ * tables are written beside those that the image has, made durable, and become the image's with one write: the switch. A plan that
+ * stops before it leaves the old image, behind it the new one, and leaked clusters at worst.
  */
 
 import { findSnapshot, nextId } from './ids.js'
@@ -12,13 +11,8 @@ const barrier: Step = { op: 'barrier' }
 
 const kept = (table: SnapshotTable): TableEntry[] => table.records.map((_, keep) => ({ keep }))
 
-/** Swaps the snapshot table. The former one is free afterwards. */
-const swapTable = (entries: readonly TableEntry[]): Step[] => [
-  { op: 'write-table', entries },
-  barrier,
-  { op: 'set-table' },
-  barrier,
-]
+/** Makes what was written the image's, and frees what it replaces. */
+const swap: readonly Step[] = [barrier, { op: 'switch' }, barrier]
 
 /** A snapshot of the active disk. */
 export function planCreate(
@@ -34,13 +28,10 @@ export function planCreate(
   }
   const steps: Step[] = [
     { op: 'check-references', tree: 'active' },
-    { op: 'clear-copied', tree: 'active' },
-    barrier,
-    { op: 'copy-l1', from: 'active' },
-    { op: 'add-references', tree: 'active' },
-    ...swapTable([...kept(table), { create: created }]),
-    { op: 'free-table' },
-    barrier,
+    { op: 'fork' },
+    { op: 'share', tree: 'active' },
+    { op: 'write-table', entries: [...kept(table), { create: created }] },
+    ...swap,
   ]
   return { generation: table.generation, steps, created }
 }
@@ -50,17 +41,11 @@ export function planApply(table: SnapshotTable, idOrName: string): Plan {
   const tree = findSnapshot(table.records, idOrName)
   const steps: Step[] = [
     { op: 'check-references', tree },
-    { op: 'clear-copied', tree },
-    { op: 'copy-l1', from: tree },
-    { op: 'add-references', tree },
-    barrier,
-    { op: 'set-active-l1' },
-    barrier,
-    { op: 'drop-references', tree: 'former-active' },
-    { op: 'free-l1', tree: 'former-active' },
-    barrier,
-    { op: 'restore-copied' },
-    barrier,
+    { op: 'fork' },
+    { op: 'share', tree },
+    { op: 'drop', tree: 'active' },
+    ...swap,
+    { op: 'free' },
   ]
   return { generation: table.generation, steps }
 }
@@ -69,13 +54,12 @@ export function planApply(table: SnapshotTable, idOrName: string): Plan {
 export function planDelete(table: SnapshotTable, idOrName: string): Plan {
   const tree = findSnapshot(table.records, idOrName)
   const steps: Step[] = [
-    ...swapTable(kept(table).filter((_, index) => index !== tree)),
-    { op: 'drop-references', tree },
-    { op: 'free-l1', tree },
-    { op: 'free-table' },
-    barrier,
+    { op: 'fork' },
+    { op: 'write-table', entries: kept(table).filter((_, index) => index !== tree) },
+    { op: 'drop', tree },
     { op: 'restore-copied' },
-    barrier,
+    ...swap,
+    { op: 'free' },
   ]
   return { generation: table.generation, steps }
 }
@@ -84,5 +68,5 @@ export function planDelete(table: SnapshotTable, idOrName: string): Plan {
 export function planRename(table: SnapshotTable, idOrName: string, name: string): Plan {
   const index = findSnapshot(table.records, idOrName)
   const entries = kept(table).map((entry, i) => (i === index ? { keep: i, rename: name } : entry))
-  return { generation: table.generation, steps: [...swapTable(entries), { op: 'free-table' }, barrier] }
+  return { generation: table.generation, steps: [{ op: 'write-table', entries }, ...swap] }
 }

@@ -13,10 +13,10 @@ export interface SnapshotTable {
   readonly records: readonly SnapshotRecord[]
 }
 
-/** What one L1 table refers to. `former-active` is the active disk before `set-active-l1`; a number is an index in the table. */
-export type Tree = 'active' | 'former-active' | number
+/** What one L1 table refers to: the active disk's as it is before the plan; a number is an index in the table. */
+export type Tree = 'active' | number
 
-/** A snapshot to add, with the L1 table that the plan copied. */
+/** A snapshot to add. It gets the tables that the active disk had before `share` gave it others. */
 export interface NewSnapshot {
   readonly id: string
   readonly name: string
@@ -29,25 +29,23 @@ export interface NewSnapshot {
 export type TableEntry = { readonly keep: number; readonly rename?: string } | { readonly create: NewSnapshot }
 
 /**
- * One step. Between two barriers nothing may rely on what was written since the first one; the engine refuses steps that do.
+ * One step. Nothing of the image changes before the switch, which changes everything at once. The engine refuses steps that rely on
+ * what no barrier made durable, and those whose counts and tables do not say the same.
  *
  * - `check-references`: refuse, before anything is written, if the tree's references cannot all be counted once more
- * - `clear-copied`: no cluster of the tree may be written in place any more
- * - `copy-l1`: a new L1 table, copied from a tree's
- * - `add-references`, `drop-references`: count every reference of the tree once more, or once less
- * - `write-table`, `set-table`: write a new snapshot table; make it the image's
- * - `set-active-l1`: make the copied L1 table the active one
- * - `free-l1`, `free-table`: free a tree's L1 table; free the former snapshot table
- * - `restore-copied`: clusters of the active disk that nothing shares may be written in place again
+ * - `fork`: from here on refcounts change beside those in the file
+ * - `share`: write new tables for the active disk that share everything with the tree, counted once more
+ * - `drop`: count everything that the tree refers to once less
+ * - `restore-copied`: write new tables for the active disk where clusters may be written in place again that nothing shares any more
+ * - `write-table`: write a new snapshot table
+ * - `barrier`: make all of it durable
+ * - `switch`: make what was written the image's, in one write; the barrier behind it frees what that replaces
+ * - `free`: give the space of what was dropped back
  */
 export type Step =
-  | {
-      readonly op: 'check-references' | 'clear-copied' | 'add-references' | 'drop-references' | 'free-l1'
-      readonly tree: Tree
-    }
-  | { readonly op: 'copy-l1'; readonly from: 'active' | number }
+  | { readonly op: 'check-references' | 'share' | 'drop'; readonly tree: Tree }
   | { readonly op: 'write-table'; readonly entries: readonly TableEntry[] }
-  | { readonly op: 'barrier' | 'set-table' | 'set-active-l1' | 'free-table' | 'restore-copied' }
+  | { readonly op: 'fork' | 'restore-copied' | 'barrier' | 'switch' | 'free' }
 
 /** Steps in order, for one generation of the table. */
 export interface Plan {

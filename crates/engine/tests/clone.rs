@@ -11,12 +11,12 @@ use qcow2_engine::compact::CompactOptions;
 use qcow2_engine::convert::Compression;
 use qcow2_engine::create::{CreateOptions, DataFile as NamedData, Preallocation};
 use qcow2_engine::format::CompressionType;
-use qcow2_engine::maintenance::{L1Source, Plan, Step, Tree};
 use qcow2_engine::{Discard, ErrorKind, Image, Job, Layer, Raw, ResizeOptions, Storage, WriteOptions};
 use qcow2_testkit::audit::audit;
 use qcow2_testkit::disk_model::{Opening, Rig};
 use qcow2_testkit::matrix::{Backing, DataFile, Geometry};
 use qcow2_testkit::ops::{Found, SECTOR, Target, Value, identify, stamped};
+use qcow2_testkit::plans::Table;
 use qcow2_testkit::recorder::RecordingStorage;
 use qcow2_testkit::storage::{Fault, FaultStorage, Op as Call};
 use qcow2_testkit::{Fixture, Qemu, Rng, Sparse};
@@ -395,23 +395,7 @@ fn a_snapshot_is_applied_under_a_clone() {
     let made = Made::new(Kind::Qcow2);
     let clone = image.begin_clone(made.target(), &Job::new()).unwrap();
     let then = read_all(&image);
-    let tree = Tree::Snapshot(0);
-    let steps = vec![
-        Step::CheckReferences(tree),
-        Step::ClearCopied(tree),
-        Step::CopyL1(L1Source::Snapshot(0)),
-        Step::AddReferences(tree),
-        Step::Barrier,
-        Step::SetActiveL1,
-        Step::Barrier,
-        Step::DropReferences(Tree::FormerActive),
-        Step::FreeL1(Tree::FormerActive),
-        Step::Barrier,
-        Step::RestoreCopied,
-        Step::Barrier,
-    ];
-    let generation = image.layers()[0].as_qcow2().unwrap().generation();
-    image.execute(&Plan { generation, steps }).unwrap();
+    image.execute(&Table::of(&image).apply(0)).unwrap();
     assert!(read_all(&image) != then);
     clone.run(&image, None, &Job::new()).unwrap();
     assert!(made.bytes("clone") == then);

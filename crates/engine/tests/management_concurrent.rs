@@ -18,7 +18,7 @@ use qcow2_testkit::matrix::Geometry;
 use qcow2_testkit::ops::{Op, stamped};
 use qcow2_testkit::plans::Table;
 
-use management::{Action, Flags, World, checked, geometries, play, sound};
+use management::{Action, World, checked, geometries, play, sound};
 
 const THREADS: usize = 4;
 const REQUESTS: usize = 40;
@@ -159,7 +159,7 @@ fn a_snapshot_is_one_moment_of_all_requests_and_survives_any_power_cut() {
             image.close().unwrap();
             for state in session.states(seed, 40) {
                 let text = format!("{what}, cut {}, {:?}", state.cut, state.shape);
-                sound(&state.files[0], Flags::MayBeMissing).unwrap_or_else(|e| panic!("{text}: {e}"));
+                sound(&state.files[0]).unwrap_or_else(|e| panic!("{text}: {e}"));
                 let found =
                     Contents::read(&world.rig, &state.files).unwrap_or_else(|e| panic!("{text}: {e}"));
                 let snapshots = [&before.snapshots, &after.snapshots];
@@ -196,10 +196,10 @@ fn a_snapshot_is_applied_at_one_moment_of_all_requests() {
                 });
                 assert!(fits, "{what}: thread {number} after {bounds:?} requests");
             }
-            sound(&now[0], Flags::Exact).unwrap_or_else(|e| panic!("{what}: {e}"));
+            sound(&now[0]).unwrap_or_else(|e| panic!("{what}: {e}"));
             for state in session.states(seed, 40) {
                 let text = format!("{what}, cut {}, {:?}", state.cut, state.shape);
-                sound(&state.files[0], Flags::Exact).unwrap_or_else(|e| panic!("{text}: {e}"));
+                sound(&state.files[0]).unwrap_or_else(|e| panic!("{text}: {e}"));
                 let found =
                     Contents::read(&world.rig, &state.files).unwrap_or_else(|e| panic!("{text}: {e}"));
                 assert_eq!(found.snapshots, before.snapshots, "{text}");
@@ -233,7 +233,7 @@ fn everything_is_managed_while_requests_are_in_flight() {
                 for action in actions.into_iter().filter(|a| a.fits(geometry)) {
                     let old = Contents { snapshots: snapshots.clone(), ..before.clone() };
                     action.run(&image).unwrap_or_else(|e| panic!("{}: {action:?}: {e:?}", world.name));
-                    if action.flags() == Flags::MayBeMissing && action != Action::Create {
+                    if matches!(action, Action::Delete(_)) {
                         snapshots = action.expect(&old).snapshots;
                     }
                     // Readers see a whole disk at every moment.
@@ -248,10 +248,10 @@ fn everything_is_managed_while_requests_are_in_flight() {
             let after = world.contents(&now);
             assert!(after.active == end, "{}: the active disk, closed", world.name);
             assert!(after.bitmaps.iter().all(|b| b.ranges.is_some()), "{}: {after:?}", world.name);
-            sound(&now[0], Flags::Exact).and_then(|()| checked(&now[0], Flags::Exact)).unwrap();
+            sound(&now[0]).and_then(|()| checked(&now[0])).unwrap();
             for state in session.sample_states(seed, 60) {
                 let text = format!("{}, cut {}, {:?}", world.name, state.cut, state.shape);
-                sound(&state.files[0], Flags::MayBeMissing).unwrap_or_else(|e| panic!("{text}: {e}"));
+                sound(&state.files[0]).unwrap_or_else(|e| panic!("{text}: {e}"));
                 let found =
                     Contents::read(&world.rig, &state.files).unwrap_or_else(|e| panic!("{text}: {e}"));
                 // A snapshot is there as it was, whatever its name, or it is gone.

@@ -19,7 +19,7 @@ use qcow2_testkit::plans::{Table, text};
 use qcow2_testkit::recorder::RecordingStorage;
 
 use management::{
-    Action, Flags, World, amendments, checked, checked_by_qemu, geometries, goes_on, run_amend, sound,
+    Action, World, amendments, checked, checked_by_qemu, geometries, goes_on, run_amend, sound,
 };
 
 /// Seeds per layout and the random states of each change: more in a long run.
@@ -38,7 +38,6 @@ struct Judge<'a> {
     old: &'a Contents,
     new: &'a Contents,
     resized: bool,
-    flags: Flags,
     what: String,
 }
 
@@ -57,18 +56,18 @@ impl Judge<'_> {
     }
 
     fn verdict(&self, state: &State, number: usize) -> Result<(), String> {
-        sound(&state.files[0], self.flags)?;
+        sound(&state.files[0])?;
         Contents::read(&self.world.rig, &state.files)?.judge(self.old, self.new, self.resized)?;
         if number.is_multiple_of(8) {
-            checked(&state.files[0], self.flags)?;
+            checked(&state.files[0])?;
         }
         if number.is_multiple_of(16) {
-            goes_on(self.world, &state.files, number as u64, self.flags)?;
+            goes_on(self.world, &state.files, number as u64)?;
         }
         if number.is_multiple_of(211)
             && let Some(qemu) = self.qemu
         {
-            checked_by_qemu(qemu, &self.world.rig, &state.files, self.flags)?;
+            checked_by_qemu(qemu, &self.world.rig, &state.files)?;
         }
         Ok(())
     }
@@ -155,8 +154,8 @@ fn explore(world: &World, action: Action, seed: u64, qemu: Option<&Qemu>) {
         found.judge(&new, &new, true).unwrap_or_else(|e| panic!("{}: {what}, complete: {e}", world.name));
     }
     drop(image);
-    let (resized, flags) = (action.resizes(), action.flags());
-    let judge = Judge { world, qemu, old: &old, new: &new, resized, flags, what };
+    let resized = action.resizes();
+    let judge = Judge { world, qemu, old: &old, new: &new, resized, what };
     session.states(seed, effort().1).for_each(|state| judge.judge(&state));
 }
 
@@ -186,15 +185,7 @@ fn no_power_cut_while_an_image_is_amended_harms_it() {
         run_amend(&*storages[0], options).unwrap_or_else(|e| panic!("{}: {what}: {e:?}", world.name));
         let after = header(&*storages[0]);
         assert_eq!(world.contents(&now()), old, "{}: {what}", world.name);
-        let judge = Judge {
-            world,
-            qemu: qemu.as_ref(),
-            old: &old,
-            new: &old,
-            resized: false,
-            flags: Flags::Exact,
-            what,
-        };
+        let judge = Judge { world, qemu: qemu.as_ref(), old: &old, new: &old, resized: false, what };
         session.states(*seed, effort().1).for_each(|state| {
             judge.judge(&state);
             let storage = RecordingStorage::plain(state.files[0].clone());
@@ -239,8 +230,8 @@ fn a_plan_that_stops_between_two_steps_leaves_the_old_image_or_the_new_one() {
                 plan.steps.truncate(steps);
                 image.execute(&plan).unwrap();
                 let what = format!("{action:?}, {steps} steps");
-                let (resized, flags) = (action.resizes(), Flags::MayBeMissing);
-                let judge = Judge { world: &world, qemu: None, old: &old, new: &new, resized, flags, what };
+                let resized = action.resizes();
+                let judge = Judge { world: &world, qemu: None, old: &old, new: &new, resized, what };
                 session
                     .states(steps as u64, 4)
                     .filter(|s| s.cut % 3 == steps % 3)
@@ -252,7 +243,7 @@ fn a_plan_that_stops_between_two_steps_leaves_the_old_image_or_the_new_one() {
                 let then = Contents::live(&image, &world.rig, &now()).unwrap();
                 assert!(then.snapshots == old.snapshots || then.snapshots == new.snapshots, "{}", judge.what);
                 image.close().unwrap();
-                sound(&now()[0], flags).unwrap_or_else(|e| panic!("{}: {}: {e}", world.name, judge.what));
+                sound(&now()[0]).unwrap_or_else(|e| panic!("{}: {}: {e}", world.name, judge.what));
                 let closed = world.contents(&now());
                 assert!(closed.active == then.active && closed.snapshots == then.snapshots, "{}", judge.what);
             }
@@ -280,16 +271,15 @@ fn no_power_cut_while_an_unclean_image_is_opened_harms_it() {
         image.flush().unwrap();
         drop(image);
         let opened = storages[0].snapshot();
-        sound(&opened, Flags::Exact).unwrap_or_else(|e| panic!("{}: {e}", world.name));
+        sound(&opened).unwrap_or_else(|e| panic!("{}: {e}", world.name));
         let mut judged = 0;
         for state in session.states(3, effort().1) {
             let text = format!("{}: cut {}, {:?}", world.name, state.cut, state.shape);
             let found = Contents::read(&world.rig, &state.files).unwrap_or_else(|e| panic!("{text}: {e}"));
             assert!(found.snapshots == contents.snapshots, "{text}");
             // Marked, or sound; and it opens again for writing, and is sound then.
-            sound(&state.files[0], Flags::Exact).unwrap_or_else(|e| panic!("{text}: {e}"));
-            goes_on(&world, &state.files, state.cut as u64, Flags::Exact)
-                .unwrap_or_else(|e| panic!("{text}: {e}"));
+            sound(&state.files[0]).unwrap_or_else(|e| panic!("{text}: {e}"));
+            goes_on(&world, &state.files, state.cut as u64).unwrap_or_else(|e| panic!("{text}: {e}"));
             judged += 1;
         }
         assert!(judged > 5, "{}: {judged} states", world.name);

@@ -15,7 +15,7 @@ use qcow2_testkit::crash::{Durability, Session};
 use qcow2_testkit::recorder::RecordingStorage;
 use qcow2_testkit::storage::{Fault, FaultStorage, Op as Call};
 
-use management::{Action, Flags, World, amendments, geometries, goes_on, run_amend, sound, writable};
+use management::{Action, World, amendments, geometries, goes_on, run_amend, sound, writable};
 
 const EIO: i32 = 5;
 const ENOSPC: i32 = 28;
@@ -98,7 +98,7 @@ fn judge(
     (old, new): (&Contents, &Contents),
     result: &Result<()>,
 ) -> std::result::Result<(), String> {
-    let (resized, flags) = (action.resizes(), action.flags());
+    let resized = action.resizes();
     let possible = if result.is_ok() { new } else { old };
     if let Err(e) = result
         && e.kind() == ErrorKind::Internal
@@ -107,7 +107,7 @@ fn judge(
     }
     let found = Contents::read(&world.rig, &faulty.now())?;
     found.judge(possible, new, resized)?;
-    sound(&faulty.now()[0], flags)?;
+    sound(&faulty.now()[0])?;
     // What readers of this handle see: faults of reading may go on.
     match disk(image) {
         Ok(live) if live != possible.active && live != new.active => {
@@ -117,7 +117,7 @@ fn judge(
     }
     for state in faulty.session.sample_states(9, 3) {
         let cut = |e| format!("cut {}, {:?}: {e}", state.cut, state.shape);
-        sound(&state.files[0], flags).map_err(cut)?;
+        sound(&state.files[0]).map_err(cut)?;
         Contents::read(&world.rig, &state.files).and_then(|c| c.judge(old, new, resized)).map_err(cut)?;
     }
     // The process goes on, as far as the image lets it.
@@ -125,7 +125,7 @@ fn judge(
     let live = disk(image).ok();
     let closed = image.close();
     let files = faulty.now();
-    sound(&files[0], Flags::MayBeMissing).map_err(|e| format!("closed: {e}"))?;
+    sound(&files[0]).map_err(|e| format!("closed: {e}"))?;
     let end = Contents::read(&world.rig, &files)?;
     if end.snapshots != possible.snapshots && end.snapshots != new.snapshots {
         return Err(format!("closed: snapshots of {end:?}"));
@@ -137,7 +137,7 @@ fn judge(
     {
         return Err("closed: the disk is another one".into());
     }
-    goes_on(world, &files, 3, Flags::MayBeMissing)
+    goes_on(world, &files, 3)
 }
 
 #[test]
@@ -179,10 +179,10 @@ fn any_call_may_fail_while_an_image_is_amended() {
                     let kind = result.as_ref().err().map(|e| e.kind());
                     assert!(matches!(kind, None | Some(ErrorKind::Io)), "{what}: {result:?}");
                     let files = faulty.now();
-                    sound(&files[0], Flags::Exact).unwrap_or_else(|e| panic!("{what}: {e}"));
+                    sound(&files[0]).unwrap_or_else(|e| panic!("{what}: {e}"));
                     assert_eq!(world.contents(&files), old, "{what}");
                     for state in faulty.session.sample_states(n, 3) {
-                        sound(&state.files[0], Flags::Exact).unwrap_or_else(|e| panic!("{what}: {e}"));
+                        sound(&state.files[0]).unwrap_or_else(|e| panic!("{what}: {e}"));
                         assert_eq!(world.contents(&state.files), old, "{what}, cut {}", state.cut);
                     }
                     run_amend(&*faulty.recording[0], options)

@@ -6,9 +6,10 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use qcow2_engine::maintenance::{L1Source, NewSnapshot, Plan, Record, Step, Tree};
+use qcow2_engine::maintenance::{Plan, Record, Step, Tree};
 use qcow2_engine::storage::{Access, FileStorage};
 use qcow2_engine::{ErrorKind, Image, Layer, Mem, MemMut, OpenOptions, Qcow2, WriteOptions};
+use qcow2_testkit::plans::Table;
 use qcow2_testkit::{Fixture, Qemu, Rng};
 
 fn open(path: &Path) -> Image {
@@ -28,73 +29,16 @@ fn read_all(image: &Image) -> Vec<u8> {
     bytes
 }
 
-fn kept(image: &Image, skip: Option<usize>) -> Vec<Record> {
-    let count = top(image).snapshots().len();
-    (0..count).filter(|i| Some(*i) != skip).map(|index| Record::Keep { index, rename: None }).collect()
-}
-
 fn create(image: &Image, id: &str) -> Result<(), qcow2_engine::Error> {
-    let new = NewSnapshot {
-        id: id.into(),
-        name: format!("snapshot {id}"),
-        date_sec: 1,
-        date_nsec: 2,
-        vm_clock_nsec: 0,
-        vm_state_size: 0,
-        icount: None,
-    };
-    let mut records = kept(image, None);
-    records.push(Record::New(new));
-    let steps = vec![
-        Step::CheckReferences(Tree::Active),
-        Step::ClearCopied(Tree::Active),
-        Step::Barrier,
-        Step::CopyL1(L1Source::Active),
-        Step::AddReferences(Tree::Active),
-        Step::WriteTable(records),
-        Step::Barrier,
-        Step::SetTable,
-        Step::Barrier,
-        Step::FreeTable,
-        Step::Barrier,
-    ];
-    image.execute(&Plan { generation: top(image).generation(), steps })
+    image.execute(&Table::of(image).create(id, &format!("snapshot {id}")))
 }
 
 fn apply(image: &Image, index: usize) {
-    let tree = Tree::Snapshot(index);
-    let steps = vec![
-        Step::CheckReferences(tree),
-        Step::ClearCopied(tree),
-        Step::CopyL1(L1Source::Snapshot(index)),
-        Step::AddReferences(tree),
-        Step::Barrier,
-        Step::SetActiveL1,
-        Step::Barrier,
-        Step::DropReferences(Tree::FormerActive),
-        Step::FreeL1(Tree::FormerActive),
-        Step::Barrier,
-        Step::RestoreCopied,
-        Step::Barrier,
-    ];
-    image.execute(&Plan { generation: top(image).generation(), steps }).unwrap();
+    image.execute(&Table::of(image).apply(index)).unwrap();
 }
 
 fn delete(image: &Image, index: usize) {
-    let tree = Tree::Snapshot(index);
-    let steps = vec![
-        Step::WriteTable(kept(image, Some(index))),
-        Step::Barrier,
-        Step::SetTable,
-        Step::Barrier,
-        Step::DropReferences(tree),
-        Step::FreeL1(tree),
-        Step::FreeTable,
-        Step::Barrier,
-        Step::RestoreCopied,
-        Step::Barrier,
-    ];
-    image.execute(&Plan { generation: top(image).generation(), steps }).unwrap();
+    image.execute(&Table::of(image).delete(index)).unwrap();
 }
 
 fn scribble(image: &Image, rng: &mut Rng, compressible: bool) {
@@ -214,13 +158,24 @@ fn plans_that_do_not_fit_are_refused() {
     let image = open(&path);
     create(&image, "1").unwrap();
     let generation = top(&image).generation();
+    let keep = || Step::WriteTable(vec![Record::Keep { index: 0, rename: None }]);
+    let active = Tree::Active;
     for (generation, steps) in [
         (generation + 1, vec![Step::Barrier]),
-        (generation, vec![Step::SetTable]),
-        (generation, vec![Step::WriteTable(vec![]), Step::SetTable]),
+        (generation, vec![keep(), Step::Switch]),
+        (generation, vec![Step::WriteTable(vec![]), Step::Barrier, Step::Switch]),
         (generation, vec![Step::WriteTable(vec![Record::Keep { index: 1, rename: None }])]),
-        (generation, vec![Step::FreeTable]),
-        (generation, vec![Step::AddReferences(Tree::Active), Step::DropReferences(Tree::Active)]),
+        (generation, vec![keep(), keep()]),
+        (generation, vec![Step::Free]),
+        (generation, vec![Step::Fork, Step::Fork]),
+        (generation, vec![Step::Share(active)]),
+        (generation, vec![Step::Drop(active)]),
+        (generation, vec![Step::RestoreCopied]),
+        (generation, vec![Step::Fork, Step::Share(active), Step::RestoreCopied]),
+        (generation, vec![Step::Fork, Step::Share(active), Step::Barrier, Step::Switch]),
+        (generation, vec![Step::Fork, Step::Drop(active), Step::Barrier, Step::Switch]),
+        (generation, vec![Step::Fork, Step::Drop(Tree::Snapshot(0)), Step::Barrier, Step::Switch]),
+        (generation, vec![Step::Fork, keep(), Step::Drop(Tree::Snapshot(0)), Step::Barrier, Step::Switch]),
     ] {
         let error = image.execute(&Plan { generation, steps: steps.clone() }).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{steps:?}");

@@ -2,7 +2,7 @@
 
 use napi::bindgen_prelude::{Either, Env, ToNapiValue};
 use napi_derive::napi;
-use qcow2_engine::maintenance::{L1Source, NewSnapshot, Plan, Record, Step, Tree};
+use qcow2_engine::maintenance::{NewSnapshot, Plan, Record, Step, Tree};
 use qcow2_engine::{Error, ErrorKind, Image, Qcow2, Result};
 
 use crate::info::text;
@@ -42,8 +42,6 @@ pub struct StepInput {
     pub op: String,
     /// A tree, by name or by index.
     pub tree: Option<Either<String, u32>>,
-    /// The source of a copied L1 table.
-    pub from: Option<Either<String, u32>>,
     /// Entries of a new table.
     pub entries: Option<Vec<EntryInput>>,
 }
@@ -126,30 +124,22 @@ impl StepInput {
     fn read(self) -> Result<Step> {
         let tree = |tree: Option<Either<String, u32>>| match tree {
             Some(Either::A(name)) if name == "active" => Ok(Tree::Active),
-            Some(Either::A(name)) if name == "former-active" => Ok(Tree::FormerActive),
             Some(Either::B(index)) => Ok(Tree::Snapshot(index as usize)),
             _ => Err(unknown("a step without a tree")),
         };
         Ok(match self.op.as_str() {
             "check-references" => Step::CheckReferences(tree(self.tree)?),
-            "clear-copied" => Step::ClearCopied(tree(self.tree)?),
-            "add-references" => Step::AddReferences(tree(self.tree)?),
-            "drop-references" => Step::DropReferences(tree(self.tree)?),
-            "free-l1" => Step::FreeL1(tree(self.tree)?),
-            "copy-l1" => Step::CopyL1(match self.from {
-                Some(Either::A(name)) if name == "active" => L1Source::Active,
-                Some(Either::B(index)) => L1Source::Snapshot(index as usize),
-                _ => return Err(unknown("a copy without a source")),
-            }),
+            "fork" => Step::Fork,
+            "share" => Step::Share(tree(self.tree)?),
+            "drop" => Step::Drop(tree(self.tree)?),
+            "restore-copied" => Step::RestoreCopied,
             "write-table" => {
                 let entries = self.entries.ok_or_else(|| unknown("a table without entries"))?;
                 Step::WriteTable(entries.into_iter().map(EntryInput::read).collect::<Result<_>>()?)
             }
             "barrier" => Step::Barrier,
-            "set-table" => Step::SetTable,
-            "set-active-l1" => Step::SetActiveL1,
-            "free-table" => Step::FreeTable,
-            "restore-copied" => Step::RestoreCopied,
+            "switch" => Step::Switch,
+            "free" => Step::Free,
             other => return Err(unknown(&format!("the step '{other}'"))),
         })
     }

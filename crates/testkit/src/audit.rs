@@ -13,8 +13,6 @@ const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 pub struct Findings {
     /// Damage.
     pub corruptions: Vec<String>,
-    /// Flags that could be set and are not: nothing is lost, a write only copies what it need not.
-    pub missing_flags: Vec<String>,
     /// Clusters that are counted but not referred to.
     pub leaks: u64,
     /// The image says that its refcounts cannot be trusted (lazy refcounts).
@@ -24,10 +22,6 @@ pub struct Findings {
 impl Findings {
     /// Whether nothing but leaks was found.
     pub fn is_sound(&self) -> bool {
-        self.is_safe() && self.missing_flags.is_empty()
-    }
-    /// Whether nothing but leaks and missing COPIED flags was found.
-    pub fn is_safe(&self) -> bool {
         self.corruptions.is_empty()
     }
     /// Whether nothing at all was found.
@@ -205,11 +199,7 @@ impl Audit<'_> {
             return;
         }
         let text = format!("{what} {index} ({entry:#x}): COPIED does not fit a refcount of {count}");
-        if count == 1 {
-            self.findings.missing_flags.push(text);
-        } else {
-            self.damage(text);
-        }
+        self.damage(text);
     }
 
     fn snapshots(&mut self) {

@@ -1,7 +1,7 @@
 //! The plans of snapshot operations as the facade makes them, for tests of the engine alone. A golden text, which the
 //! facade's own tests compare with as well, ties the two together.
 
-use qcow2_engine::maintenance::{L1Source, NewSnapshot, Plan, Record, Step, Tree};
+use qcow2_engine::maintenance::{NewSnapshot, Plan, Record, Step, Tree};
 
 /// A table of `count` snapshots in this generation.
 #[derive(Debug, Clone, Copy)]
@@ -38,73 +38,43 @@ impl Table {
             vm_state_size: 0,
             icount: None,
         };
-        let mut steps = vec![
-            Step::CheckReferences(Tree::Active),
-            Step::ClearCopied(Tree::Active),
-            Step::Barrier,
-            Step::CopyL1(L1Source::Active),
-            Step::AddReferences(Tree::Active),
-        ];
-        steps.extend(swap_table(self.kept().chain([Record::New(new)]).collect()));
-        steps.extend([Step::FreeTable, Step::Barrier]);
-        self.plan(steps)
+        let table = Step::WriteTable(self.kept().chain([Record::New(new)]).collect());
+        let shared = [Step::CheckReferences(Tree::Active), Step::Fork, Step::Share(Tree::Active), table];
+        self.plan(shared.into_iter().chain(switch()).collect())
     }
 
     /// The active disk becomes what a snapshot holds.
     pub fn apply(self, index: usize) -> Plan {
         let tree = Tree::Snapshot(index);
-        self.plan(vec![
-            Step::CheckReferences(tree),
-            Step::ClearCopied(tree),
-            Step::CopyL1(L1Source::Snapshot(index)),
-            Step::AddReferences(tree),
-            Step::Barrier,
-            Step::SetActiveL1,
-            Step::Barrier,
-            Step::DropReferences(Tree::FormerActive),
-            Step::FreeL1(Tree::FormerActive),
-            Step::Barrier,
-            Step::RestoreCopied,
-            Step::Barrier,
-        ])
+        let shared = [Step::CheckReferences(tree), Step::Fork, Step::Share(tree), Step::Drop(Tree::Active)];
+        self.plan(shared.into_iter().chain(switch()).chain([Step::Free]).collect())
     }
 
     /// A snapshot goes.
     pub fn delete(self, index: usize) -> Plan {
-        let tree = Tree::Snapshot(index);
         let others = self.kept().enumerate().filter(|(i, _)| *i != index).map(|(_, r)| r).collect();
-        let mut steps = swap_table(others);
-        steps.extend([
-            Step::DropReferences(tree),
-            Step::FreeL1(tree),
-            Step::FreeTable,
-            Step::Barrier,
-            Step::RestoreCopied,
-            Step::Barrier,
-        ]);
-        self.plan(steps)
+        let dropped =
+            [Step::Fork, Step::WriteTable(others), Step::Drop(Tree::Snapshot(index)), Step::RestoreCopied];
+        self.plan(dropped.into_iter().chain(switch()).chain([Step::Free]).collect())
     }
 
     /// A snapshot gets another name.
     pub fn rename(self, index: usize, name: &str) -> Plan {
         let named = |i: usize| (i == index).then(|| name.to_owned());
         let entries = (0..self.count).map(|i| Record::Keep { index: i, rename: named(i) }).collect();
-        let mut steps = swap_table(entries);
-        steps.extend([Step::FreeTable, Step::Barrier]);
-        self.plan(steps)
+        self.plan([Step::WriteTable(entries)].into_iter().chain(switch()).collect())
     }
 }
 
-/// Swaps the snapshot table. The former one is free afterwards.
-fn swap_table(entries: Vec<Record>) -> Vec<Step> {
-    vec![Step::WriteTable(entries), Step::Barrier, Step::SetTable, Step::Barrier]
+/// Makes what was written the image's.
+fn switch() -> [Step; 3] {
+    [Step::Barrier, Step::Switch, Step::Barrier]
 }
 
 /// A plan as text, one line a step.
 pub fn text(plan: &Plan) -> String {
     let tree = |tree: &Tree| match tree {
         Tree::Active => "active".to_owned(),
-        Tree::FormerActive => "former-active".to_owned(),
         Tree::Snapshot(index) => index.to_string(),
     };
     let record = |record: &Record| match record {
@@ -114,20 +84,16 @@ pub fn text(plan: &Plan) -> String {
     };
     let line = |step: &Step| match step {
         Step::CheckReferences(t) => format!("check-references {}", tree(t)),
-        Step::ClearCopied(t) => format!("clear-copied {}", tree(t)),
-        Step::CopyL1(L1Source::Active) => "copy-l1 active".to_owned(),
-        Step::CopyL1(L1Source::Snapshot(index)) => format!("copy-l1 {index}"),
-        Step::AddReferences(t) => format!("add-references {}", tree(t)),
+        Step::Fork => "fork".to_owned(),
+        Step::Share(t) => format!("share {}", tree(t)),
+        Step::Drop(t) => format!("drop {}", tree(t)),
+        Step::RestoreCopied => "restore-copied".to_owned(),
         Step::Barrier => "barrier".to_owned(),
         Step::WriteTable(records) => {
             format!("write-table{}", records.iter().map(record).collect::<String>())
         }
-        Step::SetTable => "set-table".to_owned(),
-        Step::SetActiveL1 => "set-active-l1".to_owned(),
-        Step::DropReferences(t) => format!("drop-references {}", tree(t)),
-        Step::FreeL1(t) => format!("free-l1 {}", tree(t)),
-        Step::FreeTable => "free-table".to_owned(),
-        Step::RestoreCopied => "restore-copied".to_owned(),
+        Step::Switch => "switch".to_owned(),
+        Step::Free => "free".to_owned(),
     };
     plan.steps.iter().map(|step| line(step) + "\n").collect()
 }

@@ -17,7 +17,7 @@ const FLAGS: u64 = 12;
 
 /// One bitmap in memory. Its entry in the file is marked in use.
 #[derive(Debug, Clone)]
-pub(super) struct Tracked {
+pub(crate) struct Tracked {
     pub(super) name: Vec<u8>,
     pub(super) bits: Arc<Bits>,
     /// Guest changes are recorded.
@@ -99,12 +99,22 @@ impl Tracker {
 
     /// Gives every bitmap the disk's new size.
     pub(crate) fn resize(&self, size: u64, max_memory: u64) -> Result<()> {
+        self.replace(self.resized(size, max_memory)?);
+        Ok(())
+    }
+
+    /// Every bitmap as it is on a disk of another size: for [`Tracker::replace`], which cannot fail.
+    pub(crate) fn resized(&self, size: u64, max_memory: u64) -> Result<Vec<Tracked>> {
         let mut resized = self.all();
         for tracked in &mut resized {
             tracked.bits = Arc::new(tracked.bits.resized(size, max_memory)?);
         }
-        *self.list.write() = resized;
-        Ok(())
+        Ok(resized)
+    }
+
+    /// Replaces all bitmaps.
+    pub(crate) fn replace(&self, list: Vec<Tracked>) {
+        *self.list.write() = list;
     }
 }
 

@@ -2,45 +2,59 @@
 
 use std::sync::Arc;
 
-use qcow2_format::l1::COPIED;
 use qcow2_format::limits::{MAX_L1_BYTES, MAX_SNAPSHOT_TABLE_BYTES, MAX_SNAPSHOTS};
 use qcow2_format::snapshot::ParsedSnapshot;
 use qcow2_format::{HostOffset, SnapshotRecord};
 
-use super::plan::{L1Source, NewSnapshot, Plan, Record, Step, Tree};
+use super::plan::{NewSnapshot, Plan, Record, Step, Tree};
 use super::session::Session;
-use crate::image::Image;
+use crate::image::{Image, read_header};
+use crate::write::{Places, Unlinked};
 use crate::{Error, ErrorKind, Result};
 
 /// What the steps made so far.
+#[derive(Default)]
 struct Made {
     /// The snapshot table that the plan was made for.
     original: Arc<[SnapshotRecord]>,
     l1: Option<NewL1>,
     table: Option<NewTable>,
-    former_table: Option<(u64, u64)>,
-    former_active: Option<(u64, Vec<u64>)>,
+    /// Trees that were dropped, with their L1 tables.
+    dropped: Vec<(Tree, Vec<u64>)>,
+    /// The former active L1 table, some of whose L2 tables were copied.
+    copied: Vec<u64>,
+    forked: bool,
     /// Something was written that a later step may rely on only behind a barrier.
     unsettled: bool,
+    /// The header names what was made, or may do so after a failure.
+    switched: bool,
 }
 
+/// A new active L1 table.
 struct NewL1 {
     offset: u64,
     entries: Vec<u64>,
-    /// Disk size of what it is a copy of.
+    /// Disk size that comes with it.
     size: u64,
-    used: bool,
+    /// What it shares everything with; `None` for the active disk's own with other flags.
+    shares: Option<Tree>,
 }
 
 struct NewTable {
     offset: u64,
     bytes: u64,
     records: Vec<SnapshotRecord>,
+    /// Indices of the former entries that it keeps.
+    kept: Vec<usize>,
+    /// Entries that take the former tables of the active disk.
+    new: usize,
+    /// Allocated in the fork.
+    beside: bool,
 }
 
 impl Image {
-    /// Executes `plan` while guest writes wait. A failed step leaves the image as the steps before it made it: the old
-    /// one or the new one, with leaks at worst.
+    /// Executes `plan` while guest writes wait. After a failed step the image is the old one, or the new one if the
+    /// switch was made.
     ///
     /// # Errors
     /// `InvalidArgument` for a plan that was made for another generation or whose steps do not fit together;
@@ -55,111 +69,76 @@ impl Image {
             let message = "an image with an external data file cannot have internal snapshots";
             return Err(session.image.error(ErrorKind::UnsupportedFeature, message));
         }
-        let mut made = Made {
-            original: session.image.snapshots(),
-            l1: None,
-            table: None,
-            former_table: None,
-            former_active: None,
-            unsettled: false,
-        };
+        let mut made = Made { original: session.image.snapshots(), ..Made::default() };
         let executed = plan.steps.iter().try_for_each(|step| session.execute(step, &mut made));
-        if executed.is_err() {
-            session.clean_up(&made);
-        }
-        executed
+        let ended = session.end(&made);
+        executed.and(ended)
     }
 }
 
 impl Session<'_> {
     fn execute(&self, step: &Step, made: &mut Made) -> Result<()> {
+        if made.switched && !matches!(step, Step::Barrier | Step::Free) {
+            return Err(misfit("a step behind the switch"));
+        }
         match step {
             Step::CheckReferences(tree) => self.check_references(&self.l1_of(*tree, made)?),
-            Step::ClearCopied(tree) => self.clear_copied(*tree, made),
-            Step::CopyL1(source) => self.copy_l1(*source, made),
-            Step::AddReferences(tree) => {
-                made.unsettled = true;
-                self.add_references(&self.l1_of(*tree, made)?)
+            Step::Fork if made.forked => Err(misfit("a second fork")),
+            Step::Fork => {
+                self.fork()?;
+                made.forked = true;
+                Ok(())
             }
-            Step::Barrier => {
-                made.unsettled = false;
-                self.barrier()
+            Step::Share(tree) => self.share_tree(*tree, made),
+            Step::Drop(tree) => {
+                made.change()?;
+                let l1 = self.l1_of(*tree, made)?;
+                self.drop_beside(&l1)?;
+                made.dropped.push((*tree, l1));
+                Ok(())
             }
+            Step::RestoreCopied => self.restore_flags(made),
             Step::WriteTable(records) => self.write_snapshot_table(records, made),
-            Step::SetTable => self.set_table(made),
-            Step::SetActiveL1 => self.set_active(made),
-            Step::DropReferences(tree) => {
-                settled(made)?;
-                self.drop_references(&self.l1_of(*tree, made)?)
-            }
-            Step::FreeL1(tree) => {
-                settled(made)?;
-                let (offset, entries) = self.place_of(*tree, made)?;
-                self.unlink(offset, entries * 8);
+            Step::Barrier => {
+                if made.forked && !made.switched { self.settle_fork() } else { self.barrier() }?;
+                made.unsettled = false;
                 Ok(())
             }
-            Step::FreeTable => {
+            Step::Switch => self.switch(made),
+            Step::Free => {
                 settled(made)?;
-                let (offset, bytes) = made.former_table.take().ok_or_else(|| misfit("no former table"))?;
-                self.unlink(offset, bytes);
-                Ok(())
-            }
-            Step::RestoreCopied => {
-                settled(made)?;
-                let l1 = self.rewrite_copied(&self.l1_of(Tree::Active, made)?, true)?;
-                self.write_active_l1(l1)
+                if !made.switched {
+                    return Err(misfit("nothing was switched"));
+                }
+                made.dropped.iter().try_for_each(|(_, l1)| self.free_dropped(l1))?;
+                self.free_dropped(&made.copied)
             }
         }
     }
 
-    /// What an error leaves allocated and unreferenced goes back.
-    fn clean_up(&self, made: &Made) {
-        if let Some(l1) = made.l1.as_ref().filter(|l1| !l1.used) {
-            self.abandon(l1.offset, l1.entries.len() as u64 * 8);
+    /// What a plan leaves behind that ended early, by an error or by its steps.
+    fn end(&self, made: &Made) -> Result<()> {
+        if made.switched {
+            // Nobody may use what became free before that is durable.
+            return if made.unsettled { self.barrier() } else { Ok(()) };
         }
-        if let Some(table) = &made.table {
-            self.abandon(table.offset, table.bytes);
+        if made.forked {
+            self.undo_fork();
         }
-        // Flags are only ever too few; a failure to set them again costs copies, not data. They follow the refcounts that
-        // are durable: where those did not get into the file, no flag may.
-        if self.barrier().is_err() {
-            return;
-        }
-        let l1 = self.image.mapping.read().l1.clone();
-        if let Ok(l1) = self.rewrite_copied(&l1, true) {
-            let _ = self.write_active_l1(l1).and_then(|()| self.barrier());
+        match made.table.as_ref().filter(|table| !table.beside) {
+            Some(table) => {
+                self.abandon(table.offset, table.bytes);
+                self.barrier()
+            }
+            None => Ok(()),
         }
     }
 
     fn l1_of(&self, tree: Tree, made: &Made) -> Result<Vec<u64>> {
         match tree {
-            Tree::Active => Ok(self.image.mapping.read().l1.clone()),
-            Tree::FormerActive => {
-                made.former_active.as_ref().map(|f| f.1.clone()).ok_or_else(|| misfit("no former active L1"))
-            }
+            Tree::Active => Ok(self.image.l1()),
             Tree::Snapshot(index) => self.snapshot_l1(made.snapshot(index)?),
         }
-    }
-
-    /// Host offset and entries of a tree's L1 table.
-    fn place_of(&self, tree: Tree, made: &Made) -> Result<(u64, u64)> {
-        match tree {
-            Tree::Active => Err(misfit("the active L1 table cannot be freed")),
-            Tree::FormerActive => {
-                let former = made.former_active.as_ref();
-                former.map(|f| (f.0, f.1.len() as u64)).ok_or_else(|| misfit("no former active L1"))
-            }
-            Tree::Snapshot(index) => {
-                let record = made.snapshot(index)?;
-                Ok((record.l1_table_offset.0, record.l1_size.into()))
-            }
-        }
-    }
-
-    fn clear_copied(&self, tree: Tree, made: &mut Made) -> Result<()> {
-        made.unsettled = true;
-        let l1 = self.rewrite_copied(&self.l1_of(tree, made)?, false)?;
-        if tree == Tree::Active { self.write_active_l1(l1) } else { Ok(()) }
     }
 
     /// Writes the active L1 table in place: only flags differ.
@@ -169,29 +148,64 @@ impl Session<'_> {
         Ok(())
     }
 
-    fn copy_l1(&self, source: L1Source, made: &mut Made) -> Result<()> {
-        let (tree, size) = match source {
-            L1Source::Active => (Tree::Active, self.image.virtual_size()),
-            L1Source::Snapshot(index) => {
-                let size = made.snapshot(index)?.disk_size;
-                (Tree::Snapshot(index), size.unwrap_or_else(|| self.image.virtual_size()))
-            }
+    fn share_tree(&self, tree: Tree, made: &mut Made) -> Result<()> {
+        made.change()?;
+        if made.l1.is_some() {
+            return Err(misfit("a second L1 table"));
+        }
+        let now = self.image.virtual_size();
+        let size = match tree {
+            Tree::Active => now,
+            Tree::Snapshot(index) => made.snapshot(index)?.disk_size.unwrap_or(now),
         };
-        let entries: Vec<u64> = self.l1_of(tree, made)?.into_iter().map(|entry| entry & !COPIED).collect();
-        let bytes = entries.len() as u64 * 8;
-        if bytes > MAX_L1_BYTES {
+        // Bitmaps of a disk of another size change with it: they are in use, durably, before.
+        if size != now {
+            self.writer.bitmaps.load(self.image, true)?;
+        }
+        let entries = self.share(&self.l1_of(tree, made)?)?;
+        self.write_new_l1(entries, size, Some(tree), made)
+    }
+
+    fn restore_flags(&self, made: &mut Made) -> Result<()> {
+        made.change()?;
+        if made.l1.is_some() {
+            return Err(misfit("a second L1 table"));
+        }
+        let former = self.image.l1();
+        let entries = self.restore_beside(&former)?;
+        if entries == former {
+            return Ok(());
+        }
+        self.write_new_l1(entries, self.image.virtual_size(), None, made)?;
+        made.copied = former;
+        Ok(())
+    }
+
+    fn write_new_l1(
+        &self,
+        entries: Vec<u64>,
+        size: u64,
+        shares: Option<Tree>,
+        made: &mut Made,
+    ) -> Result<()> {
+        if entries.len() as u64 * 8 > MAX_L1_BYTES {
             return Err(misfit("an L1 table beyond the format's limit"));
         }
-        let offset = self.allocate(bytes)?;
-        made.l1 = Some(NewL1 { offset, entries, size, used: false });
-        made.unsettled = true;
-        let entries = made.l1.as_ref().map(|l1| encode_words(&l1.entries)).unwrap_or_default();
-        self.write_table(offset, entries)
+        let offset = match entries.is_empty() {
+            // No table has no place, and nothing to free.
+            true => self.writer.l1_offset(),
+            false => self.write_table_beside(encode_words(&entries))?,
+        };
+        made.l1 = Some(NewL1 { offset, entries, size, shares });
+        Ok(())
     }
 
     fn write_snapshot_table(&self, records: &[Record], made: &mut Made) -> Result<()> {
+        if made.table.is_some() {
+            return Err(misfit("a second snapshot table"));
+        }
         let mut bytes = Vec::new();
-        let mut l1_used = false;
+        let mut kept = Vec::new();
         for record in records {
             let entry = match record {
                 Record::Keep { index, rename } => {
@@ -199,13 +213,10 @@ impl Session<'_> {
                     if let Some(name) = rename {
                         entry.name = name.clone().into_bytes();
                     }
+                    kept.push(*index);
                     entry
                 }
-                Record::New(new) => {
-                    let l1 = made.l1.as_ref().ok_or_else(|| misfit("a new snapshot without an L1 table"))?;
-                    l1_used = true;
-                    new_record(new, l1)
-                }
+                Record::New(new) => self.new_record(new),
             };
             let encoded = entry.encode(&mut bytes, self.image.virtual_size());
             encoded.map_err(|e| self.image.error(ErrorKind::Limit, e.to_string()).with_source(e))?;
@@ -216,60 +227,165 @@ impl Session<'_> {
             return Err(self.image.error(ErrorKind::Limit, message).with_field("nb_snapshots"));
         }
         let length = bytes.len() as u64;
-        let offset = if records.is_empty() { 0 } else { self.allocate(length)? };
-        if let Some(l1) = made.l1.as_mut().filter(|_| l1_used) {
-            l1.used = true;
-        }
         // As they will be read: entries of old images gain fields when they are written again.
-        let records = parse_all(&bytes).ok_or_else(|| misfit("a table that does not parse"))?;
-        made.table = Some(NewTable { offset, bytes: length, records });
+        let parsed = parse_all(&bytes).ok_or_else(|| misfit("a table that does not parse"))?;
+        let beside = made.forked;
+        let offset = match (length, beside) {
+            (0, _) => 0,
+            (_, true) => self.write_table_beside(bytes)?,
+            (_, false) => {
+                let offset = self.allocate(length)?;
+                self.write_table(offset, bytes)?;
+                offset
+            }
+        };
+        let new = records.len() - kept.len();
+        made.table = Some(NewTable { offset, bytes: length, records: parsed, kept, new, beside });
         made.unsettled = true;
-        if length > 0 { self.write_table(offset, bytes) } else { Ok(()) }
+        Ok(())
     }
 
-    fn set_table(&self, made: &mut Made) -> Result<()> {
+    /// An entry for the active disk's tables, which it has from the switch on.
+    fn new_record(&self, new: &NewSnapshot) -> SnapshotRecord {
+        SnapshotRecord {
+            l1_table_offset: HostOffset(self.writer.l1_offset()),
+            // At most 4 Mi entries: the format's limit.
+            l1_size: self.image.mapping.read().l1.len() as u32,
+            id: new.id.clone().into_bytes(),
+            name: new.name.clone().into_bytes(),
+            date_sec: new.date_sec,
+            date_nsec: new.date_nsec,
+            vm_clock_nsec: new.vm_clock_nsec,
+            vm_state_size: new.vm_state_size,
+            disk_size: Some(self.image.virtual_size()),
+            icount: new.icount,
+            extra_data_size: 24,
+            unknown_extra_data: Vec::new(),
+        }
+    }
+
+    /// One write of the header, inside a sector: the moment of the change.
+    fn switch(&self, made: &mut Made) -> Result<()> {
         settled(made)?;
-        let table = made.table.take().ok_or_else(|| misfit("no new snapshot table"))?;
-        let header = crate::image::read_header(&**self.image.storage())?;
-        let former = made.original.iter().map(|r| r.encoded_length() as u64).sum();
-        made.former_table = Some((header.snapshots_offset.0, former));
-        made.unsettled = true;
-        let count = table.records.len() as u32;
-        self.writer.write_snapshots_place(self.image, count, table.offset)?;
-        let records: Arc<[SnapshotRecord]> = table.records.into();
+        made.fits()?;
+        let header = read_header(&**self.image.storage())?;
+        let mut places = Places {
+            size: header.size,
+            l1_entries: header.l1_size,
+            l1_offset: header.l1_table_offset.0,
+            refcount_table_offset: header.refcount_table_offset.0,
+            refcount_table_clusters: header.refcount_table_clusters,
+            snapshots: header.nb_snapshots,
+            snapshots_offset: header.snapshots_offset.0,
+        };
+        if let Some((offset, clusters)) = self.writer.alloc().fork_table() {
+            places.refcount_table_offset = offset;
+            // The table has at most 8 MiB.
+            places.refcount_table_clusters = clusters as u32;
+        }
+        let mut bitmaps = None;
+        if let Some(l1) = &made.l1 {
+            (places.size, places.l1_entries, places.l1_offset) =
+                (l1.size, l1.entries.len() as u32, l1.offset);
+            if l1.size != self.image.virtual_size() {
+                bitmaps = Some(self.writer.bitmaps.resized(l1.size, self.image.limits().max_memory)?);
+            }
+            if matches!(l1.shares, Some(Tree::Snapshot(_))) {
+                // Any byte of the disk may be another one from here on.
+                self.disk.preserve(&(0..self.image.virtual_size()));
+            }
+        }
+        if let Some(table) = &made.table {
+            (places.snapshots, places.snapshots_offset) = (table.records.len() as u32, table.offset);
+        }
+        (made.switched, made.unsettled) = (true, true);
+        self.writer.write_places(self.image, &places)?;
+        if made.forked {
+            let former = self.writer.with_alloc(|alloc, metadata| Ok(alloc.adopt_fork(metadata)))?;
+            let mut mapping = self.image.mapping.write();
+            former.into_iter().for_each(|run: Unlinked| run.push_to(&mut mapping.unlinked));
+        }
+        if let Some(list) = bitmaps {
+            self.writer.bitmaps.replace(list);
+        }
+        self.adopt_active(made);
+        self.adopt_table(made, header.snapshots_offset.0);
+        self.image.next_generation();
+        Ok(())
+    }
+
+    /// The new L1 table is the active one. What only the former one was is freed behind the next barriers.
+    fn adopt_active(&self, made: &Made) {
+        let former_offset = self.writer.l1_offset();
+        made.dropped.iter().for_each(|(_, l1)| self.writer.forget_l2_tables(self.image, l1));
+        let Some(l1) = &made.l1 else {
+            return self.writer.note_active(self.image, &self.image.l1(), former_offset);
+        };
+        let former = {
+            let mut mapping = self.image.mapping.write();
+            mapping.generation += 1;
+            std::mem::replace(&mut mapping.l1, l1.entries.clone())
+        };
+        self.writer.forget_l2_tables(self.image, &former);
+        self.writer.note_active(self.image, &l1.entries, l1.offset);
+        self.image.set_virtual_size(l1.size);
+        if matches!(l1.shares, Some(Tree::Snapshot(_))) {
+            self.writer.bitmaps.mark(&(0..l1.size));
+        }
+        if made.table.as_ref().is_none_or(|table| table.new == 0) {
+            self.unlink(former_offset, former.len() as u64 * 8);
+        }
+    }
+
+    /// The new snapshot table is the image's. The former one and L1 tables of snapshots that are gone are freed behind
+    /// the next barriers.
+    fn adopt_table(&self, made: &mut Made, former_offset: u64) {
+        let Some(table) = &mut made.table else { return };
+        let records: Arc<[SnapshotRecord]> = std::mem::take(&mut table.records).into();
         self.writer.note_snapshots(self.image, &records, table.offset, table.bytes);
         self.image.set_snapshots(records);
-        Ok(())
-    }
-
-    fn set_active(&self, made: &mut Made) -> Result<()> {
-        settled(made)?;
-        let l1 = made.l1.as_mut().ok_or_else(|| misfit("no new L1 table"))?;
-        l1.used = true;
-        let (offset, entries, size) = (l1.offset, l1.entries.clone(), l1.size);
-        made.unsettled = true;
-        // Any byte of the disk may be another one from here on.
-        self.disk.preserve(&(0..self.image.virtual_size()));
-        let resized = size != self.image.virtual_size();
-        if resized && self.writer.bitmaps.load(self.image, true)? {
-            self.barrier()?;
+        let former = made.original.iter().map(|record| record.encoded_length() as u64).sum();
+        self.unlink(former_offset, former);
+        for (index, record) in made.original.iter().enumerate() {
+            if !table.kept.contains(&index) {
+                self.unlink(record.l1_table_offset.0, u64::from(record.l1_size) * 8);
+            }
         }
-        self.writer.write_active(self.image, size, entries.len() as u32, offset)?;
-        let former = self.writer.l1_offset();
-        self.writer.note_active(self.image, &entries, offset);
-        let former_entries = std::mem::replace(&mut self.image.mapping.write().l1, entries);
-        made.former_active = Some((former, former_entries));
-        self.image.set_virtual_size(size);
-        self.image.next_generation();
-        self.writer.bitmaps.resize(size, self.image.limits().max_memory)?;
-        self.writer.bitmaps.mark(&(0..size));
-        Ok(())
     }
 }
 
 impl Made {
     fn snapshot(&self, index: usize) -> Result<&SnapshotRecord> {
         self.original.get(index).ok_or_else(|| misfit("a snapshot that is not in the table"))
+    }
+
+    /// A step changes refcounts.
+    fn change(&mut self) -> Result<()> {
+        self.unsettled = true;
+        if self.forked { Ok(()) } else { Err(misfit("refcounts that would change in the file")) }
+    }
+
+    /// Refuses steps whose counts and tables do not say the same.
+    fn fits(&self) -> Result<()> {
+        let dropped = |tree: Tree| self.dropped.iter().filter(|(dropped, _)| *dropped == tree).count();
+        for index in 0..self.original.len() {
+            let kept = match &self.table {
+                Some(table) => table.kept.iter().filter(|kept| **kept == index).count(),
+                None => 1,
+            };
+            if kept + dropped(Tree::Snapshot(index)) != 1 {
+                return Err(misfit("a snapshot that is neither kept nor dropped, once"));
+            }
+        }
+        // The tables that the active disk had are somebody's, or dropped.
+        let shares = self.l1.as_ref().is_some_and(|l1| l1.shares.is_some());
+        let new = self.table.as_ref().map_or(0, |table| table.new);
+        let owners = new + dropped(Tree::Active);
+        if owners == usize::from(shares) {
+            Ok(())
+        } else {
+            Err(misfit("the active disk's former tables are not dropped or taken, once"))
+        }
     }
 }
 
@@ -281,24 +397,6 @@ fn misfit(what: &str) -> Error {
 /// Refuses to rely on what is not durable.
 fn settled(made: &Made) -> Result<()> {
     if made.unsettled { Err(misfit("a barrier is missing")) } else { Ok(()) }
-}
-
-fn new_record(new: &NewSnapshot, l1: &NewL1) -> SnapshotRecord {
-    SnapshotRecord {
-        l1_table_offset: HostOffset(l1.offset),
-        // At most 4 Mi entries: the copy was checked.
-        l1_size: l1.entries.len() as u32,
-        id: new.id.clone().into_bytes(),
-        name: new.name.clone().into_bytes(),
-        date_sec: new.date_sec,
-        date_nsec: new.date_nsec,
-        vm_clock_nsec: new.vm_clock_nsec,
-        vm_state_size: new.vm_state_size,
-        disk_size: Some(l1.size),
-        icount: new.icount,
-        extra_data_size: 24,
-        unknown_extra_data: Vec::new(),
-    }
 }
 
 fn parse_all(mut bytes: &[u8]) -> Option<Vec<SnapshotRecord>> {

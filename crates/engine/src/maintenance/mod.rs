@@ -2,9 +2,11 @@
 //!
 //! A [`Session`] has the image to itself: guest writes wait, guest reads go on. The policy of a change, its order and
 //! its names, comes from above as a [`Plan`]; every byte and refcount is handled here. Between two barriers nothing
-//! may rely on what was written since the first: a crash leaves the old image or the new one, and leaks. COPIED
-//! flags, which only save work, may be too few in between, never too many.
+//! may rely on what was written since the first: a crash leaves the old image or the new one, and leaks. Snapshots
+//! change everything at once: refcounts and tables are written beside the old ones, and one write of the header, inside
+//! a sector, switches to them.
 
+mod beside;
 mod empty;
 mod execute;
 mod plan;
@@ -13,5 +15,5 @@ mod shrink;
 mod tree;
 
 pub(crate) use execute::encode_words;
-pub use plan::{L1Source, NewSnapshot, Plan, Record, Step, Tree};
+pub use plan::{NewSnapshot, Plan, Record, Step, Tree};
 pub(crate) use session::Session;

@@ -3,24 +3,13 @@
 /// A set of L2 tables and clusters: what one L1 table refers to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Tree {
-    /// The active disk, as it is when the step runs.
+    /// The active disk, as it is before the plan.
     Active,
-    /// The active disk as it was before `Step::SetActiveL1`.
-    FormerActive,
     /// The snapshot with this index in the table that the plan was made for.
     Snapshot(usize),
 }
 
-/// What a new L1 table is a copy of.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum L1Source {
-    /// The active L1 table.
-    Active,
-    /// A snapshot's.
-    Snapshot(usize),
-}
-
-/// A snapshot to add to the table. Its L1 table is the plan's new one.
+/// A snapshot to add to the table. It gets the tables that the active disk had before `Step::Share` gave it others.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NewSnapshot {
     /// Unique id.
@@ -53,34 +42,28 @@ pub enum Record {
     New(NewSnapshot),
 }
 
-/// One step. See each variant for what must have happened before it.
+/// One step. Nothing of the image changes before `Switch`, which changes all that the steps before it made at once.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Step {
     /// Refuses, before anything is written, a tree whose references cannot all be counted once more.
     CheckReferences(Tree),
-    /// Clears the COPIED flags of a tree.
-    ClearCopied(Tree),
-    /// Allocates an L1 table and copies another one into it, without COPIED flags.
-    CopyL1(L1Source),
-    /// Counts every reference of a tree once more.
-    AddReferences(Tree),
+    /// From here on refcounts change beside those in the file.
+    Fork,
+    /// Writes new tables for the active disk that share everything with a tree, counted once more. After `Fork`.
+    Share(Tree),
+    /// Counts everything that a tree refers to once less. After `Fork`.
+    Drop(Tree),
+    /// Writes new tables for the active disk where a COPIED flag does not fit its refcount any more. After `Drop`.
+    RestoreCopied,
+    /// Writes a new snapshot table.
+    WriteTable(Vec<Record>),
     /// Makes all that was written durable.
     Barrier,
-    /// Writes a new snapshot table. Nothing refers to it yet.
-    WriteTable(Vec<Record>),
-    /// Makes the table that was written the image's. After a barrier; durable with the next one.
-    SetTable,
-    /// Makes the L1 table that was copied the active one, with the source's disk size. After a barrier; durable with the
-    /// next one.
-    SetActiveL1,
-    /// Drops every reference of a tree. After the barrier that made the loss of its L1 table durable.
-    DropReferences(Tree),
-    /// Frees the L1 table of a tree. As `DropReferences`.
-    FreeL1(Tree),
-    /// Frees the former snapshot table. After the barrier behind `SetTable`.
-    FreeTable,
-    /// Sets the COPIED flags of the active disk where a refcount is one. After the barrier behind `DropReferences`.
-    RestoreCopied,
+    /// Makes the new tables and refcounts the image's, in one write. After a barrier; durable with the next one, which
+    /// frees what they replace.
+    Switch,
+    /// Gives the space of what was dropped back to the file system. After the barrier behind `Switch`.
+    Free,
 }
 
 /// Steps in order, made for one generation of the image.

@@ -8,7 +8,7 @@ use crate::write::{Unlinked, Writer};
 use crate::{Error, ErrorKind, Mem, MemMut, Result, StorageExt};
 
 /// Bytes of refcount blocks that may wait to be written.
-const WAITING_LIMIT: usize = 16 << 20;
+pub(super) const WAITING_LIMIT: usize = 16 << 20;
 /// Clusters that may wait to lose a reference.
 const UNLINKED_LIMIT: usize = 1 << 16;
 
@@ -108,30 +108,6 @@ impl<'a> Session<'a> {
     pub(crate) fn limit_unlinked(&self) -> Result<()> {
         let waiting = self.image.mapping.read().unlinked.len();
         if waiting > UNLINKED_LIMIT { self.barrier() } else { Ok(()) }
-    }
-
-    /// Counts one more reference of a cluster. Durable with the next barrier.
-    pub(crate) fn add_reference(&self, cluster: u64) -> Result<()> {
-        let (waiting, writes) = self.writer.with_alloc(|alloc, _| {
-            alloc.share(cluster)?;
-            let waiting = alloc.refcounts.waiting_bytes();
-            Ok((waiting, if waiting > WAITING_LIMIT { alloc.refcounts.take_dirty() } else { Vec::new() }))
-        })?;
-        debug_assert!(waiting <= WAITING_LIMIT || !writes.is_empty());
-        // Refcounts that are too high are leaks at worst: they can be written at any time.
-        writes.iter().try_for_each(|(offset, bytes)| self.write(*offset, bytes))?;
-        if writes.is_empty() {
-            return Ok(());
-        }
-        self.writer.with_alloc(|alloc, _| {
-            alloc.refcounts.note_written();
-            Ok(())
-        })
-    }
-
-    /// Takes back a reference that [`Session::add_reference`] counted and nothing uses.
-    pub(crate) fn take_back_reference(&self, cluster: u64) -> Result<()> {
-        self.writer.with_alloc(|alloc, _| alloc.refcounts.decrement(cluster).map(|_| ()))
     }
 
     /// Sets the refcount of a cluster to what its references need. Durable with the next barrier.

@@ -15,42 +15,21 @@ const LOOK_EVERY: u64 = 4096;
 type Reference = u64;
 
 impl Session<'_> {
-    /// Calls `visit` with every host cluster that `l1` refers to, once per reference, in guest order; returns how many
-    /// references were visited. Stops with the first error, and after `limit` references.
+    /// Calls `visit` with every host cluster that `l1` refers to, once per reference, in guest order. Stops with the first
+    /// error.
     pub(super) fn for_references(
         &self,
         l1: &[u64],
-        limit: u64,
         mut visit: impl FnMut(Reference) -> Result<()>,
-    ) -> (u64, Result<()>) {
-        let mut count = 0;
-        let mut step = |cluster: u64| -> Result<bool> {
-            if count == limit {
-                return Ok(false);
-            }
-            visit(cluster)?;
-            count += 1;
-            Ok(true)
-        };
-        let walked = self.walk(l1, &mut step);
-        (count, walked)
-    }
-
-    fn walk(&self, l1: &[u64], step: &mut impl FnMut(Reference) -> Result<bool>) -> Result<()> {
+    ) -> Result<()> {
         let g = self.geometry();
         let mut table = vec![0u8; g.cluster_len()];
         for (index, &entry) in l1.iter().enumerate() {
             let Some(offset) = self.table_of(entry, index)? else { continue };
-            if !step(g.cluster_index(offset.0))? {
-                return Ok(());
-            }
+            visit(g.cluster_index(offset.0))?;
             self.read(offset.0, &mut table)?;
             for (number, entry) in entries(&table, &g).enumerate() {
-                for cluster in self.clusters_of(entry, &g, index, number)? {
-                    if !step(cluster)? {
-                        return Ok(());
-                    }
-                }
+                self.clusters_of(entry, &g, index, number)?.try_for_each(&mut visit)?;
             }
         }
         Ok(())
@@ -98,7 +77,7 @@ impl Session<'_> {
         // remember those that may reach the limit.
         let mut repeated: HashMap<u64, u64> = HashMap::new();
         let mut previous = None;
-        let (_, checked) = self.for_references(l1, u64::MAX, |cluster| {
+        self.for_references(l1, |cluster| {
             let count = self.refcount(cluster)?;
             if count == 0 {
                 let message = format!("host cluster {cluster} is referenced but has a refcount of 0");
@@ -125,30 +104,18 @@ impl Session<'_> {
                 return Err(self.image.error(ErrorKind::Limit, message).with_field("refcount_bits"));
             }
             Ok(())
-        });
-        checked
-    }
-
-    /// Counts every reference of `l1` once more; after an error nothing is counted.
-    pub(super) fn add_references(&self, l1: &[u64]) -> Result<()> {
-        let (done, result) = self.for_references(l1, u64::MAX, |cluster| self.add_reference(cluster));
-        let Err(error) = result else { return Ok(()) };
-        let (_, undone) = self.for_references(l1, done, |cluster| self.take_back_reference(cluster));
-        // Half-undone counts are leaks at worst; the first error says more.
-        drop(undone);
-        Err(error)
+        })
     }
 
     /// Takes every reference of `l1` away.
     pub(super) fn drop_references(&self, l1: &[u64]) -> Result<()> {
         let size = self.geometry().cluster_size();
         let mut visited = 0u64;
-        let (_, dropped) = self.for_references(l1, u64::MAX, |cluster| {
+        self.for_references(l1, |cluster| {
             self.unlink(cluster * size, size);
             visited += 1;
             if visited.is_multiple_of(LOOK_EVERY) { self.limit_unlinked() } else { Ok(()) }
-        });
-        dropped
+        })
     }
 
     /// Rewrites the COPIED flags of the L2 tables of `l1`: all cleared, or (`restore`) set where a refcount is one.
@@ -171,7 +138,7 @@ impl Session<'_> {
     }
 
     /// Changes the flags in one table's bytes; true if any changed. In a table that is shared, no flag may be set.
-    fn rewrite_table(&self, table: &mut [u8], l1_index: usize, exclusive: bool) -> Result<bool> {
+    pub(super) fn rewrite_table(&self, table: &mut [u8], l1_index: usize, exclusive: bool) -> Result<bool> {
         let g = self.geometry();
         let external = self.image.header().has_data_file();
         let mut changed = false;

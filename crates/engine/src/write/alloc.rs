@@ -27,9 +27,9 @@ const SEARCH_BUDGET: u64 = 32 << 10;
 
 /// Clusters by what they hold: nothing but zeroes, or bytes of former use.
 #[derive(Debug, Default)]
-struct Pool {
-    clean: Ranges,
-    stale: Ranges,
+pub(super) struct Pool {
+    pub(super) clean: Ranges,
+    pub(super) stale: Ranges,
 }
 
 impl Pool {
@@ -75,21 +75,21 @@ pub(super) struct Allocation {
 #[derive(Debug)]
 pub(crate) struct Allocator {
     pub(crate) refcounts: Refcounts,
-    storage: Arc<dyn Storage>,
-    geometry: Geometry,
-    ready: Pool,
-    fresh: Pool,
+    pub(super) storage: Arc<dyn Storage>,
+    pub(super) geometry: Geometry,
+    pub(super) ready: Pool,
+    pub(super) fresh: Pool,
     /// Reservations that the running flush makes durable.
     settling: Pool,
     quarantine: Quarantine,
     /// First cluster behind everything in use.
     pub(super) end: u64,
     /// Where the search for free clusters inside the file goes on.
-    search: u64,
+    pub(super) search: u64,
     /// Behind the last allocation: going on there keeps the file in guest order.
     next: u64,
     /// Clusters handed out since the last flush.
-    recent: u64,
+    pub(super) recent: u64,
     /// Host cluster that takes the next compressed data, and the bytes used in it.
     pub(super) packing: Option<(u64, u64)>,
 }
@@ -279,14 +279,14 @@ impl Allocator {
     }
 
     /// Clusters that there is room for. A device must not be found full by the write of a table, which poisons.
-    fn room(&self) -> Result<u64> {
+    pub(super) fn room(&self) -> Result<u64> {
         match self.storage.traits().block_device {
             true => Ok(self.storage.size()? / self.geometry.cluster_size()),
             false => Ok(u64::MAX),
         }
     }
 
-    fn no_room(&self) -> Error {
+    pub(super) fn no_room(&self) -> Error {
         let full = std::io::Error::from(std::io::ErrorKind::StorageFull);
         self.storage.failure(full, "pwrite").with_offset(self.end * self.geometry.cluster_size())
     }
@@ -309,7 +309,7 @@ impl Allocator {
     }
 
     /// Frees the space of clusters that nothing refers to; true if they read as zeroes now.
-    fn punch(&self, cluster: u64, count: u64) -> bool {
+    pub(super) fn punch(&self, cluster: u64, count: u64) -> bool {
         let size = self.geometry.cluster_size();
         self.storage.write_zeroes(cluster * size, count * size, true).is_ok()
     }

@@ -19,6 +19,18 @@ const INCOMPATIBLE: u64 = 72;
 /// Offset of `autoclear_features`.
 const AUTOCLEAR: u64 = 88;
 
+/// What one write of the header switches: fields that lie in one sector.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Places {
+    pub(crate) size: u64,
+    pub(crate) l1_entries: u32,
+    pub(crate) l1_offset: u64,
+    pub(crate) refcount_table_offset: u64,
+    pub(crate) refcount_table_clusters: u32,
+    pub(crate) snapshots: u32,
+    pub(crate) snapshots_offset: u64,
+}
+
 impl Writer {
     /// Prepares the image for its first change: clears the autoclear bits that this library does not know, and loads the
     /// enabled bitmaps, which are in use from now on.
@@ -110,6 +122,21 @@ impl Writer {
         bytes.extend_from_slice(&0u32.to_be_bytes());
         bytes.extend_from_slice(&entries.to_be_bytes());
         bytes.extend_from_slice(&offset.to_be_bytes());
+        self.write_field(image, SIZE, &bytes)
+    }
+
+    /// Sets virtual size, L1 table, refcount table and snapshot table in one write, inside the first sector.
+    pub(crate) fn write_places(&self, image: &Qcow2, places: &Places) -> Result<()> {
+        let mut bytes = Vec::with_capacity(48);
+        bytes.extend_from_slice(&places.size.to_be_bytes());
+        // `crypt_method`: encrypted images are not written to.
+        bytes.extend_from_slice(&0u32.to_be_bytes());
+        bytes.extend_from_slice(&places.l1_entries.to_be_bytes());
+        bytes.extend_from_slice(&places.l1_offset.to_be_bytes());
+        bytes.extend_from_slice(&places.refcount_table_offset.to_be_bytes());
+        bytes.extend_from_slice(&places.refcount_table_clusters.to_be_bytes());
+        bytes.extend_from_slice(&places.snapshots.to_be_bytes());
+        bytes.extend_from_slice(&places.snapshots_offset.to_be_bytes());
         self.write_field(image, SIZE, &bytes)
     }
 

@@ -20,6 +20,7 @@ mod cluster;
 mod compressed;
 mod cow;
 mod flush;
+mod fork;
 mod header;
 mod inflight;
 #[cfg(test)]
@@ -38,6 +39,7 @@ mod table;
 mod writer;
 mod zeroes;
 
+pub(crate) use header::Places;
 pub(crate) use quarantine::Unlinked;
 pub use resize::ResizeOptions;
 pub(crate) use writer::Writer;

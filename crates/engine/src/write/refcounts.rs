@@ -7,13 +7,14 @@ use qcow2_format::limits::MAX_REFCOUNT_TABLE_BYTES;
 use qcow2_format::refcount::{self, RefcountTableEntry};
 use qcow2_format::{Geometry, Header, HostOffset};
 
+use super::fork::Fork;
 use crate::image::on_file;
 use crate::{Error, ErrorKind, Mem, MemMut, Result, Storage, StorageExt};
 
 /// Bytes of blocks that the cache keeps, beyond changed ones.
 const CACHE_BYTES: u64 = 4 << 20;
 /// Unit in which changed blocks are written.
-const PIECE: usize = 4096;
+pub(super) const PIECE: usize = 4096;
 
 #[derive(Debug)]
 pub(crate) struct Refcounts {
@@ -22,9 +23,11 @@ pub(crate) struct Refcounts {
     pub(super) table: Vec<u64>,
     pub(super) table_offset: u64,
     pub(super) blocks: HashMap<u64, Block>,
-    clock: u64,
+    pub(super) clock: u64,
     /// Bytes of changed pieces.
-    waiting: usize,
+    pub(super) waiting: usize,
+    /// Changes go beside what is in the file.
+    pub(super) fork: Option<Fork>,
 }
 
 #[derive(Debug)]
@@ -39,7 +42,7 @@ pub(super) struct Block {
 }
 
 impl Block {
-    fn new(offset: u64, bytes: Vec<u8>, used: u64) -> Self {
+    pub(super) fn new(offset: u64, bytes: Vec<u8>, used: u64) -> Self {
         Self { offset, bytes, dirty: BTreeSet::new(), writing: false, used }
     }
     fn is_in_file(&self) -> bool {
@@ -70,6 +73,7 @@ impl Refcounts {
             blocks: HashMap::new(),
             clock: 0,
             waiting: 0,
+            fork: None,
         })
     }
 
@@ -113,6 +117,11 @@ impl Refcounts {
     fn update(&mut self, cluster: u64, change: impl FnOnce(u64) -> Option<u128>) -> Result<u64> {
         let (order, index) = self.place(cluster);
         let piece = (index << order) / 8 / PIECE;
+        let number = self.geometry.refcount_table_index(cluster);
+        if self.is_covered(cluster) && !self.may_change(number) {
+            let message = format!("refcount block {number} was about to change in the file inside a fork");
+            return Err(Error::new(ErrorKind::Internal, message));
+        }
         let Some(block) = self.block(cluster)? else {
             return Err(self.corrupt(format!("host cluster {cluster} has no refcount block")));
         };
@@ -184,7 +193,7 @@ impl Refcounts {
     }
 
     /// Caches a block; the least recently used one that is in the file as it is makes room.
-    fn insert(&mut self, index: u64, block: Block) {
+    pub(super) fn insert(&mut self, index: u64, block: Block) {
         let capacity = (CACHE_BYTES / self.geometry.cluster_size()).max(4) as usize;
         while self.blocks.len() >= capacity {
             let clean = self.blocks.iter().filter(|(_, b)| b.is_in_file());
@@ -387,6 +396,7 @@ mod tests {
             blocks: HashMap::new(),
             clock: 0,
             waiting: 0,
+            fork: None,
         }
     }
 

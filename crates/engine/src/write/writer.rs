@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use parking_lot::{Mutex, RwLock};
+use parking_lot::{Mutex, MutexGuard, RwLock};
 use qcow2_format::header::extension::BitmapsExtension;
 use qcow2_format::header::feature::Incompatible;
 use qcow2_format::{CryptMethod, Geometry, L1Entry, SnapshotRecord};
@@ -179,6 +179,11 @@ impl Writer {
         change(&mut self.alloc.lock(), &mut self.metadata.lock()).map_err(|e| self.poison_unless_full(e))
     }
 
+    /// The allocation, for changes whose failure harms nothing.
+    pub(crate) fn alloc(&self) -> MutexGuard<'_, Allocator> {
+        self.alloc.lock()
+    }
+
     /// Records a new snapshot table for the overlap check.
     pub(crate) fn note_snapshots(&self, image: &Qcow2, records: &[SnapshotRecord], offset: u64, bytes: u64) {
         self.metadata.lock().set_snapshots(image.geometry(), records, offset, bytes);
@@ -187,6 +192,16 @@ impl Writer {
     /// Records the place of the bitmap directory for the overlap check.
     pub(crate) fn note_bitmaps(&self, image: &Qcow2, directory: Option<&BitmapsExtension>) {
         self.metadata.lock().set_bitmaps(image.geometry(), directory);
+    }
+
+    /// Forgets the L2 tables of an L1 table that was the active one, or a snapshot's: those that a compaction moved are
+    /// known, too. `note_active` follows.
+    pub(crate) fn forget_l2_tables(&self, image: &Qcow2, former: &[u64]) {
+        let g = image.geometry();
+        let mut metadata = self.metadata.lock();
+        for entry in former.iter().map(|&e| L1Entry(e).offset_bits()).filter(|&o| o != 0) {
+            metadata.remove(g.cluster_index(entry));
+        }
     }
 
     /// Records that another L1 table is the active one.

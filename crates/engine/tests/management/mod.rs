@@ -189,14 +189,6 @@ impl Action {
         matches!(self, Self::Grow(_) | Self::Apply(_))
     }
 
-    /// Refcounts change between one and two: no write changes refcounts and flags at once.
-    pub(crate) fn flags(self) -> Flags {
-        match self {
-            Self::Create | Self::Delete(_) => Flags::MayBeMissing,
-            _ => Flags::Exact,
-        }
-    }
-
     pub(crate) fn run(self, image: &Image) -> Result<()> {
         match self {
             Self::Create => image.execute(&Table::of(image).create("9", "new")),
@@ -320,47 +312,26 @@ pub(crate) fn run_amend(storage: &dyn Storage, options: &AmendOptions) -> Result
     amend(storage, options, &CheckOptions { readers: 0, ..CheckOptions::default() }, &Job::new())
 }
 
-/// How strictly a state is judged.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Flags {
-    /// Leaks at worst.
-    Exact,
-    /// COPIED flags may be missing as well: what they are about is counted in another sector.
-    MayBeMissing,
-}
-
 type Verdict = std::result::Result<(), String>;
 
 /// Fails unless the image in the file has leaks at worst, by a judge of its own.
-pub(crate) fn sound(file: &Sparse, flags: Flags) -> Verdict {
+pub(crate) fn sound(file: &Sparse) -> Verdict {
     let findings = audit(file);
-    let fine = findings.is_sound() || (flags == Flags::MayBeMissing && findings.is_safe());
-    if fine {
-        Ok(())
-    } else {
-        Err(format!("{:#?}, missing flags {:#?}", findings.corruptions, findings.missing_flags))
-    }
+    if findings.is_sound() { Ok(()) } else { Err(format!("{:#?}", findings.corruptions)) }
 }
 
 /// As `sound`, by the engine's check.
-pub(crate) fn checked(file: &Sparse, flags: Flags) -> Verdict {
+pub(crate) fn checked(file: &Sparse) -> Verdict {
     let storage = RecordingStorage::plain(file.clone());
     let header = read_header(&storage).map_err(|e| format!("{e:?}"))?;
     let options = CheckOptions { readers: 0, ..CheckOptions::default() };
     let report = check(&storage, &header, &options, &Job::new()).map_err(|e| format!("{e:?}"))?;
-    let missing = report.findings.iter().filter(|f| missing_flag(&f.message)).count() as u64;
-    let allowed = if flags == Flags::MayBeMissing { missing } else { 0 };
-    let fine = report.corruptions == allowed && report.check_errors == 0;
+    let fine = report.corruptions == 0 && report.check_errors == 0;
     if fine { Ok(()) } else { Err(format!("check: {report:#?}")) }
 }
 
-/// Whether a line of a check is about a flag that could be set.
-fn missing_flag(line: &str) -> bool {
-    line.contains("OFLAG_COPIED") && line.ends_with("refcount=1")
-}
-
 /// As `sound`, by QEMU.
-pub(crate) fn checked_by_qemu(qemu: &Qemu, rig: &Rig, files: &[Sparse], flags: Flags) -> Verdict {
+pub(crate) fn checked_by_qemu(qemu: &Qemu, rig: &Rig, files: &[Sparse]) -> Verdict {
     let fixture = Fixture::new();
     let path = fixture.path("state.qcow2");
     files[0].write_to(&path);
@@ -376,15 +347,13 @@ pub(crate) fn checked_by_qemu(qemu: &Qemu, rig: &Rig, files: &[Sparse], flags: F
     let out = qemu.img(&["check", "--output=json", "--image-opts", &options]);
     let report: serde_json::Value = serde_json::from_str(&out.stdout).map_err(|e| format!("{e}: {out:?}"))?;
     let count = |name: &str| report.get(name).and_then(serde_json::Value::as_u64).unwrap_or(0);
-    let missing = out.stderr.lines().filter(|line| missing_flag(line)).count() as u64;
-    let allowed = if flags == Flags::MayBeMissing { missing } else { 0 };
-    let fine = count("corruptions") == allowed && count("check-errors") == 0;
+    let fine = count("corruptions") == 0 && count("check-errors") == 0;
     if fine { Ok(()) } else { Err(format!("qemu-img check: {report}\n{}", out.stderr)) }
 }
 
 /// The image goes on: guest writes, a snapshot, the end of all snapshots and bitmaps. Then it is sound, and holds what
 /// the open image said it does.
-pub(crate) fn goes_on(world: &World, files: &[Sparse], seed: u64, flags: Flags) -> Verdict {
+pub(crate) fn goes_on(world: &World, files: &[Sparse], seed: u64) -> Verdict {
     let storages: Vec<_> = files.iter().map(|f| Arc::new(RecordingStorage::plain(f.clone()))).collect();
     let dynamic: Vec<Arc<dyn Storage>> = storages.iter().map(|s| s.clone() as Arc<dyn Storage>).collect();
     let text = |e| format!("going on: {e:?}");
@@ -401,7 +370,7 @@ pub(crate) fn goes_on(world: &World, files: &[Sparse], seed: u64, flags: Flags) 
     let before = Contents::live(&image, &world.rig, &now())?;
     image.close().map_err(text)?;
     drop(image);
-    sound(&now()[0], flags)?;
+    sound(&now()[0])?;
     let after = Contents::read(&world.rig, &now())?;
     after.judge(&before, &before, false)?;
     // Everything goes, and nothing is left but the active disk.
@@ -414,7 +383,7 @@ pub(crate) fn goes_on(world: &World, files: &[Sparse], seed: u64, flags: Flags) 
         image.remove_bitmap(&bitmap.name).map_err(text)?;
     }
     image.close().map_err(text)?;
-    sound(&now()[0], flags)?;
+    sound(&now()[0])?;
     let end = Contents::read(&world.rig, &now())?;
     let fine = end.active == after.active && end.snapshots.is_empty() && end.bitmaps.is_empty();
     if fine { Ok(()) } else { Err(format!("at the end {end:?}, expected {after:?}")) }

@@ -1,0 +1,173 @@
+//! Trees of tables written beside those in the file: nothing refers to them before the header does.
+//!
+//! A tree that is shared keeps its tables as they are: what only a snapshot refers to may have COPIED flags, which mean
+//! something in the active disk's tables alone. The active disk gets tables of its own where flags differ.
+
+use std::ops::Range;
+
+use qcow2_format::{HostOffset, L1Entry};
+
+use super::session::{Session, WAITING_LIMIT};
+use super::tree::entries;
+use crate::write::Unlinked;
+use crate::{Mem, Result, StorageExt};
+
+impl Session<'_> {
+    /// Begins to change refcounts beside those in the file.
+    pub(super) fn fork(&self) -> Result<()> {
+        // What waits in quarantine goes back to the refcounts in the file.
+        self.barrier()?;
+        let waiting = self.writer.with_alloc(|alloc, _| alloc.fork())?;
+        waiting.iter().try_for_each(|(offset, bytes)| self.write(*offset, bytes))?;
+        self.writer.alloc().refcounts.note_written();
+        Ok(())
+    }
+
+    /// Makes everything durable that was written beside.
+    pub(super) fn settle_fork(&self) -> Result<()> {
+        let writes = self.writer.alloc().seal_fork()?;
+        writes.iter().try_for_each(|(offset, bytes)| self.write_beside(*offset, bytes))?;
+        self.writer.alloc().refcounts.note_written();
+        self.image.storage().flush().map_err(|e| self.writer.poison(e))
+    }
+
+    /// Forgets everything that was written beside. The header does not name it, not even perhaps.
+    pub(super) fn undo_fork(&self) {
+        self.writer.alloc().undo_fork(self.writer.check().is_ok());
+    }
+
+    /// Writes what nothing refers to. A failure harms nothing.
+    fn write_beside(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.writer.check()?;
+        self.image.storage().write_all_at(Mem::from(bytes), offset)
+    }
+
+    /// Writes a table to contiguous clusters of its own; returns its host offset.
+    pub(super) fn write_table_beside(&self, mut bytes: Vec<u8>) -> Result<u64> {
+        let g = self.geometry();
+        let clusters = g.clusters_for(bytes.len() as u64).max(1);
+        let place = self.writer.alloc().allocate_beside(clusters)? * g.cluster_size();
+        bytes.resize((clusters * g.cluster_size()) as usize, 0);
+        // It may have been an L2 table in another life.
+        self.image.slices.remove_table(place, clusters * g.cluster_size());
+        self.write_beside(place, &bytes)?;
+        Ok(place)
+    }
+
+    /// Counts a reference of each cluster once more, or once less. Blocks of the fork are written when many wait.
+    fn count(&self, clusters: impl IntoIterator<Item = u64>, more: bool) -> Result<()> {
+        let mut alloc = self.writer.alloc();
+        for cluster in clusters {
+            alloc.count_beside(cluster, more)?;
+            if alloc.refcounts.waiting_bytes() > WAITING_LIMIT {
+                let writes = alloc.refcounts.take_dirty();
+                writes.iter().try_for_each(|(offset, bytes)| self.write_beside(*offset, bytes))?;
+                alloc.refcounts.note_written();
+            }
+        }
+        Ok(())
+    }
+
+    /// Host clusters that the entries of an L2 table refer to.
+    fn clusters_in(&self, table: &[u8], l1_index: usize) -> Result<Vec<Range<u64>>> {
+        let g = self.geometry();
+        let clusters = entries(table, &g)
+            .enumerate()
+            .map(|(number, entry)| self.clusters_of(entry, &g, l1_index, number))
+            .filter(|clusters| !matches!(clusters, Ok(range) if range.is_empty()));
+        clusters.collect()
+    }
+
+    /// Calls `visit` with index, host offset and bytes of every L2 table of `l1`.
+    fn for_tables(
+        &self,
+        l1: &[u64],
+        mut visit: impl FnMut(usize, HostOffset, &mut Vec<u8>) -> Result<()>,
+    ) -> Result<()> {
+        let mut table = vec![0u8; self.geometry().cluster_len()];
+        for (index, &entry) in l1.iter().enumerate() {
+            let Some(offset) = self.table_of(entry, index)? else { continue };
+            self.read(offset.0, &mut table)?;
+            visit(index, offset, &mut table)?;
+        }
+        Ok(())
+    }
+
+    /// A new L1 table that refers to all that `l1` refers to, counted once more. L2 tables without COPIED flags are
+    /// shared, of the others it has copies without them.
+    pub(super) fn share(&self, l1: &[u64]) -> Result<Vec<u64>> {
+        let g = self.geometry();
+        let mut shared = vec![0; l1.len()];
+        self.for_tables(l1, |index, offset, table| {
+            self.count(self.clusters_in(table, index)?.into_iter().flatten(), true)?;
+            let entry = if self.rewrite_table(table, index, false)? {
+                L1Entry::new(HostOffset(self.write_table_beside(table.clone())?), true)
+            } else {
+                self.count([g.cluster_index(offset.0)], true)?;
+                L1Entry::new(offset, false)
+            };
+            if let Some(slot) = shared.get_mut(index) {
+                *slot = entry.0;
+            }
+            Ok(())
+        })?;
+        Ok(shared)
+    }
+
+    /// Counts everything that `l1` refers to once less.
+    pub(super) fn drop_beside(&self, l1: &[u64]) -> Result<()> {
+        let g = self.geometry();
+        self.for_tables(l1, |index, offset, table| {
+            self.count(self.clusters_in(table, index)?.into_iter().flatten(), false)?;
+            self.count([g.cluster_index(offset.0)], false)
+        })
+    }
+
+    /// `l1` with COPIED flags where a refcount is one. L2 tables in which flags differ are copied.
+    pub(super) fn restore_beside(&self, l1: &[u64]) -> Result<Vec<u64>> {
+        let g = self.geometry();
+        let mut restored = vec![0; l1.len()];
+        self.for_tables(l1, |index, offset, table| {
+            let exclusive = self.refcount(g.cluster_index(offset.0))? == 1;
+            let entry = if self.rewrite_table(table, index, exclusive)? {
+                // The copy is exclusive in any case.
+                self.rewrite_table(table, index, true)?;
+                let place = self.write_table_beside(table.clone())?;
+                self.count([g.cluster_index(offset.0)], false)?;
+                L1Entry::new(HostOffset(place), true)
+            } else {
+                L1Entry::new(offset, exclusive)
+            };
+            if let Some(slot) = restored.get_mut(index) {
+                *slot = entry.0;
+            }
+            Ok(())
+        })?;
+        Ok(restored)
+    }
+
+    /// Gives the space back of what `l1` referred to and nothing refers to now. The switch is durable, and no request
+    /// can reach it.
+    pub(super) fn free_dropped(&self, l1: &[u64]) -> Result<()> {
+        let g = self.geometry();
+        self.for_tables(l1, |index, offset, table| {
+            let own = g.cluster_index(offset.0);
+            // What a shared table refers to is as shared.
+            if self.refcount(own)? != 0 {
+                return Ok(());
+            }
+            let mut free: Vec<Unlinked> = Vec::new();
+            for cluster in self.clusters_in(table, index)?.into_iter().flatten() {
+                let repeated = free.last().is_some_and(|last| last.cluster + last.count == cluster + 1);
+                if !repeated && self.refcount(cluster)? == 0 {
+                    Unlinked { cluster, count: 1, punch: true }.push_to(&mut free);
+                }
+            }
+            Unlinked { cluster: own, count: 1, punch: true }.push_to(&mut free);
+            self.image.slices.remove_table(offset.0, g.cluster_size());
+            let mut alloc = self.writer.alloc();
+            free.into_iter().for_each(|run| alloc.give_up(run));
+            Ok(())
+        })
+    }
+}
