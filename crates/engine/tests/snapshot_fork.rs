@@ -173,3 +173,23 @@ fn long_tables_of_small_clusters() {
     image.close().unwrap();
     qemu.assert_clean(&path);
 }
+
+#[test]
+fn an_empty_disk_has_snapshots() {
+    let Some(qemu) = Qemu::find() else { return };
+    let fixture = Fixture::new();
+    let path = fixture.path("a.qcow2");
+    qemu.create(&path, "", Some(0));
+    let image = open(Arc::new(FileStorage::open(&path, Access::ReadWrite).unwrap()));
+    image.execute(&Table::of(&image).create("1", "empty")).unwrap();
+    image.grow(1 << 20).unwrap();
+    image.write(0, &stamped(0, 65536, 1)).unwrap();
+    image.execute(&Table::of(&image).create("2", "not empty")).unwrap();
+    image.execute(&Table::of(&image).apply(0)).unwrap();
+    assert_eq!(image.virtual_size(), 0);
+    image.execute(&Table::of(&image).apply(1)).unwrap();
+    assert!(all(&image)[..65536] == stamped(0, 65536, 1));
+    image.execute(&Table::of(&image).delete(0)).unwrap();
+    image.close().unwrap();
+    qemu.assert_clean(&path);
+}

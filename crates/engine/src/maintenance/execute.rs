@@ -192,8 +192,8 @@ impl Session<'_> {
             return Err(misfit("an L1 table beyond the format's limit"));
         }
         let offset = match entries.is_empty() {
-            // No table has no place, and nothing to free.
-            true => self.writer.l1_offset(),
+            // A table without entries is nowhere.
+            true => 0,
             false => self.write_table_beside(encode_words(&entries))?,
         };
         made.l1 = Some(NewL1 { offset, entries, size, shares });
