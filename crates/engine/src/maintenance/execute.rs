@@ -321,6 +321,10 @@ impl Session<'_> {
         let Some(l1) = &made.l1 else {
             return self.writer.note_active(self.image, &self.image.l1(), former_offset);
         };
+        if l1.size < self.image.virtual_size() {
+            // First: who finds nothing mapped behind the new end sees that it is the end.
+            self.image.set_virtual_size(l1.size);
+        }
         let former = {
             let mut mapping = self.image.mapping.write();
             mapping.generation += 1;
