@@ -17,10 +17,14 @@ impl Session<'_> {
         if !has_stale_data(self.image) {
             return Ok(());
         }
-        // No read is on its way any more to what was given up before.
+        // That nothing refers to it is durable first.
         self.barrier()?;
         let data = &**self.image.data_storage()?;
-        stale_data(self.image, job, &mut |range| self.punch_run(data, range.start, range.end - range.start))
+        // Reads that planned before it was given up may still be on their way to it: they find zeroes.
+        let free = |offset, length| data.zero(offset, length, true);
+        stale_data(self.image, job, &mut |range| {
+            self.free_run(data, range.start, range.end - range.start, &free)
+        })
     }
 }
 

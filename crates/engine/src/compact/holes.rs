@@ -10,7 +10,12 @@ impl Session<'_> {
     /// Punches a hole for every run of free host clusters that has space in the file.
     pub(super) fn punch_free(&self, job: &Job) -> Result<()> {
         let g = self.geometry();
-        let length = self.image.storage().size()?;
+        let storage = &**self.image.storage();
+        let length = storage.size()?;
+        let free = |offset, length| {
+            let freed = storage.discard(offset, length);
+            freed.map_err(|e| storage.failure(e, "fallocate").with_offset(offset))
+        };
         let clusters = length / g.cluster_size();
         let mut at = 0;
         while at < clusters {
@@ -20,11 +25,7 @@ impl Session<'_> {
             while at < stop {
                 let (run, next) = self.writer.with_alloc(|alloc, _| alloc.find_free(at, stop))?;
                 if let Some((first, count)) = run {
-                    self.punch_run(
-                        &**self.image.storage(),
-                        first * g.cluster_size(),
-                        count * g.cluster_size(),
-                    )?;
+                    self.free_run(storage, first * g.cluster_size(), count * g.cluster_size(), &free)?;
                 }
                 at = next.max(at + 1);
             }
@@ -32,8 +33,14 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// Punches where there is something: a hole costs a change of the file system's own tables.
-    pub(super) fn punch_run(&self, storage: &dyn Storage, start: u64, length: u64) -> Result<()> {
+    /// Frees where there is something: a hole costs a change of the file system's own tables.
+    pub(super) fn free_run(
+        &self,
+        storage: &dyn Storage,
+        start: u64,
+        length: u64,
+        free: &dyn Fn(u64, u64) -> Result<()>,
+    ) -> Result<()> {
         let end = start + length;
         let mut at = start;
         while at < end {
@@ -43,8 +50,7 @@ impl Session<'_> {
                 let size = self.geometry().cluster_size();
                 let first = at - at % size;
                 let last = stop.next_multiple_of(size).min(end);
-                let freed = storage.discard(first, last - first);
-                freed.map_err(|e| storage.failure(e, "fallocate").with_offset(first))?;
+                free(first, last - first)?;
                 at = last;
             } else {
                 at = stop;
