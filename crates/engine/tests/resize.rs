@@ -7,8 +7,10 @@ mod contents;
 use contents::{Contents, assert_clean, bytes, explore, geometries, snapshot_of, writable};
 use qcow2_engine::create::Preallocation;
 use qcow2_engine::{ErrorKind, ResizeOptions, Storage};
+use qcow2_testkit::audit::audit;
 use qcow2_testkit::disk_model::{Rig, open_file};
 use qcow2_testkit::matrix::{DataFile, Geometry};
+use qcow2_testkit::ops::Target;
 use qcow2_testkit::recorder::RecordingStorage;
 use qcow2_testkit::storage::{Fault, FaultStorage};
 use qcow2_testkit::{Fixture, Qemu};
@@ -217,4 +219,36 @@ fn any_call_may_fail_during_a_shrink() {
         }
     }
     assert!(failed > 50, "only {failed} failed");
+}
+
+/// The new L1 table is longer than one refcount block covers, and the refcount table has to grow for it.
+#[test]
+fn a_disk_of_small_clusters_grows_far() {
+    for refcount_bits in [16, 64] {
+        let geometry = Geometry { refcount_bits, size: 1 << 20, ..Geometry::plain(512) };
+        let rig = Rig::forge(&geometry, 3);
+        let files: Vec<_> =
+            rig.files().into_iter().map(RecordingStorage::plain).map(std::sync::Arc::new).collect();
+        let storages: Vec<_> = files.iter().map(|f| f.clone() as std::sync::Arc<dyn Storage>).collect();
+        let before = Contents::of(&rig, &rig.files());
+        let image = rig.open(&storages, &writable()).unwrap();
+        let size = 2u64 << 30;
+        image.resize(size).unwrap();
+        image.write(size - 512, &[7; 512]).unwrap();
+        image.close().unwrap();
+        let file = snapshot_of(&*files[0]);
+        assert!(audit(&file).is_clean(), "{refcount_bits} bits");
+        assert!(file.len() < 8 << 20, "{refcount_bits} bits: {} bytes", file.len());
+        let image = rig.open(&storages, &writable()).unwrap();
+        let mut front = vec![0; before.active.len()];
+        image.read(0, &mut front).unwrap();
+        assert!(front == before.active, "{refcount_bits} bits");
+    }
+}
+
+#[test]
+fn no_power_cut_while_a_table_grows_far_leaves_more_than_leaks() {
+    let rig = Rig::forge(&Geometry { refcount_bits: 64, size: 1 << 19, ..Geometry::plain(512) }, 4);
+    let files = explore(&rig, 5, 30, "a table longer than a block covers", |image| image.resize(160 << 20));
+    assert_clean(&files, "a table longer than a block covers");
 }

@@ -5,6 +5,7 @@
 //! inside guest flushes, whose sync they share. A freed cluster keeps its refcount of 1 and goes back to a pool; only
 //! what the pools do not want is written down as free. Closing gives everything back.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use qcow2_format::Geometry;
@@ -165,26 +166,7 @@ impl Allocator {
                 return Ok(start);
             }
         }
-        let mut start = self.cover_end(metadata)?;
-        loop {
-            // Covering one cluster may have put a refcount block right there: start behind it.
-            let mut free = 0;
-            while free < count && self.refcounts.get(start + free)? == 0 {
-                if !self.refcounts.is_covered(start + free) {
-                    break;
-                }
-                free += 1;
-            }
-            if free == count {
-                break;
-            }
-            if self.refcounts.is_covered(start + free) {
-                start += free + 1;
-            } else {
-                self.end = start + free;
-                start = self.cover_end(metadata)?;
-            }
-        }
+        let start = self.cover_run(count, metadata)?;
         if start + count > self.room()? {
             return Err(self.no_room());
         }
@@ -193,6 +175,45 @@ impl Allocator {
         }
         self.end = self.end.max(start + count);
         Ok(start)
+    }
+
+    /// The first of `count` free clusters behind everything in use, with refcount blocks that cover them all: what counts
+    /// a run that is longer than a block covers lies in front of it.
+    fn cover_run(&mut self, count: u64, metadata: &mut MetadataMap) -> Result<u64> {
+        let g = self.geometry;
+        loop {
+            let start = self.cover_end(metadata)?;
+            let run = start..start + count;
+            let used = self.last_in_use(&run)?;
+            let indices = g.refcount_table_index(run.start)..=g.refcount_table_index(run.end - 1);
+            let Some(index) = indices.clone().find(|&index| !self.refcounts.has_block(index)) else {
+                match used {
+                    Some(cluster) => self.end = cluster + 1,
+                    None => return Ok(start),
+                }
+                continue;
+            };
+            if self.refcounts.get(start)? != 0 {
+                self.end = start + 1;
+            } else if self.refcounts.fits_table(index) {
+                self.refcounts.cover_from(index, start)?;
+                metadata.add(start);
+                self.end = start + 1;
+            } else {
+                // The larger table, and what counts it, lie where it begins to be needed.
+                self.end = index * g.refcount_block_entries();
+            }
+        }
+    }
+
+    /// The last cluster of a run that has a refcount.
+    pub(super) fn last_in_use(&mut self, run: &Range<u64>) -> Result<Option<u64>> {
+        for cluster in run.clone().rev() {
+            if self.refcounts.get(cluster)? != 0 {
+                return Ok(Some(cluster));
+            }
+        }
+        Ok(None)
     }
 
     /// Gives back clusters that were handed out and not linked. Their contents are unknown now.

@@ -118,7 +118,7 @@ impl Allocator {
                 self.fork_block(index)?;
                 continue;
             }
-            match self.last_in_use(first, last)? {
+            match self.last_in_use(&(first..last + 1))? {
                 Some(used) => self.end = used + 1,
                 None => {
                     (first..=last).try_for_each(|cluster| self.refcounts.set(cluster, 1))?;
@@ -272,14 +272,5 @@ impl Allocator {
             return self.refcounts.set(place, 0);
         }
         self.refcounts.fork_block(index, place)
-    }
-
-    fn last_in_use(&mut self, first: u64, last: u64) -> Result<Option<u64>> {
-        for cluster in (first..=last).rev() {
-            if self.refcounts.get(cluster)? != 0 {
-                return Ok(Some(cluster));
-            }
-        }
-        Ok(None)
     }
 }

@@ -255,8 +255,17 @@ impl Refcounts {
 
     /// Whether `cluster` has a refcount block.
     pub(super) fn is_covered(&self, cluster: u64) -> bool {
-        let index = self.geometry.refcount_table_index(cluster) as usize;
-        self.table.get(index).is_some_and(|&e| RefcountTableEntry(e).offset_bits() != 0)
+        self.has_block(self.geometry.refcount_table_index(cluster))
+    }
+
+    /// Whether the block with this index exists.
+    pub(super) fn has_block(&self, index: u64) -> bool {
+        self.table.get(index as usize).is_some_and(|&e| RefcountTableEntry(e).offset_bits() != 0)
+    }
+
+    /// Whether the table has an entry for the block with this index.
+    pub(super) fn fits_table(&self, index: u64) -> bool {
+        index < self.table.len() as u64
     }
 
     /// Makes sure that `cluster`, which is free, has a refcount block; new metadata is placed from `cluster` on, where
@@ -274,15 +283,34 @@ impl Refcounts {
         let mut block = Block::new(offset, vec![0u8; g.cluster_len()], self.clock);
         let own = g.refcount_block_index(cluster) as usize;
         refcount::set(&mut block.bytes, own, g.refcount_order(), 1);
+        self.add_block(index, block)?;
+        Ok(Covered { clusters: 1, moved: None })
+    }
+
+    /// Makes the block with this index, which is in the table, in the free cluster `place`, which another block counts.
+    /// Nobody else writes refcounts meanwhile.
+    pub(super) fn cover_from(&mut self, index: u64, place: u64) -> Result<()> {
+        let g = self.geometry;
+        self.set(place, 1)?;
+        for (offset, bytes) in self.take_dirty() {
+            self.storage.write_all_at(Mem::from(bytes.as_slice()), offset)?;
+        }
+        self.note_written();
+        self.add_block(index, Block::new(place * g.cluster_size(), vec![0u8; g.cluster_len()], self.clock))
+    }
+
+    /// Writes a new block, then its entry in the table. The entry must never be durable before the block and its
+    /// refcount: the block would have a refcount of 0.
+    fn add_block(&mut self, index: u64, block: Block) -> Result<()> {
+        let offset = block.offset;
         self.storage.write_all_at(Mem::from(block.bytes.as_slice()), offset)?;
-        // A table entry must never be durable before its block: the block would count 0 for itself.
         self.storage.flush()?;
         self.storage.write_all_at(Mem::from(&offset.to_be_bytes()[..]), self.table_offset + index * 8)?;
         if let Some(entry) = self.table.get_mut(index as usize) {
             *entry = offset;
         }
         self.insert(index, block);
-        Ok(Covered { clusters: 1, moved: None })
+        Ok(())
     }
 
     /// Writes a larger table behind `cluster`, with the blocks that count the new metadata itself.
