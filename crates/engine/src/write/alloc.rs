@@ -50,6 +50,8 @@ pub(super) struct Wish {
     /// Else: place of the first cluster in a chunk of guest clusters. A chunk of host clusters that is free as a whole
     /// keeps room for the neighbours to come. `None`: anywhere.
     pub(super) within: Option<u64>,
+    /// They are mapped and not written to: nothing asks for their space.
+    pub(super) sparse: bool,
 }
 
 /// Guest bytes that get neighbouring host clusters where that costs nothing.
@@ -89,7 +91,7 @@ pub(crate) struct Allocator {
     pub(super) search: u64,
     /// Behind the last allocation: going on there keeps the file in guest order.
     next: u64,
-    /// Clusters handed out since the last flush.
+    /// Clusters handed out since the last flush, to be written to.
     pub(super) recent: u64,
     /// Host cluster that takes the next compressed data, and the bytes used in it.
     pub(super) packing: Option<(u64, u64)>,
@@ -149,7 +151,7 @@ impl Allocator {
                     let pool = if durable { &mut self.ready } else { &mut self.fresh };
                     if let Some((cluster, count)) = take(pool.of(clean), count, wish, chunk, self.next) {
                         self.next = cluster + count;
-                        self.recent += count;
+                        self.recent += if wish.sparse { 0 } else { count };
                         return Ok(Allocation { cluster, count, clean, durable });
                     }
                 }
@@ -322,7 +324,7 @@ impl Allocator {
         let bytes = end * self.geometry.cluster_size();
         let size = self.storage.size()?;
         let missing = bytes.saturating_sub(size);
-        let fast = missing > *BATCH_BYTES.start();
+        let fast = self.recent * self.geometry.cluster_size() >= *BATCH_BYTES.start();
         if missing > 0 && !(fast && self.storage.allocate_ahead(size, missing).is_ok()) {
             self.storage.resize(bytes)?;
         }

@@ -93,7 +93,7 @@ fn wish(image: &Qcow2, slice: &Slice, index: u64, first: u64, count: u64) -> Wis
     let end = first + count;
     let after = (end.next_multiple_of(chunk) - end).min(image.slices.entries().saturating_sub(index + count));
     let right = (0..after).find_map(|d| host(index + count + d)?.checked_sub(count + d));
-    Wish { near: [left, right], within: Some(first % chunk) }
+    Wish { near: [left, right], within: Some(first % chunk), sparse: false }
 }
 
 impl Writer {

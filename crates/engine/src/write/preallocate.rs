@@ -71,7 +71,8 @@ impl Image {
             Allocation { cluster: g.cluster_index(guest), count, clean, durable: true }
         } else {
             let mut alloc = writer.alloc.lock();
-            let allocated = alloc.allocate(count, false, Wish::default(), &mut writer.metadata.lock());
+            let wish = Wish { sparse: true, ..Wish::default() };
+            let allocated = alloc.allocate(count, false, wish, &mut writer.metadata.lock());
             allocated.map_err(|e| writer.poison_unless_full(e))?
         };
         let prepared = prepare(image, &space, mode);
