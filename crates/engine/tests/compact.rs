@@ -13,13 +13,17 @@ use std::time::Duration;
 
 use contents::{Contents, KEPT, assert_clean, explore, geometries, snapshot_of, writable};
 use qcow2_engine::compact::{CompactOptions, CompactResult};
-use qcow2_engine::{Image, Job, Mem, MemMut, Storage};
+use qcow2_engine::convert::{Compression, ConvertOptions, ConvertTarget, convert};
+use qcow2_engine::create::CreateOptions;
+use qcow2_engine::storage::MemoryStorage;
+use qcow2_engine::{Image, Job, Layer, Mem, MemMut, Raw, Storage};
 use qcow2_testkit::audit::audit;
 use qcow2_testkit::disk_model::{Opening, Rig, open_file};
+use qcow2_testkit::forge::codec::{deflate, deflate_stored};
 use qcow2_testkit::matrix::Geometry;
 use qcow2_testkit::recorder::RecordingStorage;
 use qcow2_testkit::storage::{Fault, FaultStorage, Hooked, Op};
-use qcow2_testkit::{Fixture, Qemu, Rng, Sparse};
+use qcow2_testkit::{Fixture, Forge, Qemu, Rng, Sparse};
 
 const IN_PLACE: CompactOptions = CompactOptions { rewrite: false, zeroes: false, dry_run: false };
 const ZEROES: CompactOptions = CompactOptions { zeroes: true, ..IN_PLACE };
@@ -150,6 +154,81 @@ fn rewriting_makes_the_file_short() {
             assert!(shorter || rig.data_file.is_some(), "{what}: {result:?}");
         }
     }
+}
+
+/// An image that a convert packed with compressed data of all lengths.
+fn packed(geometry: &Geometry, seed: u64) -> Rig {
+    let cluster = geometry.cluster_size as usize;
+    let mut rng = Rng::new(seed);
+    let mut bytes = vec![0; geometry.size as usize];
+    for cluster in bytes.chunks_exact_mut(cluster) {
+        let random = 1 + rng.below(cluster.len() as u64 * 9 / 10) as usize;
+        cluster[..random].copy_from_slice(&rng.bytes(random));
+    }
+    let raw = Raw::new(Arc::new(MemoryStorage::from_bytes(&bytes))).unwrap();
+    let source = Image::new(vec![Layer::Raw(raw)]).unwrap();
+    let storage = Arc::new(RecordingStorage::plain(Sparse::new(0)));
+    let create = CreateOptions { cluster_size: geometry.cluster_size, ..CreateOptions::default() };
+    let target = ConvertTarget::Qcow2 { storage: storage.clone(), data_file: None, create: Box::new(create) };
+    let options = ConvertOptions { compression: Some(Compression::default()), ..ConvertOptions::default() };
+    convert(&source, target, &options, &Job::new()).unwrap();
+    Rig { geometry: geometry.clone(), image: snapshot_of(&*storage), data_file: None, backing: None }
+}
+
+#[test]
+fn compressed_data_of_any_length_finds_a_place() {
+    for (cluster_size, seed) in [512, 512, 512, 1024, 4096].into_iter().zip(1..) {
+        let geometry = Geometry { size: 1000 * cluster_size, ..Geometry::plain(cluster_size) };
+        let what = format!("{cluster_size}, {seed}");
+        let mut rig = packed(&geometry, seed);
+        let file = Arc::new(RecordingStorage::plain(rig.image.clone()));
+        let storages = [file.clone() as Arc<dyn Storage>];
+        let image = rig.open(&storages, &writable()).unwrap();
+        let mut rng = Rng::new(seed);
+        for cluster in (0..1000).filter(|_| rng.below(8) > 0) {
+            image.discard(cluster * cluster_size, cluster_size).unwrap();
+        }
+        image.close().unwrap();
+        rig.image = snapshot_of(&*file);
+        let before = Contents::of(&rig, &rig.files());
+        let (files, result) = compact(&rig, REWRITE);
+        assert_clean(&files, &what);
+        let difference = before.difference(&Contents::of(&rig, &files));
+        assert!(difference.is_none(), "{what}: {difference:?}");
+        assert!(result.length_after * 2 < result.length_before, "{what}: {result:?}");
+    }
+}
+
+#[test]
+fn compressed_data_longer_than_its_cluster_finds_a_place() {
+    let (size, count) = (512usize, 60);
+    let mut rng = Rng::new(5);
+    let mut forge = Forge::new(3, 9, 2 * count * size as u64);
+    for cluster in count..2 * count {
+        forge.data(cluster, &[1]);
+    }
+    // Sectors that hardly anything is left of before, and data that fills two of them but for a few bytes.
+    for cluster in 0..count {
+        let host = forge.alloc(2);
+        match cluster % 2 {
+            0 => forge.compressed_at(cluster, host, &deflate(&vec![cluster as u8; size])),
+            _ => forge.compressed_at(cluster, host + 400, &deflate_stored(&rng.bytes(size))),
+        }
+    }
+    let image = forge.build().bytes;
+    let geometry = Geometry { size: 2 * count * size as u64, ..Geometry::plain(size as u64) };
+    let mut rig = Rig { geometry, image, data_file: None, backing: None };
+    let file = Arc::new(RecordingStorage::plain(rig.image.clone()));
+    let image = rig.open(&[file.clone() as Arc<dyn Storage>], &writable()).unwrap();
+    image.discard(count * size as u64, count * size as u64).unwrap();
+    image.close().unwrap();
+    rig.image = snapshot_of(&*file);
+    let before = Contents::of(&rig, &rig.files());
+    let (files, result) = compact(&rig, REWRITE);
+    assert_clean(&files, "long data");
+    let difference = before.difference(&Contents::of(&rig, &files));
+    assert!(difference.is_none(), "{difference:?}");
+    assert!(result.length_after < result.length_before, "{result:?}");
 }
 
 #[test]

@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 
+use qcow2_format::geometry::COMPRESSED_SECTOR_SIZE;
 use qcow2_format::{CompressedDescriptor, HostOffset, L2Mapping};
 
 use super::survey::{Table, entry_at, guest_of, read_words};
@@ -119,10 +120,12 @@ impl Sweep<'_, '_> {
         packing.data.resize(most as usize, 0);
         image.storage().read_padded_at(MemMut::from(&mut packing.data[..]), old.offset.0)?;
         let next = packing.starts.partition_point(|start| *start <= old.offset.0);
-        let Some(cut) = packing.starts.get(next).map(|next| next - old.offset.0).filter(|cut| *cut < most)
-        else {
+        // Who compresses keeps what became no longer than the cluster.
+        let cluster = packing.cluster.len() as u64;
+        let cut = packing.starts.get(next).map_or(cluster, |next| cluster.min(next - old.offset.0));
+        if cut >= most {
             return Ok(most);
-        };
+        }
         let data = packing.data.get(..cut as usize).unwrap_or_default();
         let whole = image.inflates(data, &mut packing.cluster);
         Ok(if whole { cut } else { most })
@@ -148,7 +151,11 @@ impl Sweep<'_, '_> {
             let described = CompressedDescriptor::for_data(HostOffset(at), length, &g);
             described.map_err(|e| self.session.image.error(ErrorKind::Limit, e.to_string()).with_source(e))
         };
-        if let Some((at, mut end)) = self.packing.next {
+        if let Some((mut at, mut end)) = self.packing.next {
+            if at % COMPRESSED_SECTOR_SIZE + length > 2 * size {
+                // No descriptor counts that many sectors.
+                at = at.next_multiple_of(COMPRESSED_SECTOR_SIZE);
+            }
             while at + length > end && end / size < self.bound {
                 let next = end / size;
                 let free = self.session.writer.with_alloc(|alloc, _| alloc.lowest_free(1, next, next + 1))?;
