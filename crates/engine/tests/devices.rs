@@ -2,8 +2,6 @@
 //! are full.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
 
-use std::path::Path;
-use std::process::Command;
 use std::sync::Arc;
 
 use qcow2_engine::clone::CloneTarget;
@@ -15,10 +13,11 @@ use qcow2_engine::{
     Discard, ErrorKind, Image, Job, Layer, MemMut, OpenOptions, Qcow2, Raw, Storage, StorageExt, WriteOptions,
 };
 use qcow2_testkit::audit::audit;
+use qcow2_testkit::loop_device::LoopDevice;
 use qcow2_testkit::ops::{Target, stamped};
 use qcow2_testkit::plans::Table;
 use qcow2_testkit::storage::Device;
-use qcow2_testkit::{Rng, Sparse};
+use qcow2_testkit::{Rng, Sparse, skipped};
 
 const SIZE: u64 = 4 << 20;
 
@@ -208,36 +207,16 @@ fn a_full_device_refuses_what_has_no_room_and_nothing_else() {
     }
 }
 
-/// A loop device on a file; needs root.
-struct LoopDevice(String);
-
-impl LoopDevice {
-    fn new(file: &Path) -> Result<Self, String> {
-        let out = Command::new("losetup").args(["--find", "--show"]).arg(file).output();
-        let out = out.map_err(|e| format!("losetup: {e}"))?;
-        match out.status.success() {
-            true => Ok(Self(String::from_utf8(out.stdout).unwrap().trim().to_owned())),
-            false => Err(format!("losetup: {}", String::from_utf8_lossy(&out.stderr).trim())),
-        }
-    }
-}
-
-impl Drop for LoopDevice {
-    fn drop(&mut self) {
-        let _ = Command::new("losetup").args(["--detach", &self.0]).status();
-    }
-}
-
 #[test]
 fn clones_fit_on_real_devices() {
     let devices = std::cell::RefCell::new(Vec::new());
     clones(|length| {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), vec![0xee; length as usize]).unwrap();
-        match LoopDevice::new(file.path()) {
+        match LoopDevice::new(file.path(), 512) {
             Ok(device) => {
                 let storage =
-                    FileStorage::open_cached(&device.0, Access::ReadWrite, CacheMode::None).unwrap();
+                    FileStorage::open_cached(device.path(), Access::ReadWrite, CacheMode::None).unwrap();
                 let storage = storage.into_storage();
                 assert_eq!(storage.size().unwrap(), length);
                 // One at a time: the one before is not used any more.
@@ -245,9 +224,7 @@ fn clones_fit_on_real_devices() {
                 Some(storage)
             }
             Err(why) => {
-                use std::io::Write;
-                // Not eprintln: the test harness captures that.
-                let _ = std::io::stderr().write_all(format!("SKIPPED in devices.rs: {why}\n").as_bytes());
+                skipped(why);
                 None
             }
         }

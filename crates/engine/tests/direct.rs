@@ -3,15 +3,15 @@
 
 use std::os::fd::AsFd;
 use std::path::Path;
-use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use proptest::prelude::*;
 use qcow2_engine::storage::{Access, CacheMode, DirectStorage, FileStorage, MemoryStorage};
 use qcow2_engine::{ErrorKind, Mem, MemMut, Storage, StorageExt};
-use qcow2_testkit::Rng;
+use qcow2_testkit::loop_device::LoopDevice;
 use qcow2_testkit::storage::{AlignedOnly, CountingStorage, Fault, FaultStorage, Op, ShortIo};
+use qcow2_testkit::{Rng, skipped};
 
 fn bytes_of(storage: &dyn Storage) -> Vec<u8> {
     let mut bytes = vec![1; usize::try_from(storage.size().unwrap()).unwrap()];
@@ -29,17 +29,11 @@ fn direct_file(path: &Path) -> Option<Arc<dyn Storage>> {
     match FileStorage::open_cached(path, Access::ReadWrite, CacheMode::None) {
         Ok(file) => Some(file.into_storage()),
         Err(e) if e.kind() == ErrorKind::UnsupportedFeature => {
-            skipped(&e.to_string());
+            skipped(e);
             None
         }
         Err(e) => panic!("{e}"),
     }
-}
-
-fn skipped(why: &str) {
-    use std::io::Write;
-    // Not eprintln: the test harness captures that.
-    let _ = std::io::stderr().write_all(format!("SKIPPED in direct.rs: {why}\n").as_bytes());
 }
 
 /// `len` bytes of memory that start `skew` bytes behind a multiple of 4096.
@@ -263,29 +257,6 @@ fn threads_that_write_into_one_block_lose_nothing() {
     }
 }
 
-/// A loop device on `file`, with sectors of `sector` bytes; needs root.
-struct LoopDevice(String);
-
-impl LoopDevice {
-    fn new(file: &Path, sector: u32) -> Result<Self, String> {
-        let out = Command::new("losetup")
-            .args(["--find", "--show", "--sector-size", &sector.to_string()])
-            .arg(file)
-            .output()
-            .map_err(|e| format!("losetup: {e}"))?;
-        match out.status.success() {
-            true => Ok(Self(String::from_utf8(out.stdout).unwrap().trim().to_owned())),
-            false => Err(format!("losetup: {}", String::from_utf8_lossy(&out.stderr).trim())),
-        }
-    }
-}
-
-impl Drop for LoopDevice {
-    fn drop(&mut self) {
-        let _ = Command::new("losetup").args(["--detach", &self.0]).status();
-    }
-}
-
 #[test]
 fn a_device_with_large_sectors_takes_any_request() {
     for sector in [4096u32, 512] {
@@ -293,9 +264,9 @@ fn a_device_with_large_sectors_takes_any_request() {
         file.as_file().set_len(8 << 20).unwrap();
         let device = match LoopDevice::new(file.path(), sector) {
             Ok(device) => device,
-            Err(why) => return skipped(&why),
+            Err(why) => return skipped(why),
         };
-        let raw = FileStorage::open_cached(&device.0, Access::ReadWrite, CacheMode::Directsync).unwrap();
+        let raw = FileStorage::open_cached(device.path(), Access::ReadWrite, CacheMode::Directsync).unwrap();
         assert_eq!(raw.traits().alignment, sector);
         let mut byte = Skewed::new(sector as usize, 0);
         let part = &mut byte.get()[..sector as usize / 2];
@@ -398,7 +369,7 @@ fn the_modes_open_files_as_they_say() {
         let storage = match FileStorage::open_cached(file.path(), Access::ReadWrite, cache) {
             Ok(storage) => storage,
             Err(e) if cache.is_direct() && e.kind() == ErrorKind::UnsupportedFeature => {
-                skipped(&e.to_string());
+                skipped(e);
                 continue;
             }
             Err(e) => panic!("{e}"),

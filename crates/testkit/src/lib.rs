@@ -9,6 +9,8 @@
 //! - [`recorder`], [`crash`], [`audit`]: power cuts, and the judgement of what they leave
 //! - [`contents`], [`plans`]: all that an image holds, with snapshots and bitmaps, and the plans that change them
 //! - [`trace`]: the recorded installation of a system
+//! - [`loop_device`]: real block devices
+//! - [`skip`]: says which test cannot run here
 //!
 //! A failed step here is a failed test, so the code panics freely and says what it was doing.
 #![allow(
@@ -26,6 +28,7 @@ pub mod contents;
 pub mod crash;
 pub mod disk_model;
 pub mod forge;
+pub mod loop_device;
 pub mod malformed;
 pub mod matrix;
 pub mod model;
@@ -35,6 +38,7 @@ pub mod plans;
 pub mod reader;
 pub mod recorder;
 pub mod rng;
+pub mod skip;
 pub mod sparse;
 pub mod storage;
 pub mod trace;
@@ -43,4 +47,5 @@ pub use forge::Forge;
 pub use model::Disk;
 pub use oracle::{Fixture, Qemu};
 pub use rng::Rng;
+pub use skip::skipped;
 pub use sparse::Sparse;

@@ -4,11 +4,12 @@
 //! harness does not swallow it) and passes; with `QCOW2_REQUIRE_QEMU=1` it fails instead.
 
 use std::ffi::OsStr;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::Value;
+
+use crate::skip::skipped;
 
 /// A folder for one test, removed at its end.
 #[derive(Debug)]
@@ -107,13 +108,10 @@ impl Qemu {
             .into_iter()
             .find(|tool| !Command::new(tool).arg("--version").output().is_ok_and(|o| o.status.success()));
         let Some(missing) = missing else { return Some(qemu) };
-        let place = std::panic::Location::caller();
-        let line =
-            format!("SKIPPED {}:{}: {} is not installed\n", place.file(), place.line(), missing.display());
+        let why = format!("{} is not installed", missing.display());
         let required = std::env::var_os("QCOW2_REQUIRE_QEMU").is_some_and(|v| !v.is_empty() && v != "0");
-        assert!(!required, "{line}");
-        // Not eprintln: the test harness captures that.
-        let _ = std::io::stderr().write_all(line.as_bytes());
+        assert!(!required, "{why}");
+        skipped(why);
         None
     }
 

@@ -1,11 +1,12 @@
 //! The recorded installation: the block requests of a real system, in order.
 
-use std::io::{Read, Write};
+use std::io::Read;
 use std::path::PathBuf;
 
 use qcow2_engine::Result;
 
 use crate::ops::{Op, SECTOR, Target};
+use crate::skip::skipped;
 
 /// Size in bytes of the disk that the installation was recorded on.
 pub const DISK: u64 = 4 << 30;
@@ -26,10 +27,7 @@ fn path() -> PathBuf {
 pub fn load() -> Option<Vec<Op>> {
     let path = path();
     let Ok(packed) = std::fs::read(&path) else {
-        let place = std::panic::Location::caller();
-        let line = format!("SKIPPED {}:{}: no recording at {}\n", place.file(), place.line(), path.display());
-        // Not eprintln: the test harness captures that.
-        let _ = std::io::stderr().write_all(line.as_bytes());
+        skipped(format_args!("no recording at {}", path.display()));
         return None;
     };
     let mut text = String::new();
