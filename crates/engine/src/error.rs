@@ -168,6 +168,11 @@ impl Error {
         source.is_some_and(|e| matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded))
     }
 
+    /// Whether there was no room: on the file system, or below a limit. Nothing was changed then, and all goes on.
+    pub(crate) fn is_no_room(&self) -> bool {
+        self.is_no_space() || self.kind() == ErrorKind::Limit
+    }
+
     /// What went wrong.
     pub fn kind(&self) -> ErrorKind {
         self.0.kind

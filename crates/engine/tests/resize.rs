@@ -4,6 +4,10 @@
 
 mod contents;
 
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use contents::{Contents, assert_clean, bytes, explore, geometries, snapshot_of, writable};
 use qcow2_engine::create::Preallocation;
 use qcow2_engine::{ErrorKind, ResizeOptions, Storage};
@@ -12,8 +16,8 @@ use qcow2_testkit::disk_model::{Rig, open_file};
 use qcow2_testkit::matrix::{DataFile, Geometry};
 use qcow2_testkit::ops::Target;
 use qcow2_testkit::recorder::RecordingStorage;
-use qcow2_testkit::storage::{Fault, FaultStorage};
-use qcow2_testkit::{Fixture, Qemu};
+use qcow2_testkit::storage::{Fault, FaultStorage, Hooked, Op};
+use qcow2_testkit::{Fixture, Qemu, Sparse};
 
 const SHRINK: ResizeOptions = ResizeOptions { shrink: true, preallocation: Preallocation::Off };
 
@@ -45,9 +49,8 @@ fn shrinking_keeps_the_front_and_frees_the_rest() {
         for (seed, size) in sizes(&geometry).into_iter().enumerate() {
             let rig = rig(&geometry, seed as u64);
             let what = format!("{} to {size}", geometry.name());
-            let files: Vec<_> =
-                rig.files().into_iter().map(RecordingStorage::plain).map(std::sync::Arc::new).collect();
-            let storages: Vec<_> = files.iter().map(|f| f.clone() as std::sync::Arc<dyn Storage>).collect();
+            let files: Vec<_> = rig.files().into_iter().map(RecordingStorage::plain).map(Arc::new).collect();
+            let storages: Vec<_> = files.iter().map(|f| f.clone() as Arc<dyn Storage>).collect();
             let before = Contents::of(&rig, &rig.files());
             let image = rig.open(&storages, &writable()).unwrap();
             if has_snapshots(&rig) {
@@ -195,13 +198,10 @@ fn any_call_may_fail_during_a_shrink() {
         let before = Contents::of(&rig, &rig.files());
         for n in 0..40 {
             let what = format!("{} call {n}", geometry.name());
-            let files: Vec<_> =
-                rig.files().into_iter().map(RecordingStorage::plain).map(std::sync::Arc::new).collect();
-            let mut storages: Vec<_> =
-                files.iter().map(|f| f.clone() as std::sync::Arc<dyn Storage>).collect();
+            let files: Vec<_> = rig.files().into_iter().map(RecordingStorage::plain).map(Arc::new).collect();
+            let mut storages: Vec<_> = files.iter().map(|f| f.clone() as Arc<dyn Storage>).collect();
             let errno = if n % 2 == 0 { 28 } else { 5 };
-            storages[0] =
-                std::sync::Arc::new(FaultStorage::new(storages[0].clone(), Fault::nth(10 + n, errno)));
+            storages[0] = Arc::new(FaultStorage::new(storages[0].clone(), Fault::nth(10 + n, errno)));
             let Ok(image) = rig.open(&storages, &writable()) else { continue };
             let done = image.resize_with(size, SHRINK);
             let _ = image.close();
@@ -227,9 +227,8 @@ fn a_disk_of_small_clusters_grows_far() {
     for refcount_bits in [16, 64] {
         let geometry = Geometry { refcount_bits, size: 1 << 20, ..Geometry::plain(512) };
         let rig = Rig::forge(&geometry, 3);
-        let files: Vec<_> =
-            rig.files().into_iter().map(RecordingStorage::plain).map(std::sync::Arc::new).collect();
-        let storages: Vec<_> = files.iter().map(|f| f.clone() as std::sync::Arc<dyn Storage>).collect();
+        let files: Vec<_> = rig.files().into_iter().map(RecordingStorage::plain).map(Arc::new).collect();
+        let storages: Vec<_> = files.iter().map(|f| f.clone() as Arc<dyn Storage>).collect();
         let before = Contents::of(&rig, &rig.files());
         let image = rig.open(&storages, &writable()).unwrap();
         let size = 2u64 << 30;
@@ -246,9 +245,72 @@ fn a_disk_of_small_clusters_grows_far() {
     }
 }
 
+/// A disk that becomes so large that its L1 table needs refcount blocks, and these a longer refcount table.
+fn grows_far() -> (Rig, u64) {
+    (Rig::forge(&Geometry { refcount_bits: 64, size: 1 << 19, ..Geometry::plain(512) }, 4), 160 << 20)
+}
+
+#[test]
+fn any_call_may_fail_while_a_table_grows_far() {
+    let (rig, size) = grows_far();
+    let before = Contents::of(&rig, &rig.files());
+    let same = |file: &Sparse, what: &str| {
+        let findings = audit(file);
+        assert!(findings.is_sound(), "{what}: {:#?}", findings.corruptions);
+        let mut after = Contents::of(&rig, std::slice::from_ref(file));
+        after.active.truncate(before.active.len());
+        assert_eq!(before.difference(&after), None, "{what}");
+    };
+    let mut failed = 0;
+    for n in 0..40 {
+        let file = Arc::new(RecordingStorage::plain(rig.image.clone()));
+        let faulty = Arc::new(FaultStorage::new(file.clone(), Fault::nth(5 + n, 5)));
+        let Ok(image) = rig.open(&[faulty as Arc<dyn Storage>], &writable()) else { continue };
+        let grown = image.resize(size);
+        failed += u64::from(grown.is_err());
+        let _ = image.close();
+        same(&snapshot_of(&*file), &format!("call {n}: {grown:?}"));
+    }
+    assert!(failed > 10, "{failed}");
+}
+
+/// It harms nothing: the disk grows when there is room.
+#[test]
+fn a_file_system_may_be_full_while_a_table_grows_far() {
+    let (rig, size) = grows_far();
+    let before = Contents::of(&rig, &rig.files());
+    for n in 0.. {
+        let file = Arc::new(RecordingStorage::plain(rig.image.clone()));
+        let (end, calls) = (rig.image.len(), AtomicU64::new(0));
+        let full = Hooked::with(file.clone(), move |op, range: Range<u64>| {
+            let takes_space = matches!(op, Op::Write | Op::Zero | Op::Allocate) && range.end > end;
+            match takes_space && calls.fetch_add(1, Ordering::Relaxed) == n {
+                true => Err(std::io::Error::from_raw_os_error(28)),
+                false => Ok(()),
+            }
+        });
+        let image = rig.open(&[Arc::new(full) as Arc<dyn Storage>], &writable()).unwrap();
+        let grown = image.resize(size);
+        if grown.is_ok() {
+            assert!(n >= 3, "{n}");
+            break;
+        }
+        let what = format!("write {n}: {grown:?}");
+        assert!(grown.unwrap_err().is_no_space(), "{what}");
+        image.resize(size).unwrap_or_else(|e| panic!("{what}, again: {e}"));
+        image.write(size - 512, &[7; 512]).unwrap_or_else(|e| panic!("{what}: {e}"));
+        image.close().unwrap_or_else(|e| panic!("{what}: {e}"));
+        let now = snapshot_of(&*file);
+        assert!(audit(&now).is_clean(), "{what}: {:#?}", audit(&now));
+        let mut after = Contents::of(&rig, &[now]);
+        after.active.truncate(before.active.len());
+        assert_eq!(before.difference(&after), None, "{what}");
+    }
+}
+
 #[test]
 fn no_power_cut_while_a_table_grows_far_leaves_more_than_leaks() {
-    let rig = Rig::forge(&Geometry { refcount_bits: 64, size: 1 << 19, ..Geometry::plain(512) }, 4);
-    let files = explore(&rig, 5, 30, "a table longer than a block covers", |image| image.resize(160 << 20));
+    let (rig, size) = grows_far();
+    let files = explore(&rig, 5, 30, "a table longer than a block covers", |image| image.resize(size));
     assert_clean(&files, "a table longer than a block covers");
 }

@@ -68,14 +68,6 @@ impl Session<'_> {
         Ok(references.leaks)
     }
 
-    /// Sets and clears the COPIED flags of the active disk as the refcounts say. Durable on return.
-    pub(super) fn restore_copied(&self) -> Result<()> {
-        let l1 = self.image.mapping.read().l1.clone();
-        let l1 = self.rewrite_copied(&l1, true)?;
-        self.write_active_l1(l1)?;
-        self.barrier()
-    }
-
     /// Replaces clusters that hold nothing but zeroes by zero clusters.
     fn give_up_zeroes(&self, job: &Job, result: &mut CompactResult) -> Result<()> {
         let mut scan = ZeroScan::new(self.image, self.disk.layers().len() > 1)?;

@@ -67,7 +67,7 @@ impl Session<'_> {
     /// moved: none where there is no such place.
     pub(crate) fn move_active_l1(&self, limit: u64) -> Result<u64> {
         let g = self.geometry();
-        let l1 = self.image.mapping.read().l1.clone();
+        let l1 = self.image.l1();
         let bytes = l1.len() as u64 * 8;
         let Some(to) = self.take_low(bytes, limit)? else { return Ok(0) };
         self.write_table(to, encode_words(&l1))?;

@@ -15,8 +15,10 @@ use crate::image::{Qcow2, decode_words};
 use crate::write::give_up;
 use crate::{ErrorKind, Job, MemMut, Result, Storage, StorageExt};
 
-/// Bytes of memory for a host cluster that is remembered.
-const REMEMBERED: u64 = 64;
+/// Most host clusters that may be remembered, each in 64 bytes: a quarter of the memory that is allowed.
+pub(super) fn most_remembered(image: &Qcow2) -> u64 {
+    image.limits().max_memory / 4 / 64
+}
 
 /// One L2 table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -296,7 +298,7 @@ fn zero_clusters(image: &Qcow2, references: &References, has_backing: bool, job:
     let mut zeroes = Zeroes::default();
     // References that host clusters would lose which have more of them.
     let mut lost: HashMap<u64, u64> = HashMap::new();
-    let most = image.limits().max_memory / 4 / REMEMBERED;
+    let most = most_remembered(image);
     for table in tables(image)? {
         let words = read_words(image, table.offset)?;
         for number in 0..g.l2_entries() as usize {

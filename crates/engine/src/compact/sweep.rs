@@ -6,7 +6,7 @@ use qcow2_format::{HostOffset, L2Mapping};
 
 use super::in_place::{BATCH_SLICES, Edits};
 use super::packing::Packing;
-use super::survey::{Table, tables};
+use super::survey::{Table, most_remembered, tables};
 use super::table_edit::TableEdit;
 use crate::maintenance::Session;
 use crate::{ErrorKind, Job, Mem, MemMut, Result, StorageExt};
@@ -15,8 +15,6 @@ use crate::{ErrorKind, Job, Mem, MemMut, Result, StorageExt};
 const BATCH_BYTES: u64 = 64 << 20;
 /// Bytes copied in one request.
 const COPY_BYTES: u64 = 2 << 20;
-/// Bytes of memory for a cluster whose new place is remembered.
-const REMEMBERED: u64 = 64;
 
 /// One pass over all L2 tables.
 pub(super) struct Sweep<'s, 'a> {
@@ -42,13 +40,12 @@ pub(super) struct Sweep<'s, 'a> {
 
 impl<'s, 'a> Sweep<'s, 'a> {
     pub(super) fn new(session: &'s Session<'a>, bound: u64) -> Result<Self> {
-        let most = session.image.limits().max_memory / 4 / REMEMBERED;
         Ok(Self {
             session,
             bound,
             cursor: 1,
             forward: HashMap::new(),
-            most,
+            most: most_remembered(session.image),
             packing: Packing::new(session.image)?,
             edits: Edits::default(),
             waiting: None,

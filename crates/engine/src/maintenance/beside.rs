@@ -17,10 +17,8 @@ impl Session<'_> {
     pub(super) fn fork(&self) -> Result<()> {
         // What waits in quarantine goes back to the refcounts in the file.
         self.barrier()?;
-        let waiting = self.writer.with_alloc(|alloc, _| alloc.fork())?;
-        waiting.iter().try_for_each(|(offset, bytes)| self.write(*offset, bytes))?;
-        self.writer.alloc().refcounts.note_written();
-        Ok(())
+        self.writer.check()?;
+        self.writer.with_alloc(|alloc, _| alloc.fork()).map_err(|e| self.writer.poison(e))
     }
 
     /// Makes everything durable that was written beside.
@@ -60,9 +58,8 @@ impl Session<'_> {
         for cluster in clusters {
             alloc.count_beside(cluster, more)?;
             if alloc.refcounts.waiting_bytes() > WAITING_LIMIT {
-                let writes = alloc.refcounts.take_dirty();
-                writes.iter().try_for_each(|(offset, bytes)| self.write_beside(*offset, bytes))?;
-                alloc.refcounts.note_written();
+                self.writer.check()?;
+                alloc.refcounts.write_dirty()?;
             }
         }
         Ok(())
@@ -93,25 +90,33 @@ impl Session<'_> {
         Ok(())
     }
 
+    /// The L1 table whose entries are what `entry` makes of the L2 tables of `l1`, which it gets as `for_tables` has it.
+    fn map_tables(
+        &self,
+        l1: &[u64],
+        mut entry: impl FnMut(usize, HostOffset, &mut Vec<u8>) -> Result<L1Entry>,
+    ) -> Result<Vec<u64>> {
+        let mut mapped = vec![0; l1.len()];
+        self.for_tables(l1, |index, offset, table| {
+            let new = entry(index, offset, table)?;
+            mapped.get_mut(index).into_iter().for_each(|slot| *slot = new.0);
+            Ok(())
+        })?;
+        Ok(mapped)
+    }
+
     /// A new L1 table that refers to all that `l1` refers to, counted once more. L2 tables without COPIED flags are
     /// shared, of the others it has copies without them.
     pub(super) fn share(&self, l1: &[u64]) -> Result<Vec<u64>> {
         let g = self.geometry();
-        let mut shared = vec![0; l1.len()];
-        self.for_tables(l1, |index, offset, table| {
+        self.map_tables(l1, |index, offset, table| {
             self.count(self.clusters_in(table, index)?.into_iter().flatten(), true)?;
-            let entry = if self.rewrite_table(table, index, false)? {
-                L1Entry::new(HostOffset(self.write_table_beside(table.clone())?), true)
-            } else {
-                self.count([g.cluster_index(offset.0)], true)?;
-                L1Entry::new(offset, false)
-            };
-            if let Some(slot) = shared.get_mut(index) {
-                *slot = entry.0;
+            if self.rewrite_table(table, index, false)? {
+                return Ok(L1Entry::new(HostOffset(self.write_table_beside(table.clone())?), true));
             }
-            Ok(())
-        })?;
-        Ok(shared)
+            self.count([g.cluster_index(offset.0)], true)?;
+            Ok(L1Entry::new(offset, false))
+        })
     }
 
     /// Counts everything that `l1` refers to once less.
@@ -126,24 +131,17 @@ impl Session<'_> {
     /// `l1` with COPIED flags where a refcount is one. L2 tables in which flags differ are copied.
     pub(super) fn restore_beside(&self, l1: &[u64]) -> Result<Vec<u64>> {
         let g = self.geometry();
-        let mut restored = vec![0; l1.len()];
-        self.for_tables(l1, |index, offset, table| {
+        self.map_tables(l1, |index, offset, table| {
             let exclusive = self.refcount(g.cluster_index(offset.0))? == 1;
-            let entry = if self.rewrite_table(table, index, exclusive)? {
-                // The copy is exclusive in any case.
-                self.rewrite_table(table, index, true)?;
-                let place = self.write_table_beside(table.clone())?;
-                self.count([g.cluster_index(offset.0)], false)?;
-                L1Entry::new(HostOffset(place), true)
-            } else {
-                L1Entry::new(offset, exclusive)
-            };
-            if let Some(slot) = restored.get_mut(index) {
-                *slot = entry.0;
+            if !self.rewrite_table(table, index, exclusive)? {
+                return Ok(L1Entry::new(offset, exclusive));
             }
-            Ok(())
-        })?;
-        Ok(restored)
+            // The copy is exclusive in any case.
+            self.rewrite_table(table, index, true)?;
+            let place = self.write_table_beside(table.clone())?;
+            self.count([g.cluster_index(offset.0)], false)?;
+            Ok(L1Entry::new(HostOffset(place), true))
+        })
     }
 
     /// Gives the space back of what `l1` referred to and nothing refers to now. The switch is durable, and no request

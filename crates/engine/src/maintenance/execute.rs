@@ -141,13 +141,6 @@ impl Session<'_> {
         }
     }
 
-    /// Writes the active L1 table in place: only flags differ.
-    pub(crate) fn write_active_l1(&self, l1: Vec<u64>) -> Result<()> {
-        self.write(self.writer.l1_offset(), &encode_words(&l1))?;
-        self.image.mapping.write().l1 = l1;
-        Ok(())
-    }
-
     fn share_tree(&self, tree: Tree, made: &mut Made) -> Result<()> {
         made.change()?;
         if made.l1.is_some() {

@@ -29,7 +29,7 @@ impl Session<'_> {
     /// `Corrupt` for damaged tables, before anything changes; else as [`crate::Image::write_at`].
     pub(crate) fn shrink(&self, size: u64) -> Result<()> {
         let g = self.geometry();
-        let old_l1 = self.image.mapping.read().l1.clone();
+        let old_l1 = self.image.l1();
         let entries = (g.l1_entries_for(size).max(1) as usize).min(old_l1.len().max(1));
         let mut gone = old_l1.clone();
         gone.iter_mut().take(entries).for_each(|entry| *entry = 0);

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use qcow2_format::l1::COPIED;
 use qcow2_format::{Geometry, HostOffset, L1Entry, L2Entry, L2Mapping, SnapshotRecord, SubclusterBitmap};
 
+use super::execute::encode_words;
 use super::session::Session;
 use crate::{Error, ErrorKind, Result};
 
@@ -118,23 +119,24 @@ impl Session<'_> {
         })
     }
 
-    /// Rewrites the COPIED flags of the L2 tables of `l1`: all cleared, or (`restore`) set where a refcount is one.
-    /// Returns the L1 entries with their own flags treated alike.
-    pub(crate) fn rewrite_copied(&self, l1: &[u64], restore: bool) -> Result<Vec<u64>> {
+    /// Sets and clears the COPIED flags of the active disk, in place, as the refcounts say. Durable on return.
+    pub(crate) fn restore_copied(&self) -> Result<()> {
         let g = self.geometry();
         let mut table = vec![0u8; g.cluster_len()];
-        let mut new_l1 = l1.to_vec();
-        for (index, new_entry) in new_l1.iter_mut().enumerate() {
-            let Some(offset) = self.table_of(*new_entry, index)? else { continue };
+        let mut l1 = self.image.l1();
+        for (index, entry) in l1.iter_mut().enumerate() {
+            let Some(offset) = self.table_of(*entry, index)? else { continue };
             self.read(offset.0, &mut table)?;
-            let exclusive = restore && self.refcount(g.cluster_index(offset.0))? == 1;
+            let exclusive = self.refcount(g.cluster_index(offset.0))? == 1;
             if self.rewrite_table(&mut table, index, exclusive)? {
                 self.write(offset.0, &table)?;
                 self.image.slices.remove_table(offset.0, g.cluster_size());
             }
-            *new_entry = L1Entry::new(offset, exclusive).0;
+            *entry = L1Entry::new(offset, exclusive).0;
         }
-        Ok(new_l1)
+        self.write(self.writer.l1_offset(), &encode_words(&l1))?;
+        self.image.mapping.write().l1 = l1;
+        self.barrier()
     }
 
     /// Changes the flags in one table's bytes; true if any changed. In a table that is shared, no flag may be set.

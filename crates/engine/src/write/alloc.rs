@@ -353,7 +353,7 @@ impl Allocator {
         if self.recent > 0 && self.ready.clean.total() + self.fresh.clean.total() < target / 2 {
             match self.reserve(target, metadata) {
                 // No room for later requests: what is there is written all the same.
-                Err(error) if error.is_no_space() || error.kind() == ErrorKind::Limit => {}
+                Err(error) if error.is_no_room() => {}
                 reserved => reserved?,
             }
         }

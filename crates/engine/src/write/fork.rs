@@ -86,16 +86,16 @@ impl Refcounts {
 }
 
 impl Allocator {
-    /// Begins a fork. Nothing is in quarantine, and nobody else allocates until it ends. Returns refcounts of before that
-    /// wait to be written at the places in the file.
-    pub(crate) fn fork(&mut self) -> Result<Vec<Write>> {
+    /// Begins a fork. Nothing is in quarantine, and nobody else allocates until it ends. Refcounts of before that wait
+    /// are written at their places in the file.
+    pub(crate) fn fork(&mut self) -> Result<()> {
         let length = if self.storage.traits().block_device { 0 } else { self.storage.size()? };
-        let writes = self.refcounts.take_dirty();
+        self.refcounts.write_dirty()?;
         // The fork may drop the references that keep it.
         self.packing = None;
         let (former, end) = (self.refcounts.table.clone(), self.end);
         self.refcounts.fork = Some(Fork { former, end, length, taken: Vec::new(), table: None });
-        Ok(writes)
+        Ok(())
     }
 
     /// Takes `count` contiguous clusters for something new in the fork.

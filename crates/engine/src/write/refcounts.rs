@@ -231,6 +231,27 @@ impl Refcounts {
         writes
     }
 
+    /// Writes the changed pieces now. Nobody else writes refcounts meanwhile. What an error leaves unwritten waits on.
+    pub(crate) fn write_dirty(&mut self) -> Result<()> {
+        for (offset, bytes) in self.take_dirty() {
+            if let Err(error) = self.storage.write_all_at(Mem::from(bytes.as_slice()), offset) {
+                self.take_back();
+                return Err(error);
+            }
+        }
+        self.note_written();
+        Ok(())
+    }
+
+    /// What was taken may not be in the file.
+    fn take_back(&mut self) {
+        for block in self.blocks.values_mut().filter(|block| block.writing) {
+            block.writing = false;
+            let pieces = 0..block.bytes.len().div_ceil(PIECE);
+            self.waiting += pieces.filter(|piece| block.dirty.insert(*piece)).count() * PIECE;
+        }
+    }
+
     /// What was taken is in the file.
     pub(crate) fn note_written(&mut self) {
         self.blocks.values_mut().for_each(|block| block.writing = false);
@@ -292,11 +313,12 @@ impl Refcounts {
     pub(super) fn cover_from(&mut self, index: u64, place: u64) -> Result<()> {
         let g = self.geometry;
         self.set(place, 1)?;
-        for (offset, bytes) in self.take_dirty() {
-            self.storage.write_all_at(Mem::from(bytes.as_slice()), offset)?;
+        let block = Block::new(place * g.cluster_size(), vec![0u8; g.cluster_len()], self.clock);
+        if let Err(error) = self.write_dirty().and_then(|()| self.add_block(index, block)) {
+            self.set(place, 0)?;
+            return Err(error);
         }
-        self.note_written();
-        self.add_block(index, Block::new(place * g.cluster_size(), vec![0u8; g.cluster_len()], self.clock))
+        Ok(())
     }
 
     /// Writes a new block, then its entry in the table. The entry must never be durable before the block and its

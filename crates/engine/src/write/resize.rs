@@ -6,6 +6,7 @@ use qcow2_format::L2Mapping;
 use qcow2_format::bitmap::BitmapFlags;
 use qcow2_format::limits::MAX_L1_BYTES;
 
+use super::alloc::Allocation;
 use super::request::{Payload, Top};
 use super::writer::Writer;
 use crate::create::{Preallocation, write_zero_bytes};
@@ -213,40 +214,46 @@ impl Writer {
     /// Moves the L1 table to where it has room for `entries`. One header write switches over.
     fn grow_l1(&self, image: &Qcow2, entries: u64) -> Result<()> {
         let g = *image.geometry();
-        let storage = image.storage();
         let clusters = g.clusters_for(entries * 8);
-        let (cluster, refcounts) = {
-            let mut alloc = self.alloc.lock();
-            let cluster = alloc.allocate_contiguous(clusters, &mut self.metadata.lock());
-            let cluster = cluster.map_err(|e| self.poison_unless_full(e))?;
-            (cluster, alloc.refcounts.take_dirty())
-        };
-        let offset = cluster * g.cluster_size();
-        let mut l1 = image.mapping.read().l1.clone();
-        let (old_entries, old_offset) = (l1.len() as u64, self.l1_offset());
+        let mut l1 = image.l1();
         l1.resize(entries as usize, 0);
-        let mut bytes: Vec<u8> = l1.iter().flat_map(|e| e.to_be_bytes()).collect();
-        bytes.resize((clusters * g.cluster_size()) as usize, 0);
-        let write = || -> Result<()> {
-            for (at, bytes) in &refcounts {
-                storage.write_all_at(Mem::from(bytes.as_slice()), *at)?;
-            }
-            storage.write_all_at(Mem::from(bytes.as_slice()), offset)?;
-            storage.flush()?;
-            // At most 4 Mi entries: the limit was checked.
-            self.write_l1_place(image, entries as u32, offset)?;
-            storage.flush()
-        };
-        write().map_err(|e| self.poison(e))?;
-        self.alloc.lock().refcounts.note_written();
+        let cluster = self.write_beside(image, clusters, &l1).map_err(|e| self.poison_unless_full(e))?;
+        let offset = cluster * g.cluster_size();
+        // At most 4 Mi entries: the limit was checked.
+        let switched =
+            self.write_l1_place(image, entries as u32, offset).and_then(|()| image.storage().flush());
+        switched.map_err(|e| self.poison(e))?;
         self.metadata.lock().set_l1(&g, offset, entries);
+        let (old, old_offset) = (std::mem::replace(&mut image.mapping.write().l1, l1), self.l1_offset());
         self.set_l1_offset(offset);
-        image.mapping.write().l1 = l1;
         let mut alloc = self.alloc.lock();
-        for cluster in 0..g.clusters_for(old_entries * 8) {
+        for cluster in 0..g.clusters_for(old.len() as u64 * 8) {
             alloc.drop_reference(g.cluster_index(old_offset) + cluster).map_err(|e| self.poison(e))?;
         }
         Ok(())
+    }
+
+    /// Writes an L1 table to `clusters` clusters of its own, durably with their refcounts; returns the first. An error gives
+    /// them back.
+    fn write_beside(&self, image: &Qcow2, clusters: u64, l1: &[u64]) -> Result<u64> {
+        let size = image.geometry().cluster_size();
+        let cluster = self.alloc.lock().allocate_contiguous(clusters, &mut self.metadata.lock())?;
+        let mut bytes: Vec<u8> = l1.iter().flat_map(|entry| entry.to_be_bytes()).collect();
+        bytes.resize((clusters * size) as usize, 0);
+        let storage = image.storage();
+        storage
+            .write_all_at(Mem::from(bytes.as_slice()), cluster * size)
+            .and_then(|()| self.alloc.lock().refcounts.write_dirty())
+            .and_then(|()| storage.flush())
+            .inspect_err(|_| {
+                self.alloc.lock().abandon(Allocation {
+                    cluster,
+                    count: clusters,
+                    durable: false,
+                    clean: false,
+                });
+            })?;
+        Ok(cluster)
     }
 }
 
