@@ -115,6 +115,11 @@ fn stress(geometry: &Geometry, seed: u64, rounds: usize, flush_each: bool) {
     let mut menu = rig.menu();
     // Everyone at the same few clusters.
     menu.size = (6 * menu.cluster).min(menu.size);
+    let raw = geometry.data_file == DataFile::ExternalRaw;
+    if raw {
+        // The forged one holds something else where the disk reads as zeroes.
+        image.write(0, &bytes[..menu.size as usize]).unwrap();
+    }
     for round in 0..rounds {
         let notes = Mutex::new(Vec::new());
         let barrier = Barrier::new(THREADS as usize);
@@ -137,6 +142,13 @@ fn stress(geometry: &Geometry, seed: u64, rounds: usize, flush_each: bool) {
             }
         });
         settle(&image, &mut possible, notes.into_inner().unwrap(), &format!("{what}, round {round}"));
+        if raw {
+            let mut disk = vec![0; menu.size as usize];
+            image.read(0, &mut disk).unwrap();
+            let data = storages[1].snapshot().to_vec();
+            let differs = disk.iter().zip(&data).position(|(a, b)| a != b);
+            assert_eq!(differs, None, "{what}, round {round}: the data file is another disk");
+        }
     }
     image.close().unwrap();
     settle(&image, &mut possible, Vec::new(), &format!("{what}, closed"));

@@ -8,7 +8,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use qcow2_engine::create::{Backing, CreateOptions, create};
+use qcow2_engine::create::{Backing, CreateOptions, DataFile, create};
 use qcow2_engine::{
     Discard, ErrorKind, Image, Job, Layer, Mem, OpenOptions, Qcow2, Raw, ResizeOptions, Storage, WriteOptions,
 };
@@ -101,6 +101,52 @@ fn read_all(image: &Image) -> Vec<u8> {
 fn clean(file: &RecordingStorage, what: &str) {
     let findings = audit(&file.snapshot());
     assert!(findings.is_clean(), "{what}: {findings:#?}");
+}
+
+/// An external data file that is a raw image by itself is the same disk whatever came between.
+#[test]
+fn a_raw_data_file_and_the_table_say_the_same() {
+    const CLUSTER: u64 = 65536;
+    for discard in [false, true] {
+        let (file, data) = (
+            Arc::new(RecordingStorage::plain(Sparse::new(0))),
+            Arc::new(RecordingStorage::plain(Sparse::new(0))),
+        );
+        let create_options = CreateOptions {
+            size: 4 * CLUSTER,
+            data_file: Some(DataFile { filename: "data".into(), raw: true }),
+            ..CreateOptions::default()
+        };
+        create(file.clone(), Some(data.clone()), &create_options, &Job::new()).unwrap();
+        let held = hold(|op, _| op == Op::Write);
+        let mut qcow2 = Qcow2::open(file.clone(), &OpenOptions::default()).unwrap();
+        qcow2.set_data_file(Arc::new(Hooked::with(data.clone() as Arc<dyn Storage>, held.hold.clone())));
+        qcow2.enable_writing(options()).unwrap();
+        let image = Image::new(vec![Layer::Qcow2(Box::new(qcow2))]).unwrap();
+        for allocated in [false, true] {
+            held.arm();
+            std::thread::scope(|scope| {
+                let writing = scope.spawn(|| image.write(CLUSTER, &[1 + u8::from(allocated); 4096]).unwrap());
+                held.wait();
+                let zeroing = scope.spawn(|| match discard {
+                    true => image.discard(0, 3 * CLUSTER).unwrap(),
+                    false => image
+                        .write_zeroes(CLUSTER, 2048, false)
+                        .and_then(|()| image.write_zeroes(0, 3 * CLUSTER, true))
+                        .unwrap(),
+                });
+                std::thread::sleep(WHILE);
+                held.release();
+                writing.join().unwrap();
+                zeroing.join().unwrap();
+            });
+            let disk = read_all(&image);
+            assert!(data.snapshot().to_vec() == disk, "discard: {discard}, allocated: {allocated}");
+            image.write(0, &vec![7; 3 * CLUSTER as usize]).unwrap();
+        }
+        image.close().unwrap();
+        clean(&file, "a raw data file");
+    }
 }
 
 /// What is remembered of a table goes with it, also where the table was shared with a snapshot meanwhile: another one may

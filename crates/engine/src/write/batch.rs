@@ -10,6 +10,7 @@ use qcow2_format::{HostOffset, L2Mapping};
 use super::alloc::Allocation;
 use super::cluster::Run;
 use super::cow::plan_cow;
+use super::inflight::Registration;
 use super::link::Change;
 use super::writer::Writer;
 use crate::image::Qcow2;
@@ -54,6 +55,8 @@ pub(super) struct Batch<'a> {
     /// Behind the last piece.
     end: u64,
     pub(super) runs: VecDeque<NewRun<'a>>,
+    /// Of steps that change no mapping.
+    pub(super) registrations: Vec<Registration<'a>>,
 }
 
 impl Writer {
@@ -86,6 +89,7 @@ impl Writer {
         while let Some(new) = batch.runs.pop_front() {
             self.link_run(image, &new)?;
         }
+        batch.registrations.clear();
         batch.pin = None;
         Ok(())
     }

@@ -22,6 +22,8 @@ pub(super) enum Step<'a> {
         /// Offset in the data file.
         host: u64,
         length: u64,
+        /// Keeps changes of the mapping away, where the data file is a raw image by itself: it must stay the same disk.
+        registration: Option<Registration<'a>>,
     },
     /// The run's clusters need a host cluster each, or a change of their mapping.
     Change(Run<'a>),
@@ -139,10 +141,17 @@ impl Writer {
                 break;
             }
         }
-        if let Some((host, length)) = run {
-            return Ok(Step::InPlace { host, length });
-        }
         let first = g.cluster_index(guest);
+        if let Some((host, length)) = run {
+            if !image.header().data_file_raw() {
+                return Ok(Step::InPlace { host, length, registration: None });
+            }
+            let clusters = first..g.clusters_for(range.start + length);
+            return Ok(match self.inflight.try_register(clusters.clone()) {
+                Some(registration) => Step::InPlace { host, length, registration: Some(registration) },
+                None => Step::Busy(clusters),
+            });
+        }
         let clusters = first..first + old.len() as u64;
         let wish = wish(image, &slice, index, first, old.len() as u64);
         Ok(match self.inflight.try_register(clusters.clone()) {

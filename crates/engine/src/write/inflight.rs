@@ -1,4 +1,5 @@
-//! Guest clusters whose mapping a request is about to change. Requests that overlap wait, then plan again.
+//! Guest clusters whose mapping a request is about to change; where the data file is a raw image by itself, also those that it
+//! overwrites. Requests that overlap wait, then plan again.
 //!
 //! A request never waits while it has a range registered, so there is no cycle to wait in.
 

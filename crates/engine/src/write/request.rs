@@ -146,12 +146,13 @@ impl Image {
             // Held until the step's bytes are written: until then its host offsets stay out of other hands.
             let pin = image.pin();
             match writer.plan_write(image, at..range.end, &loaded)? {
-                Step::InPlace { host, length } => {
+                Step::InPlace { host, length, registration } => {
                     let (part, rest) = payload.split(length);
                     writer.check_overlap(image, host, length)?;
                     match part {
                         Payload::Bytes(mem) => {
                             writer.add(image, batch, pin, vec![(host, Piece::Guest(mem))])?;
+                            batch.registrations.extend(registration);
                         }
                         Payload::Zeroes => {
                             writer.issue(image, batch)?;

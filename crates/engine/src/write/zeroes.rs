@@ -81,11 +81,7 @@ impl Image {
         let unit = g.subcluster_size();
         let whole = whole_units(unit, &range, self.virtual_size());
         self.write_edges(image, writer, &range, &whole)?;
-        if raw_data && !whole.is_empty() {
-            let end = whole.end.min(self.virtual_size()).max(whole.start);
-            image.data_storage()?.zero(whole.start, end - whole.start, unmap)?;
-        }
-        let unmap = unmap && !raw_data;
+        let keep = raw_data || !unmap;
         // Compressed clusters have no subclusters: a part of one must be written as data.
         let parts = RefCell::new(Vec::new());
         self.change_range(image, writer, whole.clone(), unmap, &|cluster, old| {
@@ -95,7 +91,7 @@ impl Image {
                 parts.borrow_mut().push(part);
                 return None;
             }
-            Some(zeroed(&g, old, &within, unmap))
+            Some(zeroed(&g, old, &within, !keep))
         })?;
         let parts = parts.into_inner();
         parts.into_iter().try_for_each(|part| self.write_range(image, writer, Payload::Zeroes, part))
@@ -161,7 +157,7 @@ impl Image {
     }
 
     /// Replaces the mappings of the clusters that `range` touches, slice by slice. `replace` gets the guest offset of
-    /// the cluster. `punch`: the clusters' space is given up.
+    /// the cluster. `punch`: the clusters' space is given up. A raw data file becomes zeroes there.
     pub(super) fn change_range(
         &self,
         image: &Qcow2,
@@ -171,6 +167,7 @@ impl Image {
         replace: &dyn Fn(u64, &L2Mapping) -> Option<L2Mapping>,
     ) -> Result<()> {
         let g = *image.geometry();
+        let raw_data = image.header().data_file_raw();
         let mut at = g.cluster_start(range.start);
         while at < range.end {
             if replace(at, &L2Mapping::Unallocated).is_none_or(|new| new == L2Mapping::Unallocated)
@@ -183,13 +180,16 @@ impl Image {
                 Step::Change(run) => {
                     let clusters = run.clusters;
                     let pinned = run.guest;
-                    if punch && image.header().has_data_file() {
-                        // Host offsets are guest offsets there: the space must be freed before a later write.
+                    if raw_data || punch && image.header().has_data_file() {
+                        // Host offsets are guest offsets there: the space must be freed before a later write, and a
+                        // raw data file reads as zeroes before the table says so.
                         // A part of a cluster stays when subclusters are given up.
                         let start = pinned.max(range.start);
                         let end =
                             (pinned + clusters * g.cluster_size()).min(range.end).min(self.virtual_size());
-                        image.data_storage()?.zero(start, end - start, true)?;
+                        if start < end {
+                            image.data_storage()?.zero(start, end - start, punch)?;
+                        }
                     }
                     let change = Change { guest: pinned, clusters, barrier: false, punch };
                     writer.link(image, change, |n, old| replace(pinned + n * g.cluster_size(), old))?;
