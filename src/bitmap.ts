@@ -55,7 +55,7 @@ export class Bitmaps {
    * Adds a bitmap with no dirty bytes.
    *
    * @throws {@link Qcow2Error} `ERR_QCOW2_INVALID_ARGUMENT` for a name that is empty, taken or longer than 1023 bytes and for a bad
-   *   granularity; `ERR_QCOW2_UNSUPPORTED_FEATURE` for a raw or version 2 image; `ERR_QCOW2_READ_ONLY`
+   *   granularity; `ERR_QCOW2_UNSUPPORTED_FEATURE` for a raw or version 2 image and a disk of no bytes; `ERR_QCOW2_READ_ONLY`
    */
   async add(name: string, options?: AddBitmapOptions): Promise<void> {
     const checked = checkName(name, 'Bitmaps.add: name')

@@ -343,7 +343,7 @@ export class Image implements AsyncDisposable {
    * new part reads as zeroes. What lies behind a smaller size is lost, so that needs `shrink: true`. Snapshots keep their size.
    *
    * @throws {@link Qcow2Error} as {@link Image.write}; with nothing changed `ERR_QCOW2_DATA_LOSS` for a smaller size without `shrink`,
-   *   `ERR_QCOW2_LIMIT`, `ERR_QCOW2_UNSUPPORTED_FEATURE` (version 2 with snapshots), `ERR_QCOW2_CORRUPT` (an inconsistent bitmap)
+   *   `ERR_QCOW2_LIMIT`, `ERR_QCOW2_UNSUPPORTED_FEATURE` (version 2 with snapshots; 0 bytes with bitmaps), `ERR_QCOW2_CORRUPT` (an inconsistent bitmap)
    */
   async truncate(size: Size, options?: TruncateOptions): Promise<void> {
     const wanted = toBytes(size, 'Image.truncate: size')

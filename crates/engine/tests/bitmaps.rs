@@ -7,7 +7,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use qcow2_engine::storage::{Access, FileStorage};
-use qcow2_engine::{Discard, ErrorKind, Image, Layer, Mem, OpenOptions, Qcow2, WriteOptions};
+use qcow2_engine::{Discard, ErrorKind, Image, Layer, Mem, OpenOptions, Qcow2, ResizeOptions, WriteOptions};
+use qcow2_testkit::plans::Table;
 use qcow2_testkit::{Fixture, Qemu};
 
 const MIB: u64 = 1 << 20;
@@ -165,4 +166,37 @@ fn bad_requests_change_nothing() {
     let old = fixture.path("old.qcow2");
     qemu.create(&old, "compat=0.10", Some(MIB));
     assert_eq!(open(&old).add_bitmap("a", None, true).unwrap_err().kind(), ErrorKind::UnsupportedFeature);
+}
+
+/// The format knows no table of no entries, so that a disk of no bytes has no bitmaps.
+#[test]
+fn a_disk_with_bitmaps_does_not_become_empty() {
+    let Some(qemu) = Qemu::find() else { return };
+    let fixture = Fixture::new();
+    let path = fixture.path("a.qcow2");
+    qemu.create(&path, "", Some(0));
+    let image = open(&path);
+    let error = image.add_bitmap("a", None, true).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::UnsupportedFeature, "{error}");
+    image.execute(&Table::of(&image).create("1", "empty")).unwrap();
+    image.resize(MIB).unwrap();
+    image.add_bitmap("a", None, true).unwrap();
+    image.add_bitmap("b", None, false).unwrap();
+    write(&image, 0, 10);
+    let shrink = ResizeOptions { shrink: true, ..ResizeOptions::default() };
+    let error = image.resize_with(0, shrink).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::UnsupportedFeature, "{error}");
+    let error = image.execute(&Table::of(&image).apply(0)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::UnsupportedFeature, "{error}");
+    assert_eq!(image.virtual_size(), MIB);
+    image.close().unwrap();
+    qemu.assert_clean(&path);
+    assert_eq!(extents(&path, "a").first(), Some(&(0..65536)));
+    let image = open(&path);
+    image.remove_bitmap("a").unwrap();
+    image.remove_bitmap("b").unwrap();
+    image.execute(&Table::of(&image).apply(0)).unwrap();
+    assert_eq!(image.virtual_size(), 0);
+    image.close().unwrap();
+    qemu.assert_clean(&path);
 }

@@ -20,7 +20,8 @@ impl Image {
     /// size, between 4 KiB and 64 KiB.
     ///
     /// # Errors
-    /// `InvalidArgument` for a bad or taken name or a granularity outside 9..=31; `UnsupportedFeature` in version 2;
+    /// `InvalidArgument` for a bad or taken name or a granularity outside 9..=31; `UnsupportedFeature` in version 2 and
+    /// for a disk of no bytes;
     /// `Limit`; else as [`Image::write_at`].
     pub fn add_bitmap(&self, name: &str, granularity_bits: Option<u8>, enabled: bool) -> Result<()> {
         let session = begin(self)?;
@@ -162,6 +163,9 @@ fn load_consistent(image: &Qcow2, name: &str) -> Result<(Bits, bool)> {
 
 impl Session<'_> {
     fn insert_bitmap(&self, name: &[u8], bits: Bits, enabled: bool) -> Result<()> {
+        if bits.size() == 0 {
+            return Err(self.image.no_bitmap_of_no_bytes(name));
+        }
         let bits = Arc::new(bits);
         self.replace_bitmaps(|mut entries| {
             if entries.iter().any(|e| e.entry.name == name) {

@@ -19,6 +19,26 @@ impl Qcow2 {
         self.writer.as_ref().is_some_and(|writer| writer.bitmaps.tracks(name))
     }
 
+    /// Refuses a disk of no bytes where there are bitmaps: theirs would be tables of no entries, which the format does not have.
+    ///
+    /// # Errors
+    /// `UnsupportedFeature`; else as [`Qcow2::bitmaps`].
+    pub(crate) fn refuse_empty_disk(&self, size: u64) -> Result<()> {
+        if size > 0 {
+            return Ok(());
+        }
+        match self.bitmaps()?.first() {
+            Some(record) => Err(self.no_bitmap_of_no_bytes(&record.entry.name)),
+            None => Ok(()),
+        }
+    }
+
+    pub(crate) fn no_bitmap_of_no_bytes(&self, name: &[u8]) -> Error {
+        let name = String::from_utf8_lossy(name);
+        let message = format!("a disk of 0 bytes cannot have bitmaps, such as '{name}'");
+        self.error(ErrorKind::UnsupportedFeature, message).with_field("size")
+    }
+
     /// The persistent bitmaps in the directory's order; none when the image has no consistent bitmaps extension.
     ///
     /// # Errors

@@ -153,6 +153,7 @@ impl Session<'_> {
         };
         // Bitmaps of a disk of another size change with it: they are in use, durably, before.
         if size != now {
+            self.image.refuse_empty_disk(size)?;
             self.writer.bitmaps.load(self.image, true)?;
         }
         let entries = self.share(&self.l1_of(tree, made)?)?;

@@ -42,8 +42,8 @@ impl Image {
     /// # Errors
     /// `InvalidArgument` unless `size` is a multiple of 512, and for a preallocation where nothing grows; `DataLoss` for a
     /// smaller size without `shrink`, saying how much is stored behind it; `UnsupportedFeature` for a version 2
-    /// image with snapshots, which do not know their size; `Corrupt` for an inconsistent bitmap, which cannot be
-    /// resized; `Limit` where the format ends; else as [`Image::write_at`].
+    /// image with snapshots, which do not know their size, and for no bytes where there are bitmaps; `Corrupt` for
+    /// an inconsistent bitmap, which cannot be resized; `Limit` where the format ends; else as [`Image::write_at`].
     pub fn resize_with(&self, size: u64, options: ResizeOptions) -> Result<()> {
         if !size.is_multiple_of(512) {
             let message = format!("the size {size} is not a multiple of 512 bytes");
@@ -57,10 +57,10 @@ impl Image {
             Top::Qcow2(image, writer) => {
                 // Once before anything is touched, once when nobody else changes it.
                 self.judge_size(size, options)?;
-                refuse_resize(image, writer)?;
+                refuse_resize(image, writer, size)?;
                 let session = Session::begin(self)?;
                 self.judge_size(size, options)?;
-                refuse_resize(image, writer)?;
+                refuse_resize(image, writer, size)?;
                 let old = self.virtual_size();
                 if size < old {
                     self.preserve(&(size..old));
@@ -258,11 +258,12 @@ impl Writer {
 }
 
 /// Refuses what QEMU refuses, too: what belongs to the disk and cannot follow its size.
-fn refuse_resize(image: &Qcow2, writer: &Writer) -> Result<()> {
+fn refuse_resize(image: &Qcow2, writer: &Writer, size: u64) -> Result<()> {
     if image.header().version < 3 && !image.snapshots().is_empty() {
         let message = "a version 2 image with snapshots cannot be resized: they do not say their size";
         return Err(image.error(ErrorKind::UnsupportedFeature, message));
     }
+    image.refuse_empty_disk(size)?;
     for record in image.bitmaps()? {
         let entry = &record.entry;
         if entry.flags.contains(BitmapFlags::IN_USE) && !writer.bitmaps.tracks(&entry.name) {
