@@ -2,6 +2,8 @@
 //! and the same extents as `qemu-img map`.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
 
+use std::io::{Seek, SeekFrom, Write};
+
 use qcow2_engine::{ExtentKind, GuestSource, Image, Job, OpenOptions};
 use qcow2_testkit::matrix::{Case, Geometry, geometries, seed_or};
 use qcow2_testkit::model::assert_same;
@@ -162,6 +164,36 @@ fn preallocated_images_read_and_map_as_qemu_does() {
             assert_same_map(&qemu.map_json(&path, "qcow2"), &map_of(&written), &what);
             compare_reads(&written, &qemu.guest_bytes(&path, "qcow2", &[]), &what, 1);
         }
+    }
+}
+
+/// The holes of a data file, where the image's own file has fewer clusters than it counts.
+#[test]
+fn data_files_with_holes_map_as_qemu_does() {
+    let Some(qemu) = Qemu::find() else { return };
+    for (cluster_size, raw) in [(4096, "off"), (65536, "off"), (65536, "on"), (2 << 20, "on")] {
+        let fixture = Fixture::new();
+        let path = fixture.path("image.qcow2");
+        let data = fixture.path("data");
+        let options = format!(
+            "cluster_size={cluster_size},data_file={},data_file_raw={raw},preallocation=metadata",
+            data.display()
+        );
+        qemu.create(&path, &options, Some(8 << 20));
+        qemu.io(&path, "qcow2", &["write -q -P 7 1M 2M", "write -q -z -u 2M 1M"].map(str::to_owned));
+        // Tables that are mostly zeroes take less space than QEMU gives them.
+        let bytes = std::fs::read(&path).unwrap();
+        let mut file = std::fs::File::create(&path).unwrap();
+        file.set_len(bytes.len() as u64).unwrap();
+        for (page, at) in
+            bytes.chunks(4096).zip((0..).step_by(4096)).filter(|(page, _)| page.iter().any(|&b| b != 0))
+        {
+            file.seek(SeekFrom::Start(at)).unwrap();
+            file.write_all(page).unwrap();
+        }
+        let image = chain::open(&path, "qcow2", &OpenOptions::default()).unwrap();
+        let what = format!("clusters of {cluster_size}, raw {raw}");
+        assert_same_map(&qemu.map_json(&path, "qcow2"), &map_of(&image), &what);
     }
 }
 

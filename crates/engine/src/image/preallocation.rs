@@ -8,11 +8,8 @@ use crate::{MemMut, Result, Storage, StorageExt};
 impl Qcow2 {
     /// Whether clusters that the image counts as allocated are holes of the file, so that looking for holes pays. The
     /// rule is QEMU's, so that maps agree: more allocated clusters than the file has space for, by a tenth and by two.
+    /// With an external data file, it is tables and refcounts alone that are counted.
     pub(super) fn is_metadata_preallocated(&self) -> Result<bool> {
-        if self.header().has_data_file() {
-            // Guest clusters are not counted there; holes of the data file say nothing about the metadata.
-            return Ok(false);
-        }
         if let Some(known) = self.metadata_preallocated.get() {
             return Ok(*known);
         }
