@@ -1,4 +1,4 @@
-/** Open, create, read, convert, check and inspect qcow2 disk images, in-process. */
+/** Open, create, read, write, convert, snapshot, check and repair qcow2 disk images, in-process. */
 
 export type { AccessOptions, CacheMode, SharingOptions } from './access.js'
 export { type AmendOptions, amend } from './amend.js'

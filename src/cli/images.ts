@@ -21,6 +21,12 @@ export function localPath(filename: string): string {
   )
 }
 
+/** An image's name as it is shown: without `file:`, unless a colon would make a protocol of what is left. */
+export function shownName(filename: string): string {
+  const path = localPath(filename)
+  return path !== filename && /^[^/]*:/.test(path) ? `./${path}` : path
+}
+
 /** The format given with `-f`, by name. */
 export function namedFormat(filename: string, name: string): Format {
   if (name === 'qcow2' || name === 'raw') return name

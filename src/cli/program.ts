@@ -1,6 +1,7 @@
 /** The commands, and how a command line becomes a call of one of them. */
 
 import { Command, CommanderError } from 'commander'
+import { expandOptions } from './abbreviations.js'
 import { declareAmend } from './commands/amend.js'
 import { declareBitmap } from './commands/bitmap.js'
 import { declareCheck } from './commands/check.js'
@@ -31,7 +32,7 @@ Backing files are followed by file name only, never json: or a protocol.`
 
 function buildProgram(session: Session, run: Runner): Command {
   const program = new Command(session.program)
-    .description('Create, convert, check and inspect qcow2 and raw disk images, with the grammar of qemu-img.')
+    .description('Create, convert, change, check and inspect qcow2 and raw disk images, with the grammar of qemu-img.')
     .usage('COMMAND [options] ...')
     .option('-V, --version', 'print the version')
     .on('option:version', () => {
@@ -87,10 +88,12 @@ export async function runProgram(args: readonly string[], session: Session): Pro
   const hint = (command?: string) =>
     `Try '${[session.program, command].filter(Boolean).join(' ')} --help' for more information`
   if (first === undefined) throw new CommandFailure('Not enough arguments', { hint: hint() })
-  const command = program.commands.find(candidate => candidate.name() === first)?.name()
+  const chosen = program.commands.find(candidate => candidate.name() === first)
+  const command = chosen?.name()
   if (command === undefined && !first.startsWith('-')) throw unknownCommand(first, hint())
   try {
-    await program.parseAsync([...args], { from: 'user' })
+    const rest = chosen === undefined ? args.slice(1) : expandOptions(args.slice(1), chosen)
+    await program.parseAsync([first, ...rest], { from: 'user' })
   } catch (error) {
     if (error instanceof CommanderError && error.exitCode === 0) return 0
     if (error instanceof CommanderError) throw new CommandFailure(usageMessage(error), { hint: hint(command) })

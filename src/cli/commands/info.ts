@@ -5,7 +5,7 @@ import { formatInfo, type InfoDocument } from '../format/info.js'
 import { toJson } from '../format/json.js'
 import { snapshotDocuments } from '../format/snapshots.js'
 import { oneFile, outputOption, refuseDriverSyntax } from '../grammar.js'
-import { withImage } from '../images.js'
+import { shownName, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import type { Session } from '../session.js'
 
@@ -53,7 +53,7 @@ async function collect(top: string, options: InfoArguments, session: Session): P
     const info: ImageInfo = await withImage({ filename, format, references: 'layer', forceShare }, session, image =>
       image.info(),
     )
-    documents.push(infoDocument(filename, info))
+    documents.push(infoDocument(shownName(filename), info))
     next = options.backingChain ? below(info) : undefined
   }
   return documents

@@ -62,7 +62,10 @@ function sourceOf(files: readonly string[], { size, format, snapshot }: MeasureA
 async function measured(source: string | bigint, options: MeasureArguments, session: Session) {
   const target = targetFormat(options.targetFormat)
   const { preallocation, ...shape } = toCreateOptions(parseShape(options, target), target)
-  const plan = { to: target, ...(target === 'qcow2' && { create: shape }), preallocation, signal: session.signal }
+  // Nothing is opened by the name of the backing file, so its format does not matter.
+  const { backingFile, backingFormat = backingFile === undefined ? undefined : 'raw' } = shape
+  const create = { ...shape, backingFormat }
+  const plan = { to: target, ...(target === 'qcow2' && { create }), preallocation, signal: session.signal }
   if (typeof source === 'bigint') {
     return measure({ size: toSize(source) }, plan).catch(error => {
       throw session.signal.aborted ? error : new CommandFailure(describeError(error), { cause: error })
