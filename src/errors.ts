@@ -131,6 +131,6 @@ export class AbortError extends Qcow2Error {
   }
 }
 
-/** The error for an argument that cannot be used; `field` names it. */
-export const invalidArgument = (field: string, message: string): Qcow2Error =>
-  new Qcow2Error('ERR_QCOW2_INVALID_ARGUMENT', message, { field })
+/** The error for an argument that cannot be used; `name` ends with its name, behind that of the call (`open: flags`). */
+export const invalidArgument = (name: string, message: string): Qcow2Error =>
+  new Qcow2Error('ERR_QCOW2_INVALID_ARGUMENT', message, { field: name.slice(name.lastIndexOf(': ') + 1).trimStart() })

@@ -135,6 +135,26 @@ describe('a job that is cancelled in the middle', () => {
   })
 })
 
+it('a resolver that does not answer holds nobody up', async () => {
+  const overlay = await create(at('overlay.qcow2'), {
+    backingFile: 'disk.qcow2',
+    backingFormat: 'qcow2',
+    references: 'layer',
+    size: SIZE,
+  })
+  await overlay.close()
+  const controller = new AbortController()
+  const { signal } = controller
+  const references = () => {
+    setTimeout(() => controller.abort('enough'), 10)
+    return new Promise<null>(() => {})
+  }
+  const error = await failure(() => open(at('overlay.qcow2'), { references, signal }))
+  expect(error).toMatchObject({ name: 'AbortError', cause: 'enough' })
+  expect(getEventListeners(signal, 'abort')).toHaveLength(0)
+  rmSync(at('overlay.qcow2'))
+})
+
 it('a map that is cancelled between two entries ends with the error', async () => {
   await using image = await open(at('disk.qcow2'))
   const controller = new AbortController()

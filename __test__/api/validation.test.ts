@@ -135,6 +135,7 @@ describe.each(cases)('%s', (_, call, field) => {
     const error = await failure(call)
     expect(error.code).toBe('ERR_QCOW2_INVALID_ARGUMENT')
     expect(error.field ?? '').toMatch(field)
+    expect(error.field ?? '', 'a name alone').not.toMatch(/[: ]/)
     expect(error.stack).toContain('validation.test.ts')
     expect(existsSync(target)).toBe(false)
   })
@@ -163,6 +164,7 @@ describe('a read', () => {
     const error = await failure(() => (image.read as Loose).apply(image, values))
     expect(error.code).toBe('ERR_QCOW2_INVALID_ARGUMENT')
     expect(error.field).toMatch(field)
+    expect(error.field, 'a name alone').not.toMatch(/[: ]/)
     expect(error.stack).toContain('validation.test.ts')
   })
 

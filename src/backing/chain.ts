@@ -273,7 +273,7 @@ class Opening {
 
   async #attachDataFile({ layer, dataFile }: NativeLayer, from: string | undefined, access: Access): Promise<void> {
     if (dataFile === undefined) return
-    const located = await decide(this.#policyNow(), 'data-file', dataFile, from)
+    const located = await decide(this.#policyNow(), 'data-file', dataFile, from, this.#options.signal)
     if (located === undefined) return
     try {
       const file = await this.#open(located, access)
@@ -286,7 +286,7 @@ class Opening {
 
   async #next({ backing }: NativeLayer, from: string | undefined): Promise<Next | undefined> {
     if (backing === undefined) return undefined
-    const located = await decide(this.#policyNow(), 'backing', backing, from)
+    const located = await decide(this.#policyNow(), 'backing', backing, from, this.#options.signal)
     return located && { located, filename: backing.filename, format: backing.format, from }
   }
 
