@@ -96,9 +96,10 @@ export interface ConvertOptions extends Omit<SourceOptions, 'from'>, LongRunning
   /** Replace an existing file. Default false: `EEXIST`. */
   overwrite?: boolean | undefined
   /**
-   * Leave out what this image has: it is in the source's backing chain, and the target names it as its backing file
-   * (`create.backingFile`). Opened as qcow2, by its magic, or as `create.backingFormat` says. With `existingTarget`, the target is
-   * taken to read like the base wherever it has nothing of its own, whatever its backing file is called; the base is not opened.
+   * Make an overlay of this image, which the target names as its backing file (`create.backingFile`). Where it is in the source's backing
+   * chain, only what lies above it is stored; where it is any other image, all of the source's disk is. Opened as qcow2, by its magic, or
+   * as `create.backingFormat` says. With `existingTarget` it must be in the chain: the target is taken to read like the base wherever it
+   * has nothing of its own, whatever its backing file is called; the base is not opened.
    */
   base?: ImageSource | undefined
   /**
@@ -299,28 +300,28 @@ function toShape({ create, preallocation }: ReadConvert): ReadShape {
   return { ...create, ...(preallocation !== undefined && { preallocation }) }
 }
 
-/** Where the base is in the source's chain, and how large it is. */
+/** How many layers of the source are above the base, and how large that is. */
 async function lookAtBase(
   base: Located,
   source: Chain,
   read: ReadConvert,
 ): Promise<{ identities: readonly string[]; order: Pick<NativeConvertJob, 'deltaLayers' | 'baseSize'> }> {
   const { references, limits, signal } = read
-  const notThere = (file: string) =>
-    invalidArgument('base', `convert: ${file} is not in the backing chain of the source`)
   if (read.existingTarget) {
     const { file, identity, path } = await openFile(base)
     await release(file)
     const deltaLayers = identity === undefined ? -1 : source.layers.indexOf(identity)
-    if (deltaLayers < 1) throw notThere(path === undefined ? 'base' : `'${path}'`)
+    if (deltaLayers < 1) {
+      const name = path === undefined ? 'base' : `'${path}'`
+      throw invalidArgument('base', `convert: ${name} is not in the backing chain of the source`)
+    }
     return { identities: [], order: { deltaLayers, baseSize: 0 } }
   }
   const format = read.create?.backingFormat === 'raw' ? 'raw' : 'qcow2'
   const chain = await lookAtChain(base, { format, references, limits, signal, access: toReadAccess(read) })
   const identity = chain.layers[0]
-  const deltaLayers = identity === undefined ? -1 : source.layers.indexOf(identity)
-  if (deltaLayers < 1) {
-    throw notThere(chain.path === undefined ? 'base' : `'${chain.path}'`)
-  }
+  const place = identity === undefined ? -1 : source.layers.indexOf(identity)
+  // Nothing is known of what another image has: no layer is left out, and zeroes hide what it has there.
+  const deltaLayers = place < 1 ? source.layers.length : place
   return { identities: chain.identities, order: { deltaLayers, baseSize: chain.virtualSize } }
 }

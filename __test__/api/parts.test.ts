@@ -33,6 +33,45 @@ const contents = async (path: string): Promise<Buffer> => {
   return bytes
 }
 
+describe('a target with a backing file that the source does not have', () => {
+  it.each([
+    { clusterSize: 65536 },
+    { clusterSize: 512 },
+    { clusterSize: 65536, extendedL2: true },
+    { clusterSize: 4096, version: 2 as const },
+  ])('reads as the source all the same: %j', async shape => {
+    const below = await image(1024 * KIB, [[1, 0, 1024 * KIB]])
+    const source = await image(
+      1024 * KIB,
+      [
+        [2, 100 * KIB, 200 * KIB],
+        [0, 400 * KIB, 100 * KIB],
+      ],
+      below,
+    )
+    const raw = at(`raw${count}`)
+    writeFileSync(raw, await contents(source))
+    // One smaller and one larger than the source.
+    for (const size of [700 * KIB, 2048 * KIB]) {
+      const base = await image(size, [[7, 0, size]])
+      for (const compress of [false, true]) {
+        for (const [from, file] of [
+          ['qcow2', source],
+          ['qcow2', await image(1024 * KIB, [[3, 200 * KIB, 1]])],
+          ['raw', raw],
+        ] as const) {
+          const target = at(`onto${++count}`)
+          const onto = { backingFile: base, backingFormat: 'qcow2', ...shape } as const
+          await convert(file, target, { from, to: 'qcow2', compress, base, create: onto, references: 'allow' })
+          const want = from === 'raw' ? readFileSync(file) : await contents(file)
+          expect((await contents(target)).equals(want), `${from}, ${size}, ${compress}`).toBe(true)
+          expect(await check(target)).toMatchObject({ ok: true, leaks: 0 })
+        }
+      }
+    }
+  })
+})
+
 describe('an existing qcow2 target', () => {
   it('gets the source, and keeps what it has behind its end', async () => {
     const source = await image(1024 * KIB, [

@@ -77,6 +77,16 @@ describeWithQemu('converted images in the eyes of QEMU', () => {
     expect(statSync(join(folder, out)).size).toBeLessThan(statSync(join(folder, whole)).size)
   })
 
+  it('a raw disk onto any image is written as a whole', async () => {
+    const raw = await converted([], 'data.qcow2', 'raw')
+    const out = target('qcow2')
+    const args = ['convert', '-f', 'raw', '-O', 'qcow2', '-B', 'compressed.qcow2', '-F', 'qcow2', raw, out]
+    expect(await qcow2(args, folder)).toMatchObject(ok)
+    expect(await qemu('compare', '-f', 'raw', raw, out)).toMatchObject(ok)
+    const info = JSON.parse((await qemu('info', '--output=json', out)).stdout)
+    expect(info).toMatchObject({ 'backing-filename': 'compressed.qcow2' })
+  })
+
   it('an existing raw target is written in place', async () => {
     await execute('sh', ['-c', 'head -c 67108864 /dev/zero | tr "\\0" x > there.raw'], folder)
     const { ino } = statSync(join(folder, 'there.raw'))

@@ -66,7 +66,7 @@ export function declareConvert(program: Command, run: Runner): void {
       ]),
     )
     .option('-l, --source-snapshot <snapshot>', 'read this internal snapshot')
-    .option('-B, --backing <file>', "write only what differs from this image of the source's chain, which backs TARGET")
+    .option('-B, --backing <file>', "backing file of TARGET: what is in it and in FILENAME's chain is not written")
     .option('-F, --backing-format <fmt>', 'format of the backing file')
     .option('-n, --no-create', 'write into TARGET as it exists')
     .option('--target-is-zero', 'with -n: TARGET reads as zeroes everywhere')
