@@ -48,6 +48,19 @@ describe('progress', () => {
     expect(text.lastIndexOf('\u001b[?25h')).toBeGreaterThan(text.lastIndexOf('\u001b[?25l'))
   })
 
+  it('says nothing about the time left while nothing moves', async () => {
+    const { session, stderr } = sessionOn({ stdout: true, stderr: true })
+    await withProgress(session, CHOICE, async ({ onProgress }) => {
+      for (let step = 0; step < 20; step += 1) {
+        onProgress?.({ phase: 'convert', current: GIB, total: 4 * GIB })
+        await sleep(25)
+      }
+    })
+    const told = [...stderr().matchAll(/ETA ([^\s\u001b]*)/g)].map(([, time]) => time)
+    expect(told).toContain('?')
+    for (const time of told) expect(time).toMatch(/^(\?|\d+s)$/)
+  })
+
   it('is no bar for what is done at once', async () => {
     const { session, stderr } = sessionOn({ stdout: true, stderr: true })
     await work(session, {}, 3, 1)

@@ -104,8 +104,11 @@ class Bar implements Reporter {
     if (progress.total === 0 || Date.now() - this.#started < PATIENCE_MS) return
     if (!this.#bar) {
       // Loaded when there is a bar to draw: a command that is done sooner starts sooner.
-      const { SingleBar } = require('cli-progress') as typeof import('cli-progress')
-      this.#bar = new SingleBar(this.#options())
+      const { SingleBar, Format } = require('cli-progress') as typeof import('cli-progress')
+      // While nothing moves there is no time to tell, and what the library has for it then is a word.
+      const formatTime: Options['formatTime'] = (seconds, options, step) =>
+        Number.isFinite(Number(seconds)) ? Format.TimeFormat(seconds, options, step) : '?'
+      this.#bar = new SingleBar({ ...this.#options(), formatTime })
       this.#bar.start(progress.total, progress.current, this.#payload())
       return
     }
