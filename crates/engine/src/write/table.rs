@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use qcow2_format::{GuestOffset, HostOffset, L1Entry};
 
-use super::alloc::Wish;
+use super::alloc::{Allocation, Wish};
 use super::quarantine::Unlinked;
 use super::writer::Writer;
 use crate::image::{Missing, Qcow2};
-use crate::{ErrorKind, Result};
+use crate::{ErrorKind, Result, StorageExt};
 
 /// The slice of an exclusive L2 table that maps a guest offset.
 #[derive(Debug, Clone, Copy)]
@@ -64,6 +64,10 @@ impl Writer {
             let allocation = alloc.allocate(1, old.is_some(), Wish::default(), &mut self.metadata.lock());
             allocation.map_err(|e| self.poison_unless_full(e))?
         };
+        if let Err(error) = self.space_for_table(image, &allocation, index) {
+            self.alloc.lock().abandon(allocation);
+            return Err(error);
+        }
         let table = allocation.cluster * g.cluster_size();
         let mut mapping = image.mapping.write();
         for (number, slice) in words.into_iter().enumerate() {
@@ -84,6 +88,15 @@ impl Writer {
         let mut metadata = self.metadata.lock();
         metadata.add(allocation.cluster);
         Ok(())
+    }
+
+    /// Reserves what a flush will write of a new table, and of the L1 entry that names it: a file system that runs full
+    /// fails this request, not the flush of those before it.
+    fn space_for_table(&self, image: &Qcow2, table: &Allocation, l1_index: usize) -> Result<()> {
+        let storage = image.storage();
+        let size = image.geometry().cluster_size();
+        storage.reserve(table.cluster * size, size)?;
+        storage.reserve(self.l1_offset() + l1_index as u64 * 8, 8)
     }
 
     fn shared_slice(&self, image: &Qcow2, offset: u64, guest: u64) -> Result<Arc<[u64]>> {
