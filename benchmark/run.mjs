@@ -132,16 +132,13 @@ function onXfs() {
 }
 
 /** The benchmarks of the engine alone, examples of its crate: the recorded installation, and random writes. */
-function engine(example, ...small) {
-  const args = ['run', '--quiet', '--release', '-p', 'qcow2-engine', '--example', example, '--', '--dir', folder]
-  const { status } = spawnSync(
-    'cargo',
-    [...args, ...(smoke ? ['--runs', '1', ...small] : ['--runs', String(trials)])],
-    {
-      stdio: ['ignore', 'inherit', 'inherit'],
-      cwd: join(here, '..'),
-    },
-  )
+function engine(example, flags, ...small) {
+  const cargo = ['run', '--quiet', '--release', '-p', 'qcow2-engine', '--example', example, '--']
+  const runs = smoke ? ['--runs', '1', ...small] : ['--runs', String(trials)]
+  const { status } = spawnSync('cargo', [...cargo, '--dir', folder, ...flags, ...runs], {
+    stdio: ['ignore', 'inherit', 'inherit'],
+    cwd: join(here, '..'),
+  })
   if (status !== 0) throw new Error(`the benchmark ${example} failed`)
 }
 
@@ -187,8 +184,10 @@ try {
   console.log()
   for (const [name, perSecond] of Object.entries(reads))
     console.log(`${name}: ${perSecond.toLocaleString('en')} reads/s`)
-  if (qemu && 'installation'.includes(values.only)) engine('replay', '--requests', '500', '--modes', 'writeback')
-  if (qemu && 'random writes'.includes(values.only)) engine('random_writes', '--count', '200')
+  if (qemu && 'installation'.includes(values.only)) {
+    for (const flags of [[], ['--rewrite']]) engine('replay', flags, '--requests', '500', '--modes', 'writeback')
+  }
+  if (qemu && 'random writes'.includes(values.only)) engine('random_writes', [], '--count', '200')
   const writes = 'writes from Node'.includes(values.only) ? nodeWrites() : []
   console.log()
   for (const { shape, depth, ours, theirs } of writes) {

@@ -2,7 +2,9 @@
 //! engine and through QEMU's drivers (qemu-io), in turn, and prints time and host calls.
 //!
 //! `cargo run --release -p qcow2-engine --example replay -- [--dir DIR] [--runs N] [--modes none,writethrough,writeback]
-//! [--requests N] [--without-qemu]`
+//! [--requests N] [--without-qemu] [--rewrite]`
+//!
+//! The image grows from nothing; with `--rewrite`, the installation was on it before, so that all its clusters are allocated.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -30,6 +32,7 @@ struct Arguments {
     modes: Vec<CacheMode>,
     requests: usize,
     qemu: bool,
+    rewrite: bool,
 }
 
 fn arguments() -> Arguments {
@@ -39,6 +42,7 @@ fn arguments() -> Arguments {
         modes: vec![CacheMode::None, CacheMode::Writethrough, CacheMode::Writeback],
         requests: usize::MAX,
         qemu: true,
+        rewrite: false,
     };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
@@ -53,19 +57,33 @@ fn arguments() -> Arguments {
                 arguments.modes = value().split(',').map(mode).collect();
             }
             "--without-qemu" => arguments.qemu = false,
+            "--rewrite" => arguments.rewrite = true,
             other => panic!("unknown argument {other}"),
         }
     }
     arguments
 }
 
-/// A new empty disk.
-fn make(path: &Path, format: &str) {
+/// What is installed, and on which disk.
+struct Work<'a> {
+    path: &'a Path,
+    requests: &'a [Op],
+    rewrite: bool,
+}
+
+/// A new empty disk, or one with the installation on it.
+fn make(work: &Work<'_>, format: &str) {
+    let path = work.path;
     let _ = std::fs::remove_file(path);
     if format == "raw" {
         std::fs::File::create(path).unwrap().set_len(trace::DISK).unwrap();
     } else {
         Forge::new(3, 16, trace::DISK).build().bytes.write_to(path);
+    }
+    if work.rewrite {
+        let (image, _) = open(path, format, CacheMode::Unsafe);
+        trace::replay(&image, work.requests).unwrap();
+        image.close().unwrap();
     }
     // The next one starts with nothing to write back.
     rustix::fs::sync();
@@ -89,23 +107,17 @@ fn open(path: &Path, format: &str, mode: CacheMode) -> (Image, Arc<CountingStora
 }
 
 /// Time and calls: fdatasync, pwrite, fallocate.
-fn ours(
-    path: &Path,
-    format: &str,
-    mode: CacheMode,
-    requests: &[Op],
-    expected: Option<&Expected>,
-) -> (Duration, [u64; 3]) {
-    make(path, format);
-    let (image, calls) = open(path, format, mode);
+fn ours(work: &Work<'_>, format: &str, mode: CacheMode, expected: Option<&Expected>) -> (Duration, [u64; 3]) {
+    make(work, format);
+    let (image, calls) = open(work.path, format, mode);
     let begun = Instant::now();
-    trace::replay(&image, requests).unwrap();
+    trace::replay(&image, work.requests).unwrap();
     image.close().unwrap();
     let time = begun.elapsed();
     let of = |call| calls.of(call).calls;
     let counts = [of(Call::Sync), of(Call::Write), of(Call::Zero) + of(Call::Discard) + of(Call::Allocate)];
     drop(image);
-    verify(path, format, expected);
+    verify(work.path, format, expected);
     (time, counts)
 }
 
@@ -115,19 +127,13 @@ fn verify(path: &Path, format: &str, expected: Option<&Expected>) {
     }
 }
 
-fn qemu(
-    path: &Path,
-    format: &str,
-    mode: CacheMode,
-    requests: &[Op],
-    expected: Option<&Expected>,
-) -> Duration {
-    make(path, format);
-    let commands = trace::qemu_io_commands(requests);
+fn qemu(work: &Work<'_>, format: &str, mode: CacheMode, expected: Option<&Expected>) -> Duration {
+    make(work, format);
+    let commands = trace::qemu_io_commands(work.requests);
     let begun = Instant::now();
     let mut child = Command::new("qemu-io")
         .args(["-f", format, "-t", mode.name(), "-d", "unmap"])
-        .arg(path)
+        .arg(work.path)
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .spawn()
@@ -135,7 +141,7 @@ fn qemu(
     child.stdin.take().unwrap().write_all(commands.as_bytes()).unwrap();
     assert!(child.wait().unwrap().success());
     let time = begun.elapsed();
-    verify(path, format, expected);
+    verify(work.path, format, expected);
     time
 }
 
@@ -152,9 +158,11 @@ fn main() {
     let has_qemu =
         arguments.qemu && Command::new("qemu-io").arg("--version").output().is_ok_and(|o| o.status.success());
     let path = arguments.dir.join(format!("replay-{}.img", std::process::id()));
+    let work = Work { path: &path, requests, rewrite: arguments.rewrite };
     println!(
-        "{} requests, {} runs, medians; files in {}",
+        "{} requests on {}, {} runs, medians; files in {}",
         requests.len(),
+        if work.rewrite { "a disk that has them" } else { "an empty disk" },
         arguments.runs,
         arguments.dir.display()
     );
@@ -170,9 +178,9 @@ fn main() {
         for run in 0..=arguments.runs {
             let expected = (run == 0).then_some(&expected);
             for (n, format) in formats.iter().enumerate() {
-                let (time, calls) = ours(&path, format, *mode, requests, expected);
+                let (time, calls) = ours(&work, format, *mode, expected);
                 counts[n] = calls;
-                let qemu = has_qemu.then(|| qemu(&path, format, *mode, requests, expected));
+                let qemu = has_qemu.then(|| qemu(&work, format, *mode, expected));
                 if run > 0 {
                     times[n].0.push(time);
                     times[n].1.extend(qemu);
@@ -200,5 +208,5 @@ fn main() {
             medians[1].1 / medians[0].1
         );
     }
-    let _ = std::fs::remove_file(path);
+    let _ = std::fs::remove_file(&path);
 }
