@@ -179,7 +179,9 @@ impl Action {
     pub(crate) fn fits(self, geometry: &Geometry) -> bool {
         match self {
             Self::Create | Self::Apply(_) | Self::Delete(_) | Self::Rename(_) => geometry.snapshots(),
-            Self::Grow(_) | Self::Close => true,
+            Self::Close => true,
+            // Snapshots of version 2 do not say their size.
+            Self::Grow(_) => geometry.version >= 3 || !geometry.snapshots(),
             _ => geometry.version >= 3,
         }
     }
