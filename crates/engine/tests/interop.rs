@@ -3,10 +3,13 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
 
 use std::io::{Seek, SeekFrom, Write};
+use std::sync::Arc;
 
-use qcow2_engine::{ExtentKind, GuestSource, Image, Job, OpenOptions};
+use qcow2_engine::storage::{Access, FileStorage};
+use qcow2_engine::{ExtentKind, GuestSource, Image, Job, Layer, Mem, OpenOptions, Qcow2, WriteOptions};
 use qcow2_testkit::matrix::{Case, Geometry, geometries, seed_or};
 use qcow2_testkit::model::assert_same;
+use qcow2_testkit::plans::Table;
 use qcow2_testkit::{Fixture, Qemu, Rng, chain};
 use serde_json::Value;
 
@@ -165,6 +168,29 @@ fn preallocated_images_read_and_map_as_qemu_does() {
             compare_reads(&written, &qemu.guest_bytes(&path, "qcow2", &[]), &what, 1);
         }
     }
+}
+
+/// A snapshot moves the refcount table, and what was the table's before is guest data then, which no map may follow.
+#[test]
+fn a_preallocated_image_maps_as_before_after_its_refcount_table_moved() {
+    let Some(qemu) = Qemu::find() else { return };
+    let fixture = Fixture::new();
+    let path = fixture.path("preallocated.qcow2");
+    qemu.create(&path, "preallocation=metadata,cluster_size=512", Some(1 << 20));
+    let storage = Arc::new(FileStorage::open(&path, Access::ReadWrite).unwrap());
+    let mut qcow2 = Qcow2::open(storage, &OpenOptions::default()).unwrap();
+    qcow2.enable_writing(WriteOptions::default()).unwrap();
+    let image = Image::new(vec![Layer::Qcow2(Box::new(qcow2))]).unwrap();
+    image.execute(&Table::of(&image).create("1", "s")).unwrap();
+    // As a refcount table it would lead far behind the end of any file.
+    let data = [0x7e, 0, 0, 0, 0, 0, 0, 0].repeat(1 << 12);
+    for at in (0..8).map(|n| n << 16) {
+        image.write_at(Mem::from(&data[..]), at).unwrap();
+    }
+    image.flush().unwrap();
+    let map = map_of(&image);
+    image.close().unwrap();
+    assert_same_map(&qemu.map_json(&path, "qcow2"), &map, "after a snapshot");
 }
 
 /// The holes of a data file, where the image's own file has fewer clusters than it counts.

@@ -3,6 +3,7 @@
 use qcow2_format::refcount::{self, RefcountTableEntry};
 
 use super::qcow2::Qcow2;
+use super::read_header;
 use crate::{MemMut, Result, Storage, StorageExt};
 
 impl Qcow2 {
@@ -26,10 +27,14 @@ impl Qcow2 {
         if file_clusters < threshold {
             return Ok(false);
         }
+        // The table may have moved since the image was opened.
+        let header = read_header(storage)?;
+        let table =
+            (header.refcount_table_offset.0, u64::from(header.refcount_table_clusters) * g.cluster_size());
         let mut counted = 0u64;
         let mut block = vec![0u8; g.cluster_len()];
         for index in 0..=g.refcount_table_index(file_clusters.saturating_sub(1)) {
-            if !self.read_refcount_block(storage, index, &mut block)? {
+            if !self.read_refcount_block(storage, table, index, &mut block)? {
                 continue;
             }
             let first = index * g.refcount_block_entries();
@@ -44,24 +49,27 @@ impl Qcow2 {
         Ok(false)
     }
 
-    /// Reads the refcount block at `index` of the table; false where there is none. Damage is a check's business.
-    fn read_refcount_block(&self, storage: &dyn Storage, index: u64, block: &mut [u8]) -> Result<bool> {
-        let g = self.geometry();
-        let table_bytes = u64::from(self.header().refcount_table_clusters) * g.cluster_size();
-        if index * 8 >= table_bytes {
+    /// Reads the refcount block at `index` of the table, which is at an offset and has a number of bytes; false where there is
+    /// none in the file. Damage is a check's business.
+    fn read_refcount_block(
+        &self,
+        storage: &dyn Storage,
+        (table, table_bytes): (u64, u64),
+        index: u64,
+        block: &mut [u8],
+    ) -> Result<bool> {
+        let file_size = storage.size()?;
+        if index * 8 >= table_bytes || table >= file_size {
             return Ok(false);
         }
         let mut entry = [0u8; 8];
-        storage.read_padded_at(
-            MemMut::from(&mut entry[..]),
-            self.header().refcount_table_offset.0 + index * 8,
-        )?;
-        match RefcountTableEntry(u64::from_be_bytes(entry)).block(g) {
-            Ok(Some(offset)) => {
+        storage.read_padded_at(MemMut::from(&mut entry[..]), table + index * 8)?;
+        match RefcountTableEntry(u64::from_be_bytes(entry)).block(self.geometry()) {
+            Ok(Some(offset)) if offset.0 < file_size => {
                 storage.read_padded_at(MemMut::from(block), offset.0)?;
                 Ok(true)
             }
-            Ok(None) | Err(_) => Ok(false),
+            _ => Ok(false),
         }
     }
 }

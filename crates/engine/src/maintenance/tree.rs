@@ -99,8 +99,8 @@ impl Session<'_> {
             previous = Some(cluster);
             if count > max.saturating_sub(more) {
                 let message = format!(
-                    "host cluster {cluster} has a refcount of {count}, and one more reference would exceed the \
-                     largest refcount of this image ({max})"
+                    "host cluster {cluster} has a refcount of {count}, and its references counted once more would \
+                     exceed the largest refcount of this image ({max})"
                 );
                 return Err(self.image.error(ErrorKind::Limit, message).with_field("refcount_bits"));
             }
