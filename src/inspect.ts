@@ -64,8 +64,9 @@ const INSPECT = { ...ABORTABLE, limits } as const
 
 /**
  * Says what an untrusted image claims, without opening anything that it names: from a file (its first cluster is read), or from
- * the first bytes of one. 512 bytes are enough for most images, its first cluster (2 MiB at most) for every image; where the header
- * goes beyond the bytes, that is a finding. What is wrong with the image is a finding, never an error.
+ * the first bytes of one. 512 bytes are enough for most images without a backing file, 4096 for nearly all, its first cluster (2 MiB
+ * at most) for every image; where the header goes beyond the bytes, that is a finding. What is wrong with the image is a finding, never
+ * an error.
  *
  * A file name is a `string`, `URL` or `FileHandle` here: a `Buffer` is bytes of an image.
  *

@@ -17,7 +17,10 @@ export interface Abortable {
 
 /** How far a job is. */
 export interface Progress {
-  /** What the job is doing: `'convert'`, `'check'`, `'compare'`, `'measure'`, `'create'`, `'clone'`, `'compact'`. */
+  /**
+   * What the job is doing: `'convert'`, `'check'`, `'compare'`, `'measure'`, `'create'`, `'clone'`, `'compact'`, `'amend'`, `'commit'`,
+   * `'rebase'`.
+   */
   readonly phase: string
   /** Bytes of guest data done. */
   readonly current: number

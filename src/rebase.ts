@@ -162,10 +162,10 @@ async function setName(
 function locate(
   { path }: NativeFile,
   { filename, format }: NativeBacking,
-  { references }: ReadRebase,
+  { references, signal }: ReadRebase,
 ): Promise<Located | undefined> {
   const policy = typeof references === 'function' ? references : 'allow'
-  return decide(policy, 'backing', { filename, exact: true, ...(format !== undefined && { format }) }, path)
+  return decide(policy, 'backing', { filename, exact: true, ...(format !== undefined && { format }) }, path, signal)
 }
 
 /** How the new backing chain is opened. */

@@ -256,7 +256,7 @@ describe('arguments', () => {
     ['a misspelt option', i => i.write(Buffer.alloc(1), { position: 0, compress: true } as never), /compress/],
     ['a compressed part of a cluster', i => i.write(Buffer.alloc(100), { position: 0, compressed: true }), /length/],
     ['compressed, off its cluster', i => i.write(Buffer.alloc(65536), { position: 1, compressed: true }), /position/],
-    ['an odd size', i => i.truncate(SIZE + 1), /./],
+    ['an odd size', i => i.truncate(SIZE + 1), /^size$/],
   ]
   it.each(cases)('%s', async (_, call, field) => {
     const path = changed(h => h.writeBigUInt64BE(1n << 50n, AUTOCLEAR))
@@ -264,7 +264,7 @@ describe('arguments', () => {
     await using image = await open(path, { flags: 'r+' })
     const error = await failure(() => call(image))
     expect(error.code).toBe(invalid)
-    expect(error.field ?? 'size').toMatch(field)
+    expect(error.field).toMatch(field)
     expect(digest(path)).toBe(before)
   })
 

@@ -47,7 +47,7 @@ impl Image {
     pub fn resize_with(&self, size: u64, options: ResizeOptions) -> Result<()> {
         if !size.is_multiple_of(512) {
             let message = format!("the size {size} is not a multiple of 512 bytes");
-            return Err(Error::new(ErrorKind::InvalidArgument, message));
+            return Err(Error::new(ErrorKind::InvalidArgument, message).with_field("size"));
         }
         match self.top()? {
             Top::Raw(raw) => {
