@@ -9,6 +9,7 @@ use std::sync::Arc;
 use qcow2_engine::storage::{Access, FileStorage};
 use qcow2_engine::{Discard, ErrorKind, Image, Layer, Mem, OpenOptions, Qcow2, ResizeOptions, WriteOptions};
 use qcow2_testkit::plans::Table;
+use qcow2_testkit::storage::{Hooked, Op};
 use qcow2_testkit::{Fixture, Qemu};
 
 const MIB: u64 = 1 << 20;
@@ -199,4 +200,63 @@ fn a_disk_with_bitmaps_does_not_become_empty() {
     assert_eq!(image.virtual_size(), 0);
     image.close().unwrap();
     qemu.assert_clean(&path);
+}
+
+/// An image of which no byte behind the end can be written, with two bitmaps: `a` has recorded a write to its first cluster.
+fn full_disk(qemu: &Qemu, path: &Path) -> Image {
+    qemu.create(path, "", Some(8 * MIB));
+    bitmap(qemu, path, &["--add", "a"]);
+    qemu.io(path, "qcow2", &["write 0 64k"]);
+    bitmap(qemu, path, &["--add", "b"]);
+    let end = std::fs::metadata(path).unwrap().len();
+    let file = Arc::new(FileStorage::open(path, Access::ReadWrite).unwrap());
+    let full = Hooked::with(file, move |op, range: Range<u64>| {
+        let takes_space = matches!(op, Op::Write | Op::Zero | Op::Allocate) && range.end > end;
+        if takes_space { Err(std::io::Error::from_raw_os_error(28)) } else { Ok(()) }
+    });
+    let mut image = Qcow2::open(Arc::new(full), &OpenOptions::default()).unwrap();
+    image.enable_writing(WriteOptions::default()).unwrap();
+    Image::new(vec![Layer::Qcow2(Box::new(image))]).unwrap()
+}
+
+#[test]
+fn a_merge_that_finds_no_space_changes_no_bitmap() {
+    let Some(qemu) = Qemu::find() else { return };
+    let fixture = Fixture::new();
+    let path = fixture.path("a.qcow2");
+    let image = full_disk(&qemu, &path);
+    write(&image, 0, 512);
+    let dirty = image.bitmap_bits("a").unwrap();
+    image.clear_bitmap("b").unwrap_err();
+    let error = image.merge_bitmaps("b", &[dirty]).unwrap_err();
+    assert!(error.is_no_space(), "{error:?}");
+    assert_eq!(image.bitmap_extents("b").unwrap(), [0..65536], "what the guest wrote");
+    drop(image);
+
+    let fixture = Fixture::new();
+    let path = fixture.path("a.qcow2");
+    let image = full_disk(&qemu, &path);
+    let dirty = image.bitmap_bits("a").unwrap();
+    assert!(image.merge_bitmaps("b", &[dirty]).unwrap_err().is_no_space());
+    assert!(image.bitmap_extents("b").unwrap().is_empty());
+    image.close().unwrap();
+    qemu.assert_clean(&path);
+    assert_eq!(extents(&path, "a"), [0..65536]);
+    assert!(extents(&path, "b").is_empty());
+}
+
+#[test]
+fn a_bitmap_that_cannot_be_stored_takes_no_other_with_it() {
+    let Some(qemu) = Qemu::find() else { return };
+    let fixture = Fixture::new();
+    let path = fixture.path("a.qcow2");
+    let image = full_disk(&qemu, &path);
+    // Dirty in `a` already, new to `b`.
+    write(&image, 512, 512);
+    assert!(image.close().unwrap_err().is_no_space());
+    let error = image.write_at(Mem::from(&[1; 512][..]), 0).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Closed);
+    drop(image);
+    assert_eq!(extents(&path, "a"), [0..65536]);
+    assert_eq!(open(&path).bitmap_extents("b").unwrap_err().kind(), ErrorKind::Corrupt);
 }

@@ -25,7 +25,7 @@ pub(super) struct NewEntry {
 
 impl Session<'_> {
     /// Writes the directory that `change` makes of the current one, switches to it, then frees what it no longer
-    /// refers to. A crash leaves the old bitmaps or the new ones.
+    /// refers to. A crash leaves the old bitmaps or the new ones, and so does a disk that is full.
     pub(super) fn replace_bitmaps(
         &self,
         change: impl FnOnce(Vec<NewEntry>) -> Result<Vec<NewEntry>>,
@@ -37,53 +37,58 @@ impl Session<'_> {
             former: Some(index),
         });
         let mut entries = change(entries.collect())?;
-        let mut kept = vec![false; former.len()];
-        let mut bytes = Vec::new();
-        for new in &mut entries {
-            match (&new.bits, new.former) {
-                (Some(bits), _) => {
-                    let (offset, table_size) = self.store_bits(bits)?;
-                    new.entry.table_offset = HostOffset(offset);
-                    new.entry.table_size = table_size;
-                }
-                (None, Some(index)) => {
-                    if let Some(kept) = kept.get_mut(index) {
-                        *kept = true;
-                    }
-                }
-                (None, None) => {}
-            }
-            let encoded = new.entry.encode(&mut bytes);
-            encoded.map_err(|e| self.image.error(ErrorKind::Limit, e.to_string()).with_source(e))?;
-        }
-        if entries.len() as u64 > MAX_BITMAPS.into() || bytes.len() as u64 > MAX_BITMAP_DIRECTORY_BYTES {
-            let message = format!("{} bitmaps exceed the limit of the format", entries.len());
-            return Err(self.image.error(ErrorKind::Limit, message).with_field("nb_bitmaps"));
-        }
         let former_directory = self.image.bitmap_directory();
-        let directory = if entries.is_empty() {
-            None
-        } else {
-            let offset = self.allocate(bytes.len() as u64)?;
-            let directory_size = bytes.len() as u64;
-            self.write_table(offset, bytes)?;
-            let count = entries.len() as u32;
-            Some(BitmapsExtension {
-                count,
-                reserved: 0,
-                directory_size,
-                directory_offset: HostOffset(offset),
-            })
-        };
+        let mut fresh = Vec::new();
+        let directory = self
+            .write_bitmaps(&mut entries, &mut fresh)
+            .inspect_err(|_| fresh.iter().for_each(|&(offset, bytes)| self.abandon(offset, bytes)))?;
         self.barrier()?;
         self.switch_directory(directory)?;
-        for (record, _) in former.iter().zip(kept).filter(|(_, kept)| !kept) {
-            self.free_stored(&record.entry)?;
+        for (index, record) in former.iter().enumerate() {
+            if !entries.iter().any(|new| new.bits.is_none() && new.former == Some(index)) {
+                self.free_stored(&record.entry)?;
+            }
         }
         if let Some(former) = former_directory {
             self.unlink(former.directory_offset.0, former.directory_size);
         }
         self.barrier()
+    }
+
+    /// Writes the bits of the entries that have new ones, and a directory of all, where nothing refers to. What is
+    /// allocated goes to `fresh`.
+    fn write_bitmaps(
+        &self,
+        entries: &mut [NewEntry],
+        fresh: &mut Vec<(u64, u64)>,
+    ) -> Result<Option<BitmapsExtension>> {
+        let mut bytes = Vec::new();
+        for new in &mut *entries {
+            if let Some(bits) = &new.bits {
+                let (offset, table_size) = self.store_bits(bits, fresh)?;
+                new.entry.table_offset = HostOffset(offset);
+                new.entry.table_size = table_size;
+            }
+            let encoded = new.entry.encode(&mut bytes);
+            encoded.map_err(|e| self.image.error(ErrorKind::Limit, e.to_string()).with_source(e))?;
+        }
+        let directory_size = bytes.len() as u64;
+        if entries.len() as u64 > MAX_BITMAPS.into() || directory_size > MAX_BITMAP_DIRECTORY_BYTES {
+            let message = format!("{} bitmaps exceed the limit of the format", entries.len());
+            return Err(self.image.error(ErrorKind::Limit, message).with_field("nb_bitmaps"));
+        }
+        if entries.is_empty() {
+            return Ok(None);
+        }
+        let offset = self.allocate(directory_size)?;
+        fresh.push((offset, directory_size));
+        self.write_new_table(offset, bytes)?;
+        Ok(Some(BitmapsExtension {
+            count: entries.len() as u32,
+            reserved: 0,
+            directory_size,
+            directory_offset: HostOffset(offset),
+        }))
     }
 
     /// Makes `directory` the image's, durably.

@@ -103,8 +103,10 @@ impl Image {
             );
             return Err(session.image.error(ErrorKind::InvalidArgument, message));
         }
-        sources.iter().for_each(|source| bits.merge(source));
-        session.keep(target, bits, enabled)
+        // Into others: an error leaves those in memory as they are.
+        let merged = bits.resized(bits.size(), session.image.limits().max_memory)?;
+        sources.iter().for_each(|source| merged.merge(source));
+        session.keep(target, Arc::new(merged), enabled)
     }
 
     /// A copy of a bitmap's bits as they are now.

@@ -48,8 +48,8 @@ pub(super) fn load(image: &Qcow2, entry: &BitmapDirectoryEntry) -> Result<Bits> 
 }
 
 impl Session<'_> {
-    /// Writes bits to new clusters and a new table; returns the table's offset and entries.
-    pub(super) fn store_bits(&self, bits: &Bits) -> Result<(u64, u32)> {
+    /// Writes bits to new clusters and a new table; returns the table's offset and entries. What is allocated goes to `fresh`.
+    pub(super) fn store_bits(&self, bits: &Bits, fresh: &mut Vec<(u64, u64)>) -> Result<(u64, u32)> {
         let size = self.geometry().cluster_size();
         let clusters = bits.stored_length().div_ceil(size);
         let mut table = Vec::with_capacity(clusters as usize * 8);
@@ -64,15 +64,17 @@ impl Session<'_> {
                 1
             } else {
                 let offset = self.allocate(size)?;
-                self.write(offset, &stored)?;
+                fresh.push((offset, size));
+                self.write_new_table(offset, stored)?;
                 offset
             };
             table.extend_from_slice(&entry.to_be_bytes());
         }
         let offset = self.allocate(table.len() as u64)?;
+        fresh.push((offset, table.len() as u64));
         // The directory's limit on granularity keeps a table far below 2^32 entries.
         let entries = (table.len() / 8) as u32;
-        self.write_table(offset, table)?;
+        self.write_new_table(offset, table)?;
         Ok((offset, entries))
     }
 

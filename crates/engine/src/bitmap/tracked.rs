@@ -134,6 +134,17 @@ impl Image {
         Ok(())
     }
 
+    /// After a close that failed: bitmaps that are in the file as they are in memory stay good there, and nothing changes
+    /// the image any more. The others stay marked in use.
+    pub(crate) fn rescue_bitmaps(&self) {
+        let Ok(session) = Session::begin(self) else { return };
+        let mut same = session.writer.bitmaps.all();
+        same.retain(|one| !one.bits.is_changed());
+        if !same.is_empty() && session.unmark(&same).is_ok() {
+            session.writer.close();
+        }
+    }
+
     fn store_changed(&self, session: &Session<'_>, tracked: &[Tracked]) -> Result<()> {
         session.replace_bitmaps(|mut entries| {
             for one in tracked {

@@ -58,7 +58,7 @@ impl Image {
     /// As [`Image::flush`].
     pub fn close(&self) -> Result<()> {
         self.clones.end();
-        self.seal()
+        self.seal().inspect_err(|_| self.rescue_bitmaps())
     }
 
     /// Closes the image but for its clones: what they read does not change any more.

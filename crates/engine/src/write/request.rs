@@ -315,7 +315,7 @@ impl Writer {
 
     /// A full file system, or a number beyond a limit, harms nothing: the image goes on with what it has. A failure to
     /// read or write metadata poisons.
-    pub(super) fn poison_unless_full(&self, error: Error) -> Error {
+    pub(crate) fn poison_unless_full(&self, error: Error) -> Error {
         if error.is_no_room() { error } else { self.poison(error) }
     }
 }

@@ -216,7 +216,7 @@ impl Writer {
     }
 
     /// Poisons the image as closed.
-    pub(super) fn close(&self) {
+    pub(crate) fn close(&self) {
         self.poisoned
             .get_or_init(|| Poison { kind: ErrorKind::Closed, message: "the image is closed".to_owned() });
     }
