@@ -36,11 +36,15 @@ describeWithQemu('snapshot', () => {
     [['-d', 'none'], "Could not delete snapshot 'none': snapshot not found"],
     [['-a', 'none'], "Could not apply snapshot 'none': "],
     [['-a', 'one', '-c', 'two'], 'Cannot mix -l, -a, -c, -d'],
+    [['-c', 'one', '-c', 'two'], 'Cannot mix -l, -a, -c, -d'],
+    [['-l', '-l'], 'Cannot mix -l, -a, -c, -d'],
+    [['-U', '-c', 'one'], 'force-share=on can only be used with read-only images'],
   ])('refuses %j', (args, message) => {
     const path = image('refused.qcow2')
     const { code, stderr } = qcow2('snapshot', ...args, path)
     expect(code).toBe(1)
     expect(stderr).toContain(message)
+    expect(ok(qemuImg('snapshot', '-l', path))).toBe('')
     clean(path)
   })
 })
@@ -85,6 +89,8 @@ describeWithQemu('bitmap', () => {
     [[], 'b', /Need at least one of/],
     [['--clear', '-g', '4k'], 'b', /granularity only supported with --add/],
     [['--add', '-g', '1000'], 'c', /power of two/],
+    [['--disable', '--add'], 'b', /: Operation add on bitmap b failed: a bitmap named 'b' exists already/],
+    [['--merge', 'none'], 'b', /: Operation merge on bitmap b failed: no bitmap is named 'none'/],
   ] as const)('refuses %j %s', (args, name, message) => {
     const path = image('bad.qcow2')
     ok(qcow2('bitmap', '--add', path, 'b'))
@@ -95,7 +101,29 @@ describeWithQemu('bitmap', () => {
   })
 })
 
+describeWithQemu('a granularity of 0', () => {
+  it('is the default', () => {
+    const path = image('granularity.qcow2')
+    ok(qcow2('bitmap', '--add', '-g', '0', path, 'b'))
+    expect(ok(qemuImg('info', path))).toMatch(/name: b\n +granularity: 65536/)
+  })
+})
+
 describeWithQemu('resize', () => {
+  it('refuses part of a sector as qemu-img does, and fills up a raw disk', () => {
+    const path = image('odd.qcow2')
+    for (const size of ['30000001', '+511', '0.00001T']) {
+      for (const tool of [qcow2, qemuImg]) {
+        const { code, stderr } = tool('resize', path, size)
+        expect(code).toBe(1)
+        expect(stderr).toContain('The new size must be a multiple of 512')
+      }
+    }
+    ok(qcow2('create', '-q', '-f', 'raw', at('odd.raw'), '1M'))
+    ok(qcow2('resize', '-q', '-f', 'raw', at('odd.raw'), '+1'))
+    expect(statSync(at('odd.raw')).size).toBe(2 ** 20 + 512)
+  })
+
   it('grows to a size and by an amount', () => {
     const path = image('grow.qcow2')
     expect(ok(qcow2('resize', path, '20M'))).toBe('Image resized.\n')

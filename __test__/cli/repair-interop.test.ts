@@ -2,7 +2,7 @@ import { copyFileSync, readFileSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { expect, it } from 'vitest'
 import { check, open } from '../../dist/index.mjs'
-import { asQemuImg, describeWithQemu, execute, workspace } from './run.js'
+import { asQemuImg, CLI, describeWithQemu, execute, workspace } from './run.js'
 
 const folder = workspace()
 
@@ -107,6 +107,26 @@ describeWithQemu('check -r side by side with qemu-img', () => {
     await expect(check(path, { repair: 'leaks' })).rejects.toMatchObject({ code: 'ERR_QCOW2_LOCKED' })
     await image.close()
     await expect(check(path, { repair: 'leaks' })).resolves.toMatchObject({ ok: true })
+  })
+
+  it('that finds no space says what failed, and can be run again', async () => {
+    const path = await damaged('no-space', damages['no-block'] ?? (() => {}))
+    // No byte behind the first KiB of a file can be written.
+    const full = (...args: string[]) =>
+      execute('bash', ['-c', `trap '' XFSZ; ulimit -f 1; exec "$0" "$@"`, process.execPath, CLI, ...args], folder)
+    const all = ['-r', 'all', path]
+    const { code, stderr } = await full('check', ...all)
+    expect(code).toBe(1)
+    expect(stderr).toMatch(/qcow2: Check failed: File too large$/m)
+    expect(await execute('qemu-img', ['check', path], folder)).toMatchObject({ code: 2 })
+    expect(await execute(process.execPath, [CLI, 'check', ...all], folder)).toMatchObject({ code: 0 })
+    expect(await execute('qemu-io', ['-c', 'read -P 7 0 256k', path], folder)).toMatchObject({ code: 0 })
+
+    await execute('qemu-io', ['-c', 'discard 0 64k', path], folder)
+    expect(await full('compact', '--rewrite', path)).toMatchObject({
+      code: 1,
+      stderr: expect.stringMatching(/^qcow2: Compaction failed: .*File too large/),
+    })
   })
 
   it('refuses repairs it does not know', async () => {

@@ -65,6 +65,15 @@ const LOCKED = /(?:^|: )[Ff](ailed to get .* lock)/
 const withoutPath = (message: string, path: unknown): string =>
   typeof path === 'string' && message.startsWith(`${path}: `) ? message.slice(path.length + 2) : message
 
+const READING: ReadonlySet<string> = new Set(['pread', 'preadv', 'read', 'lseek', 'fstat'])
+
+/** Whether a call of the system failed that changes a file: the image was open by then. */
+export function failedChanging(error: unknown): boolean {
+  const { code, syscall } = error as ErrorFields
+  const system = error instanceof Error && typeof code === 'string' && strerror(code) !== undefined
+  return system && syscall !== undefined && !OPENING.has(String(syscall)) && !READING.has(String(syscall))
+}
+
 /** An image that cannot be opened, in qemu-img's words. */
 export function openFailure(filename: string, error: unknown, exitCode = 1): CommandFailure {
   if (error instanceof CommandFailure) {

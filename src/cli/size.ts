@@ -23,7 +23,7 @@ export function parseSize(text: string): ParsedSize {
   if (!match || (whole === '' && fraction.length < 2)) return { failure: 'syntax' }
 
   const shift = SUFFIX_BITS[suffix.toUpperCase()] ?? 0n
-  const fixed = fraction.length > 1 ? BigInt(Number(`0${fraction}`) * 2 ** 64) : 0n
+  const fixed = fraction.length > 1 ? BigInt(Math.trunc(Number(`0${fraction}`) * 2 ** 64)) : 0n
   // Part of a byte has no meaning: a fraction needs a scale.
   if (shift === 0n && fixed % U64_LIMIT !== 0n) return { failure: 'syntax' }
   const scaled = (BigInt(whole || '0') * U64_LIMIT + fixed) << shift

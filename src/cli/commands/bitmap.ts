@@ -27,7 +27,7 @@ export function declareBitmap(program: Command, run: Runner): void {
     .usage('[options] (--add | --remove | --clear | --enable | --disable | --merge SOURCE)... FILENAME BITMAP')
     .argument('[files...]', 'the image and the name of the bitmap')
     .option('-f, --format <fmt>', 'format of the image: qcow2 (default: what it looks like)')
-    .option('-g, --granularity <size>', 'with --add: bytes that one bit stands for')
+    .option('-g, --granularity <size>', 'with --add: bytes that one bit stands for (0: as without -g)')
     .option('-b, --source-file <file>', 'with --merge: the image that has the source bitmap')
     .option('-F, --source-format <fmt>', 'format of the source image')
     .option('-q, --quiet', 'print nothing but errors')
@@ -76,24 +76,28 @@ async function bitmap(
   const granularity = options.granularity === undefined ? undefined : sizeArgument('granularity', options.granularity)
   const perform = async (image: Image, source: Image) => {
     for (const { verb, source: from = '' } of actions) {
-      if (verb === 'add') await image.bitmaps.add(name, { granularity: granularity && toSize(granularity) })
-      else if (verb === 'merge') await image.bitmaps.merge(name, [{ bitmaps: source.bitmaps, name: from }])
-      else await image.bitmaps[verb](name)
+      const work =
+        verb === 'add'
+          ? image.bitmaps.add(name, granularity ? { granularity: toSize(granularity) } : {})
+          : verb === 'merge'
+            ? image.bitmaps.merge(name, [{ bitmaps: source.bitmaps, name: from }])
+            : image.bitmaps[verb](name)
+      await work.catch(error => {
+        if (session.signal.aborted) throw error
+        const reason = describeError(error)
+        throw new CommandFailure(`Operation ${verb} on bitmap ${name} failed: ${reason}`, { cause: error })
+      })
     }
   }
   const at = { filename, format: options.format, flags: 'r+' } as const
   return withImage(at, session, async image => {
     const { sourceFile, sourceFormat } = options
-    const done =
-      sourceFile === undefined
-        ? perform(image, image)
-        : withImage({ filename: sourceFile, format: sourceFormat, references: 'layer' }, session, source =>
-            perform(image, source),
-          )
-    await done.catch(error => {
-      if (session.signal.aborted || error instanceof CommandFailure) throw error
-      throw new CommandFailure(`Bitmap operation failed: ${describeError(error)}`, { cause: error })
-    })
+    if (sourceFile === undefined) {
+      await perform(image, image)
+    } else {
+      const from = { filename: sourceFile, format: sourceFormat, references: 'layer' } as const
+      await withImage(from, session, source => perform(image, source))
+    }
     return 0
   })
 }

@@ -1,6 +1,6 @@
 import type { Command } from 'commander'
 import { type CheckResult, check } from '../../index.js'
-import { describeError, openFailure } from '../errors.js'
+import { describeError, failedChanging, openFailure } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
 import { checkExitCode, checkJson, formatCheck } from '../format/check.js'
 import { cacheMode, oneFile, outputOption, refuseDriverSyntax } from '../grammar.js'
@@ -79,6 +79,7 @@ async function checked(
     )
   } catch (error) {
     if (session.signal.aborted || error instanceof CommandFailure) throw error
+    if (failedChanging(error)) throw new CommandFailure(`Check failed: ${describeError(error)}`, { cause: error })
     throw openFailure(filename, error)
   }
 }

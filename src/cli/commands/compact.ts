@@ -1,6 +1,6 @@
 import type { Command } from 'commander'
 import { type CompactResult, compact, Qcow2Error } from '../../index.js'
-import { describeError, openFailure } from '../errors.js'
+import { describeError, failedChanging, openFailure } from '../errors.js'
 import { CommandFailure } from '../failure.js'
 import { compactJson, formatCompact } from '../format/compact.js'
 import { oneFile, outputOption, refuseDriverSyntax } from '../grammar.js'
@@ -50,6 +50,9 @@ async function compactFile(filename: string, options: CompactArguments, session:
   return 0
 }
 
+/** Errors of an image that was open. */
+const BEHIND_OPENING: ReadonlySet<string> = new Set(['ERR_QCOW2_CORRUPT', 'ERR_QCOW2_IO'])
+
 async function compacted(filename: string, options: CompactArguments, session: Session): Promise<CompactResult> {
   const { rewrite = false, zeroes, dryRun, progress = false, quiet = false, output } = options
   if ((await formatOf(filename, options.format, session)) === 'raw') {
@@ -65,7 +68,7 @@ async function compacted(filename: string, options: CompactArguments, session: S
     )
   } catch (error) {
     if (session.signal.aborted || error instanceof CommandFailure) throw error
-    if (error instanceof Qcow2Error && error.code === 'ERR_QCOW2_CORRUPT') {
+    if (failedChanging(error) || (error instanceof Qcow2Error && BEHIND_OPENING.has(error.code))) {
       throw new CommandFailure(`Compaction failed: ${describeError(error)}`, { cause: error })
     }
     throw openFailure(filename, error)

@@ -108,7 +108,11 @@ function worded(filename: string, backing: string | null, error: unknown): Comma
   const reason = describeError(error)
   const ofImage = error instanceof Qcow2Error && (error.path === undefined || error.path === localPath(filename))
   if (ofImage || backing === null) return openFailureOr(filename, reason, error)
-  return new CommandFailure(`Could not open new backing file '${backing}': ${reason}`, { cause: error })
+  const hint = openFailure(filename, error).hint
+  return new CommandFailure(`Could not open new backing file '${backing}': ${reason}`, {
+    cause: error,
+    ...(hint !== undefined && { hint }),
+  })
 }
 
 const openFailureOr = (filename: string, reason: string, error: unknown): CommandFailure =>

@@ -54,12 +54,15 @@ async function resize(args: readonly string[], options: ResizeArguments, session
     }
     if (wanted < now && !shrink) {
       session.stderr.write(
-        "qcow2: warning: Shrinking an image will delete all data beyond the shrunken image's end. Before performing such an " +
+        `${session.program}: warning: Shrinking an image will delete all data beyond the shrunken image's end. Before performing such an ` +
           'operation, make sure there is no important data there.\n',
       )
       throw new CommandFailure('Use the --shrink option to perform a shrink operation.')
     }
-    // A disk is whole sectors, as qemu-img has it.
+    // Like qemu-img: a raw disk is filled up to whole sectors, one with metadata has to be told so.
+    if (wanted % 512n !== 0n && (await image.info()).format === 'qcow2') {
+      throw new CommandFailure('The new size must be a multiple of 512')
+    }
     const sectors = ((wanted + 511n) / 512n) * 512n
     await image.truncate(toSize(sectors), { shrink, preallocation }).catch(error => {
       throw session.signal.aborted ? error : new CommandFailure(describeError(error), { cause: error })

@@ -11,7 +11,6 @@ import type { Session } from '../session.js'
 
 interface SnapshotArguments {
   readonly format?: string
-  readonly list?: boolean
   readonly create?: string
   readonly apply?: string
   readonly delete?: string
@@ -32,6 +31,14 @@ export function declareSnapshot(program: Command, run: Runner): void {
     .option('-d, --delete <snapshot>', 'delete the snapshot, by name')
     .option('-U, --force-share', 'list the snapshots of an image that another process uses')
     .option('-q, --quiet', 'print nothing but errors')
+  // One thing at a time: the last of several names would win silently.
+  let actions = 0
+  for (const action of ['list', 'create', 'apply', 'delete']) {
+    command.on(`option:${action}`, () => {
+      actions += 1
+      if (actions > 1) throw new UsageFailure('Cannot mix -l, -a, -c, -d')
+    })
+  }
   refuseDriverSyntax(command)
   command.action((files: string[], options: SnapshotArguments) =>
     run(session => snapshot(oneFile(files), options, session)),
@@ -39,9 +46,7 @@ export function declareSnapshot(program: Command, run: Runner): void {
 }
 
 async function snapshot(filename: string, options: SnapshotArguments, session: Session): Promise<number> {
-  const { create, apply, delete: remove, list, format, forceShare } = options
-  const asked = [create, apply, remove, list].filter(each => each !== undefined)
-  if (asked.length > 1) throw new UsageFailure('Cannot mix -l, -a, -c, -d')
+  const { create, apply, delete: remove, format, forceShare } = options
   const at = { filename, format } as const
   const named = create ?? apply ?? remove
   if (named === undefined) {
@@ -50,6 +55,9 @@ async function snapshot(filename: string, options: SnapshotArguments, session: S
       if (snapshots.length > 0) session.stdout.write(formatSnapshots(snapshotDocuments(snapshots)))
       return 0
     })
+  }
+  if (forceShare) {
+    throw new CommandFailure(`Could not open '${filename}': force-share=on can only be used with read-only images`)
   }
   const verb = create !== undefined ? 'create' : apply !== undefined ? 'apply' : 'delete'
   return withImage({ ...at, flags: 'r+' }, session, async image => {
