@@ -347,8 +347,8 @@ export class Image implements AsyncDisposable {
    */
   async truncate(size: Size, options?: TruncateOptions): Promise<void> {
     const wanted = toBytes(size, 'Image.truncate: size')
-    const { signal, ...how } = readOptions(options, 'Image.truncate', TRUNCATE)
-    await this.#change('Image.truncate', signal, async () => {
+    const how = readOptions(options, 'Image.truncate', TRUNCATE)
+    await this.#change('Image.truncate', how.signal, async () => {
       this.#size = await resizeDisk(this.#chain.image, wanted, how)
     })
   }

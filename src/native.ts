@@ -338,7 +338,14 @@ export interface Addon {
   discard(request: number, image: number, position: number, length: number): void
   flush(request: number, image: number): void
   /** Tells the disk's size afterwards. */
-  resize(request: number, image: number, size: number, shrink: boolean, preallocation: string | undefined): void
+  resize(
+    request: number,
+    job: number,
+    image: number,
+    size: number,
+    shrink: boolean,
+    preallocation: string | undefined,
+  ): void
   extents(request: number, image: number, start: number, length: number): void
   layersInfo(request: number, image: number): void
   inspectFile(request: number, file: number, limits: NativeLimits | undefined): void

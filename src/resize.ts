@@ -2,9 +2,9 @@
 
 import { ABORTABLE, type Abortable, flag } from './options.js'
 import { type Preallocation, SHAPE } from './shape.js'
-import { request } from './support/requests.js'
+import { runJob } from './support/jobs.js'
 
-/** Options of {@link Image.truncate}. */
+/** Options of {@link Image.truncate}. Of a resize that the signal ends while it preallocates, the disk has its old size. */
 export interface TruncateOptions extends Abortable {
   /**
    * A size below the disk's is meant: what lies behind the new end is lost. Without it a smaller size is refused with
@@ -29,5 +29,8 @@ export const TRUNCATE = {
 export const resizeDisk = (
   image: number,
   size: number,
-  { shrink = false, preallocation }: Pick<TruncateOptions, 'shrink' | 'preallocation'>,
-): Promise<number> => request<number>((number, addon) => addon.resize(number, image, size, shrink, preallocation))
+  { shrink = false, preallocation, signal }: TruncateOptions,
+): Promise<number> =>
+  runJob<number>('truncate', { signal }, (request, job, addon) =>
+    addon.resize(request, job, image, size, shrink, preallocation),
+  )

@@ -34,6 +34,30 @@ describeWithQemu('resize', () => {
     expect(statSync(path).blocks * 512).toBeGreaterThanOrEqual(4 * MIB)
   })
 
+  it('that is cancelled while it preallocates leaves the disk and the file as they were', async () => {
+    const path = at('cancelled')
+    for (const format of ['qcow2', 'raw'] as const) {
+      const made = await create(path, { format, size: 4 * MIB, overwrite: true })
+      await made.write(Buffer.alloc(MIB, 5), { position: 3 * MIB })
+      await made.close()
+      const before = statSync(path).blocks
+      await using image = await open(path, { format, flags: 'r+' })
+      const controller = new AbortController()
+      setTimeout(() => controller.abort('enough'), 20)
+      const { signal } = controller
+      const error = await failure(() => image.truncate(4096 * MIB, { preallocation: 'full', signal }))
+      expect(error).toMatchObject({ name: 'AbortError', cause: 'enough' })
+      expect(image.virtualSize).toBe(4 * MIB)
+      await image.truncate(5 * MIB)
+      const bytes = Buffer.alloc(2 * MIB, 9)
+      await image.read(bytes, { position: 3 * MIB })
+      expect(bytes.equals(Buffer.concat([Buffer.alloc(MIB, 5), Buffer.alloc(MIB)]))).toBe(true)
+      await image.close()
+      expect(statSync(path).blocks).toBeLessThan(before + (2 * MIB) / 512)
+      if (format === 'qcow2') ok(qemuImg('check', path))
+    }
+  })
+
   it('gives an empty disk its first table, and leaves nothing behind', async () => {
     for (const clusterSize of [512, 65536]) {
       const path = at(`empty-${clusterSize}.qcow2`)

@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use napi::bindgen_prelude::{Env, ToNapiValue, Unknown};
 use napi_derive::napi;
-use qcow2_engine::{Image, Mem, ResizeOptions, Result};
+use qcow2_engine::{Image, Job, Mem, ResizeOptions, Result};
 
 use crate::delivery::Outcome;
+use crate::job::Ticket;
 use crate::open::nothing;
 use crate::pool::Task;
 use crate::read::range_of;
@@ -112,6 +113,7 @@ pub fn flush(env: Env, request: u32, image: u32) -> napi::Result<()> {
 pub fn resize(
     env: Env,
     request: u32,
+    job: u32,
     image: u32,
     size: f64,
     shrink: bool,
@@ -120,11 +122,12 @@ pub fn resize(
     let options = ResizeOptions { shrink, preallocation: to_preallocation(preallocation.as_deref()) };
     let runtime = Runtime::of(&env)?;
     let handle = runtime.image(image)?;
-    let work = move || {
-        let resize = |image: &Image| image.resize_with(size as u64, options).map(|()| image.virtual_size());
+    let work = move |job: &Arc<Job>| {
+        let resize =
+            |image: &Image| image.resize_as(job, size as u64, options).map(|()| image.virtual_size());
         Ok((handle.run(resize)?, handle))
     };
-    runtime.run(&env, request, work, |_, env, (resized, handle)| {
+    runtime.start_job(&env, Ticket { request, job }, work, |_, env, (resized, handle)| {
         // Two requests may cross: the size is the one that the disk has now. This thread must not wait for it.
         let now = handle.current_size().unwrap_or(resized);
         // SAFETY: on the environment's thread, with its own env.

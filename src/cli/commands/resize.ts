@@ -64,7 +64,7 @@ async function resize(args: readonly string[], options: ResizeArguments, session
       throw new CommandFailure('The new size must be a multiple of 512')
     }
     const sectors = ((wanted + 511n) / 512n) * 512n
-    await image.truncate(toSize(sectors), { shrink, preallocation }).catch(error => {
+    await image.truncate(toSize(sectors), { shrink, preallocation, signal: session.signal }).catch(error => {
       throw session.signal.aborted ? error : new CommandFailure(describeError(error), { cause: error })
     })
     if (!options.quiet) session.stdout.write('Image resized.\n')

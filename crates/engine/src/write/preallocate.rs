@@ -19,6 +19,7 @@ impl Image {
         writer: &Writer,
         new: Range<u64>,
         mode: Preallocation,
+        job: &Job,
     ) -> Result<()> {
         let g = *image.geometry();
         let raw_data = image.header().data_file_raw();
@@ -40,11 +41,12 @@ impl Image {
         let end = new.end.next_multiple_of(g.cluster_size());
         let mut at = new.start.next_multiple_of(g.cluster_size());
         while at < end {
+            job.checkpoint()?;
             // One slice of one table at a time.
             let slice = image.slices.entries() * g.cluster_size();
             let wanted = (slice - at % slice).min(end - at) / g.cluster_size();
             writer.prepare_table(image, at)?;
-            let space = self.space(image, writer, at, wanted, mode)?;
+            let space = self.space(image, writer, at, wanted, mode, job)?;
             let barrier = !(space.clean && space.durable);
             let change = Change { guest: at, clusters: space.count, barrier, punch: false };
             let host = space.cluster * g.cluster_size();
@@ -63,6 +65,7 @@ impl Image {
         guest: u64,
         count: u64,
         mode: Preallocation,
+        job: &Job,
     ) -> Result<Allocation> {
         let g = *image.geometry();
         let external = image.header().has_data_file();
@@ -75,7 +78,7 @@ impl Image {
             let allocated = alloc.allocate(count, false, wish, &mut writer.metadata.lock());
             allocated.map_err(|e| writer.poison_unless_full(e))?
         };
-        let prepared = prepare(image, &space, mode);
+        let prepared = prepare(image, &space, mode, job);
         if prepared.is_err() && !external {
             writer.alloc.lock().abandon(space);
         }
@@ -87,12 +90,12 @@ impl Image {
 }
 
 /// Makes the clusters read as zeroes, with their space reserved as `mode` says.
-fn prepare(image: &Qcow2, space: &Allocation, mode: Preallocation) -> Result<()> {
+fn prepare(image: &Qcow2, space: &Allocation, mode: Preallocation, job: &Job) -> Result<()> {
     let size = image.geometry().cluster_size();
     let (start, length) = (space.cluster * size, space.count * size);
     let storage = image.data_storage()?;
     if mode == Preallocation::Full {
-        return write_zero_bytes(&**storage, start, length, &Job::new());
+        return write_zero_bytes(&**storage, start, length, job);
     }
     if !space.clean {
         storage.zero(start, length, true)?;

@@ -45,6 +45,14 @@ impl Image {
     /// image with snapshots, which do not know their size, and for no bytes where there are bitmaps; `Corrupt` for
     /// an inconsistent bitmap, which cannot be resized; `Limit` where the format ends; else as [`Image::write_at`].
     pub fn resize_with(&self, size: u64, options: ResizeOptions) -> Result<()> {
+        self.resize_as(&Job::new(), size, options)
+    }
+
+    /// As [`Image::resize_with`]. Cancelled while it preallocates, the disk has its old size.
+    ///
+    /// # Errors
+    /// As [`Image::resize_with`], and `Aborted`.
+    pub fn resize_as(&self, job: &Job, size: u64, options: ResizeOptions) -> Result<()> {
         if !size.is_multiple_of(512) {
             let message = format!("the size {size} is not a multiple of 512 bytes");
             return Err(Error::new(ErrorKind::InvalidArgument, message).with_field("size"));
@@ -52,7 +60,7 @@ impl Image {
         match self.top()? {
             Top::Raw(raw) => {
                 let _alone = self.clones.raw_gate.write();
-                self.resize_raw(raw, size, options)
+                self.resize_raw(raw, size, options, job)
             }
             Top::Qcow2(image, writer) => {
                 // Once before anything is touched, once when nobody else changes it.
@@ -67,7 +75,7 @@ impl Image {
                     session.shrink(size)?;
                     writer.give_back(image)
                 } else {
-                    self.grow(image, writer, old..size, options.preallocation)
+                    self.grow(image, writer, old..size, options.preallocation, job)
                 }
             }
         }
@@ -101,23 +109,35 @@ impl Image {
         Ok(stored)
     }
 
-    fn resize_raw(&self, raw: &Raw, size: u64, options: ResizeOptions) -> Result<()> {
+    fn resize_raw(&self, raw: &Raw, size: u64, options: ResizeOptions, job: &Job) -> Result<()> {
         self.judge_size(size, options)?;
         let old = self.virtual_size();
-        match options.preallocation {
+        let prepared = match options.preallocation {
             Preallocation::Metadata => {
                 let message = "a raw image has no metadata to preallocate: falloc and full are possible";
                 return Err(Error::new(ErrorKind::InvalidArgument, message).with_field("preallocation"));
             }
-            Preallocation::Falloc => raw.storage().reserve(old, size - old)?,
-            Preallocation::Full => write_zero_bytes(&**raw.storage(), old, size - old, &Job::new())?,
-            Preallocation::Off => {}
+            Preallocation::Falloc => raw.storage().reserve(old, size - old),
+            Preallocation::Full => write_zero_bytes(&**raw.storage(), old, size - old, job),
+            Preallocation::Off => Ok(()),
+        };
+        if let Err(error) = prepared {
+            // The length of the file is the size of the disk, and that stays.
+            raw.storage().resize(old)?;
+            return Err(error);
         }
         self.preserve(&(size..old));
         raw.resize(size)
     }
 
-    fn grow(&self, image: &Qcow2, writer: &Writer, new: Range<u64>, mode: Preallocation) -> Result<()> {
+    fn grow(
+        &self,
+        image: &Qcow2,
+        writer: &Writer,
+        new: Range<u64>,
+        mode: Preallocation,
+        job: &Job,
+    ) -> Result<()> {
         let Range { start: old, end: size } = new;
         if size == old {
             return Ok(());
@@ -144,7 +164,7 @@ impl Image {
         }
         self.zero_behind(image, writer, old..size, mode != Preallocation::Off)?;
         self.grow_data_file(image, old..size)?;
-        if let Err(error) = self.preallocate(image, writer, old..size, mode) {
+        if let Err(error) = self.preallocate(image, writer, old..size, mode, job) {
             // Nothing may be mapped behind the end that stays.
             self.drop_behind(image, writer, old)?;
             return Err(error);
