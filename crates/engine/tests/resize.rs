@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use contents::{Contents, assert_clean, bytes, explore, geometries, snapshot_of, writable};
 use qcow2_engine::create::Preallocation;
+use qcow2_engine::storage::{Access, FileStorage};
 use qcow2_engine::{ErrorKind, ResizeOptions, Storage};
 use qcow2_testkit::audit::audit;
 use qcow2_testkit::disk_model::{Rig, open_file};
@@ -77,6 +78,27 @@ fn shrinking_keeps_the_front_and_frees_the_rest() {
                 "{what}: data file"
             );
         }
+    }
+}
+
+/// Whoever lets the disk grow again, what was on it is gone.
+#[test]
+fn a_disk_cut_to_nothing_keeps_nothing() {
+    let Some(qemu) = Qemu::find() else { return };
+    for options in ["cluster_size=512", "compat=0.10", "cluster_size=16k,extended_l2=on"] {
+        let fixture = Fixture::new();
+        let path = fixture.path("a.qcow2");
+        qemu.create(&path, options, Some(1 << 20));
+        qemu.io(&path, "qcow2", &["write -q -P 7 0 1M".to_owned()]);
+        let geometry = Geometry { size: 1 << 20, ..Geometry::plain(65536) };
+        let rig = Rig { geometry, image: Sparse::new(0), data_file: None, backing: None };
+        let file = Arc::new(FileStorage::open(&path, Access::ReadWrite).unwrap());
+        let image = rig.open(&[file as Arc<dyn Storage>], &writable()).unwrap();
+        image.resize_with(0, SHRINK).unwrap();
+        image.close().unwrap();
+        qemu.assert_clean(&path);
+        qemu.img(&["resize", "-q", "-f", "qcow2", path.to_str().unwrap(), "1M"]).ok();
+        assert!(qemu.guest_bytes(&path, "qcow2", &[]).iter().all(|b| *b == 0), "{options}: it is back");
     }
 }
 

@@ -30,9 +30,11 @@ impl Session<'_> {
     pub(crate) fn shrink(&self, size: u64) -> Result<()> {
         let g = self.geometry();
         let old_l1 = self.image.l1();
-        let entries = (g.l1_entries_for(size).max(1) as usize).min(old_l1.len().max(1));
+        let kept = g.l1_entries_for(size) as usize;
+        // A disk of no bytes has a table, too.
+        let entries = kept.max(1).min(old_l1.len().max(1));
         let mut gone = old_l1.clone();
-        gone.iter_mut().take(entries).for_each(|entry| *entry = 0);
+        gone.iter_mut().take(kept).for_each(|entry| *entry = 0);
         let cut = self.cut_table(&old_l1, size)?;
         // All that will be freed is looked at before anything is changed.
         self.for_references(&gone, |_| Ok(()))?;
@@ -40,6 +42,7 @@ impl Session<'_> {
             self.barrier()?;
         }
         let mut l1 = old_l1.clone();
+        l1.truncate(kept);
         l1.resize(entries, 0);
         let mut table_offset = None;
         if let Some(cut) = &cut {
