@@ -55,8 +55,8 @@ impl Session<'_> {
         self.barrier()
     }
 
-    /// Writes the bits of the entries that have new ones, and a directory of all, where nothing refers to. What is
-    /// allocated goes to `fresh`.
+    /// Writes the bits of the entries that have new ones, and a directory of all, where nothing refers to. The bits'
+    /// places go to `fresh`.
     fn write_bitmaps(
         &self,
         entries: &mut [NewEntry],
@@ -81,8 +81,7 @@ impl Session<'_> {
             return Ok(None);
         }
         let offset = self.allocate(directory_size)?;
-        fresh.push((offset, directory_size));
-        self.write_new_table(offset, bytes)?;
+        self.write_table(offset, bytes)?;
         Ok(Some(BitmapsExtension {
             count: entries.len() as u32,
             reserved: 0,

@@ -65,15 +65,16 @@ impl Session<'_> {
     /// Moves the data clusters of one bitmap, whose table is at `place`.
     fn move_bits(&self, table: &[BitmapCluster], place: u64, bound: u64) -> Result<u64> {
         let g = self.geometry();
-        let mut bytes = vec![0u8; g.cluster_len()];
-        let mut moves = Vec::new();
+        let mut moves: Vec<(u64, u64, u64)> = Vec::new();
         for (index, cluster) in (0u64..).zip(table) {
             let BitmapCluster::Data(host) = *cluster else { continue };
             if g.cluster_index(host.0) >= bound
                 && let Some(to) = self.take_low(g.cluster_size(), bound)?
             {
+                let mut bytes = vec![0u8; g.cluster_len()];
                 self.read(host.0, &mut bytes)?;
-                self.write(to, &bytes)?;
+                let written = self.write_table(to, bytes);
+                written.inspect_err(|_| moves.iter().for_each(|m| self.abandon(m.2, g.cluster_size())))?;
                 moves.push((index, host.0, to));
             }
         }

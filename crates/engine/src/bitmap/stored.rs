@@ -48,7 +48,7 @@ pub(super) fn load(image: &Qcow2, entry: &BitmapDirectoryEntry) -> Result<Bits> 
 }
 
 impl Session<'_> {
-    /// Writes bits to new clusters and a new table; returns the table's offset and entries. What is allocated goes to `fresh`.
+    /// Writes bits to new clusters and a new table; returns the table's offset and entries. What was written goes to `fresh`.
     pub(super) fn store_bits(&self, bits: &Bits, fresh: &mut Vec<(u64, u64)>) -> Result<(u64, u32)> {
         let size = self.geometry().cluster_size();
         let clusters = bits.stored_length().div_ceil(size);
@@ -64,18 +64,18 @@ impl Session<'_> {
                 1
             } else {
                 let offset = self.allocate(size)?;
+                self.write_table(offset, stored)?;
                 fresh.push((offset, size));
-                self.write_new_table(offset, stored)?;
                 offset
             };
             table.extend_from_slice(&entry.to_be_bytes());
         }
-        let offset = self.allocate(table.len() as u64)?;
-        fresh.push((offset, table.len() as u64));
+        let length = table.len() as u64;
+        let offset = self.allocate(length)?;
+        self.write_table(offset, table)?;
+        fresh.push((offset, length));
         // The directory's limit on granularity keeps a table far below 2^32 entries.
-        let entries = (table.len() / 8) as u32;
-        self.write_new_table(offset, table)?;
-        Ok((offset, entries))
+        Ok((offset, (length / 8) as u32))
     }
 
     /// Frees the clusters of a stored bitmap that nothing refers to any more. Damage is left to a check.

@@ -85,13 +85,20 @@ impl Session<'_> {
 
     fn move_batch(&self, batch: &[Table], places: &[Place], bound: u64) -> Result<u64> {
         let g = self.geometry();
-        let mut moves = Vec::new();
-        let mut bytes = vec![0u8; g.cluster_len()];
+        let mut moves: Vec<(Table, u64)> = Vec::new();
         for table in batch {
             let Some(to) = self.take_low(g.cluster_size(), bound)? else { break };
             self.set_refcount(g.cluster_index(to), table.weight)?;
+            let mut bytes = vec![0u8; g.cluster_len()];
             self.read(table.offset, &mut bytes)?;
-            self.write(to, &bytes)?;
+            let written = self.write_table(to, bytes);
+            written.inspect_err(|_| {
+                // One reference is given back already.
+                (1..table.weight).for_each(|_| self.abandon(to, g.cluster_size()));
+                for (table, to) in &moves {
+                    (0..table.weight).for_each(|_| self.abandon(*to, g.cluster_size()));
+                }
+            })?;
             moves.push((*table, to));
         }
         self.barrier()?;

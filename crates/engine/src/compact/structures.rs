@@ -88,7 +88,7 @@ impl Session<'_> {
         let mut records: Vec<SnapshotRecord> = self.image.snapshots().to_vec();
         let length: u64 = records.iter().map(|r| r.encoded_length() as u64).sum();
         let former = (header.snapshots_offset.0, length);
-        let mut unlinked = Vec::new();
+        let (mut unlinked, mut moved) = (Vec::new(), Vec::new());
         for record in &mut records {
             let (from, bytes) = (record.l1_table_offset.0, u64::from(record.l1_size) * 8);
             if self.behind(from, bytes, bound)
@@ -96,7 +96,9 @@ impl Session<'_> {
             {
                 let mut l1 = vec![0u8; bytes as usize];
                 self.read(from, &mut l1)?;
-                self.write_table(to, l1)?;
+                let written = self.write_table(to, l1);
+                written.inspect_err(|_| moved.iter().for_each(|&(to, bytes)| self.abandon(to, bytes)))?;
+                moved.push((to, bytes));
                 record.l1_table_offset = HostOffset(to);
                 unlinked.push((from, bytes));
             }
@@ -115,7 +117,8 @@ impl Session<'_> {
             None if unlinked.is_empty() => return Ok(0),
             None => self.allocate(length)?,
         };
-        self.write_table(to, bytes)?;
+        let written = self.write_table(to, bytes);
+        written.inspect_err(|_| moved.iter().for_each(|&(to, bytes)| self.abandon(to, bytes)))?;
         self.barrier()?;
         self.writer.write_snapshots_place(self.image, records.len() as u32, to)?;
         let records: Arc<[SnapshotRecord]> = records.into();

@@ -71,22 +71,18 @@ impl<'a> Session<'a> {
         self.unlink(offset, bytes);
     }
 
-    /// Writes `bytes` at `offset`, the rest of the last cluster as zeroes.
-    pub(crate) fn write_table(&self, offset: u64, bytes: Vec<u8>) -> Result<()> {
-        self.write_whole(offset, bytes).map_err(|e| self.writer.poison(e))
-    }
-
-    /// As [`Session::write_table`], to clusters that nothing refers to yet: a full disk harms nothing there. The caller
-    /// gives them back then.
-    pub(crate) fn write_new_table(&self, offset: u64, bytes: Vec<u8>) -> Result<()> {
-        self.write_whole(offset, bytes).map_err(|e| self.writer.poison_unless_full(e))
-    }
-
-    fn write_whole(&self, offset: u64, mut bytes: Vec<u8>) -> Result<()> {
-        let whole = self.geometry().clusters_for(bytes.len() as u64) * self.geometry().cluster_size();
+    /// Writes `bytes` to clusters of this session that nothing refers to yet, the rest of the last one as zeroes. A full disk
+    /// harms nothing there: they are given back, and the image goes on.
+    pub(crate) fn write_table(&self, offset: u64, mut bytes: Vec<u8>) -> Result<()> {
+        let (g, length) = (self.geometry(), bytes.len() as u64);
+        let whole = g.clusters_for(length) * g.cluster_size();
         bytes.resize(whole as usize, 0);
         self.writer.check()?;
-        self.image.storage().write_all_at(Mem::from(bytes.as_slice()), offset)?;
+        let written = self.image.storage().write_all_at(Mem::from(bytes.as_slice()), offset);
+        written.map_err(|error| {
+            self.abandon(offset, length);
+            self.writer.poison_unless_full(error)
+        })?;
         // A read that was slow may remember an L2 table that was there.
         self.image.slices.remove_table(offset, whole);
         Ok(())

@@ -55,8 +55,13 @@ impl Session<'_> {
             }
             table_offset = Some(offset);
         }
-        let offset = self.allocate(entries as u64 * 8)?;
-        self.write_table(offset, encode_words(&l1))?;
+        let written = self.allocate(entries as u64 * 8).and_then(|offset| {
+            self.write_table(offset, encode_words(&l1))?;
+            Ok(offset)
+        });
+        let offset = written.inspect_err(|_| {
+            table_offset.iter().for_each(|table| self.abandon(*table, g.cluster_size()));
+        })?;
         self.barrier()?;
         // At most as many entries as before.
         self.writer.write_active(self.image, size, entries as u32, offset)?;
@@ -71,7 +76,11 @@ impl Session<'_> {
         self.free_behind(&gone, cut.as_ref())?;
         self.unlink(former, old_l1.len() as u64 * 8);
         self.cut_contents(size)?;
-        self.lower(table_offset, offset)
+        match self.lower(table_offset, offset) {
+            // The disk is as it is to be; its file stays longer.
+            Err(error) if error.is_no_room() => Ok(()),
+            lowered => lowered,
+        }
     }
 
     /// The new tables were written behind everything: they go down into what became free, so that the file is short.
