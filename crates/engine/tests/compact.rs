@@ -231,6 +231,35 @@ fn compressed_data_longer_than_its_cluster_finds_a_place() {
     assert!(result.length_after < result.length_before, "{result:?}");
 }
 
+/// What moves has no more space than it had before.
+#[test]
+fn holes_of_what_moves_stay_holes() {
+    const CLUSTER: u64 = 2 << 20;
+    let Some(qemu) = Qemu::find() else { return };
+    let fixture = Fixture::new();
+    let path = fixture.path("a.qcow2");
+    qemu.create(&path, "cluster_size=2M", Some(64 * CLUSTER));
+    let image = open_file(&path, &writable()).unwrap();
+    for cluster in 0..20 {
+        image.write_at(Mem::from(&[7; 4096][..]), cluster * CLUSTER).unwrap();
+    }
+    image.discard(0, 16 * CLUSTER).unwrap();
+    image.flush().unwrap();
+    let result = image.compact(REWRITE, &Job::new()).unwrap();
+    image.close().unwrap();
+    qemu.assert_clean(&path);
+    assert!(result.moved_clusters >= 4, "{result:?}");
+    // Four clusters with 4 KiB each; header, refcounts and the L2 table may have all of theirs.
+    let used = std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&path).unwrap()) * 512;
+    assert!(used < 4 * CLUSTER + CLUSTER / 2, "{used} bytes in use: {result:?}");
+    let bytes = qemu.guest_bytes(&path, "qcow2", &[]);
+    for (number, cluster) in (0..).zip(bytes.chunks(CLUSTER as usize)) {
+        let written = if (16..20).contains(&number) { 4096 } else { 0 };
+        let sound = cluster.iter().enumerate().all(|(at, byte)| *byte == if at < written { 7 } else { 0 });
+        assert!(sound, "cluster {number}");
+    }
+}
+
 #[test]
 fn no_power_cut_during_a_compaction_changes_what_is_read() {
     for (number, geometry) in geometries().into_iter().enumerate() {

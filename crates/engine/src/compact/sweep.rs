@@ -9,6 +9,7 @@ use super::packing::Packing;
 use super::survey::{Table, most_remembered, tables};
 use super::table_edit::TableEdit;
 use crate::maintenance::Session;
+use crate::storage::Run;
 use crate::{ErrorKind, Job, Mem, MemMut, Result, StorageExt};
 
 /// Bytes copied between two syncs.
@@ -187,19 +188,30 @@ impl<'s, 'a> Sweep<'s, 'a> {
         }
     }
 
+    /// Copies what waits: holes stay holes.
     fn copy_waiting(&mut self) -> Result<()> {
         let Some((from, to, count)) = self.waiting.take() else { return Ok(()) };
         let storage = self.session.image.storage();
         let size = self.session.geometry().cluster_size();
         let (from, to, length) = (from * size, to * size, count * size);
-        let end = storage.size()?;
-        let run = storage.run_at(from.min(end.saturating_sub(1))).map_err(|e| storage.failure(e, "lseek"))?;
-        if !run.data && run.end >= (from + length).min(end) {
-            return storage.zero(to, length, true);
+        let file_end = storage.size()?;
+        let mut done = 0;
+        while done < length {
+            let run = match from + done < file_end {
+                true => storage.run_at(from + done).map_err(|e| storage.failure(e, "lseek"))?,
+                false => Run { end: u64::MAX, data: false },
+            };
+            let part = (run.end - (from + done)).min(length - done);
+            if run.data {
+                self.buffer.resize(part as usize, 0);
+                storage.read_padded_at(MemMut::from(&mut self.buffer[..]), from + done)?;
+                storage.write_all_at(Mem::from(&self.buffer[..]), to + done)?;
+            } else {
+                storage.zero(to + done, part, true)?;
+            }
+            done += part;
         }
-        self.buffer.resize(length as usize, 0);
-        storage.read_padded_at(MemMut::from(&mut self.buffer[..]), from)?;
-        storage.write_all_at(Mem::from(&self.buffer[..]), to)
+        Ok(())
     }
 
     /// Makes the copies durable, then the entries that refer to them, then frees what these no longer refer to.

@@ -11,6 +11,8 @@ use crate::{Error, ErrorKind, Mem, MemMut, Result, StorageExt};
 pub(super) const WAITING_LIMIT: usize = 16 << 20;
 /// Clusters that may wait to lose a reference.
 const UNLINKED_LIMIT: usize = 1 << 16;
+/// Zeroes at the end of a table that are worth a hole, in bytes.
+const HOLE: usize = 64 << 10;
 
 /// Exclusive use of the top layer. Everything written by guests before is durable when it begins.
 pub(crate) struct Session<'a> {
@@ -78,7 +80,15 @@ impl<'a> Session<'a> {
         let whole = g.clusters_for(length) * g.cluster_size();
         bytes.resize(whole as usize, 0);
         self.writer.check()?;
-        let written = self.image.storage().write_all_at(Mem::from(bytes.as_slice()), offset);
+        let storage = self.image.storage();
+        let used = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+        let (front, rest) = bytes.split_at(used.next_multiple_of(HOLE).min(bytes.len()));
+        let written = match rest.len() < HOLE {
+            true => storage.write_all_at(Mem::from(bytes.as_slice()), offset),
+            false => storage
+                .write_all_at(Mem::from(front), offset)
+                .and_then(|()| storage.zero(offset + front.len() as u64, rest.len() as u64, true)),
+        };
         written.map_err(|error| {
             self.abandon(offset, length);
             self.writer.poison_unless_full(error)
