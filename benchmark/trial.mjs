@@ -28,5 +28,8 @@ export function trial([program, ...args]) {
 
 export function median(numbers) {
   const known = numbers.filter(number => number !== undefined).toSorted((a, b) => a - b)
-  return known[Math.floor(known.length / 2)]
+  const middle = known.length / 2
+  // Of an even number, what is between the two in the middle.
+  const [low, high] = [known[Math.ceil(middle) - 1], known[Math.floor(middle)]]
+  return low === undefined ? undefined : (low + high) / 2
 }
