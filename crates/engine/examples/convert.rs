@@ -36,8 +36,8 @@ fn run() -> Result<()> {
     };
     let file = Arc::new(FileStorage::open(from, Access::ReadOnly)?);
     let layer = match from_format {
-        "raw" => Layer::Raw(Raw::new(file)?),
-        _ => Layer::Qcow2(Box::new(Qcow2::open(file, &OpenOptions::default())?)),
+        "raw" => Box::new(Raw::new(file)?) as Box<dyn Layer>,
+        _ => Box::new(Qcow2::open(file, &OpenOptions::default())?) as Box<dyn Layer>,
     };
     let image = Image::new(vec![layer])?;
     let new = NewFile::create(to, Overwrite::Replace, &[])?;

@@ -10,12 +10,12 @@ use qcow2_engine::{GuestSource, Image, Job, Layer, MemMut, OpenOptions, Qcow2, R
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut names: Vec<String> = std::env::args().skip(1).collect();
     let target = names.pop().ok_or("usage: dump IMAGE [BACKING...] RAW")?;
-    let mut layers = Vec::new();
+    let mut layers: Vec<Box<dyn Layer>> = Vec::new();
     for name in &names {
         let storage = Arc::new(FileStorage::open(Path::new(name), Access::ReadOnly)?);
         layers.push(match Qcow2::open(storage.clone(), &OpenOptions::default()) {
-            Ok(q) => Layer::Qcow2(Box::new(q)),
-            Err(e) if e.field() == Some("magic") => Layer::Raw(Raw::new(storage)?),
+            Ok(q) => Box::new(q) as Box<dyn Layer>,
+            Err(e) if e.field() == Some("magic") => Box::new(Raw::new(storage)?) as Box<dyn Layer>,
             Err(e) => return Err(e.into()),
         });
     }

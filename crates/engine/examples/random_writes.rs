@@ -75,10 +75,10 @@ fn ours(path: &Path, base: Option<&Path>, count: u64, depth: usize, step: u64) -
     let storage = Arc::new(FileStorage::open(path, Access::ReadWrite).unwrap());
     let mut qcow2 = Qcow2::open(storage, &OpenOptions::default()).unwrap();
     qcow2.enable_writing(WriteOptions::default()).unwrap();
-    let mut layers = vec![Layer::Qcow2(Box::new(qcow2))];
+    let mut layers: Vec<Box<dyn Layer>> = vec![Box::new(qcow2)];
     if let Some(base) = base {
         let base = Arc::new(FileStorage::open(base, Access::ReadOnly).unwrap());
-        layers.push(Layer::Raw(Raw::new(base).unwrap()));
+        layers.push(Box::new(Raw::new(base).unwrap()));
     }
     let image = Image::new(layers).unwrap();
     let next = AtomicU64::new(0);

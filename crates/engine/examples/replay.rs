@@ -97,11 +97,11 @@ fn open(path: &Path, format: &str, mode: CacheMode) -> (Image, Arc<CountingStora
     let flush_each = mode.flushes_every_write();
     let write = WriteOptions { discard: Discard::Unmap, flush_each, ..WriteOptions::default() };
     let layer = if format == "raw" {
-        Layer::Raw(Raw::new(storage).unwrap().with_write_options(&write))
+        Box::new(Raw::new(storage).unwrap().with_write_options(&write)) as Box<dyn Layer>
     } else {
         let mut qcow2 = Qcow2::open(storage, &OpenOptions::default()).unwrap();
         qcow2.enable_writing(write).unwrap();
-        Layer::Qcow2(Box::new(qcow2))
+        Box::new(qcow2) as Box<dyn Layer>
     };
     (Image::new(vec![layer]).unwrap(), calls)
 }

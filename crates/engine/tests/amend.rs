@@ -46,10 +46,10 @@ fn disks(storage: &Arc<dyn Storage>, backing: Option<&Arc<dyn Storage>>) -> Vec<
         .map(|snapshot| {
             let options = OpenOptions { snapshot, ..OpenOptions::default() };
             let layer = Qcow2::open(storage.clone(), &options).unwrap();
-            let mut layers = vec![Layer::Qcow2(Box::new(layer))];
+            let mut layers: Vec<Box<dyn Layer>> = vec![Box::new(layer)];
             if let Some(backing) = backing {
                 let below = Qcow2::open(backing.clone(), &OpenOptions::default()).unwrap();
-                layers.push(Layer::Qcow2(Box::new(below)));
+                layers.push(Box::new(below));
             }
             let size = layers[0].virtual_size();
             let image = Image::new(layers).unwrap();

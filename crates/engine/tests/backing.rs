@@ -4,15 +4,14 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use qcow2_engine::backing::{
-    Backing, CommitOptions, RebaseOptions, ReopenOptions, commit, rebase, set_backing,
-};
+use qcow2_engine::backing::{Backing, CommitOptions, RebaseOptions, commit, rebase, set_backing};
 use qcow2_engine::check::{CheckOptions, check};
 use qcow2_engine::create::{CreateOptions, create};
 use qcow2_engine::image::read_header;
 use qcow2_engine::storage::{Access, FileStorage, MemoryStorage};
 use qcow2_engine::{
-    ErrorKind, Image, Job, Layer, Mem, MemMut, OpenOptions, Qcow2, Raw, Result, Storage, WriteOptions,
+    ErrorKind, Image, Job, Layer, LayerExt, Mem, MemMut, OpenOptions, Qcow2, Raw, Result, Storage,
+    WriteOptions,
 };
 use qcow2_testkit::crash::{Durability, Session};
 use qcow2_testkit::recorder::RecordingStorage;
@@ -109,11 +108,11 @@ impl Chain {
     }
 }
 
-fn layer(storage: Arc<dyn Storage>, raw: bool, writable: bool) -> Layer {
+fn layer(storage: Arc<dyn Storage>, raw: bool, writable: bool) -> Box<dyn Layer> {
     let mut layer = if raw {
-        Layer::Raw(Raw::new(storage).unwrap())
+        Box::new(Raw::new(storage).unwrap()) as Box<dyn Layer>
     } else {
-        Layer::Qcow2(Box::new(Qcow2::open(storage, &OpenOptions::default()).unwrap()))
+        Box::new(Qcow2::open(storage, &OpenOptions::default()).unwrap()) as Box<dyn Layer>
     };
     if writable {
         layer.enable_writing(WriteOptions::default()).unwrap();
@@ -468,7 +467,7 @@ fn what_is_refused_changes_nothing() {
 }
 
 /// An empty overlay for a disk of this size.
-fn new_layer(size: u64) -> Layer {
+fn new_layer(size: u64) -> Box<dyn Layer> {
     let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
     let options = CreateOptions {
         size,
@@ -491,7 +490,7 @@ fn an_overlay_takes_over_or_nothing_changes() {
     };
     write(&image, &mut want, 5000, 1);
     let failed = || Err(qcow2_engine::Error::new(ErrorKind::Io, "no room"));
-    let error = image.put_overlay(&ReopenOptions::default(), failed).err().unwrap();
+    let error = image.put_overlay(failed).err().unwrap();
     assert_eq!(error.kind(), ErrorKind::Io);
     write(&image, &mut want, 6000, 2);
     let below = image;
@@ -499,7 +498,7 @@ fn an_overlay_takes_over_or_nothing_changes() {
         assert_same(&want, &read(&chain.image(0..2, false)), "in the file when the overlay is made");
         Ok(new_layer(1000 << 10))
     };
-    let image = below.put_overlay(&ReopenOptions::default(), make).unwrap();
+    let image = below.put_overlay(make).unwrap();
     let closed = std::fs::read(chain.top()).unwrap();
     assert_eq!(below.write_at(Mem::from(&[1; 512][..]), 0).unwrap_err().kind(), ErrorKind::Closed);
     assert_same(&want, &read(&image), "under the overlay");
@@ -553,7 +552,7 @@ fn a_failing_call_during_a_commit_loses_nothing() {
         let run = || -> Result<()> {
             let open = |file: usize| -> Result<Image> {
                 let storage = wrap(file, plain[file].clone());
-                let mut layer = Layer::Qcow2(Box::new(Qcow2::open(storage, &OpenOptions::default())?));
+                let mut layer = Box::new(Qcow2::open(storage, &OpenOptions::default())?) as Box<dyn Layer>;
                 layer.enable_writing(WriteOptions::default())?;
                 Image::new(vec![layer])
             };
@@ -587,10 +586,10 @@ fn a_failing_call_during_a_rebase_loses_nothing() {
         let below = || layer(Arc::new(RecordingStorage::plain(old.clone())), false, false);
         let run = || -> Result<()> {
             let open = |file: usize| Qcow2::open(wrap(file, plain[file].clone()), &OpenOptions::default());
-            let mut top = Layer::Qcow2(Box::new(open(0)?));
+            let mut top = Box::new(open(0)?) as Box<dyn Layer>;
             top.enable_writing(WriteOptions::default())?;
             let top = Image::new(vec![top, below()])?;
-            let new = Image::new(vec![Layer::Qcow2(Box::new(open(1)?))])?;
+            let new = Image::new(vec![Box::new(open(1)?)])?;
             let options = RebaseOptions { workers: 1, ..RebaseOptions::default() };
             rebase(&top, Some(&new), Some(&backing), &options, &Job::new())
         };

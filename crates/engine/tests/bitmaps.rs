@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use qcow2_engine::storage::{Access, FileStorage};
-use qcow2_engine::{Discard, ErrorKind, Image, Layer, Mem, OpenOptions, Qcow2, ResizeOptions, WriteOptions};
+use qcow2_engine::{Discard, ErrorKind, Image, Mem, OpenOptions, Qcow2, ResizeOptions, WriteOptions};
 use qcow2_testkit::plans::Table;
 use qcow2_testkit::storage::{Hooked, Op};
 use qcow2_testkit::{Fixture, Qemu};
@@ -18,7 +18,7 @@ fn open(path: &Path) -> Image {
     let storage = Arc::new(FileStorage::open(path, Access::ReadWrite).unwrap());
     let mut image = Qcow2::open(storage, &OpenOptions::default()).unwrap();
     image.enable_writing(WriteOptions { discard: Discard::Unmap, ..WriteOptions::default() }).unwrap();
-    Image::new(vec![Layer::Qcow2(Box::new(image))]).unwrap()
+    Image::new(vec![Box::new(image)]).unwrap()
 }
 
 fn write(image: &Image, offset: u64, length: usize) {
@@ -216,7 +216,7 @@ fn full_disk(qemu: &Qemu, path: &Path) -> Image {
     });
     let mut image = Qcow2::open(Arc::new(full), &OpenOptions::default()).unwrap();
     image.enable_writing(WriteOptions::default()).unwrap();
-    Image::new(vec![Layer::Qcow2(Box::new(image))]).unwrap()
+    Image::new(vec![Box::new(image)]).unwrap()
 }
 
 #[test]

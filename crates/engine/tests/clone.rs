@@ -11,7 +11,7 @@ use qcow2_engine::compact::CompactOptions;
 use qcow2_engine::convert::Compression;
 use qcow2_engine::create::{CreateOptions, DataFile as NamedData, Preallocation};
 use qcow2_engine::format::CompressionType;
-use qcow2_engine::{Discard, ErrorKind, Image, Job, Layer, Raw, ResizeOptions, Storage, WriteOptions};
+use qcow2_engine::{Discard, ErrorKind, Image, Job, Raw, ResizeOptions, Storage, WriteOptions};
 use qcow2_testkit::audit::audit;
 use qcow2_testkit::disk_model::{Opening, Rig};
 use qcow2_testkit::matrix::{Backing, DataFile, Geometry};
@@ -41,7 +41,7 @@ fn open_raw(bytes: &[u8]) -> Image {
     sparse.write(0, bytes);
     let raw = Raw::new(Arc::new(RecordingStorage::plain(sparse))).unwrap();
     let options = WriteOptions { discard: Discard::Unmap, ..WriteOptions::default() };
-    Image::new(vec![Layer::Raw(raw.with_write_options(&options))]).unwrap()
+    Image::new(vec![Box::new(raw.with_write_options(&options))]).unwrap()
 }
 
 fn read_all(image: &Image) -> Vec<u8> {
@@ -241,7 +241,7 @@ fn stress_beside(
     let begun: Vec<AtomicUsize> = (0..THREADS).map(|_| AtomicUsize::new(0)).collect();
     let stop = AtomicBool::new(false);
     // What a raw disk's discard leaves is anything.
-    let whole = unit > SECTOR && image.layers()[0].as_qcow2().is_some();
+    let whole = unit > SECTOR && image.top_qcow2().is_some();
     let lanes: Vec<Lane> =
         (0..THREADS).map(|thread| Lane { thread, unit, size, whole, compression }).collect();
     let completed = |t: usize| logs[t].lock().unwrap().len();
@@ -550,7 +550,7 @@ fn a_disk_of_16_tib_is_cloned_by_what_it_holds() {
     qcow2_engine::create::create(file.clone(), None, &options, &Job::new()).unwrap();
     let mut qcow2 = qcow2_engine::Qcow2::open(file, &Default::default()).unwrap();
     qcow2.enable_writing(WriteOptions::default()).unwrap();
-    let image = Image::new(vec![Layer::Qcow2(Box::new(qcow2))]).unwrap();
+    let image = Image::new(vec![Box::new(qcow2)]).unwrap();
     let places: Vec<u64> = (0..40).map(|n| n * (size / 40) / 65536 * 65536).collect();
     for &at in &places {
         image.write(at, &stamped(at, 3000, 7)).unwrap();

@@ -16,7 +16,7 @@ use qcow2_engine::compact::{CompactOptions, CompactResult};
 use qcow2_engine::convert::{Compression, ConvertOptions, ConvertTarget, convert};
 use qcow2_engine::create::CreateOptions;
 use qcow2_engine::storage::MemoryStorage;
-use qcow2_engine::{Image, Job, Layer, Mem, MemMut, Raw, Storage};
+use qcow2_engine::{Image, Job, Mem, MemMut, Raw, Storage};
 use qcow2_testkit::audit::audit;
 use qcow2_testkit::disk_model::{Opening, Rig, open_file};
 use qcow2_testkit::forge::codec::{deflate, deflate_stored};
@@ -166,7 +166,7 @@ fn packed(geometry: &Geometry, seed: u64) -> Rig {
         cluster[..random].copy_from_slice(&rng.bytes(random));
     }
     let raw = Raw::new(Arc::new(MemoryStorage::from_bytes(&bytes))).unwrap();
-    let source = Image::new(vec![Layer::Raw(raw)]).unwrap();
+    let source = Image::new(vec![Box::new(raw)]).unwrap();
     let storage = Arc::new(RecordingStorage::plain(Sparse::new(0)));
     let create = CreateOptions { cluster_size: geometry.cluster_size, ..CreateOptions::default() };
     let target = ConvertTarget::Qcow2 { storage: storage.clone(), data_file: None, create: Box::new(create) };

@@ -14,8 +14,8 @@ use qcow2_testkit::{Fixture, Qemu};
 fn open(path: &Path, format: &str) -> Image {
     let storage = Arc::new(FileStorage::open(path, Access::ReadOnly).unwrap());
     let layer = match format {
-        "raw" => Layer::Raw(Raw::new(storage).unwrap()),
-        _ => Layer::Qcow2(Box::new(Qcow2::open(storage, &OpenOptions::default()).unwrap())),
+        "raw" => Box::new(Raw::new(storage).unwrap()) as Box<dyn Layer>,
+        _ => Box::new(Qcow2::open(storage, &OpenOptions::default()).unwrap()) as Box<dyn Layer>,
     };
     Image::new(vec![layer]).unwrap()
 }

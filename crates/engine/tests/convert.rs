@@ -12,8 +12,7 @@ use qcow2_engine::create::{Backing, CreateOptions, DataFile, Preallocation};
 use qcow2_engine::format::CompressionType;
 use qcow2_engine::storage::{MemoryStorage, NewFile, Overwrite};
 use qcow2_engine::{
-    Error, ErrorKind, GuestSource, Image, Job, Layer, Mem, MemMut, OpenOptions, Raw, Result, Storage,
-    StorageExt,
+    Error, ErrorKind, GuestSource, Image, Job, Mem, MemMut, OpenOptions, Raw, Result, Storage, StorageExt,
 };
 use qcow2_testkit::matrix::{self, Case, Geometry, geometries};
 use qcow2_testkit::model::assert_same;
@@ -21,7 +20,7 @@ use qcow2_testkit::storage::{Device, Fault, FaultStorage, Op, ShortIo};
 use qcow2_testkit::{Fixture, Qemu, Rng, chain};
 
 fn raw_image(storage: Arc<dyn Storage>) -> Image {
-    Image::new(vec![Layer::Raw(Raw::new(storage).unwrap())]).unwrap()
+    Image::new(vec![Box::new(Raw::new(storage).unwrap())]).unwrap()
 }
 
 /// A disk with data, text, zeroes that are stored, and holes, in pieces of many sizes.
@@ -281,7 +280,7 @@ fn only_what_differs_from_a_base() {
         let expected = image.disk.read(0, image.disk.size() as usize);
         let source = chain::open(&image.path, "qcow2", &OpenOptions::default()).unwrap();
         let base = source.layers()[1].storage().path().unwrap().to_owned();
-        let format = if source.layers()[1].as_qcow2().is_some() { "qcow2" } else { "raw" };
+        let format = source.layers()[1].format();
         let delta = Delta { layers: 1, base_size: source.layers()[1].virtual_size() };
         let backing = Backing { filename: base.to_str().unwrap().into(), format: Some(format.into()) };
         for (version, cluster_size, extended_l2, preallocation) in [

@@ -10,7 +10,7 @@ use qcow2_engine::convert::{Compression, ConvertOptions, ConvertTarget, convert}
 use qcow2_engine::create::{CreateOptions, Preallocation, create};
 use qcow2_engine::storage::{Access, FileStorage, NewFile, Overwrite, Run, Traits};
 use qcow2_engine::{
-    Extent, ExtentKind, GuestSource, Image, Job, Layer, Mem, MemMut, Raw, Result, Storage, StorageExt,
+    Extent, ExtentKind, GuestSource, Image, Job, Mem, MemMut, Raw, Result, Storage, StorageExt,
 };
 use qcow2_testkit::alloc::Counting;
 use qcow2_testkit::{Fixture, Qemu};
@@ -142,7 +142,7 @@ fn peaks() {
             storage.write_all_at(Mem::from(&[n as u8 | 1; 5000][..]), n * 80_000_000_123).unwrap();
         }
     }
-    let source = Image::new(vec![Layer::Raw(
+    let source = Image::new(vec![Box::new(
         Raw::new(Arc::new(FileStorage::open(&raw, Access::ReadOnly).unwrap())).unwrap(),
     )])
     .unwrap();

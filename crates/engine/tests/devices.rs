@@ -10,7 +10,7 @@ use qcow2_engine::create::{CreateOptions, Preallocation};
 use qcow2_engine::measure::{MeasureTarget, Qcow2Target, measure};
 use qcow2_engine::storage::{Access, CacheMode, FileStorage, MemoryStorage};
 use qcow2_engine::{
-    Discard, ErrorKind, Image, Job, Layer, MemMut, OpenOptions, Qcow2, Raw, Storage, StorageExt, WriteOptions,
+    Discard, ErrorKind, Image, Job, MemMut, OpenOptions, Qcow2, Raw, Storage, StorageExt, WriteOptions,
 };
 use qcow2_testkit::audit::audit;
 use qcow2_testkit::loop_device::LoopDevice;
@@ -28,7 +28,7 @@ fn options() -> WriteOptions {
 /// A disk with data here and there, and its bytes.
 fn source() -> (Image, Vec<u8>) {
     let raw = Raw::new(Arc::new(MemoryStorage::from_bytes(&[0; SIZE as usize]))).unwrap();
-    let image = Image::new(vec![Layer::Raw(raw.with_write_options(&options()))]).unwrap();
+    let image = Image::new(vec![Box::new(raw.with_write_options(&options()))]).unwrap();
     let mut rng = Rng::new(7);
     for generation in 0..40 {
         let at = rng.below(SIZE / 512 - 200) * 512;
@@ -49,7 +49,7 @@ fn open(storage: Arc<dyn Storage>, writable: bool) -> qcow2_engine::Result<Image
     if writable {
         qcow2.enable_writing(options())?;
     }
-    Image::new(vec![Layer::Qcow2(Box::new(qcow2))])
+    Image::new(vec![Box::new(qcow2)])
 }
 
 fn on(storage: &dyn Storage) -> Vec<u8> {

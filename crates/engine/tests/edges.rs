@@ -4,7 +4,9 @@
 use std::sync::Arc;
 
 use qcow2_engine::storage::{Access, FileStorage};
-use qcow2_engine::{DetectZeroes, ErrorKind, Image, Layer, Mem, MemMut, Raw, Storage, WriteOptions};
+use qcow2_engine::{
+    DetectZeroes, ErrorKind, Image, Layer, LayerExt, Mem, MemMut, Raw, Storage, WriteOptions,
+};
 use qcow2_testkit::Fixture;
 use qcow2_testkit::disk_model::{Opening, Rig};
 use qcow2_testkit::matrix::Geometry;
@@ -49,7 +51,7 @@ fn zeroes_are_detected_on_a_raw_disk() {
         storage.sync_data().unwrap();
         let full = storage.allocated_bytes().unwrap();
         let options = WriteOptions { detect_zeroes, ..WriteOptions::default() };
-        let mut layer = Layer::Raw(Raw::new(storage.clone()).unwrap());
+        let mut layer = Box::new(Raw::new(storage.clone()).unwrap()) as Box<dyn Layer>;
         layer.enable_writing(options).unwrap();
         let image = Image::new(vec![layer]).unwrap();
         image.write_at(Mem::from(&vec![0; 512 << 10][..]), 64 << 10).unwrap();
@@ -83,7 +85,7 @@ fn a_detected_write_writes_no_data() {
         }))));
         let raw = Raw::new(counting.clone()).unwrap();
         let options = WriteOptions { detect_zeroes, ..WriteOptions::default() };
-        let image = Image::new(vec![Layer::Raw(raw.with_write_options(&options))]).unwrap();
+        let image = Image::new(vec![Box::new(raw.with_write_options(&options))]).unwrap();
         image.write_at(Mem::from(&[0; 4096][..]), 4096).unwrap();
         assert_eq!(counting.of(Op::Write).calls, writes, "{detect_zeroes:?}");
         let mut bytes = [1; 8192];

@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use qcow2_engine::create::{CreateOptions, create};
-use qcow2_engine::{Discard, Image, Job, Layer, OpenOptions, Qcow2, Storage, WriteOptions};
+use qcow2_engine::{Discard, Image, Job, OpenOptions, Qcow2, Storage, WriteOptions};
 use qcow2_testkit::Rng;
 use qcow2_testkit::Sparse;
 use qcow2_testkit::audit::audit;
@@ -61,7 +61,7 @@ fn open(storage: Arc<dyn Storage>) -> Image {
     let options = WriteOptions { discard: Discard::Unmap, ..WriteOptions::default() };
     let mut qcow2 = Qcow2::open(storage, &OpenOptions::default()).unwrap();
     qcow2.enable_writing(options).unwrap();
-    Image::new(vec![Layer::Qcow2(Box::new(qcow2))]).unwrap()
+    Image::new(vec![Box::new(qcow2)]).unwrap()
 }
 
 /// Scattered writes on a disk that runs full after some of them.

@@ -25,7 +25,7 @@ fn raw(flush_each: bool) -> Counted {
     let file = Arc::new(RecordingStorage::plain(Sparse::new(trace::DISK)));
     let calls = Arc::new(CountingStorage::new(file.clone()));
     let write = WriteOptions { discard: Discard::Unmap, flush_each, ..WriteOptions::default() };
-    let layer = Layer::Raw(Raw::new(calls.clone()).unwrap().with_write_options(&write));
+    let layer = Box::new(Raw::new(calls.clone()).unwrap().with_write_options(&write)) as Box<dyn Layer>;
     let image = Image::new(vec![layer]).unwrap();
     Counted { image, file, calls }
 }

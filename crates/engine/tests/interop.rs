@@ -6,7 +6,7 @@ use std::io::{Seek, SeekFrom, Write};
 use std::sync::Arc;
 
 use qcow2_engine::storage::{Access, FileStorage};
-use qcow2_engine::{ExtentKind, GuestSource, Image, Job, Layer, Mem, OpenOptions, Qcow2, WriteOptions};
+use qcow2_engine::{ExtentKind, GuestSource, Image, Job, Mem, OpenOptions, Qcow2, WriteOptions};
 use qcow2_testkit::matrix::{Case, Geometry, geometries, seed_or};
 use qcow2_testkit::model::assert_same;
 use qcow2_testkit::plans::Table;
@@ -180,7 +180,7 @@ fn a_preallocated_image_maps_as_before_after_its_refcount_table_moved() {
     let storage = Arc::new(FileStorage::open(&path, Access::ReadWrite).unwrap());
     let mut qcow2 = Qcow2::open(storage, &OpenOptions::default()).unwrap();
     qcow2.enable_writing(WriteOptions::default()).unwrap();
-    let image = Image::new(vec![Layer::Qcow2(Box::new(qcow2))]).unwrap();
+    let image = Image::new(vec![Box::new(qcow2)]).unwrap();
     image.execute(&Table::of(&image).create("1", "s")).unwrap();
     // As a refcount table it would lead far behind the end of any file.
     let data = [0x7e, 0, 0, 0, 0, 0, 0, 0].repeat(1 << 12);

@@ -9,7 +9,7 @@ use qcow2_engine::convert::{Compression, ConvertOptions, ConvertResult, ConvertT
 use qcow2_engine::create::{Backing, CreateOptions, DataFile, Preallocation};
 use qcow2_engine::format::CompressionType;
 use qcow2_engine::storage::{NewFile, Overwrite};
-use qcow2_engine::{ErrorKind, Image, Job, Layer, OpenOptions, Qcow2, Result};
+use qcow2_engine::{ErrorKind, Image, Job, OpenOptions, Qcow2, Result};
 use qcow2_testkit::matrix::{self, Case, DataFile as Where, Geometry, geometries, sample, seed_or};
 use qcow2_testkit::model::assert_same;
 use qcow2_testkit::reader::SlowReader;
@@ -192,7 +192,7 @@ fn a_chain_is_converted_onto_its_base() {
             let source = Case { geometry, seed: seed_or(4) }.build(&qemu);
             let image = open(&source.path, "qcow2");
             let base = &image.layers()[1];
-            let format = if base.as_qcow2().is_some() { "qcow2" } else { "raw" };
+            let format = base.format();
             let name = base.storage().path().unwrap().file_name().unwrap().to_str().unwrap().to_owned();
             let delta = Delta { layers: 1, base_size: base.virtual_size() };
             for compression in [None, Some(Compression::default())] {
@@ -314,7 +314,7 @@ fn a_missing_data_file_is_an_error() {
     let source = fixture.path("source.qcow2");
     forge.build().bytes.write_to(&source);
     let qcow2 = Qcow2::open(chain::file(&source).unwrap(), &OpenOptions::default()).unwrap();
-    let image = Image::new(vec![Layer::Qcow2(Box::new(qcow2))]).unwrap();
+    let image = Image::new(vec![Box::new(qcow2)]).unwrap();
     let error = to_raw(&image, &fixture.path("out.raw"), &ConvertOptions::default()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::ReferenceDenied, "{error}");
     assert!(!fixture.path("out.raw").exists());

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use qcow2_engine::check::{CheckOptions, check};
 use qcow2_engine::format::header::feature::Incompatible;
 use qcow2_engine::image::read_header;
-use qcow2_engine::{Discard, ErrorKind, Image, Job, Layer, Raw, Storage, WriteOptions};
+use qcow2_engine::{Discard, ErrorKind, Image, Job, Layer, LayerExt, Raw, Storage, WriteOptions};
 use qcow2_testkit::audit::audit;
 use qcow2_testkit::crash::{Durability, Scope, Session};
 use qcow2_testkit::disk_model::{Opening, Rig};
@@ -70,7 +70,7 @@ fn they_need_version_3_and_refcounts() {
     assert_eq!((error.kind(), error.field()), (ErrorKind::InvalidArgument, Some("lazy_refcounts")));
     assert!(storages[0].snapshot().to_vec() == rig.image.to_vec());
     let raw = Raw::new(Arc::new(RecordingStorage::plain(Sparse::new(4096)))).unwrap();
-    let error = Layer::Raw(raw).enable_writing(lazy().write.unwrap()).unwrap_err();
+    let error = (Box::new(raw) as Box<dyn Layer>).enable_writing(lazy().write.unwrap()).unwrap_err();
     assert_eq!((error.kind(), error.field()), (ErrorKind::InvalidArgument, Some("lazy_refcounts")));
 }
 

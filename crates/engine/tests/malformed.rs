@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use qcow2_engine::storage::MemoryStorage;
-use qcow2_engine::{Error, ErrorKind, Image, Job, Layer, OpenOptions, Qcow2, Result, Storage};
+use qcow2_engine::{Error, ErrorKind, Image, Job, OpenOptions, Qcow2, Result, Storage};
 use qcow2_testkit::alloc::Counting;
 use qcow2_testkit::forge::Built;
 use qcow2_testkit::malformed::{self, Malformed, Stage};
@@ -32,7 +32,7 @@ fn open(storage: &Arc<dyn Storage>, snapshot: Option<&str>) -> Result<Image> {
     if qcow2.references().data_file.is_some() {
         qcow2.set_data_file(Arc::new(MemoryStorage::from_bytes(&[0; 1 << 20])));
     }
-    Image::new(vec![Layer::Qcow2(Box::new(qcow2))])
+    Image::new(vec![Box::new(qcow2)])
 }
 
 /// Runs a broken image up to the stage where it must fail; gives the error.
@@ -47,7 +47,7 @@ fn provoke(case: &Malformed, storage: &Arc<dyn Storage>) -> Error {
     };
     match &case.stage {
         Stage::Read(cluster) => {
-            let size = image.layers()[0].as_qcow2().unwrap().geometry().cluster_size();
+            let size = image.top_qcow2().unwrap().geometry().cluster_size();
             // By part and as a whole: the paths differ for compressed clusters.
             let part = chain::read(&image, cluster * size + 1, 100);
             let whole = chain::read(&image, cluster * size, size as usize);
@@ -65,7 +65,7 @@ fn provoke(case: &Malformed, storage: &Arc<dyn Storage>) -> Error {
         }
         Stage::Bitmaps => {
             chain::read(&image, 0, 4096).unwrap();
-            expect(image.layers()[0].as_qcow2().unwrap().bitmaps().map(drop))
+            expect(image.top_qcow2().unwrap().bitmaps().map(drop))
         }
         Stage::Open => unreachable!(),
     }
@@ -160,7 +160,7 @@ fn use_everything(storage: Arc<dyn Storage>) {
     }
     let mut extents = Vec::new();
     let _ = qcow2_engine::GuestSource::extents(&image, 0, 1 << 22, &Job::new(), &mut extents);
-    if let Some(qcow2) = image.layers()[0].as_qcow2() {
+    if let Some(qcow2) = image.top_qcow2() {
         let _ = qcow2.bitmaps();
     }
     let _ =

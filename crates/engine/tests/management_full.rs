@@ -11,8 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use qcow2_engine::compact::CompactOptions;
 use qcow2_engine::storage::{Access, FileStorage};
 use qcow2_engine::{
-    Image, Job, Layer, Mem, MemMut, OpenOptions, Qcow2, ResizeOptions, Result, Storage, StorageExt,
-    WriteOptions,
+    Image, Job, Mem, MemMut, OpenOptions, Qcow2, ResizeOptions, Result, Storage, StorageExt, WriteOptions,
 };
 use qcow2_testkit::plans::Table;
 use qcow2_testkit::storage::{Hooked, Op};
@@ -80,7 +79,7 @@ fn prepare(qemu: &Qemu, path: &Path) {
 fn open(file: Arc<dyn Storage>) -> Image {
     let mut image = Qcow2::open(file, &OpenOptions::default()).unwrap();
     image.enable_writing(WriteOptions::default()).unwrap();
-    Image::new(vec![Layer::Qcow2(Box::new(image))]).unwrap()
+    Image::new(vec![Box::new(image)]).unwrap()
 }
 
 fn byte_at(image: &Image, offset: u64) -> u8 {

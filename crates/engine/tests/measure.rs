@@ -12,11 +12,11 @@ use qcow2_testkit::{Fixture, Qemu};
 
 fn open(path: &Path, format: &str, backing: Option<&Path>) -> Image {
     let storage = |path| Arc::new(FileStorage::open(path, Access::ReadOnly).unwrap());
-    let mut layers = vec![match format {
-        "raw" => Layer::Raw(Raw::new(storage(path)).unwrap()),
-        _ => Layer::Qcow2(Box::new(Qcow2::open(storage(path), &OpenOptions::default()).unwrap())),
+    let mut layers: Vec<Box<dyn Layer>> = vec![match format {
+        "raw" => Box::new(Raw::new(storage(path)).unwrap()) as Box<dyn Layer>,
+        _ => Box::new(Qcow2::open(storage(path), &OpenOptions::default()).unwrap()) as Box<dyn Layer>,
     }];
-    layers.extend(backing.map(|path| Layer::Raw(Raw::new(storage(path)).unwrap())));
+    layers.extend(backing.map(|path| Box::new(Raw::new(storage(path)).unwrap()) as Box<dyn Layer>));
     Image::new(layers).unwrap()
 }
 
@@ -143,7 +143,7 @@ fn sources_of_every_kind() {
             let storage = |path: &Path| Arc::new(FileStorage::open(path, Access::ReadOnly).unwrap());
             let mut qcow2 = Qcow2::open(storage(&path), &OpenOptions::default()).unwrap();
             qcow2.set_data_file(storage(&data));
-            Image::new(vec![Layer::Qcow2(Box::new(qcow2))]).unwrap()
+            Image::new(vec![Box::new(qcow2)]).unwrap()
         } else {
             open(&path, format, backing)
         };

@@ -18,7 +18,7 @@ fn memory(built: &Built) -> Arc<dyn Storage> {
 }
 
 fn image_on(storage: Arc<dyn Storage>, options: &OpenOptions) -> Image {
-    Image::new(vec![Layer::Qcow2(Box::new(Qcow2::open(storage, options).unwrap()))]).unwrap()
+    Image::new(vec![Box::new(Qcow2::open(storage, options).unwrap())]).unwrap()
 }
 
 fn slow(fixture: &Fixture, built: &Built) -> SlowReader {
@@ -227,7 +227,7 @@ fn every_failed_read_is_an_io_error_and_can_be_tried_again() {
             Fault { ops: vec![Op::Read], after: nth, once: true, errno: 5 },
         ));
         let image = match Qcow2::open(storage.clone(), &OpenOptions::default()) {
-            Ok(qcow2) => Image::new(vec![Layer::Qcow2(Box::new(qcow2))]).unwrap(),
+            Ok(qcow2) => Image::new(vec![Box::new(qcow2)]).unwrap(),
             Err(error) => {
                 assert_eq!((error.kind(), error.errno()), (ErrorKind::Io, Some(5)), "read {nth}: {error}");
                 failures += 1;
@@ -388,14 +388,15 @@ fn chains_of_shrinking_and_growing_layers_read_as_the_slow_reader_says() {
 
 #[test]
 fn a_chain_of_200_layers_is_read_without_recursion_and_one_file_twice_is_refused() {
-    let layers = |count: usize| -> Vec<Layer> {
+    let layers = |count: usize| -> Vec<Box<dyn Layer>> {
         (0..count)
             .map(|i| {
                 let mut forge = Forge::new(3, 9, 1 << 20);
                 if i + 1 == count {
                     forge.data(1000, b"at the bottom");
                 }
-                Layer::Qcow2(Box::new(Qcow2::open(memory(&forge.build()), &OpenOptions::default()).unwrap()))
+                Box::new(Qcow2::open(memory(&forge.build()), &OpenOptions::default()).unwrap())
+                    as Box<dyn Layer>
             })
             .collect()
     };
@@ -417,7 +418,7 @@ fn a_chain_of_200_layers_is_read_without_recursion_and_one_file_twice_is_refused
     std::fs::hard_link(&path, fixture.path("other-name.qcow2")).unwrap();
     let layer = |name: &str| {
         let storage = chain::file(&fixture.path(name)).unwrap();
-        Layer::Qcow2(Box::new(Qcow2::open(storage, &OpenOptions::default()).unwrap()))
+        Box::new(Qcow2::open(storage, &OpenOptions::default()).unwrap()) as Box<dyn Layer>
     };
     for again in ["self.qcow2", "other-name.qcow2"] {
         let error = Image::new(vec![layer("self.qcow2"), layer(again)]).unwrap_err();
@@ -431,7 +432,7 @@ fn a_chain_of_200_layers_is_read_without_recursion_and_one_file_twice_is_refused
 fn a_raw_disk_that_holds_a_qcow2_header_is_plain_bytes() {
     let bytes = Forge::new(3, 16, 1 << 20).backing("/etc/passwd", "raw").build().bytes.to_vec();
     let image =
-        Image::new(vec![Layer::Raw(Raw::new(Arc::new(MemoryStorage::from_bytes(&bytes))).unwrap())]).unwrap();
+        Image::new(vec![Box::new(Raw::new(Arc::new(MemoryStorage::from_bytes(&bytes))).unwrap())]).unwrap();
     assert_eq!(image.virtual_size(), bytes.len() as u64);
     assert_same(&bytes, &chain::read(&image, 0, bytes.len()).unwrap(), 0, "raw");
 }
@@ -456,12 +457,12 @@ fn an_external_data_file_holds_cluster_0_at_offset_0_and_is_needed() {
     let mut qcow2 = Qcow2::open(memory(&built), &OpenOptions::default()).unwrap();
     assert_eq!(qcow2.references().data_file.unwrap().filename.unwrap(), b"data.raw");
     let without = Qcow2::open(memory(&built), &OpenOptions::default()).unwrap();
-    let without = Image::new(vec![Layer::Qcow2(Box::new(without))]).unwrap();
+    let without = Image::new(vec![Box::new(without)]).unwrap();
     assert_eq!(chain::read(&without, 0, 9).unwrap_err().kind(), ErrorKind::ReferenceDenied);
     // What the data file does not hold is read without it.
     assert_eq!(chain::read(&without, 1 << 16, 9).unwrap(), [0; 9]);
     qcow2.set_data_file(Arc::new(MemoryStorage::from_bytes(&built.data_file.to_vec())));
-    let image = Image::new(vec![Layer::Qcow2(Box::new(qcow2))]).unwrap();
+    let image = Image::new(vec![Box::new(qcow2)]).unwrap();
     assert_eq!(chain::read(&image, 0, 9).unwrap(), b"cluster 0");
     assert_eq!(chain::read(&image, 1 << 16, 9).unwrap(), [0; 9]);
     assert_eq!(chain::read(&image, 3 << 16, 9).unwrap(), b"cluster 3");

@@ -15,7 +15,7 @@ use guard::guarded;
 use qcow2_engine::clone::CloneTarget;
 use qcow2_engine::convert::{ConvertOptions, ConvertTarget, convert};
 use qcow2_engine::create::Preallocation;
-use qcow2_engine::{Error, ErrorKind, Image, Job, Layer, OpenOptions, Qcow2, Storage, WriteOptions};
+use qcow2_engine::{Error, ErrorKind, Image, Job, OpenOptions, Qcow2, Storage, WriteOptions};
 use qcow2_testkit::disk_model::Rig;
 use qcow2_testkit::matrix::Geometry;
 use qcow2_testkit::ops::{Target, stamped};
@@ -56,7 +56,7 @@ fn image(on: Op) -> (Image, Arc<Panicking>) {
     let storage = Hooked::with(Arc::new(RecordingStorage::plain(rig.image)), Arc::clone(&panicking));
     let mut qcow2 = Qcow2::open(Arc::new(storage), &OpenOptions::default()).unwrap();
     qcow2.enable_writing(WriteOptions::default()).unwrap();
-    (Image::new(vec![Layer::Qcow2(Box::new(qcow2))]).unwrap(), panicking)
+    (Image::new(vec![Box::new(qcow2)]).unwrap(), panicking)
 }
 
 #[test]

@@ -89,7 +89,7 @@ fn new_image(cluster_size: u64, size: u64) -> Arc<RecordingStorage> {
 fn open(storage: Arc<dyn Storage>, options: WriteOptions) -> Image {
     let mut qcow2 = Qcow2::open(storage, &OpenOptions::default()).unwrap();
     qcow2.enable_writing(options).unwrap();
-    Image::new(vec![Layer::Qcow2(Box::new(qcow2))]).unwrap()
+    Image::new(vec![Box::new(qcow2)]).unwrap()
 }
 
 fn read_all(image: &Image) -> Vec<u8> {
@@ -122,7 +122,7 @@ fn a_raw_data_file_and_the_table_say_the_same() {
         let mut qcow2 = Qcow2::open(file.clone(), &OpenOptions::default()).unwrap();
         qcow2.set_data_file(Arc::new(Hooked::with(data.clone() as Arc<dyn Storage>, held.hold.clone())));
         qcow2.enable_writing(options()).unwrap();
-        let image = Image::new(vec![Layer::Qcow2(Box::new(qcow2))]).unwrap();
+        let image = Image::new(vec![Box::new(qcow2)]).unwrap();
         for allocated in [false, true] {
             held.arm();
             std::thread::scope(|scope| {
@@ -237,7 +237,7 @@ fn what_waited_for_a_shrink_does_not_write_behind_the_end() {
             let storage: Arc<dyn Storage> = Arc::new(Hooked::with(file.clone(), Arc::clone(&held.hold)));
             let image = if raw {
                 let raw = Raw::new(storage).unwrap().with_write_options(&options());
-                Image::new(vec![Layer::Raw(raw)]).unwrap()
+                Image::new(vec![Box::new(raw)]).unwrap()
             } else {
                 open(storage, options())
             };
@@ -386,7 +386,7 @@ fn a_disk_does_not_outgrow_its_bitmaps() {
     read.limits.max_memory = 4096;
     let mut qcow2 = Qcow2::open(file.clone(), &read).unwrap();
     qcow2.enable_writing(options()).unwrap();
-    let image = Image::new(vec![Layer::Qcow2(Box::new(qcow2))]).unwrap();
+    let image = Image::new(vec![Box::new(qcow2)]).unwrap();
     image.add_bitmap("bits", Some(9), true).unwrap();
     assert_eq!(image.resize(32 << 20).unwrap_err().kind(), ErrorKind::Limit);
     assert_eq!(image.virtual_size(), 1 << 20);
@@ -413,8 +413,8 @@ fn a_read_beside_a_shrink_does_not_see_through_the_disk() {
     let open = |storage: Arc<dyn Storage>| {
         let mut qcow2 = Qcow2::open(storage, &OpenOptions::default()).unwrap();
         qcow2.enable_writing(options()).unwrap();
-        let below = Layer::Raw(Raw::new(Arc::clone(&below)).unwrap());
-        Image::new(vec![Layer::Qcow2(Box::new(qcow2)), below]).unwrap()
+        let below = Box::new(Raw::new(Arc::clone(&below)).unwrap()) as Box<dyn Layer>;
+        Image::new(vec![Box::new(qcow2), below]).unwrap()
     };
     let image = open(file.clone());
     image.write(0, &[0x11; SIZE as usize]).unwrap();

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
 use qcow2_engine::check::{CheckReport, Finding, FindingCode, Repair};
 use qcow2_engine::storage::{Access, FileStorage};
-use qcow2_engine::{ErrorKind, Image, Layer, Mem, OpenOptions, Qcow2, Storage, WriteOptions};
+use qcow2_engine::{ErrorKind, Image, Mem, OpenOptions, Qcow2, Storage, WriteOptions};
 use qcow2_testkit::{Fixture, Qemu, Sparse};
 
 use damage::{IMAGES, Rng, be64, damage, image, poke, table_entries};
@@ -350,7 +350,7 @@ fn a_dirty_image_is_repaired_when_it_is_opened_for_writing() {
     let mut image = Qcow2::open(storage.clone(), &OpenOptions::default()).unwrap();
     image.enable_writing(WriteOptions::default()).unwrap();
     assert!(look(&*storage).unwrap().is_clean());
-    let image = Image::new(vec![Layer::Qcow2(Box::new(image))]).unwrap();
+    let image = Image::new(vec![Box::new(image)]).unwrap();
     image.write_at(Mem::from(&[7; 512][..]), 4 << 20).unwrap();
     image.close().unwrap();
     qemu.assert_clean(&path);

@@ -10,7 +10,7 @@ use qcow2_engine::convert::{ConvertOptions, ConvertTarget, convert};
 use qcow2_engine::create::Preallocation;
 use qcow2_engine::salvage::Salvage;
 use qcow2_engine::storage::MemoryStorage;
-use qcow2_engine::{ErrorKind, GuestSource, Image, Job, Layer, Mem, MemMut, Raw, Storage, StorageExt};
+use qcow2_engine::{ErrorKind, GuestSource, Image, Job, Mem, MemMut, Raw, Storage, StorageExt};
 use qcow2_testkit::storage::{Hooked, Op};
 
 fn eio() -> io::Error {
@@ -29,7 +29,7 @@ fn disk(bad: Vec<Range<u64>>) -> (Image, Vec<u8>) {
         _ => Ok(()),
     });
     let raw = Raw::new(Arc::new(damaged)).unwrap();
-    (Image::new(vec![Layer::Raw(raw)]).unwrap(), bytes)
+    (Image::new(vec![Box::new(raw)]).unwrap(), bytes)
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use qcow2_engine::maintenance::Plan;
 use qcow2_engine::storage::{Access, FileStorage};
-use qcow2_engine::{Image, Layer, Mem, MemMut, OpenOptions, Qcow2, Storage, WriteOptions};
+use qcow2_engine::{Image, Mem, MemMut, OpenOptions, Qcow2, Storage, WriteOptions};
 use qcow2_testkit::audit::audit;
 use qcow2_testkit::disk_model::{Opening, Rig};
 use qcow2_testkit::matrix::Geometry;
@@ -20,7 +20,7 @@ const COPIED: u64 = 1 << 63;
 fn open(storage: Arc<dyn Storage>) -> Image {
     let mut image = Qcow2::open(storage, &OpenOptions::default()).unwrap();
     image.enable_writing(WriteOptions::default()).unwrap();
-    Image::new(vec![Layer::Qcow2(Box::new(image))]).unwrap()
+    Image::new(vec![Box::new(image)]).unwrap()
 }
 
 fn read(image: &Image, offset: u64, length: usize) -> Vec<u8> {
@@ -34,7 +34,7 @@ fn all(image: &Image) -> Vec<u8> {
 }
 
 fn l1(image: &Image) -> Vec<u64> {
-    image.layers()[0].as_qcow2().unwrap().l1()
+    image.top_qcow2().unwrap().l1()
 }
 
 /// An image with two snapshots and an active disk of its own.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use qcow2_engine::maintenance::{Plan, Record, Step, Tree};
 use qcow2_engine::storage::{Access, FileStorage};
-use qcow2_engine::{ErrorKind, Image, Layer, Mem, MemMut, OpenOptions, Qcow2, WriteOptions};
+use qcow2_engine::{ErrorKind, Image, Mem, MemMut, OpenOptions, Qcow2, WriteOptions};
 use qcow2_testkit::plans::Table;
 use qcow2_testkit::{Fixture, Qemu, Rng};
 
@@ -16,11 +16,11 @@ fn open(path: &Path) -> Image {
     let storage = Arc::new(FileStorage::open(path, Access::ReadWrite).unwrap());
     let mut image = Qcow2::open(storage, &OpenOptions::default()).unwrap();
     image.enable_writing(WriteOptions::default()).unwrap();
-    Image::new(vec![Layer::Qcow2(Box::new(image))]).unwrap()
+    Image::new(vec![Box::new(image)]).unwrap()
 }
 
 fn top(image: &Image) -> &Qcow2 {
-    image.layers()[0].as_qcow2().unwrap()
+    image.top_qcow2().unwrap()
 }
 
 fn read_all(image: &Image) -> Vec<u8> {

@@ -20,12 +20,12 @@ fn file(path: &Path, access: Access) -> Arc<dyn Storage> {
 
 /// The chain of `paths`, the first one writable; with an external data file where one is given.
 fn open(paths: &[&Path], data: Option<&Path>) -> Result<Image> {
-    let mut layers = Vec::new();
+    let mut layers: Vec<Box<dyn Layer>> = Vec::new();
     for (depth, path) in paths.iter().enumerate() {
         let access = if depth == 0 { Access::ReadWrite } else { Access::ReadOnly };
         let storage = file(path, access);
         if path.extension().is_some_and(|e| e == "raw") {
-            layers.push(Layer::Raw(Raw::new(storage)?));
+            layers.push(Box::new(Raw::new(storage)?));
             continue;
         }
         let mut image = Qcow2::open(storage, &OpenOptions::default())?;
@@ -35,7 +35,7 @@ fn open(paths: &[&Path], data: Option<&Path>) -> Result<Image> {
         if depth == 0 {
             image.enable_writing(WriteOptions { discard: Discard::Unmap, ..WriteOptions::default() })?;
         }
-        layers.push(Layer::Qcow2(Box::new(image)));
+        layers.push(Box::new(image));
     }
     Image::new(layers)
 }
@@ -232,7 +232,7 @@ fn a_fast_growing_file_gets_its_space_ahead() {
         let counting = Arc::new(CountingStorage::new(file(&path, Access::ReadWrite)));
         let mut qcow2 = Qcow2::open(counting.clone(), &OpenOptions::default()).unwrap();
         qcow2.enable_writing(WriteOptions::default()).unwrap();
-        let image = Image::new(vec![Layer::Qcow2(Box::new(qcow2))]).unwrap();
+        let image = Image::new(vec![Box::new(qcow2)]).unwrap();
         for n in 0..clusters {
             image.write_at(Mem::from(&[n as u8 | 1; CLUSTER as usize][..]), n * CLUSTER).unwrap();
         }

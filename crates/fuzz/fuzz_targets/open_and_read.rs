@@ -7,7 +7,7 @@ use std::sync::Arc;
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
 use qcow2_engine::storage::MemoryStorage;
-use qcow2_engine::{ExtentKind, GuestSource, Image, Job, Layer, MemMut, OpenOptions, Qcow2};
+use qcow2_engine::{ExtentKind, GuestSource, Image, Job, MemMut, OpenOptions, Qcow2};
 use qcow2_fuzz::Damaged;
 
 #[derive(Debug, Arbitrary)]
@@ -38,7 +38,7 @@ fuzz_target!(|input: Input| {
     };
     let _ = layer.bitmaps();
     let _ = layer.references();
-    let image = Image::new(vec![Layer::Qcow2(Box::new(layer))]).expect("one layer makes a chain");
+    let image = Image::new(vec![Box::new(layer)]).expect("one layer makes a chain");
     let size = image.virtual_size();
     let mut starts: Vec<(u64, usize)> =
         input.reads.iter().take(16).map(|&(at, n)| (u64::from(at) % size.max(1), usize::from(n))).collect();

@@ -7,7 +7,7 @@ use qcow2_engine::format::header::feature::{Compatible, Incompatible};
 use qcow2_engine::format::header::{CompressionType, CryptMethod};
 use qcow2_engine::format::{Header, SnapshotRecord};
 use qcow2_engine::image::BitmapRecord;
-use qcow2_engine::{Layer, Qcow2, Result, StorageExt};
+use qcow2_engine::{Layer, LayerExt, Qcow2, Result, StorageExt};
 
 use crate::runtime::Runtime;
 
@@ -102,8 +102,11 @@ pub struct BitmapInfo {
 pub fn layers_info(env: Env, request: u32, image: u32) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
     let handle = runtime.image(image)?;
-    let work =
-        move || handle.run(|image| image.layers().iter().map(LayerInfo::new).collect::<Result<Vec<_>>>());
+    let work = move || {
+        handle.run(|image| {
+            image.layers().iter().map(|layer| LayerInfo::new(&**layer)).collect::<Result<Vec<_>>>()
+        })
+    };
     runtime.run(&env, request, work, |_, env, layers| {
         // SAFETY: on the environment's thread, with its own env.
         unsafe { Vec::to_napi_value(env.raw(), layers) }
@@ -111,13 +114,13 @@ pub fn layers_info(env: Env, request: u32, image: u32) -> napi::Result<()> {
 }
 
 impl LayerInfo {
-    fn new(layer: &Layer) -> Result<Self> {
+    fn new(layer: &dyn Layer) -> Result<Self> {
         let storage = layer.storage();
         let actual = storage.allocated_bytes().map_err(|e| storage.failure(e, "fstat"))?;
         let filename = storage.path().map(|path| path.to_string_lossy().into_owned());
         Ok(Self {
             filename: filename.unwrap_or_default(),
-            format: if layer.as_qcow2().is_some() { "qcow2" } else { "raw" }.to_owned(),
+            format: layer.format().to_owned(),
             virtual_size: layer.virtual_size() as f64,
             actual_size: actual as f64,
             file_length: storage.size()? as f64,

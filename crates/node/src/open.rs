@@ -9,8 +9,8 @@ use napi_derive::napi;
 use qcow2_engine::format::Limits;
 use qcow2_engine::storage::{Access, CacheMode, Claim, FileStorage, Locking};
 use qcow2_engine::{
-    DetectZeroes, Discard, Image, Layer, MemMut, OpenOptions, Qcow2, Raw, Result, Storage, StorageExt,
-    WriteOptions,
+    DetectZeroes, Discard, Image, Layer, LayerExt, MemMut, OpenOptions, Qcow2, Raw, Result, Storage,
+    StorageExt, WriteOptions,
 };
 
 use crate::resource::{Handle, Resource};
@@ -326,7 +326,7 @@ pub fn open_qcow2(env: Env, request: u32, file: u32, options: LayerOptions) -> n
     let work = move || {
         // Before anything of the image is believed.
         lock.claim(&*storage, true)?;
-        Ok(Layer::Qcow2(Box::new(Qcow2::open(storage, &options)?)))
+        Ok(Box::new(Qcow2::open(storage, &options)?) as Box<dyn Layer>)
     };
     runtime.run(&env, request, work, hold_layer)
 }
@@ -339,16 +339,16 @@ pub fn open_raw(env: Env, request: u32, file: u32, options: LayerOptions) -> nap
     let lock = LockOptions::read(options.lock.as_ref())?;
     let work = move || {
         lock.claim(&*storage, false)?;
-        Ok(Layer::Raw(Raw::new(storage)?))
+        Ok(Box::new(Raw::new(storage)?) as Box<dyn Layer>)
     };
     runtime.run(&env, request, work, hold_layer)
 }
 
-fn hold_layer(runtime: &Runtime, env: &Env, layer: Layer) -> napi::Result<sys::napi_value> {
+fn hold_layer(runtime: &Runtime, env: &Env, layer: Box<dyn Layer>) -> napi::Result<sys::napi_value> {
     let references = layer.as_qcow2().map(Qcow2::references).unwrap_or_default();
     let opened = OpenedLayer {
         virtual_size: layer.virtual_size() as f64,
-        cluster_size: layer.as_qcow2().map(|qcow2| qcow2.geometry().cluster_size() as f64),
+        cluster_size: layer.unit().map(|unit| unit as f64),
         backing: references
             .backing
             .map(|backing| NamedFile::new(&backing.filename, backing.format.as_deref())),
@@ -375,7 +375,7 @@ pub fn set_data_file(
     let lock = LockOptions::read(lock.as_ref())?;
     let data = Arc::clone(&storage);
     runtime.with_layer(layer, |layer| {
-        if let Layer::Qcow2(qcow2) = layer {
+        if let Some(qcow2) = layer.as_qcow2_mut() {
             qcow2.set_data_file(storage);
         }
     })?;
@@ -388,7 +388,7 @@ pub fn set_data_file(
 pub fn assemble(env: Env, request: u32, layers: Vec<u32>, write: Option<WritingOptions>) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
     let write = write.as_ref().map(WritingOptions::read).transpose()?;
-    let mut layers: Vec<Layer> = layers
+    let mut layers: Vec<Box<dyn Layer>> = layers
         .into_iter()
         .filter_map(|number| match runtime.release(number) {
             Some(Resource::Layer(layer)) => Some(layer),

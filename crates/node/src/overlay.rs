@@ -5,10 +5,11 @@ use std::sync::Arc;
 
 use napi::bindgen_prelude::{BufferSlice, Either, Env, ToNapiValue};
 use napi_derive::napi;
-use qcow2_engine::backing::ReopenOptions;
 use qcow2_engine::create::create;
 use qcow2_engine::storage::{Access, CacheMode, FileStorage};
-use qcow2_engine::{Error, Image, Job, Layer, OpenOptions, Qcow2, Result, StorageExt};
+use qcow2_engine::{
+    Error, Image, Job, Layer, LayerExt, OpenOptions, Qcow2, Result, StorageExt, WriteOptions,
+};
 
 use crate::create::Target;
 use crate::job::Ticket;
@@ -57,11 +58,9 @@ pub fn create_overlay(
     let target = Target::new(path, false, &order.in_use)?;
     let cache = cache_mode(order.write.cache.as_deref())?;
     let lock = LockOptions::read(order.lock.as_ref())?;
-    let reopen = ReopenOptions {
-        l2_cache_bytes: order.l2_cache_size.map(|size| size as u64),
-        write: order.write.read()?,
-    };
-    let overlay = Overlay { target, shape: order.shape, cache, lock, reopen };
+    let l2_cache_bytes = order.l2_cache_size.map(|size| size as u64);
+    let write = order.write.read()?;
+    let overlay = Overlay { target, shape: order.shape, cache, lock, l2_cache_bytes, write };
     runtime.start_job(
         &env,
         Ticket { request, job },
@@ -81,7 +80,8 @@ struct Overlay {
     shape: Shape,
     cache: CacheMode,
     lock: Lock,
-    reopen: ReopenOptions,
+    l2_cache_bytes: Option<u64>,
+    write: WriteOptions,
 }
 
 impl Overlay {
@@ -94,7 +94,7 @@ impl Overlay {
         file.storage().flush()?;
         let path = file.path().to_owned();
         let mut named = false;
-        let put = below.put_overlay(&self.reopen, || {
+        let put = below.put_overlay(|| {
             file.commit()?;
             named = true;
             self.open(&path, below)
@@ -109,18 +109,14 @@ impl Overlay {
         put
     }
 
-    fn open(&self, path: &Path, below: &Image) -> Result<Layer> {
+    fn open(&self, path: &Path, below: &Image) -> Result<Box<dyn Layer>> {
         let storage = FileStorage::open_cached(path, Access::ReadWrite, self.cache)?.into_storage();
         self.lock.for_writing(true).claim(&*storage, true)?;
-        let limits = below.top_qcow2().map(|top| *top.limits());
-        let options = OpenOptions {
-            limits: limits.unwrap_or_default(),
-            l2_cache_bytes: self.reopen.l2_cache_bytes,
-            ..OpenOptions::default()
-        };
-        let mut layer = Layer::Qcow2(Box::new(Qcow2::open(storage, &options)?));
-        layer.enable_writing(self.reopen.write)?;
-        Ok(layer)
+        let cache = OpenOptions { l2_cache_bytes: self.l2_cache_bytes, ..OpenOptions::default() };
+        let options = below.top_qcow2().map_or(cache, |top| top.open_options().clone());
+        let mut layer = Qcow2::open(storage, &options)?;
+        layer.enable_writing(self.write)?;
+        Ok(Box::new(layer))
     }
 
     /// Claims the files of the former top only for reading.

@@ -84,7 +84,7 @@ pub(crate) enum Resource {
     /// A file that is open and not yet a layer.
     Storage(Arc<dyn Storage>),
     /// A layer that is open and not yet part of an image.
-    Layer(Layer),
+    Layer(Box<dyn Layer>),
     /// An open image.
     Image(Arc<Handle>),
     /// A clone whose point in time has passed.
@@ -135,9 +135,9 @@ impl Resources {
     }
 
     /// The layer of that number.
-    pub(crate) fn layer_mut(&mut self, number: u32) -> Option<&mut Layer> {
+    pub(crate) fn layer_mut(&mut self, number: u32) -> Option<&mut dyn Layer> {
         match self.held.get_mut(&number) {
-            Some(Resource::Layer(layer)) => Some(layer),
+            Some(Resource::Layer(layer)) => Some(&mut **layer),
             _ => None,
         }
     }

@@ -142,7 +142,11 @@ impl Runtime {
     }
 
     /// Changes the layer of that number.
-    pub(crate) fn with_layer<T>(&self, number: u32, change: impl FnOnce(&mut Layer) -> T) -> napi::Result<T> {
+    pub(crate) fn with_layer<T>(
+        &self,
+        number: u32,
+        change: impl FnOnce(&mut dyn Layer) -> T,
+    ) -> napi::Result<T> {
         let mut resources = self.resources.borrow_mut();
         resources.layer_mut(number).map(change).ok_or_else(|| napi::Error::from_reason("no such layer"))
     }

@@ -13,11 +13,11 @@ pub fn file(path: &Path) -> Result<Arc<dyn Storage>> {
 
 /// Opens a chain from `path` down: names are taken relative to the file that has them, a missing backing format as raw.
 pub fn open(path: &Path, format: &str, options: &OpenOptions) -> Result<Image> {
-    let mut layers = Vec::new();
+    let mut layers: Vec<Box<dyn Layer>> = Vec::new();
     let mut next = Some((path.to_owned(), format.to_owned()));
     while let Some((path, format)) = next.take() {
         if format == "raw" {
-            layers.push(Layer::Raw(Raw::new(file(&path)?)?));
+            layers.push(Box::new(Raw::new(file(&path)?)?));
             break;
         }
         // A snapshot is asked of the top layer only.
@@ -32,7 +32,7 @@ pub fn open(path: &Path, format: &str, options: &OpenOptions) -> Result<Image> {
         next = references
             .backing
             .map(|b| (folder.join(text(&b.filename)), b.format.map_or_else(|| "raw".into(), |f| text(&f))));
-        layers.push(Layer::Qcow2(Box::new(qcow2)));
+        layers.push(Box::new(qcow2));
     }
     Image::new(layers)
 }

@@ -86,7 +86,7 @@ impl Contents {
             rig.open_state(files, &Opening { read, write: None }).map_err(|e| format!("opening: {e:?}"))
         };
         let image = open(None)?;
-        let top = image.layers()[0].as_qcow2().unwrap();
+        let top = image.top_qcow2().unwrap();
         if let Some(e) = top.snapshot_error() {
             return Err(format!("the snapshot table: {e:?}"));
         }
@@ -150,7 +150,7 @@ impl Contents {
 }
 
 fn bitmaps(image: &Image) -> Result<Vec<Marked>, String> {
-    let top = image.layers()[0].as_qcow2().unwrap();
+    let top = image.top_qcow2().unwrap();
     let records = top.bitmaps().map_err(|e| format!("the bitmap directory: {e:?}"))?;
     let mut bitmaps = Vec::new();
     for record in records {

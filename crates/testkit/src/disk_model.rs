@@ -137,12 +137,12 @@ impl Rig {
         if let Some(write) = &opening.write {
             qcow2.enable_writing(*write)?;
         }
-        let mut layers = vec![Layer::Qcow2(Box::new(qcow2))];
+        let mut layers: Vec<Box<dyn Layer>> = vec![Box::new(qcow2)];
         if let Some((bytes, is_qcow2)) = &self.backing {
             let storage: Arc<dyn Storage> = Arc::new(RecordingStorage::plain(bytes.clone()));
             layers.push(match is_qcow2 {
-                true => Layer::Qcow2(Box::new(Qcow2::open(storage, &OpenOptions::default())?)),
-                false => Layer::Raw(Raw::new(storage)?),
+                true => Box::new(Qcow2::open(storage, &OpenOptions::default())?) as Box<dyn Layer>,
+                false => Box::new(Raw::new(storage)?) as Box<dyn Layer>,
             });
         }
         Image::new(layers)
@@ -232,12 +232,12 @@ pub fn open_file(path: &std::path::Path, opening: &Opening) -> Result<Image> {
     if let Some(write) = &opening.write {
         qcow2.enable_writing(*write)?;
     }
-    let mut layers = vec![Layer::Qcow2(Box::new(qcow2))];
+    let mut layers: Vec<Box<dyn Layer>> = vec![Box::new(qcow2)];
     if let Some(backing) = references.backing {
         let storage = Arc::new(FileStorage::open(name(&backing.filename), Access::ReadOnly)?);
         layers.push(match backing.format.as_deref() {
-            Some(b"qcow2") => Layer::Qcow2(Box::new(Qcow2::open(storage, &OpenOptions::default())?)),
-            _ => Layer::Raw(Raw::new(storage)?),
+            Some(b"qcow2") => Box::new(Qcow2::open(storage, &OpenOptions::default())?) as Box<dyn Layer>,
+            _ => Box::new(Raw::new(storage)?) as Box<dyn Layer>,
         });
     }
     Image::new(layers)

@@ -15,7 +15,7 @@ pub struct Table {
 impl Table {
     /// The snapshot table of an open image.
     pub fn of(image: &qcow2_engine::Image) -> Self {
-        let top = image.layers()[0].as_qcow2().unwrap();
+        let top = image.top_qcow2().unwrap();
         Self { generation: top.generation(), count: top.snapshots().len() }
     }
 

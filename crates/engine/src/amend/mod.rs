@@ -13,6 +13,7 @@ use qcow2_format::{Geometry, Header};
 
 use crate::check::{self, CheckOptions, Repair, restructure};
 use crate::image::read_header;
+use crate::invalid::invalid;
 use crate::{Error, ErrorKind, Job, Result, Storage, StorageExt};
 
 /// What to change; `None` keeps what is.
@@ -163,7 +164,7 @@ fn change_width(storage: &dyn Storage, bits: u32, limits: &CheckOptions, job: &J
     let mut new = old.clone();
     let g = old.geometry;
     new.geometry = Geometry::new(g.cluster_bits(), bits.trailing_zeros(), g.extended_l2())
-        .map_err(|e| Error::format(e, ErrorKind::InvalidArgument))?;
+        .map_err(|e| invalid(e, ErrorKind::InvalidArgument))?;
     restructure(storage, &new, false, limits, job, |new| publish::header(storage, &old, new))
 }
 

@@ -2,7 +2,8 @@
 
 use qcow2_format::Header;
 
-use crate::{Error, ErrorKind, Mem, MemMut, Result, Storage, StorageExt};
+use crate::invalid::invalid;
+use crate::{ErrorKind, Mem, MemMut, Result, Storage, StorageExt};
 
 /// What a disk writes as a whole.
 const SECTOR: usize = 512;
@@ -18,7 +19,7 @@ const SECTOR: usize = 512;
 /// `Limit` for a header that does not fit into the first cluster; `Io`.
 pub(crate) fn header(storage: &dyn Storage, old: &Header, new: &Header) -> Result<()> {
     let encode = |header: &Header| {
-        header.encode().map_err(|e| storage.located(Error::format(e, ErrorKind::InvalidArgument)))
+        header.encode().map_err(|e| storage.located(invalid(e, ErrorKind::InvalidArgument)))
     };
     let mut bytes = encode(new)?;
     let sector_end = bytes.len().next_multiple_of(SECTOR).min(new.geometry.cluster_len());

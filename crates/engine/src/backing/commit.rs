@@ -1,9 +1,8 @@
 //! Commit: what the layers above a base have goes into the base.
 
-use crate::image::Layer;
 use crate::source::ExtentKind;
 use crate::workers::{Tasks, share};
-use crate::{Error, ErrorKind, GuestSource, Image, Job, Mem, MemMut, Result, StorageExt};
+use crate::{Error, ErrorKind, GuestSource, Image, Job, Layer, Mem, MemMut, Result, StorageExt};
 
 /// Guest bytes of data that a worker moves at once, aligned: workers seldom meet in a cluster.
 const CHUNK: u64 = 1 << 20;
@@ -63,8 +62,8 @@ pub fn commit(above: &Image, base: &Image, options: &CommitOptions, job: &Job) -
 }
 
 fn check(above: &Image, base: &Image, options: &CommitOptions) -> Result<()> {
-    if above.layers().iter().any(|layer| layer.as_qcow2().is_none()) {
-        let message = "a raw image has no backing file to commit to";
+    if above.layers().iter().any(|layer| !layer.takes_backing()) {
+        let message = "an image of this format has no backing file to commit to";
         return Err(Error::new(ErrorKind::InvalidArgument, message));
     }
     if options.empty && above.layers().len() != 1 {
@@ -72,9 +71,13 @@ fn check(above: &Image, base: &Image, options: &CommitOptions) -> Result<()> {
                        show through";
         return Err(Error::new(ErrorKind::InvalidArgument, message).with_field("drop"));
     }
-    let identity = |layer: &Layer| layer.storage().traits().identity;
+    let identity = |layer: &dyn Layer| layer.storage().traits().identity;
     for layer in above.layers() {
-        if base.layers().iter().any(|other| identity(other).is_some() && identity(other) == identity(layer)) {
+        if base
+            .layers()
+            .iter()
+            .any(|other| identity(&**other).is_some() && identity(&**other) == identity(&**layer))
+        {
             let error = Error::new(ErrorKind::Chain, "the backing chain contains this file twice");
             return Err(layer.storage().located(error));
         }
@@ -86,7 +89,7 @@ fn check(above: &Image, base: &Image, options: &CommitOptions) -> Result<()> {
 fn find(above: &Image, tasks: &Tasks<'_, Task>, job: &Job) -> Result<()> {
     let size = above.virtual_size();
     // What lies behind the end of a layer between reads as zeroes, whatever the base has there.
-    let reach = above.layers().iter().skip(1).map(Layer::virtual_size).min().unwrap_or(u64::MAX);
+    let reach = above.layers().iter().skip(1).map(|layer| layer.virtual_size()).min().unwrap_or(u64::MAX);
     let mut extents = Vec::new();
     let mut at = 0;
     while at < size {

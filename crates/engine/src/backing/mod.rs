@@ -11,5 +11,4 @@ mod rebase;
 
 pub use crate::create::Backing;
 pub use commit::{CommitOptions, commit};
-pub use overlay::ReopenOptions;
 pub use rebase::{RebaseOptions, check_backing, rebase, set_backing};

@@ -67,7 +67,7 @@ pub fn rebase(
         if options.compress { layer.geometry().cluster_size() } else { layer.geometry().subcluster_size() };
     // Without a zero flag, zeroes that nothing hides now would be given up, not stored.
     let has_zero_flag = layer.header().version >= 3;
-    let old_size = top.layers().get(1).map_or(0, Layer::virtual_size);
+    let old_size = top.layers().get(1).map_or(0, |below| below.virtual_size());
     let zeroes_from = match (has_zero_flag, options.detect_zeroes) {
         (false, _) => u64::MAX,
         (true, true) => 0,
@@ -160,14 +160,14 @@ fn with_backing(header: &Header, backing: Option<&Backing>) -> Result<Header> {
     }
 }
 
-fn identity(layer: &Layer) -> Option<(u64, u64)> {
+fn identity(layer: &dyn Layer) -> Option<(u64, u64)> {
     layer.storage().traits().identity
 }
 
 fn refuse_loop(top: &Qcow2, new: Option<&Image>) -> Result<()> {
     let own = top.storage().traits().identity;
     let layers = new.map_or(&[][..], Image::layers);
-    if own.is_some() && layers.iter().any(|layer| identity(layer) == own) {
+    if own.is_some() && layers.iter().any(|layer| identity(&**layer) == own) {
         let message = "the new backing chain contains the image itself";
         return Err(top.error(ErrorKind::Chain, message).with_field("backing_file"));
     }
@@ -178,10 +178,8 @@ fn refuse_loop(top: &Qcow2, new: Option<&Image>) -> Result<()> {
 fn shared_depth(top: &Image, new: Option<&Image>) -> Option<u32> {
     let new = new?.layers();
     let depth = top.layers().len().checked_sub(new.len()).filter(|depth| *depth > 0)?;
-    let same = |(a, b): (&Layer, &Layer)| {
-        identity(a).is_some()
-            && identity(a) == identity(b)
-            && a.as_qcow2().is_some() == b.as_qcow2().is_some()
+    let same = |(a, b): (&Box<dyn Layer>, &Box<dyn Layer>)| {
+        identity(&**a).is_some() && identity(&**a) == identity(&**b) && a.format() == b.format()
     };
     let all = top.layers().iter().skip(depth).zip(new).all(same);
     all.then(|| u32::try_from(depth).ok()).flatten()

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use qcow2_format::bitmap::BitmapFlags;
 
 use super::stored;
-use crate::image::{Image, Layer, OpenOptions, Qcow2};
+use crate::image::{Image, Qcow2};
 use crate::write::WriteOptions;
 use crate::{Error, ErrorKind, Result, Storage};
 
@@ -25,7 +25,7 @@ impl<'a> CopyableBitmaps<'a> {
     /// # Errors
     /// `UnsupportedFeature` for a raw source; `Corrupt` for an inconsistent bitmap without `skip`.
     pub fn of(source: &'a Image, skip: bool) -> Result<Self> {
-        let Some(Layer::Qcow2(source)) = source.layers().first() else {
+        let Some(source) = source.top_qcow2() else {
             return Err(Error::new(ErrorKind::UnsupportedFeature, "a raw source has no bitmaps"));
         };
         let (mut names, mut skipped) = (Vec::new(), Vec::new());
@@ -52,13 +52,12 @@ impl<'a> CopyableBitmaps<'a> {
         if self.names.is_empty() {
             return Ok(());
         }
-        let options = OpenOptions { limits: *self.source.limits(), ..OpenOptions::default() };
-        let mut qcow2 = Qcow2::open(target, &options)?;
+        let mut qcow2 = Qcow2::open(target, self.source.open_options())?;
         if let Some(data_file) = data_file {
             qcow2.set_data_file(data_file);
         }
         qcow2.enable_writing(WriteOptions::default())?;
-        let target = Image::new(vec![Layer::Qcow2(Box::new(qcow2))])?;
+        let target = Image::new(vec![Box::new(qcow2)])?;
         self.add_to(&target)?;
         target.close()
     }

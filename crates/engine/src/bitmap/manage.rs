@@ -11,7 +11,7 @@ use super::bits::Bits;
 use super::directory::NewEntry;
 use super::stored;
 use super::tracked::Tracked;
-use crate::image::{Image, Layer, Qcow2};
+use crate::image::{Image, Qcow2};
 use crate::maintenance::Session;
 use crate::{Error, ErrorKind, Result};
 
@@ -133,9 +133,7 @@ impl Image {
 }
 
 fn qcow2(disk: &Image) -> Result<&Qcow2> {
-    disk.layers()
-        .first()
-        .and_then(Layer::as_qcow2)
+    disk.top_qcow2()
         .ok_or_else(|| Error::new(ErrorKind::UnsupportedFeature, "a raw disk has no persistent bitmaps"))
 }
 

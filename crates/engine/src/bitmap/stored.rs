@@ -4,8 +4,9 @@ use qcow2_format::bitmap::{BitmapCluster, BitmapDirectoryEntry, BitmapTableEntry
 
 use super::bits::Bits;
 use crate::image::{Qcow2, decode_words, on_file};
+use crate::invalid::invalid;
 use crate::maintenance::Session;
-use crate::{Error, ErrorKind, MemMut, Result, StorageExt};
+use crate::{ErrorKind, MemMut, Result, StorageExt};
 
 /// Reads the table of a bitmap whose directory entry is validated.
 pub(super) fn read_table(image: &Qcow2, entry: &BitmapDirectoryEntry) -> Result<Vec<BitmapCluster>> {
@@ -22,7 +23,7 @@ pub(super) fn read_table(image: &Qcow2, entry: &BitmapDirectoryEntry) -> Result<
     image.storage().read_exact_at(MemMut::from(&mut table[..]), entry.table_offset.0)?;
     let decode = |word| BitmapTableEntry(word).decode(image.geometry());
     let table: std::result::Result<_, _> = decode_words(&table).into_iter().map(decode).collect();
-    table.map_err(|e| on_file(&**image.storage(), Error::format(e, ErrorKind::Corrupt)))
+    table.map_err(|e| on_file(&**image.storage(), invalid(e, ErrorKind::Corrupt)))
 }
 
 /// Loads the bits of a bitmap.

@@ -32,7 +32,7 @@ use parking_lot::{Mutex, RwLock};
 use self::copying::Copying;
 use self::scan::Scan;
 pub use self::target::CloneTarget;
-use crate::image::{Image, Layer};
+use crate::image::Image;
 use crate::{Error, ErrorKind, Job, Result, workers};
 
 /// The clones of one image that are under way.
@@ -110,8 +110,8 @@ impl Image {
 
     /// Runs `act` while no request is in flight that changes the disk.
     fn at_rest<T>(&self, act: impl FnOnce() -> Result<T>) -> Result<T> {
-        match self.layers().first() {
-            Some(Layer::Qcow2(image)) => match &image.writer {
+        match self.top_qcow2() {
+            Some(image) => match &image.writer {
                 Some(writer) => {
                     let _alone = writer.gate.write();
                     // A poisoned image is still read, so it can be cloned; one that is closed is not.

@@ -6,7 +6,7 @@ use qcow2_transform::zero;
 
 use crate::convert::{Compression, DEFAULT_SPARSE_SIZE};
 use crate::create::{CreateOptions, Preallocation, create_raw, create_withheld, publish};
-use crate::image::{Image, Layer, OpenOptions, Qcow2};
+use crate::image::{Image, OpenOptions, Qcow2};
 use crate::{Error, ErrorKind, Job, Mem, Result, Storage, StorageExt, WriteOptions};
 
 /// Where to clone to. What the target held is lost.
@@ -78,7 +78,7 @@ impl CloneTarget {
         qcow2.enable_writing(write)?;
         let unit = if compression.is_some() { g.cluster_size() } else { g.subcluster_size() };
         Ok(Sink::Qcow2 {
-            image: Box::new(Image::new(vec![Layer::Qcow2(Box::new(qcow2))])?),
+            image: Box::new(Image::new(vec![Box::new(qcow2)])?),
             cluster: g.cluster_size(),
             unit: unit as usize,
             compressed: compression.is_some(),

@@ -28,7 +28,7 @@ mod sweep;
 mod table_edit;
 
 use crate::check::{CheckOptions, References, count_references};
-use crate::image::{Image, Layer, Qcow2, read_header};
+use crate::image::{Image, Qcow2, read_header};
 use crate::maintenance::Session;
 use crate::{Error, ErrorKind, Job, Result, StorageExt};
 
@@ -80,7 +80,7 @@ impl Image {
     /// anything is changed; `Limit` when the bookkeeping exceeds the limit on memory; `Aborted`; else as
     /// [`Image::write_at`].
     pub fn compact(&self, options: CompactOptions, job: &Job) -> Result<CompactResult> {
-        let Some(Layer::Qcow2(image)) = self.layers().first() else {
+        let Some(image) = self.top_qcow2() else {
             let message = "a raw disk has no clusters to compact: discard gives its space back";
             return Err(Error::new(ErrorKind::UnsupportedFeature, message));
         };

@@ -7,7 +7,6 @@ use qcow2_transform::zero;
 use super::copy::Copier;
 use super::scan::{Chunk, Rules, Zeroes};
 use super::{Context, ConvertOptions, Delta};
-use crate::image::Layer;
 use crate::{Error, ErrorKind, Image, Mem, Result};
 
 /// Bytes of a chunk, at least a cluster: two workers seldom meet in one.
@@ -54,10 +53,7 @@ impl<'a> ImageSink<'a> {
             let message = format!("the target's disk holds {room} bytes, the source's {size}");
             return Err(Error::new(ErrorKind::InvalidArgument, message).with_field("target"));
         }
-        let cluster = match image.layers().first() {
-            Some(Layer::Qcow2(qcow2)) => qcow2.geometry().cluster_size(),
-            _ => CHUNK,
-        };
+        let cluster = image.layers().first().and_then(|top| top.unit()).unwrap_or(CHUNK);
         Ok(Self {
             image,
             sparse_size: usize::try_from(context.options.sparse_size).unwrap_or(usize::MAX),

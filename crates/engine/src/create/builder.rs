@@ -10,6 +10,7 @@ use qcow2_format::{Geometry, GuestOffset, Header, HostOffset, L1Entry, L2Mapping
 
 use super::hosts::{Finished, HostClusters};
 use super::options::{CreateOptions, L1_ENTRY_SIZE, Preallocation};
+use crate::invalid::invalid;
 use crate::{Error, ErrorKind, Mem, Result, Storage, StorageExt};
 
 /// Finished metadata that is held back to be written in larger pieces, in bytes.
@@ -237,7 +238,7 @@ impl ImageBuilder {
     /// As `finish`, durably, but for the first bytes: the file is no image before [`publish`] writes them.
     pub(crate) fn withhold(self, preallocation: Preallocation) -> Result<Header> {
         let (_, first) = self.complete(preallocation, true, [0; 4])?;
-        Header::parse(&first).map_err(|e| Error::format(e, ErrorKind::Internal))
+        Header::parse(&first).map_err(|e| invalid(e, ErrorKind::Internal))
     }
 
     /// Gives also the first cluster as it is with its magic; `magic` is what is written in its place.
@@ -272,7 +273,7 @@ impl ImageBuilder {
         if durable {
             self.storage.flush()?;
         }
-        let mut first = self.header.encode().map_err(|e| Error::format(e, ErrorKind::Internal))?;
+        let mut first = self.header.encode().map_err(|e| invalid(e, ErrorKind::Internal))?;
         first.resize(g.cluster_len(), 0);
         let mut written = first.clone();
         written.iter_mut().zip(magic).for_each(|(byte, magic)| *byte = magic);

@@ -9,6 +9,7 @@ use std::collections::VecDeque;
 use qcow2_format::limits::{MAX_HOST_OFFSET, MAX_REFCOUNT_TABLE_BYTES};
 use qcow2_format::{CompressedDescriptor, Geometry, HostOffset, refcount};
 
+use crate::invalid::invalid;
 use crate::{Error, ErrorKind, Result};
 
 /// Bytes of a refcount table entry.
@@ -152,7 +153,7 @@ impl HostClusters {
             }
         };
         CompressedDescriptor::for_data(HostOffset(offset), length, &g)
-            .map_err(|e| Error::format(e, ErrorKind::Limit))
+            .map_err(|e| invalid(e, ErrorKind::Limit))
     }
 
     fn pack(&mut self, at: u64, length: u64, end: u64, users: u64) {

@@ -5,6 +5,7 @@ use qcow2_format::header::feature::{Autoclear, Compatible, Incompatible};
 use qcow2_format::limits::{MAX_L1_BYTES, MAX_VIRTUAL_SIZE};
 use qcow2_format::{CompressionType, CryptMethod, FormatError, Geometry, Header, HostOffset};
 
+use crate::invalid::invalid;
 use crate::{Error, ErrorKind, Result};
 
 /// Virtual sizes are multiples of this, as the guest's sectors are.
@@ -213,7 +214,7 @@ impl CreateOptions {
             backing_file: self.backing.as_ref().map(|b| b.filename.clone()),
         };
         // Names that do not fit are found before anything is written.
-        header.encode().map_err(|e| Error::format(e, ErrorKind::InvalidArgument))?;
+        header.encode().map_err(|e| invalid(e, ErrorKind::InvalidArgument))?;
         Ok(header)
     }
 

@@ -3,6 +3,7 @@
 use qcow2_format::bitmap::BitmapDirectoryEntry;
 
 use super::qcow2::Qcow2;
+use crate::invalid::invalid;
 use crate::{Error, ErrorKind, MemMut, Result, StorageExt};
 
 /// One persistent bitmap of an image.
@@ -49,7 +50,7 @@ impl Qcow2 {
         // A viewed snapshot may have another size than the disk that the bitmaps are about.
         let size = if self.viewed_snapshot().is_some() { header.size } else { self.virtual_size() };
         let corrupt = |e| {
-            super::open::on_file(&**self.storage(), Error::format(e, ErrorKind::Corrupt))
+            super::open::on_file(&**self.storage(), invalid(e, ErrorKind::Corrupt))
                 .with_offset(extension.directory_offset.0)
         };
         extension.validate(self.geometry().cluster_size()).map_err(corrupt)?;

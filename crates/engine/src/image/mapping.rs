@@ -4,8 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
 
+use qcow2_core::layer::{Place, PlanBuilder, Segment, SegmentKind, Token};
 use qcow2_format::{
-    CompressedDescriptor, GuestOffset, HostOffset, L1Entry, L2Entry, L2Mapping, SubclusterBitmap,
+    CompressedDescriptor, Geometry, GuestOffset, HostOffset, L1Entry, L2Entry, L2Mapping, SubclusterBitmap,
     SubclusterKind,
 };
 
@@ -14,80 +15,19 @@ use super::slices::{Slice, SliceCache};
 use crate::write::Unlinked;
 use crate::{Error, ErrorKind, Result};
 
-/// A run of guest bytes that one layer stores in one way.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Segment {
-    /// First guest byte.
-    pub start: u64,
-    /// Length in bytes, never 0.
-    pub length: u64,
-    /// How it is stored.
-    pub kind: SegmentKind,
-}
-
 /// Clusters in one plan from which on it reads tables in larger pieces than slices.
 const WIDE: u64 = 4096;
 /// Bytes of such a piece.
 const MAX_PIECE: u64 = 64 << 10;
 
-/// How one layer stores a segment.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum SegmentKind {
-    /// As it is, from this offset of the data file (of the image, without an external one).
-    Data {
-        /// Offset of the segment's first byte.
-        host: u64,
-    },
-    /// Not at all: reads as zeroes. `host` is a preallocation.
-    Zero {
-        /// Offset of the segment's first byte.
-        host: Option<u64>,
-    },
-    /// Compressed, as part of one cluster.
-    Compressed(CompressedDescriptor),
-    /// Not in this layer: the backing file decides.
-    Unallocated {
-        /// Where the range would be: the cluster has other subclusters and so a host cluster.
-        host: Option<u64>,
-    },
+/// The place of an offset in the file that holds guest data, the only one that a segment of this format can lie in.
+fn place(host: u64) -> Place {
+    Place { file: 0, host }
 }
 
-impl SegmentKind {
-    /// Whether `next`, which starts `length` bytes behind the start of `self`, continues it.
-    fn continues(&self, length: u64, next: &Self) -> bool {
-        match (self, next) {
-            (Self::Data { host: a }, Self::Data { host: b })
-            | (Self::Zero { host: Some(a) }, Self::Zero { host: Some(b) })
-            | (Self::Unallocated { host: Some(a) }, Self::Unallocated { host: Some(b) }) => a + length == *b,
-            (Self::Zero { host: None }, Self::Zero { host: None })
-            | (Self::Unallocated { host: None }, Self::Unallocated { host: None }) => true,
-            (Self::Compressed(a), Self::Compressed(b)) => a == b,
-            _ => false,
-        }
-    }
-}
-
-/// Collects segments, merging neighbours.
-struct Plan<'a> {
-    segments: &'a mut Vec<Segment>,
-    /// Segments before this one belong to earlier plans in the same list.
-    first: usize,
-}
-
-impl Plan<'_> {
-    fn push(&mut self, start: u64, length: u64, kind: SegmentKind) {
-        if length == 0 {
-            return;
-        }
-        let own = self.segments.len() > self.first;
-        if let Some(last) = self.segments.last_mut().filter(|_| own)
-            && last.kind.continues(last.length, &kind)
-        {
-            last.length += length;
-            return;
-        }
-        self.segments.push(Segment { start, length, kind });
-    }
+/// The compressed cluster that a segment's token stands for: what its L2 entry says.
+pub(super) fn descriptor(token: Token, geometry: &Geometry) -> CompressedDescriptor {
+    CompressedDescriptor::decode(token.0, geometry)
 }
 
 /// L1 and changed L2 slices of a layer. Readers plan under the shared lock; writers publish under the exclusive one.
@@ -192,8 +132,7 @@ impl Qcow2 {
     /// # Errors
     /// `Corrupt` for entries that break the format, naming the guest offset; `Io` from reading tables.
     pub fn plan_read(&self, range: Range<u64>, segments: &mut Vec<Segment>) -> Result<()> {
-        let first = segments.len();
-        let mut plan = Plan { segments, first };
+        let mut plan = PlanBuilder::new(segments);
         let mut at = range.start;
         let mut loaded = Loaded::default();
         let mut stopped = None;
@@ -245,7 +184,7 @@ impl Qcow2 {
         at: &mut u64,
         end: u64,
         loaded: &Loaded,
-        plan: &mut Plan<'_>,
+        plan: &mut PlanBuilder<'_>,
     ) -> Result<Option<Missing>> {
         let g = *self.geometry();
         let mapping = self.mapping.read();
@@ -255,7 +194,7 @@ impl Qcow2 {
             let table = entry.table(&g).map_err(|e| self.corrupt_entry(e, *at))?;
             let Some(table) = table else {
                 let table_end = (*at - *at % g.l2_coverage()).saturating_add(g.l2_coverage()).min(end);
-                plan.push(*at, table_end - *at, SegmentKind::Unallocated { host: None });
+                plan.push(*at, table_end - *at, SegmentKind::Unallocated(None));
                 *at = table_end;
                 continue;
             };
@@ -282,21 +221,25 @@ impl Qcow2 {
         entry: L2Entry,
         cluster: u64,
         range: Range<u64>,
-        plan: &mut Plan<'_>,
+        plan: &mut PlanBuilder<'_>,
     ) -> Result<()> {
         let within = range.start - cluster;
         let length = range.end - range.start;
-        let at = |host: HostOffset| host.0 + within;
+        let at = |host: HostOffset| place(host.0 + within);
         match self.decode_entry(entry, cluster)? {
-            L2Mapping::Unallocated => plan.push(range.start, length, SegmentKind::Unallocated { host: None }),
+            L2Mapping::Unallocated => plan.push(range.start, length, SegmentKind::Unallocated(None)),
             L2Mapping::Zero { host, .. } => {
-                plan.push(range.start, length, SegmentKind::Zero { host: host.map(at) });
+                plan.push(range.start, length, SegmentKind::Zero(host.map(at)));
             }
             L2Mapping::Data { host, .. } => {
-                plan.push(range.start, length, SegmentKind::Data { host: at(host) });
+                plan.push(range.start, length, SegmentKind::Data(at(host)));
             }
             L2Mapping::Compressed(descriptor) => {
-                plan.push(range.start, length, SegmentKind::Compressed(descriptor));
+                plan.push(
+                    range.start,
+                    length,
+                    SegmentKind::Opaque(Token(descriptor.encode(self.geometry()))),
+                );
             }
             L2Mapping::Subclusters { host, bitmap, .. } => {
                 self.plan_subclusters(host, bitmap, cluster, range, plan);
@@ -323,7 +266,7 @@ impl Qcow2 {
         bitmap: SubclusterBitmap,
         cluster: u64,
         range: Range<u64>,
-        plan: &mut Plan<'_>,
+        plan: &mut PlanBuilder<'_>,
     ) {
         let g = self.geometry();
         let mut at = range.start;
@@ -331,13 +274,13 @@ impl Qcow2 {
             let index = g.subcluster_index(at) as u32;
             let run_end = cluster + u64::from(index + bitmap.run_length(index)) * g.subcluster_size();
             let end = run_end.min(range.end);
-            let here = host.map(|h| h.0 + (at - cluster));
+            let here = host.map(|h| place(h.0 + (at - cluster)));
             let kind = match (bitmap.kind(index), here) {
-                (SubclusterKind::Zero, host) => SegmentKind::Zero { host },
-                (SubclusterKind::Data, Some(host)) => SegmentKind::Data { host },
+                (SubclusterKind::Zero, here) => SegmentKind::Zero(here),
+                (SubclusterKind::Data, Some(here)) => SegmentKind::Data(here),
                 // Data without a host cluster does not decode.
-                (SubclusterKind::Data, None) => SegmentKind::Unallocated { host: None },
-                (SubclusterKind::Unallocated, host) => SegmentKind::Unallocated { host },
+                (SubclusterKind::Data, None) => SegmentKind::Unallocated(None),
+                (SubclusterKind::Unallocated, here) => SegmentKind::Unallocated(here),
             };
             plan.push(at, end - at, kind);
             at = end;

@@ -5,23 +5,22 @@
 
 mod bitmaps;
 mod chain;
-mod extents;
 mod inflated;
+mod layer;
 mod mapping;
 mod open;
 mod preallocation;
 mod qcow2;
-mod raw;
 mod slices;
 mod snapshots;
 
 pub use bitmaps::BitmapRecord;
-pub use chain::{Image, Layer};
+pub use chain::{Image, LayerExt};
 pub(crate) use mapping::{Loaded, Missing};
-pub use mapping::{Segment, SegmentKind};
 pub(crate) use open::on_file;
 pub use open::{OpenOptions, read_header, read_header_for_check};
 pub use qcow2::{BackingReference, DataFileReference, Qcow2, References};
-pub use raw::Raw;
+pub use qcow2_core::layer::{Segment, SegmentKind};
+pub use qcow2_core::{Layer, Raw};
 pub(crate) use slices::{Slice, decode_words};
 pub(crate) use snapshots::load as load_snapshots;

@@ -9,6 +9,7 @@ use super::inflated::InflatedCache;
 use super::qcow2::{Qcow2, View};
 use super::slices::SliceCache;
 use super::snapshots;
+use crate::invalid::invalid;
 use crate::{Error, ErrorKind, MemMut, Result, Storage, StorageExt};
 
 /// How to open a qcow2 layer.
@@ -43,7 +44,7 @@ pub fn read_header_for_check(storage: &dyn Storage) -> Result<Header> {
 }
 
 fn header_by(storage: &dyn Storage, parse: impl Fn(&[u8]) -> FormatResult<Header>) -> Result<Header> {
-    let fail = |e| on_file(storage, Error::format(e, ErrorKind::InvalidHeader));
+    let fail = |e| on_file(storage, invalid(e, ErrorKind::InvalidHeader));
     let mut start = [0u8; PREAMBLE_LENGTH];
     let got = storage.read_up_to_at(MemMut::from(&mut start[..]), 0)?;
     let preamble = Header::preamble(start.get(..got).unwrap_or_default()).map_err(fail)?;
@@ -94,7 +95,7 @@ impl Qcow2 {
                 let record = snapshots.get(index).ok_or_else(Error::aborted)?;
                 record
                     .check_l1(&header.geometry, header.size)
-                    .map_err(|e| fail(Error::format(e, ErrorKind::Corrupt)))?;
+                    .map_err(|e| fail(invalid(e, ErrorKind::Corrupt)))?;
                 place("snapshot L1 table offset", record.l1_table_offset, record.l1_size)?;
                 View {
                     size: record.disk_size.unwrap_or(header.size),
@@ -105,19 +106,27 @@ impl Qcow2 {
         };
         let slices = SliceCache::new(&header.geometry, view.size, options.l2_cache_bytes);
         let inflated = InflatedCache::new(&header.geometry, options.inflated_cache_bytes);
-        Ok(Self::assemble(storage, header, view, snapshots, snapshot_error, slices, inflated, options.limits))
+        Ok(Self::assemble(storage, header, view, snapshots, snapshot_error, slices, inflated, options))
     }
 }
 
 impl Qcow2 {
-    /// Reads header and tables again, after they were changed in the file. Caches keep their size and the data file
-    /// stays attached; the image is not open for writing any more.
-    pub(crate) fn reload(&mut self) -> Result<()> {
-        let options = OpenOptions { limits: *self.limits(), ..OpenOptions::default() };
-        let mut fresh = Self::open(Arc::clone(self.storage()), &options)?;
+    /// The active disk of the same image anew, for reading, as it was opened.
+    ///
+    /// # Errors
+    /// As [`Qcow2::open`].
+    pub fn reopen(&self) -> Result<Self> {
+        let mut fresh = Self::open(Arc::clone(self.storage()), self.open_options())?;
         if let Some(data) = self.data_file() {
             fresh.set_data_file(Arc::clone(data));
         }
+        Ok(fresh)
+    }
+
+    /// Reads header and tables again, after they were changed in the file. Caches keep their memory; the image is not open
+    /// for writing any more.
+    pub(crate) fn reload(&mut self) -> Result<()> {
+        let mut fresh = self.reopen()?;
         std::mem::swap(&mut fresh.slices, &mut self.slices);
         std::mem::swap(&mut fresh.inflated, &mut self.inflated);
         fresh.slices.clear();

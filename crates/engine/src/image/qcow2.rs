@@ -11,6 +11,7 @@ use qcow2_format::{CryptMethod, Geometry, Header, Limits, SnapshotRecord};
 
 use super::inflated::{Inflate, InflatedCache};
 use super::mapping::Mapping;
+use super::open::OpenOptions;
 use super::slices::SliceCache;
 use crate::write::Writer;
 use crate::{Error, ErrorKind, Result, Storage};
@@ -27,7 +28,7 @@ pub struct Qcow2 {
     generation: AtomicU64,
     bitmap_directory: RwLock<Option<BitmapsExtension>>,
     snapshot_error: Option<Error>,
-    limits: Limits,
+    options: OpenOptions,
     pub(crate) mapping: RwLock<Mapping>,
     pub(crate) slices: SliceCache,
     pub(crate) inflated: InflatedCache,
@@ -81,7 +82,7 @@ impl Qcow2 {
         snapshot_error: Option<Error>,
         slices: SliceCache,
         inflated: InflatedCache,
-        limits: Limits,
+        options: &OpenOptions,
     ) -> Self {
         let consistent = header.autoclear.contains(Autoclear::BITMAPS);
         let directory = header.bitmaps().filter(|_| consistent).copied();
@@ -95,7 +96,7 @@ impl Qcow2 {
             snapshots: RwLock::new(snapshots.into()),
             generation: AtomicU64::new(0),
             snapshot_error,
-            limits,
+            options: OpenOptions { snapshot: None, for_check: false, ..options.clone() },
             mapping: RwLock::new(Mapping::new(view.l1)),
             slices,
             inflated,
@@ -180,7 +181,11 @@ impl Qcow2 {
     }
     /// The limits the image was opened with.
     pub fn limits(&self) -> &Limits {
-        &self.limits
+        &self.options.limits
+    }
+    /// How the active disk of the image is opened again: as it was opened.
+    pub fn open_options(&self) -> &OpenOptions {
+        &self.options
     }
     /// A copy of the L1 table of the disk that is read.
     pub fn l1(&self) -> Vec<u64> {

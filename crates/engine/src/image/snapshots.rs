@@ -4,6 +4,7 @@ use qcow2_format::limits::MAX_SNAPSHOT_TABLE_BYTES;
 use qcow2_format::snapshot::ParsedSnapshot;
 use qcow2_format::{FormatError, Header, Limits, SnapshotRecord};
 
+use crate::invalid::invalid;
 use crate::{Error, ErrorKind, MemMut, Result, Storage, StorageExt};
 
 /// Bytes read at a time: most tables fit into one piece.
@@ -60,7 +61,7 @@ pub(crate) fn load(storage: &dyn Storage, header: &Header, limits: &Limits) -> R
 
 /// Why entry `index` cannot be read.
 fn unreadable(index: u32, error: FormatError) -> Error {
-    let error = Error::format(error, ErrorKind::Corrupt);
+    let error = invalid(error, ErrorKind::Corrupt);
     let message = format!("snapshot table entry {index}: {}", error.message());
     Error::new(error.kind(), message).with_source(error)
 }

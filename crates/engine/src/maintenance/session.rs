@@ -3,7 +3,7 @@
 use parking_lot::RwLockWriteGuard;
 use qcow2_format::Geometry;
 
-use crate::image::{Image, Layer, Qcow2};
+use crate::image::{Image, Qcow2};
 use crate::write::{Unlinked, Writer};
 use crate::{Error, ErrorKind, Mem, MemMut, Result, StorageExt};
 
@@ -28,7 +28,7 @@ impl<'a> Session<'a> {
     /// # Errors
     /// `ReadOnly`, `UnsupportedFeature` for a raw disk, and what a flush can fail with.
     pub(crate) fn begin(disk: &'a Image) -> Result<Self> {
-        let Some(Layer::Qcow2(image)) = disk.layers().first() else {
+        let Some(image) = disk.top_qcow2() else {
             let message = "a raw disk has no snapshots, bitmaps or tables";
             return Err(Error::new(ErrorKind::UnsupportedFeature, message));
         };

@@ -9,8 +9,8 @@ use qcow2_format::{HostOffset, L1Entry};
 
 use super::execute::encode_words;
 use super::session::Session;
-use crate::image::SegmentKind;
 use crate::{Result, StorageExt};
+use qcow2_core::layer::{Place, SegmentKind};
 
 /// The L2 table that reaches over the new end.
 struct Cut {
@@ -148,7 +148,7 @@ impl Session<'_> {
         let mut segments = Vec::new();
         self.image.plan_read(size..size.next_multiple_of(g.cluster_size()), &mut segments)?;
         for segment in segments {
-            if let SegmentKind::Data { host } = segment.kind
+            if let SegmentKind::Data(Place { host, .. }) = segment.kind
                 && self.refcount(g.cluster_index(host))? == 1
             {
                 self.image.storage().zero(host, segment.length, false)?;

@@ -9,7 +9,7 @@ use qcow2_format::L1Entry;
 use super::quarantine::Unlinked;
 use super::request::Top;
 use super::writer::Writer;
-use crate::image::{Image, Layer, Qcow2};
+use crate::image::{Image, Qcow2};
 use crate::maintenance::Session;
 use crate::{ErrorKind, Mem, Result, StorageExt};
 
@@ -36,9 +36,9 @@ impl Image {
     /// # Errors
     /// `Io` when a write or sync fails; the image then refuses further writes.
     pub fn flush(&self) -> Result<()> {
-        match self.layers().first() {
-            Some(Layer::Qcow2(image)) if !image.is_writable() => Ok(()),
-            Some(Layer::Raw(raw)) if !raw.storage().traits().writable => Ok(()),
+        match (self.top_qcow2(), self.top_raw()) {
+            (Some(image), _) if !image.is_writable() => Ok(()),
+            (_, Some(raw)) if !raw.is_writable() => Ok(()),
             _ => match self.top()? {
                 Top::Raw(raw) => raw.storage().flush(),
                 Top::Qcow2(image, writer) => {
@@ -63,8 +63,8 @@ impl Image {
 
     /// Closes the image but for its clones: what they read does not change any more.
     pub(crate) fn seal(&self) -> Result<()> {
-        match self.layers().first() {
-            Some(Layer::Qcow2(image)) => {
+        match (self.top_qcow2(), self.top_raw()) {
+            (Some(image), _) => {
                 let Some(writer) = &image.writer else { return Ok(()) };
                 if writer.check().is_err() {
                     return Ok(());
@@ -88,7 +88,7 @@ impl Image {
                 writer.close();
                 Ok(())
             }
-            Some(Layer::Raw(raw)) if raw.storage().traits().writable => raw.storage().flush(),
+            (_, Some(raw)) if raw.is_writable() => raw.storage().flush(),
             _ => Ok(()),
         }
     }

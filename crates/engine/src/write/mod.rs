@@ -42,6 +42,6 @@ mod zeroes;
 pub(crate) use header::Places;
 pub(crate) use quarantine::Unlinked;
 pub use resize::ResizeOptions;
+pub use writer::WriteOptions;
 pub(crate) use writer::Writer;
-pub use writer::{DetectZeroes, Discard, WriteOptions};
 pub(crate) use zeroes::give_up;

@@ -8,7 +8,7 @@ use super::alloc::{Allocation, Wish};
 use super::link::Change;
 use super::writer::Writer;
 use crate::create::{Preallocation, write_zero_bytes};
-use crate::image::{Image, Layer, Qcow2};
+use crate::image::{Image, Qcow2};
 use crate::{Job, Result, StorageExt};
 
 impl Image {
@@ -28,7 +28,7 @@ impl Image {
         if mode == Preallocation::Off {
             return Ok(());
         }
-        let backing = self.layers().get(1).map_or(0, Layer::virtual_size);
+        let backing = self.layers().get(1).map_or(0, |below| below.virtual_size());
         let bitmap = if raw_data || backing > new.start {
             SubclusterBitmap::ALL_DATA
         } else {

@@ -9,6 +9,7 @@ use qcow2_format::{Geometry, Header, HostOffset};
 
 use super::fork::Fork;
 use crate::image::on_file;
+use crate::invalid::invalid;
 use crate::{Error, ErrorKind, Mem, MemMut, Result, Storage, StorageExt};
 
 /// Bytes of blocks that the cache keeps, beyond changed ones.
@@ -178,7 +179,7 @@ impl Refcounts {
         if !self.blocks.contains_key(&index) {
             let entry = RefcountTableEntry(self.table.get(index as usize).copied().unwrap_or(0));
             let offset = entry.block(&self.geometry).map_err(|e| {
-                on_file(&*self.storage, Error::format(e, ErrorKind::Corrupt))
+                on_file(&*self.storage, invalid(e, ErrorKind::Corrupt))
                     .with_offset(self.table_offset + index * 8)
             })?;
             let Some(offset) = offset else { return Ok(None) };

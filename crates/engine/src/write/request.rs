@@ -10,9 +10,9 @@ use super::alloc::Allocation;
 use super::batch::{Batch, NewRun, Piece};
 use super::cluster::{Run, Step};
 use super::cow::plan_cow;
-use super::writer::{DetectZeroes, Writer};
-use crate::image::{Image, Layer, Loaded, Qcow2};
-use crate::{Error, ErrorKind, Mem, MemMut, Result, StorageExt};
+use super::writer::Writer;
+use crate::image::{Image, Loaded, Qcow2};
+use crate::{DetectZeroes, Error, ErrorKind, Mem, MemMut, Raw, Result, StorageExt};
 
 /// What a request writes.
 #[derive(Debug, Clone, Copy)]
@@ -36,7 +36,7 @@ impl<'a> Payload<'a> {
 
 /// The top layer of a writable image.
 pub(super) enum Top<'a> {
-    Raw(&'a crate::image::Raw),
+    Raw(&'a Raw),
     Qcow2(&'a Qcow2, &'a Writer),
 }
 
@@ -96,9 +96,9 @@ impl Image {
     }
 
     pub(super) fn top(&self) -> Result<Top<'_>> {
-        match self.layers().first() {
-            Some(Layer::Qcow2(image)) => Ok(Top::Qcow2(image, image.writer()?)),
-            Some(Layer::Raw(raw)) if raw.storage().traits().writable => Ok(Top::Raw(raw)),
+        match (self.top_qcow2(), self.top_raw()) {
+            (Some(image), _) => Ok(Top::Qcow2(image, image.writer()?)),
+            (_, Some(raw)) if raw.is_writable() => Ok(Top::Raw(raw)),
             _ => Err(Error::new(ErrorKind::ReadOnly, "the image is open for reading only")),
         }
     }

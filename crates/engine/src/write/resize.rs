@@ -10,7 +10,7 @@ use super::alloc::Allocation;
 use super::request::{Payload, Top};
 use super::writer::Writer;
 use crate::create::{Preallocation, write_zero_bytes};
-use crate::image::{Image, Layer, Qcow2};
+use crate::image::{Image, Qcow2};
 use crate::maintenance::Session;
 use crate::{Error, ErrorKind, GuestSource, Job, Mem, Raw, Result, StorageExt};
 
@@ -210,13 +210,13 @@ impl Image {
         let Range { start: old, end: size } = new;
         let g = image.geometry();
         let cluster_end = old.next_multiple_of(g.cluster_size());
-        let backing = self.layers().get(1).map_or(0, Layer::virtual_size);
+        let backing = self.layers().get(1).map_or(0, |below| below.virtual_size());
         let mut segments = Vec::new();
         let head = old..cluster_end.min(size);
         if !head.is_empty() {
             image.plan_read(head.clone(), &mut segments)?;
             let stored =
-                segments.iter().any(|s| !matches!(s.kind, crate::image::SegmentKind::Unallocated { .. }));
+                segments.iter().any(|s| !matches!(s.kind, crate::image::SegmentKind::Unallocated(_)));
             if stored || backing > old || allocate {
                 self.write_range(image, writer, Payload::Zeroes, head)?;
             }

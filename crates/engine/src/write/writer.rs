@@ -16,29 +16,7 @@ use super::refcounts::Refcounts;
 use crate::bitmap::Tracker;
 use crate::check::{self, CheckOptions, Repair};
 use crate::image::Qcow2;
-use crate::{Error, ErrorKind, Job, Result};
-
-/// What a guest's discard does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Discard {
-    /// Nothing.
-    #[default]
-    Ignore,
-    /// Frees the clusters, and their space in the file system.
-    Unmap,
-}
-
-/// What a write of nothing but zeroes becomes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum DetectZeroes {
-    /// A write of data.
-    #[default]
-    Off,
-    /// A write of zeroes that keeps clusters allocated.
-    On,
-    /// A write of zeroes that gives clusters up.
-    Unmap,
-}
+use crate::{DetectZeroes, Discard, DiskOptions, Error, ErrorKind, Job, Result};
 
 /// How to write to an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -56,6 +34,13 @@ pub struct WriteOptions {
     pub compression_level: Option<u32>,
     /// Window of a zlib stream.
     pub compression_window: Window,
+}
+
+impl From<&WriteOptions> for DiskOptions {
+    fn from(options: &WriteOptions) -> Self {
+        let &WriteOptions { discard, detect_zeroes, flush_each, .. } = options;
+        Self { discard, detect_zeroes, flush_each }
+    }
 }
 
 /// Everything that writing needs beside the mapping. See the module's documentation for the order of the locks.

@@ -8,9 +8,9 @@ use qcow2_format::{Geometry, L1Entry, L2Mapping, SubclusterBitmap};
 use super::cluster::Step;
 use super::link::Change;
 use super::request::{Payload, Top};
-use super::writer::{Discard, Writer};
+use super::writer::Writer;
 use crate::image::{Image, Qcow2};
-use crate::{ErrorKind, Extent, ExtentKind, GuestSource, Job, Result, StorageExt};
+use crate::{Discard, ErrorKind, Extent, ExtentKind, GuestSource, Job, Result, StorageExt};
 
 /// Extents that are looked at together.
 const EXTENTS: usize = 256;

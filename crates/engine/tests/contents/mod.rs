@@ -30,7 +30,7 @@ impl Contents {
             rig.open_state(files, &Opening { read, write: None }).unwrap()
         };
         let image = open(None);
-        let records = image.layers()[0].as_qcow2().unwrap().snapshots();
+        let records = image.top_qcow2().unwrap().snapshots();
         let id =
             |record: &qcow2_engine::format::SnapshotRecord| String::from_utf8(record.id.clone()).unwrap();
         let snapshots = records.iter().map(|record| bytes(&open(Some(id(record))))).collect();

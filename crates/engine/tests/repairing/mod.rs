@@ -6,7 +6,7 @@ use std::sync::Arc;
 use qcow2_engine::check::{CheckOptions, CheckReport, Finding, FindingCode, Repair, Severity, check, repair};
 use qcow2_engine::image::read_header_for_check;
 use qcow2_engine::storage::{Access, FileStorage};
-use qcow2_engine::{ErrorKind, Image, Job, Layer, MemMut, OpenOptions, Qcow2, Result, Storage};
+use qcow2_engine::{ErrorKind, Image, Job, MemMut, OpenOptions, Qcow2, Result, Storage};
 use qcow2_testkit::Sparse;
 use qcow2_testkit::crash::{Durability, Session};
 use qcow2_testkit::recorder::RecordingStorage;
@@ -39,7 +39,7 @@ pub(crate) fn disks(storage: &Arc<dyn Storage>, data: Option<&Path>) -> Vec<Resu
             if let Some(data) = data {
                 layer.set_data_file(Arc::new(FileStorage::open(data, Access::ReadOnly)?));
             }
-            let image = Image::new(vec![Layer::Qcow2(Box::new(layer))])?;
+            let image = Image::new(vec![Box::new(layer)])?;
             let size = image.layers()[0].virtual_size();
             let mut bytes = vec![0; size.min(64 << 20) as usize];
             image.read_at(MemMut::from(&mut bytes[..]), 0)?;

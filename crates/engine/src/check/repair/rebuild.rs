@@ -18,6 +18,7 @@ use super::super::uncounted::Uncounted;
 use super::super::walk::Walked;
 use super::super::{Stop, Target};
 use super::REFCOUNT_TABLE_OFFSET;
+use crate::invalid::invalid;
 use crate::{Error, ErrorKind, StorageExt};
 
 /// Extra data of an entry that is written anew.
@@ -180,7 +181,7 @@ impl<'a, 'b, 'c> Builder<'a, 'b, 'c> {
             let mut record = record.clone();
             record.extra_data_size = record.extra_data_size.max(EXTRA_DATA);
             let encoded = record.encode(&mut bytes, header.size);
-            encoded.map_err(|e| Stop::Error(Error::format(e, ErrorKind::Corrupt)))?;
+            encoded.map_err(|e| Stop::Error(invalid(e, ErrorKind::Corrupt)))?;
         }
         let limit = MAX_SNAPSHOT_TABLE_BYTES;
         if bytes.len() as u64 > limit {

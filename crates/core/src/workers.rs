@@ -15,14 +15,14 @@ const MAX_DEFAULT_WORKERS: usize = 8;
 const MAX_WORKERS: usize = 256;
 
 /// How many threads a job gets: as many as are asked for, within reason, else the cores, at most 8.
-pub(crate) fn count(concurrency: Option<NonZeroUsize>) -> usize {
+pub fn count(concurrency: Option<NonZeroUsize>) -> usize {
     let cores = || thread::available_parallelism().map_or(1, NonZeroUsize::get).min(MAX_DEFAULT_WORKERS);
     concurrency.map_or_else(cores, NonZeroUsize::get).min(MAX_WORKERS)
 }
 
 /// Runs `work` on this thread and `workers - 1` others, named `name-1` and so on; on fewer where the system has no more
 /// threads. Returns whether another thread panicked.
-pub(crate) fn run_all(workers: usize, name: &str, work: impl Fn() + Sync) -> bool {
+pub fn run_all(workers: usize, name: &str, work: impl Fn() + Sync) -> bool {
     thread::scope(|scope| {
         let spawned: Vec<_> = (1..workers)
             .map_while(|n| thread::Builder::new().name(format!("{name}-{n}")).spawn_scoped(scope, &work).ok())
@@ -34,7 +34,7 @@ pub(crate) fn run_all(workers: usize, name: &str, work: impl Fn() + Sync) -> boo
 }
 
 /// Hands tasks to the workers.
-pub(crate) struct Tasks<'a, T> {
+pub struct Tasks<'a, T> {
     sender: Sender<T>,
     outcome: &'a Outcome,
     job: &'a Job,
@@ -59,7 +59,7 @@ impl<T> Tasks<'_, T> {
     ///
     /// # Errors
     /// `Aborted` once the job is cancelled or a task failed.
-    pub(crate) fn hand_out(&self, task: T) -> Result<()> {
+    pub fn hand_out(&self, task: T) -> Result<()> {
         self.job.checkpoint()?;
         if self.outcome.stopped.load(Ordering::Acquire) || self.sender.send(task).is_err() {
             return Err(Error::aborted());
@@ -73,7 +73,7 @@ impl<T> Tasks<'_, T> {
 ///
 /// # Errors
 /// The first error of a task, else that of `find`. No task is begun after one.
-pub(crate) fn share<T: Send, C: Default>(
+pub fn share<T: Send, C: Default>(
     workers: usize,
     job: &Job,
     find: impl FnOnce(&Tasks<'_, T>) -> Result<()>,

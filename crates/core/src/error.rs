@@ -4,8 +4,6 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use qcow2_format::FormatError;
-
 /// Result of every engine call.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -112,23 +110,6 @@ impl Error {
         e
     }
 
-    /// Bytes that break the format. `kind` is `InvalidHeader` for the header and `Corrupt` for what lies behind it;
-    /// unknown features and exceeded limits keep a kind of their own.
-    pub fn format(error: FormatError, kind: ErrorKind) -> Self {
-        let kind = match error {
-            FormatError::UnsupportedVersion(_) | FormatError::UnsupportedFeatures { .. } => {
-                ErrorKind::UnsupportedFeature
-            }
-            FormatError::Limit { .. } => ErrorKind::Limit,
-            _ => kind,
-        };
-        let field = error.field();
-        let mut e = Self::new(kind, error.to_string());
-        e.0.field = field;
-        e.0.source = Some(Box::new(error));
-        e
-    }
-
     /// The caller cancelled the job.
     pub fn aborted() -> Self {
         Self::new(ErrorKind::Aborted, "the operation was aborted")
@@ -169,7 +150,7 @@ impl Error {
     }
 
     /// Whether there was no room: on the file system, or below a limit. Nothing was changed then, and all goes on.
-    pub(crate) fn is_no_room(&self) -> bool {
+    pub fn is_no_room(&self) -> bool {
         self.is_no_space() || self.kind() == ErrorKind::Limit
     }
 

@@ -2,41 +2,37 @@
 
 use std::sync::Arc;
 
-use qcow2_format::CryptMethod;
-
-use super::chain::Layer;
-use super::mapping::{Segment, SegmentKind};
-use super::qcow2::Qcow2;
+use crate::layer::{Holes, Layer, Place, Segment, SegmentKind};
 use crate::source::{Extent, ExtentKind};
 use crate::{Job, Result, Storage, StorageExt};
 
-/// Clusters planned between two looks at the job. The plan of a step is held in memory, and every cluster can differ
-/// from its neighbours.
-const STEP_CLUSTERS: u64 = 8192;
+/// Units planned between two looks at the job. The plan of a step is held in memory, and every unit can differ from its
+/// neighbours.
+const STEP_UNITS: u64 = 8192;
 /// Most guest bytes of a step, unless no layer has any of them.
 const MAX_STEP: u64 = 1 << 30;
 
 /// Appends the extents of `start..start + length`, clamped to the disk, and stops early once there are `most` or more.
 /// Returns the first guest byte that is not covered.
 pub(super) fn collect(
-    layers: &[Layer],
+    layers: &[Box<dyn Layer>],
     start: u64,
     length: u64,
     most: usize,
     job: &Job,
     out: &mut Vec<Extent>,
 ) -> Result<u64> {
-    let size = layers.first().map_or(0, Layer::virtual_size);
+    let size = layers.first().map_or(0, |top| top.virtual_size());
     let end = start.saturating_add(length).min(size);
     let first = out.len();
-    let smallest = layers.iter().filter_map(Layer::as_qcow2).map(|q| q.geometry().cluster_size()).min();
-    let usual = smallest.unwrap_or(64 << 10).saturating_mul(STEP_CLUSTERS).min(MAX_STEP);
+    let smallest = layers.iter().filter_map(|layer| layer.unit()).min();
+    let usual = smallest.unwrap_or(64 << 10).saturating_mul(STEP_UNITS).min(MAX_STEP);
     let mut walk = Walk { layers, out, first };
     let mut at = start;
     while at < end && walk.out.len() - first < most {
         job.checkpoint()?;
         // Keeps tables that are planned with from being used again.
-        let _pin = layers.first().and_then(Layer::as_qcow2).and_then(Qcow2::pin);
+        let _pin = layers.first().and_then(|top| top.pin());
         let step = usual.max(hole(layers, at)).min(end - at);
         walk.range(at, step)?;
         at += step;
@@ -44,12 +40,11 @@ pub(super) fn collect(
     Ok(at)
 }
 
-/// Bytes from `at` on that no layer has, by whole L2 tables: a plan of them takes no memory, however many they are.
-fn hole(layers: &[Layer], at: u64) -> u64 {
+/// Bytes from `at` on that no layer has: a plan of them takes no memory, however many they are.
+fn hole(layers: &[Box<dyn Layer>], at: u64) -> u64 {
     let runs = layers.iter().map(|layer| match layer {
         _ if at >= layer.virtual_size() => u64::MAX,
-        Layer::Raw(_) => 0,
-        Layer::Qcow2(qcow2) => qcow2.bytes_without_table(at),
+        _ => layer.absent_from(at),
     });
     runs.min().unwrap_or(0)
 }
@@ -57,14 +52,14 @@ fn hole(layers: &[Layer], at: u64) -> u64 {
 /// What is left to walk, in guest order from the top of a stack: chains can be too long for recursion.
 enum Work {
     /// Ask the layer at this depth for a range. `above` is where the layer above would have its first byte, if
-    /// that layer has a host cluster there.
-    Range { depth: usize, start: u64, length: u64, above: Option<u64> },
+    /// that layer has room for it already.
+    Range { depth: usize, start: u64, length: u64, above: Option<Place> },
     /// The layer at this depth has the segment.
     Segment { depth: usize, segment: Segment },
 }
 
 struct Walk<'a> {
-    layers: &'a [Layer],
+    layers: &'a [Box<dyn Layer>],
     out: &'a mut Vec<Extent>,
     /// Extents before this one are the caller's.
     first: usize,
@@ -79,8 +74,8 @@ impl Walk<'_> {
             let (depth, start, length, above) = match work {
                 Work::Range { depth, start, length, above } => (depth, start, length, above),
                 Work::Segment { depth, segment } => {
-                    if let Some(qcow2) = layers.get(depth).and_then(Layer::as_qcow2) {
-                        self.segment(qcow2, &segment, depth)?;
+                    if let Some(layer) = layers.get(depth) {
+                        self.segment(&**layer, &segment, depth)?;
                     }
                     continue;
                 }
@@ -90,8 +85,7 @@ impl Walk<'_> {
             if inside == 0 {
                 // Behind the end of this layer: the one above decides, by not having it.
                 let depth = depth.saturating_sub(1);
-                let upper = layers.get(depth).and_then(Layer::as_qcow2);
-                let host = above.zip(upper.and_then(stored)).map(|(at, file)| (Arc::clone(file), at));
+                let host = layers.get(depth).and_then(|layer| stored(&**layer, above));
                 self.push(unallocated(start, length, depth, host));
                 continue;
             }
@@ -100,67 +94,45 @@ impl Walk<'_> {
                     depth,
                     start: start + inside,
                     length: length - inside,
-                    above: above.map(|at| at + inside),
+                    above: above.map(|place| place.after(inside)),
                 });
             }
-            match layer {
-                Layer::Raw(raw) => {
-                    let kind = |data| if data { ExtentKind::Data } else { ExtentKind::Zero };
-                    self.host_runs(raw.storage(), start, start, inside, depth, kind)?;
+            segments.clear();
+            layer.plan(start..start + inside, &mut segments)?;
+            let deeper = depth + 1 < layers.len();
+            stack.extend(segments.iter().rev().map(|&segment| match segment {
+                Segment { start, length, kind: SegmentKind::Unallocated(place) } if deeper => {
+                    Work::Range { depth: depth + 1, start, length, above: place }
                 }
-                Layer::Qcow2(qcow2) => {
-                    segments.clear();
-                    qcow2.plan_read(start..start + inside, &mut segments)?;
-                    let deeper = depth + 1 < layers.len();
-                    stack.extend(segments.iter().rev().map(|&segment| match segment {
-                        Segment { start, length, kind: SegmentKind::Unallocated { host } } if deeper => {
-                            Work::Range { depth: depth + 1, start, length, above: host }
-                        }
-                        _ => Work::Segment { depth, segment },
-                    }));
-                }
-            }
+                _ => Work::Segment { depth, segment },
+            }));
         }
         Ok(())
     }
 
-    fn segment(&mut self, qcow2: &Qcow2, segment: &Segment, depth: usize) -> Result<()> {
+    fn segment(&mut self, layer: &dyn Layer, segment: &Segment, depth: usize) -> Result<()> {
         let &Segment { start, length, kind } = segment;
-        let file = stored(qcow2);
-        let place = |host: Option<u64>| file.cloned().zip(host);
-        if let (SegmentKind::Data { host }, Some(file)) = (kind, file)
-            && qcow2.is_metadata_preallocated()?
-        {
-            return self.host_runs(file, start, host, length, depth, |_| ExtentKind::Data);
-        }
-        let extent = match kind {
-            SegmentKind::Data { host } => Extent {
-                start,
-                length,
-                kind: ExtentKind::Data,
-                depth: depth as u32,
-                zero: false,
-                host: place(Some(host)),
-            },
-            SegmentKind::Zero { host } => Extent {
-                start,
-                length,
-                kind: ExtentKind::Zero,
-                depth: depth as u32,
-                zero: true,
-                host: place(host),
-            },
-            SegmentKind::Compressed(_) => Extent {
-                start,
-                length,
-                kind: ExtentKind::Compressed,
-                depth: depth as u32,
-                zero: false,
-                host: None,
-            },
-            SegmentKind::Unallocated { host } => unallocated(start, length, depth, place(host)),
+        let (kind, place) = match kind {
+            SegmentKind::Data(place) => {
+                if let Some(file) = layer.file(place.file) {
+                    let holes = layer.holes()?;
+                    let kind = |data: bool| match holes {
+                        Holes::Zero if !data => ExtentKind::Zero,
+                        _ => ExtentKind::Data,
+                    };
+                    if holes != Holes::Ignored {
+                        return self.host_runs(file, start, place.host, length, depth, kind);
+                    }
+                }
+                (ExtentKind::Data, Some(place))
+            }
+            SegmentKind::Zero(place) => (ExtentKind::Zero, place),
+            SegmentKind::Opaque(_) => (ExtentKind::Compressed, None),
+            SegmentKind::Unallocated(place) => (ExtentKind::Unallocated, place),
         };
-        self.push(extent);
+        let zero = matches!(kind, ExtentKind::Zero | ExtentKind::Unallocated);
+        let host = stored(layer, place);
+        self.push(Extent { start, length, kind, depth: depth as u32, zero, host });
         Ok(())
     }
 
@@ -212,16 +184,11 @@ impl Walk<'_> {
     }
 }
 
-/// The file whose bytes are the layer's guest data as they are: none when they are encrypted, or when the external
-/// data file is not open. Whoever copies extents then has to read through the image, and is refused.
-fn stored(qcow2: &Qcow2) -> Option<&Arc<dyn Storage>> {
-    if qcow2.header().crypt_method != CryptMethod::None {
-        None
-    } else if qcow2.header().has_data_file() {
-        qcow2.data_file()
-    } else {
-        Some(qcow2.storage())
-    }
+/// File and offset of a place, where the file's bytes are the guest's as they are. Elsewhere whoever copies extents has to
+/// read through the layer, and is refused there if need be.
+fn stored(layer: &dyn Layer, place: Option<Place>) -> Option<(Arc<dyn Storage>, u64)> {
+    let place = place?;
+    layer.file(place.file).map(|file| (Arc::clone(file), place.host))
 }
 
 fn unallocated(start: u64, length: u64, depth: usize, host: Option<(Arc<dyn Storage>, u64)>) -> Extent {

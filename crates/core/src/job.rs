@@ -30,7 +30,7 @@ impl Job {
     }
 
     /// A job that is cancelled with this one and keeps its progress to itself: for a part whose units are others.
-    pub(crate) fn silent(&self) -> Self {
+    pub fn silent(&self) -> Self {
         Self { cancelled: Arc::clone(&self.cancelled), ..Self::default() }
     }
 

@@ -1,0 +1,220 @@
+//! The seam between a chain and its formats: one image file (with the files that it is made of), without its backing file.
+//!
+//! A layer turns a guest range into segments without I/O on guest data ([`Layer::plan`]); whoever asked then reads them
+//! ([`Layer::read_segment`]), or looks where they are. Everything that walks a chain is written against this trait alone.
+
+use std::any::Any;
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::{MemMut, Result, Storage};
+
+/// A run of guest bytes that one layer stores in one way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Segment {
+    /// First guest byte.
+    pub start: u64,
+    /// Length in bytes, never 0.
+    pub length: u64,
+    /// How it is stored.
+    pub kind: SegmentKind,
+}
+
+/// A byte of one of a layer's files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    /// Number of the file, see [`Layer::file`].
+    pub file: u32,
+    /// Offset in it.
+    pub host: u64,
+}
+
+impl Place {
+    /// The byte `length` bytes further on.
+    #[must_use]
+    pub fn after(self, length: u64) -> Self {
+        Self { host: self.host + length, ..self }
+    }
+}
+
+/// How one layer stores a segment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SegmentKind {
+    /// In a file; the place is that of the segment's first byte. Its bytes are the guest's as they are where
+    /// [`Layer::file`] gives the file.
+    Data(Place),
+    /// Not at all: reads as zeroes. The place is a preallocation.
+    Zero(Option<Place>),
+    /// In a way that only the layer can read (compressed, say), as part of one unit.
+    Opaque(Token),
+    /// Not in this layer: the one below decides. The place is where the range would be, if there is room for it already.
+    Unallocated(Option<Place>),
+}
+
+/// What a layer wrote into its own plan: means something to that layer alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Token(pub u64);
+
+impl SegmentKind {
+    /// Whether `next`, which starts `length` bytes behind the start of `self`, continues it.
+    pub fn continues(&self, length: u64, next: &Self) -> bool {
+        match (self, next) {
+            (Self::Data(a), Self::Data(b))
+            | (Self::Zero(Some(a)), Self::Zero(Some(b)))
+            | (Self::Unallocated(Some(a)), Self::Unallocated(Some(b))) => a.after(length) == *b,
+            (Self::Zero(None), Self::Zero(None)) | (Self::Unallocated(None), Self::Unallocated(None)) => true,
+            (Self::Opaque(a), Self::Opaque(b)) => a == b,
+            _ => false,
+        }
+    }
+}
+
+/// Collects segments in guest order, merging neighbours.
+#[derive(Debug)]
+pub struct PlanBuilder<'a> {
+    segments: &'a mut Vec<Segment>,
+    /// Segments before this one belong to earlier plans in the same list.
+    first: usize,
+}
+
+impl<'a> PlanBuilder<'a> {
+    /// Appends to `segments`, whose present ones stay as they are.
+    pub fn new(segments: &'a mut Vec<Segment>) -> Self {
+        let first = segments.len();
+        Self { segments, first }
+    }
+
+    /// Appends a segment; one of 0 bytes is left out.
+    pub fn push(&mut self, start: u64, length: u64, kind: SegmentKind) {
+        if length == 0 {
+            return;
+        }
+        let own = self.segments.len() > self.first;
+        if let Some(last) = self.segments.last_mut().filter(|_| own)
+            && last.kind.continues(last.length, &kind)
+        {
+            last.length += length;
+            return;
+        }
+        self.segments.push(Segment { start, length, kind });
+    }
+}
+
+/// What the holes of a layer's files say about its data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Holes {
+    /// Nothing that is worth asking for: data is data.
+    Ignored,
+    /// What lies in a hole is zero, and no data: the file is the disk.
+    Zero,
+    /// What lies in a hole reads as zeroes, and is allocated all the same: a preallocation.
+    Preallocated,
+}
+
+/// What a read of one layer leaves to those below.
+#[derive(Debug)]
+pub struct Below<'a> {
+    pub(crate) depth: usize,
+    pub(crate) pending: Vec<(usize, u64, MemMut<'a>)>,
+}
+
+impl<'a> Below<'a> {
+    /// The layer does not have the guest bytes at `start`.
+    pub fn leave(&mut self, start: u64, buf: MemMut<'a>) {
+        self.pending.push((self.depth + 1, start, buf));
+    }
+}
+
+/// Kept by a request while it may still use places that it planned; they are not used for anything else meanwhile.
+pub type Pin = Arc<()>;
+
+/// One image of a chain. All methods can be called from many threads at once.
+pub trait Layer: Any + Send + Sync + fmt::Debug {
+    /// QEMU's name of the format.
+    fn format(&self) -> &'static str;
+
+    /// Size of the layer's disk in bytes.
+    fn virtual_size(&self) -> u64;
+
+    /// Granularity in bytes at which the layer allocates, a power of two; `None` where it does not.
+    fn unit(&self) -> Option<u64>;
+
+    /// Whether another image can lie below.
+    fn takes_backing(&self) -> bool;
+
+    /// The layer's own file, which names it in messages and tells it apart.
+    fn storage(&self) -> &Arc<dyn Storage>;
+
+    /// File number `index` of those that segments refer to, where its bytes are the guest's as they are: not where they are
+    /// encrypted or the file is not open. Such bytes are read through the layer.
+    fn file(&self, index: u32) -> Option<&Arc<dyn Storage>>;
+
+    /// Appends the segments of `range`, which must lie inside the disk, to `segments`; neighbours that continue each
+    /// other are merged.
+    ///
+    /// # Errors
+    /// `Corrupt` for metadata that breaks the format, naming the guest offset; `Io` from reading tables.
+    fn plan(&self, range: Range<u64>, segments: &mut Vec<Segment>) -> Result<()>;
+
+    /// Fills `buf`, as long as the segment, from a segment of [`Layer::plan`] that is data or opaque.
+    ///
+    /// # Errors
+    /// `Corrupt`, `Io`; `UnsupportedFeature` for encryption; `ReferenceDenied` where a file is not open.
+    fn read_segment(&self, segment: &Segment, buf: MemMut<'_>) -> Result<()>;
+
+    /// Fills `buf`, which lies inside the disk, from `offset`, and leaves to `below` what the layer does not have. `scratch`
+    /// is an empty list to plan in.
+    ///
+    /// # Errors
+    /// As [`Layer::plan`] and [`Layer::read_segment`].
+    fn read<'a>(
+        &self,
+        mut buf: MemMut<'a>,
+        offset: u64,
+        scratch: &mut Vec<Segment>,
+        below: &mut Below<'a>,
+    ) -> Result<()> {
+        self.plan(offset..offset + buf.len() as u64, scratch)?;
+        for segment in scratch.iter() {
+            let mut part = buf.take_front(segment.length as usize);
+            match segment.kind {
+                SegmentKind::Zero(_) => part.fill_zero(),
+                SegmentKind::Data(_) | SegmentKind::Opaque(_) => self.read_segment(segment, part)?,
+                SegmentKind::Unallocated(_) => {
+                    // A layer that shrank meanwhile does not show what is below it either.
+                    let end = self.virtual_size().max(segment.start);
+                    let inside = (end - segment.start).min(segment.length) as usize;
+                    below.leave(segment.start, part.take_front(inside));
+                    part.fill_zero();
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The same image anew, for reading, as it was opened.
+    ///
+    /// # Errors
+    /// As opening it.
+    fn reopen(&self) -> Result<Box<dyn Layer>>;
+
+    /// Guest bytes from `at` on of which the layer is known to have none, without I/O: lets a walk skip them at once.
+    fn absent_from(&self, at: u64) -> u64 {
+        let _ = at;
+        0
+    }
+
+    /// What holes of the files say.
+    ///
+    /// # Errors
+    /// `Io` from finding out.
+    fn holes(&self) -> Result<Holes> {
+        Ok(Holes::Ignored)
+    }
+
+    /// To be kept from before a plan until its places are not used any more; `None` where places do not change.
+    fn pin(&self) -> Option<Pin> {
+        None
+    }
+}

@@ -1,0 +1,29 @@
+//! What knows disks and no format: files and devices behind one seam ([`storage`]), sources of guest data ([`source`]) and
+//! parts of them ([`splice`], [`salvage`]), comparing two, and the errors, jobs and workers that every format shares.
+//!
+//! Nothing here names a format: a crate for one stands on this one, beside the others.
+
+pub mod chain;
+pub mod compare;
+pub mod disk;
+pub mod error;
+mod extents;
+pub mod job;
+pub mod layer;
+pub mod memory;
+pub mod raw;
+pub mod salvage;
+pub mod source;
+pub mod splice;
+pub mod storage;
+pub mod workers;
+
+pub use chain::Chain;
+pub use disk::{DetectZeroes, Discard, DiskOptions};
+pub use error::{Error, ErrorKind, Result};
+pub use job::Job;
+pub use layer::Layer;
+pub use memory::{Mem, MemMut};
+pub use raw::Raw;
+pub use source::{Extent, ExtentKind, GuestSource};
+pub use storage::{Storage, StorageExt};

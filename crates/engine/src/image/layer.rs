@@ -1,0 +1,100 @@
+//! A qcow2 image as a layer of a chain.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use qcow2_core::Layer;
+use qcow2_core::layer::{Holes, Pin, Segment, SegmentKind};
+use qcow2_format::{CompressedDescriptor, CryptMethod};
+
+use super::mapping::descriptor;
+use super::qcow2::Qcow2;
+use crate::{ErrorKind, MemMut, Result, Storage, StorageExt};
+
+impl Layer for Qcow2 {
+    fn format(&self) -> &'static str {
+        "qcow2"
+    }
+
+    fn virtual_size(&self) -> u64 {
+        self.virtual_size()
+    }
+
+    fn unit(&self) -> Option<u64> {
+        Some(self.geometry().cluster_size())
+    }
+
+    fn takes_backing(&self) -> bool {
+        true
+    }
+
+    fn storage(&self) -> &Arc<dyn Storage> {
+        self.storage()
+    }
+
+    fn file(&self, _: u32) -> Option<&Arc<dyn Storage>> {
+        if self.header().crypt_method != CryptMethod::None {
+            None
+        } else if self.header().has_data_file() {
+            self.data_file()
+        } else {
+            Some(self.storage())
+        }
+    }
+
+    fn plan(&self, range: Range<u64>, segments: &mut Vec<Segment>) -> Result<()> {
+        self.plan_read(range, segments)
+    }
+
+    fn read_segment(&self, segment: &Segment, buf: MemMut<'_>) -> Result<()> {
+        self.require_plain()?;
+        match segment.kind {
+            SegmentKind::Data(place) => self.data_storage()?.read_padded_at(buf, place.host),
+            SegmentKind::Opaque(token) => {
+                let descriptor = descriptor(token, self.geometry());
+                self.read_compressed(segment, descriptor, buf)
+            }
+            SegmentKind::Zero(_) | SegmentKind::Unallocated(_) => {
+                Err(self.error(ErrorKind::Internal, "a segment without bytes was read"))
+            }
+        }
+    }
+
+    fn reopen(&self) -> Result<Box<dyn Layer>> {
+        Ok(Box::new(self.reopen()?))
+    }
+
+    fn absent_from(&self, at: u64) -> u64 {
+        self.bytes_without_table(at)
+    }
+
+    fn holes(&self) -> Result<Holes> {
+        Ok(if self.is_metadata_preallocated()? { Holes::Preallocated } else { Holes::Ignored })
+    }
+
+    fn pin(&self) -> Option<Pin> {
+        self.pin()
+    }
+}
+
+impl Qcow2 {
+    /// Fills `buf` from a compressed cluster, or a part of it.
+    fn read_compressed(
+        &self,
+        segment: &Segment,
+        descriptor: CompressedDescriptor,
+        mut buf: MemMut<'_>,
+    ) -> Result<()> {
+        let inflate = self.inflate(descriptor);
+        let whole = segment.length == self.geometry().cluster_size();
+        match buf.exclusive() {
+            Some(cluster) if whole => inflate.run(cluster),
+            _ => {
+                let cluster = self.inflated.get(&inflate)?;
+                let from = self.geometry().in_cluster(segment.start) as usize;
+                buf.copy_from(cluster.get(from..).unwrap_or_default());
+                Ok(())
+            }
+        }
+    }
+}
