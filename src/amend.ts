@@ -99,8 +99,8 @@ export async function amend(source: ImageSource, options?: AmendOptions): Promis
     const access = { ...toReadAccess(read), write: {} }
     const { limits, signal } = read
     const opening = { format: 'qcow2', references: 'layer', limits, signal, access, forCheck: true } as const
-    await withChain(located, opening, async ({ image, virtualSize }) => {
-      if (size !== undefined && size < virtualSize && !shrink) throw shrinks(size, virtualSize)
+    await withChain(located, opening, async ({ image, path, virtualSize }) => {
+      if (size !== undefined && size < virtualSize && !shrink) throw shrinks(path, size, virtualSize)
       return runJob<void>('amend', read, (request, job, addon) => addon.amendImage(request, job, image, these))
     })
   }
@@ -111,9 +111,11 @@ export async function amend(source: ImageSource, options?: AmendOptions): Promis
   if (version === 2) await run({ version })
 }
 
-function shrinks(size: number, now: number): Qcow2Error {
-  const message = `amend: a size of ${size} bytes would cut off a disk of ${now} bytes: with shrink, what lies behind is lost`
-  return new Qcow2Error('ERR_QCOW2_DATA_LOSS', message, { field: 'size' })
+function shrinks(path: string | undefined, size: number, now: number): Qcow2Error {
+  const message =
+    `${path === undefined ? '' : `${path}: `}a size of ${size} bytes cuts off a disk of ${now} bytes, and what lies behind is lost: ` +
+    'say shrink: true if that is meant'
+  return new Qcow2Error('ERR_QCOW2_DATA_LOSS', message, { path, field: 'size' })
 }
 
 type Rest = Pick<Read<typeof AMEND>, 'limits' | 'signal' | 'locking'>

@@ -1,4 +1,5 @@
 #!/usr/bin/env node
+import './cli/status-signals.js'
 import { main } from './cli/main.js'
 
 void main(process.argv)

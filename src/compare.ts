@@ -54,8 +54,8 @@ export async function compare(a: ImageSource, b: ImageSource, options?: CompareO
   throwIfAborted(read.signal)
   const { references, limits, signal } = read
   const chain = { references, limits, signal, access: toReadAccess(read) }
-  return withChain(locatedA, { ...chain, format: read.formatA }, first =>
-    withChain(locatedB, { ...chain, format: read.formatB }, async second => {
+  return withChain(locatedA, { ...chain, format: read.formatA, sayRaw: "formatA: 'raw'" }, first =>
+    withChain(locatedB, { ...chain, format: read.formatB, sayRaw: "formatB: 'raw'" }, async second => {
       const compared = await runJob<NativeCompared>('compare', read, (request, job, addon) =>
         addon.compareImages(request, job, first.image, second.image, read.strict ?? false, read.concurrency),
       )

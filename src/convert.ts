@@ -104,7 +104,7 @@ export interface ConvertOptions extends Omit<SourceOptions, 'from'>, LongRunning
   base?: ImageSource | undefined
   /**
    * Copy the persistent bitmaps of the source's top layer, with their names, granularities and whether they record; qcow2 to
-   * qcow2 of version 3 only. An inconsistent bitmap, as a crash leaves it, is refused with `ERR_QCOW2_CORRUPT` before
+   * qcow2 of version 3 only, both of them, whether there is any bitmap or not. An inconsistent bitmap, as a crash leaves it, is refused with `ERR_QCOW2_CORRUPT` before
    * anything is written; with `{ skipBroken: true }` it is left out. Default false.
    */
   bitmaps?: boolean | { skipBroken?: boolean | undefined } | undefined
@@ -207,11 +207,22 @@ async function openSources(located: readonly Located[], read: ReadConvert, image
   const chains: Chain[] = []
   for (const [index, each] of located.entries()) {
     const format = typeof from === 'string' ? from : from?.[index]
-    const chain = await openChain(each, { format, references, snapshot, limits, signal, access })
+    const sayRaw = rawAdvice(from, index, located.length)
+    const chain = await openChain(each, { format, sayRaw, references, snapshot, limits, signal, access })
     images.push(chain.image)
     chains.push(chain)
   }
   return chains
+}
+
+/** What to write for a source that is raw. */
+function rawAdvice(from: ReadConvert['from'], index: number, sources: number): string {
+  if (sources === 1) return "from: 'raw'"
+  const formats = Array.from({ length: sources }, (_, i) => {
+    const given = typeof from === 'string' ? from : from?.[i]
+    return `'${i === index ? 'raw' : (given ?? 'qcow2')}'`
+  })
+  return `from: [${formats.join(', ')}]`
 }
 
 /** Opens the target that exists, which is none of the files that are read. */

@@ -3,6 +3,7 @@
 import { toReadAccess } from './access.js'
 import { withChain } from './backing/chain.js'
 import { SOURCE, type SourceOptions } from './convert.js'
+import { invalidArgument } from './errors.js'
 import type { NativeMeasured, NativeShape } from './native.js'
 import { LONG_RUNNING, type LongRunning, readOptions, throwIfAborted } from './options.js'
 import { type Preallocation, type Qcow2Shape, SHAPE, shape, toNativeShape } from './shape.js'
@@ -51,6 +52,9 @@ export async function measure(
   const read = readOptions(options, 'measure', MEASURE)
   const { from, references, snapshot, limits, signal } = read
   const { preallocation = read.create?.preallocation } = read
+  if (from === 'raw' && snapshot !== undefined) {
+    throw invalidArgument('snapshot', 'measure: a raw image has no snapshots')
+  }
   const wanted = toNativeShape('measure', toFormat('measure', read.to), { ...read.create, preallocation })
   const run = (image: number | undefined, size: number, target: NativeShape): Promise<MeasureResult> =>
     runJob<NativeMeasured>('measure', read, (request, job, addon) =>
@@ -58,12 +62,15 @@ export async function measure(
     )
   if (isSize(source)) {
     throwIfAborted(signal)
+    for (const name of ['from', 'snapshot'] as const) {
+      if (read[name] !== undefined) throw invalidArgument(name, `measure: ${name} is for an image, not for a size`)
+    }
     return run(undefined, toBytes(source.size, 'measure: size'), wanted)
   }
   const located = toLocated(source, 'source')
   throwIfAborted(signal)
   const access = toReadAccess(read)
-  const opening = { format: from, references, snapshot, limits, signal, access }
+  const opening = { format: from, sayRaw: "from: 'raw'", references, snapshot, limits, signal, access }
   return withChain(located, opening, ({ image }) => run(image, 0, wanted))
 }
 

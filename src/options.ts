@@ -4,6 +4,7 @@
  */
 
 import { AbortError, invalidArgument } from './errors.js'
+import { meantBy, takenBy } from './support/option-hints.js'
 import { describe, type Size, toBytes } from './units.js'
 
 /** A request that can be cancelled. */
@@ -96,9 +97,18 @@ function asObject(options: unknown, owner: string): object {
 }
 
 function unknownOption(name: string, owner: string, known: readonly string[]): Error {
+  return invalidArgument(name, `${owner}: unknown option '${name}': ${hintFor(name, owner, known)}`)
+}
+
+/** A name that is another call's may be a slip all the same: `from` and `form`. So what is known to be meant comes first. */
+function hintFor(name: string, owner: string, known: readonly string[]): string {
+  const meant = meantBy(name, owner, known)
+  if (meant !== undefined) return meant
   const close = nearest(name, known)
-  const hint = close === undefined ? `known are ${known.join(', ')}` : `did you mean '${close}'?`
-  return invalidArgument(name, `${owner}: unknown option '${name}': ${hint}`)
+  if (close !== undefined) return `did you mean '${close}'?`
+  const others = takenBy(name)
+  const list = `known are ${known.join(', ')}`
+  return others === undefined ? list : `it is an option of ${others}; here ${list}`
 }
 
 /** The known name that `name` is probably a slip of: two edits away at most, case aside. */

@@ -4,6 +4,7 @@ import { invalidArgument } from './errors.js'
 import type { NativeCloneOrder, NativeShape } from './native.js'
 import { flag, integer, oneOf, type Read, type Reader, readOptions, text } from './options.js'
 import { type Format, format, toFormat } from './source.js'
+import { describe } from './units.js'
 
 /**
  * How much of a new image is allocated at once: nothing, its tables (`'metadata'`, qcow2 only), its space too, or its space
@@ -92,9 +93,30 @@ export interface Compression {
   window?: 'full' | 'small' | undefined
 }
 
+/** Levels by codec; which codec it is may be said elsewhere. */
+const MAX_LEVEL = { zlib: 12, zstd: 22 } as const
+
+const wholeNumber: Reader<number> = (value, name) => {
+  if (typeof value === 'number' && Number.isInteger(value)) return value
+  throw invalidArgument(
+    name,
+    `${name} must be a whole number: zlib has 1 to ${MAX_LEVEL.zlib}, zstd 1 to ${MAX_LEVEL.zstd}, not ${describe(value)}`,
+  )
+}
+
+function checkLevel(owner: string, level: number, named: string): void {
+  const type = named === 'zstd' ? 'zstd' : 'zlib'
+  if (level >= 1 && level <= MAX_LEVEL[type]) return
+  const other = type === 'zlib' ? 'zstd' : 'zlib'
+  throw invalidArgument(
+    'level',
+    `${owner}: compress.level must be 1 to ${MAX_LEVEL[type]} for ${type}, not ${level} (${other} has 1 to ${MAX_LEVEL[other]})`,
+  )
+}
+
 const COMPRESSION = {
   type: SHAPE.compressionType,
-  level: integer(1, 22),
+  level: wholeNumber,
   window: oneOf('full', 'small'),
 } as const
 
@@ -123,6 +145,7 @@ export function toTarget(
     const message = `${owner}: compress.type '${type}' contradicts create.compressionType '${create.compressionType}'`
     throw invalidArgument('compress', message)
   }
+  if (compress?.level !== undefined) checkLevel(owner, compress.level, type ?? create?.compressionType ?? 'zlib')
   return {
     shape: toNativeShape(owner, made, { ...create, ...(type !== undefined && { compressionType: type }) }),
     compress: compress !== undefined,

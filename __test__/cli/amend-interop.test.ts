@@ -94,7 +94,7 @@ describeWithQemu('amend side by side with qemu-img', () => {
     expect(await specific(path)).toMatchObject({ compat: '0.10', size: 32 << 20 })
     const args = ['amend', '-o', 'size=1M,compat=v3', path]
     const refused = await asQemuImg(args, folder)
-    expect(refused).toMatchObject({ code: 1, stderr: expect.stringContaining('with shrink') })
+    expect(refused).toMatchObject({ code: 1, stderr: expect.stringContaining('use --shrink if that is meant') })
     expect(await specific(path)).toMatchObject({ compat: '0.10', size: 32 << 20 })
     expect(await asQemuImg(['amend', '--shrink', ...args.slice(1)], folder)).toMatchObject({ code: 0 })
     expect(await specific(path)).toMatchObject({ compat: '1.1', size: 1 << 20 })

@@ -61,8 +61,10 @@ describe('sizes', () => {
 
   it('says what is wrong with an argument', () => {
     expect(() => sizeArgument('image size', 'x')).toThrow(
-      'Invalid image size specified. You may use k, M, G, T, P or E suffixes for\n' +
-        'kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes.',
+      expect.objectContaining({
+        message: "Invalid image size specified: 'x'.",
+        hint: expect.stringContaining('Optional suffix k, M, G, T, P or E'),
+      }),
     )
     expect(() => sizeArgument('image size', '8E')).toThrow(
       'Invalid image size specified. Must be between 0 and 9223372036854775807.',

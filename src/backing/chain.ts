@@ -18,6 +18,8 @@ const MAX_CHAIN_DEPTH = 200
 /** How to open a chain. */
 export interface ChainOptions {
   readonly format?: Format | undefined
+  /** How the caller says that the top file is raw, where that is not `format: 'raw'`. */
+  readonly sayRaw?: string | undefined
   readonly references?: ReferencePolicy | undefined
   readonly snapshot?: string | undefined
   readonly l2CacheSize?: number | undefined
@@ -63,7 +65,7 @@ export interface Chain {
 export async function openChain(located: Located, options: ChainOptions): Promise<Chain> {
   const opening = new Opening(options)
   try {
-    const top = await opening.layer(located, file => topFormat(file, options.format))
+    const top = await opening.layer(located, file => topFormat(file, options))
     let above = top
     while (above.next !== undefined) above = await opening.backing(above.next)
     throwIfAborted(options.signal)
@@ -242,9 +244,12 @@ class Opening {
 
   #openLayer(file: NativeFile, format: Format, access: Access): Promise<NativeLayer> {
     const lock = lockFor(access)
-    if (format === 'raw') return request((number, addon) => addon.openRaw(number, file.file, { lock }))
     const { snapshot, l2CacheSize, limits, forCheck } = this.#options
     const top = this.#layers.length === 0
+    if (format === 'raw') {
+      if (top && snapshot !== undefined) throw withoutSnapshots(file)
+      return request((number, addon) => addon.openRaw(number, file.file, { lock }))
+    }
     const options: NativeLayerOptions = { l2CacheSize, forCheck, lock }
     if (top && snapshot !== undefined) options.snapshot = snapshot
     if (limits !== undefined) options.limits = limits
@@ -301,16 +306,25 @@ class Opening {
 const lockFor = ({ lock, write }: Access): NativeLock | undefined => lock && { ...lock, writable: write !== undefined }
 
 /** The format of the image that the caller opens: what it says, else qcow2 by its magic, never raw. */
-function topFormat({ head, path }: NativeFile, given: Format | undefined): Format {
+function topFormat(
+  { head, path }: NativeFile,
+  { format: given, sayRaw = "format: 'raw'" }: Pick<ChainOptions, 'format' | 'sayRaw'>,
+): Format {
   if (given !== undefined) return given
   const detected = detectFormat(head)
   if (detected === 'qcow2') return detected
   const where = path === undefined ? '' : `${path}: `
   const message =
     detected === undefined
-      ? `${where}not a qcow2 image (no magic number in its first bytes); for a raw disk say so: format: 'raw'`
-      : `${where}not a qcow2 image: its first bytes are those of a ${detected} image, which is not supported`
+      ? `${where}not a qcow2 image (no magic number in its first bytes); for a raw disk say so: ${sayRaw}`
+      : `${where}not a qcow2 image: its first bytes are those of a ${detected} image, which is not supported ` +
+        `(${sayRaw} takes it as the plain bytes of a disk)`
   throw new Qcow2Error('ERR_QCOW2_FORMAT_UNKNOWN', message, { path, offset: 0, field: 'magic' })
+}
+
+function withoutSnapshots({ path }: NativeFile): Qcow2Error {
+  const message = `${path === undefined ? '' : `${path}: `}a raw image has no snapshots`
+  return new Qcow2Error('ERR_QCOW2_INVALID_ARGUMENT', message, { path, field: 'snapshot' })
 }
 
 /** QEMU's names of what is a raw disk to a reader. */

@@ -50,14 +50,22 @@ export function describeError(error: unknown, target?: string): string {
     return opening ? `Could not open '${path}': ${system}` : system
   }
   if (!(error instanceof Qcow2Error)) return error.message
+  if (isNotQcow2(error)) return `Image is not in qcow2 format (${code})`
   // A file of the chain that is not there: qemu-img says so in this form, which programs look for.
   if (code === 'ERR_QCOW2_CHAIN' && cause instanceof Qcow2Error) {
     return `Could not open backing file: ${describeError(cause)}`
   }
   const locked = LOCKED.exec(error.message)
   if (code === 'ERR_QCOW2_LOCKED' && locked) return `F${locked[1]} (${error.code})`
-  return `${withoutPath(error.message, path)} (${error.code})`
+  return `${withoutCall(withoutPath(error.message, path))} (${error.code})`
 }
+
+/** A file of another kind than what it was said to be. */
+const isNotQcow2 = (error: unknown): boolean =>
+  error instanceof Qcow2Error && error.code === 'ERR_QCOW2_INVALID_HEADER' && error.field === 'magic'
+
+/** The library's messages begin with the call that is told; nobody called that here. */
+const withoutCall = (message: string): string => message.replace(/^(?:[a-z]+|[A-Z][a-z]+\.\w+): (?=\S)/, '')
 
 /** In two parts, as qemu-img says it: what failed, and what to look for. */
 const LOCKED = /(?:^|: )[Ff](ailed to get .* lock)/
@@ -75,7 +83,7 @@ export function failedChanging(error: unknown): boolean {
 }
 
 /** An image that cannot be opened, in qemu-img's words. */
-export function openFailure(filename: string, error: unknown, exitCode = 1): CommandFailure {
+export function openFailure(filename: string, error: unknown, exitCode = 1, formatOption = '-f'): CommandFailure {
   if (error instanceof CommandFailure) {
     const { message, hint } = error
     return new CommandFailure(message, { exitCode, cause: error, ...(hint !== undefined && { hint }) })
@@ -84,7 +92,17 @@ export function openFailure(filename: string, error: unknown, exitCode = 1): Com
     error instanceof Qcow2Error && error.code === 'ERR_QCOW2_NO_SNAPSHOT'
       ? "Failed to load snapshot: Can't find snapshot"
       : `Could not open '${filename}': ${describeError(error)}`
-  const locked = error instanceof Qcow2Error && error.code === 'ERR_QCOW2_LOCKED'
-  const hint = locked ? { hint: `Is another process using the image [${error.path ?? filename}]?` } : {}
-  return new CommandFailure(message, { exitCode, cause: error, ...hint })
+  const hint = openHint(filename, error, formatOption)
+  return new CommandFailure(message, { exitCode, cause: error, ...(hint !== undefined && { hint }) })
+}
+
+/** The way out, where one is known. */
+export function openHint(filename: string, error: unknown, formatOption = '-f'): string | undefined {
+  if (!(error instanceof Qcow2Error)) return undefined
+  const path = error.path ?? filename
+  if (error.code === 'ERR_QCOW2_LOCKED') {
+    const own = error.message.includes('this process')
+    return own ? `This command uses the image [${path}] twice.` : `Is another process using the image [${path}]?`
+  }
+  return isNotQcow2(error) ? `A file with the plain bytes of a disk is given with ${formatOption} raw.` : undefined
 }

@@ -12,7 +12,12 @@ export const optionList = (list: string, previous: string | undefined): string =
 export const outputOption = (...formats: readonly string[]): Option =>
   new Option('--output <format>', `format of the output: ${formats.join(', ')}`).argParser(value => {
     if (formats.includes(value)) return value
-    throw new CommandFailure(`--output must be used with ${formats.join(' or ')} as argument.`)
+    const last = formats.at(-1)
+    const list = `${formats
+      .slice(0, -1)
+      .map(format => `'${format}'`)
+      .join(', ')} or '${last}'`
+    throw new UsageFailure(`--output expects ${list}, not '${value}'`)
   })
 
 /** Options that qemu-img has and this version does not: known, so that the message can say why they are refused. */
@@ -51,7 +56,7 @@ export const wholeNumber =
   (value: string): number => {
     const number = /^\d+$/.test(value) ? Number(value) : Number.NaN
     if (number >= least && number <= most) return number
-    throw new CommandFailure(`Invalid ${what}. It must be between ${least} and ${most}, not '${value}'`)
+    throw new CommandFailure(`Invalid ${what} specified: '${value}'. Must be between ${least} and ${most}.`)
   }
 
 /** The one file that a command works on. */

@@ -27,10 +27,12 @@ export function shownName(filename: string): string {
   return path !== filename && /^[^/]*:/.test(path) ? `./${path}` : path
 }
 
+const FORMATS = 'The formats are qcow2 and raw.'
+
 /** The format given with `-f`, by name. */
 export function namedFormat(filename: string, name: string): Format {
   if (name === 'qcow2' || name === 'raw') return name
-  throw new CommandFailure(`Could not open '${filename}': Unknown driver '${name}' (formats are qcow2 and raw)`)
+  throw new CommandFailure(`Could not open '${filename}': Unknown driver '${name}'`, { hint: FORMATS })
 }
 
 /**
@@ -38,6 +40,7 @@ export function namedFormat(filename: string, name: string): Format {
  * formats is raw; one that looks like a format that is not read here is refused, not taken as raw.
  */
 export async function formatOf(filename: string, requested: string | undefined, session: Session): Promise<Format> {
+  if (filename === '') throw new CommandFailure("Could not open '': The 'file' block driver requires a file name")
   if (requested !== undefined) return namedFormat(filename, requested)
   const format = await probe(localPath(filename), { signal: session.signal })
   if (format === 'qcow2' || format === 'raw') return format
@@ -52,16 +55,18 @@ export interface Request extends Pick<OpenOptions, 'snapshot' | 'references' | '
   readonly format: string | undefined
   /** Of a failure to open. Default 1. */
   readonly exitCode?: number
+  /** The option that `format` was given with. Default `-f`. */
+  readonly formatOption?: string
 }
 
 /** Opens an image and everything below it, runs `work` on it, and closes it whatever happens. */
 export async function withImage<T>(
-  { filename, format, exitCode, snapshot, forceShare, flags, references = 'allow' }: Request,
+  { filename, format, exitCode, formatOption, snapshot, forceShare, flags, references = 'allow' }: Request,
   session: Session,
   work: (image: Image) => Promise<T>,
 ): Promise<T> {
   const image = await openImage(filename, format, { snapshot, references, forceShare, flags }, session).catch(error => {
-    throw session.signal.aborted ? error : openFailure(filename, error, exitCode)
+    throw session.signal.aborted ? error : openFailure(filename, error, exitCode, formatOption)
   })
   try {
     return await work(image)
@@ -91,7 +96,9 @@ export async function snapshotOf(
   forceShare: boolean | undefined,
   session: Session,
 ): Promise<string | undefined> {
-  if (parameter === undefined || !parameter.startsWith('snapshot.')) return parameter
+  if (parameter === undefined) return undefined
+  if (format === 'raw') throw new CommandFailure(`Failed to load snapshot: '${filename}' is raw, and has no snapshots`)
+  if (!parameter.startsWith('snapshot.')) return parameter
   const wanted = new Map(parameter.split(',').map(part => part.split(/=(.*)/s, 2) as [string, string | undefined]))
   const id = wanted.get('snapshot.id')
   const name = wanted.get('snapshot.name')

@@ -65,7 +65,8 @@ function report(error: unknown, session: Session): number {
   session.stdout.flush()
   const failure = error instanceof CommandFailure ? error : new CommandFailure(describeError(error), { cause: error })
   const message = session.program === 'qemu-img' ? withoutCode(failure.message) : failure.message
-  for (const line of message.split('\n')) session.stderr.write(`${session.program}: ${line}\n`)
+  const speaker = failure.command === undefined ? session.program : `${session.program} ${failure.command}`
+  for (const line of message.split('\n')) session.stderr.write(`${speaker}: ${line}\n`)
   if (failure.hint !== undefined) session.stderr.write(`${failure.hint}\n`)
   return failure.exitCode
 }

@@ -4,7 +4,7 @@
  */
 
 import { CommandFailure } from './failure.js'
-import { parseSize } from './size.js'
+import { parseSize, SIZE_HINT } from './size.js'
 
 export type OptionType = 'string' | 'size' | 'number' | 'bool'
 
@@ -76,9 +76,6 @@ function resolve({ name, value }: Setting, specs: readonly OptionSpec[]): { spec
   if (negated) return { spec: negated, text: 'off' }
   throw new CommandFailure(`Invalid parameter '${name}'`)
 }
-
-const SIZE_HINT =
-  'Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\nand exabytes, respectively.'
 
 /** One value by its type; messages name the parameter, as qemu-img's do. */
 export function parseValue({ name, type }: Pick<OptionSpec, 'name' | 'type'>, text: string): OptionValue {

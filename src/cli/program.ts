@@ -1,7 +1,6 @@
 /** The commands, and how a command line becomes a call of one of them. */
 
 import { Command, CommanderError } from 'commander'
-import { expandOptions } from './abbreviations.js'
 import { declareAmend } from './commands/amend.js'
 import { declareBitmap } from './commands/bitmap.js'
 import { declareCheck } from './commands/check.js'
@@ -15,9 +14,10 @@ import { declareInfo } from './commands/info.js'
 import { declareMap } from './commands/map.js'
 import { declareMeasure } from './commands/measure.js'
 import { declareRebase } from './commands/rebase.js'
-import { declareResize } from './commands/resize.js'
+import { declareResize, isSize } from './commands/resize.js'
 import { declareSnapshot } from './commands/snapshot.js'
-import { CommandFailure, UsageFailure } from './failure.js'
+import { CommandFailure, OptionFailure, UsageFailure } from './failure.js'
+import { arrange } from './getopt.js'
 import type { Session } from './session.js'
 
 /** Runs what a command line asked for; resolves to its exit code. */
@@ -92,12 +92,15 @@ export async function runProgram(args: readonly string[], session: Session): Pro
   const command = chosen?.name()
   if (command === undefined && !first.startsWith('-')) throw unknownCommand(first, hint())
   try {
-    const rest = chosen === undefined ? args.slice(1) : expandOptions(args.slice(1), chosen)
-    await program.parseAsync([first, ...rest], { from: 'user' })
+    if (chosen === undefined) await program.parseAsync(arrange([...args], program), { from: 'user' })
+    else {
+      const rest = arrange(args.slice(1), chosen, command === 'resize' ? isSize : undefined)
+      await program.parseAsync([chosen.name(), ...rest], { from: 'user' })
+    }
   } catch (error) {
     if (error instanceof CommanderError && error.exitCode === 0) return 0
     if (error instanceof CommanderError) throw new CommandFailure(usageMessage(error), { hint: hint(command) })
-    if (error instanceof UsageFailure) throw new CommandFailure(error.message, { hint: hint(command) })
+    if (error instanceof UsageFailure) throw usage(error, hint(command), command)
     throw error
   }
   return exitCode
@@ -112,11 +115,12 @@ function unknownCommand(name: string, hint: string): CommandFailure {
   return new CommandFailure(`Command not found: ${name}`, { hint })
 }
 
-/** commander's finding in qemu-img's words. */
-function usageMessage(error: CommanderError): string {
-  const [, quoted = ''] = /'([^']*)'/.exec(error.message) ?? []
-  const option = quoted.split(/[ ,]/)[0] ?? quoted
-  if (error.code === 'commander.unknownOption') return `unrecognized option '${quoted}'`
-  if (error.code === 'commander.optionMissingArgument') return `missing argument for option '${option}'`
-  return error.message.replace(/^error: /, '')
-}
+const usage = (error: UsageFailure, hint: string, command: string | undefined): CommandFailure =>
+  new CommandFailure(error.message, {
+    hint,
+    ...(error instanceof OptionFailure && command !== undefined && { command }),
+    cause: error,
+  })
+
+/** What is left for commander to find: values that are none of an option's choices. */
+const usageMessage = (error: CommanderError): string => error.message.replace(/^error: /, '')

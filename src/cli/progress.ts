@@ -1,9 +1,13 @@
-/** How far a job is: a bar on a terminal, qemu-img's own line elsewhere when asked for, nothing with `-q`. */
+/**
+ * How far a job is: a bar on a terminal, qemu-img's own line elsewhere when asked for, by `-p` or by a signal, nothing of itself with
+ * `-q`.
+ */
 
 import type { Options, SingleBar } from 'cli-progress'
 import type { LongRunning, Progress } from '../index.js'
 import { fixed, humanSize } from './format/number.js'
 import type { Session } from './session.js'
+import { whenAsked } from './status-signals.js'
 
 export interface ProgressChoice {
   /** `-p`. */
@@ -18,6 +22,8 @@ export interface ProgressChoice {
 
 interface Reporter {
   update(progress: Progress): void
+  /** Somebody asks: see `status-signals.ts`. */
+  answer(): void
   /** `done` says whether the job succeeded. */
   finish(done: boolean): void
 }
@@ -29,7 +35,7 @@ export async function withProgress<T>(
   job: (options: Pick<LongRunning, 'onProgress' | 'progressInterval' | 'signal'>) => Promise<T>,
 ): Promise<T> {
   const reporter = reporterFor(session, choice)
-  if (!reporter) return job({ signal: session.signal })
+  const asked = whenAsked(() => reporter.answer())
   let done = false
   try {
     const result = await job({
@@ -40,17 +46,43 @@ export async function withProgress<T>(
     done = true
     return result
   } finally {
+    asked()
     reporter.finish(done)
   }
 }
 
-function reporterFor(session: Session, { progress, quiet, verb, step }: ProgressChoice): Reporter | undefined {
-  if (quiet) return undefined
+function reporterFor(session: Session, { progress, quiet, verb, step }: ProgressChoice): Reporter {
+  if (quiet) return new Silent(session)
   const terminal = session.stderr.stream.isTTY && session.env['TERM'] !== 'dumb'
   // `-p` with the output going elsewhere is a program that reads qemu-img's lines.
   const lines = progress && !(terminal && session.stdout.stream.isTTY)
   if (lines) return new Lines(session, step)
-  return terminal ? new Bar(session, verb) : undefined
+  return terminal ? new Bar(session, verb) : new Silent(session)
+}
+
+const percentOf = ({ current, total }: Progress): number => (total === 0 ? 0 : Math.min(100, (current * 100) / total))
+
+const line = (percent: number): string => `    (${fixed(percent, 2)}/100%)`
+
+/** Says nothing unless it is asked, then where qemu-img says it. */
+class Silent implements Reporter {
+  readonly #session: Session
+  #percent = 0
+
+  constructor(session: Session) {
+    this.#session = session
+  }
+
+  update(progress: Progress): void {
+    this.#percent = percentOf(progress)
+  }
+
+  answer(): void {
+    this.#session.stderr.write(`${line(this.#percent)}\n`)
+    this.#session.stderr.flush()
+  }
+
+  finish(): void {}
 }
 
 /** `    (45.34/100%)` and a carriage return: what programs that run qemu-img look for. */
@@ -58,6 +90,7 @@ class Lines implements Reporter {
   readonly #session: Session
   readonly #step: number
   #shown = 0
+  #percent = 0
 
   constructor(session: Session, step: number) {
     this.#session = session
@@ -65,10 +98,14 @@ class Lines implements Reporter {
     this.#print(0)
   }
 
-  update({ current, total }: Progress): void {
-    const percent = total === 0 ? 0 : Math.min(100, (current * 100) / total)
-    if (percent - this.#shown < this.#step) return
-    this.#print(percent)
+  update(progress: Progress): void {
+    this.#percent = percentOf(progress)
+    if (this.#percent - this.#shown < this.#step) return
+    this.#print(this.#percent)
+  }
+
+  answer(): void {
+    this.#print(this.#percent)
   }
 
   finish(done: boolean): void {
@@ -79,7 +116,7 @@ class Lines implements Reporter {
 
   #print(percent: number): void {
     this.#shown = percent
-    this.#session.stdout.write(`    (${fixed(percent, 2)}/100%)\r`)
+    this.#session.stdout.write(`${line(percent)}\r`)
     this.#session.stdout.flush()
   }
 }
@@ -115,6 +152,9 @@ class Bar implements Reporter {
     this.#bar.setTotal(progress.total)
     this.#bar.update(progress.current, this.#payload())
   }
+
+  /** The bar is there already. */
+  answer(): void {}
 
   finish(done: boolean): void {
     if (!this.#bar) return

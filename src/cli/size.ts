@@ -3,6 +3,10 @@ import { CommandFailure } from './failure.js'
 /** 2^63 - 1: the largest size that qemu-img accepts anywhere. */
 export const MAX_SIZE = 2n ** 63n - 1n
 
+/** What a size may be. */
+export const SIZE_HINT =
+  'Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\nand exabytes, respectively.'
+
 const U64_LIMIT = 2n ** 64n
 const SUFFIX_BITS: Readonly<Record<string, bigint>> = { B: 0n, K: 10n, M: 20n, G: 30n, T: 40n, P: 50n, E: 60n }
 
@@ -37,10 +41,7 @@ export function sizeArgument(name: string, text: string, range: { min?: bigint; 
   const { min = 0n, max = MAX_SIZE } = range
   const parsed = parseSize(text)
   if ('failure' in parsed && parsed.failure === 'syntax') {
-    throw new CommandFailure(
-      `Invalid ${name} specified. You may use k, M, G, T, P or E suffixes for\n` +
-        'kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes.',
-    )
+    throw new CommandFailure(`Invalid ${name} specified: '${text}'.`, { hint: SIZE_HINT })
   }
   if ('failure' in parsed || parsed.value < min || parsed.value > max) {
     throw new CommandFailure(`Invalid ${name} specified. Must be between ${min} and ${max}.`)

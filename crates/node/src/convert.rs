@@ -174,6 +174,7 @@ impl ConvertJob {
         let target = match place {
             Place::Image(handle) => {
                 return handle.run(|image: &Image| {
+                    bitmaps.map_or(Ok(()), |_| CopyableBitmaps::refuse_target(image))?;
                     let result = convert(source, ConvertTarget::Existing(image), &self.options(), job)?;
                     bitmaps.map_or(Ok(()), |bitmaps| bitmaps.add_to(image)).map(|()| result)
                 });

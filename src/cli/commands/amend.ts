@@ -1,7 +1,7 @@
 import type { Command } from 'commander'
 import { type AmendOptions, amend, type Format, Qcow2Error } from '../../index.js'
 import { isCreateOption, qcow2Options, toRefcountBits, toVersion } from '../create-options.js'
-import { describeError, openFailure } from '../errors.js'
+import { describeError, openFailure, openHint } from '../errors.js'
 import { CommandFailure, UsageFailure, unsupported } from '../failure.js'
 import { cacheMode, oneFile, refuseDriverSyntax } from '../grammar.js'
 import { formatOf, localPath } from '../images.js'
@@ -120,10 +120,17 @@ function version(compat: string): 2 | 3 {
   return found
 }
 
+/** Of a header that makes no sense, or asks for what is not known here. */
+const UNREADABLE: ReadonlySet<string> = new Set(['ERR_QCOW2_INVALID_HEADER', 'ERR_QCOW2_UNSUPPORTED_FEATURE'])
+
 /** A refusal in qemu-img's words, where options have its names; anything else as for every command. */
 function worded(filename: string, error: unknown): CommandFailure {
   if (!(error instanceof Qcow2Error)) return openFailure(filename, error)
-  if (error.code !== 'ERR_QCOW2_INVALID_ARGUMENT') return new CommandFailure(describeError(error), { cause: error })
+  if (UNREADABLE.has(error.code) || openHint(filename, error) !== undefined) return openFailure(filename, error)
+  if (error.code !== 'ERR_QCOW2_INVALID_ARGUMENT') {
+    const message = describeError(error).replace('say shrink: true if that is meant', 'use --shrink if that is meant')
+    return new CommandFailure(message, { cause: error })
+  }
   const message = describeError(error)
     .replace(` (${error.code})`, '')
     .replace(` (field ${error.field})`, '')

@@ -57,9 +57,6 @@ async function bitmap(
   session: Session,
 ): Promise<number> {
   const [filename, name, excess] = files
-  if (filename === undefined || name === undefined || excess !== undefined) {
-    throw new UsageFailure('Expecting filename and bitmap name')
-  }
   const verbs = actions.map(({ verb }) => verb)
   if (verbs.length === 0) {
     throw new UsageFailure('Need at least one of --add, --remove, --clear, --enable, --disable, or --merge')
@@ -72,6 +69,9 @@ async function bitmap(
   }
   if (options.sourceFormat !== undefined && options.sourceFile === undefined) {
     throw new UsageFailure('-F only supported with -b')
+  }
+  if (filename === undefined || name === undefined || excess !== undefined) {
+    throw new UsageFailure('Expecting filename and bitmap name')
   }
   const granularity = options.granularity === undefined ? undefined : sizeArgument('granularity', options.granularity)
   const perform = async (image: Image, source: Image) => {
@@ -95,7 +95,7 @@ async function bitmap(
     if (sourceFile === undefined) {
       await perform(image, image)
     } else {
-      const from = { filename: sourceFile, format: sourceFormat, references: 'layer' } as const
+      const from = { filename: sourceFile, format: sourceFormat, formatOption: '-F', references: 'layer' } as const
       await withImage(from, session, source => perform(image, source))
     }
     return 0

@@ -48,11 +48,14 @@ export function declareCheck(program: Command, run: Runner): void {
 
 function repairOf(what: string): 'leaks' | 'all' {
   if (what === 'leaks' || what === 'all') return what
-  throw new UsageFailure(`Unknown option value for -r (expecting 'leaks' or 'all'): ${what}`)
+  throw new UsageFailure(`--repair (-r) expects 'leaks' or 'all', not '${what}'`)
 }
 
 async function checkFile(filename: string, options: CheckArguments, session: Session): Promise<number> {
-  const { quiet = false } = options
+  const { quiet = false, repair, forceShare } = options
+  if (repair !== undefined && forceShare) {
+    throw new CommandFailure(`Could not open '${filename}': force-share=on can only be used with read-only images`)
+  }
   const found = { ...(await checked(filename, options, session)), filename }
   for (const message of found.messages) session.stderr.write(`${message}\n`)
   session.stderr.flush()

@@ -3,7 +3,7 @@ import { type CompareResult, compare } from '../../index.js'
 import { describeError } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
 import { cacheMode, refuseDriverSyntax } from '../grammar.js'
-import { formatOf, localPath, withImage } from '../images.js'
+import { formatOf, localPath, type Request, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
@@ -51,8 +51,8 @@ async function compareFiles(files: readonly string[], options: CompareArguments,
   if (a === undefined || b === undefined || excess !== undefined) {
     throw new UsageFailure('Expecting two image file names')
   }
-  const sizeA = await sizeOf(a, options.aFormat, options.forceShare, session)
-  const sizeB = await sizeOf(b, options.bFormat, options.forceShare, session)
+  const sizeA = await sizeOf(a, { format: options.aFormat, formatOption: '-f' }, options.forceShare, session)
+  const sizeB = await sizeOf(b, { format: options.bFormat, formatOption: '-F' }, options.forceShare, session)
   const choice = {
     progress: options.progress ?? false,
     quiet: options.quiet ?? false,
@@ -80,11 +80,11 @@ async function compareFiles(files: readonly string[], options: CompareArguments,
 /** Opened once before the comparison: a missing file and unreadable data have different exit codes. */
 const sizeOf = (
   filename: string,
-  format: string | undefined,
+  format: Pick<Request, 'format' | 'formatOption'>,
   forceShare: boolean | undefined,
   session: Session,
 ): Promise<number> =>
-  withImage({ filename, format, forceShare, exitCode: CANNOT_OPEN }, session, async image => image.virtualSize)
+  withImage({ filename, ...format, forceShare, exitCode: CANNOT_OPEN }, session, async image => image.virtualSize)
 
 /** What is printed: the warning comes when the shorter image ends, so a difference before that comes without it. */
 export function verdict(result: CompareResult, common: number, sizesDiffer: boolean): string {

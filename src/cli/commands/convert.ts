@@ -8,6 +8,7 @@ import {
   convert,
   type Format,
   Qcow2Error,
+  type Qcow2SpecificInfo,
 } from '../../index.js'
 import { describeFormat, optionSpecs, targetFormat, toCreateOptions } from '../create-options.js'
 import { describeError, openFailure } from '../errors.js'
@@ -170,7 +171,7 @@ async function convertNamed(
   const parts = given.create ? newTarget(target, to, given, several) : existingTarget(to, given)
   if (several && given.bitmaps) throw new CommandFailure('Copying bitmaps only possible with single source')
   if (given.bitmaps) await checkBitmaps(sources[0] ?? target, to, parts, given, session)
-  if (!given.create) await checkTarget(target, to, size, session)
+  if (!given.create) await checkTarget(target, to, { size, bitmaps: given.bitmaps }, session)
   const options: ConvertOptions = {
     from,
     ...(given.bitmaps && { bitmaps: { skipBroken: given.skipBrokenBitmaps } }),
@@ -250,9 +251,16 @@ function worded(target: string, to: Format, error: unknown): CommandFailure {
 }
 
 /** The target that exists must be there, and large enough. */
-async function checkTarget(filename: string, format: Format, size: number, session: Session): Promise<void> {
-  const room = await withImage({ filename, format, flags: 'r+' }, session, async image => image.virtualSize)
-  if (room < size) throw new CommandFailure('output file is smaller than input file')
+async function checkTarget(
+  filename: string,
+  format: Format,
+  { size, bitmaps = false }: { size: number; bitmaps: boolean | undefined },
+  session: Session,
+): Promise<void> {
+  await withImage({ filename, format, flags: 'r+' }, session, async image => {
+    if (image.virtualSize < size) throw new CommandFailure('output file is smaller than input file')
+    if (bitmaps && !hasBitmaps((await image.info()).formatSpecific)) throw cannotHaveBitmaps(format)
+  })
 }
 
 /** What qemu-img says before it copies bitmaps. */
@@ -265,20 +273,23 @@ async function checkBitmaps(
 ): Promise<void> {
   const at = { filename: source, format: sourceFormat, references: 'layer', forceShare } as const
   await withImage(at, session, async image => {
-    const { format, formatSpecific } = await image.info()
-    if (format === 'raw') throw new CommandFailure('Source lacks bitmap support')
+    const { formatSpecific } = await image.info()
+    if (!hasBitmaps(formatSpecific)) throw new CommandFailure('Source lacks bitmap support')
     const broken = formatSpecific?.bitmaps?.find(bitmap => bitmap.flags.includes('in-use'))
     if (broken !== undefined && !skipBrokenBitmaps) {
-      throw new CommandFailure(
-        `Cannot copy inconsistent bitmap '${broken.name}'\n` +
-          "Try --skip-broken-bitmaps, or use 'qcow2 bitmap --remove' to delete it",
-      )
+      const hint = `Try --skip-broken-bitmaps, or use '${session.program} bitmap --remove' to delete it`
+      throw new CommandFailure(`Cannot copy inconsistent bitmap '${broken.name}'`, { hint })
     }
-    if (to === 'raw' || create?.version === 2) {
-      throw new CommandFailure(`Format driver '${to}' does not support bitmaps`)
-    }
+    if (to === 'raw' || create?.version === 2) throw cannotHaveBitmaps(to)
   })
 }
+
+/** Version 2 and raw images have none. */
+const hasBitmaps = (specific: Qcow2SpecificInfo | undefined): boolean =>
+  specific !== undefined && specific.compat !== '0.10'
+
+const cannotHaveBitmaps = (to: Format): CommandFailure =>
+  new CommandFailure(`Format driver '${to}' does not support bitmaps`)
 
 function existingTarget(to: Format, given: ConvertArguments): Partial<ConvertOptions> {
   if (given.compress && to === 'raw') throw new CommandFailure('Compression not supported for this file format')
@@ -325,11 +336,20 @@ function shapeOf(target: string, to: Format, values: OptionValues) {
   }
 }
 
-const compressionOf = (type: Compression['type'], { level, window }: ConvertArguments): Compression => ({
-  ...(type !== undefined && { type }),
-  ...(level !== undefined && { level }),
-  ...(window !== undefined && { window }),
-})
+function compressionOf(type: Compression['type'], { level, window }: ConvertArguments): Compression {
+  if (level !== undefined && level > ZLIB_LEVELS && type !== 'zstd') {
+    const hint = 'zstd, which -o compression_type=zstd chooses, has levels up to 22.'
+    const range = `Must be between 1 and ${ZLIB_LEVELS} for zlib.`
+    throw new CommandFailure(`Invalid compression level specified: '${level}'. ${range}`, { hint })
+  }
+  return {
+    ...(type !== undefined && { type }),
+    ...(level !== undefined && { level }),
+    ...(window !== undefined && { window }),
+  }
+}
+
+const ZLIB_LEVELS = 12
 
 /** The cache modes other than "unsafe" promise that what is written stays written. */
 async function makeDurable(path: string): Promise<void> {

@@ -148,7 +148,7 @@ async function completeBacking(
   const size = await withImage(request, session, async image => image.virtualSize).catch(error => {
     if (!(error instanceof CommandFailure)) throw error
     const reason = describeError(error.cause)
-    const message = reason.startsWith('Could not open ') ? reason : error.message
+    const message = /^Could not open |^Image is not in /.test(reason) ? reason : error.message
     throw new CommandFailure(message, { hint: 'Could not open backing image.', cause: error })
   })
   if (!values.has('size')) values.set('size', BigInt(size))

@@ -6,6 +6,7 @@ import { CommandFailure } from '../failure.js'
 import { refuseDriverSyntax } from '../grammar.js'
 import { formatOf, localPath, withImage } from '../images.js'
 import type { Runner } from '../program.js'
+import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
 import { sizeArgument, toSize } from '../size.js'
 
@@ -95,18 +96,15 @@ async function dd(list: readonly string[], options: DdArguments, session: Sessio
   const beyond = start > INT64_MAX || start > end
   if (beyond) session.stderr.write(`${session.program}: ${input}: cannot skip to specified offset\n`)
   const range = beyond ? { start: 0, length: 0 } : { start: toSize(start), length: toSize(end - start) }
-  await convert(localPath(input), localPath(output), {
-    from,
-    to,
-    ...range,
-    references: 'allow',
-    forceShare,
-    overwrite: true,
-    signal: session.signal,
-  }).catch(error => {
-    if (session.signal.aborted) throw error
-    const reason = describeError(error, localPath(output))
-    throw new CommandFailure(`${output}: error while creating output image: ${reason}`, { cause: error })
-  })
+  // As dd is: nothing is shown unless somebody asks.
+  const choice = { progress: false, quiet: true, verb: 'Copying', step: 1 }
+  const copy = { from, to, ...range, references: 'allow', forceShare, overwrite: true } as const
+  await withProgress(session, choice, job => convert(localPath(input), localPath(output), { ...copy, ...job })).catch(
+    error => {
+      if (session.signal.aborted) throw error
+      const reason = describeError(error, localPath(output))
+      throw new CommandFailure(`${output}: error while creating output image: ${reason}`, { cause: error })
+    },
+  )
   return 0
 }

@@ -1,5 +1,5 @@
 import type { Command } from 'commander'
-import { measure } from '../../index.js'
+import { type LongRunning, type MeasureResult, measure } from '../../index.js'
 import { optionSpecs, targetFormat, toCreateOptions } from '../create-options.js'
 import { describeError, openFailure } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
@@ -8,6 +8,7 @@ import { optionList, outputOption, refuseDriverSyntax } from '../grammar.js'
 import { formatOf, localPath, snapshotOf } from '../images.js'
 import { parseOptionList } from '../options.js'
 import type { Runner } from '../program.js'
+import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
 import { sizeArgument, toSize } from '../size.js'
 
@@ -59,13 +60,23 @@ function sourceOf(files: readonly string[], { size, format, snapshot }: MeasureA
   return source
 }
 
-async function measured(source: string | bigint, options: MeasureArguments, session: Session) {
+const measured = (source: string | bigint, options: MeasureArguments, session: Session): Promise<MeasureResult> =>
+  withProgress(session, { progress: false, quiet: true, verb: 'Measuring', step: 1 }, job =>
+    measureWith(source, options, session, job),
+  )
+
+async function measureWith(
+  source: string | bigint,
+  options: MeasureArguments,
+  session: Session,
+  job: LongRunning,
+): Promise<MeasureResult> {
   const target = targetFormat(options.targetFormat)
   const { preallocation, ...shape } = toCreateOptions(parseShape(options, target), target)
   // Nothing is opened by the name of the backing file, so its format does not matter.
   const { backingFile, backingFormat = backingFile === undefined ? undefined : 'raw' } = shape
   const create = { ...shape, backingFormat }
-  const plan = { to: target, ...(target === 'qcow2' && { create }), preallocation, signal: session.signal }
+  const plan = { to: target, ...(target === 'qcow2' && { create }), preallocation, ...job }
   if (typeof source === 'bigint') {
     return measure({ size: toSize(source) }, plan).catch(error => {
       throw session.signal.aborted ? error : new CommandFailure(describeError(error), { cause: error })

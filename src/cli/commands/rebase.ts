@@ -1,6 +1,6 @@
 import type { Command } from 'commander'
 import { type CacheMode, Qcow2Error, rebase } from '../../index.js'
-import { describeError, openFailure } from '../errors.js'
+import { describeError, openFailure, openHint } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
 import { cacheMode, oneFile, refuseDriverSyntax, toCacheMode } from '../grammar.js'
 import { formatOf, localPath, withImage } from '../images.js'
@@ -108,7 +108,7 @@ function worded(filename: string, backing: string | null, error: unknown): Comma
   const reason = describeError(error)
   const ofImage = error instanceof Qcow2Error && (error.path === undefined || error.path === localPath(filename))
   if (ofImage || backing === null) return openFailureOr(filename, reason, error)
-  const hint = openFailure(filename, error).hint
+  const hint = openHint(backing, error, '-F')
   return new CommandFailure(`Could not open new backing file '${backing}': ${reason}`, {
     cause: error,
     ...(hint !== undefined && { hint }),

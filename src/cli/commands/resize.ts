@@ -2,11 +2,13 @@ import type { Command } from 'commander'
 import type { Preallocation } from '../../index.js'
 import { describeError } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
+import type { IsOperand } from '../getopt.js'
 import { refuseDriverSyntax } from '../grammar.js'
 import { withImage } from '../images.js'
+import { parseValue } from '../options.js'
 import type { Runner } from '../program.js'
 import type { Session } from '../session.js'
-import { sizeArgument, toSize } from '../size.js'
+import { toSize } from '../size.js'
 
 interface ResizeArguments {
   readonly format?: string
@@ -29,22 +31,20 @@ export function declareResize(program: Command, run: Runner): void {
     .option('--shrink', 'allow a smaller size')
     .option('--preallocation <mode>', 'what the new part has: off, metadata, falloc or full', preallocationOf)
     .option('-q, --quiet', 'print nothing but errors')
-    // A size with a minus looks like an option.
-    .allowUnknownOption()
   refuseDriverSyntax(command)
   command.action((files: string[], options: ResizeArguments) => run(session => resize(files, options, session)))
 }
 
+/** A size with a minus looks like an option; it comes behind the image. */
+export const isSize: IsOperand = (word, [filename]) => filename !== undefined && /^-[\d.]/.test(word)
+
 async function resize(args: readonly string[], options: ResizeArguments, session: Session): Promise<number> {
-  const unknown = args.find(arg => arg.startsWith('-') && !/^-[\d.]/.test(arg))
-  if (unknown !== undefined) throw new UsageFailure(`unrecognized option '${unknown}'`)
   const [filename, text, excess] = args
-  if (filename === undefined || text === undefined || excess !== undefined) {
-    throw new UsageFailure('Expecting image file name and size')
-  }
+  if (filename === undefined || text === undefined) throw new UsageFailure('Expecting image file name and size')
+  if (excess !== undefined) throw new UsageFailure('Extra argument(s) in command line')
   const sign = /^[+-]/.exec(text)?.[0]
   const { shrink, preallocation } = options
-  const amount = sizeArgument('image size', sign === undefined ? text : text.slice(1))
+  const amount = BigInt(parseValue({ name: 'size', type: 'size' }, sign === undefined ? text : text.slice(1)))
   return withImage({ filename, format: options.format, flags: 'r+' }, session, async image => {
     const now = BigInt(image.virtualSize)
     const wanted = sign === '+' ? now + amount : sign === '-' ? now - amount : amount
@@ -53,11 +53,11 @@ async function resize(args: readonly string[], options: ResizeArguments, session
       throw new CommandFailure('Preallocation can only be used for growing images')
     }
     if (wanted < now && !shrink) {
-      session.stderr.write(
-        `${session.program}: warning: Shrinking an image will delete all data beyond the shrunken image's end. Before performing such an ` +
-          'operation, make sure there is no important data there.\n',
+      throw new CommandFailure(
+        'Use the --shrink option to perform a shrink operation.\n' +
+          "warning: Shrinking an image will delete all data beyond the shrunken image's end. Before performing such an " +
+          'operation, make sure there is no important data there.',
       )
-      throw new CommandFailure('Use the --shrink option to perform a shrink operation.')
     }
     // Like qemu-img: a raw disk is filled up to whole sectors, one with metadata has to be told so.
     if (wanted % 512n !== 0n && (await image.info()).format === 'qcow2') {

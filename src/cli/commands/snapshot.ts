@@ -36,7 +36,7 @@ export function declareSnapshot(program: Command, run: Runner): void {
   for (const action of ['list', 'create', 'apply', 'delete']) {
     command.on(`option:${action}`, () => {
       actions += 1
-      if (actions > 1) throw new UsageFailure('Cannot mix -l, -a, -c, -d')
+      if (actions > 1) throw new UsageFailure("Cannot mix '-l', '-a', '-c', '-d'")
     })
   }
   refuseDriverSyntax(command)

@@ -12,6 +12,7 @@ use std::fs::File;
 
 use parking_lot::Mutex;
 
+use super::lock_holders::{self as holders, Holder};
 use super::platform::byte_lock as system;
 use crate::{Error, ErrorKind, Result};
 
@@ -79,6 +80,11 @@ impl Claim {
         unshared: Permission::Write.bit() | Permission::Resize.bit(),
     };
 
+    /// Whether one uses what the other does not share.
+    pub(super) fn conflicts_with(self, other: Self) -> bool {
+        self.used & other.unshared != 0 || self.unshared & other.used != 0
+    }
+
     fn minus(self, other: Self) -> Self {
         Self { used: self.used & !other.used, unshared: self.unshared & !other.unshared }
     }
@@ -100,7 +106,14 @@ pub enum Locking {
 /// a duplicate of the descriptor, also one that a child process holds for a moment, would keep them otherwise.
 #[derive(Debug, Default)]
 pub(super) struct ImageLock {
-    held: Mutex<Claim>,
+    held: Mutex<Held>,
+}
+
+#[derive(Debug, Default)]
+struct Held {
+    claim: Claim,
+    /// Says to other openers of this process that it is held.
+    noted: Option<Holder>,
 }
 
 /// How often a conflict is looked at again before it is reported: of two openers that start together both can
@@ -126,17 +139,24 @@ impl ImageLock {
         let mut held = self.held.lock();
         let mut attempt = 1;
         loop {
-            let added = wanted.minus(*held);
+            let added = wanted.minus(held.claim);
             let taken = take(file, added).and_then(|()| test(file, wanted));
             let Err(error) = taken else {
-                let dropped = held.minus(wanted);
-                *held = wanted;
+                let dropped = held.claim.minus(wanted);
+                *held = Held { claim: wanted, noted: Holder::new(file, wanted) };
                 return give_back(file, dropped);
             };
             // The first error is the one to report; bytes that could not be given back go with the file.
             let _given_back = give_back(file, added);
-            if error.kind() != ErrorKind::Locked || attempt == ATTEMPTS {
+            if error.kind() != ErrorKind::Locked {
                 return Err(error);
+            }
+            if attempt == ATTEMPTS {
+                let own = holders::in_the_way(file, wanted, held.noted.as_ref());
+                return Err(match own {
+                    Some(own) => in_own_way(&error, own),
+                    None => error,
+                });
             }
             attempt += 1;
             std::thread::sleep(pause());
@@ -146,7 +166,7 @@ impl ImageLock {
     /// Gives every byte back.
     pub(super) fn release(&self, file: &File) {
         let mut held = self.held.lock();
-        let all = std::mem::take(&mut *held);
+        let all = std::mem::take(&mut *held).claim;
         // Nothing can be done about a failure: the bytes go with the file description.
         let _given_back = give_back(file, all);
     }
@@ -208,8 +228,17 @@ fn test(file: &File, claim: Claim) -> Result<()> {
 fn conflict(permission: Permission, used: bool) -> Error {
     let shared = if used { "" } else { "shared " };
     let name = permission.name();
-    let message = format!("failed to get {shared}\"{name}\" lock: is another process using the image?");
+    let message = format!("failed to get {shared}\"{name}\" lock{ANOTHER}");
     Error::new(ErrorKind::Locked, message)
+}
+
+const ANOTHER: &str = ": is another process using the image?";
+
+/// The same conflict, where this process itself holds the file.
+fn in_own_way(conflict: &Error, own: Claim) -> Error {
+    let how = if own.used & Permission::Write.bit() == 0 { "reading" } else { "writing" };
+    let reason = format!(": this process has it open for {how}: close that first");
+    Error::new(ErrorKind::Locked, conflict.message().replace(ANOTHER, &reason))
 }
 
 #[cfg(all(test, target_os = "linux"))]
@@ -258,6 +287,34 @@ mod tests {
             lock_a.release(&a);
             claim(&lock_b, &b, second).unwrap();
         }
+    }
+
+    #[test]
+    fn a_process_that_is_in_its_own_way_is_told_so() {
+        let message = |first: Claim, second: Claim| {
+            let (_name, a, b) = two();
+            let (lock_a, lock_b) = (ImageLock::default(), ImageLock::default());
+            lock_a.change(&a, first, Locking::On).unwrap();
+            let message = lock_b.change(&b, second, Locking::On).unwrap_err().message().to_owned();
+            lock_a.release(&a);
+            lock_b.change(&b, second, Locking::On).unwrap();
+            message
+        };
+        assert_eq!(
+            message(Claim::WRITER, Claim::READER),
+            "failed to get shared \"write\" lock: this process has it open for writing: close that first"
+        );
+        assert_eq!(
+            message(Claim::READER, Claim::CREATOR),
+            "failed to get \"write\" lock: this process has it open for reading: close that first"
+        );
+        // Another description of the file that nobody here knows of stands for another process.
+        let (_name, a, b) = two();
+        for byte in [USED + 1, UNSHARED + 1] {
+            assert!(system::lock(&a, byte).unwrap());
+        }
+        let error = ImageLock::default().change(&b, Claim::WRITER, Locking::On).unwrap_err();
+        assert!(error.message().ends_with("is another process using the image?"), "{error}");
     }
 
     #[test]

@@ -9,6 +9,7 @@ mod direct;
 mod ext;
 mod file;
 mod lock;
+mod lock_holders;
 mod memory;
 mod new_file;
 mod platform;

@@ -23,11 +23,13 @@ impl<'a> CopyableBitmaps<'a> {
     /// Looks at the bitmaps of the top layer; `skip` leaves inconsistent ones out.
     ///
     /// # Errors
-    /// `UnsupportedFeature` for a raw source; `Corrupt` for an inconsistent bitmap without `skip`.
+    /// `UnsupportedFeature` for a raw or version 2 source; `Corrupt` for an inconsistent bitmap without `skip`.
     pub fn of(source: &'a Image, skip: bool) -> Result<Self> {
         let Some(source) = source.top_qcow2() else {
-            return Err(Error::new(ErrorKind::UnsupportedFeature, "a raw source has no bitmaps"));
+            return Err(Error::new(ErrorKind::UnsupportedFeature, "a raw source has no bitmaps")
+                .with_field("bitmaps"));
         };
+        refuse_version_2(source)?;
         let (mut names, mut skipped) = (Vec::new(), Vec::new());
         for record in source.bitmaps()? {
             let entry = record.entry;
@@ -62,6 +64,18 @@ impl<'a> CopyableBitmaps<'a> {
         target.close()
     }
 
+    /// Refuses a target that cannot have bitmaps, before anything is written to it, whether there are any or not.
+    ///
+    /// # Errors
+    /// `UnsupportedFeature`.
+    pub fn refuse_target(target: &Image) -> Result<()> {
+        match target.layers().first() {
+            Some(Layer::Qcow2(image)) => refuse_version_2(image),
+            _ => Err(Error::new(ErrorKind::UnsupportedFeature, "a raw target has no bitmaps")
+                .with_field("bitmaps")),
+        }
+    }
+
     /// Adds the bitmaps to an image that is open for writing.
     ///
     /// # Errors
@@ -94,4 +108,12 @@ impl<'a> CopyableBitmaps<'a> {
         }
         Ok(())
     }
+}
+
+fn refuse_version_2(image: &Qcow2) -> Result<()> {
+    if image.header().version < 3 {
+        let message = "an image of version 2 has no bitmaps";
+        return Err(image.error(ErrorKind::UnsupportedFeature, message).with_field("bitmaps"));
+    }
+    Ok(())
 }

@@ -85,7 +85,9 @@ impl Image {
     fn judge_size(&self, size: u64, options: ResizeOptions) -> Result<()> {
         let old = self.virtual_size();
         if size <= old && options.preallocation != Preallocation::Off {
-            let message = "preallocation is for the new part of a disk that grows";
+            let message = format!(
+                "preallocation is for the new part of a disk that grows: it has {old} bytes, not {size}"
+            );
             return Err(Error::new(ErrorKind::InvalidArgument, message).with_field("preallocation"));
         }
         if size >= old || options.shrink {
@@ -93,7 +95,7 @@ impl Image {
         }
         let lost = self.stored_behind(size)?;
         let message = format!(
-            "shrinking from {old} to {size} bytes would lose {lost} bytes of data: it must be asked for"
+            "shrinking from {old} to {size} bytes would lose {lost} bytes of data: set shrink if that is meant"
         );
         Err(Error::new(ErrorKind::DataLoss, message).with_field("size"))
     }
