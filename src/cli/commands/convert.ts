@@ -1,4 +1,3 @@
-import { open as openFile } from 'node:fs/promises'
 import { resolve } from 'node:path'
 import { type Command, Option } from 'commander'
 import {
@@ -182,6 +181,7 @@ async function convertNamed(
     ...(given.parallel !== undefined && { concurrency: given.parallel }),
     ...(given.salvage && { salvage: true }),
     ...(given.rate !== undefined && { rate: given.rate }),
+    durable: given.targetCache !== 'unsafe',
     ...parts,
   }
   const choice = { progress: given.progress ?? false, quiet: given.quiet ?? false, verb: 'Converting', step: 1 }
@@ -190,7 +190,6 @@ async function convertNamed(
       convert(sources.map(localPath), localPath(target), { ...options, ...job }),
     )
     if (!given.quiet) warn(converted, session)
-    if (given.targetCache !== 'unsafe') await makeDurable(localPath(target))
   } catch (error) {
     throw session.signal.aborted || error instanceof CommandFailure ? error : worded(target, to, error)
   }
@@ -330,13 +329,3 @@ const compressionOf = (type: Compression['type'], { level, window }: ConvertArgu
   ...(level !== undefined && { level }),
   ...(window !== undefined && { window }),
 })
-
-/** The cache modes other than "unsafe" promise that what is written stays written. */
-async function makeDurable(path: string): Promise<void> {
-  const file = await openFile(path, 'r+')
-  try {
-    await file.sync()
-  } finally {
-    await file.close()
-  }
-}
