@@ -15,7 +15,7 @@ export interface CloneOptions extends LongRunning {
   compress?: boolean | Compression | undefined
   /** Shape of a qcow2 copy, or `preallocation` of a raw one. A copy is whole: it has no backing file. */
   create?: Omit<Qcow2Shape, 'backingFile' | 'backingFormat'> | undefined
-  /** Replace an existing file. Default false: `EEXIST`. */
+  /** Replace an existing file, as {@link ConvertOptions.overwrite} has it. Default false: `EEXIST`. */
   overwrite?: boolean | undefined
   /**
    * Called once, when the point in time has passed: what is written from now on is not in the copy, what was written before is.

@@ -93,8 +93,18 @@ export interface ConvertOptions extends Omit<SourceOptions, 'from'>, LongRunning
   existingTarget?: boolean | undefined
   /** With `existingTarget`: it reads as zeroes everywhere, so zeroes need not be written. */
   targetIsZero?: boolean | undefined
-  /** Replace an existing file. Default false: `EEXIST`. */
+  /**
+   * Replace an existing file. Default false: `EEXIST`. It is whole until the new one is complete and takes its name, owner, permissions
+   * and attributes by a rename. Where a rename cannot be right it is written in place, and lost with an error or an abort: a
+   * file with several names, a mount point, a folder or attributes that this process may not write, an open file (`/dev/fd/8`), a file
+   * system without room for both.
+   */
   overwrite?: boolean | undefined
+  /**
+   * Return only when the target and its name are on stable storage. Default true; false is faster, and a power cut can take the target,
+   * and what it replaced.
+   */
+  durable?: boolean | undefined
   /**
    * Make an overlay of this image, which the target names as its backing file (`create.backingFile`). Where it is in the source's backing
    * chain, only what lies above it is stored; where it is any other image, all of the source's disk is. Opened as qcow2, by its magic, or
@@ -151,6 +161,7 @@ const CONVERT = {
   existingTarget: flag,
   targetIsZero: flag,
   overwrite: flag,
+  durable: flag,
   base: toLocated,
   bitmaps,
 } as const
@@ -159,7 +170,8 @@ type ReadConvert = Read<typeof CONVERT>
 
 /**
  * Copies a disk into a new image; several sources become one disk, one behind the other. The bytes never enter JavaScript; what reads
- * as zeroes is not read. The file has its name only when it is complete: nothing is left of a failure, an abort, or a killed process.
+ * as zeroes is not read. The file has its name only when it is complete: nothing is left of a failure, an abort, or a killed process,
+ * except of a file that is written in place (see `overwrite`).
  *
  * @throws {@link Qcow2Error} as `open` and `create`; `ERR_QCOW2_INVALID_ARGUMENT` for a target that is also a source, or one that exists and
  *   is too small
@@ -240,7 +252,7 @@ async function openTarget(located: Located, inUse: readonly string[], read: Read
 
 /** Checks what the options demand of each other; the rules of the format are the engine's. */
 function toOrder(read: ReadConvert, sources: number): Omit<NativeConvertJob, 'inUse'> {
-  const { compress, create, existingTarget = false, targetIsZero = false, overwrite = false } = read
+  const { compress, create, existingTarget = false, targetIsZero = false } = read
   const to = toFormat('convert', read.to)
   if (read.references === 'layer') {
     const message = "convert: references: 'layer' would write what is only in the backing file as zeroes"
@@ -282,7 +294,8 @@ function toOrder(read: ReadConvert, sources: number): Omit<NativeConvertJob, 'in
     rate: read.rate,
     bitmaps: read.bitmaps,
     targetIsZero,
-    overwrite,
+    overwrite: read.overwrite ?? false,
+    durable: read.durable ?? true,
   }
 }
 

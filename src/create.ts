@@ -18,7 +18,7 @@ export interface CreateOptions extends Qcow2Shape, LongRunning {
   format?: Format | undefined
   /** Virtual size in bytes, rounded up to a multiple of 512. Default: the backing file's. */
   size?: Size | undefined
-  /** Replace existing files, the data file's too. Default false: `EEXIST`. */
+  /** Replace existing files, the data file's too, as {@link ConvertOptions.overwrite} has it. Default false: `EEXIST`. */
   overwrite?: boolean | undefined
   /**
    * What the backing file may pull in itself. The backing file is named by the caller, so it is opened in any case, except with
@@ -38,6 +38,7 @@ const CREATE = {
 
 /**
  * Creates an image and opens it, for writing too. The file has its name only when it is complete: nothing is left of a failure or abort.
+ * Both are on stable storage then.
  *
  * @throws {@link Qcow2Error} `EEXIST` unless `overwrite` is set; `ERR_QCOW2_INVALID_ARGUMENT` for options that contradict each
  *   other or the format; `ERR_QCOW2_LIMIT` for a size that the geometry cannot address; the system's code (`ENOSPC`, `EACCES`)

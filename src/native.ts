@@ -183,6 +183,7 @@ export interface NativeConvertJob {
   bitmaps?: 'all' | 'consistent' | undefined
   targetIsZero: boolean
   overwrite: boolean
+  durable: boolean
   /** The image to write into. */
   target?: number | undefined
   start?: number | undefined

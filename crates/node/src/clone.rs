@@ -10,7 +10,7 @@ use qcow2_engine::convert::{Compression, Window};
 use qcow2_engine::storage::NewFile;
 use qcow2_engine::{Image, Job, Result};
 
-use crate::create::Target;
+use crate::create::{Content, Target};
 use crate::job::Ticket;
 use crate::resource::{Handle, Resource};
 use crate::runtime::Runtime;
@@ -112,15 +112,16 @@ impl CloneOrder {
         job: &Job,
     ) -> Result<(LiveClone, NewFile, Option<NewFile>)> {
         if self.shape.is_raw() {
-            let file = target.start()?;
-            let raw = CloneTarget::Raw { storage: file.storage(), preallocation: self.shape.preallocation() };
+            let (size, preallocation) = (image.virtual_size(), self.shape.preallocation());
+            let content = Content { size, preallocation, cluster_size: 1, source: Some(image), job };
+            let file = target.start_raw(&content)?;
+            let raw = CloneTarget::Raw { storage: file.storage(), preallocation };
             return Ok((image.begin_clone(raw, job)?, file, None));
         }
         let create = self.shape.options(image.virtual_size());
         create.validate()?;
-        let file = target.start()?;
-        let data = self.shape.data_file.as_deref();
-        let data = data.map(|name| target.start_data_file(&file, name)).transpose()?;
+        let content = Content::of(&create, Some(image), job);
+        let (file, data) = target.start_qcow2(&content, self.shape.data_file.as_deref())?;
         let window = if self.small_window { Window::Qemu4KiB } else { Window::Full };
         let qcow2 = CloneTarget::Qcow2 {
             storage: file.storage(),

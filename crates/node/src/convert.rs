@@ -12,9 +12,9 @@ use qcow2_engine::convert::{
 use qcow2_engine::salvage::{Salvage, Unreadable};
 use qcow2_engine::splice::Splice;
 use qcow2_engine::storage::{Access, Claim, FileStorage, Locking, NewFile};
-use qcow2_engine::{Error, ErrorKind, GuestSource, Image, Job, Result, Storage};
+use qcow2_engine::{Error, ErrorKind, GuestSource, Image, Job, Result, Storage, StorageExt};
 
-use crate::create::Target;
+use crate::create::{Content, Target};
 use crate::job::Ticket;
 use crate::resource::Handle;
 use crate::runtime::Runtime;
@@ -55,6 +55,8 @@ pub struct ConvertJob {
     pub target_is_zero: bool,
     /// Replace.
     pub overwrite: bool,
+    /// Return only when the target is on stable storage.
+    pub durable: bool,
     /// Copy the persistent bitmaps: `"all"`, or those that are consistent: `"consistent"`.
     pub bitmaps: Option<String>,
     /// Device and inode of what the job reads.
@@ -182,33 +184,43 @@ impl ConvertJob {
             Place::File(target) => target,
         };
         if self.existing {
-            return convert(source, self.raw(existing(target)?, true), &self.options(), job);
+            let storage = existing(target)?;
+            let options = ConvertOptions { durable: self.durable, ..self.options() };
+            let result = convert(source, self.raw(Arc::clone(&storage), true), &options, job)?;
+            return storage.report_close().map(|()| result);
         }
         if self.shape.is_raw() {
-            let file = target.start()?;
+            let (size, preallocation) = (source.virtual_size(), self.shape.preallocation());
+            let content = Content { size, preallocation, cluster_size: 1, source: Some(source), job };
+            let file = target.start_raw(&content)?;
             let keep = file.storage().traits().block_device;
             let result = convert(source, self.raw(file.storage(), keep), &self.options(), job)?;
-            file.commit()?;
+            self.commit(file)?;
             return Ok(result);
         }
         let create = self.shape.options(source.virtual_size());
         create.validate()?;
-        let file = target.start()?;
-        let data = self.shape.data_file.as_deref();
-        let data = data.map(|name| target.start_data_file(&file, name)).transpose()?;
+        let content = Content::of(&create, Some(source), job);
+        let (file, data) = target.start_qcow2(&content, self.shape.data_file.as_deref())?;
         let qcow2 = ConvertTarget::Qcow2 {
             storage: file.storage(),
             data_file: data.as_ref().map(NewFile::storage),
             create: Box::new(create),
         };
-        let result = convert(source, qcow2, &self.options(), job)?;
+        // What others see becomes an image when all else is there.
+        let options = ConvertOptions { durable: self.durable && file.is_visible(), ..self.options() };
+        let result = convert(source, qcow2, &options, job)?;
         if let Some(bitmaps) = bitmaps {
             bitmaps.copy_to(file.storage(), data.as_ref().map(NewFile::storage))?;
         }
         // The image last: it is not there without its data.
-        data.map(NewFile::commit).transpose()?;
-        file.commit()?;
+        data.map(|data| self.commit(data)).transpose()?;
+        self.commit(file)?;
         Ok(result)
+    }
+
+    fn commit(&self, file: NewFile) -> Result<()> {
+        if self.durable { file.commit() } else { file.commit_unsynced() }
     }
 
     fn raw(&self, storage: Arc<dyn Storage>, keep: bool) -> ConvertTarget<'static> {

@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use napi::bindgen_prelude::{BufferSlice, Either, Env};
 use napi_derive::napi;
-use qcow2_engine::create::{create, create_raw};
-use qcow2_engine::storage::{NewFile, Overwrite};
-use qcow2_engine::{Error, ErrorKind, Job, Result};
+use qcow2_engine::convert::data_bytes;
+use qcow2_engine::create::{CreateOptions, Preallocation, create, create_raw};
+use qcow2_engine::storage::{NewFile, Overwrite, Room};
+use qcow2_engine::{Error, ErrorKind, GuestSource, Job, Result};
 
 use crate::job::Ticket;
 use crate::open::{nothing, to_path};
@@ -40,20 +41,70 @@ impl Target {
         })
     }
 
-    /// Starts the file.
-    pub(crate) fn start(&self) -> Result<NewFile> {
-        NewFile::create(&self.path, self.overwrite, &self.in_use)
+    /// Starts the file of a raw disk.
+    pub(crate) fn start_raw(&self, content: &Content<'_>) -> Result<NewFile> {
+        content.with_room(|room| self.start(room))
     }
 
-    /// Starts the external data file that goes with it. Its name is as the process sees it.
-    pub(crate) fn start_data_file(&self, image: &NewFile, name: &str) -> Result<NewFile> {
-        let file = NewFile::create(name, self.overwrite, &self.in_use)?;
-        if file.path() == image.path() {
+    /// Starts the file of an image, and that of its external data file if it has one, whose name is as the process sees it.
+    pub(crate) fn start_qcow2(
+        &self,
+        content: &Content<'_>,
+        data_file: Option<&str>,
+    ) -> Result<(NewFile, Option<NewFile>)> {
+        let Some(name) = data_file else {
+            return Ok((content.with_room(|room| self.start(room))?, None));
+        };
+        let image = self.start(&Room::LITTLE)?;
+        let data =
+            content.with_room(|room| NewFile::create_with_room(name, self.overwrite, &self.in_use, room))?;
+        if data.path() == image.path() {
             let message = "the external data file cannot be the image itself";
             let error = Error::new(ErrorKind::InvalidArgument, message);
-            return Err(error.with_field("data_file").with_path(file.path()));
+            return Err(error.with_field("data_file").with_path(data.path()));
         }
-        Ok(file)
+        Ok((image, Some(data)))
+    }
+
+    fn start(&self, room: &Room<'_>) -> Result<NewFile> {
+        NewFile::create_with_room(&self.path, self.overwrite, &self.in_use, room)
+    }
+}
+
+/// What a new file will hold, as far as its space goes.
+pub(crate) struct Content<'a> {
+    /// Size of the disk in bytes.
+    pub(crate) size: u64,
+    pub(crate) preallocation: Preallocation,
+    /// Bytes of a cluster; 1 for a raw disk.
+    pub(crate) cluster_size: u64,
+    /// The disk that is copied.
+    pub(crate) source: Option<&'a dyn GuestSource>,
+    pub(crate) job: &'a Job,
+}
+
+impl<'a> Content<'a> {
+    pub(crate) fn of(options: &CreateOptions, source: Option<&'a dyn GuestSource>, job: &'a Job) -> Self {
+        let CreateOptions { size, preallocation, cluster_size, .. } = *options;
+        Self { size, preallocation, cluster_size, source, job }
+    }
+
+    fn with_room<T>(&self, start: impl FnOnce(&Room<'_>) -> Result<T>) -> Result<T> {
+        // Metadata is a small part, and some.
+        let with_metadata = |data: u64| match self.cluster_size {
+            1 => data,
+            cluster => data.saturating_add(data / 256).saturating_add(cluster.saturating_mul(8)),
+        };
+        let most = with_metadata(self.size);
+        let full = matches!(self.preallocation, Preallocation::Falloc | Preallocation::Full);
+        match self.source {
+            _ if full => start(&Room { most, closer: &|| Ok(most) }),
+            None => start(&Room::LITTLE),
+            Some(source) => {
+                let closer = || data_bytes(source, self.cluster_size, self.job).map(with_metadata);
+                start(&Room { most, closer: &closer })
+            }
+        }
     }
 }
 
@@ -82,14 +133,16 @@ pub fn create_image(
 
 fn run(target: &Target, size: u64, shape: &Shape, job: &Arc<Job>) -> Result<()> {
     if shape.is_raw() {
-        let file = target.start()?;
-        create_raw(&*file.storage(), size, shape.preallocation(), job)?;
+        let preallocation = shape.preallocation();
+        let content = Content { size, preallocation, cluster_size: 1, source: None, job };
+        let file = target.start_raw(&content)?;
+        create_raw(&*file.storage(), size, preallocation, job)?;
         return file.commit();
     }
     let options = shape.options(size);
     options.validate()?;
-    let file = target.start()?;
-    let data = shape.data_file.as_deref().map(|name| target.start_data_file(&file, name)).transpose()?;
+    let content = Content::of(&options, None, job);
+    let (file, data) = target.start_qcow2(&content, shape.data_file.as_deref())?;
     create(file.storage(), data.as_ref().map(NewFile::storage), &options, job)?;
     // The image last: it is not there without its data.
     data.map(NewFile::commit).transpose()?;

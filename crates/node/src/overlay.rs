@@ -7,11 +7,9 @@ use napi::bindgen_prelude::{BufferSlice, Either, Env, ToNapiValue};
 use napi_derive::napi;
 use qcow2_engine::create::create;
 use qcow2_engine::storage::{Access, CacheMode, FileStorage};
-use qcow2_engine::{
-    Error, Image, Job, Layer, LayerExt, OpenOptions, Qcow2, Result, StorageExt, WriteOptions,
-};
+use qcow2_engine::{Error, Image, Job, Layer, LayerExt, OpenOptions, Qcow2, Result, WriteOptions};
 
-use crate::create::Target;
+use crate::create::{Content, Target};
 use crate::job::Ticket;
 use crate::open::{Lock, LockOptions, WritingOptions, cache_mode};
 use crate::runtime::Runtime;
@@ -89,9 +87,8 @@ impl Overlay {
         job.checkpoint()?;
         let options = self.shape.options(below.virtual_size());
         options.validate()?;
-        let file = self.target.start()?;
+        let (file, _) = self.target.start_qcow2(&Content::of(&options, None, job), None)?;
         create(file.storage(), None, &options, job)?;
-        file.storage().flush()?;
         let path = file.path().to_owned();
         let mut named = false;
         let put = below.put_overlay(|| {

@@ -27,6 +27,7 @@ pub mod chain;
 pub mod contents;
 pub mod crash;
 pub mod disk_model;
+pub mod folder;
 pub mod forge;
 pub mod loop_device;
 pub mod malformed;

@@ -1,4 +1,3 @@
-import { open as openFile } from 'node:fs/promises'
 import { resolve } from 'node:path'
 import { type Command, Option } from 'commander'
 import {
@@ -183,6 +182,7 @@ async function convertNamed(
     ...(given.parallel !== undefined && { concurrency: given.parallel }),
     ...(given.salvage && { salvage: true }),
     ...(given.rate !== undefined && { rate: given.rate }),
+    durable: given.targetCache !== 'unsafe',
     ...parts,
   }
   const choice = { progress: given.progress ?? false, quiet: given.quiet ?? false, verb: 'Converting', step: 1 }
@@ -191,7 +191,6 @@ async function convertNamed(
       convert(sources.map(localPath), localPath(target), { ...options, ...job }),
     )
     if (!given.quiet) warn(converted, session)
-    if (given.targetCache !== 'unsafe') await makeDurable(localPath(target))
   } catch (error) {
     throw session.signal.aborted || error instanceof CommandFailure ? error : worded(target, to, error)
   }
@@ -350,13 +349,3 @@ function compressionOf(type: Compression['type'], { level, window }: ConvertArgu
 }
 
 const ZLIB_LEVELS = 12
-
-/** The cache modes other than "unsafe" promise that what is written stays written. */
-async function makeDurable(path: string): Promise<void> {
-  const file = await openFile(path, 'r+')
-  try {
-    await file.sync()
-  } finally {
-    await file.close()
-  }
-}

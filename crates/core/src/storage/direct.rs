@@ -376,6 +376,10 @@ impl Storage for DirectStorage {
         self.inner.sync_data()
     }
 
+    fn check_close(&self) -> io::Result<()> {
+        self.inner.check_close()
+    }
+
     fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
         let end = offset.checked_add(length).ok_or_else(too_far)?;
         let (from, to) = (self.up(offset)?, self.down(end));

@@ -93,6 +93,11 @@ pub trait StorageExt: Storage {
         self.sync_data().map_err(|e| self.failure(e, "fdatasync"))
     }
 
+    /// Reports what closing the file does.
+    fn report_close(&self) -> Result<()> {
+        self.check_close().map_err(|e| self.failure(e, "close"))
+    }
+
     /// Makes the range read as zeroes; `unmap` frees its space where the system can.
     fn zero(&self, offset: u64, length: u64, unmap: bool) -> Result<()> {
         self.write_zeroes(offset, length, unmap).map_err(|e| self.failure(e, "fallocate").with_offset(offset))

@@ -73,7 +73,7 @@ impl FileStorage {
 
     /// A storage on a descriptor that stays its owner's (a Node `FileHandle`): it can be closed at any time,
     /// so this holds one of its own. Where the system allows, that is a new open of the same file; else a
-    /// duplicate, which shares the owner's cursor, so holes are then not looked for.
+    /// duplicate, which shares the owner's cursor, so holes are then not looked for, and the owner's flags.
     ///
     /// # Errors
     /// As `open`.
@@ -85,30 +85,45 @@ impl FileStorage {
     /// As `from_borrowed`, in a cache mode, and for `access` instead of all that the owner opened it for.
     ///
     /// # Errors
-    /// As `open_cached`; a direct mode needs the new open. `ReadOnly` to write what the owner may only read.
+    /// As `open_cached`; a direct mode needs the new open. `ReadOnly` to write what the owner may only read;
+    /// `InvalidArgument` to write what the owner may only write, or, without the new open, only append to.
     #[cfg(unix)]
     pub fn from_borrowed_cached(
         fd: std::os::fd::BorrowedFd<'_>,
         access: Option<Access>,
         cache: CacheMode,
     ) -> Result<Self> {
+        use rustix::fs::OFlags;
         use std::os::fd::AsRawFd;
         let flags = rustix::fs::fcntl_getfl(fd).map_err(|e| Error::io(e.into(), "fcntl"))?;
-        let granted = flags & rustix::fs::OFlags::RWMODE == rustix::fs::OFlags::RDWR;
-        let writable = access.map_or(granted, |access| access == Access::ReadWrite);
+        let mode = flags & OFlags::RWMODE;
+        let writable = access.map_or(mode == OFlags::RDWR, |access| access == Access::ReadWrite);
         let again = PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()));
         let path = std::fs::read_link(&again).ok().filter(|p| p.is_absolute());
-        if writable && !granted {
-            let error = Error::new(ErrorKind::ReadOnly, "the file was opened for reading only");
-            return Err(path.into_iter().fold(error, Error::with_path));
+        let refuse = |kind, message: &str| Err(path.iter().fold(Error::new(kind, message), Error::with_path));
+        if writable && mode == OFlags::WRONLY {
+            let message = "the file was opened for writing only: open it for reading and writing ('r+')";
+            return refuse(ErrorKind::InvalidArgument, message);
         }
-        match platform::open(&again, writable, cache.is_direct()) {
-            Ok(file) => return Self::new(file, path, writable, true, cache),
-            Err(e) if cache.is_direct() => return Err(refused(e, path.as_deref().unwrap_or(&again), cache)),
-            Err(_) => {}
+        if writable && mode != OFlags::RDWR {
+            return refuse(ErrorKind::ReadOnly, "the file was opened for reading only");
         }
         let own = fd.try_clone_to_owned().map_err(|e| Error::io(e, "dup"))?;
-        Self::new(own.into(), path, writable, false, cache)
+        let own = File::from(own);
+        match platform::open(&again, writable, cache.is_direct()) {
+            Ok(file) if same_file(&file, &own) => return Self::new(file, path, writable, true, cache),
+            other if cache.is_direct() => {
+                let error = other.err().unwrap_or_else(|| io::ErrorKind::Unsupported.into());
+                return Err(refused(error, path.as_deref().unwrap_or(&again), cache));
+            }
+            _ => {}
+        }
+        if writable && flags.contains(OFlags::APPEND) {
+            let message = "the file was opened for appending, and cannot be opened anew: \
+                           what is written would go to its end; open it for reading and writing ('r+')";
+            return refuse(ErrorKind::InvalidArgument, message);
+        }
+        Self::new(own, path, writable, false, cache)
     }
 
     fn new(
@@ -136,7 +151,13 @@ impl FileStorage {
             true => Some(device_len(&file).map_err(|e| in_file(Error::io(e, "lseek")))?),
             false => None,
         };
-        let alignment = match cache.is_direct() {
+        // A descriptor of others can be direct, whatever mode was asked for.
+        #[cfg(unix)]
+        let direct = cache.is_direct()
+            || !own_cursor && platform::is_direct(&file).map_err(|e| in_file(Error::io(e, "fcntl")))?;
+        #[cfg(not(unix))]
+        let direct = cache.is_direct();
+        let alignment = match direct {
             true => alignment::of_direct(&file, block_device)
                 .map_err(|e| in_file(no_direct(e, cache, "statx")))?,
             false => Alignment::NONE,
@@ -164,6 +185,13 @@ impl FileStorage {
     pub(super) fn file(&self) -> &File {
         &self.file
     }
+}
+
+/// Whether two descriptors are of one file: what `/proc` says can be of another process, or nobody's.
+#[cfg(unix)]
+fn same_file(a: &File, b: &File) -> bool {
+    let identity = |file: &File| file.metadata().ok().and_then(|metadata| platform::identity(&metadata));
+    identity(a).is_some() && identity(a) == identity(b)
 }
 
 /// Where a device ends: `stat` says 0. The cursor is put back, others may share it.
@@ -228,6 +256,13 @@ impl Storage for FileStorage {
             return Ok(());
         }
         self.file.sync_data()
+    }
+
+    fn check_close(&self) -> io::Result<()> {
+        match self.traits.writable {
+            true => platform::close_duplicate(&self.file),
+            false => Ok(()),
+        }
     }
 
     fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()> {

@@ -11,6 +11,7 @@ mod file;
 mod lock;
 mod lock_holders;
 mod memory;
+pub mod naming;
 mod new_file;
 mod platform;
 mod range_lock;
@@ -25,7 +26,7 @@ pub use ext::StorageExt;
 pub use file::{Access, FileStorage};
 pub use lock::{Claim, Locking, Permission};
 pub use memory::MemoryStorage;
-pub use new_file::{NewFile, Overwrite};
+pub use new_file::{NewFile, Overwrite, Room};
 
 use crate::{Mem, MemMut, Result};
 
@@ -76,6 +77,11 @@ pub trait Storage: Send + Sync + fmt::Debug {
     fn set_len(&self, len: u64) -> io::Result<()>;
     /// Makes everything written so far durable (fdatasync: data, and the metadata needed to read it).
     fn sync_data(&self) -> io::Result<()>;
+    /// What the system reports when a descriptor of the file is closed: on some file systems (NFS, FUSE) a failed write is told
+    /// only then. The storage stays open.
+    fn check_close(&self) -> io::Result<()> {
+        Ok(())
+    }
     /// Makes the range read as zeroes; `unmap` frees its space where the system can. Extends the file.
     fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()>;
     /// Frees the range's space where the system can; its bytes are unspecified afterwards.

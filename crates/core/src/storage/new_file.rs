@@ -1,15 +1,22 @@
 //! A file that is being made: it has its name only when it is complete.
 //!
 //! Where the file system can, the file has no name until `commit` (`O_TMPFILE`), so that nothing is left of
-//! it however the process ends. Elsewhere it is created exclusively and removed on drop. An existing file is
-//! replaced in one step at `commit` and untouched before; a device is written in place, there is no other way.
+//! it however the process ends. Elsewhere it is created exclusively and removed on drop.
+//!
+//! **A file that exists** is replaced by a rename at `commit` and untouched before, where that is the same to everybody who knows
+//! the file. The new one has its owner, group, permissions, access list, security label, other extended attributes and
+//! flags. It is written in place instead, and what it held is lost with the first change, where a rename
+//! cannot be right: a file with several names (hard links); a mount point; a folder that takes no new file or keeps the old one;
+//! attributes that the new file cannot have; a file system without room for both, but for the new one alone; and a name that leads to
+//! an open file (`/dev/fd/8`), whatever it is called. Devices are written in place, too, there is no other way.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use super::naming::{self, Place, Steps};
 use super::platform::{self, FileKind};
 use super::{Access, Claim, FileStorage, Locking, Storage};
 use crate::{Error, ErrorKind, Result};
@@ -23,10 +30,27 @@ pub enum Overwrite {
     Replace,
 }
 
+/// The space that a new file will take, for one that replaces another.
+pub struct Room<'a> {
+    /// Bytes that it cannot exceed by much.
+    pub most: u64,
+    /// A closer bound, in bytes; asked for only where `most` is not free.
+    pub closer: &'a dyn Fn() -> Result<u64>,
+}
+
+impl Room<'static> {
+    /// Next to nothing.
+    pub const LITTLE: Self = Self { most: 0, closer: &|| Ok(0) };
+}
+
 /// Links that are followed before a path counts as a loop, as the kernel does.
 const MAX_LINKS: usize = 40;
 
-/// The target of a create or convert. Dropped without `commit`, it never existed.
+/// Characters of the target's name that a hidden name has at most: with the rest it is shorter than file systems allow.
+const MOST_OF_NAME: usize = 25;
+
+/// The target of a create or convert. Dropped without `commit`, it never existed; of one that is written in place, what was written
+/// stays.
 #[derive(Debug)]
 pub struct NewFile {
     storage: Arc<FileStorage>,
@@ -52,8 +76,16 @@ enum Finish {
     Nothing,
 }
 
+/// Where a path leads.
+enum Resolved {
+    /// To this name, which is no symbolic link.
+    Name(PathBuf),
+    /// To an open file, by way of this name.
+    OpenFile(PathBuf),
+}
+
 impl NewFile {
-    /// Starts a file at `path`. `in_use` are the identities of files that the job reads: the target must be
+    /// Starts a file at `path`, of next to no size. `in_use` are the identities of files that the job reads: the target must be
     /// none of them.
     ///
     /// # Errors
@@ -61,33 +93,43 @@ impl NewFile {
     /// the system reports; `InvalidArgument` for a target that is one of `in_use` or is no disk; `Locked` for one
     /// that another process is using.
     pub fn create(path: impl AsRef<Path>, overwrite: Overwrite, in_use: &[(u64, u64)]) -> Result<Self> {
+        Self::create_with_room(path, overwrite, in_use, &Room::LITTLE)
+    }
+
+    /// As `create`, for a file that takes `room`.
+    ///
+    /// # Errors
+    /// As `create`, and those of `room`.
+    pub fn create_with_room(
+        path: impl AsRef<Path>,
+        overwrite: Overwrite,
+        in_use: &[(u64, u64)],
+        room: &Room<'_>,
+    ) -> Result<Self> {
         let given = path.as_ref();
-        let path = resolve(given).map_err(|e| Error::io(e, "readlink").with_path(given))?;
-        match std::fs::metadata(&path) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Self::create_absent(path),
-            Err(e) => Err(Error::io(e, "stat").with_path(path)),
-            Ok(metadata) => {
-                if platform::identity(&metadata).is_some_and(|id| in_use.contains(&id)) {
-                    let message = "the target is also a source of this operation";
-                    return Err(Error::new(ErrorKind::InvalidArgument, message).with_path(path));
-                }
-                let kind = platform::kind(&metadata);
-                if kind == FileKind::Directory {
-                    return Err(Error::io(platform::is_a_directory(), "open").with_path(path));
-                }
-                if let FileKind::Other(what) = kind {
-                    let message = format!("{what}: a target must be a regular file or a block device");
-                    return Err(Error::new(ErrorKind::InvalidArgument, message).with_path(path));
-                }
-                if overwrite == Overwrite::Refuse {
-                    return Err(Error::io(platform::already_exists(), "open").with_path(path));
-                }
-                match kind {
-                    FileKind::BlockDevice => Self::in_place(path),
-                    _ => Self::create_over(path, &metadata),
-                }
-            }
+        refuse_folder(given).map_err(|e| Error::io(e, "open").with_path(given))?;
+        let resolved = resolve(given).map_err(|e| Error::io(e, "readlink").with_path(given))?;
+        let (path, open_file) = match resolved {
+            Resolved::Name(path) => (path, false),
+            Resolved::OpenFile(path) => (path, true),
+        };
+        let metadata = match std::fs::metadata(&path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound && !open_file => return Self::create_absent(path),
+            metadata => metadata.map_err(|e| Error::io(e, "stat").with_path(&path))?,
+        };
+        let kind = check_existing(&path, &metadata, overwrite, in_use)?;
+        // A file that may not be written must not be replaced by way of its directory.
+        let storage = FileStorage::open(&path, Access::ReadWrite)?;
+        storage.lock(Claim::CREATOR, Locking::Auto)?;
+        let renamed = kind == FileKind::Regular && !open_file;
+        if let Some((file, finish)) =
+            renamed.then(|| start_over(&path, &storage, room)).transpose()?.flatten()
+        {
+            let mut new = Self::new(file, path, finish)?;
+            new.replaced = Some(storage);
+            return Ok(new);
         }
+        Ok(Self { storage: Arc::new(storage), path, finish: Finish::Nothing, replaced: None })
     }
 
     fn create_absent(path: PathBuf) -> Result<Self> {
@@ -99,33 +141,6 @@ impl NewFile {
             }
             Err(e) => Err(Error::io(e, "open").with_path(path)),
         }
-    }
-
-    /// The new file gets the permissions of the one that it replaces.
-    fn create_over(path: PathBuf, old: &std::fs::Metadata) -> Result<Self> {
-        // A file that may not be written must not be replaced by way of its directory.
-        let replaced = FileStorage::open(&path, Access::ReadWrite)?;
-        replaced.lock(Claim::CREATOR, Locking::Auto)?;
-        let (file, finish) = match platform::open_unnamed(parent(&path)) {
-            Ok(file) => (file, Finish::LinkOver),
-            Err(e) if e.kind() == io::ErrorKind::Unsupported => {
-                let (file, beside) =
-                    create_beside(&path).map_err(|e| Error::io(e, "open").with_path(&path))?;
-                (file, Finish::Rename(beside))
-            }
-            Err(e) => return Err(Error::io(e, "open").with_path(path)),
-        };
-        let permissions = file.set_permissions(old.permissions());
-        let mut new = Self::new(file, path, finish)?;
-        new.replaced = Some(replaced);
-        permissions.map_err(|e| Error::io(e, "fchmod").with_path(&new.path))?;
-        Ok(new)
-    }
-
-    fn in_place(path: PathBuf) -> Result<Self> {
-        let storage = Arc::new(FileStorage::open(&path, Access::ReadWrite)?);
-        storage.lock(Claim::CREATOR, Locking::Auto)?;
-        Ok(Self { storage, path, finish: Finish::Nothing, replaced: None })
     }
 
     fn new(file: File, path: PathBuf, finish: Finish) -> Result<Self> {
@@ -143,24 +158,79 @@ impl NewFile {
         &self.path
     }
 
-    /// The content is complete: gives the file its name.
+    /// Whether others see the content before `commit`: it then should become an image with its last bytes, durably.
+    pub fn is_visible(&self) -> bool {
+        matches!(self.place(), Place::Named | Place::InPlace)
+    }
+
+    fn place(&self) -> Place {
+        match self.finish {
+            Finish::Link => Place::Unnamed,
+            Finish::LinkOver => Place::UnnamedOver,
+            Finish::Rename(_) => Place::Beside,
+            Finish::Keep => Place::Named,
+            Finish::Nothing => Place::InPlace,
+        }
+    }
+
+    /// The content is complete: gives the file its name. Returns when both are on stable storage.
     ///
     /// # Errors
-    /// `Io`, with `EEXIST` if something took the name meanwhile. The file is then gone.
-    pub fn commit(mut self) -> Result<()> {
-        let done = match &self.finish {
-            Finish::Link => platform::link_unnamed(self.storage.file(), &self.path),
-            Finish::LinkOver => with_sibling(&self.path, |sibling| {
-                platform::replace_by_link(self.storage.file(), sibling, &self.path)
-            })
-            .map(drop),
-            Finish::Rename(beside) => std::fs::rename(beside, &self.path),
-            Finish::Keep | Finish::Nothing => Ok(()),
-        };
-        let syscall = if matches!(self.finish, Finish::Link) { "link" } else { "rename" };
-        done.map_err(|e| Error::io(e, syscall).with_path(&self.path))?;
+    /// `Io`, with `EEXIST` if something took the name meanwhile, and whatever syncing and closing the file report. A new file is then
+    /// gone. One that was replaced is as it was, unless it is the sync behind the rename that failed.
+    pub fn commit(self) -> Result<()> {
+        self.finish(true)
+    }
+
+    /// As `commit`, without waiting for stable storage: a power cut can take the file, and what it replaced.
+    ///
+    /// # Errors
+    /// As `commit`.
+    pub fn commit_unsynced(self) -> Result<()> {
+        self.finish(false)
+    }
+
+    fn finish(mut self, durable: bool) -> Result<()> {
+        let place = self.place();
+        naming::give_name(&mut self, place, durable).map_err(|e| e.with_path(&self.path))?;
         self.finish = Finish::Nothing;
         Ok(())
+    }
+}
+
+/// `finish` always says what is left to undo.
+impl Steps for NewFile {
+    fn sync_file(&mut self) -> io::Result<()> {
+        self.storage.file().sync_all()
+    }
+
+    fn close(&mut self) -> io::Result<()> {
+        self.storage.check_close()
+    }
+
+    fn link(&mut self) -> io::Result<()> {
+        platform::link_unnamed(self.storage.file(), &self.path)?;
+        self.finish = Finish::Keep;
+        Ok(())
+    }
+
+    fn link_beside(&mut self) -> io::Result<()> {
+        let link = |sibling: &Path| platform::link_unnamed(self.storage.file(), sibling);
+        let ((), sibling) = with_sibling(&self.path, link)?;
+        self.finish = Finish::Rename(sibling);
+        Ok(())
+    }
+
+    fn rename(&mut self) -> io::Result<()> {
+        if let Finish::Rename(beside) = &self.finish {
+            std::fs::rename(beside, &self.path)?;
+            self.finish = Finish::Nothing;
+        }
+        Ok(())
+    }
+
+    fn sync_folder(&mut self) -> io::Result<()> {
+        platform::sync_folder(parent(&self.path), self.storage.file())
     }
 }
 
@@ -176,13 +246,105 @@ impl Drop for NewFile {
     }
 }
 
-/// `path` behind all symbolic links of its last component, which need not exist.
-fn resolve(path: &Path) -> io::Result<PathBuf> {
+/// Whether a file that exists may be a target; what it is.
+fn check_existing(
+    path: &Path,
+    metadata: &Metadata,
+    overwrite: Overwrite,
+    in_use: &[(u64, u64)],
+) -> Result<FileKind> {
+    if platform::identity(metadata).is_some_and(|id| in_use.contains(&id)) {
+        let message = "the target is also a source of this operation";
+        return Err(Error::new(ErrorKind::InvalidArgument, message).with_path(path));
+    }
+    let kind = platform::kind(metadata);
+    if kind == FileKind::Directory {
+        return Err(Error::io(platform::is_a_directory(), "open").with_path(path));
+    }
+    if let FileKind::Other(what) = kind {
+        let message = format!("{what}: a target must be a regular file or a block device");
+        return Err(Error::new(ErrorKind::InvalidArgument, message).with_path(path));
+    }
+    match overwrite {
+        Overwrite::Refuse => Err(Error::io(platform::already_exists(), "open").with_path(path)),
+        Overwrite::Replace => Ok(kind),
+    }
+}
+
+/// Starts the file that takes the place of `old` at `path`; `None` where a rename cannot be right.
+fn start_over(path: &Path, old: &FileStorage, room: &Room<'_>) -> Result<Option<(File, Finish)>> {
+    let folder = parent(path);
+    let replaceable = platform::is_replaceable(old.file(), folder);
+    if !replaceable.map_err(|e| Error::io(e, "stat").with_path(path))? || !has_room(old, room)? {
+        return Ok(None);
+    }
+    let started = match platform::open_unnamed(folder) {
+        Ok(file) => Ok((file, Finish::LinkOver)),
+        Err(e) if e.kind() == io::ErrorKind::Unsupported => {
+            with_sibling(path, create_exclusive).map(|(file, beside)| (file, Finish::Rename(beside)))
+        }
+        Err(e) => Err(e),
+    };
+    let (file, finish) = match started {
+        Ok(started) => started,
+        Err(e) if takes_no_file(&e) => return Ok(None),
+        Err(e) => return Err(Error::io(e, "open").with_path(path)),
+    };
+    if platform::copy_attributes(old.file(), &file).is_ok() {
+        return Ok(Some((file, finish)));
+    }
+    if let Finish::Rename(beside) = finish {
+        std::fs::remove_file(&beside).map_err(|e| Error::io(e, "unlink").with_path(beside))?;
+    }
+    Ok(None)
+}
+
+/// Whether the error of a new file is one that an existing file does not meet.
+fn takes_no_file(error: &io::Error) -> bool {
+    use io::ErrorKind::{InvalidFilename, PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull};
+    matches!(
+        error.kind(),
+        PermissionDenied | ReadOnlyFilesystem | InvalidFilename | StorageFull | QuotaExceeded
+    )
+}
+
+/// Whether old and new file fit beside each other, or not even the new one alone does: then the old one had better stay.
+fn has_room(old: &FileStorage, room: &Room<'_>) -> Result<bool> {
+    let Some(free) = platform::free_bytes(old.file()).filter(|&free| free < room.most) else {
+        return Ok(true);
+    };
+    let needed = (room.closer)()?;
+    let given_back = old.allocated_bytes().map_err(|e| Error::io(e, "fstat"))?;
+    Ok(needed <= free || needed > free.saturating_add(given_back))
+}
+
+/// A name with a slash at its end is that of a folder, and one with a dot behind it leads through one; std forgets both.
+fn refuse_folder(path: &Path) -> io::Result<()> {
+    let separator = |byte: &u8| std::path::is_separator((*byte).into());
+    match path.as_os_str().as_encoded_bytes() {
+        [.., last] if separator(last) => {
+            if !std::fs::metadata(parent(path))?.is_dir() {
+                std::fs::metadata(path)?;
+            }
+            Err(platform::is_a_directory())
+        }
+        [.., last, b'.'] if separator(last) => std::fs::metadata(path).map(drop),
+        _ => Ok(()),
+    }
+}
+
+/// Where `path` leads behind all symbolic links of its last component, which need not exist.
+fn resolve(path: &Path) -> io::Result<Resolved> {
     let mut path = path.to_owned();
     for _ in 0..MAX_LINKS {
         match std::fs::symlink_metadata(&path) {
-            Ok(m) if m.file_type().is_symlink() => path = parent(&path).join(std::fs::read_link(&path)?),
-            _ => return Ok(path),
+            Ok(m) if m.file_type().is_symlink() => {
+                if platform::is_magic_link(&path)? {
+                    return Ok(Resolved::OpenFile(path));
+                }
+                path = parent(&path).join(std::fs::read_link(&path)?);
+            }
+            _ => return Ok(Resolved::Name(path)),
         }
     }
     Err(platform::too_many_links())
@@ -200,20 +362,14 @@ fn create_exclusive(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).create_new(true).open(path)
 }
 
-fn create_beside(path: &Path) -> io::Result<(File, PathBuf)> {
-    with_sibling(path, create_exclusive)
-}
-
 /// Runs `make` with hidden names beside `path` until one was free.
 fn with_sibling<T>(path: &Path, mut make: impl FnMut(&Path) -> io::Result<T>) -> io::Result<(T, PathBuf)> {
     static SERIAL: AtomicU32 = AtomicU32::new(0);
-    let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
+    let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_string_lossy();
+    let name: String = name.chars().take(MOST_OF_NAME).collect();
     loop {
         let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
-        let mut hidden = std::ffi::OsString::from(".");
-        hidden.push(name);
-        hidden.push(format!(".{}-{serial}.part", std::process::id()));
-        let sibling = parent(path).join(hidden);
+        let sibling = parent(path).join(format!(".{name}.{}-{serial}.part", std::process::id()));
         match make(&sibling) {
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
             Err(e) => return Err(e),

@@ -12,6 +12,7 @@ mod prepare;
 mod qcow2;
 mod raw;
 mod scan;
+mod space;
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
@@ -25,6 +26,7 @@ use self::onto::ImageSink;
 use self::qcow2::Qcow2Sink;
 use self::raw::RawSink;
 use self::scan::{Chunk, Rules, Scanner};
+pub use self::space::data_bytes;
 use crate::create::{CreateOptions, Preallocation, SECTOR_SIZE, check_data_file};
 use crate::workers::{self, run_all};
 use crate::{Error, ErrorKind, GuestSource, Image, Job, Result, Storage};

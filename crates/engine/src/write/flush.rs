@@ -55,10 +55,16 @@ impl Image {
     /// that led there.
     ///
     /// # Errors
-    /// As [`Image::flush`].
+    /// As [`Image::flush`], and what the system reports when the files are closed.
     pub fn close(&self) -> Result<()> {
         self.clones.end();
-        self.seal().inspect_err(|_| self.rescue_bitmaps())
+        self.seal().inspect_err(|_| self.rescue_bitmaps())?;
+        // Some file systems tell only now that a write failed.
+        self.layers().iter().try_for_each(|layer| {
+            layer.storage().report_close()?;
+            let data = layer.as_qcow2().and_then(Qcow2::data_file);
+            data.map_or(Ok(()), |data| data.report_close())
+        })
     }
 
     /// Closes the image but for its clones: what they read does not change any more.

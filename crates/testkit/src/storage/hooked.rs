@@ -77,6 +77,9 @@ impl<B: Before> Storage for Hooked<B> {
     fn sync_data(&self) -> io::Result<()> {
         self.pass(Op::Sync, 0, 0)?.sync_data()
     }
+    fn check_close(&self) -> io::Result<()> {
+        self.pass(Op::Close, 0, 0)?.check_close()
+    }
     fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
         self.pass(Op::Zero, offset, length)?.write_zeroes(offset, length, unmap)
     }

@@ -28,6 +28,8 @@ pub enum Op {
     SetLen,
     /// `fdatasync`.
     Sync,
+    /// `close` of one of several descriptors.
+    Close,
     /// `fallocate` to zeroes.
     Zero,
     /// `fallocate` to a hole, or a discard.

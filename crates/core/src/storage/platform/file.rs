@@ -74,6 +74,34 @@ fn blocking(file: &File) -> io::Result<()> {
     Ok(fcntl_setfl(file, flags - OFlags::NONBLOCK)?)
 }
 
+/// Whether the descriptor bypasses the page cache, so that it takes aligned requests only.
+#[cfg(unix)]
+pub(crate) fn is_direct(file: &File) -> io::Result<bool> {
+    Ok(DIRECT != 0 && rustix::fs::fcntl_getfl(file)?.bits().cast_signed() & DIRECT != 0)
+}
+
+/// Closes a duplicate of the descriptor, for the error: file systems that keep writes back (NFS, FUSE) write them whenever a
+/// descriptor of the file is closed, and say only then that it failed.
+#[cfg(unix)]
+pub(crate) fn close_duplicate(file: &File) -> io::Result<()> {
+    use std::os::fd::IntoRawFd;
+    // Where there is no descriptor left, a sync tells the same.
+    let Ok(duplicate) = file.try_clone() else { return file.sync_all() };
+    // SAFETY: the descriptor is ours and used by nobody else; after the call it is gone, whatever it returns.
+    match unsafe { libc::close(duplicate.into_raw_fd()) } {
+        0 => Ok(()),
+        _ => match io::Error::last_os_error() {
+            e if e.kind() == io::ErrorKind::Interrupted => Ok(()),
+            e => Err(e),
+        },
+    }
+}
+
+#[cfg(not(unix))]
+pub(crate) fn close_duplicate(_: &File) -> io::Result<()> {
+    Ok(())
+}
+
 /// The kind of file behind `metadata`.
 pub(crate) fn kind(metadata: &Metadata) -> FileKind {
     let kind = metadata.file_type();

@@ -4,6 +4,7 @@
 //! Each call has a portable fallback, or answers `Unsupported` where its caller has one.
 
 pub(super) mod alignment;
+mod attributes;
 pub(super) mod byte_lock;
 mod copy;
 mod file;
@@ -11,11 +12,16 @@ mod space;
 mod transfer;
 mod unnamed;
 
+pub(super) use attributes::{copy_attributes, free_bytes, is_replaceable};
 #[cfg(unix)]
 pub(super) use copy::{clone_range, copy_range};
-pub(super) use file::{FileKind, already_exists, identity, is_a_directory, kind, open, too_many_links};
+#[cfg(unix)]
+pub(super) use file::is_direct;
+pub(super) use file::{
+    FileKind, already_exists, close_duplicate, identity, is_a_directory, kind, open, too_many_links,
+};
 pub(super) use space::{
     allocate, allocate_ahead, allocated_bytes, discard, gains_by_allocating_ahead, run_at, write_zeroes,
 };
 pub(super) use transfer::{read_at, write_at, write_vectored_at};
-pub(super) use unnamed::{link_unnamed, open_unnamed, replace_by_link};
+pub(super) use unnamed::{is_magic_link, link_unnamed, open_unnamed, sync_folder};

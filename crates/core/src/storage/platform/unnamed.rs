@@ -1,13 +1,13 @@
-//! Files without a name, and giving them one.
+//! Files without a name, giving them one, and names that lead to open files.
 
 use std::fs::File;
 use std::io;
 use std::path::Path;
 
 #[cfg(target_os = "linux")]
-pub(crate) use linux::{link_unnamed, open_unnamed, replace_by_link};
+pub(crate) use linux::{is_magic_link, link_unnamed, open_unnamed};
 #[cfg(not(target_os = "linux"))]
-pub(crate) use other::{link_unnamed, open_unnamed, replace_by_link};
+pub(crate) use other::{is_magic_link, link_unnamed, open_unnamed};
 
 #[cfg(target_os = "linux")]
 mod linux {
@@ -16,7 +16,7 @@ mod linux {
     use std::os::unix::ffi::OsStrExt;
     use std::os::unix::fs::OpenOptionsExt;
 
-    use rustix::fs::{AtFlags, CWD};
+    use rustix::fs::{AtFlags, CWD, Mode, OFlags};
 
     use super::super::file::unsupported_if_so;
     use super::*;
@@ -46,13 +46,12 @@ mod linux {
         )?)
     }
 
-    /// Gives an unnamed file the name of an existing one, in one step for every observer.
-    pub(crate) fn replace_by_link(file: &File, sibling: &Path, path: &Path) -> io::Result<()> {
-        link_unnamed(file, sibling)?;
-        std::fs::rename(sibling, path).inspect_err(|_| {
-            // The first error is the one to report; the sibling is ours to take away.
-            let _removed = std::fs::remove_file(sibling);
-        })
+    /// Whether the symbolic link `path` is one of those that lead to an open file, whatever its text says: those of procfs.
+    pub(crate) fn is_magic_link(path: &Path) -> io::Result<bool> {
+        /// `PROC_SUPER_MAGIC` of linux/magic.h.
+        const PROCFS: rustix::fs::FsWord = 0x9fa0;
+        let link = rustix::fs::open(path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
+        Ok(rustix::fs::fstatfs(link)?.f_type == PROCFS)
     }
 }
 
@@ -68,7 +67,33 @@ mod other {
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    pub(crate) fn replace_by_link(_: &File, _: &Path, _: &Path) -> io::Result<()> {
-        Err(io::ErrorKind::Unsupported.into())
+    pub(crate) fn is_magic_link(_: &Path) -> io::Result<bool> {
+        Ok(false)
     }
+}
+
+/// Makes the names in `folder` durable, of which `file` has one.
+#[cfg(unix)]
+pub(crate) fn sync_folder(folder: &Path, file: &File) -> io::Result<()> {
+    match File::open(folder) {
+        Ok(folder) => match folder.sync_all() {
+            // File systems that have no such call for folders keep names in another way.
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP | libc::ENOSYS)) => {
+                Ok(())
+            }
+            result => result,
+        },
+        // A folder to write into and not to read.
+        #[cfg(target_os = "linux")]
+        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => Ok(rustix::fs::syncfs(file)?),
+        #[cfg(not(target_os = "linux"))]
+        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => file.sync_all(),
+        Err(e) => Err(e),
+    }
+}
+
+/// There is no such call.
+#[cfg(not(unix))]
+pub(crate) fn sync_folder(_: &Path, _: &File) -> io::Result<()> {
+    Ok(())
 }
