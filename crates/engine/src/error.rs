@@ -112,6 +112,14 @@ impl Error {
         e
     }
 
+    /// The system starts no thread.
+    pub fn no_thread(error: io::Error) -> Self {
+        let message = format!("no thread can be started, a limit on threads or memory is reached: {error}");
+        let mut e = Self::io(error, "pthread_create");
+        e.0.message = message;
+        e
+    }
+
     /// Bytes that break the format. `kind` is `InvalidHeader` for the header and `Corrupt` for what lies behind it;
     /// unknown features and exceeded limits keep a kind of their own.
     pub fn format(error: FormatError, kind: ErrorKind) -> Self {

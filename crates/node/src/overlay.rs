@@ -11,7 +11,7 @@ use qcow2_engine::storage::{Access, CacheMode, FileStorage};
 use qcow2_engine::{Error, Image, Job, Layer, OpenOptions, Qcow2, Result, StorageExt};
 
 use crate::create::Target;
-use crate::job::Ticket;
+use crate::job::{Lane, Ticket};
 use crate::open::{Lock, LockOptions, WritingOptions, cache_mode};
 use crate::runtime::Runtime;
 use crate::shape::Shape;
@@ -62,7 +62,8 @@ pub fn create_overlay(
         write: order.write.read()?,
     };
     let overlay = Overlay { target, shape: order.shape, cache, lock, reopen };
-    runtime.start_job(
+    runtime.start_job_in(
+        Lane::Brief,
         &env,
         Ticket { request, job },
         move |job| {
