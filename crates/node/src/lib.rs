@@ -12,7 +12,6 @@
     unreachable_pub,
     reason = "what JavaScript calls is exported by the napi attribute, not by its path"
 )]
-
 #![cfg_attr(not(test), deny(clippy::disallowed_methods))]
 
 pub mod amend;
