@@ -6,6 +6,7 @@ import { callback, flag, LONG_RUNNING, type LongRunning, type Read, readOptions 
 import { type Compression, compression, type Qcow2Shape, shape, toTarget } from './shape.js'
 import { type Format, format, type PathLike, release, toPath } from './source.js'
 import { runJob } from './support/jobs.js'
+import { answer, onAbort } from './support/signals.js'
 
 /** Options of {@link Image.clone}. */
 export interface CloneOptions extends LongRunning {
@@ -19,9 +20,11 @@ export interface CloneOptions extends LongRunning {
   overwrite?: boolean | undefined
   /**
    * Called once, when the point in time has passed: what is written from now on is not in the copy, what was written before is.
-   * The moment to let a guest go on that was told to be quiet. If it throws, the clone ends and rejects with what it threw.
+   * The moment to let a guest go on that was told to be quiet. What it returns is awaited before the rest is copied. If it throws or
+   * rejects, the clone ends, leaves no file, and rejects with that. One that never settles holds the clone up until `signal` or closing the
+   * image ends it.
    */
-  onPointInTime?: (() => void) | undefined
+  onPointInTime?: (() => unknown) | undefined
 }
 
 /** What a clone did. */
@@ -41,7 +44,7 @@ const CLONE = {
   compress: compression,
   create: shape,
   overwrite: flag,
-  onPointInTime: callback<() => void>(),
+  onPointInTime: callback<() => unknown>(),
 } as const
 
 /** What cloning needs of the image. */
@@ -73,12 +76,9 @@ export class Clones {
     const begin = performance.now()
     // Two may end it: the caller's signal, and closing the image.
     const ending = new AbortController()
-    const abort = (): void => ending.abort(signal?.reason)
-    const close = (): void => ending.abort()
-    signal?.addEventListener('abort', abort, { once: true })
-    this.#closing.signal.addEventListener('abort', close, { once: true })
+    const forgetSignal = onAbort(signal, () => ending.abort(signal?.reason))
+    const forgetClosing = onAbort(this.#closing.signal, () => ending.abort())
     try {
-      if (signal?.aborted) abort()
       const cloned = await this.#run(path, { ...options, signal: ending.signal })
       return { ...cloned, durationMs: performance.now() - begin }
     } catch (error) {
@@ -88,8 +88,8 @@ export class Clones {
       const message = `${what} was closed before its clone was complete`
       throw new Qcow2Error('ERR_QCOW2_CLOSED', message, { path, cause: error })
     } finally {
-      signal?.removeEventListener('abort', abort)
-      this.#closing.signal.removeEventListener('abort', close)
+      forgetSignal()
+      forgetClosing()
     }
   }
 
@@ -101,7 +101,7 @@ export class Clones {
       addon.beginClone(request, job, image, path, order),
     )
     try {
-      onPointInTime?.()
+      if (onPointInTime !== undefined) await answer(onPointInTime, signal)
       return await runJob<NativeCloned>('clone', options, (request, job, addon) =>
         addon.runClone(request, job, clone, concurrency),
       )

@@ -415,8 +415,10 @@ export interface Addon {
   executePlan(request: number, image: number, plan: Plan): void
   cancelJob(job: number): void
   jobProgress(job: number): [current: number, total: number]
-  /** Waits for the job's thread, which has delivered what it had to say, and forgets it. */
+  /** Forgets a job that has delivered what it had to say. */
   endJob(job: number): void
+  /** How many jobs run at the same time, from now on as many as given. */
+  maxJobs(most: number | undefined): number
 }
 
 /** The packages for each platform. On Linux the one for the C library that is there loads, the other is not installed or fails. */

@@ -25,7 +25,7 @@ export interface Progress {
   readonly phase: string
   /** Bytes of guest data done. */
   readonly current: number
-  /** Bytes of guest data in all; 0 while that is not known. */
+  /** Bytes of guest data in all; 0 while that is not known, and while the job waits its turn ({@link configure}). */
   readonly total: number
 }
 
@@ -33,13 +33,17 @@ export interface Progress {
 export interface LongRunning extends Abortable {
   /**
    * Called with the progress every `progressInterval` ms, and once at the end of a job that succeeded. Never awaited: it
-   * cannot slow the job. If it throws, the job is cancelled and rejects with what it threw; what the last call throws comes too late
-   * to cancel anything: the work is done, and stays.
+   * cannot slow the job. If it throws, or what it returns rejects, the job is cancelled and rejects with that; what the last call throws
+   * comes too late to cancel anything: the work is done, and stays. What rejects when the job has ended is a warning of the process
+   * (`QCOW2_CALLBACK`).
    */
-  onProgress?: ((progress: Progress) => void) | undefined
+  onProgress?: ((progress: Progress) => unknown) | undefined
   /** Milliseconds between two calls of `onProgress`, 1 to 2^31 - 1. Default 250. */
   progressInterval?: number | undefined
-  /** Worker threads, 1 to 64. Default: the cores of the machine, 8 at most. */
+  /**
+   * Worker threads, 1 to 64. Default: the cores of the machine, 8 at most. All jobs of the process share a number of them, and a system that
+   * starts no more threads ends none: the job then has fewer.
+   */
   concurrency?: number | undefined
 }
 
@@ -206,7 +210,7 @@ export const ABORTABLE = { signal: abortSignal } as const
 /** The table entries of {@link LongRunning}. */
 export const LONG_RUNNING = {
   ...ABORTABLE,
-  onProgress: callback<(progress: Progress) => void>(),
+  onProgress: callback<(progress: Progress) => unknown>(),
   progressInterval: integer(1, COUNT_MAX),
   concurrency: integer(1, 64),
 } as const

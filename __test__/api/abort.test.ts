@@ -182,6 +182,117 @@ it('a read that is cancelled while it runs rejects when the buffer is free again
   expect(buffer.every(byte => byte === 0xaa)).toBe(true)
 })
 
+describe('functions of the caller that fail later', () => {
+  const unhandled = vi.fn()
+  const warned = vi.fn()
+  beforeAll(() => {
+    process.on('unhandledRejection', unhandled)
+    process.on('warning', warned)
+    return () => {
+      process.off('unhandledRejection', unhandled)
+      process.off('warning', warned)
+    }
+  })
+  const turns = (): Promise<void> => new Promise(resolve => setTimeout(resolve, 20))
+
+  it('onProgress: what it returns rejects, and the job with it', async () => {
+    const mine = new Error('mine')
+    const job = convert(at('disk.raw'), at('out'), {
+      from: 'raw',
+      to: 'qcow2',
+      compress: { level: 12 },
+      onProgress: async () => {
+        throw mine
+      },
+      progressInterval: 1,
+    })
+    await expect(job).rejects.toBe(mine)
+    expect(existsSync(at('out'))).toBe(false)
+    // The last call's alone: the work is done.
+    const last = check(at('disk.qcow2'), {
+      onProgress: ({ current, total }) => (current === total ? Promise.reject(mine) : undefined),
+      progressInterval: 2 ** 31 - 1,
+    })
+    await expect(last).rejects.toBe(mine)
+    await turns()
+    expect(unhandled).not.toHaveBeenCalled()
+  })
+
+  it('onProgress: what rejects when the job has ended is a warning', async () => {
+    let fail = (_: Error): void => {}
+    const late = new Promise<void>((_, reject) => {
+      fail = reject
+    })
+    await check(at('disk.qcow2'), { onProgress: () => late, progressInterval: 2 ** 31 - 1 })
+    fail(new Error('too late'))
+    await turns()
+    expect(unhandled).not.toHaveBeenCalled()
+    expect(warned).toHaveBeenCalledWith(
+      expect.objectContaining({ code: 'QCOW2_CALLBACK', message: expect.stringContaining('too late') as string }),
+    )
+  })
+
+  it('onPointInTime: awaited, its failure is the clone’s, and the signal ends the wait', async () => {
+    await using image = await open(at('disk.qcow2'))
+    const mine = new Error('mine')
+    const failing = image.clone(at('clone'), { to: 'raw', onPointInTime: () => Promise.reject(mine) })
+    await expect(failing).rejects.toBe(mine)
+    const controller = new AbortController()
+    const endless = image.clone(at('clone'), {
+      to: 'raw',
+      signal: controller.signal,
+      onPointInTime: () => {
+        setTimeout(() => controller.abort('enough'), 10)
+        return new Promise(() => {})
+      },
+    })
+    expect(await failure(() => endless)).toMatchObject({ code: 'ABORT_ERR', cause: 'enough' })
+    expect(getEventListeners(controller.signal, 'abort')).toHaveLength(0)
+    expect(existsSync(at('clone'))).toBe(false)
+    await turns()
+    expect(unhandled).not.toHaveBeenCalled()
+  })
+
+  it('references: what rejects after the signal is nobody’s', async () => {
+    const overlay = await create(at('late.qcow2'), {
+      backingFile: 'disk.qcow2',
+      backingFormat: 'qcow2',
+      references: 'layer',
+      size: SIZE,
+    })
+    await overlay.close()
+    const controller = new AbortController()
+    const references = async (): Promise<null> => {
+      controller.abort()
+      await turns()
+      throw new Error('late')
+    }
+    const error = await failure(() => open(at('late.qcow2'), { references, signal: controller.signal }))
+    expect(error.code).toBe('ABORT_ERR')
+    await turns()
+    await turns()
+    expect(unhandled).not.toHaveBeenCalled()
+    rmSync(at('late.qcow2'))
+  })
+})
+
+it('one signal serves as many jobs and clones as there are, without a warning', async () => {
+  const warned = vi.fn()
+  process.on('warning', warned)
+  const { signal } = new AbortController()
+  await using image = await open(at('disk.qcow2'))
+  const many = Array.from({ length: 24 }, (_, n) =>
+    n % 2 === 0 ? check(at('disk.qcow2'), { signal }) : image.clone(at(`clone-${n}`), { to: 'raw', signal }),
+  )
+  expect(getEventListeners(signal, 'abort').length).toBeLessThanOrEqual(1)
+  await Promise.all(many)
+  await new Promise(resolve => setTimeout(resolve, 5))
+  process.off('warning', warned)
+  expect(warned).not.toHaveBeenCalled()
+  expect(getEventListeners(signal, 'abort')).toHaveLength(0)
+  for (let n = 1; n < 24; n += 2) rmSync(at(`clone-${n}`))
+})
+
 describe('progress', () => {
   it('goes up, in bytes, and ends at 100 %', async () => {
     const seen: Progress[] = []

@@ -1,9 +1,10 @@
 /** Who decides what an image may pull in. */
 
-import { AbortError, invalidArgument, Qcow2Error } from '../errors.js'
+import { invalidArgument, Qcow2Error } from '../errors.js'
 import type { NativeNamedFile } from '../native.js'
 import type { Reader } from '../options.js'
 import { type ImageSource, type Located, toLocated } from '../source.js'
+import { answer } from '../support/signals.js'
 import { describe } from '../units.js'
 import { readDataFileName, readFileName } from './filename.js'
 
@@ -67,24 +68,9 @@ export async function decide(
     if ('refused' in name) throw denied(reference, path, `its name cannot be followed: ${name.refused}`)
     return { path: name.path }
   }
-  const source = await answer(async () => policy(reference), signal)
+  const source = await answer(() => policy(reference), signal)
   if (source === null) throw denied(reference, path, 'the resolver refused it')
   return toLocated(source, 'the source that references returned')
-}
-
-/** What the caller's function says, which can take as long as it likes, unless the signal comes first. */
-async function answer<T>(ask: () => Promise<T>, signal: AbortSignal | undefined): Promise<T> {
-  if (signal === undefined) return ask()
-  let stop = (): void => {}
-  const aborted = new Promise<never>((_, reject) => {
-    stop = () => reject(new AbortError(signal.reason))
-    signal.addEventListener('abort', stop, { once: true })
-  })
-  try {
-    return await Promise.race([aborted, ask()])
-  } finally {
-    signal.removeEventListener('abort', stop)
-  }
 }
 
 function denied(reference: Reference, path: string | undefined, reason: string): Qcow2Error {

@@ -1,9 +1,12 @@
 /** Long work on threads of its own: progress is polled, cancellation cooperative. */
 
+// Not the global one, which test runners replace by a fake that never fires by itself.
+import { setImmediate } from 'node:timers'
 import { AbortError } from '../errors.js'
 import { type Addon, native } from '../native.js'
-import { type LongRunning, type Progress, throwIfAborted } from '../options.js'
+import { type LongRunning, throwIfAborted } from '../options.js'
 import { submit, toError } from './requests.js'
+import { onAbort } from './signals.js'
 
 const PROGRESS_INTERVAL = 250
 
@@ -18,7 +21,7 @@ let lastJob = 0
 export type StartJob = (request: number, job: number, addon: Addon) => void
 
 /**
- * Runs a job. Rejects with an `AbortError` if the signal cancelled it, with what `onProgress` threw if that did.
+ * Runs a job. Rejects with an `AbortError` if the signal cancelled it, with the failure of `onProgress` if that failed.
  */
 export async function runJob<T>(phase: string, options: LongRunning, start: StartJob): Promise<T> {
   const { signal, onProgress, progressInterval } = options
@@ -27,11 +30,12 @@ export async function runJob<T>(phase: string, options: LongRunning, start: Star
   const job = lastJob
   const watch = new Watch(phase, job, onProgress)
   const timer = onProgress && setInterval(() => watch.look(), progressInterval ?? PROGRESS_INTERVAL).unref()
-  const cancel = (): void => watch.cancel()
-  signal?.addEventListener('abort', cancel, { once: true })
+  let forget = (): void => {}
   try {
+    forget = onAbort(signal, () => watch.cancel())
     const result = await submit<T>(request => start(request, job, native))
-    watch.finish()
+    clearInterval(timer)
+    await watch.finish()
     watch.rethrow()
     return result
   } catch (failure) {
@@ -40,22 +44,26 @@ export async function runJob<T>(phase: string, options: LongRunning, start: Star
     throw toError(failure)
   } finally {
     clearInterval(timer)
-    signal?.removeEventListener('abort', cancel)
+    forget()
     watch.end()
   }
 }
 
+/** A turn of the event loop. */
+const turn = (): Promise<void> => new Promise(resolve => setImmediate(resolve))
+
 /**
  * What is asked of a job beside its outcome: in timers and in the signal's event, where nobody would catch what it throws.
- * The first exception, be it of `onProgress`, cancels the job and is what the job rejects with.
+ * The first failure, be it of `onProgress` or of what that returned, cancels the job and is what the job rejects with.
  */
 class Watch {
   readonly #phase: string
   readonly #job: number
-  readonly #onProgress: ((progress: Progress) => void) | undefined
-  #thrown: { readonly error: unknown } | undefined
+  readonly #onProgress: LongRunning['onProgress']
+  #failure: { readonly error: unknown } | undefined
+  #ended = false
 
-  constructor(phase: string, job: number, onProgress: ((progress: Progress) => void) | undefined) {
+  constructor(phase: string, job: number, onProgress: LongRunning['onProgress']) {
     this.#phase = phase
     this.#job = job
     this.#onProgress = onProgress
@@ -65,21 +73,24 @@ class Watch {
     this.#report((current, total) => [total > 0 ? Math.min(current, total) : current, total])
   }
 
-  /** The last call: everything is done. */
-  finish(): void {
+  /** The last call: everything is done. A function that fails soon still fails its job. */
+  async finish(): Promise<void> {
+    if (this.#onProgress === undefined) return
     this.#report((current, total) => [Math.max(current, total), Math.max(current, total)])
+    await turn()
   }
 
   cancel(): void {
     try {
       native.cancelJob(this.#job)
     } catch (error) {
-      this.#thrown ??= { error: toError(error) }
+      this.#failure ??= { error: toError(error) }
     }
   }
 
-  /** Waits for the job's thread, and forgets it. */
+  /** Forgets the job. */
   end(): void {
+    this.#ended = true
     try {
       native.endJob(this.#job)
     } catch (error) {
@@ -88,18 +99,30 @@ class Watch {
   }
 
   rethrow(): void {
-    if (this.#thrown !== undefined) throw this.#thrown.error
+    if (this.#failure !== undefined) throw this.#failure.error
   }
 
   #report(shown: (current: number, total: number) => readonly [current: number, total: number]): void {
-    if (this.#onProgress === undefined || this.#thrown !== undefined) return
+    if (this.#onProgress === undefined || this.#failure !== undefined) return
     try {
       const [current, total] = shown(...this.#progress())
-      this.#onProgress({ phase: this.#phase, current, total })
+      const returned = this.#onProgress({ phase: this.#phase, current, total })
+      Promise.resolve(returned).catch((error: unknown) => this.#fail(error))
     } catch (error) {
-      this.#thrown = { error }
-      this.cancel()
+      this.#fail(error)
     }
+  }
+
+  #fail(error: unknown): void {
+    if (this.#ended) {
+      const reason = error instanceof Error ? error.message : String(error)
+      const message = `onProgress failed when its job '${this.#phase}' had ended: ${reason}`
+      process.emitWarning(message, { code: 'QCOW2_CALLBACK' })
+      return
+    }
+    if (this.#failure !== undefined) return
+    this.#failure = { error }
+    this.cancel()
   }
 
   #progress(): [current: number, total: number] {

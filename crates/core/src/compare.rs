@@ -1,15 +1,14 @@
 //! Compares two disks: `qemu-img compare`.
 //!
-//! The caller's thread walks the extents of both and hands out what has to be read; workers read and compare. What is
-//! found lowest wins, so the result does not depend on their number.
+//! The caller's thread walks the extents of both and hands out what has to be read; workers, of which it is one, read and
+//! compare. What is found lowest wins, so the result does not depend on their number.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread;
 
-use crossbeam_channel::{Receiver, Sender, bounded};
 use parking_lot::Mutex;
 use qcow2_transform::is_zero;
 
+use crate::workers::{Tasks, share};
 use crate::{Error, Extent, ExtentKind, GuestSource, Job, MemMut, Result};
 
 /// Bytes that a worker reads of each disk at once.
@@ -31,7 +30,7 @@ const GOOD_EXTENTS: usize = 1024;
 pub struct CompareOptions {
     /// The sizes and the allocation must agree, too.
     pub strict: bool,
-    /// Threads that read; at least one.
+    /// Threads that read, the caller's among them; fewer where the system has no more.
     pub workers: usize,
 }
 
@@ -79,16 +78,17 @@ pub fn compare(
     }
     let disks = [a, b];
     let found = Found::default();
-    let workers = options.workers.max(1);
-    let scanned = thread::scope(|scope| {
-        let (sender, receiver) = bounded(2 * workers);
-        for _ in 0..workers {
-            let (receiver, found) = (receiver.clone(), &found);
-            scope.spawn(move || work(disks, &receiver, found, job));
-        }
-        drop(receiver);
-        scan(disks, options.strict, &sender, &found, job)
-    });
+    let scanned = share(
+        options.workers,
+        job,
+        |tasks| scan(disks, options.strict, tasks, &found, job),
+        |buffers, task: Task| {
+            work(disks, buffers, &task, &found, job);
+            Ok(())
+        },
+    );
+    // What was left out may lie before what was found.
+    job.checkpoint()?;
     // All that was handed out lies before the place where the scan ended.
     let difference = match found.lowest.into_inner() {
         Some((_, outcome)) => Some(outcome?),
@@ -131,7 +131,7 @@ struct Task {
 fn scan(
     disks: [&dyn GuestSource; 2],
     strict: bool,
-    tasks: &Sender<Task>,
+    tasks: &Tasks<'_, Task>,
     found: &Found,
     job: &Job,
 ) -> Result<Option<Difference>> {
@@ -165,7 +165,7 @@ fn scan(
             }
             if a.zero && b.zero {
                 job.advance(length);
-            } else if !hand_out(at, length, [!a.zero, !b.zero], tasks, found) {
+            } else if !hand_out(at, length, [!a.zero, !b.zero], tasks, found)? {
                 return Ok(None);
             }
             at += length;
@@ -175,11 +175,21 @@ fn scan(
 }
 
 /// Hands out a range in chunks; false when the rest does not matter any more.
-fn hand_out(start: u64, length: u64, read: [bool; 2], tasks: &Sender<Task>, found: &Found) -> bool {
-    (start..start + length).step_by(CHUNK as usize).all(|at| {
-        let length = CHUNK.min(start + length - at);
-        at < found.end() && tasks.send(Task { start: at, length, read }).is_ok()
-    })
+fn hand_out(
+    start: u64,
+    length: u64,
+    read: [bool; 2],
+    tasks: &Tasks<'_, Task>,
+    found: &Found,
+) -> Result<bool> {
+    let end = start + length;
+    for at in (start..end).step_by(CHUNK as usize) {
+        if at >= found.end() {
+            return Ok(false);
+        }
+        tasks.hand_out(Task { start: at, length: CHUNK.min(end - at), read })?;
+    }
+    Ok(true)
 }
 
 /// What a disk has at one place.
@@ -227,18 +237,15 @@ impl Cursor<'_> {
     }
 }
 
-fn work(disks: [&dyn GuestSource; 2], tasks: &Receiver<Task>, found: &Found, job: &Job) {
-    let mut buffers = [Vec::new(), Vec::new()];
-    for task in tasks {
-        // Tasks behind a difference are drained, so that the scan is never left waiting.
-        if task.start >= found.end() {
-            continue;
-        }
-        match job.checkpoint().and_then(|()| first_difference(disks, &task, &mut buffers)) {
-            Ok(None) => job.advance(task.length),
-            Ok(Some(offset)) => found.add(offset, Ok(Difference::Content(offset))),
-            Err(error) => found.add(task.start, Err(error)),
-        }
+fn work(disks: [&dyn GuestSource; 2], buffers: &mut [Vec<u8>; 2], task: &Task, found: &Found, job: &Job) {
+    // Tasks behind a difference are drained.
+    if task.start >= found.end() {
+        return;
+    }
+    match job.checkpoint().and_then(|()| first_difference(disks, task, buffers)) {
+        Ok(None) => job.advance(task.length),
+        Ok(Some(offset)) => found.add(offset, Ok(Difference::Content(offset))),
+        Err(error) => found.add(task.start, Err(error)),
     }
 }
 

@@ -110,6 +110,14 @@ impl Error {
         e
     }
 
+    /// The system starts no thread.
+    pub fn no_thread(error: io::Error) -> Self {
+        let message = format!("no thread can be started, a limit on threads or memory is reached: {error}");
+        let mut e = Self::io(error, "pthread_create");
+        e.0.message = message;
+        e
+    }
+
     /// The caller cancelled the job.
     pub fn aborted() -> Self {
         Self::new(ErrorKind::Aborted, "the operation was aborted")

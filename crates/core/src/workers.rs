@@ -1,10 +1,13 @@
-//! Threads of one job: tasks that one thread finds and several threads do, or several threads that all do the same.
+//! Threads of one job: tasks that one thread finds and several threads do, or several threads that all do the same. The job's
+//! own thread is one of them, and does everything alone where there are no others.
 
+use std::cell::RefCell;
 use std::num::NonZeroUsize;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::{self, Scope, ScopedJoinHandle};
 
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::{Sender, TrySendError, bounded};
 use parking_lot::Mutex;
 
 use crate::{Error, Job, Result};
@@ -13,29 +16,71 @@ use crate::{Error, Job, Result};
 const MAX_DEFAULT_WORKERS: usize = 8;
 /// Most workers at all.
 const MAX_WORKERS: usize = 256;
+/// Helpers that there may always be: as many as one job can ask for.
+const MIN_HELPERS: usize = 64;
+
+/// Helpers of all jobs of the process.
+static HELPERS: AtomicUsize = AtomicUsize::new(0);
+
+/// Asking the system takes longer than it takes to start a thread.
+fn cores() -> usize {
+    static CORES: OnceLock<usize> = OnceLock::new();
+    *CORES.get_or_init(|| thread::available_parallelism().map_or(1, NonZeroUsize::get))
+}
 
 /// How many threads a job gets: as many as are asked for, within reason, else the cores, at most 8.
 pub fn count(concurrency: Option<NonZeroUsize>) -> usize {
-    let cores = || thread::available_parallelism().map_or(1, NonZeroUsize::get).min(MAX_DEFAULT_WORKERS);
-    concurrency.map_or_else(cores, NonZeroUsize::get).min(MAX_WORKERS)
+    concurrency.map_or_else(|| cores().min(MAX_DEFAULT_WORKERS), NonZeroUsize::get).min(MAX_WORKERS)
 }
 
-/// Runs `work` on this thread and `workers - 1` others, named `name-1` and so on; on fewer where the system has no more
+/// Leave to run one helper. All jobs together have so many: a hundred that run at once do not make eight hundred threads.
+struct Permit;
+
+impl Permit {
+    fn take() -> Option<Self> {
+        let most = MIN_HELPERS.max(2 * cores());
+        let more = |helpers| (helpers < most).then_some(helpers + 1);
+        HELPERS.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok().map(|_| Self)
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        HELPERS.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Runs `work` on another thread, which helps the calling one; `None` where there are enough of them in this process, or the system
+/// has no more: the caller then does the work itself.
+pub fn help<'scope, T: Send + 'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    name: String,
+    work: impl FnOnce() -> T + Send + 'scope,
+) -> Option<ScopedJoinHandle<'scope, T>> {
+    let permit = Permit::take()?;
+    let work = move || {
+        let _permit = permit;
+        work()
+    };
+    thread::Builder::new().name(name).spawn_scoped(scope, work).ok()
+}
+
+/// Runs `work` on this thread and `workers - 1` others, named `name-1` and so on; on fewer where there are no more
 /// threads. Returns whether another thread panicked.
 pub fn run_all(workers: usize, name: &str, work: impl Fn() + Sync) -> bool {
     thread::scope(|scope| {
-        let spawned: Vec<_> = (1..workers)
-            .map_while(|n| thread::Builder::new().name(format!("{name}-{n}")).spawn_scoped(scope, &work).ok())
-            .collect();
+        let helpers: Vec<_> = (1..workers).map_while(|n| help(scope, format!("{name}-{n}"), &work)).collect();
         work();
         // All are waited for, whatever became of the first.
-        spawned.into_iter().filter_map(|thread| thread.join().err()).count() > 0
+        helpers.into_iter().filter_map(|thread| thread.join().err()).count() > 0
     })
 }
 
 /// Hands tasks to the workers.
 pub struct Tasks<'a, T> {
     sender: Sender<T>,
+    /// Does a task on this thread.
+    own: &'a dyn Fn(T),
     outcome: &'a Outcome,
     job: &'a Job,
 }
@@ -52,53 +97,66 @@ impl Outcome {
         self.error.lock().get_or_insert(error);
         self.stopped.store(true, Ordering::Release);
     }
+
+    fn stopped(&self) -> bool {
+        self.stopped.load(Ordering::Acquire)
+    }
 }
 
 impl<T> Tasks<'_, T> {
-    /// Hands out a task; waits while enough of them wait already.
+    /// Hands out a task; does it here while enough of them wait already, or where there is nobody else.
     ///
     /// # Errors
     /// `Aborted` once the job is cancelled or a task failed.
     pub fn hand_out(&self, task: T) -> Result<()> {
         self.job.checkpoint()?;
-        if self.outcome.stopped.load(Ordering::Acquire) || self.sender.send(task).is_err() {
+        if self.outcome.stopped() {
             return Err(Error::aborted());
+        }
+        if let Err(TrySendError::Full(task) | TrySendError::Disconnected(task)) = self.sender.try_send(task) {
+            (self.own)(task);
         }
         Ok(())
     }
 }
 
-/// Runs `find` on this thread and `work` on the tasks that it hands out, on `workers` other threads (at least one). Each
-/// worker keeps one `C`.
+/// Runs `find` on this thread and `work` on the tasks that it hands out, on this and `workers - 1` other threads, or on as many
+/// as there are. Each thread keeps one `C`.
 ///
 /// # Errors
 /// The first error of a task, else that of `find`. No task is begun after one.
-pub fn share<T: Send, C: Default>(
+pub fn share<T: Send, C: Default, R>(
     workers: usize,
     job: &Job,
-    find: impl FnOnce(&Tasks<'_, T>) -> Result<()>,
+    find: impl FnOnce(&Tasks<'_, T>) -> Result<R>,
     work: impl Fn(&mut C, T) -> Result<()> + Sync,
-) -> Result<()> {
+) -> Result<R> {
     let outcome = Outcome::default();
-    let workers = workers.max(1);
-    let found = thread::scope(|scope| {
-        let (sender, receiver) = bounded(workers);
-        for _ in 0..workers {
-            let (receiver, outcome, work): (Receiver<T>, _, _) = (receiver.clone(), &outcome, &work);
-            scope.spawn(move || {
-                let mut context = C::default();
-                for task in receiver {
-                    // Tasks behind a failed one are drained, so that nobody is left waiting.
-                    if !outcome.stopped.load(Ordering::Acquire)
-                        && let Err(error) = job.checkpoint().and_then(|()| work(&mut context, task))
-                    {
-                        outcome.fail(error);
-                    }
-                }
-            });
+    let each = |context: &mut C, task: T| {
+        // Tasks behind a failed one are drained.
+        if !outcome.stopped()
+            && let Err(error) = job.checkpoint().and_then(|()| work(context, task))
+        {
+            outcome.fail(error);
         }
+    };
+    let found = thread::scope(|scope| {
+        let (sender, receiver) = bounded(workers.max(1));
+        for n in 1..workers {
+            let (receiver, each) = (receiver.clone(), &each);
+            let work = move || {
+                let mut context = C::default();
+                receiver.into_iter().for_each(|task| each(&mut context, task));
+            };
+            if help(scope, format!("qcow2-work-{n}"), work).is_none() {
+                break;
+            }
+        }
+        // Without helpers, nobody takes what is sent.
         drop(receiver);
-        find(&Tasks { sender, outcome: &outcome, job })
+        let context = RefCell::new(C::default());
+        let own = |task: T| each(&mut context.borrow_mut(), task);
+        find(&Tasks { sender, own: &own, outcome: &outcome, job })
     });
     match outcome.error.into_inner() {
         Some(error) => Err(error),
@@ -110,9 +168,10 @@ pub fn share<T: Send, C: Default>(
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
 
-    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+    use std::thread;
 
-    use super::share;
+    use super::{HELPERS, MIN_HELPERS, Permit, cores, run_all, share};
     use crate::{Error, ErrorKind, Job};
 
     #[test]
@@ -148,5 +207,58 @@ mod tests {
             Ok(())
         };
         assert_eq!(share(2, &job, find, work).unwrap_err().kind(), ErrorKind::Aborted);
+    }
+
+    #[test]
+    fn jobs_at_once_share_the_helpers_and_all_end() {
+        let most = MIN_HELPERS.max(2 * cores());
+        let (running, peak) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let work = |sum: &AtomicU64, n| {
+            peak.fetch_max(running.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+            sum.fetch_add(n, Ordering::Relaxed);
+            thread::sleep(std::time::Duration::from_micros(200));
+            running.fetch_sub(1, Ordering::SeqCst);
+        };
+        let jobs = most + 8;
+        run_jobs(jobs, || {
+            let sum = AtomicU64::new(0);
+            let find = |tasks: &super::Tasks<'_, u64>| (1..=100).try_for_each(|n| tasks.hand_out(n));
+            let each = |_: &mut (), n| {
+                work(&sum, n);
+                Ok(())
+            };
+            share(8, &Job::new(), find, each).unwrap();
+            assert_eq!(sum.into_inner(), 5050);
+        });
+        assert!(peak.into_inner() <= jobs + most);
+    }
+
+    /// As many jobs as are asked for, whatever the helpers are.
+    fn run_jobs(jobs: usize, job: impl Fn() + Sync) {
+        thread::scope(|scope| {
+            for _ in 0..jobs {
+                thread::Builder::new().spawn_scoped(scope, &job).unwrap();
+            }
+        });
+    }
+
+    #[test]
+    fn a_job_without_helpers_does_all_of_its_work() {
+        // What other tests hold comes back to them.
+        let permits: Vec<_> = std::iter::from_fn(Permit::take).collect();
+        assert!(HELPERS.load(Ordering::Relaxed) >= permits.len());
+        let done = AtomicU64::new(0);
+        let find = |tasks: &super::Tasks<'_, u64>| (1..=1000).try_for_each(|n| tasks.hand_out(n));
+        let work = |_: &mut (), n| {
+            done.fetch_add(n, Ordering::Relaxed);
+            Ok(())
+        };
+        share(4, &Job::new(), find, work).unwrap();
+        assert_eq!(done.load(Ordering::Relaxed), 500_500);
+        assert!(!run_all(4, "test", || {
+            done.store(1, Ordering::Relaxed);
+        }));
+        assert_eq!(done.into_inner(), 1);
+        drop(permits);
     }
 }

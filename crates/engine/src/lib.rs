@@ -3,6 +3,8 @@
 //! Layering (imports point down only): `node -> engine -> core -> transform`, and `engine -> format`. Nothing here knows of
 //! JavaScript; nothing below here does I/O.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods))]
+
 pub mod amend;
 pub mod backing;
 pub mod bitmap;

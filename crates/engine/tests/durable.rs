@@ -25,7 +25,7 @@ fn disk() -> Vec<u8> {
 /// Whether the file is an image of the disk; `None` if it is none.
 fn whole(file: &Sparse) -> Option<bool> {
     let qcow2 = Qcow2::open(Arc::new(RecordingStorage::plain(file.clone())), &OpenOptions::default()).ok()?;
-    let image = Image::new(vec![Layer::Qcow2(Box::new(qcow2))]).unwrap();
+    let image = Image::new(vec![Box::new(qcow2)]).unwrap();
     let mut bytes = vec![0; SIZE];
     Some(image.read_at((&mut bytes[..]).into(), 0).is_ok() && bytes == disk())
 }
@@ -47,7 +47,7 @@ fn play(place: Place, forgetful: bool, durable: bool) -> Vec<String> {
     let (mut session, storages) = Session::new(files, Durability::Flush);
     let [names, _, file] = storages.try_into().unwrap();
     let source =
-        Image::new(vec![Layer::Raw(Raw::new(Arc::new(MemoryStorage::from_bytes(&disk()))).unwrap())]);
+        Image::new(vec![Box::new(Raw::new(Arc::new(MemoryStorage::from_bytes(&disk()))).unwrap())]);
     let visible = matches!(place, Place::Named | Place::InPlace);
     let target = ConvertTarget::Qcow2 {
         storage: file.clone(),

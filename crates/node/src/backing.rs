@@ -6,7 +6,7 @@ use qcow2_engine::backing::{Backing, CommitOptions, RebaseOptions, commit, rebas
 use qcow2_engine::check::CheckOptions;
 use qcow2_engine::{Error, ErrorKind, Image, Job, Qcow2, Result};
 
-use crate::job::Ticket;
+use crate::job::{Lane, Ticket};
 use crate::open::nothing;
 use crate::pool::threads;
 use crate::runtime::Runtime;
@@ -50,11 +50,12 @@ pub fn commit_image(
     let runtime = Runtime::of(&env)?;
     let (above, base) = (runtime.image(above)?, runtime.image(base)?);
     let options = CommitOptions { empty: order.empty, workers: threads(order.concurrency) };
+    let lane = Lane::of_rate(order.rate);
     let work = move |job: &Job| {
         job.set_rate(order.rate.map_or(0, |rate| rate as u64));
         above.run(|above| base.run(|base| commit(above, base, &options, job)))
     };
-    start(&env, Ticket { request, job }, work)
+    start(&env, lane, Ticket { request, job }, work)
 }
 
 /// Changes the backing file of an image that is open for writing, and closes the image. `chain` is the new backing chain.
@@ -82,7 +83,7 @@ pub fn rebase_image(
             None => rebase(top, None, backing.as_ref(), &options, job),
         })
     };
-    start(&env, Ticket { request, job }, work)
+    start(&env, Lane::Usual, Ticket { request, job }, work)
 }
 
 /// Changes the backing file that an image names and nothing else. The image was opened for a check, and is good for nothing
@@ -105,7 +106,7 @@ pub fn set_backing_file(
             set_backing(&**top.storage(), backing.as_ref(), &limits, job)
         })
     };
-    start(&env, Ticket { request, job }, work)
+    start(&env, Lane::Usual, Ticket { request, job }, work)
 }
 
 fn top(image: &Image) -> Result<&Qcow2> {
@@ -116,8 +117,9 @@ fn top(image: &Image) -> Result<&Qcow2> {
 /// Starts a job that answers with nothing.
 fn start(
     env: &Env,
+    lane: Lane,
     ticket: Ticket,
     work: impl FnOnce(&Job) -> Result<()> + Send + 'static,
 ) -> napi::Result<()> {
-    Runtime::of(env)?.start_job(env, ticket, move |job| work(job), nothing)
+    Runtime::of(env)?.start_job_in(lane, env, ticket, move |job| work(job), nothing)
 }

@@ -11,7 +11,7 @@ use qcow2_engine::storage::NewFile;
 use qcow2_engine::{Image, Job, Result};
 
 use crate::create::{Content, Target};
-use crate::job::Ticket;
+use crate::job::{Lane, Ticket};
 use crate::resource::{Handle, Resource};
 use crate::runtime::Runtime;
 use crate::shape::Shape;
@@ -65,7 +65,8 @@ pub fn begin_clone(
     let runtime = Runtime::of(&env)?;
     let handle = runtime.image(image)?;
     let target = Target::new(path, order.overwrite, &order.in_use)?;
-    runtime.start_job(
+    runtime.start_job_in(
+        Lane::Brief,
         &env,
         Ticket { request, job },
         move |job| {
@@ -88,7 +89,8 @@ pub fn run_clone(env: Env, request: u32, job: u32, clone: u32, concurrency: Opti
         return Err(napi::Error::from_reason("no such clone"));
     };
     let concurrency = concurrency.and_then(|threads| NonZeroUsize::new(threads as usize));
-    runtime.start_job(
+    runtime.start_job_in(
+        Lane::Continued,
         &env,
         Ticket { request, job },
         move |job| begun.run(concurrency, job),

@@ -15,7 +15,7 @@ use qcow2_engine::storage::{Access, Claim, FileStorage, Locking, NewFile};
 use qcow2_engine::{Error, ErrorKind, GuestSource, Image, Job, Result, Storage, StorageExt};
 
 use crate::create::{Content, Target};
-use crate::job::Ticket;
+use crate::job::{Lane, Ticket};
 use crate::resource::Handle;
 use crate::runtime::Runtime;
 use crate::shape::Shape;
@@ -111,7 +111,9 @@ pub fn convert_image(
         Some(image) => Place::Image(runtime.image(image)?),
         None => Place::File(Target::new(path, order.overwrite, &order.in_use)?),
     };
-    runtime.start_job(
+    let lane = Lane::of_rate(order.rate);
+    runtime.start_job_in(
+        lane,
         &env,
         Ticket { request, job },
         move |job| order.run(&sources, &place, job),

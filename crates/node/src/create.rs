@@ -10,7 +10,7 @@ use qcow2_engine::create::{CreateOptions, Preallocation, create, create_raw};
 use qcow2_engine::storage::{NewFile, Overwrite, Room};
 use qcow2_engine::{Error, ErrorKind, GuestSource, Job, Result};
 
-use crate::job::Ticket;
+use crate::job::{Lane, Ticket};
 use crate::open::{nothing, to_path};
 use crate::runtime::Runtime;
 use crate::shape::Shape;
@@ -123,7 +123,8 @@ pub fn create_image(
 ) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
     let target = Target::new(path, overwrite, &in_use)?;
-    runtime.start_job(
+    runtime.start_job_in(
+        Lane::Brief,
         &env,
         Ticket { request, job },
         move |job| run(&target, size as u64, &shape, job),

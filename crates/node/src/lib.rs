@@ -1,7 +1,7 @@
 //! The Node addon: converts arguments, owns the threads, never holds logic.
 //!
 //! One [`runtime::Runtime`] per environment (the main thread, each `worker_threads` worker). JavaScript numbers
-//! its requests; a request runs on the runtime's own worker pool, a long job on a thread of its own; what
+//! its requests; a request runs on the runtime's own worker pool, a long job on other threads, which are bounded, too; what
 //! they return is queued and delivered to JavaScript in batches, one call for everything that is done by then.
 //! Files, layers and images live here under numbers: what crosses is numbers and plain data.
 //!
@@ -12,6 +12,7 @@
     unreachable_pub,
     reason = "what JavaScript calls is exported by the napi attribute, not by its path"
 )]
+#![cfg_attr(not(test), deny(clippy::disallowed_methods))]
 
 pub mod amend;
 pub mod backing;
@@ -23,6 +24,7 @@ pub mod compact;
 pub mod compare;
 pub mod convert;
 pub mod create;
+mod crew;
 mod delivery;
 pub mod failure;
 mod guard;

@@ -10,7 +10,7 @@ use qcow2_engine::storage::{Access, CacheMode, FileStorage};
 use qcow2_engine::{Error, Image, Job, Layer, LayerExt, OpenOptions, Qcow2, Result, WriteOptions};
 
 use crate::create::{Content, Target};
-use crate::job::Ticket;
+use crate::job::{Lane, Ticket};
 use crate::open::{Lock, LockOptions, WritingOptions, cache_mode};
 use crate::runtime::Runtime;
 use crate::shape::Shape;
@@ -59,7 +59,8 @@ pub fn create_overlay(
     let l2_cache_bytes = order.l2_cache_size.map(|size| size as u64);
     let write = order.write.read()?;
     let overlay = Overlay { target, shape: order.shape, cache, lock, l2_cache_bytes, write };
-    runtime.start_job(
+    runtime.start_job_in(
+        Lane::Brief,
         &env,
         Ticket { request, job },
         move |job| {

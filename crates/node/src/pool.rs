@@ -12,7 +12,9 @@ use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
+use qcow2_engine::{Error, Result};
 
+use crate::crew::ending;
 use crate::delivery::{Completion, Delivery, Outcome};
 use crate::guard::guarded;
 use crate::read::Read;
@@ -105,11 +107,11 @@ impl Pool {
     /// Queues a task for the request of that number.
     ///
     /// # Errors
-    /// The system cannot start the first thread, or the pool is closed.
-    pub(crate) fn submit(&self, request: u32, task: Task) -> std::io::Result<()> {
+    /// `Io` where the system starts not even one thread; `Closed`.
+    pub(crate) fn submit(&self, request: u32, task: Task) -> Result<()> {
         let mut queue = self.shared.queue.lock();
         if queue.closed {
-            return Err(std::io::Error::other("the environment is closing"));
+            return Err(ending());
         }
         if queue.watched && queue.tasks.is_empty() {
             queue.tasks.push_back((request, task));
@@ -121,7 +123,7 @@ impl Pool {
                 Ok(thread) => queue.threads.push(thread),
                 // The threads that there are will get to it.
                 Err(_) if !queue.threads.is_empty() => {}
-                Err(error) => return Err(error),
+                Err(error) => return Err(Error::no_thread(error)),
             }
         }
         queue.tasks.push_back((request, task));

@@ -100,8 +100,8 @@ impl Runtime {
 
     /// Queues a task for the request of that number. The event loop stays alive until it is delivered.
     pub(crate) fn submit(&self, env: &Env, request: u32, task: Task) -> napi::Result<()> {
-        self.pool.submit(request, task).map_err(|e| napi::Error::from_reason(e.to_string()))?;
-        self.expect(env);
+        let submitted = self.pool.submit(request, task);
+        self.expect(env, request, submitted);
         Ok(())
     }
 
@@ -115,13 +115,26 @@ impl Runtime {
         Ok(begins)
     }
 
-    /// Counts a request that will be delivered.
-    pub(crate) fn expect(&self, env: &Env) {
+    /// Counts a request that will be delivered: as failed, where it could not even be queued.
+    pub(crate) fn expect(&self, env: &Env, request: u32, queued: Result<()>) {
         let outstanding = self.outstanding.get();
         if outstanding == 0 {
             self.delivery.hold(env.raw(), true);
         }
         self.outstanding.set(outstanding + 1);
+        if let Err(error) = queued {
+            self.fail(request, error);
+        }
+    }
+
+    /// Answers a request that is expected.
+    pub(crate) fn fail(&self, request: u32, error: Error) {
+        self.delivery.push(Completion { request, outcome: Outcome::Failed(error) });
+    }
+
+    /// The workers of this environment.
+    pub(crate) fn pool(&self) -> &Pool {
+        &self.pool
     }
 
     /// The jobs of this environment.

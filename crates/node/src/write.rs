@@ -8,7 +8,7 @@ use napi_derive::napi;
 use qcow2_engine::{Image, Job, Mem, ResizeOptions, Result};
 
 use crate::delivery::Outcome;
-use crate::job::Ticket;
+use crate::job::{Lane, Ticket};
 use crate::open::nothing;
 use crate::pool::Task;
 use crate::read::range_of;
@@ -127,7 +127,8 @@ pub fn resize(
             |image: &Image| image.resize_as(job, size as u64, options).map(|()| image.virtual_size());
         Ok((handle.run(resize)?, handle))
     };
-    runtime.start_job(&env, Ticket { request, job }, work, |_, env, (resized, handle)| {
+    let ticket = Ticket { request, job };
+    runtime.start_job_in(Lane::Brief, &env, ticket, work, |_, env, (resized, handle)| {
         // Two requests may cross: the size is the one that the disk has now. This thread must not wait for it.
         let now = handle.current_size().unwrap_or(resized);
         // SAFETY: on the environment's thread, with its own env.

@@ -18,7 +18,7 @@ const MOST_EXTENTS: usize = 16 << 10;
 pub struct CommitOptions {
     /// Empty the top afterwards: it then reads all from the base. Only where the base is its backing file.
     pub empty: bool,
-    /// Threads that copy; at least one.
+    /// Threads that copy, the caller's among them; fewer where the system has no more.
     pub workers: usize,
 }
 

@@ -30,7 +30,7 @@ pub struct RebaseOptions {
     pub compress: bool,
     /// What reads as zeroes becomes zero clusters. Else it is stored as data, as QEMU does it, up to the end of the old backing file.
     pub detect_zeroes: bool,
-    /// Threads that compare and write; at least one.
+    /// Threads that compare and write, the caller's among them; fewer where the system has no more.
     pub workers: usize,
 }
 

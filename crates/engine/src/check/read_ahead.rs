@@ -4,6 +4,7 @@
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
 
+use crate::workers::help;
 use crate::{MemMut, Storage, StorageExt};
 
 type Result<T, E = crate::Error> = std::result::Result<T, E>;
@@ -61,15 +62,18 @@ pub(super) fn for_each_table<T: Send, E>(
     summarize: impl Fn(&[u8]) -> Option<T> + Sync,
     mut judge: impl FnMut(usize, Result<&Table<T>>) -> Result<(), E>,
 ) -> Result<(), E> {
-    if readers == 0 || offsets.len() < MIN_TABLES {
-        let mut buffer = Vec::new();
-        for (index, &offset) in offsets.iter().enumerate() {
+    let mut buffer = Vec::new();
+    let mut judge_here = |first: usize, offsets: &[u64], judge: &mut _| -> Result<(), E> {
+        for (index, &offset) in (first..).zip(offsets) {
             let table = take(source, offset, &mut buffer, &summarize);
-            if let Some(bytes) = hand_over(index, table, &mut judge)? {
+            if let Some(bytes) = hand_over(index, table, judge)? {
                 buffer = bytes;
             }
         }
-        return Ok(());
+        Ok(())
+    };
+    if readers == 0 || offsets.len() < MIN_TABLES {
+        return judge_here(0, offsets, &mut judge);
     }
     thread::scope(|scope| {
         let batches = || offsets.chunks(source.batch());
@@ -79,13 +83,19 @@ pub(super) fn for_each_table<T: Send, E>(
                 let (give_back, empty) = sync_channel(source.batch() * (DEPTH + 1));
                 let mine = batches().skip(lane).step_by(readers);
                 let summarize = &summarize;
-                scope.spawn(move || read(source, mine, summarize, &full, &empty));
-                (tables, give_back)
+                let work = move || read(source, mine, summarize, &full, &empty);
+                help(scope, format!("qcow2-check-{lane}"), work).map(|_| (tables, give_back))
             })
             .collect();
         // Leaving drops the channels' ends, which ends the readers.
         let mut index = 0;
-        for (_, (tables, give_back)) in batches().zip(lanes.iter().cycle()) {
+        for (offsets, lane) in batches().zip(lanes.iter().cycle()) {
+            let Some((tables, give_back)) = lane else {
+                // There is no such reader.
+                judge_here(index, offsets, &mut judge)?;
+                index += offsets.len();
+                continue;
+            };
             let Ok(batch) = tables.recv() else { break };
             for table in batch {
                 if let Some(bytes) = hand_over(index, table, &mut judge)? {
