@@ -146,6 +146,11 @@ pub trait Layer: Any + Send + Sync + fmt::Debug {
     /// The layer's own file, which names it in messages and tells it apart.
     fn storage(&self) -> &Arc<dyn Storage>;
 
+    /// All files that the layer is made of, its own first.
+    fn files(&self) -> Vec<&Arc<dyn Storage>> {
+        vec![self.storage()]
+    }
+
     /// File number `index` of those that segments refer to, where its bytes are the guest's as they are: not where they are
     /// encrypted or the file is not open. Such bytes are read through the layer.
     fn file(&self, index: u32) -> Option<&Arc<dyn Storage>>;

@@ -46,8 +46,7 @@ fn play(place: Place, forgetful: bool, durable: bool) -> Vec<String> {
     let files = vec![before.to_file(), old, Sparse::new(0)];
     let (mut session, storages) = Session::new(files, Durability::Flush);
     let [names, _, file] = storages.try_into().unwrap();
-    let source =
-        Image::new(vec![Box::new(Raw::new(Arc::new(MemoryStorage::from_bytes(&disk()))).unwrap())]);
+    let source = Image::new(vec![Box::new(Raw::new(Arc::new(MemoryStorage::from_bytes(&disk()))).unwrap())]);
     let visible = matches!(place, Place::Named | Place::InPlace);
     let target = ConvertTarget::Qcow2 {
         storage: file.clone(),

@@ -69,8 +69,8 @@ impl<'a> CopyableBitmaps<'a> {
     /// # Errors
     /// `UnsupportedFeature`.
     pub fn refuse_target(target: &Image) -> Result<()> {
-        match target.layers().first() {
-            Some(Layer::Qcow2(image)) => refuse_version_2(image),
+        match target.top_qcow2() {
+            Some(image) => refuse_version_2(image),
             _ => Err(Error::new(ErrorKind::UnsupportedFeature, "a raw target has no bitmaps")
                 .with_field("bitmaps")),
         }

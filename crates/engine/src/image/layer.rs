@@ -32,6 +32,10 @@ impl Layer for Qcow2 {
         self.storage()
     }
 
+    fn files(&self) -> Vec<&Arc<dyn Storage>> {
+        std::iter::once(self.storage()).chain(self.data_file()).collect()
+    }
+
     fn file(&self, _: u32) -> Option<&Arc<dyn Storage>> {
         if self.header().crypt_method != CryptMethod::None {
             None

@@ -60,11 +60,7 @@ impl Image {
         self.clones.end();
         self.seal().inspect_err(|_| self.rescue_bitmaps())?;
         // Some file systems tell only now that a write failed.
-        self.layers().iter().try_for_each(|layer| {
-            layer.storage().report_close()?;
-            let data = layer.as_qcow2().and_then(Qcow2::data_file);
-            data.map_or(Ok(()), |data| data.report_close())
-        })
+        self.layers().iter().flat_map(|layer| layer.files()).try_for_each(|file| file.report_close())
     }
 
     /// Closes the image but for its clones: what they read does not change any more.
