@@ -10,7 +10,7 @@ use qcow2_engine::convert::{ConvertOptions, ConvertTarget, convert};
 use qcow2_engine::create::CreateOptions;
 use qcow2_engine::storage::naming::{Place, give_name};
 use qcow2_engine::storage::{MemoryStorage, NewFile, Overwrite};
-use qcow2_engine::{Image, Job, Layer, Mem, OpenOptions, Qcow2, Raw, StorageExt};
+use qcow2_engine::{Image, Job, Mem, OpenOptions, Qcow2, Raw, StorageExt};
 use qcow2_testkit::crash::{Durability, Session};
 use qcow2_testkit::folder::{Folder, Names};
 use qcow2_testkit::recorder::RecordingStorage;
