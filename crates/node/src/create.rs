@@ -3,16 +3,17 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use napi::bindgen_prelude::{BufferSlice, Either, Env};
+use napi::bindgen_prelude::Env;
 use napi_derive::napi;
 use qcow2_engine::create::{create, create_raw};
 use qcow2_engine::storage::{NewFile, Overwrite};
 use qcow2_engine::{Error, ErrorKind, Job, Result};
 
 use crate::job::Ticket;
-use crate::open::{nothing, to_path};
+use crate::open::nothing;
 use crate::runtime::Runtime;
 use crate::shape::Shape;
+use crate::text::Text;
 
 /// Where a new file goes.
 pub(crate) struct Target {
@@ -24,17 +25,13 @@ pub(crate) struct Target {
 
 impl Target {
     /// `in_use` are identities as `OpenedFile` has them.
-    pub(crate) fn new(
-        path: Either<String, BufferSlice<'_>>,
-        overwrite: bool,
-        in_use: &[String],
-    ) -> napi::Result<Self> {
+    pub(crate) fn new(path: Text, overwrite: bool, in_use: &[String]) -> napi::Result<Self> {
         let identity = |text: &String| {
             let (device, inode) = text.split_once(':')?;
             Some((device.parse().ok()?, inode.parse().ok()?))
         };
         Ok(Self {
-            path: to_path(path)?,
+            path: path.into_path()?,
             overwrite: if overwrite { Overwrite::Replace } else { Overwrite::Refuse },
             in_use: in_use.iter().filter_map(identity).collect(),
         })
@@ -45,15 +42,16 @@ impl Target {
         NewFile::create(&self.path, self.overwrite, &self.in_use)
     }
 
-    /// Starts the external data file that goes with it. Its name is as the process sees it.
-    pub(crate) fn start_data_file(&self, image: &NewFile, name: &str) -> Result<NewFile> {
-        let file = NewFile::create(name, self.overwrite, &self.in_use)?;
-        if file.path() == image.path() {
+    /// Starts the external data file that goes with it, where there is to be one.
+    pub(crate) fn start_data_file(&self, image: &NewFile, shape: &Shape) -> Result<Option<NewFile>> {
+        let Some(path) = shape.data_path() else { return Ok(None) };
+        let file = NewFile::create(path, self.overwrite, &self.in_use)?;
+        if file.is_where(image) {
             let message = "the external data file cannot be the image itself";
             let error = Error::new(ErrorKind::InvalidArgument, message);
             return Err(error.with_field("data_file").with_path(file.path()));
         }
-        Ok(file)
+        Ok(Some(file))
     }
 }
 
@@ -64,7 +62,7 @@ pub fn create_image(
     env: Env,
     request: u32,
     job: u32,
-    path: Either<String, BufferSlice<'_>>,
+    path: Text,
     size: f64,
     shape: Shape,
     overwrite: bool,
@@ -89,7 +87,7 @@ fn run(target: &Target, size: u64, shape: &Shape, job: &Arc<Job>) -> Result<()> 
     let options = shape.options(size);
     options.validate()?;
     let file = target.start()?;
-    let data = shape.data_file.as_deref().map(|name| target.start_data_file(&file, name)).transpose()?;
+    let data = target.start_data_file(&file, shape)?;
     create(file.storage(), data.as_ref().map(NewFile::storage), &options, job)?;
     // The image last: it is not there without its data.
     data.map(NewFile::commit).transpose()?;

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use napi::bindgen_prelude::{BufferSlice, Either, Env, ToNapiValue};
+use napi::bindgen_prelude::{Env, ToNapiValue};
 use napi_derive::napi;
 use qcow2_engine::backing::ReopenOptions;
 use qcow2_engine::create::create;
@@ -12,9 +12,10 @@ use qcow2_engine::{Error, Image, Job, Layer, OpenOptions, Qcow2, Result, Storage
 
 use crate::create::Target;
 use crate::job::Ticket;
-use crate::open::{Lock, LockOptions, WritingOptions, cache_mode};
+use crate::open::{Lock, LockOptions, WritingOptions, absolute, cache_mode};
 use crate::runtime::Runtime;
 use crate::shape::Shape;
+use crate::text::{Text, path_text};
 
 /// How to make an overlay. Checked in TypeScript.
 #[napi(object, object_to_js = false)]
@@ -35,7 +36,9 @@ pub struct OverlayOrder {
 #[napi(object, object_from_js = false)]
 pub struct Overlaid {
     /// Its path.
-    pub path: String,
+    pub path: Text,
+    /// The path that was given, from the root of the file system.
+    pub absolute_path: Option<Text>,
     /// Bytes.
     pub cluster_size: f64,
     /// Device and inode.
@@ -49,7 +52,7 @@ pub fn create_overlay(
     request: u32,
     job: u32,
     image: u32,
-    path: Either<String, BufferSlice<'_>>,
+    path: Text,
     order: OverlayOrder,
 ) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
@@ -61,13 +64,14 @@ pub fn create_overlay(
         l2_cache_bytes: order.l2_cache_size.map(|size| size as u64),
         write: order.write.read()?,
     };
+    let absolute_path = absolute(&target.path);
     let overlay = Overlay { target, shape: order.shape, cache, lock, reopen };
     runtime.start_job(
         &env,
         Ticket { request, job },
         move |job| {
             handle.replace(|below| overlay.put_on(below, job))?;
-            handle.run(overlaid)
+            handle.run(|image| overlaid(image, absolute_path))
         },
         |_, env, overlaid| {
             // SAFETY: on the environment's thread, with its own env.
@@ -135,12 +139,13 @@ impl Overlay {
     }
 }
 
-fn overlaid(image: &Image) -> Result<Overlaid> {
+fn overlaid(image: &Image, absolute_path: Option<Text>) -> Result<Overlaid> {
     let top = image.top_qcow2();
     let top = top.ok_or_else(Error::aborted)?;
     let storage = top.storage();
     Ok(Overlaid {
-        path: storage.path().map_or_else(String::new, |path| path.to_string_lossy().into_owned()),
+        path: path_text(storage.path()),
+        absolute_path,
         cluster_size: top.geometry().cluster_size() as f64,
         identity: storage.traits().identity.map(|(device, inode)| format!("{device}:{inode}")),
     })

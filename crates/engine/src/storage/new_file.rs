@@ -143,6 +143,14 @@ impl NewFile {
         &self.path
     }
 
+    /// Whether this is where `other` goes: two names of one file, or of none that is there yet.
+    pub fn is_where(&self, other: &Self) -> bool {
+        let identity = |path: &Path| std::fs::metadata(path).ok().as_ref().and_then(platform::identity);
+        let same = |a: &Path, b: &Path| identity(a).is_some_and(|id| identity(b) == Some(id));
+        let (a, b) = (self.path(), other.path());
+        a == b || same(a, b) || (a.file_name() == b.file_name() && same(parent(a), parent(b)))
+    }
+
     /// The content is complete: gives the file its name.
     ///
     /// # Errors
