@@ -2,6 +2,7 @@
 
 import { getSystemErrorMap } from 'node:util'
 import { Qcow2Error } from '../index.js'
+import { decodeText } from '../text.js'
 import { CommandFailure } from './failure.js'
 
 /** Where libuv's words are not the C library's. */
@@ -33,6 +34,7 @@ const OPENING: ReadonlySet<string> = new Set(['open', 'openat', 'stat'])
 interface ErrorFields extends Error {
   readonly code?: unknown
   readonly path?: unknown
+  readonly pathBytes?: unknown
   readonly syscall?: unknown
 }
 
@@ -42,7 +44,8 @@ interface ErrorFields extends Error {
  */
 export function describeError(error: unknown, target?: string): string {
   if (!(error instanceof Error)) return String(error)
-  const { code, path, syscall, cause } = error as ErrorFields
+  const { code, syscall, cause } = error as ErrorFields
+  const path = pathOf(error)
   const system = typeof code === 'string' ? strerror(code) : undefined
   if (system !== undefined) {
     if (target !== undefined && path === target) return `Could not create '${path}': ${system}`
@@ -56,7 +59,14 @@ export function describeError(error: unknown, target?: string): string {
   }
   const locked = LOCKED.exec(error.message)
   if (code === 'ERR_QCOW2_LOCKED' && locked) return `F${locked[1]} (${error.code})`
-  return `${withoutPath(error.message, path)} (${error.code})`
+  return `${withoutPath(error.message, error.path)} (${error.code})`
+}
+
+/** The file of an error, with every byte of its name. */
+export function pathOf(error: unknown): string | undefined {
+  const { path, pathBytes } = error as ErrorFields
+  if (pathBytes instanceof Uint8Array) return decodeText(pathBytes)
+  return typeof path === 'string' ? path : undefined
 }
 
 /** In two parts, as qemu-img says it: what failed, and what to look for. */
@@ -85,6 +95,6 @@ export function openFailure(filename: string, error: unknown, exitCode = 1): Com
       ? "Failed to load snapshot: Can't find snapshot"
       : `Could not open '${filename}': ${describeError(error)}`
   const locked = error instanceof Qcow2Error && error.code === 'ERR_QCOW2_LOCKED'
-  const hint = locked ? { hint: `Is another process using the image [${error.path ?? filename}]?` } : {}
+  const hint = locked ? { hint: `Is another process using the image [${pathOf(error) ?? filename}]?` } : {}
   return new CommandFailure(message, { exitCode, cause: error, ...hint })
 }

@@ -4,7 +4,7 @@ import { targetFormat } from '../create-options.js'
 import { describeError } from '../errors.js'
 import { CommandFailure } from '../failure.js'
 import { refuseDriverSyntax } from '../grammar.js'
-import { formatOf, localPath, withImage } from '../images.js'
+import { formatOf, imagePath, localPath, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import type { Session } from '../session.js'
 import { sizeArgument, toSize } from '../size.js'
@@ -95,7 +95,7 @@ async function dd(list: readonly string[], options: DdArguments, session: Sessio
   const beyond = start > INT64_MAX || start > end
   if (beyond) session.stderr.write(`${session.program}: ${input}: cannot skip to specified offset\n`)
   const range = beyond ? { start: 0, length: 0 } : { start: toSize(start), length: toSize(end - start) }
-  await convert(localPath(input), localPath(output), {
+  await convert(imagePath(input), imagePath(output), {
     from,
     to,
     ...range,
