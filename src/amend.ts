@@ -16,12 +16,13 @@ import {
   type Read,
   type Reader,
   readOptions,
-  text,
+  storedName,
   throwIfAborted,
 } from './options.js'
 import { SHAPE } from './shape.js'
 import { type Format, type ImageSource, toLocated } from './source.js'
 import { runJob } from './support/jobs.js'
+import type { Name } from './text.js'
 import type { Size } from './units.js'
 
 /** Options of {@link amend}: what is not named stays as it is. */
@@ -40,11 +41,11 @@ export interface AmendOptions extends LongRunning, SharingOptions {
   /** A smaller size is meant: what lies behind the new end is lost. Default false. */
   shrink?: boolean | undefined
   /** Name of the external data file of an image that has one; `''` removes the name. */
-  dataFile?: string | undefined
+  dataFile?: Name | undefined
   /** `false` gives up that the external data file is a raw image on its own; it cannot be promised later. */
   dataFileRaw?: boolean | undefined
   /** Only what is there already: another backing file takes a rebase. */
-  backingFile?: string | undefined
+  backingFile?: Name | undefined
   /** See `backingFile`. */
   backingFormat?: Format | undefined
   /** What the image names is opened only to change the size. Default `'deny'`. */
@@ -53,7 +54,7 @@ export interface AmendOptions extends LongRunning, SharingOptions {
 }
 
 /** A name, or `''` for none. */
-const textOrNone: Reader<string> = (value, name) => (value === '' ? value : text(value, name))
+const textOrNone: Reader<string> = (value, name) => (value === '' ? value : storedName(value, name))
 
 const AMEND = {
   ...LONG_RUNNING,

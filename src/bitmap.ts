@@ -2,9 +2,19 @@
 
 import { Qcow2Error } from './errors.js'
 import type { BitmapInfo } from './info.js'
-import { ABORTABLE, type Abortable, bytes, flag, readOptions, throwIfAborted } from './options.js'
+import {
+  ABORTABLE,
+  type Abortable,
+  bytes,
+  flag,
+  name as readName,
+  readOptions,
+  storedName,
+  throwIfAborted,
+} from './options.js'
 import type { ImageOwner } from './support/owner.js'
 import { request } from './support/requests.js'
+import { canBeInexact, exactName, exactText, findName, type Name } from './text.js'
 import type { Size } from './units.js'
 
 /** Options of {@link Bitmaps.add}. */
@@ -32,6 +42,9 @@ const ADD = { ...ABORTABLE, granularity: bytes, enabled: flag } as const
  * The persistent bitmaps of an image. An enabled bitmap records every guest change while the image is open for writing, and is
  * current in the file again when the image is closed. After a crash it is `in-use` in the file: inconsistent, good for
  * nothing but {@link Bitmaps.remove}. Changes need `flags: 'r+'`. Spec: "Bitmaps".
+ *
+ * Names are bytes, seldom such that are not UTF-8. Every method takes them as text or as bytes (a `Uint8Array`). A text that different
+ * names are shown as, because of replacement characters, is refused with `ERR_QCOW2_INVALID_ARGUMENT`.
  */
 export class Bitmaps {
   readonly #owner: BitmapOwner
@@ -57,8 +70,8 @@ export class Bitmaps {
    * @throws {@link Qcow2Error} `ERR_QCOW2_INVALID_ARGUMENT` for a name that is empty, taken or longer than 1023 bytes and for a bad
    *   granularity; `ERR_QCOW2_UNSUPPORTED_FEATURE` for a raw or version 2 image and a disk of no bytes; `ERR_QCOW2_READ_ONLY`
    */
-  async add(name: string, options?: AddBitmapOptions): Promise<void> {
-    const checked = checkName(name, 'Bitmaps.add: name')
+  async add(name: Name, options?: AddBitmapOptions): Promise<void> {
+    const checked = storedName(name, 'Bitmaps.add: name')
     const { granularity, enabled = true, signal } = readOptions(options, 'Bitmaps.add', ADD)
     if (granularity !== undefined && (granularity < 512 || granularity > 2 ** 31 || !isPowerOfTwo(granularity))) {
       throw new Qcow2Error(
@@ -77,7 +90,7 @@ export class Bitmaps {
    *
    * @throws {@link Qcow2Error} `ERR_QCOW2_NO_BITMAP`, `ERR_QCOW2_READ_ONLY`
    */
-  async remove(name: string, options?: Abortable): Promise<void> {
+  async remove(name: Name, options?: Abortable): Promise<void> {
     await this.#one('Bitmaps.remove', name, options, (number, addon, checked) =>
       addon.removeBitmap(number, this.#owner.image, checked),
     )
@@ -88,21 +101,21 @@ export class Bitmaps {
    *
    * @throws {@link Qcow2Error} `ERR_QCOW2_NO_BITMAP`; `ERR_QCOW2_CORRUPT` for an inconsistent bitmap; `ERR_QCOW2_READ_ONLY`
    */
-  async clear(name: string, options?: Abortable): Promise<void> {
+  async clear(name: Name, options?: Abortable): Promise<void> {
     await this.#one('Bitmaps.clear', name, options, (number, addon, checked) =>
       addon.clearBitmap(number, this.#owner.image, checked),
     )
   }
 
   /** Starts recording; otherwise as {@link Bitmaps.clear}. */
-  async enable(name: string, options?: Abortable): Promise<void> {
+  async enable(name: Name, options?: Abortable): Promise<void> {
     await this.#one('Bitmaps.enable', name, options, (number, addon, checked) =>
       addon.enableBitmap(number, this.#owner.image, checked, true),
     )
   }
 
   /** Stops recording; otherwise as {@link Bitmaps.clear}. */
-  async disable(name: string, options?: Abortable): Promise<void> {
+  async disable(name: Name, options?: Abortable): Promise<void> {
     await this.#one('Bitmaps.disable', name, options, (number, addon, checked) =>
       addon.enableBitmap(number, this.#owner.image, checked, false),
     )
@@ -113,8 +126,8 @@ export class Bitmaps {
    * size. Otherwise as {@link Bitmaps.clear}.
    */
   async merge(
-    target: string,
-    sources: readonly (string | { readonly bitmaps: Bitmaps; readonly name: string })[],
+    target: Name,
+    sources: readonly (Name | { readonly bitmaps: Bitmaps; readonly name: Name })[],
     options?: Abortable,
   ): Promise<void> {
     if (!Array.isArray(sources)) {
@@ -124,18 +137,25 @@ export class Bitmaps {
     }
     const from = sources.map(source => {
       const [owner, name] =
-        typeof source === 'string' ? [this.#owner, source] : [Bitmaps.#owners.get(source?.bitmaps), source?.name]
+        typeof source === 'string' || source instanceof Uint8Array
+          ? [this.#owner, source]
+          : [Bitmaps.#owners.get(source?.bitmaps), source?.name]
       if (owner === undefined) {
         const message = 'Bitmaps.merge: a source is a name, or { bitmaps, name } of an open image'
         throw new Qcow2Error('ERR_QCOW2_INVALID_ARGUMENT', message, { field: 'sources' })
       }
-      return { owner, name: checkName(name, 'Bitmaps.merge: source') }
+      return { owner, name: readName(name, 'Bitmaps.merge: source') }
     })
-    const named = from.map(({ owner, name }) => ({ image: owner.image, name }))
-    const merge = () =>
-      this.#one('Bitmaps.merge', target, options, (number, addon, checked) =>
-        addon.mergeBitmaps(number, this.#owner.image, checked, named),
+    const merge = async () => {
+      const named = from.map(async ({ owner, name }) => ({
+        image: owner.image,
+        name: await owner.read(() => exactly(owner, name)),
+      }))
+      const all = await Promise.all(named)
+      await this.#one('Bitmaps.merge', target, options, (number, addon, checked) =>
+        addon.mergeBitmaps(number, this.#owner.image, checked, all),
       )
+    }
     // Every image that is read from stays open until it is done.
     const others = from.map(({ owner }) => owner).filter(owner => owner !== this.#owner)
     await others.reduce<() => Promise<void>>((work, owner) => () => owner.read(work), merge)()
@@ -146,13 +166,14 @@ export class Bitmaps {
    *
    * @throws {@link Qcow2Error} `ERR_QCOW2_NO_BITMAP`; `ERR_QCOW2_CORRUPT` for an inconsistent bitmap
    */
-  async *extents(name: string, options?: Abortable): AsyncGenerator<DirtyRange, void, undefined> {
-    const checked = checkName(name, 'Bitmaps.extents: name')
+  async *extents(name: Name, options?: Abortable): AsyncGenerator<DirtyRange, void, undefined> {
+    const wanted = readName(name, 'Bitmaps.extents: name')
     const { signal } = readOptions(options, 'Bitmaps.extents', ABORTABLE)
     throwIfAborted(signal)
-    const numbers = await this.#owner.read(() =>
-      request<Float64Array>((number, addon) => addon.bitmapExtents(number, this.#owner.image, checked)),
-    )
+    const numbers = await this.#owner.read(async () => {
+      const checked = await exactly(this.#owner, wanted)
+      return request<Float64Array>((number, addon) => addon.bitmapExtents(number, this.#owner.image, checked))
+    })
     for (let i = 0; i + 1 < numbers.length; i += 2) {
       throwIfAborted(signal)
       yield { start: numbers[i] ?? 0, length: numbers[i + 1] ?? 0 }
@@ -161,21 +182,28 @@ export class Bitmaps {
 
   async #one(
     what: string,
-    name: string,
+    name: Name,
     options: Abortable | undefined,
     start: (number: number, addon: Parameters<Parameters<typeof request>[0]>[1], name: string) => void,
   ): Promise<void> {
-    const checked = checkName(name, `${what}: name`)
+    const wanted = readName(name, `${what}: name`)
     const { signal } = readOptions(options, what, ABORTABLE)
-    await this.#owner.change(what, signal, () => request<void>((number, addon) => start(number, addon, checked)))
+    await this.#owner.change(what, signal, async () => {
+      const checked = await exactly(this.#owner, wanted)
+      await request<void>((number, addon) => start(number, addon, checked))
+    })
   }
 }
 
 const isPowerOfTwo = (n: number): boolean => Number.isInteger(Math.log2(n))
 
-function checkName(name: unknown, what: string): string {
-  if (typeof name === 'string' && name !== '' && !name.includes('\0')) return name
-  throw new Qcow2Error('ERR_QCOW2_INVALID_ARGUMENT', `${what} must be a non-empty string without null bytes`, {
-    field: what,
-  })
+/** The one bitmap that a name means. A text that may not have all bytes of it is looked up. */
+async function exactly(owner: BitmapOwner, wanted: Name): Promise<string> {
+  if (!canBeInexact(wanted)) return exactName(wanted)
+  const names = (await owner.infos()).map(({ name, nameBytes }) => exactText(name, nameBytes))
+  const ambiguous = (): Error => {
+    const message = `several bitmaps are shown as '${wanted}', for their names are not UTF-8: say the bytes of the name (nameBytes)`
+    return new Qcow2Error('ERR_QCOW2_INVALID_ARGUMENT', message, { field: 'name' })
+  }
+  return names[findName(names, wanted, ambiguous)] ?? wanted
 }

@@ -18,6 +18,7 @@ import {
 import { type Format, type ImageSource, toLocated } from './source.js'
 import { runJob } from './support/jobs.js'
 import { toError } from './support/requests.js'
+import { shown } from './text.js'
 
 /** Options of {@link check}. */
 export interface CheckOptions extends LongRunning, SharingOptions {
@@ -50,6 +51,8 @@ export interface CheckFinding {
 /** What a check found. Every counter is present: what does not occur is 0. */
 export interface CheckResult {
   readonly filename: string
+  /** The bytes of `filename`, where they are not UTF-8. */
+  readonly filenameBytes?: Buffer
   readonly format: Format
   /** No corruption, no leak, and no error kept the check from looking. */
   readonly ok: boolean
@@ -145,7 +148,7 @@ export async function checkImage(
   )
   const { checkErrors, corruptions, leaks } = outcome
   return {
-    filename: path ?? '',
+    ...shown('filename', path ?? ''),
     format,
     ok: failure === undefined && checkErrors === 0 && corruptions === 0 && leaks === 0,
     ...outcome,

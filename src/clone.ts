@@ -71,7 +71,7 @@ export class Clones {
   }
 
   /** Makes one. The caller keeps the image open meanwhile. */
-  async make(path: string | Buffer, options: ReadClone): Promise<CloneResult> {
+  async make(path: string, options: ReadClone): Promise<CloneResult> {
     const { signal } = options
     const begin = performance.now()
     // Two may end it: the caller's signal, and closing the image.
@@ -93,7 +93,7 @@ export class Clones {
     }
   }
 
-  async #run(path: string | Buffer, options: ReadClone): Promise<NativeCloned> {
+  async #run(path: string, options: ReadClone): Promise<NativeCloned> {
     const { image } = this.#source
     const { signal, concurrency, onPointInTime } = options
     const order: NativeCloneOrder = { ...toOrder(options), inUse: this.#source.identities() }
@@ -115,10 +115,7 @@ export class Clones {
 type ReadClone = Read<typeof CLONE>
 
 /** Reads the options, and checks what they demand of each other. */
-export function readCloneOptions(
-  target: PathLike,
-  options: CloneOptions,
-): { path: string | Buffer; options: ReadClone } {
+export function readCloneOptions(target: PathLike, options: CloneOptions): { path: string; options: ReadClone } {
   const path = toPath(target, 'target')
   const read = readOptions(options, 'Image.clone', CLONE)
   toOrder(read)

@@ -13,10 +13,10 @@ import {
   LONG_RUNNING,
   type LongRunning,
   limits,
+  name,
   type Read,
   type Reader,
   readOptions,
-  text,
   throwIfAborted,
 } from './options.js'
 import {
@@ -42,6 +42,7 @@ import {
   toPath,
 } from './source.js'
 import { runJob } from './support/jobs.js'
+import { encodeText, isText, type Name, shownText } from './text.js'
 import type { Size } from './units.js'
 
 /** What `convert` and `measure` read. */
@@ -51,7 +52,7 @@ export interface SourceOptions extends SharingOptions {
   /** What the source may pull in. Default `'deny'`. */
   references?: ReferencePolicy | undefined
   /** Read this internal snapshot, by id or name. */
-  snapshot?: string | undefined
+  snapshot?: Name | undefined
   limits?: Limits | undefined
 }
 
@@ -60,7 +61,7 @@ export const SOURCE = {
   ...SHARING,
   from: format,
   references: referencePolicy,
-  snapshot: text,
+  snapshot: name,
   limits,
 } as const
 
@@ -133,6 +134,8 @@ export interface ConvertResult {
   readonly unreadable?: readonly { readonly start: number; readonly length: number; readonly message: string }[]
   /** With `bitmaps`: names of the inconsistent ones that were left out. */
   readonly skippedBitmaps?: readonly string[]
+  /** The bytes of all of them, where one is not UTF-8. */
+  readonly skippedBitmapsBytes?: readonly Buffer[]
 }
 
 const BITMAPS = { skipBroken: flag } as const
@@ -206,9 +209,19 @@ export async function convert(
       images.pop()
       await release(onto)
     }
-    return { ...converted, durationMs: performance.now() - begin }
+    return { ...toResult(converted), durationMs: performance.now() - begin }
   } finally {
     await Promise.all(images.map(image => release(image)))
+  }
+}
+
+function toResult({ skippedBitmaps, ...converted }: NativeConverted): Omit<ConvertResult, 'durationMs'> {
+  if (skippedBitmaps === undefined) return converted
+  const exact = skippedBitmaps.every(isText)
+  return {
+    ...converted,
+    skippedBitmaps: skippedBitmaps.map(shownText),
+    ...(!exact && { skippedBitmapsBytes: skippedBitmaps.map(encodeText) }),
   }
 }
 

@@ -1,5 +1,6 @@
 /** Creating images. */
 
+import { stat } from 'node:fs/promises'
 import { READING, WRITING } from './access.js'
 import { lookAtChain, openChain } from './backing/chain.js'
 import { readFileName } from './backing/filename.js'
@@ -10,6 +11,7 @@ import { bytes, flag, LONG_RUNNING, type LongRunning, readOptions, throwIfAborte
 import { type Qcow2Shape, SHAPE, toNativeShape } from './shape.js'
 import { type Format, format, type PathLike, release, toPath } from './source.js'
 import { runJob } from './support/jobs.js'
+import { toName } from './text.js'
 import type { Size } from './units.js'
 
 /** Options of {@link create}. */
@@ -51,7 +53,7 @@ export async function create(path: PathLike, options: CreateOptions): Promise<Im
   const wanted = toNativeShape('create', format, shape)
   const { backingFile, dataFile } = shape
   throwIfAborted(signal)
-  const backing = await lookAtBacking(String(target), backingFile, shape.backingFormat, references, signal)
+  const backing = await lookAtBacking(target, backingFile, shape.backingFormat, references, signal)
   const bytesInAll = size ?? backing?.virtualSize
   if (bytesInAll === undefined) {
     const why = backingFile === undefined ? 'without a backing file' : "where references: 'layer' leaves it unopened"
@@ -72,19 +74,29 @@ export async function create(path: PathLike, options: CreateOptions): Promise<Im
   return new Image(chain)
 }
 
-/** Opens the backing file before anything is made: whether it is there, how large it is, and what it stands on. */
+/**
+ * Looks at the backing file before anything is made: whether it is there, how large it is, and what it stands on. With `'layer'` it is
+ * not opened; it is not replaced by the new image all the same.
+ */
 async function lookAtBacking(
   target: string,
   backingFile: string | undefined,
   format: Format | undefined,
   references: ReferencePolicy,
   signal: AbortSignal | undefined,
-): Promise<{ virtualSize: number; identities: readonly string[] } | undefined> {
-  if (backingFile === undefined || references === 'layer') return undefined
+): Promise<{ virtualSize?: number; identities: readonly string[] } | undefined> {
+  if (backingFile === undefined) return undefined
   const name = readFileName(backingFile, target)
+  if (references === 'layer') return { identities: 'path' in name ? await identityOf(name.path) : [] }
   if ('refused' in name) {
     const message = `create: the backing file '${backingFile}' cannot be opened: ${name.refused}`
     throw invalidArgument('backingFile', message)
   }
   return lookAtChain({ path: name.path }, { format, references, signal })
+}
+
+/** What `NativeFile.identity` would be, of a file that is not to be opened; nothing where there is none. */
+async function identityOf(path: string): Promise<readonly string[]> {
+  const found = await stat(toName(path), { bigint: true }).catch(() => undefined)
+  return found === undefined || process.platform === 'win32' ? [] : [`${found.dev}:${found.ino}`]
 }

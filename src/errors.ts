@@ -1,5 +1,7 @@
 /** The library's error: a stable code, and where it happened. */
 
+import { type Shown, shown, shownText } from './text.js'
+
 /**
  * What went wrong, by who can do something about it. Codes are API, messages are not.
  *
@@ -63,6 +65,8 @@ export type SystemErrorCode =
 export interface ErrorPlace {
   /** The file, as it was opened. */
   path?: string | undefined
+  /** The bytes of `path`, where they are not UTF-8. */
+  pathBytes?: Buffer | undefined
   /** Byte offset in that file. */
   offset?: number | undefined
   /** The field of the format by its name in the specification, or the argument. */
@@ -96,6 +100,8 @@ export class Qcow2Error extends Error {
   readonly code: Qcow2ErrorCode | SystemErrorCode | 'ABORT_ERR'
   /** The file this happened in, as it was opened. */
   declare readonly path?: string
+  /** The bytes of `path`, where they are not UTF-8: `path` then has replacement characters. */
+  declare readonly pathBytes?: Buffer
   /** Byte offset in that file. */
   declare readonly offset?: number
   /** The field of the format by its name in the specification, or the name of the offending argument. */
@@ -106,11 +112,13 @@ export class Qcow2Error extends Error {
   declare readonly syscall?: string
 
   constructor(code: Qcow2Error['code'], message: string, place: ErrorPlace = {}) {
-    super(message, place.cause === undefined ? undefined : { cause: place.cause })
+    super(shownText(message), place.cause === undefined ? undefined : { cause: place.cause })
     this.code = code
     captureCaller(this, new.target)
-    for (const key of ['path', 'offset', 'field', 'errno', 'syscall'] as const) {
-      const value = place[key]
+    const file: Partial<Shown<'path'>> = place.path === undefined ? {} : shown('path', place.path)
+    const all: ErrorPlace = { ...place, ...file }
+    for (const key of ['path', 'pathBytes', 'offset', 'field', 'errno', 'syscall'] as const) {
+      const value = all[key]
       if (value !== undefined) Object.defineProperty(this, key, { value, enumerable: true })
     }
   }

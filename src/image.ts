@@ -20,8 +20,8 @@ import {
   type Limits,
   type LongRunning,
   limits,
+  name,
   readOptions,
-  text,
   throwIfAborted,
 } from './options.js'
 import { type OverlayOptions, putOverlay, readOverlayOptions } from './overlay.js'
@@ -33,6 +33,7 @@ import { toBytesView } from './support/buffers.js'
 import { Lifetime } from './support/lifetime.js'
 import type { ImageOwner } from './support/owner.js'
 import { request, submitRead, submitWrite, toError } from './support/requests.js'
+import { type Name, shownText } from './text.js'
 import { checkTransfer, toTransfer, toViews } from './transfers.js'
 import { type Size, toBytes } from './units.js'
 import {
@@ -54,7 +55,7 @@ export interface OpenOptions extends AccessOptions, Abortable {
   /** What the image may pull in. Default `'deny'`. */
   references?: ReferencePolicy | undefined
   /** Id or name of an internal snapshot: the handle is a read-only view of it. */
-  snapshot?: string | undefined
+  snapshot?: Name | undefined
   /** Most bytes of L2 tables kept in memory, for each layer. Default: enough for the whole image, 32 MiB at most. */
   l2CacheSize?: Size | undefined
   limits?: Limits | undefined
@@ -65,7 +66,7 @@ const OPEN = {
   ...ACCESS,
   format,
   references: referencePolicy,
-  snapshot: text,
+  snapshot: name,
   l2CacheSize: bytes,
   limits,
 } as const
@@ -87,7 +88,7 @@ const GATHERED = 2 ** 20
 
 /** Closes what was never closed, and says so, as Node does for a `FileHandle`. */
 const unclosed = new FinalizationRegistry<Chain>(({ image, path }) => {
-  const name = path === undefined ? 'an image' : `image '${path}'`
+  const name = path === undefined ? 'an image' : `image '${shownText(path)}'`
   const message = `Closing ${name} on garbage collection: call close(), or declare it with "await using"`
   process.emitWarning(message, { code: 'QCOW2_UNCLOSED' })
   // Flushed as by close(); a failure has nobody to hear of it but the process.

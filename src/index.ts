@@ -28,6 +28,7 @@ export type { Compression, Preallocation, Qcow2Shape } from './shape.js'
 export type { Snapshots } from './snapshot/snapshots.js'
 export type { Format, ImageSource, PathLike } from './source.js'
 export type { ReadStreamOptions, SparseChunk, WebStreamOptions } from './stream.js'
+export type { Name } from './text.js'
 export type { Size } from './units.js'
 export type { WriteOptions, WriteStreamOptions, WritevOptions, WriteZeroesOptions } from './write.js'
 

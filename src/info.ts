@@ -4,11 +4,16 @@ import { readFileName } from './backing/filename.js'
 import type { NativeLayerInfo } from './native.js'
 import type { Format } from './source.js'
 import { request } from './support/requests.js'
+import { shown, shownText } from './text.js'
 
 /** An internal snapshot, as QAPI's `SnapshotInfo`. */
 export interface SnapshotInfo {
   readonly id: string
+  /** The bytes of `id`, where they are not UTF-8: it then has replacement characters. */
+  readonly idBytes?: Buffer
   readonly name: string
+  /** The bytes of `name`, where they are not UTF-8: it then has replacement characters, and other names can be shown the same. */
+  readonly nameBytes?: Buffer
   /** Size of the saved machine state in bytes; 0 for a snapshot of the disk alone. */
   readonly vmStateSize: number
   /** When it was made: seconds since 1970, and nanoseconds. */
@@ -24,6 +29,8 @@ export interface SnapshotInfo {
 /** A persistent dirty bitmap, as QAPI's `Qcow2BitmapInfo`. */
 export interface BitmapInfo {
   readonly name: string
+  /** The bytes of `name`, where they are not UTF-8: it then has replacement characters, and other names can be shown the same. */
+  readonly nameBytes?: Buffer
   /** Bytes of guest data that one bit stands for. */
   readonly granularity: number
   readonly flags: readonly ('in-use' | 'auto')[]
@@ -38,6 +45,8 @@ export interface Qcow2SpecificInfo {
   readonly compressionType: 'zlib' | 'zstd'
   /** The external data file's name as the image has it. */
   readonly dataFile?: string
+  /** The bytes of `dataFile`, where they are not UTF-8. */
+  readonly dataFileBytes?: Buffer
   /** Version 3: whether the data file is a valid raw image by itself. Present with a data file only. */
   readonly dataFileRaw?: boolean
   /** Version 3 only. */
@@ -55,6 +64,8 @@ export interface Qcow2SpecificInfo {
 export interface ImageInfo {
   /** The file as it was opened; empty where only a descriptor is known. */
   readonly filename: string
+  /** The bytes of `filename`, where they are not UTF-8: it then has replacement characters. */
+  readonly filenameBytes?: Buffer
   readonly format: Format
   /** Size of the disk. */
   readonly virtualSize: number
@@ -69,8 +80,12 @@ export interface ImageInfo {
   readonly encrypted: boolean
   /** The backing file's name as the image has it. */
   readonly backingFilename?: string
+  /** The bytes of `backingFilename`, where they are not UTF-8. */
+  readonly backingFilenameBytes?: Buffer
   /** That name from the directory of this image. A name that is no file name stands as it is. */
   readonly fullBackingFilename?: string
+  /** The bytes of `fullBackingFilename`, where they are not UTF-8. */
+  readonly fullBackingFilenameBytes?: Buffer
   readonly backingFilenameFormat?: string
   /** In the order of the snapshot table. */
   readonly snapshots: readonly SnapshotInfo[]
@@ -86,15 +101,20 @@ export async function layersInfo(image: number): Promise<ImageInfo[]> {
   return layers.map(toImageInfo)
 }
 
-function toImageInfo({ qcow2, ...layer }: NativeLayerInfo): ImageInfo {
+function toImageInfo({ qcow2, filename, ...layer }: NativeLayerInfo): ImageInfo {
   return {
     ...layer,
+    ...shown('filename', filename),
     dirtyFlag: qcow2?.dirty ?? false,
     encrypted: qcow2?.encryption !== undefined,
-    snapshots: qcow2?.snapshots ?? [],
+    snapshots: (qcow2?.snapshots ?? []).map(({ id, name, ...snapshot }) => ({
+      ...shown('id', id),
+      ...shown('name', name),
+      ...snapshot,
+    })),
     ...(qcow2 && {
       clusterSize: qcow2.clusterSize,
-      ...backingInfo(qcow2, layer.filename),
+      ...backingInfo(qcow2, filename),
       formatSpecific: specificInfo(qcow2),
     }),
   }
@@ -104,9 +124,9 @@ function backingInfo({ backingFilename, backingFormat }: NativeQcow2Info, filena
   if (backingFilename === undefined) return {}
   const name = readFileName(backingFilename, filename === '' ? undefined : filename)
   return {
-    backingFilename,
-    fullBackingFilename: 'path' in name ? name.path : backingFilename,
-    ...(backingFormat !== undefined && { backingFilenameFormat: backingFormat }),
+    ...shown('backingFilename', backingFilename),
+    ...shown('fullBackingFilename', 'path' in name ? name.path : backingFilename),
+    ...(backingFormat !== undefined && { backingFilenameFormat: shownText(backingFormat) }),
   }
 }
 
@@ -119,8 +139,10 @@ function specificInfo(qcow2: NativeQcow2Info): Qcow2SpecificInfo {
     compressionType: qcow2.compressionType,
     ...(qcow2.version > 2 && { extendedL2, lazyRefcounts, corrupt }),
     ...(hasDataFile && { dataFileRaw }),
-    ...(dataFile !== undefined && { dataFile }),
+    ...(dataFile !== undefined && shown('dataFile', dataFile)),
     ...(encryption !== undefined && { encrypt: { format: encryption } }),
-    ...(bitmaps.length > 0 && { bitmaps }),
+    ...(bitmaps.length > 0 && {
+      bitmaps: bitmaps.map(({ name, ...bitmap }) => ({ ...shown('name', name), ...bitmap })),
+    }),
   }
 }

@@ -6,6 +6,7 @@ import { ABORTABLE, type Abortable, type Limits, limits, readOptions, throwIfAbo
 import { type Format, type ImageSource, openFile, release, toLocated } from './source.js'
 import { toBytesView } from './support/buffers.js'
 import { request } from './support/requests.js'
+import { shown, shownText } from './text.js'
 
 /** Options of {@link inspect}. */
 export interface InspectOptions extends Abortable {
@@ -40,8 +41,12 @@ export interface Inspection {
   readonly clusterSize?: number
   readonly version?: 2 | 3
   readonly backingFilename?: string
+  /** The bytes of `backingFilename`, where they are not UTF-8: it then has replacement characters. */
+  readonly backingFilenameBytes?: Buffer
   readonly backingFilenameFormat?: string
   readonly dataFile?: string
+  /** The bytes of `dataFile`, where they are not UTF-8. */
+  readonly dataFileBytes?: Buffer
   readonly encryption?: 'aes' | 'luks'
   readonly compressionType?: 'zlib' | 'zstd'
   readonly extendedL2?: boolean
@@ -105,14 +110,14 @@ function toInspection({ isQcow2, header, ...found }: NativeInspection, head: Buf
     format: isQcow2 ? 'qcow2' : 'unknown',
     ...(detected !== undefined && detected !== 'qcow2' && { detected }),
     virtualSize: header?.virtualSize ?? 0,
-    ...(backingFilename !== undefined && { backingFilename }),
+    ...(backingFilename !== undefined && shown('backingFilename', backingFilename)),
     ...(header && {
       version: header.version,
       clusterSize: header.clusterSize,
       compressionType: header.compressionType,
       extendedL2: header.extendedL2,
-      ...(header.backingFormat !== undefined && { backingFilenameFormat: header.backingFormat }),
-      ...(header.dataFile !== undefined && { dataFile: header.dataFile }),
+      ...(header.backingFormat !== undefined && { backingFilenameFormat: shownText(header.backingFormat) }),
+      ...(header.dataFile !== undefined && shown('dataFile', header.dataFile)),
       ...(header.encryption !== undefined && { encryption: header.encryption }),
     }),
     features: {

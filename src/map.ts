@@ -3,6 +3,7 @@
 import type { NativeExtents } from './native.js'
 import { ABORTABLE, type Abortable, bytes, oneOf, type Read, readOptions, throwIfAborted } from './options.js'
 import { request } from './support/requests.js'
+import { shown } from './text.js'
 import type { Size } from './units.js'
 
 /** Options of {@link Image.map}. */
@@ -34,6 +35,8 @@ export interface MapEntry {
   readonly offset?: number
   /** The file that `offset` is in. */
   readonly filename?: string
+  /** The bytes of `filename`, where they are not UTF-8: it then has replacement characters. */
+  readonly filenameBytes?: Buffer
 }
 
 const MAP = { ...ABORTABLE, start: bytes, length: bytes, depth: oneOf('all', 'top') } as const
@@ -89,10 +92,11 @@ export async function* walkMap(
 
 function* unpack({ numbers, files }: NativeExtents): Generator<MapEntry> {
   const at = (index: number): number => numbers[index] ?? 0
+  const names = files.map(file => (file === '' ? {} : shown('filename', file)))
   for (let i = 0; i < numbers.length; i += STRIDE) {
     const kind = at(i + 3)
     const offset = at(i + 5)
-    const filename = files[at(i + 6)]
+    const file = names[at(i + 6)]
     yield {
       start: at(i),
       length: at(i + 1),
@@ -102,7 +106,7 @@ function* unpack({ numbers, files }: NativeExtents): Generator<MapEntry> {
       data: kind !== ZERO && kind !== UNALLOCATED,
       compressed: kind === COMPRESSED,
       ...(offset >= 0 && { offset }),
-      ...(filename !== undefined && filename !== '' && { filename }),
+      ...file,
     }
   }
 }
@@ -120,6 +124,9 @@ const seenFromTop = (entry: MapEntry): MapEntry =>
         compressed: false,
       }
 
+const sameBytes = (a: Buffer | undefined, b: Buffer | undefined): boolean =>
+  a === b || (a !== undefined && b !== undefined && a.equals(b))
+
 /** One entry for two neighbours, if they are of one kind and stored one behind the other. */
 function merge(a: MapEntry, b: MapEntry): MapEntry | undefined {
   const same =
@@ -129,6 +136,7 @@ function merge(a: MapEntry, b: MapEntry): MapEntry | undefined {
     a.data === b.data &&
     a.compressed === b.compressed &&
     a.filename === b.filename &&
+    sameBytes(a.filenameBytes, b.filenameBytes) &&
     (a.offset === undefined ? b.offset === undefined : b.offset === a.offset + a.length)
   return same ? { ...a, length: a.length + b.length } : undefined
 }

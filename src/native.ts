@@ -24,14 +24,13 @@ export interface NativeFailure {
 /** A file that an image names. */
 export interface NativeNamedFile {
   readonly filename: string
-  /** False for a name that is not UTF-8: `filename` shows it, nothing can be opened by it. */
-  readonly exact: boolean
   readonly format?: string
 }
 
 export interface NativeFile {
   readonly file: number
   readonly path?: string
+  readonly absolutePath?: string
   readonly length: number
   /** Equal strings are the same file. */
   readonly identity?: string
@@ -166,6 +165,8 @@ export interface NativeShape {
   backingFile?: string | undefined
   backingFormat?: string | undefined
   dataFile?: string | undefined
+  /** The file that `dataFile` means. */
+  dataPath?: string | undefined
   dataFileRaw?: boolean | undefined
 }
 
@@ -272,6 +273,7 @@ export interface NativeOverlayOrder {
 /** The new top. */
 export interface NativeOverlaid {
   readonly path: string
+  readonly absolutePath?: string
   readonly clusterSize: number
   readonly identity?: string
 }
@@ -305,7 +307,7 @@ export interface NativeCheckOutcome {
 }
 
 /**
- * The addon's functions. Those that take a `request` number return at once; what comes of it is delivered under that
+ * The addon's functions. Names and paths are strings that have every byte: see `text.ts`. Those that take a `request` number return at once; what comes of it is delivered under that
  * number (`support/requests.ts`). Arguments are checked here in TypeScript: the addon trusts them.
  */
 export interface Addon {
@@ -314,7 +316,7 @@ export interface Addon {
   look(deliver: (count: number, others: readonly unknown[] | undefined) => void): boolean
   /** Ends all work and closes all images, now. Nothing is delivered any more. */
   stop(): void
-  openFile(request: number, path: string | Buffer, options: NativeFileOptions): void
+  openFile(request: number, path: string, options: NativeFileOptions): void
   /** Absent on Windows. */
   openDescriptor?(request: number, descriptor: number, options: NativeFileOptions): void
   openQcow2(request: number, file: number, options: NativeLayerOptions): void
@@ -352,7 +354,7 @@ export interface Addon {
   inspectFile(request: number, file: number, limits: NativeLimits | undefined): void
   inspectPrefix(request: number, bytes: Buffer, limits: NativeLimits | undefined): void
   amendImage(request: number, job: number, image: number, changes: NativeAmendChanges): void
-  createOverlay(request: number, job: number, image: number, path: string | Buffer, order: NativeOverlayOrder): void
+  createOverlay(request: number, job: number, image: number, path: string, order: NativeOverlayOrder): void
   commitImage(request: number, job: number, above: number, base: number, order: NativeCommitOrder): void
   rebaseImage(
     request: number,
@@ -376,21 +378,15 @@ export interface Addon {
   createImage(
     request: number,
     job: number,
-    path: string | Buffer,
+    path: string,
     size: number,
     shape: NativeShape,
     overwrite: boolean,
     inUse: readonly string[],
   ): void
-  convertImage(
-    request: number,
-    job: number,
-    images: readonly number[],
-    path: string | Buffer,
-    order: NativeConvertJob,
-  ): void
+  convertImage(request: number, job: number, images: readonly number[], path: string, order: NativeConvertJob): void
   /** Makes the target and takes the point in time; tells the clone's number. */
-  beginClone(request: number, job: number, image: number, path: string | Buffer, order: NativeCloneOrder): void
+  beginClone(request: number, job: number, image: number, path: string, order: NativeCloneOrder): void
   /** Copies the rest. The clone's number is gone, however it ends. */
   runClone(request: number, job: number, clone: number, concurrency: number | undefined): void
   compactImage(request: number, job: number, image: number, rewrite: boolean, zeroes: boolean, dryRun: boolean): void
@@ -411,6 +407,8 @@ export interface Addon {
   bitmapExtents(request: number, image: number, name: string): void
   /** The snapshot table of an image: a `SnapshotTable`. */
   snapshotTable(request: number, image: number): void
+  /** The snapshots of a layer, in the table's order. */
+  layerSnapshots(request: number, layer: number): void
   /** Executes a snapshot plan; tells the disk's size afterwards. */
   executePlan(request: number, image: number, plan: Plan): void
   cancelJob(job: number): void

@@ -5,6 +5,7 @@
 
 import { AbortError, invalidArgument } from './errors.js'
 import { meantBy, takenBy } from './support/option-hints.js'
+import { exactName, type Name } from './text.js'
 import { describe, type Size, toBytes } from './units.js'
 
 /** A request that can be cancelled. */
@@ -138,13 +139,24 @@ function editDistance(a: string, b: string): number {
   return row[b.length] ?? 0
 }
 
-/** A string; empty only where `allowEmpty`. */
+/** A string that is not empty. */
 export const text: Reader<string> = (value, name) => {
   if (typeof value !== 'string') throw invalidArgument(name, `${name} must be a string, not ${describe(value)}`)
   if (value === '') throw invalidArgument(name, `${name} must not be empty`)
   if (value.includes('\0')) throw invalidArgument(name, `${name} must not contain a null character`)
   return value
 }
+
+/** A {@link Name} that can be one: not empty, no null character. */
+export const name: Reader<Name> = (value, field) => {
+  if (!(value instanceof Uint8Array)) return text(value, field)
+  if (value.length === 0) throw invalidArgument(field, `${field} must not be empty`)
+  if (value.includes(0)) throw invalidArgument(field, `${field} must not contain a null byte`)
+  return value
+}
+
+/** A name to store, with every byte that the user gave. */
+export const storedName: Reader<string> = (value, field) => exactName(name(value, field))
 
 export const flag: Reader<boolean> = (value, name) => {
   if (typeof value !== 'boolean') throw invalidArgument(name, `${name} must be true or false, not ${describe(value)}`)

@@ -1,14 +1,14 @@
 /** An overlay under a running image: an external snapshot. */
 
-import { resolve } from 'node:path'
 import type { Chain } from './backing/chain.js'
 import { readFileName } from './backing/filename.js'
 import { invalidArgument } from './errors.js'
 import type { NativeOverlaid } from './native.js'
-import { ABORTABLE, type Abortable, type Read, readOptions, text, throwIfAborted } from './options.js'
+import { ABORTABLE, type Abortable, type Read, readOptions, storedName, throwIfAborted } from './options.js'
 import { type Qcow2Shape, shape, toNativeShape } from './shape.js'
 import { openFile, type PathLike, release, toPath } from './source.js'
 import { runJob } from './support/jobs.js'
+import type { Name } from './text.js'
 
 /** Options of {@link Image.createOverlay}. */
 export interface OverlayOptions extends Abortable {
@@ -16,12 +16,12 @@ export interface OverlayOptions extends Abortable {
    * The name by which the overlay refers to what becomes its backing file; a relative one is relative to the directory of the overlay.
    * Default: the image's absolute path.
    */
-  backingFile?: string | undefined
+  backingFile?: Name | undefined
   /** Shape of the overlay. Its disk has the size of the image, and its data is in it. */
   create?: Omit<Qcow2Shape, 'backingFile' | 'backingFormat' | 'dataFile' | 'dataFileRaw'> | undefined
 }
 
-const OVERLAY = { ...ABORTABLE, backingFile: text, create: shape } as const
+const OVERLAY = { ...ABORTABLE, backingFile: storedName, create: shape } as const
 
 /** Reads the arguments. */
 export function readOverlayOptions(path: PathLike, options: OverlayOptions | undefined): ReadOverlay {
@@ -34,13 +34,12 @@ export function readOverlayOptions(path: PathLike, options: OverlayOptions | und
   return { ...read, path: toPath(path, 'path') }
 }
 
-type ReadOverlay = Read<typeof OVERLAY> & { readonly path: string | Buffer }
+type ReadOverlay = Read<typeof OVERLAY> & { readonly path: string }
 
 /** Makes the overlay and puts it on top; tells the chain that there is then. The caller keeps the image open meanwhile. */
 export async function putOverlay(chain: Chain, read: ReadOverlay): Promise<Chain> {
   const { path, signal } = read
   const backingFile = await nameOfTop(chain, read)
-  const absolutePath = resolve(path.toString())
   throwIfAborted(signal)
   const backingFormat = chain.clusterSize === undefined ? 'raw' : 'qcow2'
   const wanted = { ...read.create, backingFile, backingFormat } as const
@@ -58,7 +57,7 @@ export async function putOverlay(chain: Chain, read: ReadOverlay): Promise<Chain
   return {
     ...chain,
     path: made.path,
-    absolutePath,
+    absolutePath: made.absolutePath,
     clusterSize: made.clusterSize,
     depth: chain.depth + 1,
     hasDataFile: false,
@@ -75,7 +74,7 @@ async function nameOfTop(chain: Chain, { backingFile = chain.absolutePath, path 
       'Image.createOverlay: the image was opened without a path: say its backingFile',
     )
   }
-  const name = readFileName(backingFile, path.toString())
+  const name = readFileName(backingFile, path)
   if ('refused' in name) {
     throw invalidArgument('backingFile', `Image.createOverlay: '${backingFile}' cannot be followed: ${name.refused}`)
   }

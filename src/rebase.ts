@@ -13,11 +13,13 @@ import {
   limits,
   type Read,
   readOptions,
+  storedName,
   text,
   throwIfAborted,
 } from './options.js'
 import { type Format, type ImageSource, type Located, openFile, release, toLocated } from './source.js'
 import { runJob } from './support/jobs.js'
+import type { Name } from './text.js'
 import { describe } from './units.js'
 
 /** Options of {@link rebase}. */
@@ -74,7 +76,7 @@ type ReadRebase = Read<typeof REBASE>
  *   `ERR_QCOW2_DATA_LOSS` for `unsafe` without `acknowledgeDataLoss`; `ERR_QCOW2_LIMIT` for a name that does not fit into the header.
  *   Nothing is changed by any of these
  */
-export async function rebase(top: ImageSource, backing: string | null, options?: RebaseOptions): Promise<void> {
+export async function rebase(top: ImageSource, backing: Name | null, options?: RebaseOptions): Promise<void> {
   const located = toLocated(top, 'top')
   const read = readOptions(options, 'rebase', REBASE)
   const named = toBacking(backing, read)
@@ -89,7 +91,7 @@ export async function rebase(top: ImageSource, backing: string | null, options?:
   await (read.unsafe ? setName(located, file, named, read) : copyAndSetName(located, file, named, read))
 }
 
-function toBacking(backing: string | null, read: ReadRebase): NativeBacking | undefined {
+function toBacking(backing: Name | null, read: ReadRebase): NativeBacking | undefined {
   if (read.unsafe && read.compress) throw invalidArgument('compress', 'rebase: an unsafe rebase copies nothing')
   if (!read.unsafe && read.references === 'layer') {
     throw invalidArgument('references', "rebase: references: 'layer' leaves out the backing files, which are compared")
@@ -98,9 +100,7 @@ function toBacking(backing: string | null, read: ReadRebase): NativeBacking | un
     if (read.backingFormat === undefined) return undefined
     throw invalidArgument('backingFormat', 'rebase: there is no format where there is no backing file')
   }
-  if (typeof backing !== 'string' || backing === '' || backing.includes('\0')) {
-    throw invalidArgument('backing', `rebase: backing must be a file name or null, not ${describe(backing)}`)
-  }
+  const filename = storedName(backing, 'rebase: backing')
   if (read.backingFormat === undefined) {
     throw invalidArgument('backingFormat', "rebase: backingFormat is needed with a backing file: 'qcow2' or 'raw'")
   }
@@ -111,7 +111,7 @@ function toBacking(backing: string | null, read: ReadRebase): NativeBacking | un
     )
   }
   if (read.backingFormat === '') throw invalidArgument('backingFormat', 'rebase: backingFormat must not be empty')
-  return { filename: backing, format: read.backingFormat }
+  return { filename, format: read.backingFormat }
 }
 
 const isFormat = (name: string | undefined): name is Format => name === 'qcow2' || name === 'raw'
@@ -165,7 +165,7 @@ function locate(
   { references, signal }: ReadRebase,
 ): Promise<Located | undefined> {
   const policy = typeof references === 'function' ? references : 'allow'
-  return decide(policy, 'backing', { filename, exact: true, ...(format !== undefined && { format }) }, path, signal)
+  return decide(policy, 'backing', { filename, ...(format !== undefined && { format }) }, path, signal)
 }
 
 /** How the new backing chain is opened. */

@@ -1,9 +1,11 @@
 /** The shape of new images, and how they are compressed: what everything that makes one has in common. */
 
+import { readDataFileName } from './backing/filename.js'
 import { invalidArgument } from './errors.js'
 import type { NativeCloneOrder, NativeShape } from './native.js'
-import { flag, integer, oneOf, type Read, type Reader, readOptions, text } from './options.js'
+import { flag, integer, oneOf, type Read, type Reader, readOptions, storedName } from './options.js'
 import { type Format, format, toFormat } from './source.js'
+import type { Name } from './text.js'
 import { describe } from './units.js'
 
 /**
@@ -28,13 +30,13 @@ export interface Qcow2Shape {
   /** Refcount updates may be postponed; needs version 3. */
   lazyRefcounts?: boolean | undefined
   /** Recorded as it is written here: a relative name starts from the directory of the new image. Needs `backingFormat`. */
-  backingFile?: string | undefined
+  backingFile?: Name | undefined
   backingFormat?: Format | undefined
   /**
    * Keep the guest's data in this file, which is created too. Recorded as it is written here: a relative name starts from the working
    * directory of the process that opens the image. Needs version 3.
    */
-  dataFile?: string | undefined
+  dataFile?: Name | undefined
   /** The data file is to be a valid raw image by itself. */
   dataFileRaw?: boolean | undefined
 }
@@ -48,9 +50,9 @@ export const SHAPE = {
   preallocation: oneOf('off', 'metadata', 'falloc', 'full'),
   refcountBits: oneOf(1, 2, 4, 8, 16, 32, 64),
   lazyRefcounts: flag,
-  backingFile: text,
+  backingFile: storedName,
   backingFormat: format,
-  dataFile: text,
+  dataFile: storedName,
   dataFileRaw: flag,
 } as const
 
@@ -77,7 +79,14 @@ export function toNativeShape(owner: string, format: Format, read: ReadShape): N
   if (dataFileRaw && dataFile === undefined) {
     throw invalidArgument('dataFileRaw', `${owner}: dataFileRaw needs dataFile`)
   }
-  return { ...read, format }
+  return { ...read, format, ...(dataFile !== undefined && { dataPath: dataPathOf(owner, dataFile) }) }
+}
+
+/** The file that the name of a data file means to those who will open the image. */
+function dataPathOf(owner: string, dataFile: string): string {
+  const name = readDataFileName(dataFile)
+  if ('path' in name) return name.path
+  throw invalidArgument('dataFile', `${owner}: the data file '${dataFile}' cannot be made: ${name.refused}`)
 }
 
 /** How to compress. */

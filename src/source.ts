@@ -6,6 +6,7 @@ import { invalidArgument, Qcow2Error } from './errors.js'
 import type { NativeFile, NativeFileOptions } from './native.js'
 import { oneOf, type Reader } from './options.js'
 import { request } from './support/requests.js'
+import { decodeText, userText } from './text.js'
 import { describe } from './units.js'
 
 /** A file name as Node's `fs` takes it. A `URL` must have the scheme `file:`. */
@@ -29,8 +30,8 @@ export function toFormat(owner: string, to: Format | undefined): Format {
   return to
 }
 
-/** A source that was checked: a path for the system, or a handle's descriptor. */
-export type Located = { readonly path: string | Buffer } | { readonly descriptor: number }
+/** A source that was checked: a path with all its bytes (see `text.ts`), or a handle's descriptor. */
+export type Located = { readonly path: string } | { readonly descriptor: number }
 
 const NO_DESCRIPTOR = -1
 
@@ -48,11 +49,11 @@ export function toLocated(source: unknown, name: string): Located {
   return { path: toPath(source, name, 'a string, Buffer, file: URL or FileHandle') }
 }
 
-/** Checks a file name. */
-export function toPath(source: unknown, name: string, wanted = 'a string, Buffer or file: URL'): string | Buffer {
+/** Checks a file name; it has all its bytes then. */
+export function toPath(source: unknown, name: string, wanted = 'a string, Buffer or file: URL'): string {
   if (source instanceof URL) {
     try {
-      return fileURLToPath(source)
+      return pathOfUrl(source)
     } catch (error) {
       const reason = error instanceof Error ? error.message : String(error)
       throw invalidArgument(name, `${name}: ${source.href} is not a file: URL of this machine: ${reason}`)
@@ -63,7 +64,18 @@ export function toPath(source: unknown, name: string, wanted = 'a string, Buffer
   }
   if (source.length === 0) throw invalidArgument(name, `${name} must not be empty`)
   if (source.includes('\0')) throw invalidArgument(name, `${name} must not contain a null character`)
-  return source
+  return typeof source === 'string' ? userText(source) : decodeText(source)
+}
+
+function pathOfUrl(url: URL): string {
+  try {
+    return fileURLToPath(url)
+  } catch (error) {
+    // What stands for bytes that are not UTF-8; all else about it was right.
+    if (!(error instanceof URIError) || process.platform === 'win32') throw error
+    const byte = (_: string, digits: string): string => String.fromCharCode(Number.parseInt(digits, 16))
+    return toPath(Buffer.from(url.pathname.replace(/%([0-9a-f]{2})/gi, byte), 'latin1'), 'url')
+  }
 }
 
 /** Opens the file; for reading, unless the options say more. */

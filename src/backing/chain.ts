@@ -3,13 +3,15 @@
  * file at a time and nothing that it names.
  */
 
-import { resolve } from 'node:path'
 import { type Access, READING } from '../access.js'
 import { Qcow2Error } from '../errors.js'
 import type { NativeFile, NativeLayer, NativeLayerOptions, NativeLock, NativeWriting } from '../native.js'
 import { type ReadLimits, throwIfAborted } from '../options.js'
+import { findSnapshot } from '../snapshot/ids.js'
+import type { SnapshotRecord } from '../snapshot/types.js'
 import { type Format, type Located, openFile, release } from '../source.js'
 import { request } from '../support/requests.js'
+import { canBeInexact, exactName, type Name } from '../text.js'
 import { detectFormat } from './formats.js'
 import { decide, nameOf, type ReferencePolicy } from './policy.js'
 
@@ -21,7 +23,7 @@ export interface ChainOptions {
   /** How the caller says that the top file is raw, where that is not `format: 'raw'`. */
   readonly sayRaw?: string | undefined
   readonly references?: ReferencePolicy | undefined
-  readonly snapshot?: string | undefined
+  readonly snapshot?: Name | undefined
   readonly l2CacheSize?: number | undefined
   readonly limits?: ReadLimits | undefined
   readonly signal?: AbortSignal | undefined
@@ -188,7 +190,6 @@ class Opening {
     const written = depth === 0 || depth === this.#options.base
     const access: Access = written ? this.#access : { ...this.#access, write: undefined }
     const file = await this.#open(located, access)
-    const absolutePath = file.path === undefined ? undefined : resolve(file.path)
     this.#refuseLoop(file)
     const opened = await this.#openLayer(file, formatOf(file), access)
     this.#layers.push(opened.layer)
@@ -196,7 +197,7 @@ class Opening {
     this.#refuseHalf(opened, file, access)
     throwIfAborted(this.#options.signal)
     if (opened.dataFile !== undefined) await this.#attachDataFile(opened, file.path, access)
-    return { path: file.path, absolutePath, opened, next: await this.#next(opened, file.path) }
+    return { path: file.path, absolutePath: file.absolutePath, opened, next: await this.#next(opened, file.path) }
   }
 
   /** Opens the next layer; a failure names both files. */
@@ -242,7 +243,7 @@ class Opening {
     return file
   }
 
-  #openLayer(file: NativeFile, format: Format, access: Access): Promise<NativeLayer> {
+  async #openLayer(file: NativeFile, format: Format, access: Access): Promise<NativeLayer> {
     const lock = lockFor(access)
     const { snapshot, l2CacheSize, limits, forCheck } = this.#options
     const top = this.#layers.length === 0
@@ -251,9 +252,11 @@ class Opening {
       return request((number, addon) => addon.openRaw(number, file.file, { lock }))
     }
     const options: NativeLayerOptions = { l2CacheSize, forCheck, lock }
-    if (top && snapshot !== undefined) options.snapshot = snapshot
     if (limits !== undefined) options.limits = limits
-    return request((number, addon) => addon.openQcow2(number, file.file, options))
+    const open = (): Promise<NativeLayer> => request((number, addon) => addon.openQcow2(number, file.file, options))
+    if (!top || snapshot === undefined) return open()
+    options.snapshot = canBeInexact(snapshot) ? await idOf(snapshot, await open()) : exactName(snapshot)
+    return open()
   }
 
   #refuseLoop({ identity, path }: NativeFile): void {
@@ -299,6 +302,16 @@ class Opening {
   #policyNow(): ReferencePolicy {
     const isTop = this.#layers.length === 1
     return isTop && this.#options.trustTop && this.#policy !== 'layer' ? 'allow' : this.#policy
+  }
+}
+
+/** The id of the snapshot that a text stands for which may not have all bytes of its name. The layer is given up. */
+async function idOf(snapshot: string, { layer }: NativeLayer): Promise<string> {
+  try {
+    const records = await request<SnapshotRecord[]>((number, addon) => addon.layerSnapshots(number, layer))
+    return records[findSnapshot(records, snapshot)]?.id ?? snapshot
+  } finally {
+    await release(layer)
   }
 }
 

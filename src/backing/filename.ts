@@ -21,7 +21,8 @@ function decide(name: string): FileName | undefined {
   if (name.startsWith('file:')) return { path: name.slice('file:'.length) }
   if (ABSOLUTE.test(name)) return { path: name }
   const protocol = PROTOCOL.exec(name)?.[0]
-  return protocol === undefined ? undefined : { refused: `'${protocol}' is a protocol, not a file name` }
+  if (protocol === undefined) return undefined
+  return { refused: `'${protocol}' is a protocol; the name of a file with a colon is written './${name}'` }
 }
 
 /**

@@ -5,6 +5,7 @@ import type { NativeNamedFile } from '../native.js'
 import type { Reader } from '../options.js'
 import { type ImageSource, type Located, toLocated } from '../source.js'
 import { answer } from '../support/signals.js'
+import { shown, shownText } from '../text.js'
 import { describe } from '../units.js'
 import { readDataFileName, readFileName } from './filename.js'
 
@@ -13,10 +14,14 @@ export interface Reference {
   readonly kind: 'backing' | 'data-file'
   /** The name exactly as the image has it: not resolved, not trusted. */
   readonly filename: string
+  /** The bytes of `filename`, where they are not UTF-8: it then has replacement characters. */
+  readonly filenameBytes?: Buffer
   /** The format that the image claims for it, if any. A data file is always raw. */
   readonly format?: string
   /** The file that names it, as it was opened. */
   readonly from: string
+  /** The bytes of `from`, where they are not UTF-8. */
+  readonly fromBytes?: Buffer
 }
 
 /**
@@ -57,13 +62,17 @@ export async function decide(
 ): Promise<Located | undefined> {
   if (policy === 'layer') return undefined
   const { filename, format } = named
-  const reference: Reference = { kind, filename, from: path ?? '', ...(format === undefined ? {} : { format }) }
+  const reference: Reference = {
+    kind,
+    ...shown('filename', filename),
+    ...shown('from', path ?? ''),
+    ...(format !== undefined && { format: shownText(format) }),
+  }
   if (policy === 'deny') {
     const hint = "pass references: 'allow', 'layer' or a function that says what to open"
     throw denied(reference, path, `nothing that an image names is opened unless the caller allows it: ${hint}`)
   }
   if (policy === 'allow') {
-    if (!named.exact) throw denied(reference, path, 'its name is not UTF-8')
     const name = kind === 'backing' ? readFileName(filename, path) : readDataFileName(filename)
     if ('refused' in name) throw denied(reference, path, `its name cannot be followed: ${name.refused}`)
     return { path: name.path }

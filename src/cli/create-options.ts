@@ -1,6 +1,7 @@
 /** The `-o` options of each format: what QEMU knows, what it prints in the "Formatting" line, what the library gets. */
 
 import type { Format, Qcow2Shape } from '../index.js'
+import { toName } from '../text.js'
 import { CommandFailure, unsupported } from './failure.js'
 import { type OptionSpec, type OptionValue, type OptionValues, optionHelp } from './options.js'
 import { checkShape } from './shape-rules.js'
@@ -123,11 +124,11 @@ function toShape(values: OptionValues, options: Qcow2Shape): Qcow2Shape {
   const refcountBits = values.get('refcount_bits')
   if (typeof refcountBits === 'bigint') options.refcountBits = toRefcountBits(refcountBits)
   const backingFile = text(values, 'backing_file')
-  if (backingFile !== undefined) options.backingFile = backingFile
+  if (backingFile !== undefined) options.backingFile = toName(backingFile)
   const backingFormat = choice<Format>(values, 'backing_fmt', ['qcow2', 'raw'])
   if (backingFormat !== undefined) options.backingFormat = backingFormat
   const dataFile = text(values, 'data_file')
-  if (dataFile !== undefined) options.dataFile = dataFile
+  if (dataFile !== undefined) options.dataFile = toName(dataFile)
   const dataFileRaw = values.get('data_file_raw')
   if (typeof dataFileRaw === 'boolean') options.dataFileRaw = dataFileRaw
   return options

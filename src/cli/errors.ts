@@ -2,6 +2,7 @@
 
 import { getSystemErrorMap } from 'node:util'
 import { Qcow2Error } from '../index.js'
+import { decodeText } from '../text.js'
 import { CommandFailure } from './failure.js'
 
 /** Where libuv's words are not the C library's. */
@@ -33,6 +34,7 @@ const OPENING: ReadonlySet<string> = new Set(['open', 'openat', 'stat'])
 interface ErrorFields extends Error {
   readonly code?: unknown
   readonly path?: unknown
+  readonly pathBytes?: unknown
   readonly syscall?: unknown
 }
 
@@ -42,7 +44,8 @@ interface ErrorFields extends Error {
  */
 export function describeError(error: unknown, target?: string): string {
   if (!(error instanceof Error)) return String(error)
-  const { code, path, syscall, cause } = error as ErrorFields
+  const { code, syscall, cause } = error as ErrorFields
+  const path = pathOf(error)
   const system = typeof code === 'string' ? strerror(code) : undefined
   if (system !== undefined) {
     if (target !== undefined && path === target) return `Could not create '${path}': ${system}`
@@ -57,7 +60,14 @@ export function describeError(error: unknown, target?: string): string {
   }
   const locked = LOCKED.exec(error.message)
   if (code === 'ERR_QCOW2_LOCKED' && locked) return `F${locked[1]} (${error.code})`
-  return `${withoutCall(withoutPath(error.message, path))} (${error.code})`
+  return `${withoutCall(withoutPath(error.message, error.path))} (${error.code})`
+}
+
+/** The file of an error, with every byte of its name. */
+export function pathOf(error: unknown): string | undefined {
+  const { path, pathBytes } = error as ErrorFields
+  if (pathBytes instanceof Uint8Array) return decodeText(pathBytes)
+  return typeof path === 'string' ? path : undefined
 }
 
 /** A file of another kind than what it was said to be. */
@@ -99,7 +109,7 @@ export function openFailure(filename: string, error: unknown, exitCode = 1, form
 /** The way out, where one is known. */
 export function openHint(filename: string, error: unknown, formatOption = '-f'): string | undefined {
   if (!(error instanceof Qcow2Error)) return undefined
-  const path = error.path ?? filename
+  const path = pathOf(error) ?? filename
   if (error.code === 'ERR_QCOW2_LOCKED') {
     const own = error.message.includes('this process')
     return own ? `This command uses the image [${path}] twice.` : `Is another process using the image [${path}]?`

@@ -1,6 +1,7 @@
 /** Images that the command line names: their format, and opening them as qemu-img does. */
 
 import { type Format, type Image, type OpenOptions, open, probe } from '../index.js'
+import { exactText, toName } from '../text.js'
 import { openFailure } from './errors.js'
 import { CommandFailure } from './failure.js'
 import type { Session } from './session.js'
@@ -14,17 +15,24 @@ export function localPath(filename: string): string {
   const protocol = /^([^/:]*):/.exec(filename)?.[1]
   if (protocol === undefined) return filename
   if (protocol === 'file') return filename.slice('file:'.length)
-  throw new CommandFailure(
-    protocol === 'json'
-      ? `Could not open '${filename}': json: descriptions are not followed, only file names`
-      : `Could not open '${filename}': Unknown protocol '${protocol}'`,
-  )
+  if (protocol === 'json') {
+    throw new CommandFailure(`Could not open '${filename}': json: descriptions are not followed, only file names`)
+  }
+  throw new CommandFailure(`Could not open '${filename}': Unknown protocol '${protocol}'`, {
+    hint: `A file with a colon in its name is written './${filename}'.`,
+  })
 }
+
+/** {@link localPath} as the library takes it. */
+export const imagePath = (filename: string): string | Buffer => toName(localPath(filename))
+
+/** A path as an argument: one that would be taken for a protocol says that it is none. */
+export const argumentOf = (path: string): string => (/^[^/]*:/.test(path) ? `./${path}` : path)
 
 /** An image's name as it is shown: without `file:`, unless a colon would make a protocol of what is left. */
 export function shownName(filename: string): string {
   const path = localPath(filename)
-  return path !== filename && /^[^/]*:/.test(path) ? `./${path}` : path
+  return path === filename ? path : argumentOf(path)
 }
 
 const FORMATS = 'The formats are qcow2 and raw.'
@@ -42,7 +50,7 @@ export function namedFormat(filename: string, name: string): Format {
 export async function formatOf(filename: string, requested: string | undefined, session: Session): Promise<Format> {
   if (filename === '') throw new CommandFailure("Could not open '': The 'file' block driver requires a file name")
   if (requested !== undefined) return namedFormat(filename, requested)
-  const format = await probe(localPath(filename), { signal: session.signal })
+  const format = await probe(imagePath(filename), { signal: session.signal })
   if (format === 'qcow2' || format === 'raw') return format
   throw new CommandFailure(
     `Could not open '${filename}': Image is in ${format} format, which is not supported ` +
@@ -82,7 +90,7 @@ async function openImage(
   session: Session,
 ): Promise<Image> {
   const format = await formatOf(filename, requested, session)
-  return open(localPath(filename), { ...options, format, signal: session.signal })
+  return open(imagePath(filename), { ...options, format, signal: session.signal })
 }
 
 /**
@@ -95,10 +103,10 @@ export async function snapshotOf(
   parameter: string | undefined,
   forceShare: boolean | undefined,
   session: Session,
-): Promise<string | undefined> {
+): Promise<string | Buffer | undefined> {
   if (parameter === undefined) return undefined
   if (format === 'raw') throw new CommandFailure(`Failed to load snapshot: '${filename}' is raw, and has no snapshots`)
-  if (!parameter.startsWith('snapshot.')) return parameter
+  if (!parameter.startsWith('snapshot.')) return toName(parameter)
   const wanted = new Map(parameter.split(',').map(part => part.split(/=(.*)/s, 2) as [string, string | undefined]))
   const id = wanted.get('snapshot.id')
   const name = wanted.get('snapshot.name')
@@ -107,8 +115,12 @@ export async function snapshotOf(
   }
   const found = await withImage({ filename, format, references: 'layer', forceShare }, session, async image => {
     const { snapshots } = await image.info()
-    return snapshots.find(each => (id === undefined || each.id === id) && (name === undefined || each.name === name))
+    return snapshots.find(
+      each =>
+        (id === undefined || exactText(each.id, each.idBytes) === id) &&
+        (name === undefined || exactText(each.name, each.nameBytes) === name),
+    )
   })
   if (!found) throw new CommandFailure(`Failed to load snapshot: Can't find snapshot '${id ?? name}'`)
-  return found.id
+  return found.idBytes ?? found.id
 }

@@ -1,6 +1,7 @@
 /** The process: its name, its signals, its exit code. */
 
 import { basename, extname } from 'node:path'
+import { exactArguments } from './arguments.js'
 import { describeError } from './errors.js'
 import { CommandFailure } from './failure.js'
 import { runProgram } from './program.js'
@@ -41,7 +42,7 @@ export async function main(argv: readonly string[]): Promise<void> {
   }
   for (const signal of Object.keys(SIGNALS)) process.on(signal, onSignal)
   try {
-    const code = await runProgram(argv.slice(2), session)
+    const code = await runProgram(exactArguments(argv.slice(2)), session)
     // Unless the output was lost meanwhile.
     exitCode ||= code
   } catch (error) {

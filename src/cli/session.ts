@@ -1,6 +1,7 @@
 /** What a command may use of the process: its streams, its environment, and the signal that ends it early. */
 
 import { once } from 'node:events'
+import { encodeText, isText } from '../text.js'
 
 export interface Session {
   /** The name that messages begin with. */
@@ -23,7 +24,7 @@ export type Sink = NodeJS.WritableStream & {
 const CHUNK = 1 << 16
 
 /**
- * A stream of text. Writes are gathered, so that a listing of a million lines is not a million system calls, and a reader
+ * A stream of text; names in it come out as the bytes that they are (`text.ts`). Writes are gathered, so that a listing of a million lines is not a million system calls, and a reader
  * who has seen enough (`| head`) ends the output quietly, not the work.
  */
 export class Output {
@@ -55,7 +56,7 @@ export class Output {
   flush(): void {
     const text = this.#pending
     this.#pending = ''
-    if (text !== '' && !this.#closed) this.stream.write(text)
+    if (text !== '' && !this.#closed) this.stream.write(isText(text) ? text : encodeText(text))
   }
 
   /** Waits until the reader has caught up. */

@@ -1,6 +1,9 @@
 /** Ids and names of snapshots, by QEMU's rules. */
 
 import { invalidArgument, Qcow2Error } from '../errors.js'
+import { storedName } from '../options.js'
+import { encodeText, exactName, findName, type Name } from '../text.js'
+import { describe } from '../units.js'
 import type { SnapshotRecord } from './types.js'
 
 /** Longest name in bytes: the table has 16 bits for it. */
@@ -19,21 +22,36 @@ export function nextId(records: readonly SnapshotRecord[]): string {
 /**
  * The index of the snapshot with this id, else with this name (the first of several), as qemu-img looks.
  *
- * @throws {@link Qcow2Error} `ERR_QCOW2_NO_SNAPSHOT`
+ * @throws {@link Qcow2Error} `ERR_QCOW2_NO_SNAPSHOT`; `ERR_QCOW2_INVALID_ARGUMENT` for a text by which snapshots with different names
+ *   are shown
  */
-export function findSnapshot(records: readonly SnapshotRecord[], idOrName: string): number {
-  const byId = records.findIndex(({ id }) => id === idOrName)
-  const found = byId >= 0 ? byId : records.findIndex(({ name }) => name === idOrName)
-  if (found < 0) throw new Qcow2Error('ERR_QCOW2_NO_SNAPSHOT', `no snapshot has the id or name '${idOrName}'`)
-  return found
+export function findSnapshot(records: readonly SnapshotRecord[], wanted: Name): number {
+  if (typeof wanted !== 'string' && !((wanted as unknown) instanceof Uint8Array)) {
+    throw invalidArgument('idOrName', `idOrName must be a string or a Uint8Array, not ${describe(wanted)}`)
+  }
+  const ambiguous = (): Error => {
+    const message = `several snapshots are shown as '${wanted}', for their names are not UTF-8: say the id, or the bytes of the name (nameBytes)`
+    return invalidArgument('idOrName', message)
+  }
+  const byId = findName(
+    records.map(({ id }) => id),
+    wanted,
+    ambiguous,
+  )
+  if (byId >= 0) return byId
+  const byName = findName(
+    records.map(({ name }) => name),
+    wanted,
+    ambiguous,
+  )
+  if (byName >= 0) return byName
+  throw new Qcow2Error('ERR_QCOW2_NO_SNAPSHOT', `no snapshot has the id or name '${exactName(wanted)}'`)
 }
 
 /** The name, if a snapshot can have it. */
-export function checkName(name: unknown, what: string): string {
-  if (typeof name !== 'string') throw invalidArgument(what, `${what} must be a string`)
-  if (name === '') throw invalidArgument(what, `${what} must not be empty`)
-  if (name.includes('\0')) throw invalidArgument(what, `${what} must not contain a null byte`)
-  const length = Buffer.byteLength(name)
+export function checkName(given: unknown, what: string): string {
+  const name = storedName(given, what)
+  const { length } = encodeText(name)
   if (length > MAX_NAME_BYTES) throw invalidArgument(what, `${what} has ${length} bytes, more than ${MAX_NAME_BYTES}`)
   return name
 }

@@ -4,6 +4,7 @@
  * stops before it leaves the old image, behind it the new one, and leaked clusters at worst.
  */
 
+import type { Name } from '../text.js'
 import { findSnapshot, nextId } from './ids.js'
 import type { NewSnapshot, Plan, SnapshotTable, Step, TableEntry } from './types.js'
 
@@ -37,7 +38,7 @@ export function planCreate(
 }
 
 /** The active disk becomes what the snapshot holds; the snapshot stays. */
-export function planApply(table: SnapshotTable, idOrName: string): Plan {
+export function planApply(table: SnapshotTable, idOrName: Name): Plan {
   const tree = findSnapshot(table.records, idOrName)
   const steps: Step[] = [
     { op: 'check-references', tree },
@@ -51,7 +52,7 @@ export function planApply(table: SnapshotTable, idOrName: string): Plan {
 }
 
 /** The snapshot goes; what only it referred to is freed. */
-export function planDelete(table: SnapshotTable, idOrName: string): Plan {
+export function planDelete(table: SnapshotTable, idOrName: Name): Plan {
   const tree = findSnapshot(table.records, idOrName)
   const steps: Step[] = [
     { op: 'fork' },
@@ -65,7 +66,7 @@ export function planDelete(table: SnapshotTable, idOrName: string): Plan {
 }
 
 /** The snapshot gets another name. */
-export function planRename(table: SnapshotTable, idOrName: string, name: string): Plan {
+export function planRename(table: SnapshotTable, idOrName: Name, name: string): Plan {
   const index = findSnapshot(table.records, idOrName)
   const entries = kept(table).map((entry, i) => (i === index ? { keep: i, rename: name } : entry))
   return { generation: table.generation, steps: [{ op: 'write-table', entries }, ...swap] }

@@ -4,6 +4,7 @@ import type { SnapshotInfo } from '../info.js'
 import { ABORTABLE, type Abortable, readOptions, throwIfAborted } from '../options.js'
 import type { ImageOwner } from '../support/owner.js'
 import { request } from '../support/requests.js'
+import { exactText, type Name, shown } from '../text.js'
 import { checkName, findSnapshot } from './ids.js'
 import { planApply, planCreate, planDelete, planRename } from './plan.js'
 import type { Plan, SnapshotTable } from './types.js'
@@ -20,6 +21,9 @@ export interface SnapshotOwner extends ImageOwner {
  * The internal snapshots of an image. Changes need an image that is open for writing (`flags: 'r+'`); they wait for writes in
  * flight and hold up later ones. A change that is interrupted, by a crash or a power cut, leaves the old
  * image or the new one.
+ *
+ * Names are bytes, seldom such that are not UTF-8. Every method takes them as text or as bytes (a `Uint8Array`). A text that different
+ * names are shown as, because of replacement characters, is refused: their ids and bytes are not.
  */
 export class Snapshots {
   readonly #owner: SnapshotOwner
@@ -43,22 +47,23 @@ export class Snapshots {
    *   narrow to count one more reference, or the table is full; `ERR_QCOW2_READ_ONLY`; `ERR_QCOW2_UNSUPPORTED_FEATURE` for a raw
    *   image and for one with an external data file
    */
-  async create(name: string, options?: Abortable): Promise<SnapshotInfo> {
+  async create(name: Name, options?: Abortable): Promise<SnapshotInfo> {
     const checked = checkName(name, 'Snapshots.create: name')
     const { signal } = readOptions(options, 'Snapshots.create', ABORTABLE)
     return this.#owner.change('Snapshots.create', signal, async () => {
       const { created, ...plan } = planCreate(await this.#table(), { name: checked, date: new Date() })
       await this.#execute(plan)
-      return { ...created, vmStateSize: 0, vmClockSec: 0, vmClockNsec: 0 }
+      return { ...created, ...shown('name', created.name), vmStateSize: 0, vmClockSec: 0, vmClockNsec: 0 }
     })
   }
 
   /**
    * Makes the disk what the snapshot holds, its size included. What the disk held before is lost unless another snapshot has it.
    *
-   * @throws {@link Qcow2Error} `ERR_QCOW2_NO_SNAPSHOT`, and as {@link Snapshots.create}
+   * @throws {@link Qcow2Error} `ERR_QCOW2_NO_SNAPSHOT`; `ERR_QCOW2_INVALID_ARGUMENT` for a text that is shown for several names; and as
+   *   {@link Snapshots.create}
    */
-  async apply(idOrName: string, options?: Abortable): Promise<void> {
+  async apply(idOrName: Name, options?: Abortable): Promise<void> {
     await this.#change('Snapshots.apply', options, table => planApply(table, idOrName))
   }
 
@@ -67,7 +72,7 @@ export class Snapshots {
    *
    * @throws {@link Qcow2Error} as {@link Snapshots.apply}
    */
-  async delete(idOrName: string, options?: Abortable): Promise<void> {
+  async delete(idOrName: Name, options?: Abortable): Promise<void> {
     await this.#change('Snapshots.delete', options, table => planDelete(table, idOrName))
   }
 
@@ -76,7 +81,7 @@ export class Snapshots {
    *
    * @throws {@link Qcow2Error} as {@link Snapshots.apply}
    */
-  async rename(idOrName: string, name: string, options?: Abortable): Promise<void> {
+  async rename(idOrName: Name, name: Name, options?: Abortable): Promise<void> {
     const checked = checkName(name, 'Snapshots.rename: name')
     await this.#change('Snapshots.rename', options, table => planRename(table, idOrName, checked))
   }
@@ -86,9 +91,13 @@ export class Snapshots {
    *
    * @throws {@link Qcow2Error} `ERR_QCOW2_NO_SNAPSHOT`
    */
-  async find(idOrName: string): Promise<SnapshotInfo | undefined> {
+  async find(idOrName: Name): Promise<SnapshotInfo | undefined> {
     const infos = await this.list()
-    return infos[findSnapshot(infos, idOrName)]
+    const records = infos.map(({ id, idBytes, name, nameBytes }) => ({
+      id: exactText(id, idBytes),
+      name: exactText(name, nameBytes),
+    }))
+    return infos[findSnapshot(records, idOrName)]
   }
 
   async #change(what: string, options: Abortable | undefined, plan: (table: SnapshotTable) => Plan): Promise<void> {

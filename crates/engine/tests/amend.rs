@@ -44,7 +44,7 @@ fn disks(storage: &Arc<dyn Storage>, backing: Option<&Arc<dyn Storage>>) -> Vec<
         .concat()
         .into_iter()
         .map(|snapshot| {
-            let options = OpenOptions { snapshot, ..OpenOptions::default() };
+            let options = OpenOptions { snapshot: snapshot.map(Into::into), ..OpenOptions::default() };
             let layer = Qcow2::open(storage.clone(), &options).unwrap();
             let mut layers: Vec<Box<dyn Layer>> = vec![Box::new(layer)];
             if let Some(backing) = backing {

@@ -169,6 +169,32 @@ fn bad_requests_change_nothing() {
     assert_eq!(open(&old).add_bitmap("a", None, true).unwrap_err().kind(), ErrorKind::UnsupportedFeature);
 }
 
+#[test]
+fn names_are_bytes() {
+    let Some(qemu) = Qemu::find() else { return };
+    let fixture = Fixture::new();
+    let path = fixture.path("a.qcow2");
+    qemu.create(&path, "", Some(8 * MIB));
+    let image = open(&path);
+    let (one, two, three) = (b"caf\xe9", b"caf\xe8", b"caf\xc3\xa9");
+    image.add_bitmap(one, None, true).unwrap();
+    image.add_bitmap(two, None, false).unwrap();
+    image.add_bitmap(three, None, false).unwrap();
+    write(&image, 0, 10);
+    assert_eq!(image.bitmap_extents(one).unwrap(), std::slice::from_ref(&(0..65536)));
+    assert!(image.bitmap_extents(two).unwrap().is_empty());
+    image.merge_bitmaps(two, &[image.bitmap_bits(one).unwrap()]).unwrap();
+    image.clear_bitmap(one).unwrap();
+    image.remove_bitmap(three).unwrap();
+    assert_eq!(image.remove_bitmap(b"caf\xea").unwrap_err().kind(), ErrorKind::NoBitmap);
+    image.close().unwrap();
+    qemu.assert_clean(&path);
+    let image = open(&path);
+    assert!(image.bitmap_extents(one).unwrap().is_empty());
+    assert_eq!(image.bitmap_extents(two).unwrap(), std::slice::from_ref(&(0..65536)));
+    image.close().unwrap();
+}
+
 /// The format knows no table of no entries, so that a disk of no bytes has no bitmaps.
 #[test]
 fn a_disk_with_bitmaps_does_not_become_empty() {

@@ -123,7 +123,7 @@ fn every_image_of_qemu_becomes_raw_and_qcow2() {
         to_qcow2(&source, &out, &CreateOptions::default(), &options).unwrap();
         assert_image(&qemu, &out, &expected, &name);
         for frozen in &image.snapshots {
-            let open = OpenOptions { snapshot: Some(frozen.name.clone()), ..Default::default() };
+            let open = OpenOptions { snapshot: Some(frozen.name.clone().into()), ..Default::default() };
             let source = chain::open(&image.path, "qcow2", &open).unwrap();
             let (raw, _) = to_raw(&source, &ConvertOptions::default()).unwrap();
             assert_same(&frozen.disk.read(0, raw.len()), &raw, 0, &format!("{name} {}", frozen.name));

@@ -105,7 +105,7 @@ fn check(qemu: &Qemu, geometry: Geometry, seed: u64) {
         let what = format!("{name}, snapshot {}", frozen.name);
         let expected = qemu.guest_bytes(&image.path, "qcow2", &["-l", &frozen.name]);
         frozen.disk.assert_eq_at(0, &expected, &what);
-        let options = OpenOptions { snapshot: Some(frozen.name.clone()), ..OpenOptions::default() };
+        let options = OpenOptions { snapshot: Some(frozen.name.clone().into()), ..OpenOptions::default() };
         let view = chain::open(&image.path, "qcow2", &options).unwrap();
         compare_reads(&view, &expected, &what, seed);
     }

@@ -168,7 +168,8 @@ fn snapshots_are_converted_as_they_were() {
     for geometry in sample().into_iter().filter(Geometry::snapshots) {
         let image = Case { geometry, seed: seed_or(3) }.build(&qemu);
         for frozen in &image.snapshots {
-            let options = OpenOptions { snapshot: Some(frozen.name.clone()), ..OpenOptions::default() };
+            let options =
+                OpenOptions { snapshot: Some(frozen.name.clone().into()), ..OpenOptions::default() };
             let view = chain::open(&image.path, "qcow2", &options).unwrap();
             let target = image.fixture.path("snapshot.qcow2");
             let compress =

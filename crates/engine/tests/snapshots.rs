@@ -183,3 +183,37 @@ fn plans_that_do_not_fit_are_refused() {
     assert_eq!(top(&image).snapshots().len(), 1);
     image.close().unwrap();
 }
+
+#[test]
+fn names_are_bytes() {
+    let Some(qemu) = Qemu::find() else { return };
+    let fixture = Fixture::new();
+    let path = fixture.path("a.qcow2");
+    qemu.create(&path, "", Some(1 << 20));
+    let image = open(&path);
+    let names: [&[u8]; 2] = [b"caf\xe9", b"caf\xe8"];
+    for (number, name) in (1u8..).zip(names) {
+        image.write_at(Mem::from(&[number; 512][..]), 0).unwrap();
+        let mut plan = Table::of(&image).create(&number.to_string(), "");
+        let named = plan.steps.iter_mut().find_map(|step| match step {
+            Step::WriteTable(records) => records.iter_mut().find_map(|record| match record {
+                Record::New(new) => Some(&mut new.name),
+                Record::Keep { .. } => None,
+            }),
+            _ => None,
+        });
+        *named.unwrap() = name.to_vec();
+        image.execute(&plan).unwrap();
+    }
+    image.close().unwrap();
+    qemu.assert_clean(&path);
+    for (number, name) in (1u8..).zip(names) {
+        let storage = Arc::new(FileStorage::open(&path, Access::ReadOnly).unwrap());
+        let options = OpenOptions { snapshot: Some(name.to_vec()), ..OpenOptions::default() };
+        let view = Qcow2::open(storage, &options).unwrap();
+        assert_eq!(read_all(&Image::new(vec![Layer::Qcow2(Box::new(view))]).unwrap())[0], number);
+    }
+    let storage = Arc::new(FileStorage::open(&path, Access::ReadOnly).unwrap());
+    let options = OpenOptions { snapshot: Some(b"caf\xea".to_vec()), ..OpenOptions::default() };
+    assert_eq!(Qcow2::open(storage, &options).unwrap_err().kind(), ErrorKind::NoSnapshot);
+}

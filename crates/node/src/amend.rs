@@ -9,6 +9,7 @@ use qcow2_engine::{Error, ErrorKind};
 use crate::job::Ticket;
 use crate::open::nothing;
 use crate::runtime::Runtime;
+use crate::text::Text;
 
 /// What to change; what is absent stays.
 #[napi(object, object_to_js = false)]
@@ -20,13 +21,13 @@ pub struct AmendChanges {
     /// Whether refcount updates may be postponed.
     pub lazy_refcounts: Option<bool>,
     /// Name of the external data file; empty for none.
-    pub data_file: Option<String>,
+    pub data_file: Option<Text>,
     /// Whether the external data file is a raw image.
     pub data_file_raw: Option<bool>,
     /// What the backing file is: it cannot be amended.
-    pub backing_file: Option<String>,
+    pub backing_file: Option<Text>,
     /// What its format is.
-    pub backing_format: Option<String>,
+    pub backing_format: Option<Text>,
 }
 
 /// Changes the options of the top layer of an image, which was opened for a check, and is good for nothing else
@@ -39,10 +40,10 @@ pub fn amend_image(env: Env, request: u32, job: u32, image: u32, changes: AmendC
         version: changes.version,
         refcount_bits: changes.refcount_bits,
         lazy_refcounts: changes.lazy_refcounts,
-        data_file: changes.data_file.map(String::into_bytes),
+        data_file: changes.data_file.map(Text::into_bytes),
         data_file_raw: changes.data_file_raw,
-        backing_file: changes.backing_file.map(String::into_bytes),
-        backing_format: changes.backing_format.map(String::into_bytes),
+        backing_file: changes.backing_file.map(Text::into_bytes),
+        backing_format: changes.backing_format.map(Text::into_bytes),
     };
     runtime.start_job(
         &env,

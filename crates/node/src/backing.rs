@@ -10,6 +10,7 @@ use crate::job::{Lane, Ticket};
 use crate::open::nothing;
 use crate::pool::threads;
 use crate::runtime::Runtime;
+use crate::text::Text;
 
 /// How to commit.
 #[napi(object, object_to_js = false)]
@@ -26,14 +27,14 @@ pub struct CommitOrder {
 #[napi(object, object_to_js = false)]
 pub struct BackingInput {
     /// File name.
-    pub filename: String,
+    pub filename: Text,
     /// Format.
-    pub format: Option<String>,
+    pub format: Option<Text>,
 }
 
 impl BackingInput {
     fn read(self) -> Backing {
-        Backing { filename: self.filename.into_bytes(), format: self.format.map(String::into_bytes) }
+        Backing { filename: self.filename.into_bytes(), format: self.format.map(Text::into_bytes) }
     }
 }
 

@@ -6,6 +6,7 @@ use qcow2_engine::Result;
 
 use crate::boundary::float64_array;
 use crate::runtime::Runtime;
+use crate::text::Text;
 use crate::write::change;
 
 /// A bitmap of an open image.
@@ -14,7 +15,7 @@ pub struct BitmapSource {
     /// The image.
     pub image: u32,
     /// The bitmap's name.
-    pub name: String,
+    pub name: Text,
 }
 
 /// Adds a bitmap; `granularity` is a power of two in bytes, 0 for the default.
@@ -23,30 +24,30 @@ pub fn add_bitmap(
     env: Env,
     request: u32,
     image: u32,
-    name: String,
+    name: Text,
     granularity: f64,
     enabled: bool,
 ) -> napi::Result<()> {
     let bits = (granularity > 0.0).then(|| (granularity as u64).trailing_zeros() as u8);
-    change(&env, request, image, move |image| image.add_bitmap(&name, bits, enabled))
+    change(&env, request, image, move |image| image.add_bitmap(name.as_bytes(), bits, enabled))
 }
 
 /// Removes a bitmap.
 #[napi(catch_unwind)]
-pub fn remove_bitmap(env: Env, request: u32, image: u32, name: String) -> napi::Result<()> {
-    change(&env, request, image, move |image| image.remove_bitmap(&name))
+pub fn remove_bitmap(env: Env, request: u32, image: u32, name: Text) -> napi::Result<()> {
+    change(&env, request, image, move |image| image.remove_bitmap(name.as_bytes()))
 }
 
 /// Clears a bitmap.
 #[napi(catch_unwind)]
-pub fn clear_bitmap(env: Env, request: u32, image: u32, name: String) -> napi::Result<()> {
-    change(&env, request, image, move |image| image.clear_bitmap(&name))
+pub fn clear_bitmap(env: Env, request: u32, image: u32, name: Text) -> napi::Result<()> {
+    change(&env, request, image, move |image| image.clear_bitmap(name.as_bytes()))
 }
 
 /// Starts or stops recording in a bitmap.
 #[napi(catch_unwind)]
-pub fn enable_bitmap(env: Env, request: u32, image: u32, name: String, enabled: bool) -> napi::Result<()> {
-    change(&env, request, image, move |image| image.enable_bitmap(&name, enabled))
+pub fn enable_bitmap(env: Env, request: u32, image: u32, name: Text, enabled: bool) -> napi::Result<()> {
+    change(&env, request, image, move |image| image.enable_bitmap(name.as_bytes(), enabled))
 }
 
 /// Merges bitmaps, of this or other images, into one of this image.
@@ -55,7 +56,7 @@ pub fn merge_bitmaps(
     env: Env,
     request: u32,
     image: u32,
-    target: String,
+    target: Text,
     sources: Vec<BitmapSource>,
 ) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
@@ -64,19 +65,19 @@ pub fn merge_bitmaps(
         .map(|source| Ok((runtime.image(source.image)?, source.name)))
         .collect::<napi::Result<Vec<_>>>()?;
     change(&env, request, image, move |image| {
-        let bits = sources.iter().map(|(from, name)| from.image()?.bitmap_bits(name));
-        image.merge_bitmaps(&target, &bits.collect::<Result<Vec<_>>>()?)
+        let bits = sources.iter().map(|(from, name)| from.image()?.bitmap_bits(name.as_bytes()));
+        image.merge_bitmaps(target.as_bytes(), &bits.collect::<Result<Vec<_>>>()?)
     })
 }
 
 /// The dirty ranges of a bitmap as start and length in turn.
 #[napi(catch_unwind)]
-pub fn bitmap_extents(env: Env, request: u32, image: u32, name: String) -> napi::Result<()> {
+pub fn bitmap_extents(env: Env, request: u32, image: u32, name: Text) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
     let handle = runtime.image(image)?;
     let work = move || {
         handle.run(|image| {
-            let bits = image.bitmap_bits(&name)?;
+            let bits = image.bitmap_bits(name.as_bytes())?;
             let numbers =
                 bits.extents().flat_map(|range| [range.start as f64, (range.end - range.start) as f64]);
             Ok(numbers.collect::<Vec<f64>>())

@@ -3,7 +3,7 @@
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
-use napi::bindgen_prelude::{BufferSlice, Either, Env, ToNapiValue};
+use napi::bindgen_prelude::{Env, ToNapiValue};
 use napi_derive::napi;
 use qcow2_engine::clone::{CloneResult, CloneTarget, LiveClone};
 use qcow2_engine::convert::{Compression, Window};
@@ -15,6 +15,7 @@ use crate::job::{Lane, Ticket};
 use crate::resource::{Handle, Resource};
 use crate::runtime::Runtime;
 use crate::shape::Shape;
+use crate::text::Text;
 
 /// How to clone. Checked in TypeScript.
 #[napi(object, object_to_js = false)]
@@ -59,7 +60,7 @@ pub fn begin_clone(
     request: u32,
     job: u32,
     image: u32,
-    path: Either<String, BufferSlice<'_>>,
+    path: Text,
     order: CloneOrder,
 ) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
@@ -123,7 +124,7 @@ impl CloneOrder {
         let create = self.shape.options(image.virtual_size());
         create.validate()?;
         let content = Content::of(&create, Some(image), job);
-        let (file, data) = target.start_qcow2(&content, self.shape.data_file.as_deref())?;
+        let (file, data) = target.start_qcow2(&content, &self.shape)?;
         let window = if self.small_window { Window::Qemu4KiB } else { Window::Full };
         let qcow2 = CloneTarget::Qcow2 {
             storage: file.storage(),

@@ -3,7 +3,7 @@
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
-use napi::bindgen_prelude::{BufferSlice, Either, Env, ToNapiValue};
+use napi::bindgen_prelude::{Env, ToNapiValue};
 use napi_derive::napi;
 use qcow2_engine::bitmap::CopyableBitmaps;
 use qcow2_engine::convert::{
@@ -19,6 +19,7 @@ use crate::job::{Lane, Ticket};
 use crate::resource::Handle;
 use crate::runtime::Runtime;
 use crate::shape::Shape;
+use crate::text::Text;
 
 /// How to convert. Checked in TypeScript; what is absent has the engine's default.
 #[napi(object, object_to_js = false)]
@@ -73,7 +74,7 @@ pub struct Converted {
     /// Bytes.
     pub bytes_written: f64,
     /// Names of the bitmaps that were left out.
-    pub skipped_bitmaps: Option<Vec<String>>,
+    pub skipped_bitmaps: Option<Vec<Text>>,
     /// What could not be read.
     pub unreadable: Option<Vec<UnreadableRange>>,
 }
@@ -102,7 +103,7 @@ pub fn convert_image(
     request: u32,
     job: u32,
     images: Vec<u32>,
-    path: Either<String, BufferSlice<'_>>,
+    path: Text,
     order: ConvertJob,
 ) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
@@ -152,12 +153,12 @@ impl ConvertJob {
         } else {
             (self.convert(disk, place, bitmaps.as_ref(), job)?, None)
         };
-        let name = |name: &Vec<u8>| String::from_utf8_lossy(name).into_owned();
         Ok(Converted {
             virtual_size: result.virtual_size as f64,
             bytes_read: result.bytes_read as f64,
             bytes_written: result.bytes_written as f64,
-            skipped_bitmaps: bitmaps.map(|bitmaps| bitmaps.skipped.iter().map(name).collect()),
+            skipped_bitmaps: bitmaps
+                .map(|bitmaps| bitmaps.skipped.iter().map(|name| name.as_slice().into()).collect()),
             unreadable: lost.map(|lost| lost.into_iter().map(UnreadableRange::from).collect()),
         })
     }
@@ -203,7 +204,7 @@ impl ConvertJob {
         let create = self.shape.options(source.virtual_size());
         create.validate()?;
         let content = Content::of(&create, Some(source), job);
-        let (file, data) = target.start_qcow2(&content, self.shape.data_file.as_deref())?;
+        let (file, data) = target.start_qcow2(&content, &self.shape)?;
         let qcow2 = ConvertTarget::Qcow2 {
             storage: file.storage(),
             data_file: data.as_ref().map(NewFile::storage),

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use napi::bindgen_prelude::{BufferSlice, Either, Env};
+use napi::bindgen_prelude::Env;
 use napi_derive::napi;
 use qcow2_engine::convert::data_bytes;
 use qcow2_engine::create::{CreateOptions, Preallocation, create, create_raw};
@@ -11,9 +11,10 @@ use qcow2_engine::storage::{NewFile, Overwrite, Room};
 use qcow2_engine::{Error, ErrorKind, GuestSource, Job, Result};
 
 use crate::job::{Lane, Ticket};
-use crate::open::{nothing, to_path};
+use crate::open::nothing;
 use crate::runtime::Runtime;
 use crate::shape::Shape;
+use crate::text::Text;
 
 /// Where a new file goes.
 pub(crate) struct Target {
@@ -25,17 +26,13 @@ pub(crate) struct Target {
 
 impl Target {
     /// `in_use` are identities as `OpenedFile` has them.
-    pub(crate) fn new(
-        path: Either<String, BufferSlice<'_>>,
-        overwrite: bool,
-        in_use: &[String],
-    ) -> napi::Result<Self> {
+    pub(crate) fn new(path: Text, overwrite: bool, in_use: &[String]) -> napi::Result<Self> {
         let identity = |text: &String| {
             let (device, inode) = text.split_once(':')?;
             Some((device.parse().ok()?, inode.parse().ok()?))
         };
         Ok(Self {
-            path: to_path(path)?,
+            path: path.into_path()?,
             overwrite: if overwrite { Overwrite::Replace } else { Overwrite::Refuse },
             in_use: in_use.iter().filter_map(identity).collect(),
         })
@@ -46,19 +43,19 @@ impl Target {
         content.with_room(|room| self.start(room))
     }
 
-    /// Starts the file of an image, and that of its external data file if it has one, whose name is as the process sees it.
+    /// Starts the file of an image, and that of its external data file if it has one.
     pub(crate) fn start_qcow2(
         &self,
         content: &Content<'_>,
-        data_file: Option<&str>,
+        shape: &Shape,
     ) -> Result<(NewFile, Option<NewFile>)> {
-        let Some(name) = data_file else {
+        let Some(path) = shape.data_path() else {
             return Ok((content.with_room(|room| self.start(room))?, None));
         };
         let image = self.start(&Room::LITTLE)?;
         let data =
-            content.with_room(|room| NewFile::create_with_room(name, self.overwrite, &self.in_use, room))?;
-        if data.path() == image.path() {
+            content.with_room(|room| NewFile::create_with_room(&path, self.overwrite, &self.in_use, room))?;
+        if data.is_where(&image) {
             let message = "the external data file cannot be the image itself";
             let error = Error::new(ErrorKind::InvalidArgument, message);
             return Err(error.with_field("data_file").with_path(data.path()));
@@ -115,7 +112,7 @@ pub fn create_image(
     env: Env,
     request: u32,
     job: u32,
-    path: Either<String, BufferSlice<'_>>,
+    path: Text,
     size: f64,
     shape: Shape,
     overwrite: bool,
@@ -143,7 +140,7 @@ fn run(target: &Target, size: u64, shape: &Shape, job: &Arc<Job>) -> Result<()> 
     let options = shape.options(size);
     options.validate()?;
     let content = Content::of(&options, None, job);
-    let (file, data) = target.start_qcow2(&content, shape.data_file.as_deref())?;
+    let (file, data) = target.start_qcow2(&content, shape)?;
     create(file.storage(), data.as_ref().map(NewFile::storage), &options, job)?;
     // The image last: it is not there without its data.
     data.map(NewFile::commit).transpose()?;

@@ -5,6 +5,8 @@ use napi::{Env, sys};
 use napi_derive::napi;
 use qcow2_engine::Error;
 
+use crate::text::Text;
+
 /// An engine error, field by field.
 #[napi(object, object_from_js = false)]
 pub struct Failure {
@@ -13,7 +15,7 @@ pub struct Failure {
     /// The message, without place.
     pub message: String,
     /// The file.
-    pub path: Option<String>,
+    pub path: Option<Text>,
     /// Byte offset in the file.
     pub offset: Option<f64>,
     /// Field of the format.
@@ -29,7 +31,7 @@ impl From<&Error> for Failure {
         Self {
             code: error.kind().code().to_owned(),
             message: error.message().to_owned(),
-            path: error.path().map(|path| path.to_string_lossy().into_owned()),
+            path: error.path().map(Text::from),
             offset: error.offset().map(|offset| offset as f64),
             field: error.field().map(str::to_owned),
             errno: error.errno(),

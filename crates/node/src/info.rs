@@ -10,12 +10,13 @@ use qcow2_engine::image::BitmapRecord;
 use qcow2_engine::{Layer, LayerExt, Qcow2, Result, StorageExt};
 
 use crate::runtime::Runtime;
+use crate::text::{Text, path_text};
 
 /// One layer.
 #[napi(object, object_from_js = false)]
 pub struct LayerInfo {
     /// Its file.
-    pub filename: String,
+    pub filename: Text,
     /// `qcow2` or `raw`.
     pub format: String,
     /// Bytes.
@@ -50,13 +51,13 @@ pub struct Qcow2Info {
     /// Feature bits.
     pub dirty: bool,
     /// The name that the image stores.
-    pub backing_filename: Option<String>,
+    pub backing_filename: Option<Text>,
     /// The format that the image stores.
-    pub backing_format: Option<String>,
+    pub backing_format: Option<Text>,
     /// Whether there is an external data file.
     pub has_data_file: bool,
     /// The name that the image stores.
-    pub data_file: Option<String>,
+    pub data_file: Option<Text>,
     /// Feature bits.
     pub data_file_raw: bool,
     /// In the table's order.
@@ -69,9 +70,9 @@ pub struct Qcow2Info {
 #[napi(object, object_from_js = false)]
 pub struct SnapshotInfo {
     /// Unique.
-    pub id: String,
+    pub id: Text,
     /// Not unique.
-    pub name: String,
+    pub name: Text,
     /// Bytes.
     pub vm_state_size: f64,
     /// Seconds since 1970.
@@ -90,7 +91,7 @@ pub struct SnapshotInfo {
 #[napi(object, object_from_js = false)]
 pub struct BitmapInfo {
     /// Unique.
-    pub name: String,
+    pub name: Text,
     /// Bytes.
     pub granularity: f64,
     /// `in-use`, `auto`.
@@ -117,9 +118,8 @@ impl LayerInfo {
     fn new(layer: &dyn Layer) -> Result<Self> {
         let storage = layer.storage();
         let actual = storage.allocated_bytes().map_err(|e| storage.failure(e, "fstat"))?;
-        let filename = storage.path().map(|path| path.to_string_lossy().into_owned());
         Ok(Self {
-            filename: filename.unwrap_or_default(),
+            filename: path_text(storage.path()),
             format: layer.format().to_owned(),
             virtual_size: layer.virtual_size() as f64,
             actual_size: actual as f64,
@@ -142,10 +142,10 @@ impl Qcow2Info {
             lazy_refcounts: header.compatible.contains(Compatible::LAZY_REFCOUNTS),
             corrupt: header.incompatible.contains(Incompatible::CORRUPT),
             dirty: header.incompatible.contains(Incompatible::DIRTY),
-            backing_filename: header.backing_file.as_deref().map(text),
-            backing_format: header.backing_format().map(text),
+            backing_filename: header.backing_file.as_deref().map(Text::from),
+            backing_format: header.backing_format().map(Text::from),
             has_data_file: header.has_data_file(),
-            data_file: header.data_file().map(text),
+            data_file: header.data_file().map(Text::from),
             data_file_raw: header.data_file_raw(),
             snapshots: qcow2.snapshots().iter().map(SnapshotInfo::new).collect(),
             bitmaps: qcow2.bitmaps()?.iter().map(|record| BitmapInfo::new(qcow2, record)).collect(),
@@ -170,18 +170,13 @@ pub(crate) fn encryption_name(method: CryptMethod) -> Option<&'static str> {
     }
 }
 
-/// Names are bytes; what is not UTF-8 is shown with replacement characters.
-pub(crate) fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
-
 const NANOSECONDS: u64 = 1_000_000_000;
 
 impl SnapshotInfo {
     fn new(record: &SnapshotRecord) -> Self {
         Self {
-            id: text(record.id_text()),
-            name: text(record.name_text()),
+            id: record.id_text().into(),
+            name: record.name_text().into(),
             vm_state_size: record.vm_state_size as f64,
             date_sec: record.date_sec.into(),
             date_nsec: record.date_nsec.into(),
@@ -202,7 +197,7 @@ impl BitmapInfo {
         }
         let set = flags.iter().filter(|(flag, _)| stored.contains(*flag));
         Self {
-            name: text(&record.entry.name),
+            name: record.entry.name.as_slice().into(),
             granularity: (1u64 << record.entry.granularity_bits) as f64,
             flags: set.map(|(_, name)| (*name).to_owned()).collect(),
         }

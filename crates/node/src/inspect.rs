@@ -6,9 +6,10 @@ use qcow2_engine::format::Header;
 use qcow2_engine::format::header::feature::{FeatureSet, Incompatible, names_of};
 use qcow2_engine::inspect::{Inspection, inspect, inspect_bytes};
 
-use crate::info::{compression_name, encryption_name, text};
+use crate::info::{compression_name, encryption_name};
 use crate::open::LimitOptions;
 use crate::runtime::Runtime;
+use crate::text::Text;
 
 /// What an image says about itself.
 #[napi(object, object_from_js = false)]
@@ -18,7 +19,7 @@ pub struct Inspected {
     /// Present where the header could be read.
     pub header: Option<InspectedHeader>,
     /// The backing file's name where the header could not be read as a whole.
-    pub backing_filename: Option<String>,
+    pub backing_filename: Option<Text>,
     /// Bit numbers.
     pub unknown_incompatible: Vec<u32>,
     /// What speaks against opening it.
@@ -35,11 +36,11 @@ pub struct InspectedHeader {
     /// Bytes.
     pub cluster_size: f64,
     /// The name that the image stores.
-    pub backing_filename: Option<String>,
+    pub backing_filename: Option<Text>,
     /// The format that the image stores.
-    pub backing_format: Option<String>,
+    pub backing_format: Option<Text>,
     /// The name that the image stores.
-    pub data_file: Option<String>,
+    pub data_file: Option<Text>,
     /// `aes` or `luks`.
     pub encryption: Option<String>,
     /// `zlib` or `zstd`.
@@ -107,7 +108,7 @@ impl From<&Inspection> for Inspected {
         Self {
             is_qcow2: found.is_qcow2,
             header: found.header.as_ref().map(InspectedHeader::from),
-            backing_filename: found.backing_file.as_deref().map(text),
+            backing_filename: found.backing_file.as_deref().map(Text::from),
             unknown_incompatible: (0..64).filter(|bit| found.unknown_incompatible >> bit & 1 == 1).collect(),
             findings: findings.collect(),
         }
@@ -121,9 +122,9 @@ impl From<&Header> for InspectedHeader {
             version: header.version,
             virtual_size: header.size as f64,
             cluster_size: header.geometry.cluster_size() as f64,
-            backing_filename: header.backing_file.as_deref().map(text),
-            backing_format: header.backing_format().map(text),
-            data_file: header.data_file().map(text),
+            backing_filename: header.backing_file.as_deref().map(Text::from),
+            backing_format: header.backing_format().map(Text::from),
+            data_file: header.data_file().map(Text::from),
             encryption: encryption_name(header.crypt_method).map(str::to_owned),
             compression_type: compression_name(header.compression_type).to_owned(),
             extended_l2: header.incompatible.contains(Incompatible::EXTENDED_L2),

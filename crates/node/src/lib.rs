@@ -42,5 +42,6 @@ mod resource;
 pub mod runtime;
 pub mod shape;
 pub mod snapshots;
+mod text;
 mod watch;
 pub mod write;

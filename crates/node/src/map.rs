@@ -9,6 +9,7 @@ use qcow2_engine::{Extent, ExtentKind, GuestSource, Job, Storage};
 
 use crate::boundary::float64_array;
 use crate::runtime::Runtime;
+use crate::text::{Text, path_text};
 
 /// Extents that one request lists, more or less: it ends early where there are more.
 const MOST_EXTENTS: usize = 32 << 10;
@@ -67,8 +68,7 @@ impl Packed {
 
     fn into_js(self, env: &Env) -> napi::Result<sys::napi_value> {
         let numbers = float64_array(env, &self.numbers)?;
-        let names = self.files.iter().map(|file| file.path().map(|path| path.to_string_lossy().into_owned()));
-        let names: Vec<String> = names.map(Option::unwrap_or_default).collect();
+        let names: Vec<Text> = self.files.iter().map(|file| path_text(file.path())).collect();
         let mut result = napi::bindgen_prelude::Object::new(env)?;
         // SAFETY: the array was just made in this scope.
         let numbers = unsafe { napi::Unknown::from_raw_unchecked(env.raw(), numbers) };

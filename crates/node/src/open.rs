@@ -1,9 +1,9 @@
 //! Opening, step by step: a file, a layer on it, a chain of layers. Which file comes next is JavaScript's decision.
 
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 
-use napi::bindgen_prelude::{BufferSlice, Either, Env, ToNapiValue};
+use napi::bindgen_prelude::{BufferSlice, Env, ToNapiValue};
 use napi::sys;
 use napi_derive::napi;
 use qcow2_engine::format::Limits;
@@ -15,6 +15,7 @@ use qcow2_engine::{
 
 use crate::resource::{Handle, Resource};
 use crate::runtime::Runtime;
+use crate::text::Text;
 
 /// Bytes of a new file that JavaScript sees, to tell its format.
 const HEAD: usize = 1024;
@@ -25,7 +26,9 @@ pub struct OpenedFile<'env> {
     /// Number of the resource.
     pub file: u32,
     /// Its path, where one is known.
-    pub path: Option<String>,
+    pub path: Option<Text>,
+    /// The same from the root of the file system.
+    pub absolute_path: Option<Text>,
     /// Length in bytes.
     pub length: f64,
     /// Device and inode: equal strings are the same file.
@@ -64,35 +67,15 @@ fn unknown(what: &str, name: &str) -> napi::Error {
 
 /// Opens a file.
 #[napi(catch_unwind)]
-pub fn open_file(
-    env: Env,
-    request: u32,
-    path: Either<String, BufferSlice<'_>>,
-    options: FileOptions,
-) -> napi::Result<()> {
-    let path = to_path(path)?;
+pub fn open_file(env: Env, request: u32, path: Text, options: FileOptions) -> napi::Result<()> {
+    let path = path.into_path()?;
     let (access, cache) = options.read()?;
     open_storage(&env, request, move || FileStorage::open_cached(path, access, cache))
 }
 
-/// The path that JavaScript gave, as text or as bytes.
-pub(crate) fn to_path(path: Either<String, BufferSlice<'_>>) -> napi::Result<PathBuf> {
-    match path {
-        Either::A(text) => Ok(PathBuf::from(text)),
-        Either::B(bytes) => path_of(&bytes),
-    }
-}
-
-#[cfg(unix)]
-fn path_of(bytes: &[u8]) -> napi::Result<PathBuf> {
-    use std::os::unix::ffi::OsStrExt;
-    Ok(PathBuf::from(std::ffi::OsStr::from_bytes(bytes)))
-}
-
-#[cfg(not(unix))]
-fn path_of(bytes: &[u8]) -> napi::Result<PathBuf> {
-    let text = std::str::from_utf8(bytes).map_err(|_| napi::Error::from_reason("the path is not UTF-8"))?;
-    Ok(PathBuf::from(text))
+/// A path from the root of the file system, by the directory that the process works in now. None where that is gone.
+pub(crate) fn absolute(path: &Path) -> Option<Text> {
+    std::path::absolute(path).ok().map(|path| Text::from(path.as_path()))
 }
 
 /// Opens the file behind a descriptor, which stays JavaScript's.
@@ -127,7 +110,8 @@ fn open_storage(
     };
     Runtime::of(env)?.run(env, request, work, |runtime, env, (storage, length, head)| {
         let opened = OpenedFile {
-            path: storage.path().map(|path| path.to_string_lossy().into_owned()),
+            path: storage.path().map(Text::from),
+            absolute_path: storage.path().and_then(absolute),
             length: length as f64,
             identity: storage.traits().identity.map(|(device, inode)| format!("{device}:{inode}")),
             head: BufferSlice::copy_from(env, head)?,
@@ -142,7 +126,7 @@ fn open_storage(
 #[napi(object, object_to_js = false)]
 pub struct LayerOptions {
     /// Id or name of the internal snapshot to view.
-    pub snapshot: Option<String>,
+    pub snapshot: Option<Text>,
     /// Most bytes of L2 tables to cache.
     pub l2_cache_size: Option<f64>,
     /// Keep a damaged snapshot table as a finding.
@@ -295,18 +279,14 @@ pub struct OpenedLayer {
 #[napi(object, object_from_js = false)]
 pub struct NamedFile {
     /// The name; empty where the image stores none.
-    pub filename: String,
-    /// Whether the name is exact: false for one that is not UTF-8.
-    pub exact: bool,
+    pub filename: Text,
     /// The format that the image claims.
-    pub format: Option<String>,
+    pub format: Option<Text>,
 }
 
 impl NamedFile {
     fn new(filename: &[u8], format: Option<&[u8]>) -> Self {
-        let format = format.map(|format| String::from_utf8_lossy(format).into_owned());
-        let exact = std::str::from_utf8(filename).is_ok();
-        Self { filename: String::from_utf8_lossy(filename).into_owned(), exact, format }
+        Self { filename: Text::from(filename), format: format.map(Text::from) }
     }
 }
 
@@ -318,7 +298,7 @@ pub fn open_qcow2(env: Env, request: u32, file: u32, options: LayerOptions) -> n
     let lock = LockOptions::read(options.lock.as_ref())?;
     let options = OpenOptions {
         limits: LimitOptions::read(options.limits.as_ref()),
-        snapshot: options.snapshot,
+        snapshot: options.snapshot.map(Text::into_bytes),
         l2_cache_bytes: options.l2_cache_size.map(|size| size as u64),
         for_check: options.for_check.unwrap_or(false),
         ..OpenOptions::default()

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use napi::bindgen_prelude::{BufferSlice, Either, Env, ToNapiValue};
+use napi::bindgen_prelude::{Env, ToNapiValue};
 use napi_derive::napi;
 use qcow2_engine::create::create;
 use qcow2_engine::storage::{Access, CacheMode, FileStorage};
@@ -11,9 +11,10 @@ use qcow2_engine::{Error, Image, Job, Layer, LayerExt, OpenOptions, Qcow2, Resul
 
 use crate::create::{Content, Target};
 use crate::job::{Lane, Ticket};
-use crate::open::{Lock, LockOptions, WritingOptions, cache_mode};
+use crate::open::{Lock, LockOptions, WritingOptions, absolute, cache_mode};
 use crate::runtime::Runtime;
 use crate::shape::Shape;
+use crate::text::{Text, path_text};
 
 /// How to make an overlay. Checked in TypeScript.
 #[napi(object, object_to_js = false)]
@@ -34,7 +35,9 @@ pub struct OverlayOrder {
 #[napi(object, object_from_js = false)]
 pub struct Overlaid {
     /// Its path.
-    pub path: String,
+    pub path: Text,
+    /// The path that was given, from the root of the file system.
+    pub absolute_path: Option<Text>,
     /// Bytes.
     pub cluster_size: f64,
     /// Device and inode.
@@ -48,7 +51,7 @@ pub fn create_overlay(
     request: u32,
     job: u32,
     image: u32,
-    path: Either<String, BufferSlice<'_>>,
+    path: Text,
     order: OverlayOrder,
 ) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
@@ -58,6 +61,7 @@ pub fn create_overlay(
     let lock = LockOptions::read(order.lock.as_ref())?;
     let l2_cache_bytes = order.l2_cache_size.map(|size| size as u64);
     let write = order.write.read()?;
+    let absolute_path = absolute(&target.path);
     let overlay = Overlay { target, shape: order.shape, cache, lock, l2_cache_bytes, write };
     runtime.start_job_in(
         Lane::Brief,
@@ -65,7 +69,7 @@ pub fn create_overlay(
         Ticket { request, job },
         move |job| {
             handle.replace(|below| overlay.put_on(below, job))?;
-            handle.run(overlaid)
+            handle.run(|image| overlaid(image, absolute_path))
         },
         |_, env, overlaid| {
             // SAFETY: on the environment's thread, with its own env.
@@ -88,7 +92,7 @@ impl Overlay {
         job.checkpoint()?;
         let options = self.shape.options(below.virtual_size());
         options.validate()?;
-        let (file, _) = self.target.start_qcow2(&Content::of(&options, None, job), None)?;
+        let (file, _) = self.target.start_qcow2(&Content::of(&options, None, job), &self.shape)?;
         create(file.storage(), None, &options, job)?;
         let path = file.path().to_owned();
         let mut named = false;
@@ -129,12 +133,13 @@ impl Overlay {
     }
 }
 
-fn overlaid(image: &Image) -> Result<Overlaid> {
+fn overlaid(image: &Image, absolute_path: Option<Text>) -> Result<Overlaid> {
     let top = image.top_qcow2();
     let top = top.ok_or_else(Error::aborted)?;
     let storage = top.storage();
     Ok(Overlaid {
-        path: storage.path().map_or_else(String::new, |path| path.to_string_lossy().into_owned()),
+        path: path_text(storage.path()),
+        absolute_path,
         cluster_size: top.geometry().cluster_size() as f64,
         identity: storage.traits().identity.map(|(device, inode)| format!("{device}:{inode}")),
     })

@@ -1,10 +1,14 @@
 //! The shape of a new image, as JavaScript says it.
 
+use std::path::PathBuf;
+
 use napi_derive::napi;
 use qcow2_engine::Result;
 use qcow2_engine::create::{Backing, CreateOptions, DataFile, Preallocation};
 use qcow2_engine::format::CompressionType;
 use qcow2_engine::measure::{MeasureTarget, Qcow2Target};
+
+use crate::text::Text;
 
 /// Options of a new image. Names were checked in TypeScript; what is absent has the engine's default.
 #[napi(object, object_to_js = false)]
@@ -26,16 +30,23 @@ pub struct Shape {
     /// Postponed refcounts.
     pub lazy_refcounts: Option<bool>,
     /// Name as it is stored.
-    pub backing_file: Option<String>,
+    pub backing_file: Option<Text>,
     /// Format as it is stored.
-    pub backing_format: Option<String>,
+    pub backing_format: Option<Text>,
     /// Name as it is stored.
-    pub data_file: Option<String>,
+    pub data_file: Option<Text>,
+    /// The file that this name means.
+    pub data_path: Option<Text>,
     /// Readable on its own.
     pub data_file_raw: Option<bool>,
 }
 
 impl Shape {
+    /// Where the external data file goes, if there is to be one.
+    pub(crate) fn data_path(&self) -> Option<PathBuf> {
+        self.data_path.clone().and_then(|path| path.into_path().ok())
+    }
+
     /// Whether a raw image is wanted.
     pub(crate) fn is_raw(&self) -> bool {
         self.format == "raw"
@@ -63,7 +74,7 @@ impl Shape {
             preallocation: self.preallocation(),
             backing: self.backing_file.as_ref().map(|filename| Backing {
                 filename: filename.clone().into_bytes(),
-                format: self.backing_format.clone().map(String::into_bytes),
+                format: self.backing_format.clone().map(Text::into_bytes),
             }),
             data_file: self.data_file.as_ref().map(|filename| DataFile {
                 filename: filename.clone().into_bytes(),

@@ -2,11 +2,12 @@
 
 use napi::bindgen_prelude::{Either, Env, ToNapiValue};
 use napi_derive::napi;
+use qcow2_engine::format::SnapshotRecord;
 use qcow2_engine::maintenance::{NewSnapshot, Plan, Record, Step, Tree};
-use qcow2_engine::{Error, ErrorKind, Image, Qcow2, Result};
+use qcow2_engine::{Error, ErrorKind, Image, LayerExt, Qcow2, Result};
 
-use crate::info::text;
 use crate::runtime::Runtime;
+use crate::text::Text;
 
 /// The table that a plan is made for.
 #[napi(object, object_from_js = false)]
@@ -21,9 +22,9 @@ pub struct Table {
 #[napi(object, object_from_js = false)]
 pub struct TableRecord {
     /// Unique id.
-    pub id: String,
+    pub id: Text,
     /// Name.
-    pub name: String,
+    pub name: Text,
 }
 
 /// A plan: see `src/snapshot/types.ts`.
@@ -52,7 +53,7 @@ pub struct EntryInput {
     /// Index of an old entry.
     pub keep: Option<u32>,
     /// Its new name.
-    pub rename: Option<String>,
+    pub rename: Option<Text>,
     /// A new entry.
     pub create: Option<CreateInput>,
 }
@@ -61,9 +62,9 @@ pub struct EntryInput {
 #[napi(object, object_to_js = false)]
 pub struct CreateInput {
     /// Unique id.
-    pub id: String,
+    pub id: Text,
     /// Name.
-    pub name: String,
+    pub name: Text,
     /// Seconds since 1970.
     pub date_sec: f64,
     /// Nanoseconds.
@@ -78,16 +79,34 @@ pub fn snapshot_table(env: Env, request: u32, image: u32) -> napi::Result<()> {
     let work = move || {
         handle.run(|image| {
             let top = top(image)?;
-            let records = top.snapshots();
-            let records =
-                records.iter().map(|r| TableRecord { id: text(r.id_text()), name: text(r.name_text()) });
-            Ok(Table { generation: top.generation() as f64, records: records.collect() })
+            Ok(Table { generation: top.generation() as f64, records: records(top) })
         })
     };
     runtime.run(&env, request, work, |_, env, table| {
         // SAFETY: on the environment's thread, with its own env.
         unsafe { Table::to_napi_value(env.raw(), table) }
     })
+}
+
+/// Tells the snapshots of a layer, as `snapshot_table` does those of an image.
+#[napi(catch_unwind)]
+pub fn layer_snapshots(env: Env, request: u32, layer: u32) -> napi::Result<()> {
+    let runtime = Runtime::of(&env)?;
+    let found = runtime.with_layer(layer, |layer| layer.as_qcow2().map(records).unwrap_or_default())?;
+    runtime.run(
+        &env,
+        request,
+        move || Ok(found),
+        |_, env, found| {
+            // SAFETY: on the environment's thread, with its own env.
+            unsafe { Vec::to_napi_value(env.raw(), found) }
+        },
+    )
+}
+
+fn records(qcow2: &Qcow2) -> Vec<TableRecord> {
+    let record = |r: &SnapshotRecord| TableRecord { id: r.id_text().into(), name: r.name_text().into() };
+    qcow2.snapshots().iter().map(record).collect()
 }
 
 /// Executes a plan on an image that is open for writing; tells the disk's size afterwards.
@@ -148,10 +167,12 @@ impl StepInput {
 impl EntryInput {
     fn read(self) -> Result<Record> {
         match (self.keep, self.create) {
-            (Some(index), None) => Ok(Record::Keep { index: index as usize, rename: self.rename }),
+            (Some(index), None) => {
+                Ok(Record::Keep { index: index as usize, rename: self.rename.map(Text::into_bytes) })
+            }
             (None, Some(new)) => Ok(Record::New(NewSnapshot {
-                id: new.id,
-                name: new.name,
+                id: new.id.into_bytes(),
+                name: new.name.into_bytes(),
                 date_sec: new.date_sec as u32,
                 date_nsec: new.date_nsec as u32,
                 vm_clock_nsec: 0,

@@ -82,7 +82,7 @@ impl Contents {
     /// What cannot be read.
     pub fn read(rig: &Rig, files: &[Sparse]) -> Result<Self, String> {
         let open = |snapshot: Option<String>| {
-            let read = OpenOptions { snapshot, ..OpenOptions::default() };
+            let read = OpenOptions { snapshot: snapshot.map(Into::into), ..OpenOptions::default() };
             rig.open_state(files, &Opening { read, write: None }).map_err(|e| format!("opening: {e:?}"))
         };
         let image = open(None)?;

@@ -60,7 +60,7 @@ impl Table {
 
     /// A snapshot gets another name.
     pub fn rename(self, index: usize, name: &str) -> Plan {
-        let named = |i: usize| (i == index).then(|| name.to_owned());
+        let named = |i: usize| (i == index).then(|| name.into());
         let entries = (0..self.count).map(|i| Record::Keep { index: i, rename: named(i) }).collect();
         self.plan([Step::WriteTable(entries)].into_iter().chain(switch()).collect())
     }
@@ -77,10 +77,11 @@ pub fn text(plan: &Plan) -> String {
         Tree::Active => "active".to_owned(),
         Tree::Snapshot(index) => index.to_string(),
     };
+    let shown = |name: &[u8]| String::from_utf8_lossy(name).into_owned();
     let record = |record: &Record| match record {
         Record::Keep { index, rename: None } => format!(" {index}"),
-        Record::Keep { index, rename: Some(name) } => format!(" {index}={name}"),
-        Record::New(new) => format!(" +{}", new.id),
+        Record::Keep { index, rename: Some(name) } => format!(" {index}={}", shown(name)),
+        Record::New(new) => format!(" +{}", shown(&new.id)),
     };
     let line = |step: &Step| match step {
         Step::CheckReferences(t) => format!("check-references {}", tree(t)),

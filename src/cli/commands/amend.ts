@@ -1,10 +1,11 @@
 import type { Command } from 'commander'
 import { type AmendOptions, amend, type Format, Qcow2Error } from '../../index.js'
+import { toName } from '../../text.js'
 import { isCreateOption, qcow2Options, toRefcountBits, toVersion } from '../create-options.js'
 import { describeError, openFailure, openHint } from '../errors.js'
 import { CommandFailure, UsageFailure, unsupported } from '../failure.js'
 import { cacheMode, oneFile, refuseDriverSyntax } from '../grammar.js'
-import { formatOf, localPath } from '../images.js'
+import { formatOf, imagePath } from '../images.js'
 import { asksForHelp, joinOptionLists, type OptionValues, optionHelp, parseOptionList } from '../options.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
@@ -60,7 +61,7 @@ async function amendFile(files: readonly string[], options: AmendArguments, sess
   const changes = toAmendOptions(parse(list))
   const choice = { progress: progress && !quiet, quiet, verb: 'Amending', step: 1 }
   await withProgress(session, choice, job =>
-    amend(localPath(filename), { ...job, ...changes, shrink: options.shrink, references: 'allow' }),
+    amend(imagePath(filename), { ...job, ...changes, shrink: options.shrink, references: 'allow' }),
   ).catch(error => {
     throw session.signal.aborted ? error : worded(filename, error)
   })
@@ -87,13 +88,13 @@ function toAmendOptions(values: OptionValues): AmendOptions {
         options.version = version(String(value))
         break
       case 'backing_file':
-        options.backingFile = String(value)
+        options.backingFile = toName(String(value))
         break
       case 'backing_fmt':
         options.backingFormat = value as Format
         break
       case 'data_file':
-        options.dataFile = String(value)
+        options.dataFile = toName(String(value))
         break
       case 'data_file_raw':
         options.dataFileRaw = value === true

@@ -1,5 +1,6 @@
 import type { Command } from 'commander'
 import type { Image } from '../../index.js'
+import { toName } from '../../text.js'
 import { describeError } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
 import { refuseDriverSyntax } from '../grammar.js'
@@ -74,14 +75,15 @@ async function bitmap(
     throw new UsageFailure('Expecting filename and bitmap name')
   }
   const granularity = options.granularity === undefined ? undefined : sizeArgument('granularity', options.granularity)
+  const bitmapName = toName(name)
   const perform = async (image: Image, source: Image) => {
     for (const { verb, source: from = '' } of actions) {
       const work =
         verb === 'add'
-          ? image.bitmaps.add(name, granularity ? { granularity: toSize(granularity) } : {})
+          ? image.bitmaps.add(bitmapName, granularity ? { granularity: toSize(granularity) } : {})
           : verb === 'merge'
-            ? image.bitmaps.merge(name, [{ bitmaps: source.bitmaps, name: from }])
-            : image.bitmaps[verb](name)
+            ? image.bitmaps.merge(bitmapName, [{ bitmaps: source.bitmaps, name: toName(from) }])
+            : image.bitmaps[verb](bitmapName)
       await work.catch(error => {
         if (session.signal.aborted) throw error
         const reason = describeError(error)

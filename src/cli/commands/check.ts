@@ -4,7 +4,7 @@ import { describeError, failedChanging, openFailure } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
 import { checkExitCode, checkJson, formatCheck } from '../format/check.js'
 import { cacheMode, oneFile, outputOption, refuseDriverSyntax } from '../grammar.js'
-import { formatOf, localPath, withImage } from '../images.js'
+import { formatOf, imagePath, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
@@ -78,7 +78,7 @@ async function checked(
       throw new CommandFailure('This image format does not support checks', { exitCode: CHECK_NOT_SUPPORTED })
     }
     return await withProgress(session, choice, job =>
-      check(localPath(filename), { ...job, forceShare, repair, references: 'allow' }),
+      check(imagePath(filename), { ...job, forceShare, repair, references: 'allow' }),
     )
   } catch (error) {
     if (session.signal.aborted || error instanceof CommandFailure) throw error

@@ -1,11 +1,12 @@
 import { realpath } from 'node:fs/promises'
-import { dirname, resolve } from 'node:path'
+import { isAbsolute } from 'node:path'
 import type { Command } from 'commander'
 import { type CacheMode, commit, type ImageInfo } from '../../index.js'
+import { exactText, toName } from '../../text.js'
 import { describeError, openFailure } from '../errors.js'
 import { CommandFailure } from '../failure.js'
 import { cacheMode, oneFile, rateLimit, refuseDriverSyntax, toCacheMode } from '../grammar.js'
-import { formatOf, localPath, withImage } from '../images.js'
+import { formatOf, imagePath, localPath, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
@@ -49,7 +50,7 @@ async function commitFile(files: readonly string[], options: CommitArguments, se
   const drop = options.drop || options.base !== undefined
   const cache: CacheMode = toCacheMode(options.cache)
   await withProgress(session, choice, job =>
-    commit(localPath(filename), {
+    commit(imagePath(filename), {
       ...job,
       references: 'allow',
       cache,
@@ -71,7 +72,7 @@ async function baseOf(
   filename: string,
   wanted: string | undefined,
   chain: readonly ImageInfo[],
-): Promise<string | undefined> {
+): Promise<string | Buffer | undefined> {
   if (chain.length < 2) {
     if (wanted === undefined) throw new CommandFailure('Image does not have a backing file')
     throw notFound(wanted, filename)
@@ -79,14 +80,19 @@ async function baseOf(
   if (wanted === undefined) return undefined
   const name = localPath(wanted)
   for (const [depth, layer] of chain.slice(1).entries()) {
-    const above = chain[depth]?.filename ?? filename
-    const [a, b] = await Promise.all(
-      [resolve(dirname(above), name), layer.filename].map(path => realpath(path).catch(() => undefined)),
-    )
-    if (a !== undefined && a === b) return layer.filename
+    const above = nameOf(chain[depth]) ?? filename
+    const path = isAbsolute(name) ? name : above.slice(0, above.lastIndexOf('/') + 1) + name
+    const [a, b] = await Promise.all([path, nameOf(layer) ?? ''].map(realOf))
+    if (a !== undefined && b !== undefined && a.equals(b)) return layer.filenameBytes ?? layer.filename
   }
   throw notFound(wanted, filename)
 }
+
+const nameOf = (layer: ImageInfo | undefined): string | undefined =>
+  layer && exactText(layer.filename, layer.filenameBytes)
+
+const realOf = (path: string): Promise<Buffer | undefined> =>
+  realpath(toName(path), { encoding: 'buffer' }).catch(() => undefined)
 
 const notFound = (base: string, filename: string): CommandFailure =>
   new CommandFailure(`Did not find '${base}' in the backing chain of '${filename}'`)

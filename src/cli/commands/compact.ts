@@ -4,7 +4,7 @@ import { describeError, failedChanging, openFailure } from '../errors.js'
 import { CommandFailure } from '../failure.js'
 import { compactJson, formatCompact } from '../format/compact.js'
 import { oneFile, outputOption, refuseDriverSyntax } from '../grammar.js'
-import { formatOf, localPath, withImage } from '../images.js'
+import { formatOf, imagePath, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
@@ -64,7 +64,7 @@ async function compacted(filename: string, options: CompactArguments, session: S
   const mode = rewrite ? 'rewrite' : 'in-place'
   try {
     return await withProgress(session, choice, job =>
-      compact(localPath(filename), { ...job, mode, zeroes, dryRun, references: 'allow' }),
+      compact(imagePath(filename), { ...job, mode, zeroes, dryRun, references: 'allow' }),
     )
   } catch (error) {
     if (session.signal.aborted || error instanceof CommandFailure) throw error

@@ -3,7 +3,7 @@ import { type CompareResult, compare } from '../../index.js'
 import { describeError } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
 import { cacheMode, refuseDriverSyntax } from '../grammar.js'
-import { formatOf, localPath, type Request, withImage } from '../images.js'
+import { formatOf, imagePath, type Request, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
@@ -64,7 +64,7 @@ async function compareFiles(files: readonly string[], options: CompareArguments,
   const { strict, forceShare } = options
   const request = { formatA, formatB, strict, forceShare, references: 'allow' } as const
   const result = await withProgress(session, choice, job =>
-    compare(localPath(a), localPath(b), { ...request, ...job }),
+    compare(imagePath(a), imagePath(b), { ...request, ...job }),
   ).catch(error => {
     throw session.signal.aborted
       ? error

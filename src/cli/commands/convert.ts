@@ -1,4 +1,3 @@
-import { resolve } from 'node:path'
 import { type Command, Option } from 'commander'
 import {
   type Compression,
@@ -9,11 +8,12 @@ import {
   Qcow2Error,
   type Qcow2SpecificInfo,
 } from '../../index.js'
+import { exactText } from '../../text.js'
 import { describeFormat, optionSpecs, targetFormat, toCreateOptions } from '../create-options.js'
-import { describeError, openFailure } from '../errors.js'
+import { describeError, openFailure, pathOf } from '../errors.js'
 import { CommandFailure, unsupported } from '../failure.js'
 import { cacheMode, optionList, rateLimit, refuse, refuseDriverSyntax, wholeNumber } from '../grammar.js'
-import { formatOf, localPath, snapshotOf, withImage } from '../images.js'
+import { formatOf, imagePath, localPath, snapshotOf, withImage } from '../images.js'
 import { asksForHelp, type OptionValue, type OptionValues, parseOptionList } from '../options.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
@@ -188,7 +188,7 @@ async function convertNamed(
   const choice = { progress: given.progress ?? false, quiet: given.quiet ?? false, verb: 'Converting', step: 1 }
   try {
     const converted = await withProgress(session, choice, job =>
-      convert(sources.map(localPath), localPath(target), { ...options, ...job }),
+      convert(sources.map(imagePath), imagePath(target), { ...options, ...job }),
     )
     if (!given.quiet) warn(converted, session)
   } catch (error) {
@@ -209,7 +209,7 @@ async function lookAt(
   sources: readonly string[],
   { sourceFormat, sourceSnapshot, forceShare }: ConvertArguments,
   session: Session,
-): Promise<{ from: Format[]; size: number; snapshot: string | undefined }> {
+): Promise<{ from: Format[]; size: number; snapshot: string | Buffer | undefined }> {
   const from: Format[] = []
   let size = 0
   for (const filename of sources) {
@@ -230,8 +230,9 @@ async function lookAt(
   return { from, size: await withImage(viewed, session, async image => image.virtualSize), snapshot }
 }
 
-function warn({ skippedBitmaps, unreadable }: ConvertResult, session: Session): void {
-  for (const name of skippedBitmaps ?? []) {
+function warn({ skippedBitmaps, skippedBitmapsBytes, unreadable }: ConvertResult, session: Session): void {
+  for (const [index, text] of (skippedBitmaps ?? []).entries()) {
+    const name = exactText(text, skippedBitmapsBytes?.[index])
     session.stderr.write(`${session.program}: warning: Skipping inconsistent bitmap '${name}'\n`)
   }
   for (const { start, length, message } of unreadable ?? []) {
@@ -242,7 +243,7 @@ function warn({ skippedBitmaps, unreadable }: ConvertResult, session: Session): 
 
 function worded(target: string, to: Format, error: unknown): CommandFailure {
   const reason = describeError(error, localPath(target))
-  const failed = error instanceof Qcow2Error && !reason.startsWith('Could not') ? error.path : undefined
+  const failed = error instanceof Qcow2Error && !reason.startsWith('Could not') ? pathOf(error) : undefined
   if (failed !== undefined && failed !== localPath(target)) {
     return new CommandFailure(`${failed}: error while reading: ${reason}`, { cause: error })
   }
@@ -277,7 +278,8 @@ async function checkBitmaps(
     const broken = formatSpecific?.bitmaps?.find(bitmap => bitmap.flags.includes('in-use'))
     if (broken !== undefined && !skipBrokenBitmaps) {
       const hint = `Try --skip-broken-bitmaps, or use '${session.program} bitmap --remove' to delete it`
-      throw new CommandFailure(`Cannot copy inconsistent bitmap '${broken.name}'`, { hint })
+      const name = exactText(broken.name, broken.nameBytes)
+      throw new CommandFailure(`Cannot copy inconsistent bitmap '${name}'`, { hint })
     }
     if (to === 'raw' || create?.version === 2) throw cannotHaveBitmaps(to)
   })
@@ -294,7 +296,7 @@ function existingTarget(to: Format, given: ConvertArguments): Partial<ConvertOpt
   if (given.compress && to === 'raw') throw new CommandFailure('Compression not supported for this file format')
   return {
     existingTarget: true,
-    ...(given.backing !== undefined && { base: localPath(given.backing) }),
+    ...(given.backing !== undefined && { base: imagePath(given.backing) }),
     ...(given.compress && { compress: true }),
     ...(given.targetIsZero && { targetIsZero: true }),
   }
@@ -322,7 +324,7 @@ function newTarget(target: string, to: Format, given: ConvertArguments, several:
     ...(to === 'qcow2' && { create: shape }),
     ...(preallocation !== undefined && { preallocation }),
     ...(given.compress && { compress: compressionOf(shape.compressionType, given) }),
-    ...(typeof backing === 'string' && { base: resolve(fromImage(target, backing)) }),
+    ...(typeof backing === 'string' && { base: imagePath(fromImage(target, backing)) }),
   }
 }
 

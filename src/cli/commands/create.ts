@@ -1,11 +1,12 @@
-import { dirname, isAbsolute, join } from 'node:path'
+import { isAbsolute } from 'node:path'
 import type { Command } from 'commander'
 import { create, type Format } from '../../index.js'
+import { toName } from '../../text.js'
 import { describeFormat, optionSpecs, sizeOption, targetFormat, toCreateOptions } from '../create-options.js'
 import { describeError } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
 import { optionList, refuse } from '../grammar.js'
-import { formatOf, localPath, withImage } from '../images.js'
+import { argumentOf, formatOf, localPath, withImage } from '../images.js'
 import { asksForHelp, describeOptions, type OptionValue, parseOptionList } from '../options.js'
 import type { Runner } from '../program.js'
 import type { Session } from '../session.js'
@@ -89,12 +90,12 @@ async function createNamed(
   // A guest's disk has whole sectors.
   const sectors = wholeSectors(size)
   if (format === 'qcow2') checkDiskSize(shape, sectors)
-  const image = await create(path, {
+  const image = await create(toName(path), {
     format,
     ...shape,
     size: sectors,
-    // A backing file that was to be looked at has been: see above.
-    references: 'layer',
+    // A backing file that was to be looked at has been: see above. What is below it must not be the new image, either.
+    references: given.backingUnsafe ? 'layer' : 'allow',
     overwrite: true,
     signal: session.signal,
   })
@@ -167,8 +168,10 @@ async function formatMissing(path: string, unchecked: boolean, session: Session)
   }
 }
 
-/** A backing file's name is relative to the image that names it. */
+/** A backing file by an argument of its own: its name is relative to the image that names it, unless it says `file:`. */
 export function fromImage(filename: string, backing: string): string {
   const path = localPath(backing)
-  return isAbsolute(path) ? path : join(dirname(localPath(filename)), path)
+  if (isAbsolute(path) || path !== backing) return argumentOf(path)
+  const image = localPath(filename)
+  return argumentOf(image.slice(0, image.lastIndexOf('/') + 1) + path)
 }

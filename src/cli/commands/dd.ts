@@ -4,7 +4,7 @@ import { targetFormat } from '../create-options.js'
 import { describeError } from '../errors.js'
 import { CommandFailure } from '../failure.js'
 import { refuseDriverSyntax } from '../grammar.js'
-import { formatOf, localPath, withImage } from '../images.js'
+import { formatOf, imagePath, localPath, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
@@ -99,7 +99,7 @@ async function dd(list: readonly string[], options: DdArguments, session: Sessio
   // As dd is: nothing is shown unless somebody asks.
   const choice = { progress: false, quiet: true, verb: 'Copying', step: 1 }
   const copy = { from, to, ...range, references: 'allow', forceShare, overwrite: true } as const
-  await withProgress(session, choice, job => convert(localPath(input), localPath(output), { ...copy, ...job })).catch(
+  await withProgress(session, choice, job => convert(imagePath(input), imagePath(output), { ...copy, ...job })).catch(
     error => {
       if (session.signal.aborted) throw error
       const reason = describeError(error, localPath(output))

@@ -1,11 +1,12 @@
 import type { Command } from 'commander'
 import type { ImageInfo } from '../../index.js'
+import { exactText } from '../../text.js'
 import { CommandFailure } from '../failure.js'
 import { formatInfo, type InfoDocument } from '../format/info.js'
 import { toJson } from '../format/json.js'
 import { snapshotDocuments } from '../format/snapshots.js'
 import { oneFile, outputOption, refuseDriverSyntax } from '../grammar.js'
-import { shownName, withImage } from '../images.js'
+import { argumentOf, shownName, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import type { Session } from '../session.js'
 
@@ -63,10 +64,11 @@ function below(info: ImageInfo): { filename: string; format: string | undefined 
   if (info.backingFilename === undefined) return undefined
   if (info.fullBackingFilename === undefined) {
     throw new CommandFailure(
-      `Could not determine absolute backing filename, but backing filename '${info.backingFilename}' present`,
+      `Could not determine absolute backing filename, but backing filename '${exactText(info.backingFilename, info.backingFilenameBytes)}' present`,
     )
   }
-  return { filename: info.fullBackingFilename, format: info.backingFilenameFormat }
+  const filename = exactText(info.fullBackingFilename, info.fullBackingFilenameBytes)
+  return { filename: argumentOf(filename), format: info.backingFilenameFormat }
 }
 
 /** The QAPI document of one image: names with dashes, and the file that holds it as a node of its own. */
@@ -80,14 +82,27 @@ function infoDocument(filename: string, info: ImageInfo): InfoDocument {
     ...(info.clusterSize !== undefined && info.format !== 'raw' && { 'cluster-size': info.clusterSize }),
     ...(info.encrypted && { encrypted: true }),
     'dirty-flag': info.dirtyFlag,
-    ...(info.backingFilename !== undefined && { 'backing-filename': info.backingFilename }),
-    ...(info.fullBackingFilename !== undefined && { 'full-backing-filename': info.fullBackingFilename }),
+    ...(info.backingFilename !== undefined && {
+      'backing-filename': exactText(info.backingFilename, info.backingFilenameBytes),
+    }),
+    ...(info.fullBackingFilename !== undefined && {
+      'full-backing-filename': fullName(info.backingFilename ?? '', info),
+    }),
     ...(info.backingFilenameFormat !== undefined && { 'backing-filename-format': info.backingFilenameFormat }),
     ...(info.snapshots.length > 0 && { snapshots: snapshotDocuments(info.snapshots) }),
     ...(specific && { 'format-specific': { type: specific.type, data: specificData(specific) } }),
     children: [{ name: 'file', info: fileDocument(filename, info) }],
   }
 }
+
+/** With the protocol `file:`, a name is no other from anywhere. */
+const fullName = (stored: string, info: ImageInfo): string =>
+  stored.startsWith('file:')
+    ? exactText(stored, info.backingFilenameBytes)
+    : exactText(info.fullBackingFilename ?? '', info.fullBackingFilenameBytes)
+
+/** A data file by the name of the file. */
+const dataFileName = (stored: string): string => (stored.startsWith('file:') ? shownName(stored) : stored)
 
 const specificData = (specific: NonNullable<ImageInfo['formatSpecific']>) => ({
   compat: specific.compat,
@@ -96,10 +111,15 @@ const specificData = (specific: NonNullable<ImageInfo['formatSpecific']>) => ({
   'refcount-bits': specific.refcountBits,
   corrupt: specific.corrupt,
   'extended-l2': specific.extendedL2,
-  'data-file': specific.dataFile,
+  'data-file':
+    specific.dataFile === undefined ? undefined : dataFileName(exactText(specific.dataFile, specific.dataFileBytes)),
   'data-file-raw': specific.dataFileRaw,
   encrypt: specific.encrypt && { format: specific.encrypt.format },
-  bitmaps: specific.bitmaps?.map(({ name, granularity, flags }) => ({ name, granularity, flags })),
+  bitmaps: specific.bitmaps?.map(({ name, nameBytes, granularity, flags }) => ({
+    name: exactText(name, nameBytes),
+    granularity,
+    flags,
+  })),
 })
 
 const fileDocument = (filename: string, info: ImageInfo): InfoDocument => ({

@@ -1,6 +1,7 @@
-import { writeFile } from 'node:fs/promises'
+import { stat, writeFile } from 'node:fs/promises'
 import { type Command, Option } from 'commander'
-import type { Image } from '../../index.js'
+import type { Image, ImageInfo } from '../../index.js'
+import { exactText, shownText, toName } from '../../text.js'
 import { CommandFailure } from '../failure.js'
 import { Allocation, type DiskCaption } from '../format/allocation.js'
 import { colorDepthOf } from '../format/color.js'
@@ -99,7 +100,7 @@ async function captionOf(filename: string, image: Image): Promise<DiskCaption> {
     virtualSize: top.virtualSize,
     clusterSize: top.clusterSize,
     fileSize: top.actualSize,
-    chain: [filename, ...below.map(layer => layer.filename)],
+    chain: [filename, ...below.map(layer => exactText(layer.filename, layer.filenameBytes))],
   }
 }
 
@@ -125,7 +126,28 @@ async function drawFile(
   const own = format === 'qcow2' && formatSpecific?.dataFile === undefined
   const layout = own ? new Layout(range.start, range.length, fileLength) : undefined
   await survey(image, range, layout ? [allocation, layout] : [allocation], session)
-  const svg = drawSvg(allocation, await captionOf(filename, image), layout)
-  if (path === undefined) session.stdout.write(svg)
-  else await writeFile(path, svg)
+  // An XML document is text.
+  const svg = shownText(drawSvg(allocation, await captionOf(filename, image), layout))
+  if (path === undefined) return session.stdout.write(svg)
+  await refuseFilesOf(image, path)
+  await writeFile(toName(path), svg)
+}
+
+/** The picture is not written over what it is of. */
+async function refuseFilesOf(image: Image, path: string): Promise<void> {
+  const identity = async (name: string | Buffer): Promise<string | undefined> => {
+    const found = await stat(name, { bigint: true }).catch(() => undefined)
+    return found && `${found.dev}:${found.ino}`
+  }
+  const written = await identity(toName(path))
+  if (written === undefined) return
+  const files = (await image.chain()).flatMap(({ filename, filenameBytes, formatSpecific }: ImageInfo) => [
+    filenameBytes ?? filename,
+    formatSpecific?.dataFileBytes ?? formatSpecific?.dataFile ?? '',
+  ])
+  for (const name of files) {
+    if ((await identity(name)) === written) {
+      throw new CommandFailure(`'${path}' is a file of the image: the picture is not written over it`)
+    }
+  }
 }

@@ -5,7 +5,7 @@ import { describeError, openFailure } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
 import { formatMeasure, measureJson } from '../format/measure.js'
 import { optionList, outputOption, refuseDriverSyntax } from '../grammar.js'
-import { formatOf, localPath, snapshotOf } from '../images.js'
+import { formatOf, imagePath, snapshotOf } from '../images.js'
 import { parseOptionList } from '../options.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
@@ -85,7 +85,7 @@ async function measureWith(
   try {
     const from = await formatOf(source, options.format, session)
     const snapshot = await snapshotOf(source, from, options.snapshot, options.forceShare, session)
-    return await measure(localPath(source), {
+    return await measure(imagePath(source), {
       ...plan,
       from,
       snapshot,

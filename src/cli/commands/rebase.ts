@@ -1,9 +1,10 @@
 import type { Command } from 'commander'
 import { type CacheMode, Qcow2Error, rebase } from '../../index.js'
-import { describeError, openFailure, openHint } from '../errors.js'
+import { toName } from '../../text.js'
+import { describeError, openFailure, openHint, pathOf } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
 import { cacheMode, oneFile, refuseDriverSyntax, toCacheMode } from '../grammar.js'
-import { formatOf, localPath, withImage } from '../images.js'
+import { formatOf, imagePath, localPath, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
@@ -73,7 +74,7 @@ async function rebaseFile(files: readonly string[], options: RebaseArguments, se
   const choice = { progress: options.progress ?? false, quiet, verb: 'Rebasing', step: 2 }
   const cache: CacheMode = toCacheMode(options.cache)
   await withProgress(session, choice, job =>
-    rebase(localPath(filename), next, {
+    rebase(imagePath(filename), next === null ? null : toName(next), {
       ...job,
       // Unsafe is unsafe: nothing but the name is looked at.
       references,
@@ -106,7 +107,7 @@ function worded(filename: string, backing: string | null, error: unknown): Comma
     return changeFailure(backing, 'Invalid argument', error)
   }
   const reason = describeError(error)
-  const ofImage = error instanceof Qcow2Error && (error.path === undefined || error.path === localPath(filename))
+  const ofImage = error instanceof Qcow2Error && (error.path === undefined || pathOf(error) === localPath(filename))
   if (ofImage || backing === null) return openFailureOr(filename, reason, error)
   const hint = openHint(backing, error, '-F')
   return new CommandFailure(`Could not open new backing file '${backing}': ${reason}`, {

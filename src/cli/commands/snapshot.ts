@@ -1,5 +1,6 @@
 import type { Command } from 'commander'
 import type { Image } from '../../index.js'
+import { exactText, toName } from '../../text.js'
 import { describeError } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
 import { formatSnapshots } from '../format/info.js'
@@ -71,13 +72,13 @@ async function snapshot(filename: string, options: SnapshotArguments, session: S
 
 async function change(image: Image, verb: 'create' | 'apply' | 'delete', named: string): Promise<void> {
   if (verb === 'create') {
-    await image.snapshots.create(named)
+    await image.snapshots.create(toName(named))
   } else if (verb === 'apply') {
-    await image.snapshots.apply(named)
+    await image.snapshots.apply(toName(named))
   } else {
     // Like qemu-img, by name only: a name that looks like another one's id must not delete that one.
-    const found = (await image.snapshots.list()).find(({ name }) => name === named)
+    const found = (await image.snapshots.list()).find(each => exactText(each.name, each.nameBytes) === named)
     if (found === undefined) throw new CommandFailure(`Could not delete snapshot '${named}': snapshot not found`)
-    await image.snapshots.delete(found.id)
+    await image.snapshots.delete(found.idBytes ?? found.id)
   }
 }

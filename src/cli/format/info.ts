@@ -1,5 +1,6 @@
 /** `info` for people. Works on the QAPI document that `--output=json` prints, so that the two never disagree. */
 
+import { encodeText } from '../../text.js'
 import { fields, isList, type Json } from './json.js'
 import { humanSize } from './number.js'
 
@@ -94,7 +95,10 @@ function actualPath(node: InfoDocument): string {
 }
 
 const row = (id: string, tag: string, size: string, date: string, clock: string, icount: string): string =>
-  `${id.padEnd(7)} ${tag.padEnd(16)} ${size.padStart(8)} ${date.padStart(19)} ${clock.padStart(15)} ${icount.padStart(10)}`
+  `${padEnd(id, 7)} ${padEnd(tag, 16)} ${size.padStart(8)} ${date.padStart(19)} ${clock.padStart(15)} ${icount.padStart(10)}`
+
+/** In bytes, as the C library pads. */
+const padEnd = (text: string, width: number): string => text + ' '.repeat(Math.max(0, width - encodeText(text).length))
 
 const SNAPSHOT_HEADER = row('ID', 'TAG', 'VM_SIZE', 'DATE', 'VM_CLOCK', 'ICOUNT')
 

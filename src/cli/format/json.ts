@@ -1,5 +1,7 @@
 /** QAPI documents as qemu-img prints them: its order of fields, four spaces, every character beyond ASCII escaped. */
 
+import { encodeText } from '../../text.js'
+
 export type Json = string | number | boolean | readonly Json[] | { readonly [key: string]: Json | undefined }
 
 /**
@@ -106,8 +108,50 @@ const SHORT_ESCAPES: Readonly<Record<string, string>> = {
   '\t': '\\t',
 }
 
-/** UTF-16 units, not code points: JSON writes what lies beyond the first plane as a pair. */
-const quote = (text: string): string => `"${text.replace(/["\\]|[^ -~]/g, escapeUnit)}"`
+const quote = (text: string): string => `"${toCodePoints(text).map(escapeCodePoint).join('')}"`
 
-const escapeUnit = (unit: string): string =>
-  SHORT_ESCAPES[unit] ?? `\\u${unit.charCodeAt(0).toString(16).toUpperCase().padStart(4, '0')}`
+/** JSON writes what lies beyond the first plane as a pair. */
+function escapeCodePoint(code: number): string {
+  const text = String.fromCodePoint(code)
+  if (code >= 0x20 && code < 0x7f && code !== 0x22 && code !== 0x5c) return text
+  return SHORT_ESCAPES[text] ?? Array.from({ length: text.length }, (_, i) => escapeUnit(text.charCodeAt(i))).join('')
+}
+
+const escapeUnit = (unit: number): string => `\\u${unit.toString(16).toUpperCase().padStart(4, '0')}`
+
+const REPLACEMENT = 0xfffd
+
+/** The characters of a text as QEMU sees its bytes: with one replacement for each stretch that is none. */
+function toCodePoints(text: string): number[] {
+  const bytes = encodeText(text)
+  const found: number[] = []
+  for (let at = 0; at < bytes.length; ) {
+    const { code, length } = codePointAt(bytes, at)
+    found.push(code)
+    at += length
+  }
+  return found
+}
+
+/** The smallest code point that needs as many bytes: two, three and so on, up to the six of early UTF-8. */
+const SMALLEST = [0x80, 0x800, 0x10000, 0x200000, 0x4000000]
+
+function codePointAt(bytes: Buffer, at: number): { code: number; length: number } {
+  const first = bytes[at] ?? 0
+  if (first < 0x80) return { code: first, length: 1 }
+  const length = Math.clz32(~(first << 24))
+  if (length < 2 || length > 6) return { code: REPLACEMENT, length: 1 }
+  let code = first & (0x7f >> length)
+  for (let i = 1; i < length; i++) {
+    const next = bytes[at + i] ?? 0
+    if ((next & 0xc0) !== 0x80) return { code: REPLACEMENT, length: i }
+    code = code * 64 + (next & 0x3f)
+  }
+  // A null byte can be written as two.
+  const shortest = code >= (SMALLEST[length - 2] ?? 0) || (code === 0 && length === 2)
+  return { code: shortest && isCharacter(code) ? code : REPLACEMENT, length }
+}
+
+/** Surrogates are none, and some numbers never will be one. */
+const isCharacter = (code: number): boolean =>
+  code <= 0x10ffff && (code < 0xd800 || code > 0xdfff) && (code < 0xfdd0 || code > 0xfdef) && (code & 0xfffe) !== 0xfffe

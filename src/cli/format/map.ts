@@ -1,6 +1,8 @@
 /** The two listings of `map`, written one extent at a time: an image may have millions. */
 
+import { exactText } from '../../text.js'
 import { CommandFailure } from '../failure.js'
+import { argumentOf } from '../images.js'
 import { hex } from './number.js'
 
 /** One run of guest bytes that are stored alike; lengths and offsets in bytes. */
@@ -17,6 +19,7 @@ export interface MapExtent {
   readonly offset?: number | undefined
   /** That file. */
   readonly filename?: string | undefined
+  readonly filenameBytes?: Uint8Array | undefined
 }
 
 export interface MapWriter {
@@ -32,12 +35,12 @@ export function humanMap(): MapWriter {
   const column = (text: string): string => text.padEnd(16)
   return {
     begin: `${column('Offset')}${column('Length')}${column('Mapped to')}File\n`,
-    extent({ start, length, data, zero, offset, filename }) {
+    extent({ start, length, data, zero, offset, filename = '', filenameBytes }) {
       if (!data || zero) return ''
       if (offset === undefined) {
         throw new CommandFailure('File contains external, encrypted or compressed clusters.')
       }
-      return `${column(hex(start))}${column(hex(length))}${column(hex(offset))}${filename ?? ''}\n`
+      return `${column(hex(start))}${column(hex(length))}${column(hex(offset))}${argumentOf(exactText(filename, filenameBytes))}\n`
     },
     end: '',
   }

@@ -158,6 +158,14 @@ impl NewFile {
         &self.path
     }
 
+    /// Whether this is where `other` goes: two names of one file, or of none that is there yet.
+    pub fn is_where(&self, other: &Self) -> bool {
+        let identity = |path: &Path| std::fs::metadata(path).ok().as_ref().and_then(platform::identity);
+        let same = |a: &Path, b: &Path| identity(a).is_some_and(|id| identity(b) == Some(id));
+        let (a, b) = (self.path(), other.path());
+        a == b || same(a, b) || (a.file_name() == b.file_name() && same(parent(a), parent(b)))
+    }
+
     /// Whether others see the content before `commit`: it then should become an image with its last bytes, durably.
     pub fn is_visible(&self) -> bool {
         matches!(self.place(), Place::Named | Place::InPlace)

@@ -23,7 +23,13 @@ impl Image {
     /// `InvalidArgument` for a bad or taken name or a granularity outside 9..=31; `UnsupportedFeature` in version 2 and
     /// for a disk of no bytes;
     /// `Limit`; else as [`Image::write_at`].
-    pub fn add_bitmap(&self, name: &str, granularity_bits: Option<u8>, enabled: bool) -> Result<()> {
+    pub fn add_bitmap(
+        &self,
+        name: impl AsRef<[u8]>,
+        granularity_bits: Option<u8>,
+        enabled: bool,
+    ) -> Result<()> {
+        let name = name.as_ref();
         let session = begin(self)?;
         let image = session.image;
         if name.is_empty() || name.len() > MAX_BITMAP_NAME {
@@ -39,7 +45,7 @@ impl Image {
             return Err(image.error(ErrorKind::InvalidArgument, message));
         }
         let bits = Bits::new(image.virtual_size(), granularity_bits, image.limits().max_memory)?;
-        session.insert_bitmap(name.as_bytes(), bits, enabled)
+        session.insert_bitmap(name, bits, enabled)
     }
 
     /// Adds a bitmap with these bits, of a disk of this size.
@@ -54,15 +60,16 @@ impl Image {
     ///
     /// # Errors
     /// `NoBitmap`; else as [`Image::write_at`].
-    pub fn remove_bitmap(&self, name: &str) -> Result<()> {
+    pub fn remove_bitmap(&self, name: impl AsRef<[u8]>) -> Result<()> {
+        let name = name.as_ref();
         let session = begin(self)?;
         let image = session.image;
         session.replace_bitmaps(|mut entries| {
             let before = entries.len();
-            entries.retain(|e| e.entry.name != name.as_bytes());
+            entries.retain(|e| e.entry.name != name);
             if entries.len() == before { Err(missing(image, name)) } else { Ok(entries) }
         })?;
-        session.writer.bitmaps.remove(name.as_bytes());
+        session.writer.bitmaps.remove(name);
         Ok(())
     }
 
@@ -70,7 +77,8 @@ impl Image {
     ///
     /// # Errors
     /// `NoBitmap`; `Corrupt` for an inconsistent one; else as [`Image::write_at`].
-    pub fn clear_bitmap(&self, name: &str) -> Result<()> {
+    pub fn clear_bitmap(&self, name: impl AsRef<[u8]>) -> Result<()> {
+        let name = name.as_ref();
         let session = begin(self)?;
         let (bits, enabled) = session.bits_of(name)?;
         // Others: an error leaves those in memory as they are.
@@ -82,7 +90,8 @@ impl Image {
     ///
     /// # Errors
     /// As [`Image::clear_bitmap`].
-    pub fn enable_bitmap(&self, name: &str, enabled: bool) -> Result<()> {
+    pub fn enable_bitmap(&self, name: impl AsRef<[u8]>, enabled: bool) -> Result<()> {
+        let name = name.as_ref();
         let session = begin(self)?;
         let (bits, _) = session.bits_of(name)?;
         session.keep(name, bits, enabled)
@@ -92,7 +101,8 @@ impl Image {
     ///
     /// # Errors
     /// As [`Image::clear_bitmap`]; `InvalidArgument` for a source of a disk of another size.
-    pub fn merge_bitmaps(&self, target: &str, sources: &[Bits]) -> Result<()> {
+    pub fn merge_bitmaps(&self, target: impl AsRef<[u8]>, sources: &[Bits]) -> Result<()> {
+        let target = target.as_ref();
         let session = begin(self)?;
         let (bits, enabled) = session.bits_of(target)?;
         if let Some(odd) = sources.iter().find(|source| source.size() != bits.size()) {
@@ -113,11 +123,12 @@ impl Image {
     ///
     /// # Errors
     /// `NoBitmap`; `Corrupt` for an inconsistent bitmap; `Io`.
-    pub fn bitmap_bits(&self, name: &str) -> Result<Bits> {
+    pub fn bitmap_bits(&self, name: impl AsRef<[u8]>) -> Result<Bits> {
+        let name = name.as_ref();
         let image = qcow2(self)?;
         // Nobody frees what is read, nor gives it to others.
         let _shared = image.writer.as_ref().map(|writer| writer.gate.read());
-        if let Some(tracked) = image.writer.as_ref().and_then(|w| w.bitmaps.find(name.as_bytes())) {
+        if let Some(tracked) = image.writer.as_ref().and_then(|w| w.bitmaps.find(name)) {
             return tracked.bits.resized(tracked.bits.size(), image.limits().max_memory);
         }
         load_consistent(image, name).map(|(bits, _)| bits)
@@ -127,7 +138,7 @@ impl Image {
     ///
     /// # Errors
     /// As [`Image::bitmap_bits`].
-    pub fn bitmap_extents(&self, name: &str) -> Result<Vec<Range<u64>>> {
+    pub fn bitmap_extents(&self, name: impl AsRef<[u8]>) -> Result<Vec<Range<u64>>> {
         Ok(self.bitmap_bits(name)?.extents().collect())
     }
 }
@@ -146,15 +157,17 @@ fn begin(disk: &Image) -> Result<Session<'_>> {
     Ok(session)
 }
 
-fn missing(image: &Qcow2, name: &str) -> Error {
+fn missing(image: &Qcow2, name: &[u8]) -> Error {
+    let name = String::from_utf8_lossy(name);
     image.error(ErrorKind::NoBitmap, format!("no bitmap is named '{name}'"))
 }
 
-fn load_consistent(image: &Qcow2, name: &str) -> Result<(Bits, bool)> {
+fn load_consistent(image: &Qcow2, name: &[u8]) -> Result<(Bits, bool)> {
     let records = image.bitmaps()?;
-    let record = records.iter().find(|r| r.entry.name == name.as_bytes());
+    let record = records.iter().find(|r| r.entry.name == name);
     let entry = &record.ok_or_else(|| missing(image, name))?.entry;
     if entry.flags.contains(BitmapFlags::IN_USE) {
+        let name = String::from_utf8_lossy(name);
         let message = format!("the bitmap '{name}' is inconsistent: it can only be removed");
         return Err(image.error(ErrorKind::Corrupt, message));
     }
@@ -194,17 +207,17 @@ impl Session<'_> {
     }
 
     /// The bits of a consistent bitmap, and whether it is enabled.
-    fn bits_of(&self, name: &str) -> Result<(Arc<Bits>, bool)> {
-        match self.writer.bitmaps.find(name.as_bytes()) {
+    fn bits_of(&self, name: &[u8]) -> Result<(Arc<Bits>, bool)> {
+        match self.writer.bitmaps.find(name) {
             Some(tracked) => Ok((tracked.bits, tracked.enabled)),
             None => load_consistent(self.image, name).map(|(bits, enabled)| (Arc::new(bits), enabled)),
         }
     }
 
     /// Stores changed bits, and follows guest changes with them where the bitmap is enabled.
-    fn keep(&self, name: &str, bits: Arc<Bits>, enabled: bool) -> Result<()> {
+    fn keep(&self, name: &[u8], bits: Arc<Bits>, enabled: bool) -> Result<()> {
         self.replace_bitmaps(|mut entries| {
-            if let Some(entry) = entries.iter_mut().find(|e| e.entry.name == name.as_bytes()) {
+            if let Some(entry) = entries.iter_mut().find(|e| e.entry.name == name) {
                 entry.entry.flags.set(BitmapFlags::AUTO, enabled);
                 entry.entry.flags.set(BitmapFlags::IN_USE, enabled);
                 entry.bits = Some(Arc::clone(&bits));
@@ -213,9 +226,9 @@ impl Session<'_> {
         })?;
         bits.note_stored();
         if enabled {
-            self.writer.bitmaps.put(Tracked { name: name.as_bytes().to_vec(), bits, enabled });
+            self.writer.bitmaps.put(Tracked { name: name.to_vec(), bits, enabled });
         } else {
-            self.writer.bitmaps.remove(name.as_bytes());
+            self.writer.bitmaps.remove(name);
         }
         Ok(())
     }

@@ -18,7 +18,7 @@ pub struct OpenOptions {
     /// Safety limits.
     pub limits: Limits,
     /// Id or name of the internal snapshot to view instead of the active disk.
-    pub snapshot: Option<String>,
+    pub snapshot: Option<Vec<u8>>,
     /// Most bytes of L2 table slices to cache. Default: enough for the whole disk, at most 32 MiB.
     pub l2_cache_bytes: Option<u64>,
     /// Most bytes of inflated clusters to cache. Default: 16 MiB, but at least four clusters.

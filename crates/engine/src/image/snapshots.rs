@@ -67,8 +67,7 @@ fn unreadable(index: u32, error: FormatError) -> Error {
 }
 
 /// Index of the snapshot with this id, else with this name.
-pub(crate) fn find(snapshots: &[SnapshotRecord], wanted: &str) -> Result<usize> {
-    let wanted = wanted.as_bytes();
+pub(crate) fn find(snapshots: &[SnapshotRecord], wanted: &[u8]) -> Result<usize> {
     snapshots
         .iter()
         .position(|s| s.id_text() == wanted)

@@ -205,7 +205,7 @@ impl Session<'_> {
                 Record::Keep { index, rename } => {
                     let mut entry = made.snapshot(*index)?.clone();
                     if let Some(name) = rename {
-                        entry.name = name.clone().into_bytes();
+                        entry.name.clone_from(name);
                     }
                     kept.push(*index);
                     entry
@@ -245,8 +245,8 @@ impl Session<'_> {
             l1_table_offset: HostOffset(self.writer.l1_offset()),
             // At most 4 Mi entries: the format's limit.
             l1_size: self.image.mapping.read().l1.len() as u32,
-            id: new.id.clone().into_bytes(),
-            name: new.name.clone().into_bytes(),
+            id: new.id.clone(),
+            name: new.name.clone(),
             date_sec: new.date_sec,
             date_nsec: new.date_nsec,
             vm_clock_nsec: new.vm_clock_nsec,

@@ -13,9 +13,9 @@ pub enum Tree {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NewSnapshot {
     /// Unique id.
-    pub id: String,
+    pub id: Vec<u8>,
     /// Name.
-    pub name: String,
+    pub name: Vec<u8>,
     /// Seconds since the Epoch.
     pub date_sec: u32,
     /// Nanoseconds.
@@ -36,7 +36,7 @@ pub enum Record {
         /// Index in the table that the plan was made for.
         index: usize,
         /// The new name, if it changes.
-        rename: Option<String>,
+        rename: Option<Vec<u8>>,
     },
     /// A new entry.
     New(NewSnapshot),

@@ -26,7 +26,7 @@ pub(crate) const KEPT: &str = "kept";
 impl Contents {
     pub(crate) fn of(rig: &Rig, files: &[Sparse]) -> Self {
         let open = |snapshot: Option<String>| {
-            let read = OpenOptions { snapshot, ..OpenOptions::default() };
+            let read = OpenOptions { snapshot: snapshot.map(Into::into), ..OpenOptions::default() };
             rig.open_state(files, &Opening { read, write: None }).unwrap()
         };
         let image = open(None);

@@ -34,7 +34,7 @@ pub(crate) fn disks(storage: &Arc<dyn Storage>, data: Option<&Path>) -> Vec<Resu
         .concat()
         .into_iter()
         .map(|snapshot| {
-            let options = OpenOptions { snapshot, ..OpenOptions::default() };
+            let options = OpenOptions { snapshot: snapshot.map(Into::into), ..OpenOptions::default() };
             let mut layer = Qcow2::open(storage.clone(), &options)?;
             if let Some(data) = data {
                 layer.set_data_file(Arc::new(FileStorage::open(data, Access::ReadOnly)?));

@@ -1,0 +1,61 @@
+/** Every place where bytes of a name become text, or text bytes: what it does with those that are not UTF-8. */
+
+import { readdirSync, readFileSync } from 'node:fs'
+import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { describe, expect, it } from 'vitest'
+
+const root = fileURLToPath(new URL('../..', import.meta.url))
+
+const FOR_PEOPLE = 'a message shows replacement characters; nothing is looked up or opened by it'
+const EXACT = 'keeps every byte: unit/text.test.ts, api/names.test.ts'
+const TAKES_APART = 'takes strings apart that keep every byte'
+const OURS = 'no name of a user: the package, the program, a magic number'
+
+const RUST: Readonly<Record<string, string>> = {
+  'crates/engine/src/bitmap/copy.rs': FOR_PEOPLE,
+  'crates/engine/src/bitmap/manage.rs': FOR_PEOPLE,
+  'crates/engine/src/check/bitmaps.rs': FOR_PEOPLE,
+  'crates/engine/src/check/snapshots.rs': FOR_PEOPLE,
+  'crates/engine/src/error.rs': FOR_PEOPLE,
+  'crates/engine/src/image/bitmaps.rs': FOR_PEOPLE,
+  'crates/engine/src/image/qcow2.rs': FOR_PEOPLE,
+  'crates/engine/src/image/snapshots.rs': FOR_PEOPLE,
+  'crates/engine/src/inspect.rs': FOR_PEOPLE,
+  'crates/engine/src/write/resize.rs': FOR_PEOPLE,
+  'crates/format/src/header/feature.rs': FOR_PEOPLE,
+  'crates/node/src/panics.rs': 'in no addon that is shipped',
+  'crates/node/src/text.rs': `${EXACT}; on Windows a path that is no Unicode is refused`,
+}
+
+const TYPESCRIPT: Readonly<Record<string, string>> = {
+  'src/backing/formats.ts': OURS,
+  'src/cli.ts': 'arguments with replacement characters are read again from /proc: cli/names.test.ts',
+  'src/cli/commands/commit.ts': TAKES_APART,
+  'src/cli/commands/create.ts': TAKES_APART,
+  'src/cli/main.ts': OURS,
+  'src/native.ts': OURS,
+  'src/text.ts': EXACT,
+}
+
+/** Files below a folder that have a match. */
+function matching(folder: string, ending: string, pattern: RegExp): string[] {
+  const entries = readdirSync(join(root, folder), { recursive: true, encoding: 'utf8' })
+  const files = entries.filter(name => name.endsWith(ending)).map(name => `${folder}/${name.replaceAll('\\', '/')}`)
+  return files.filter(file => pattern.test(readFileSync(join(root, file), 'utf8')))
+}
+
+describe('a conversion between bytes and text', () => {
+  it.each(['crates/node/src', 'crates/engine/src', 'crates/format/src'])(
+    'in %s is one of those that are known',
+    folder => {
+      const found = matching(folder, '.rs', /from_utf8|to_string_lossy|into_string\(\)|\.to_str\(\)|\.display\(\)/)
+      expect(found.sort()).toEqual(Object.keys(RUST).filter(file => file.startsWith(folder)))
+    },
+  )
+
+  it('in src is one of those that are known', () => {
+    const pattern = /TextDecoder|node:path|\.toString\(\)|\.toString\('|process\.cwd|process\.argv/
+    expect(matching('src', '.ts', pattern).sort()).toEqual(Object.keys(TYPESCRIPT))
+  })
+})
