@@ -119,8 +119,7 @@ impl CloneOrder {
         let create = self.shape.options(image.virtual_size());
         create.validate()?;
         let file = target.start()?;
-        let data = self.shape.data_file.as_deref();
-        let data = data.map(|name| target.start_data_file(&file, name)).transpose()?;
+        let data = target.start_data_file(&file, &self.shape)?;
         let window = if self.small_window { Window::Qemu4KiB } else { Window::Full };
         let qcow2 = CloneTarget::Qcow2 {
             storage: file.storage(),

@@ -193,8 +193,7 @@ impl ConvertJob {
         let create = self.shape.options(source.virtual_size());
         create.validate()?;
         let file = target.start()?;
-        let data = self.shape.data_file.as_deref();
-        let data = data.map(|name| target.start_data_file(&file, name)).transpose()?;
+        let data = target.start_data_file(&file, &self.shape)?;
         let qcow2 = ConvertTarget::Qcow2 {
             storage: file.storage(),
             data_file: data.as_ref().map(NewFile::storage),

@@ -45,15 +45,17 @@ impl Target {
         NewFile::create(&self.path, self.overwrite, &self.in_use)
     }
 
-    /// Starts the external data file that goes with it. Its name is as the process sees it.
-    pub(crate) fn start_data_file(&self, image: &NewFile, name: &str) -> Result<NewFile> {
-        let file = NewFile::create(name, self.overwrite, &self.in_use)?;
+    /// Starts the external data file that a shape names, as the process sees the name.
+    pub(crate) fn start_data_file(&self, image: &NewFile, shape: &Shape) -> Result<Option<NewFile>> {
+        let Some(name) = &shape.data_file else { return Ok(None) };
+        let overwrite = if shape.keep_data_file == Some(true) { Overwrite::Keep } else { self.overwrite };
+        let file = NewFile::create(name, overwrite, &self.in_use)?;
         if file.path() == image.path() {
             let message = "the external data file cannot be the image itself";
             let error = Error::new(ErrorKind::InvalidArgument, message);
             return Err(error.with_field("data_file").with_path(file.path()));
         }
-        Ok(file)
+        Ok(Some(file))
     }
 }
 
@@ -89,7 +91,7 @@ fn run(target: &Target, size: u64, shape: &Shape, job: &Arc<Job>) -> Result<()> 
     let options = shape.options(size);
     options.validate()?;
     let file = target.start()?;
-    let data = shape.data_file.as_deref().map(|name| target.start_data_file(&file, name)).transpose()?;
+    let data = target.start_data_file(&file, shape)?;
     create(file.storage(), data.as_ref().map(NewFile::storage), &options, job)?;
     // The image last: it is not there without its data.
     data.map(NewFile::commit).transpose()?;

@@ -21,6 +21,8 @@ pub enum Overwrite {
     Refuse,
     /// Replace a file, write over a device.
     Replace,
+    /// Write into what is there, which must be.
+    Keep,
 }
 
 /// Links that are followed before a path counts as a loop, as the kernel does.
@@ -57,14 +59,16 @@ impl NewFile {
     /// none of them.
     ///
     /// # Errors
-    /// `Io` with `EEXIST` if the target exists and is not to be replaced, `EISDIR` for a directory, or what
+    /// `Io` with `EEXIST` if the target exists and is not to be replaced, `ENOENT` if one that is to be kept does not, `EISDIR` for a directory, or what
     /// the system reports; `InvalidArgument` for a target that is one of `in_use` or is no disk; `Locked` for one
     /// that another process is using.
     pub fn create(path: impl AsRef<Path>, overwrite: Overwrite, in_use: &[(u64, u64)]) -> Result<Self> {
         let given = path.as_ref();
         let path = resolve(given).map_err(|e| Error::io(e, "readlink").with_path(given))?;
         match std::fs::metadata(&path) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Self::create_absent(path),
+            Err(e) if e.kind() == io::ErrorKind::NotFound && overwrite != Overwrite::Keep => {
+                Self::create_absent(path)
+            }
             Err(e) => Err(Error::io(e, "stat").with_path(path)),
             Ok(metadata) => {
                 if platform::identity(&metadata).is_some_and(|id| in_use.contains(&id)) {
@@ -83,6 +87,7 @@ impl NewFile {
                     return Err(Error::io(platform::already_exists(), "open").with_path(path));
                 }
                 match kind {
+                    _ if overwrite == Overwrite::Keep => Self::in_place(path),
                     FileKind::BlockDevice => Self::in_place(path),
                     _ => Self::create_over(path, &metadata),
                 }

@@ -7,6 +7,7 @@ pub(super) mod alignment;
 pub(super) mod byte_lock;
 mod copy;
 mod file;
+mod limits;
 mod space;
 mod transfer;
 mod unnamed;
@@ -14,6 +15,7 @@ mod unnamed;
 #[cfg(unix)]
 pub(super) use copy::{clone_range, copy_range};
 pub(super) use file::{FileKind, already_exists, identity, is_a_directory, kind, open, too_many_links};
+pub(super) use limits::{device_limits, page_size};
 pub(super) use space::{
     allocate, allocate_ahead, allocated_bytes, discard, gains_by_allocating_ahead, run_at, write_zeroes,
 };
