@@ -2,6 +2,7 @@
 
 import type { Command, Option } from 'commander'
 import { UsageFailure } from './failure.js'
+import { isLater } from './grammar.js'
 
 /** The arguments of a command with the names of their long options in full. */
 export function expandOptions(args: readonly string[], command: Command): string[] {
@@ -25,7 +26,10 @@ function expand(written: string, command: Command): string {
   const [name = '', value] = written.split(/=(.*)/s, 2)
   const known = [...command.options.flatMap(option => option.long ?? []), '--help']
   if (known.includes(name)) return written
-  const meant = known.filter(option => option.startsWith(name))
+  const begun = known.filter(option => option.startsWith(name))
+  const added = new Set(command.options.filter(isLater).map(option => option.long))
+  const older = begun.filter(option => !added.has(option))
+  const meant = older.length > 0 ? older : begun
   if (meant.length > 1) {
     const list = meant.map(option => `'${option}'`).join(' ')
     throw new UsageFailure(`option '${name}' is ambiguous; possibilities: ${list}`)

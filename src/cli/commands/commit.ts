@@ -4,7 +4,7 @@ import type { Command } from 'commander'
 import { type CacheMode, commit, type ImageInfo } from '../../index.js'
 import { describeError, openFailure } from '../errors.js'
 import { CommandFailure } from '../failure.js'
-import { cacheMode, oneFile, rateLimit, refuseDriverSyntax, toCacheMode } from '../grammar.js'
+import { alias, cacheMode, oneFile, rateLimit, refuseDriverSyntax, toCacheMode } from '../grammar.js'
 import { formatOf, localPath, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
@@ -34,6 +34,7 @@ export function declareCommit(program: Command, run: Runner): void {
     .option('-r, --rate <rate>', 'bytes per second, at most', rateLimit)
     .option('-p, --progress', 'show the progress, also without a terminal')
     .option('-q, --quiet', 'print nothing but errors')
+  alias(command, '--rate', '--rate-limit')
   refuseDriverSyntax(command)
   command.action((files: string[], options: CommitArguments) => run(session => commitFile(files, options, session)))
 }

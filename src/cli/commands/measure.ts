@@ -88,7 +88,10 @@ async function measured(source: string | bigint, options: MeasureArguments, sess
 
 function parseShape({ options }: MeasureArguments, target: 'qcow2' | 'raw') {
   try {
-    return parseOptionList(options ?? '', optionSpecs(target))
+    const values = parseOptionList(options ?? '', optionSpecs(target))
+    // Whose bytes the data file has does not matter to the size of the image.
+    values.delete('keep_data_file')
+    return values
   } catch (error) {
     if (!(error instanceof CommandFailure)) throw error
     throw new CommandFailure(`${error.message}\nInvalid options for file format '${target}'`, { cause: error })

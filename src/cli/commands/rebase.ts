@@ -2,7 +2,7 @@ import type { Command } from 'commander'
 import { type CacheMode, Qcow2Error, rebase } from '../../index.js'
 import { describeError, openFailure } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
-import { cacheMode, oneFile, refuseDriverSyntax, toCacheMode } from '../grammar.js'
+import { alias, cacheMode, oneFile, refuseDriverSyntax, toCacheMode } from '../grammar.js'
 import { formatOf, localPath, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
@@ -50,6 +50,9 @@ export function declareRebase(program: Command, run: Runner): void {
     .option('-U, --force-share', 'as qemu-img takes it: backing files are shared with other readers anyway')
     .option('-p, --progress', 'show the progress, also without a terminal')
     .option('-q, --quiet', 'print nothing but errors')
+  alias(command, '--backing-format', '-B')
+  alias(command, '--source-cache', '--backing-cache')
+  alias(command, '--unsafe', '--backing-unsafe')
   refuseDriverSyntax(command)
   command.action((files: string[], options: RebaseArguments) => run(session => rebaseFile(files, options, session)))
 }
