@@ -21,7 +21,7 @@ if (haveQemu) await Promise.all([images(ours), images(theirs)])
 /** getopt names the command, and formats that are not here are named, too. */
 const worded = (text: string): string =>
   text
-    .replace(/^qemu-img \w+:/, 'qemu-img:')
+    .replace(/^\S*qemu-img \w+:/, 'qemu-img:')
     .replace(/\nTry .*/s, '\n')
     .replace(' (formats are qcow2 and raw)', '')
 
