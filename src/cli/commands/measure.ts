@@ -4,7 +4,7 @@ import { optionSpecs, targetFormat, toCreateOptions } from '../create-options.js
 import { describeError, openFailure } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
 import { formatMeasure, measureJson } from '../format/measure.js'
-import { optionList, outputOption, refuseDriverSyntax } from '../grammar.js'
+import { alias, optionList, outputOption, refuseDriverSyntax } from '../grammar.js'
 import { formatOf, localPath, snapshotOf } from '../images.js'
 import { parseOptionList } from '../options.js'
 import type { Runner } from '../program.js'
@@ -35,6 +35,8 @@ export function declareMeasure(program: Command, run: Runner): void {
     .option('-l, --snapshot <snapshot>', 'measure this internal snapshot of FILENAME')
     .option('-U, --force-share', 'open an image that another process uses')
     .addOption(outputOption('human', 'json'))
+  alias(command, '--options', '--target-format-options')
+  alias(command, '--format', '--source-format')
   refuseDriverSyntax(command)
   command.action((files: string[], options: MeasureArguments) => run(session => show(files, options, session)))
 }
