@@ -97,6 +97,19 @@ export class Bitmaps {
   }
 
   /**
+   * Removes all bitmaps in one step, also inconsistent ones: a crash leaves all or none. An image without bitmaps, also a raw one, stays as
+   * it is.
+   *
+   * @throws {@link Qcow2Error} `ERR_QCOW2_READ_ONLY`
+   */
+  async removeAll(options?: Abortable): Promise<void> {
+    const { signal } = readOptions(options, 'Bitmaps.removeAll', ABORTABLE)
+    await this.#owner.change('Bitmaps.removeAll', signal, () =>
+      request<void>((number, addon) => addon.removeAllBitmaps(number, this.#owner.image)),
+    )
+  }
+
+  /**
    * Makes all bytes clean.
    *
    * @throws {@link Qcow2Error} `ERR_QCOW2_NO_BITMAP`; `ERR_QCOW2_CORRUPT` for an inconsistent bitmap; `ERR_QCOW2_READ_ONLY`

@@ -15,7 +15,7 @@ export { type ConvertOptions, type ConvertResult, convert, type SourceOptions } 
 export { type CreateOptions, create } from './create.js'
 export { AbortError, type ErrorPlace, Qcow2Error, type Qcow2ErrorCode, type SystemErrorCode } from './errors.js'
 export { Image, type OpenOptions, open, type ReadOptions } from './image.js'
-export type { BitmapInfo, ImageInfo, Qcow2SpecificInfo, SnapshotInfo } from './info.js'
+export type { BitmapInfo, BlockLimits, ImageInfo, Qcow2SpecificInfo, SnapshotInfo } from './info.js'
 export { type Finding, type FindingCode, type Inspection, type InspectOptions, inspect } from './inspect.js'
 export type { MapEntry, MapOptions } from './map.js'
 export { type MeasureOptions, type MeasureResult, measure } from './measure.js'

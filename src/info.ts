@@ -60,6 +60,26 @@ export interface Qcow2SpecificInfo {
   readonly bitmaps?: readonly BitmapInfo[]
 }
 
+/** What requests should look like, as QAPI's `BlockLimitsInfo`: bytes, absent where there is no such limit. */
+export interface BlockLimits {
+  /** Multiple that offsets and lengths must be of. */
+  readonly requestAlignment: number
+  /** Multiple at which discarding works best. */
+  readonly discardAlignment?: number
+  /** Multiple at which writing zeroes works best. */
+  readonly writeZeroesAlignment?: number
+  /** Most bytes that a device takes at once. */
+  readonly maxHwTransfer?: number
+  /** Most pieces of memory in one request: a number, not bytes. */
+  readonly maxIov: number
+  /** Most pieces of memory that a device takes at once: a number, not bytes. */
+  readonly maxHwIov?: number
+  /** Multiple that addresses of buffers must be of for the file to be read without a copy. */
+  readonly minMemAlignment: number
+  /** Multiple that addresses of buffers should be of. */
+  readonly optMemAlignment: number
+}
+
 /** One layer of an image, as QAPI's `ImageInfo`. Sizes are bytes. */
 export interface ImageInfo {
   /** The file as it was opened; empty where only a descriptor is known. */
@@ -91,6 +111,8 @@ export interface ImageInfo {
   readonly snapshots: readonly SnapshotInfo[]
   /** Absent for raw. */
   readonly formatSpecific?: Qcow2SpecificInfo
+  /** What requests on the disk should look like, and those on its file. They depend on how the image is opened: `cache`. */
+  readonly limits: { readonly disk: BlockLimits; readonly file: BlockLimits }
 }
 
 type NativeQcow2Info = NonNullable<NativeLayerInfo['qcow2']>
@@ -101,10 +123,11 @@ export async function layersInfo(image: number): Promise<ImageInfo[]> {
   return layers.map(toImageInfo)
 }
 
-function toImageInfo({ qcow2, filename, ...layer }: NativeLayerInfo): ImageInfo {
+function toImageInfo({ qcow2, filename, limits, ...layer }: NativeLayerInfo): ImageInfo {
   return {
     ...layer,
     ...shown('filename', filename),
+    limits: toLimits(limits, qcow2),
     dirtyFlag: qcow2?.dirty ?? false,
     encrypted: qcow2?.encryption !== undefined,
     snapshots: (qcow2?.snapshots ?? []).map(({ id, name, ...snapshot }) => ({
@@ -117,6 +140,42 @@ function toImageInfo({ qcow2, filename, ...layer }: NativeLayerInfo): ImageInfo 
       ...backingInfo(qcow2, filename),
       formatSpecific: specificInfo(qcow2),
     }),
+  }
+}
+
+/** Pieces of memory that the system takes in one request. */
+const MAX_IOV = 1024
+/** A cluster with extended L2 entries has so many subclusters. */
+const SUBCLUSTERS = 32
+
+function toLimits(file: NativeLayerInfo['limits'], qcow2: NativeQcow2Info | undefined): ImageInfo['limits'] {
+  const { maxTransfer, maxSegments, zeroesAlignment, requestAlignment, memoryAlignment } = file
+  // A device's rule can be finer than what a request must be anyway.
+  const discardAlignment =
+    file.discardAlignment === undefined ? undefined : Math.max(file.discardAlignment, requestAlignment)
+  const common = {
+    ...(maxTransfer !== undefined && { maxHwTransfer: maxTransfer }),
+    maxIov: MAX_IOV,
+    ...(maxSegments !== undefined && { maxHwIov: maxSegments }),
+    minMemAlignment: memoryAlignment,
+    optMemAlignment: Math.max(memoryAlignment, file.pageSize),
+  }
+  const device = discardAlignment === undefined ? {} : { discardAlignment }
+  const own =
+    qcow2 === undefined
+      ? device
+      : {
+          discardAlignment: qcow2.clusterSize,
+          writeZeroesAlignment: qcow2.extendedL2 ? qcow2.clusterSize / SUBCLUSTERS : qcow2.clusterSize,
+        }
+  return {
+    disk: { requestAlignment: 1, ...own, ...common },
+    file: {
+      requestAlignment,
+      ...device,
+      ...(zeroesAlignment !== undefined && { writeZeroesAlignment: zeroesAlignment }),
+      ...common,
+    },
   }
 }
 

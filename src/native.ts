@@ -97,6 +97,15 @@ export interface NativeLayerInfo {
   readonly virtualSize: number
   readonly actualSize: number
   readonly fileLength: number
+  readonly limits: {
+    readonly requestAlignment: number
+    readonly memoryAlignment: number
+    readonly pageSize: number
+    readonly maxTransfer?: number
+    readonly maxSegments?: number
+    readonly discardAlignment?: number
+    readonly zeroesAlignment?: number
+  }
   readonly qcow2?: {
     readonly version: 2 | 3
     readonly clusterSize: number
@@ -168,6 +177,7 @@ export interface NativeShape {
   /** The file that `dataFile` means. */
   dataPath?: string | undefined
   dataFileRaw?: boolean | undefined
+  keepDataFile?: boolean | undefined
 }
 
 export interface NativeConvertJob {
@@ -395,6 +405,7 @@ export interface Addon {
   /** `granularity` 0 is the default. */
   addBitmap(request: number, image: number, name: string, granularity: number, enabled: boolean): void
   removeBitmap(request: number, image: number, name: string): void
+  removeAllBitmaps(request: number, image: number): void
   clearBitmap(request: number, image: number, name: string): void
   enableBitmap(request: number, image: number, name: string, enabled: boolean): void
   mergeBitmaps(

@@ -18,7 +18,7 @@ export interface OverlayOptions extends Abortable {
    */
   backingFile?: Name | undefined
   /** Shape of the overlay. Its disk has the size of the image, and its data is in it. */
-  create?: Omit<Qcow2Shape, 'backingFile' | 'backingFormat' | 'dataFile' | 'dataFileRaw'> | undefined
+  create?: Omit<Qcow2Shape, 'backingFile' | 'backingFormat' | 'dataFile' | 'dataFileRaw' | 'keepDataFile'> | undefined
 }
 
 const OVERLAY = { ...ABORTABLE, backingFile: storedName, create: shape } as const
@@ -26,7 +26,7 @@ const OVERLAY = { ...ABORTABLE, backingFile: storedName, create: shape } as cons
 /** Reads the arguments. */
 export function readOverlayOptions(path: PathLike, options: OverlayOptions | undefined): ReadOverlay {
   const read = readOptions(options, 'Image.createOverlay', OVERLAY)
-  for (const name of ['backingFile', 'backingFormat', 'dataFile', 'dataFileRaw'] as const) {
+  for (const name of ['backingFile', 'backingFormat', 'dataFile', 'dataFileRaw', 'keepDataFile'] as const) {
     if (read.create?.[name] !== undefined) {
       throw invalidArgument(name, `Image.createOverlay: create.${name} is not for an overlay of an open image`)
     }

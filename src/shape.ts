@@ -39,6 +39,12 @@ export interface Qcow2Shape {
   dataFile?: Name | undefined
   /** The data file is to be a valid raw image by itself. */
   dataFileRaw?: boolean | undefined
+  /**
+   * The data file is there already and is not overwritten: its bytes are the new disk's, and it only grows where it is shorter. A conversion
+   * writes its disk over them, in place, so that a failure leaves a part of it there. Needs `dataFileRaw` or `preallocation: 'metadata'`, so
+   * that all of it is mapped. Default false.
+   */
+  keepDataFile?: boolean | undefined
 }
 
 /** The table entries of {@link Qcow2Shape}. */
@@ -54,6 +60,7 @@ export const SHAPE = {
   backingFormat: format,
   dataFile: storedName,
   dataFileRaw: flag,
+  keepDataFile: flag,
 } as const
 
 /** {@link Qcow2Shape}, checked. */
@@ -64,7 +71,7 @@ export const shape: Reader<ReadShape> = (value, name) => readOptions(value, name
 
 /** Checks what the options of a shape demand of each other; the rules of the format are the engine's. */
 export function toNativeShape(owner: string, format: Format, read: ReadShape): NativeShape {
-  const { backingFile, backingFormat, dataFile, dataFileRaw } = read
+  const { backingFile, backingFormat, dataFile, dataFileRaw, keepDataFile } = read
   if (format === 'raw') {
     const foreign = Object.entries(read).find(([name, value]) => name !== 'preallocation' && value !== undefined)
     if (foreign !== undefined) throw invalidArgument(foreign[0], `${owner}: a raw image has no ${foreign[0]}`)
@@ -78,6 +85,9 @@ export function toNativeShape(owner: string, format: Format, read: ReadShape): N
   }
   if (dataFileRaw && dataFile === undefined) {
     throw invalidArgument('dataFileRaw', `${owner}: dataFileRaw needs dataFile`)
+  }
+  if (keepDataFile && dataFile === undefined) {
+    throw invalidArgument('keepDataFile', `${owner}: keepDataFile needs dataFile`)
   }
   return { ...read, format, ...(dataFile !== undefined && { dataPath: dataPathOf(owner, dataFile) }) }
 }

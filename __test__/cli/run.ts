@@ -16,6 +16,13 @@ export interface Outcome {
   readonly stderr: string
 }
 
+/** QEMU's tools that the environment names in place of those on the path. */
+const PROGRAMS: Readonly<Record<string, string | undefined>> = {
+  'qemu-img': process.env['QEMU_IMG_PROG'],
+  'qemu-io': process.env['QEMU_IO_PROG'],
+}
+const program = (name: string): string => PROGRAMS[name] ?? name
+
 /** Runs a program to its end, in `cwd`; both of its streams are pipes. */
 export function execute(
   file: string,
@@ -25,7 +32,7 @@ export function execute(
 ): Promise<Outcome> {
   return new Promise(resolve => {
     const child = execFile(
-      file,
+      program(file),
       args,
       { cwd, env: { ...process.env, LC_ALL: 'C', ...env }, maxBuffer: 64 << 20 },
       (_, stdout, stderr) => resolve({ code: child.exitCode, signal: child.signalCode, stdout, stderr }),
@@ -49,8 +56,8 @@ export const asQemuImg = (args: readonly string[], folder: string, cwd = folder)
   execute(process.execPath, [join(folder, 'qemu-img'), ...args], cwd)
 
 const required = process.env['QCOW2_REQUIRE_QEMU'] === '1'
-const found = spawnSync('qemu-img', ['--version'], { encoding: 'utf8' })
-export const haveQemu = found.status === 0 && spawnSync('qemu-io', ['--version']).status === 0
+const found = spawnSync(program('qemu-img'), ['--version'], { encoding: 'utf8' })
+export const haveQemu = found.status === 0 && spawnSync(program('qemu-io'), ['--version']).status === 0
 
 /** Tests that need QEMU: skipped where it is absent, in plain sight, and failed where it is required. */
 export function describeWithQemu(name: string, tests: () => void): void {
@@ -58,3 +65,6 @@ export function describeWithQemu(name: string, tests: () => void): void {
   if (!haveQemu) process.stderr.write(`SKIPPED (no qemu-img): ${name}\n`)
   describe.skipIf(!haveQemu)(name, tests)
 }
+
+/** The major version of qemu-img; 0 where there is none. */
+export const qemuVersion = Number(/version (\d+)/.exec(found.stdout ?? '')?.[1] ?? 0)

@@ -35,6 +35,11 @@ const QCOW2_OPTIONS: readonly OptionSpec[] = [
     help: 'Compression method used for image cluster compression',
     fallback: 'zlib',
   },
+  {
+    name: 'keep_data_file',
+    type: 'bool',
+    help: 'Assume the external data file already exists and do not overwrite it',
+  },
   { name: 'size', type: 'size', help: 'Virtual disk size' },
   { name: 'compat', type: 'string', help: 'Compatibility level (v2 [0.10] or v3 [1.1])' },
   { name: 'backing_file', type: 'string', help: 'File name of a base image' },
@@ -131,6 +136,8 @@ function toShape(values: OptionValues, options: Qcow2Shape): Qcow2Shape {
   if (dataFile !== undefined) options.dataFile = toName(dataFile)
   const dataFileRaw = values.get('data_file_raw')
   if (typeof dataFileRaw === 'boolean') options.dataFileRaw = dataFileRaw
+  const keepDataFile = values.get('keep_data_file')
+  if (typeof keepDataFile === 'boolean') options.keepDataFile = keepDataFile
   return options
 }
 

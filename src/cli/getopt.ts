@@ -5,6 +5,7 @@
 
 import type { Command, Option } from 'commander'
 import { OptionFailure } from './failure.js'
+import { isLater } from './grammar.js'
 
 /** Whether a word that begins with a dash is an operand all the same; `operands` are those before it. */
 export type IsOperand = (word: string, operands: readonly string[]) => boolean
@@ -40,7 +41,11 @@ export function arrange(args: readonly string[], command: Command, isOperand: Is
 function long(word: string, next: string | undefined, command: Command): Taken {
   const [written = '', value] = word.split(/=(.*)/s, 2)
   const known = [...command.options.flatMap(option => option.long ?? []), '--help']
-  const meant = known.includes(written) ? [written] : known.filter(option => option.startsWith(written))
+  const begun = known.filter(option => option.startsWith(written))
+  // What newer versions added does not make a word of the older ones ambiguous.
+  const added = new Set(command.options.filter(isLater).map(option => option.long))
+  const older = begun.filter(option => !added.has(option))
+  const meant = known.includes(written) ? [written] : older.length > 0 ? older : begun
   if (meant.length > 1) {
     const list = meant.map(option => `'${option}'`).join(' ')
     throw new OptionFailure(`option '${word}' is ambiguous; possibilities: ${list}`)

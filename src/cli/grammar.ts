@@ -34,6 +34,32 @@ export function refuseDriverSyntax(command: Command): void {
   refuse(command, '--image-opts', 'images are given by file name')
 }
 
+const laterOptions = new WeakSet<Option>()
+
+/** Whether newer versions of qemu-img have this option only: it must not make an older one's abbreviation ambiguous. */
+export const isLater = (option: Option): boolean => laterOptions.has(option)
+
+/** An option that newer versions of qemu-img have beside those of the older ones. */
+export function later(command: Command, option: Option): void {
+  laterOptions.add(option)
+  command.addOption(option)
+}
+
+/** Other spellings of an option of this command, as newer versions of qemu-img have them. */
+export function alias(command: Command, of: string, ...spellings: readonly string[]): void {
+  const meant = command.options.find(option => option.long === of)
+  if (meant === undefined) throw new Error(`no option ${of}`)
+  for (const spelling of spellings) {
+    const option = new Option(meant.required ? `${spelling} <value>` : spelling).hideHelp()
+    // Parsed as the option that it means; its own name has no value.
+    if (meant.parseArg !== undefined) option.argParser(meant.parseArg)
+    later(command, option)
+    command.on(`option:${option.name()}`, () => {
+      command.setOptionValue(meant.attributeName(), command.getOptionValue(option.attributeName()))
+    })
+  }
+}
+
 const CACHE_MODES = ['none', 'writeback', 'unsafe', 'directsync', 'writethrough', 'off']
 
 /** A cache mode by QEMU's names. */

@@ -58,7 +58,7 @@ export async function formatOf(filename: string, requested: string | undefined, 
   )
 }
 
-export interface Request extends Pick<OpenOptions, 'snapshot' | 'references' | 'forceShare' | 'flags'> {
+export interface Request extends Pick<OpenOptions, 'snapshot' | 'references' | 'forceShare' | 'flags' | 'cache'> {
   readonly filename: string
   readonly format: string | undefined
   /** Of a failure to open. Default 1. */
@@ -69,11 +69,11 @@ export interface Request extends Pick<OpenOptions, 'snapshot' | 'references' | '
 
 /** Opens an image and everything below it, runs `work` on it, and closes it whatever happens. */
 export async function withImage<T>(
-  { filename, format, exitCode, formatOption, snapshot, forceShare, flags, references = 'allow' }: Request,
+  { filename, format, exitCode, formatOption, references = 'allow', ...how }: Request,
   session: Session,
   work: (image: Image) => Promise<T>,
 ): Promise<T> {
-  const image = await openImage(filename, format, { snapshot, references, forceShare, flags }, session).catch(error => {
+  const image = await openImage(filename, format, { ...how, references }, session).catch(error => {
     throw session.signal.aborted ? error : openFailure(filename, error, exitCode, formatOption)
   })
   try {
@@ -86,7 +86,7 @@ export async function withImage<T>(
 async function openImage(
   filename: string,
   requested: string | undefined,
-  options: Pick<OpenOptions, 'snapshot' | 'references' | 'forceShare' | 'flags'>,
+  options: Pick<OpenOptions, 'snapshot' | 'references' | 'forceShare' | 'flags' | 'cache'>,
   session: Session,
 ): Promise<Image> {
   const format = await formatOf(filename, requested, session)

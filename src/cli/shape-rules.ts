@@ -14,6 +14,19 @@ function badClusterSize({ clusterSize = 65536 }: Qcow2Shape): boolean {
 
 /** Whether a shape breaks a rule, and what is said then. In the order in which QEMU looks at them: the first one counts. */
 const RULES: readonly (readonly [broken: (shape: Qcow2Shape) => boolean | undefined, message: string])[] = [
+  [
+    ({ keepDataFile, dataFile }) => keepDataFile && dataFile === undefined,
+    "Must not use 'keep_data_file=on' without 'data_file'",
+  ],
+  [
+    ({ keepDataFile, preallocation }) => keepDataFile && (preallocation === 'falloc' || preallocation === 'full'),
+    "Preallocating more than only metadata would overwrite the external data file's content and is therefore incompatible with " +
+      "'keep_data_file=on'",
+  ],
+  [
+    shape => shape.keepDataFile && !shape.dataFileRaw && !preallocates(shape),
+    "'keep_data_file=on' requires 'preallocation=metadata' or 'data_file_raw=on', or the file contents will not be visible",
+  ],
   [shape => isV2(shape) && shape.extendedL2, `Extended L2 entries are only supported with ${NEEDS_V3}`],
   [badClusterSize, 'Cluster size must be a power of two between 512 and 2048k'],
   [

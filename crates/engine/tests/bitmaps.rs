@@ -101,7 +101,9 @@ fn writes_of_either_tool_are_recorded() {
         merged.insert(0, 0..65536);
         assert_eq!(seen_by_qemu(&qemu, &path, "ours", "64k"), merged, "{options}");
         let image = open(&path);
-        image.remove_bitmap("ours").unwrap();
+        image.add_bitmap("another", None, true).unwrap();
+        image.remove_all_bitmaps().unwrap();
+        image.remove_all_bitmaps().unwrap();
         image.close().unwrap();
         qemu.assert_clean(&path);
         assert!(qemu.info_json(&path)["format-specific"]["data"]["bitmaps"].is_null(), "{options}");

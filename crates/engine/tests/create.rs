@@ -223,6 +223,7 @@ fn contradictions_are_refused_and_nothing_is_written() {
     let base = CreateOptions { size: 1 << 20, ..Default::default() };
     let backing = Some(Backing { filename: b"base".to_vec(), format: None });
     let raw = Some(DataFile { filename: b"data".to_vec(), raw: true });
+    let plain = Some(DataFile { filename: b"data".to_vec(), raw: false });
     let long = |length| Some(Backing { filename: vec![b'x'; length], format: None });
     let cases = [
         ("version", CreateOptions { version: 4, ..base.clone() }),
@@ -238,7 +239,6 @@ fn contradictions_are_refused_and_nothing_is_written() {
         ("extended_l2", CreateOptions { extended_l2: true, version: 2, ..base.clone() }),
         ("lazy_refcounts", CreateOptions { lazy_refcounts: true, version: 2, ..base.clone() }),
         ("data_file", CreateOptions { data_file: raw.clone(), version: 2, ..base.clone() }),
-        ("data_file_raw", CreateOptions { data_file: raw, backing: backing.clone(), ..base.clone() }),
         (
             "data_file",
             CreateOptions {
@@ -246,6 +246,18 @@ fn contradictions_are_refused_and_nothing_is_written() {
                 ..base.clone()
             },
         ),
+        ("keep_data_file", CreateOptions { keep_data_file: true, ..base.clone() }),
+        ("keep_data_file", CreateOptions { keep_data_file: true, data_file: plain, ..base.clone() }),
+        (
+            "keep_data_file",
+            CreateOptions {
+                keep_data_file: true,
+                data_file: raw.clone(),
+                preallocation: Preallocation::Falloc,
+                ..base.clone()
+            },
+        ),
+        ("data_file_raw", CreateOptions { data_file: raw, backing: backing.clone(), ..base.clone() }),
         ("preallocation", CreateOptions { preallocation: Preallocation::Full, backing, ..base.clone() }),
         ("backing_file", CreateOptions { backing: long(0), ..base.clone() }),
         ("backing file name", CreateOptions { backing: long(1024), ..base.clone() }),
@@ -264,6 +276,34 @@ fn contradictions_are_refused_and_nothing_is_written() {
         assert!(matches!(error.kind(), ErrorKind::InvalidArgument | ErrorKind::Limit), "{error:?}");
         assert_eq!(storage.size().unwrap(), 0);
     }
+}
+
+#[test]
+fn a_kept_data_file_is_only_made_longer() {
+    let raw = |raw| Some(DataFile { filename: b"data".to_vec(), raw });
+    for (raw_file, preallocation) in [(true, Preallocation::Off), (false, Preallocation::Metadata)] {
+        let held: Vec<u8> = (1..=u8::MAX).cycle().take(100_000).collect();
+        for (length, expected) in [(held.len(), 1 << 20), (0, 1 << 20)] {
+            let data = Arc::new(MemoryStorage::from_bytes(&held[..length]));
+            let options = CreateOptions {
+                size: 1 << 20,
+                data_file: raw(raw_file),
+                keep_data_file: true,
+                preallocation,
+                ..Default::default()
+            };
+            create(Arc::new(MemoryStorage::new()), Some(data.clone()), &options, &Job::new()).unwrap();
+            let now = data.to_vec();
+            assert_eq!(now.len(), expected);
+            assert!(now[..length] == held[..length] && now[length..].iter().all(|byte| *byte == 0));
+        }
+    }
+    // Nothing is cut off.
+    let data = Arc::new(MemoryStorage::from_bytes(&[7; 3 << 20]));
+    let options =
+        CreateOptions { size: 1 << 20, data_file: raw(true), keep_data_file: true, ..Default::default() };
+    create(Arc::new(MemoryStorage::new()), Some(data.clone()), &options, &Job::new()).unwrap();
+    assert!(data.to_vec() == vec![7; 3 << 20]);
 }
 
 #[test]

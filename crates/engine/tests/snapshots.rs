@@ -211,7 +211,7 @@ fn names_are_bytes() {
         let storage = Arc::new(FileStorage::open(&path, Access::ReadOnly).unwrap());
         let options = OpenOptions { snapshot: Some(name.to_vec()), ..OpenOptions::default() };
         let view = Qcow2::open(storage, &options).unwrap();
-        assert_eq!(read_all(&Image::new(vec![Layer::Qcow2(Box::new(view))]).unwrap())[0], number);
+        assert_eq!(read_all(&Image::new(vec![Box::new(view)]).unwrap())[0], number);
     }
     let storage = Arc::new(FileStorage::open(&path, Access::ReadOnly).unwrap());
     let options = OpenOptions { snapshot: Some(b"caf\xea".to_vec()), ..OpenOptions::default() };

@@ -38,6 +38,12 @@ pub fn remove_bitmap(env: Env, request: u32, image: u32, name: Text) -> napi::Re
     change(&env, request, image, move |image| image.remove_bitmap(name.as_bytes()))
 }
 
+/// Removes all bitmaps.
+#[napi(catch_unwind)]
+pub fn remove_all_bitmaps(env: Env, request: u32, image: u32) -> napi::Result<()> {
+    change(&env, request, image, |image| image.remove_all_bitmaps())
+}
+
 /// Clears a bitmap.
 #[napi(catch_unwind)]
 pub fn clear_bitmap(env: Env, request: u32, image: u32, name: Text) -> napi::Result<()> {

@@ -53,8 +53,9 @@ impl Target {
             return Ok((content.with_room(|room| self.start(room))?, None));
         };
         let image = self.start(&Room::LITTLE)?;
+        let overwrite = if shape.keep_data_file == Some(true) { Overwrite::Keep } else { self.overwrite };
         let data =
-            content.with_room(|room| NewFile::create_with_room(&path, self.overwrite, &self.in_use, room))?;
+            content.with_room(|room| NewFile::create_with_room(&path, overwrite, &self.in_use, room))?;
         if data.is_where(&image) {
             let message = "the external data file cannot be the image itself";
             let error = Error::new(ErrorKind::InvalidArgument, message);

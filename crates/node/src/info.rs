@@ -7,6 +7,7 @@ use qcow2_engine::format::header::feature::{Compatible, Incompatible};
 use qcow2_engine::format::header::{CompressionType, CryptMethod};
 use qcow2_engine::format::{Header, SnapshotRecord};
 use qcow2_engine::image::BitmapRecord;
+use qcow2_engine::storage::IoLimits;
 use qcow2_engine::{Layer, LayerExt, Qcow2, Result, StorageExt};
 
 use crate::runtime::Runtime;
@@ -25,8 +26,44 @@ pub struct LayerInfo {
     pub actual_size: f64,
     /// Bytes of the file.
     pub file_length: f64,
+    /// What requests on its file should look like.
+    pub limits: FileLimits,
     /// What only qcow2 has.
     pub qcow2: Option<Qcow2Info>,
+}
+
+/// What requests on a file should look like, in bytes.
+#[napi(object, object_from_js = false)]
+pub struct FileLimits {
+    /// Of offsets and lengths.
+    pub request_alignment: u32,
+    /// Of addresses.
+    pub memory_alignment: u32,
+    /// Of memory.
+    pub page_size: u32,
+    /// A device's.
+    pub max_transfer: Option<u32>,
+    /// A device's: a number, not bytes.
+    pub max_segments: Option<u32>,
+    /// A device's.
+    pub discard_alignment: Option<u32>,
+    /// A device's.
+    pub zeroes_alignment: Option<u32>,
+}
+
+impl From<IoLimits> for FileLimits {
+    fn from(limits: IoLimits) -> Self {
+        let IoLimits { request_alignment, memory_alignment, page_size, device } = limits;
+        Self {
+            request_alignment,
+            memory_alignment,
+            page_size,
+            max_transfer: device.max_transfer,
+            max_segments: device.max_segments,
+            discard_alignment: device.discard_alignment,
+            zeroes_alignment: device.zeroes_alignment,
+        }
+    }
 }
 
 /// What the header of a qcow2 layer says.
@@ -124,6 +161,7 @@ impl LayerInfo {
             virtual_size: layer.virtual_size() as f64,
             actual_size: actual as f64,
             file_length: storage.size()? as f64,
+            limits: storage.io_limits().into(),
             qcow2: layer.as_qcow2().map(Qcow2Info::new).transpose()?,
         })
     }

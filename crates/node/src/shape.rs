@@ -39,6 +39,8 @@ pub struct Shape {
     pub data_path: Option<Text>,
     /// Readable on its own.
     pub data_file_raw: Option<bool>,
+    /// The data file exists, and keeps its bytes.
+    pub keep_data_file: Option<bool>,
 }
 
 impl Shape {
@@ -76,6 +78,7 @@ impl Shape {
                 filename: filename.clone().into_bytes(),
                 format: self.backing_format.clone().map(Text::into_bytes),
             }),
+            keep_data_file: self.keep_data_file.unwrap_or(defaults.keep_data_file),
             data_file: self.data_file.as_ref().map(|filename| DataFile {
                 filename: filename.clone().into_bytes(),
                 raw: self.data_file_raw.unwrap_or(false),

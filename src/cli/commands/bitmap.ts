@@ -1,16 +1,19 @@
-import type { Command } from 'commander'
+import { type Command, Option } from 'commander'
 import type { Image } from '../../index.js'
 import { toName } from '../../text.js'
 import { describeError } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
-import { refuseDriverSyntax } from '../grammar.js'
+import { later, refuseDriverSyntax } from '../grammar.js'
 import { withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import type { Session } from '../session.js'
 import { sizeArgument, toSize } from '../size.js'
 
 /** One thing to do; several are done in the order of the command line. */
-type Action = { readonly verb: 'add' | 'remove' | 'clear' | 'enable' | 'disable' | 'merge'; readonly source?: string }
+type Action = {
+  readonly verb: 'add' | 'remove' | 'remove-all' | 'clear' | 'enable' | 'disable' | 'merge'
+  readonly source?: string
+}
 
 interface BitmapArguments {
   readonly format?: string
@@ -25,8 +28,10 @@ export function declareBitmap(program: Command, run: Runner): void {
     .command('bitmap')
     .summary('add, remove or change a persistent bitmap')
     .description('Change a persistent bitmap of an image. Several actions are carried out in the order given.')
-    .usage('[options] (--add | --remove | --clear | --enable | --disable | --merge SOURCE)... FILENAME BITMAP')
-    .argument('[files...]', 'the image and the name of the bitmap')
+    .usage(
+      '[options] (--add | --remove | --remove-all | --clear | --enable | --disable | --merge SOURCE)... FILENAME [BITMAP]',
+    )
+    .argument('[files...]', 'the image and the name of the bitmap; --remove-all alone takes no name')
     .option('-f, --format <fmt>', 'format of the image: qcow2 (default: what it looks like)')
     .option('-g, --granularity <size>', 'with --add: bytes that one bit stands for (0: as without -g)')
     .option('-b, --source-file <file>', 'with --merge: the image that has the source bitmap')
@@ -43,6 +48,8 @@ export function declareBitmap(program: Command, run: Runner): void {
     command.option(`--${verb}`, what)
     command.on(`option:${verb}`, () => actions.push({ verb: verb as keyof typeof flags }))
   }
+  later(command, new Option('--remove-all', 'remove all bitmaps of the image'))
+  command.on('option:remove-all', () => actions.push({ verb: 'remove-all' }))
   command.option('--merge <source>', 'mark in it what is dirty in another bitmap')
   command.on('option:merge', (source: string) => actions.push({ verb: 'merge', source }))
   refuseDriverSyntax(command)
@@ -57,11 +64,14 @@ async function bitmap(
   options: BitmapArguments,
   session: Session,
 ): Promise<number> {
-  const [filename, name, excess] = files
   const verbs = actions.map(({ verb }) => verb)
   if (verbs.length === 0) {
-    throw new UsageFailure('Need at least one of --add, --remove, --clear, --enable, --disable, or --merge')
+    throw new UsageFailure(
+      'Need at least one of --add, --remove, --remove-all, --clear, --enable, --disable, or --merge',
+    )
   }
+  const named = verbs.some(verb => verb !== 'remove-all')
+  const [filename, name = '', ...excess] = files
   if (options.granularity !== undefined && !verbs.includes('add')) {
     throw new UsageFailure('granularity only supported with --add')
   }
@@ -71,23 +81,27 @@ async function bitmap(
   if (options.sourceFormat !== undefined && options.sourceFile === undefined) {
     throw new UsageFailure('-F only supported with -b')
   }
-  if (filename === undefined || name === undefined || excess !== undefined) {
-    throw new UsageFailure('Expecting filename and bitmap name')
+  if (filename === undefined || excess.length > 0 || named !== files.length > 1) {
+    throw new UsageFailure(named ? 'Expecting filename and bitmap name' : 'Expecting filename')
   }
   const granularity = options.granularity === undefined ? undefined : sizeArgument('granularity', options.granularity)
   const bitmapName = toName(name)
+  const act = ({ verb, source: from = '' }: Action, image: Image, source: Image): Promise<void> => {
+    if (verb === 'remove-all') return image.bitmaps.removeAll()
+    if (verb === 'add') return image.bitmaps.add(bitmapName, granularity ? { granularity: toSize(granularity) } : {})
+    if (verb === 'merge') {
+      return image.bitmaps.merge(bitmapName, [{ bitmaps: source.bitmaps, name: toName(from) }])
+    }
+    return image.bitmaps[verb](bitmapName)
+  }
   const perform = async (image: Image, source: Image) => {
-    for (const { verb, source: from = '' } of actions) {
-      const work =
-        verb === 'add'
-          ? image.bitmaps.add(bitmapName, granularity ? { granularity: toSize(granularity) } : {})
-          : verb === 'merge'
-            ? image.bitmaps.merge(bitmapName, [{ bitmaps: source.bitmaps, name: toName(from) }])
-            : image.bitmaps[verb](bitmapName)
-      await work.catch(error => {
+    for (const action of actions) {
+      const { verb } = action
+      await act(action, image, source).catch(error => {
         if (session.signal.aborted) throw error
         const reason = describeError(error)
-        throw new CommandFailure(`Operation ${verb} on bitmap ${name} failed: ${reason}`, { cause: error })
+        const what = verb === 'remove-all' ? verb : `${verb} on bitmap ${name}`
+        throw new CommandFailure(`Operation ${what} failed: ${reason}`, { cause: error })
       })
     }
   }

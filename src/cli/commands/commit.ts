@@ -5,7 +5,7 @@ import { type CacheMode, commit, type ImageInfo } from '../../index.js'
 import { exactText, toName } from '../../text.js'
 import { describeError, openFailure } from '../errors.js'
 import { CommandFailure } from '../failure.js'
-import { cacheMode, oneFile, rateLimit, refuseDriverSyntax, toCacheMode } from '../grammar.js'
+import { alias, cacheMode, oneFile, rateLimit, refuseDriverSyntax, toCacheMode } from '../grammar.js'
 import { formatOf, imagePath, localPath, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
@@ -35,6 +35,7 @@ export function declareCommit(program: Command, run: Runner): void {
     .option('-r, --rate <rate>', 'bytes per second, at most', rateLimit)
     .option('-p, --progress', 'show the progress, also without a terminal')
     .option('-q, --quiet', 'print nothing but errors')
+  alias(command, '--rate', '--rate-limit')
   refuseDriverSyntax(command)
   command.action((files: string[], options: CommitArguments) => run(session => commitFile(files, options, session)))
 }

@@ -12,7 +12,7 @@ import { exactText } from '../../text.js'
 import { describeFormat, optionSpecs, targetFormat, toCreateOptions } from '../create-options.js'
 import { describeError, openFailure, pathOf } from '../errors.js'
 import { CommandFailure, unsupported } from '../failure.js'
-import { cacheMode, optionList, rateLimit, refuse, refuseDriverSyntax, wholeNumber } from '../grammar.js'
+import { alias, cacheMode, optionList, rateLimit, refuse, refuseDriverSyntax, wholeNumber } from '../grammar.js'
 import { formatOf, imagePath, localPath, snapshotOf, withImage } from '../images.js'
 import { asksForHelp, type OptionValue, type OptionValues, parseOptionList } from '../options.js'
 import type { Runner } from '../program.js'
@@ -101,6 +101,10 @@ export function declareConvert(program: Command, run: Runner): void {
     .option('-r, --rate <rate>', 'bytes per second, at most', rateLimit)
     .option('-p, --progress', 'show the progress, also without a terminal')
     .option('-q, --quiet', 'print nothing but errors')
+  alias(command, '--target-options', '--target-format-options')
+  alias(command, '--source-snapshot', '--snapshot')
+  alias(command, '--backing', '-b')
+  alias(command, '--rate', '--rate-limit')
   refuseDriverSyntax(command)
   refuse(command, '--target-image-opts', 'images are given by file name')
   command.action((files: string[], options: ConvertArguments & { concurrency?: number }) =>

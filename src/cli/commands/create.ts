@@ -5,7 +5,7 @@ import { toName } from '../../text.js'
 import { describeFormat, optionSpecs, sizeOption, targetFormat, toCreateOptions } from '../create-options.js'
 import { describeError } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
-import { optionList, refuse } from '../grammar.js'
+import { alias, optionList, refuse } from '../grammar.js'
 import { argumentOf, formatOf, localPath, withImage } from '../images.js'
 import { asksForHelp, describeOptions, type OptionValue, parseOptionList } from '../options.js'
 import type { Runner } from '../program.js'
@@ -35,6 +35,7 @@ export function declareCreate(program: Command, run: Runner): void {
     .option('-F, --backing-format <fmt>', 'format of the backing file')
     .option('-u, --backing-unsafe', 'do not open the backing file')
     .option('-q, --quiet', 'print nothing but errors')
+  alias(command, '--backing-format', '-B')
   refuse(command, '--object <objdef>', 'this version does not write encrypted images')
   command.action((files: string[], options: CreateArguments) => run(session => createImage(files, options, session)))
 }

@@ -3,7 +3,7 @@ import { convert, type Format } from '../../index.js'
 import { targetFormat } from '../create-options.js'
 import { describeError } from '../errors.js'
 import { CommandFailure } from '../failure.js'
-import { refuseDriverSyntax } from '../grammar.js'
+import { alias, refuseDriverSyntax } from '../grammar.js'
 import { formatOf, imagePath, localPath, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
@@ -41,6 +41,7 @@ export function declareDd(program: Command, run: Runner): void {
     .option('-f, --format <fmt>', 'format of the image: qcow2 or raw (default: what it looks like)')
     .option('-O, --target-format <fmt>', 'format of the target: qcow2 or raw', 'raw')
     .option('-U, --force-share', 'open an image that another process uses')
+  alias(command, '--target-format', '--output-format')
   refuseDriverSyntax(command)
   command.action((operands: string[], options: DdArguments) => run(session => dd(operands, options, session)))
 }

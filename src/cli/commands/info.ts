@@ -1,12 +1,13 @@
-import type { Command } from 'commander'
-import type { ImageInfo } from '../../index.js'
+import { stat } from 'node:fs/promises'
+import { type Command, Option } from 'commander'
+import type { BlockLimits, ImageInfo } from '../../index.js'
 import { exactText } from '../../text.js'
 import { CommandFailure } from '../failure.js'
 import { formatInfo, type InfoDocument } from '../format/info.js'
 import { toJson } from '../format/json.js'
 import { snapshotDocuments } from '../format/snapshots.js'
-import { oneFile, outputOption, refuseDriverSyntax } from '../grammar.js'
-import { argumentOf, shownName, withImage } from '../images.js'
+import { cacheMode, later, oneFile, outputOption, refuseDriverSyntax, toCacheMode } from '../grammar.js'
+import { argumentOf, localPath, shownName, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import type { Session } from '../session.js'
 
@@ -15,6 +16,8 @@ interface InfoArguments {
   readonly output?: string
   readonly backingChain?: boolean
   readonly forceShare?: boolean
+  readonly cache?: string
+  readonly limits?: boolean
 }
 
 export function declareInfo(program: Command, run: Runner): void {
@@ -28,6 +31,8 @@ export function declareInfo(program: Command, run: Runner): void {
     .option('-b, --backing-chain', 'show every image of the backing chain')
     .option('-U, --force-share', 'open an image that another process uses')
     .addOption(outputOption('human', 'json'))
+  later(command, new Option('--limits', 'show what requests on the image should look like'))
+  later(command, new Option('-t, --cache <mode>', 'cache mode that the limits are for').argParser(cacheMode('cache')))
   refuseDriverSyntax(command)
   command.action((files: string[], options: InfoArguments) =>
     run(session => showInfo(oneFile(files), options, session)),
@@ -45,16 +50,20 @@ async function showInfo(filename: string, options: InfoArguments, session: Sessi
 async function collect(top: string, options: InfoArguments, session: Session): Promise<InfoDocument[]> {
   const documents: InfoDocument[] = []
   const seen = new Set<string>()
-  const { forceShare } = options
+  const { forceShare, limits = false } = options
+  const cache = options.cache === undefined ? undefined : toCacheMode(options.cache)
   let next: { filename: string; format: string | undefined } | undefined = { filename: top, format: options.format }
   while (next !== undefined) {
     const { filename, format }: { filename: string; format: string | undefined } = next
     if (seen.has(filename)) throw new CommandFailure(`Backing file '${filename}' creates an infinite loop.`)
     seen.add(filename)
-    const info: ImageInfo = await withImage({ filename, format, references: 'layer', forceShare }, session, image =>
-      image.info(),
+    const info: ImageInfo = await withImage(
+      { filename, format, references: 'layer', forceShare, cache },
+      session,
+      image => image.info(),
     )
-    documents.push(infoDocument(shownName(filename), info))
+    const document = infoDocument(shownName(filename), info, await protocolOf(localPath(filename)))
+    documents.push(limits ? withLimits(document, info, format === undefined) : document)
     next = options.backingChain ? below(info) : undefined
   }
   return documents
@@ -71,8 +80,15 @@ function below(info: ImageInfo): { filename: string; format: string | undefined 
   return { filename: argumentOf(filename), format: info.backingFilenameFormat }
 }
 
+/** QEMU's name of what holds an image. */
+const protocolOf = (path: string): Promise<string> =>
+  stat(path).then(
+    stats => (stats.isBlockDevice() ? 'host_device' : 'file'),
+    () => 'file',
+  )
+
 /** The QAPI document of one image: names with dashes, and the file that holds it as a node of its own. */
-function infoDocument(filename: string, info: ImageInfo): InfoDocument {
+function infoDocument(filename: string, info: ImageInfo, protocol: string): InfoDocument {
   const specific = info.formatSpecific
   return {
     filename,
@@ -91,7 +107,7 @@ function infoDocument(filename: string, info: ImageInfo): InfoDocument {
     ...(info.backingFilenameFormat !== undefined && { 'backing-filename-format': info.backingFilenameFormat }),
     ...(info.snapshots.length > 0 && { snapshots: snapshotDocuments(info.snapshots) }),
     ...(specific && { 'format-specific': { type: specific.type, data: specificData(specific) } }),
-    children: [{ name: 'file', info: fileDocument(filename, info) }],
+    children: [{ name: 'file', info: fileDocument(filename, info, protocol) }],
   }
 }
 
@@ -103,6 +119,28 @@ const fullName = (stored: string, info: ImageInfo): string =>
 
 /** A data file by the name of the file. */
 const dataFileName = (stored: string): string => (stored.startsWith('file:') ? shownName(stored) : stored)
+
+/** With what QEMU calls block limits, of the disk and of its file. A raw disk whose format was guessed takes whole sectors only. */
+function withLimits(document: InfoDocument, { format, limits }: ImageInfo, guessed: boolean): InfoDocument {
+  const { disk, file } = limits
+  const requestAlignment = format === 'raw' && guessed ? Math.max(512, disk.requestAlignment) : disk.requestAlignment
+  return {
+    ...document,
+    limits: limitsDocument({ ...disk, requestAlignment }),
+    children: document.children.map(child => ({ ...child, info: { ...child.info, limits: limitsDocument(file) } })),
+  }
+}
+
+const limitsDocument = (limits: BlockLimits) => ({
+  'request-alignment': limits.requestAlignment,
+  'discard-alignment': limits.discardAlignment,
+  'write-zeroes-alignment': limits.writeZeroesAlignment,
+  'max-hw-transfer': limits.maxHwTransfer,
+  'max-iov': limits.maxIov,
+  'max-hw-iov': limits.maxHwIov,
+  'min-mem-alignment': limits.minMemAlignment,
+  'opt-mem-alignment': limits.optMemAlignment,
+})
 
 const specificData = (specific: NonNullable<ImageInfo['formatSpecific']>) => ({
   compat: specific.compat,
@@ -122,10 +160,10 @@ const specificData = (specific: NonNullable<ImageInfo['formatSpecific']>) => ({
   })),
 })
 
-const fileDocument = (filename: string, info: ImageInfo): InfoDocument => ({
+const fileDocument = (filename: string, info: ImageInfo, protocol: string): InfoDocument => ({
   children: [],
   filename,
-  format: 'file',
+  format: protocol,
   // QEMU counts a file in whole sectors.
   'virtual-size': Math.ceil(info.fileLength / 512) * 512,
   'actual-size': info.actualSize,

@@ -4,7 +4,7 @@ import { optionSpecs, targetFormat, toCreateOptions } from '../create-options.js
 import { describeError, openFailure } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
 import { formatMeasure, measureJson } from '../format/measure.js'
-import { optionList, outputOption, refuseDriverSyntax } from '../grammar.js'
+import { alias, optionList, outputOption, refuseDriverSyntax } from '../grammar.js'
 import { formatOf, imagePath, snapshotOf } from '../images.js'
 import { parseOptionList } from '../options.js'
 import type { Runner } from '../program.js'
@@ -36,6 +36,8 @@ export function declareMeasure(program: Command, run: Runner): void {
     .option('-l, --snapshot <snapshot>', 'measure this internal snapshot of FILENAME')
     .option('-U, --force-share', 'open an image that another process uses')
     .addOption(outputOption('human', 'json'))
+  alias(command, '--options', '--target-format-options')
+  alias(command, '--format', '--source-format')
   refuseDriverSyntax(command)
   command.action((files: string[], options: MeasureArguments) => run(session => show(files, options, session)))
 }
@@ -99,7 +101,10 @@ async function measureWith(
 
 function parseShape({ options }: MeasureArguments, target: 'qcow2' | 'raw') {
   try {
-    return parseOptionList(options ?? '', optionSpecs(target))
+    const values = parseOptionList(options ?? '', optionSpecs(target))
+    // Whose bytes the data file has does not matter to the size of the image.
+    values.delete('keep_data_file')
+    return values
   } catch (error) {
     if (!(error instanceof CommandFailure)) throw error
     throw new CommandFailure(`${error.message}\nInvalid options for file format '${target}'`, { cause: error })

@@ -3,7 +3,7 @@ import { type CacheMode, Qcow2Error, rebase } from '../../index.js'
 import { toName } from '../../text.js'
 import { describeError, openFailure, openHint, pathOf } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
-import { cacheMode, oneFile, refuseDriverSyntax, toCacheMode } from '../grammar.js'
+import { alias, cacheMode, oneFile, refuseDriverSyntax, toCacheMode } from '../grammar.js'
 import { formatOf, imagePath, localPath, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
@@ -51,6 +51,9 @@ export function declareRebase(program: Command, run: Runner): void {
     .option('-U, --force-share', 'as qemu-img takes it: backing files are shared with other readers anyway')
     .option('-p, --progress', 'show the progress, also without a terminal')
     .option('-q, --quiet', 'print nothing but errors')
+  alias(command, '--backing-format', '-B')
+  alias(command, '--source-cache', '--backing-cache')
+  alias(command, '--unsafe', '--backing-unsafe')
   refuseDriverSyntax(command)
   command.action((files: string[], options: RebaseArguments) => run(session => rebaseFile(files, options, session)))
 }

@@ -30,6 +30,7 @@ export interface InfoDocument {
   readonly 'full-backing-filename'?: string
   readonly 'backing-filename-format'?: string
   readonly snapshots?: readonly SnapshotDocument[]
+  readonly limits?: { readonly [key: string]: Json | undefined }
   readonly 'format-specific'?: { readonly type: string; readonly data: { readonly [key: string]: Json | undefined } }
   readonly children: readonly { readonly name: string; readonly info: InfoDocument }[]
 }
@@ -43,6 +44,8 @@ function formatNode(node: InfoDocument, depth: number, path: string): string {
   // Below the image, a node without children is the file that stores it: no disk of its own.
   const protocol = depth > 0 && node.children.length === 0
   const lines = [...sizeLines(node, protocol), ...detailLines(node)].map(line => `${indent}${line}\n`)
+  const limits = fields(node.limits ?? {})
+  if (limits.length > 0) lines.push(`${indent}Block limits:\n`, ...dumpFields(limits, depth + 1))
   const specific = fields(node['format-specific']?.data ?? {})
   if (specific.length > 0) lines.push(`${indent}Format specific information:\n`, ...dumpFields(specific, depth + 1))
   for (const child of node.children) {

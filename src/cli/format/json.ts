@@ -9,6 +9,15 @@ export type Json = string | number | boolean | readonly Json[] | { readonly [key
  * serves all documents: within each of them it gives QEMU's order.
  */
 const FIELD_ORDER = [
+  'write-zeroes-alignment',
+  'request-alignment',
+  'min-mem-alignment',
+  'max-hw-transfer',
+  'discard-alignment',
+  'opt-mem-alignment',
+  'max-iov',
+  'max-hw-iov',
+  'limits',
   'ivgen-alg',
   'compat',
   'icount',

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use parking_lot::{Mutex, RwLock};
 
 use super::range_lock::RangeLock;
-use super::{Claim, Locking, Run, Storage, Traits};
+use super::{Claim, IoLimits, Locking, Run, Storage, Traits};
 use crate::{Mem, MemMut, Result};
 
 /// Bytes per bounce buffer at least: large enough that the copy, not the call, is the cost.
@@ -426,6 +426,10 @@ impl Storage for DirectStorage {
 
     fn traits(&self) -> Traits {
         Traits { alignment: 1, memory_alignment: 1, ..self.inner.traits() }
+    }
+
+    fn io_limits(&self) -> IoLimits {
+        self.inner.io_limits()
     }
 
     fn path(&self) -> Option<&Path> {

@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 use super::lock::ImageLock;
 use super::platform::alignment::{self, Alignment};
 use super::platform::{self, FileKind};
-use super::{CacheMode, Claim, DirectStorage, Locking, Run, Storage, Traits};
+use super::{CacheMode, Claim, DeviceLimits, DirectStorage, IoLimits, Locking, Run, Storage, Traits};
 use crate::{Error, ErrorKind, Mem, MemMut, Result};
 
 /// How to open a file.
@@ -318,6 +318,17 @@ impl Storage for FileStorage {
 
     fn traits(&self) -> Traits {
         self.traits
+    }
+
+    fn io_limits(&self) -> IoLimits {
+        let Traits { alignment, memory_alignment, block_device, .. } = self.traits;
+        let mut device =
+            if block_device { platform::device_limits(&self.file) } else { DeviceLimits::default() };
+        if self.cache.is_direct() {
+            // Every request is as aligned as the device wants it.
+            device.zeroes_alignment = None;
+        }
+        IoLimits { request_alignment: alignment, memory_alignment, page_size: platform::page_size(), device }
     }
 
     fn path(&self) -> Option<&Path> {

@@ -54,6 +54,32 @@ pub struct Traits {
     pub identity: Option<(u64, u64)>,
 }
 
+/// What requests on a file should look like, in bytes; absent where there is no rule or nothing is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct IoLimits {
+    /// Multiple that offsets and lengths must be of.
+    pub request_alignment: u32,
+    /// Multiple that addresses of buffers must be of.
+    pub memory_alignment: u32,
+    /// Bytes of a page of memory.
+    pub page_size: u32,
+    /// What the device does with these.
+    pub device: DeviceLimits,
+}
+
+/// What a block device says of its queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct DeviceLimits {
+    /// Most bytes of one transfer.
+    pub max_transfer: Option<u32>,
+    /// Most pieces of memory of one transfer.
+    pub max_segments: Option<u32>,
+    /// Multiple that frees space when it is discarded.
+    pub discard_alignment: Option<u32>,
+    /// Multiple that the device zeroes by itself.
+    pub zeroes_alignment: Option<u32>,
+}
+
 /// One random-access file.
 pub trait Storage: Send + Sync + fmt::Debug {
     /// Reads into `buf` from `offset`; returns how many bytes, which can be fewer than asked.
@@ -118,6 +144,12 @@ pub trait Storage: Send + Sync + fmt::Debug {
     }
     /// What it is and wants.
     fn traits(&self) -> Traits;
+    /// What its requests should look like.
+    fn io_limits(&self) -> IoLimits {
+        let Traits { alignment, memory_alignment, .. } = self.traits();
+        let device = DeviceLimits::default();
+        IoLimits { request_alignment: alignment, memory_alignment, page_size: platform::page_size(), device }
+    }
     /// Its path, for messages and for references relative to it.
     fn path(&self) -> Option<&Path> {
         None

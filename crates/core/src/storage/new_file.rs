@@ -28,6 +28,8 @@ pub enum Overwrite {
     Refuse,
     /// Replace a file, write over a device.
     Replace,
+    /// Write into what is there, which must be.
+    Keep,
 }
 
 /// The space that a new file will take, for one that replaces another.
@@ -89,7 +91,7 @@ impl NewFile {
     /// none of them.
     ///
     /// # Errors
-    /// `Io` with `EEXIST` if the target exists and is not to be replaced, `EISDIR` for a directory, or what
+    /// `Io` with `EEXIST` if the target exists and is not to be replaced, `ENOENT` if one that is to be kept does not, `EISDIR` for a directory, or what
     /// the system reports; `InvalidArgument` for a target that is one of `in_use` or is no disk; `Locked` for one
     /// that another process is using.
     pub fn create(path: impl AsRef<Path>, overwrite: Overwrite, in_use: &[(u64, u64)]) -> Result<Self> {
@@ -114,14 +116,16 @@ impl NewFile {
             Resolved::OpenFile(path) => (path, true),
         };
         let metadata = match std::fs::metadata(&path) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound && !open_file => return Self::create_absent(path),
+            Err(e) if e.kind() == io::ErrorKind::NotFound && !open_file && overwrite != Overwrite::Keep => {
+                return Self::create_absent(path);
+            }
             metadata => metadata.map_err(|e| Error::io(e, "stat").with_path(&path))?,
         };
         let kind = check_existing(&path, &metadata, overwrite, in_use)?;
         // A file that may not be written must not be replaced by way of its directory.
         let storage = FileStorage::open(&path, Access::ReadWrite)?;
         storage.lock(Claim::CREATOR, Locking::Auto)?;
-        let renamed = kind == FileKind::Regular && !open_file;
+        let renamed = kind == FileKind::Regular && !open_file && overwrite != Overwrite::Keep;
         if let Some((file, finish)) =
             renamed.then(|| start_over(&path, &storage, room)).transpose()?.flatten()
         {
@@ -275,7 +279,7 @@ fn check_existing(
     }
     match overwrite {
         Overwrite::Refuse => Err(Error::io(platform::already_exists(), "open").with_path(path)),
-        Overwrite::Replace => Ok(kind),
+        Overwrite::Replace | Overwrite::Keep => Ok(kind),
     }
 }
 

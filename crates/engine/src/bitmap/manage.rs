@@ -73,6 +73,22 @@ impl Image {
         Ok(())
     }
 
+    /// Removes all bitmaps at once, also inconsistent ones. A disk that can have none has none.
+    ///
+    /// # Errors
+    /// As [`Image::write_at`].
+    pub fn remove_all_bitmaps(&self) -> Result<()> {
+        if self.top_qcow2().is_none_or(|top| top.header().version < 3) {
+            return Ok(());
+        }
+        let session = begin(self)?;
+        if !session.image.bitmaps()?.is_empty() {
+            session.replace_bitmaps(|_| Ok(Vec::new()))?;
+        }
+        session.writer.bitmaps.clear();
+        Ok(())
+    }
+
     /// Clears all bits of a bitmap.
     ///
     /// # Errors

@@ -92,6 +92,12 @@ fn check(create: &CreateOptions, compression: Option<Compression>) -> Result<()>
     if create.backing.is_some() {
         return refuse("backing_file", "a clone holds the whole disk: it has no backing file");
     }
+    if create.keep_data_file {
+        return refuse(
+            "keep_data_file",
+            "a clone writes the whole disk: the data file cannot keep what it holds",
+        );
+    }
     if compression.is_some() && create.data_file.is_some() {
         return refuse("compress", "an external data file cannot hold compressed clusters");
     }

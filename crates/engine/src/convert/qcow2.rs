@@ -13,7 +13,9 @@ use super::copy::{Ahead, Copier, SHARED_BLOCK, shares_blocks};
 use super::prepare::{Payload, Planner, Prepared, Unit, transform};
 use super::scan::{Chunk, Piece, Rules, Zeroes};
 use super::{Compression, Context, ConvertOptions};
-use crate::create::{CreateOptions, ImageBuilder, NewCluster, Preallocation, Preallocator, size_raw};
+use crate::create::{
+    CreateOptions, ImageBuilder, NewCluster, Preallocation, Preallocator, lengthen, size_raw,
+};
 use crate::{Job, Mem, Result, Storage, StorageExt};
 
 /// Bytes of a chunk: small enough to stay in the core's cache between its read and its write.
@@ -75,10 +77,15 @@ impl Qcow2Sink {
         let builder = ImageBuilder::new(storage.clone(), &create, compression.is_some())?;
         let geometry = builder.geometry();
         if let Some(file) = &data_file {
-            if file.traits().block_device {
-                file.zero(0, builder.size(), true)?;
+            let (size, keep) = (builder.size(), create.keep_data_file);
+            if keep || file.traits().block_device {
+                // What is mapped and not written must read as zeroes.
+                file.zero(0, size.min(file.size()?), true)?;
             }
-            size_raw(&**file, builder.size(), preallocation, context.job)?;
+            match keep {
+                true => lengthen(&**file, size)?,
+                false => size_raw(&**file, size, preallocation, context.job)?,
+            }
         }
         let has_data_file = data_file.is_some();
         let data = data_file.unwrap_or_else(|| Arc::clone(&storage));

@@ -24,7 +24,7 @@ const STEP: u64 = 8192;
 const ZERO_WRITE: usize = 256 << 10;
 
 /// Creates an image in `storage`, and empties or extends `data_file`, its external data file. What they held
-/// is lost. Returns when the image is durable; before that, `storage` holds no image.
+/// is lost, but for a data file that is to be kept. Returns when the image is durable; before that, `storage` holds no image.
 ///
 /// # Errors
 /// `InvalidArgument` or `Limit` for options that contradict each other or the format (nothing is written
@@ -68,7 +68,10 @@ fn build(
         fill.place(&mut builder, 0, size, job)?;
     }
     if let Some(data_file) = &data_file {
-        size_raw(data_file.as_ref(), size, preallocation, job)?;
+        match options.keep_data_file {
+            true => lengthen(data_file.as_ref(), size)?,
+            false => size_raw(data_file.as_ref(), size, preallocation, job)?,
+        }
         data_file.flush()?;
     }
     Ok(builder)
@@ -98,6 +101,11 @@ pub(crate) fn check_data_file(options: &CreateOptions, given: bool) -> Result<()
     }
     let message = if given { "a data file was opened but is not named" } else { "the data file is not open" };
     Err(Error::new(ErrorKind::InvalidArgument, message).with_field("data_file"))
+}
+
+/// Makes a file at least `size` bytes long, and leaves what it holds.
+pub(crate) fn lengthen(storage: &dyn Storage, size: u64) -> Result<()> {
+    if storage.size()? < size { storage.resize(size) } else { Ok(()) }
 }
 
 /// Empties a file that is not empty. A new file is left alone: some file systems take a cut to 0 as a sign to
@@ -133,10 +141,12 @@ impl Preallocator {
         let data_file = options.data_file.as_ref();
         // Readers of a raw data file's image must see what readers of the raw file see.
         let raw = data_file.is_some_and(|d| d.raw);
+        // What a data file keeps is seen, unless there is a backing file to be seen through it.
+        let seen = raw || (options.keep_data_file && options.backing.is_none());
         let full = options.effective_preallocation() == Preallocation::Full;
         let stale = storage.traits().block_device;
         Self {
-            bitmap: if raw { SubclusterBitmap::ALL_DATA } else { SubclusterBitmap::default() },
+            bitmap: if seen { SubclusterBitmap::ALL_DATA } else { SubclusterBitmap::default() },
             zeroed: (data_file.is_none() && (full || stale)).then_some(storage),
         }
     }

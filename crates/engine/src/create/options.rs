@@ -70,6 +70,8 @@ pub struct CreateOptions {
     pub backing: Option<Backing>,
     /// External data file.
     pub data_file: Option<DataFile>,
+    /// The data file exists and keeps its bytes, which become the disk's: it is only made longer where it is too short.
+    pub keep_data_file: bool,
 }
 
 impl Default for CreateOptions {
@@ -85,6 +87,7 @@ impl Default for CreateOptions {
             preallocation: Preallocation::Off,
             backing: None,
             data_file: None,
+            keep_data_file: false,
         }
     }
 }
@@ -143,6 +146,27 @@ impl CreateOptions {
     fn check_combinations(&self) -> Result<()> {
         if !(2..=3).contains(&self.version) {
             return refuse("version", format!("{} is not a qcow2 version: 2 and 3 are", self.version));
+        }
+        if self.keep_data_file {
+            match self.effective_preallocation() {
+                _ if self.data_file.is_none() => {
+                    return refuse("keep_data_file", "there is no data file to keep");
+                }
+                Preallocation::Metadata => {}
+                Preallocation::Off => {
+                    return refuse(
+                        "keep_data_file",
+                        "what a data file holds is the disk's only where all of it is mapped: keep_data_file needs a raw data file or \
+                         preallocated metadata",
+                    );
+                }
+                Preallocation::Falloc | Preallocation::Full => {
+                    return refuse(
+                        "keep_data_file",
+                        "preallocating more than metadata would write over the data file that is to be kept",
+                    );
+                }
+            }
         }
         let needs_version_3 = [
             (self.extended_l2, "extended_l2"),

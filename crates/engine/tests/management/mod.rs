@@ -143,6 +143,7 @@ pub(crate) enum Action {
     Rename(usize),
     AddBitmap(bool),
     RemoveBitmap(&'static str),
+    RemoveAllBitmaps,
     ClearBitmap(&'static str),
     EnableBitmap(&'static str, bool),
     MergeBitmaps,
@@ -164,6 +165,7 @@ impl Action {
             Self::AddBitmap(false),
             Self::RemoveBitmap("on"),
             Self::RemoveBitmap("off"),
+            Self::RemoveAllBitmaps,
             Self::ClearBitmap("on"),
             Self::ClearBitmap("off"),
             Self::EnableBitmap("on", false),
@@ -201,6 +203,7 @@ impl Action {
             }
             Self::AddBitmap(enabled) => image.add_bitmap("new", Some(10), enabled),
             Self::RemoveBitmap(name) => image.remove_bitmap(name),
+            Self::RemoveAllBitmaps => image.remove_all_bitmaps(),
             Self::ClearBitmap(name) => image.clear_bitmap(name),
             Self::EnableBitmap(name, enabled) => image.enable_bitmap(name, enabled),
             Self::MergeBitmaps => {
@@ -244,6 +247,10 @@ impl Action {
             }
             Self::RemoveBitmap(name) => {
                 new.bitmaps.remove(find(old, name));
+            }
+            Self::RemoveAllBitmaps => {
+                new.bitmaps.clear();
+                new.consistent = false;
             }
             Self::ClearBitmap(name) => new.bitmaps[find(old, name)].ranges = Some(Vec::new()),
             Self::EnableBitmap(name, enabled) => new.bitmaps[find(old, name)].enabled = enabled,

@@ -8,6 +8,7 @@ mod attributes;
 pub(super) mod byte_lock;
 mod copy;
 mod file;
+mod limits;
 mod space;
 mod transfer;
 mod unnamed;
@@ -20,6 +21,7 @@ pub(super) use file::is_direct;
 pub(super) use file::{
     FileKind, already_exists, close_duplicate, identity, is_a_directory, kind, open, too_many_links,
 };
+pub(super) use limits::{device_limits, page_size};
 pub(super) use space::{
     allocate, allocate_ahead, allocated_bytes, discard, gains_by_allocating_ahead, run_at, write_zeroes,
 };
