@@ -2,9 +2,10 @@
 
 import { Qcow2Error } from './errors.js'
 import type { BitmapInfo } from './info.js'
+import type { Addon } from './native.js'
 import { ABORTABLE, type Abortable, bytes, flag, readOptions, throwIfAborted } from './options.js'
 import type { ImageOwner } from './support/owner.js'
-import { request } from './support/requests.js'
+import { request, requestWatched } from './support/requests.js'
 import type { Size } from './units.js'
 
 /** Options of {@link Bitmaps.add}. */
@@ -133,8 +134,8 @@ export class Bitmaps {
     })
     const named = from.map(({ owner, name }) => ({ image: owner.image, name }))
     const merge = () =>
-      this.#one('Bitmaps.merge', target, options, (number, addon, checked) =>
-        addon.mergeBitmaps(number, this.#owner.image, checked, named),
+      this.#one('Bitmaps.merge', target, options, (number, addon, checked, watch) =>
+        addon.mergeBitmaps(number, this.#owner.image, checked, named, watch),
       )
     // Every image that is read from stays open until it is done.
     const others = from.map(({ owner }) => owner).filter(owner => owner !== this.#owner)
@@ -163,11 +164,13 @@ export class Bitmaps {
     what: string,
     name: string,
     options: Abortable | undefined,
-    start: (number: number, addon: Parameters<Parameters<typeof request>[0]>[1], name: string) => void,
+    start: (number: number, addon: Addon, name: string, watch: number | undefined) => void,
   ): Promise<void> {
     const checked = checkName(name, `${what}: name`)
     const { signal } = readOptions(options, what, ABORTABLE)
-    await this.#owner.change(what, signal, () => request<void>((number, addon) => start(number, addon, checked)))
+    await this.#owner.change(what, signal, () =>
+      requestWatched<void>(signal, (number, addon, watch) => start(number, addon, checked, watch)),
+    )
   }
 }
 

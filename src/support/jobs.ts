@@ -3,13 +3,9 @@
 import { AbortError } from '../errors.js'
 import { type Addon, native } from '../native.js'
 import { type LongRunning, type Progress, throwIfAborted } from '../options.js'
-import { submit, toError } from './requests.js'
+import { isAborted, submit, toError } from './requests.js'
 
 const PROGRESS_INTERVAL = 250
-
-/** The engine's code for a job that was cancelled. */
-const isAborted = (failure: unknown): boolean =>
-  typeof failure === 'object' && failure !== null && 'code' in failure && failure.code === 'ERR_QCOW2_ABORTED'
 
 /** Jobs have numbers of their own: those of requests are used again as soon as they are delivered. */
 let lastJob = 0

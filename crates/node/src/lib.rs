@@ -41,4 +41,5 @@ pub mod runtime;
 pub mod shape;
 pub mod snapshots;
 mod watch;
+mod watched;
 pub mod write;
