@@ -2,6 +2,7 @@
 
 import { Qcow2Error } from './errors.js'
 import type { BitmapInfo } from './info.js'
+import type { Addon } from './native.js'
 import {
   ABORTABLE,
   type Abortable,
@@ -13,7 +14,7 @@ import {
   throwIfAborted,
 } from './options.js'
 import type { ImageOwner } from './support/owner.js'
-import { request } from './support/requests.js'
+import { request, requestWatched } from './support/requests.js'
 import { canBeInexact, exactName, exactText, findName, type Name } from './text.js'
 import type { Size } from './units.js'
 
@@ -165,8 +166,8 @@ export class Bitmaps {
         name: await owner.read(() => exactly(owner, name)),
       }))
       const all = await Promise.all(named)
-      await this.#one('Bitmaps.merge', target, options, (number, addon, checked) =>
-        addon.mergeBitmaps(number, this.#owner.image, checked, all),
+      await this.#one('Bitmaps.merge', target, options, (number, addon, checked, watch) =>
+        addon.mergeBitmaps(number, this.#owner.image, checked, all, watch),
       )
     }
     // Every image that is read from stays open until it is done.
@@ -197,13 +198,13 @@ export class Bitmaps {
     what: string,
     name: Name,
     options: Abortable | undefined,
-    start: (number: number, addon: Parameters<Parameters<typeof request>[0]>[1], name: string) => void,
+    start: (number: number, addon: Addon, name: string, watch: number | undefined) => void,
   ): Promise<void> {
     const wanted = readName(name, `${what}: name`)
     const { signal } = readOptions(options, what, ABORTABLE)
     await this.#owner.change(what, signal, async () => {
       const checked = await exactly(this.#owner, wanted)
-      await request<void>((number, addon) => start(number, addon, checked))
+      await requestWatched<void>(signal, (number, addon, watch) => start(number, addon, checked, watch))
     })
   }
 }

@@ -128,10 +128,21 @@ export class Qcow2Error extends Error {
   }
 }
 
-/** A request that its `signal` cancelled, as Node words it: `name` is `AbortError`, `cause` the signal's reason. */
+/**
+ * A request that its `signal` cancelled, as Node words it: `name` is `AbortError`, `cause` the signal's reason. What has no
+ * `bytesDone` left everything as it was.
+ */
 export class AbortError extends Qcow2Error {
-  constructor(reason: unknown) {
-    super('ABORT_ERR', 'The operation was aborted', { cause: reason })
+  /**
+   * Of a request that changes guest bytes and had begun (`write`, `writev`, `writeZeroes`, `discard`): how many bytes, from its
+   * `position` on, are done. Those behind them are what they were.
+   */
+  declare readonly bytesDone?: number
+
+  constructor(reason: unknown, bytesDone?: number) {
+    const done = bytesDone === undefined ? '' : `: ${bytesDone} bytes were done`
+    super('ABORT_ERR', `The operation was aborted${done}`, { cause: reason })
+    if (bytesDone !== undefined) Object.defineProperty(this, 'bytesDone', { value: bytesDone, enumerable: true })
   }
 
   static {

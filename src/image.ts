@@ -32,7 +32,15 @@ import { openReadStream, openWebStream, type ReadStreamOptions, type WebStreamOp
 import { toBytesView } from './support/buffers.js'
 import { Lifetime } from './support/lifetime.js'
 import type { ImageOwner } from './support/owner.js'
-import { request, submitRead, submitWrite, toError } from './support/requests.js'
+import {
+  request,
+  requestWatched,
+  type StartWatched,
+  submitRead,
+  submitWrite,
+  toError,
+  watchLook,
+} from './support/requests.js'
 import { type Name, shownText } from './text.js'
 import { checkTransfer, toTransfer, toViews } from './transfers.js'
 import { type Size, toBytes } from './units.js'
@@ -198,7 +206,7 @@ export class Image implements AsyncDisposable {
     throwIfAborted(signal)
     this.#lifetime.enter()
     try {
-      const bytesRead = await this.#fill(view, offset, length, position)
+      const bytesRead = await this.#fill(view, offset, length, position, signal)
       if (signal?.aborted) throw new AbortError(signal.reason)
       return { bytesRead, buffer }
     } finally {
@@ -221,7 +229,7 @@ export class Image implements AsyncDisposable {
       const reads = views.map(view => {
         const from = at
         at += view.length
-        return this.#fill(view, 0, view.length, from)
+        return this.#fill(view, 0, view.length, from, signal)
       })
       // Every buffer is in use until its own read is done, so all are waited for.
       const ends = await Promise.allSettled(reads)
@@ -235,10 +243,22 @@ export class Image implements AsyncDisposable {
   }
 
   /** Reads a range that is inside the view, clamped to the disk. */
-  async #fill(view: Uint8Array, offset: number, length: number, position: number): Promise<number> {
+  async #fill(
+    view: Uint8Array,
+    offset: number,
+    length: number,
+    position: number,
+    signal?: AbortSignal,
+  ): Promise<number> {
     const { image } = this.#chain
     const count = Math.min(length, this.#size - position)
     if (count <= 0) return 0
+    if (signal !== undefined) {
+      const start: StartWatched = (number, addon, watch) =>
+        watchLook(addon.read(number, image, view, offset, count, position, watch))
+      await requestWatched<void>(signal, start, { buffer: view })
+      return count
+    }
     try {
       await submitRead(image, view, offset, count, position)
     } catch (failure) {
@@ -268,8 +288,7 @@ export class Image implements AsyncDisposable {
     this.#enterToWrite('Image.write')
     try {
       this.#checkWrite('Image.write', position, length, compressed)
-      await this.#put(view, offset, length, position, compressed)
-      if (signal?.aborted) throw new AbortError(signal.reason)
+      await this.#put(view, offset, length, position, compressed, signal)
       return { bytesWritten: length, buffer }
     } finally {
       this.#lifetime.leave()
@@ -290,8 +309,7 @@ export class Image implements AsyncDisposable {
     this.#enterToWrite('Image.writev')
     try {
       this.#checkWrite('Image.writev', start, length, compressed)
-      await this.#putAll(views, length, start, compressed)
-      if (signal?.aborted) throw new AbortError(signal.reason)
+      await this.#putAll(views, length, start, compressed, signal)
       return { bytesWritten: length, buffers }
     } finally {
       this.#lifetime.leave()
@@ -307,7 +325,9 @@ export class Image implements AsyncDisposable {
     const { unmap = false, signal } = readOptions(options, 'Image.writeZeroes', WRITE_ZEROES)
     await this.#change('Image.writeZeroes', signal, () => {
       const range = this.#toRange('Image.writeZeroes', position, length)
-      return request((number, addon) => addon.writeZeroes(number, this.#chain.image, ...range, unmap))
+      const start: StartWatched = (number, addon, watch) =>
+        addon.writeZeroes(number, this.#chain.image, ...range, unmap, watch)
+      return requestWatched<void>(signal, start, { tells: true })
     })
   }
 
@@ -321,7 +341,8 @@ export class Image implements AsyncDisposable {
     const { signal } = readOptions(options, 'Image.discard', ABORTABLE)
     await this.#change('Image.discard', signal, () => {
       const range = this.#toRange('Image.discard', position, length)
-      return request((number, addon) => addon.discard(number, this.#chain.image, ...range))
+      const start: StartWatched = (number, addon, watch) => addon.discard(number, this.#chain.image, ...range, watch)
+      return requestWatched<void>(signal, start, { tells: true })
     })
   }
 
@@ -363,14 +384,11 @@ export class Image implements AsyncDisposable {
   async #change<T>(owner: string, signal: AbortSignal | undefined, work: () => Promise<T>): Promise<T> {
     throwIfAborted(signal)
     this.#enterToWrite(owner)
-    let result: T
     try {
-      result = await work()
+      return await work()
     } finally {
       this.#lifetime.leave()
     }
-    throwIfAborted(signal)
-    return result
   }
 
   /** Begins a request that writes. */
@@ -411,8 +429,20 @@ export class Image implements AsyncDisposable {
   }
 
   /** Writes a range of the view that was checked. */
-  async #put(view: Uint8Array, offset: number, length: number, position: number, compressed: boolean): Promise<void> {
+  async #put(
+    view: Uint8Array,
+    offset: number,
+    length: number,
+    position: number,
+    compressed: boolean,
+    signal?: AbortSignal,
+  ): Promise<void> {
     if (length === 0) return
+    if (signal !== undefined) {
+      const start: StartWatched = (number, addon, watch) =>
+        watchLook(addon.write(number, this.#chain.image, view, offset, length, position, compressed, watch))
+      return requestWatched<void>(signal, start, { buffer: view, tells: true })
+    }
     try {
       await submitWrite(this.#chain.image, view, offset, length, position, compressed)
     } catch (failure) {
@@ -420,12 +450,33 @@ export class Image implements AsyncDisposable {
     }
   }
 
-  async #putAll(views: readonly Uint8Array[], length: number, position: number, compressed: boolean): Promise<void> {
+  async #putAll(
+    views: readonly Uint8Array[],
+    length: number,
+    position: number,
+    compressed: boolean,
+    signal: AbortSignal | undefined,
+  ): Promise<void> {
     const [only] = views
-    if (views.length === 1 && only !== undefined) return this.#put(only, 0, length, position, compressed)
+    if (views.length === 1 && only !== undefined) return this.#put(only, 0, length, position, compressed, signal)
     // Compressed clusters can begin in one buffer and end in the next.
-    if (compressed || length <= GATHERED) return this.#put(Buffer.concat(views), 0, length, position, compressed)
+    if (compressed || length <= GATHERED) {
+      return this.#put(Buffer.concat(views), 0, length, position, compressed, signal)
+    }
     let at = position
+    if (signal !== undefined) {
+      // One behind the other: it must be known what is done.
+      for (const view of views) {
+        try {
+          await this.#put(view, 0, view.length, at, false, signal)
+        } catch (error) {
+          if (!(error instanceof AbortError)) throw error
+          throw new AbortError(signal.reason, at - position + (error.bytesDone ?? 0))
+        }
+        at += view.length
+      }
+      return
+    }
     const writes = views.map(view => {
       const to = at
       at += view.length

@@ -2,7 +2,7 @@
 
 import type { NativeExtents } from './native.js'
 import { ABORTABLE, type Abortable, bytes, oneOf, type Read, readOptions, throwIfAborted } from './options.js'
-import { request } from './support/requests.js'
+import { requestWatched } from './support/requests.js'
 import { shown } from './text.js'
 import type { Size } from './units.js'
 
@@ -72,7 +72,9 @@ export async function* walkMap(
     throwIfAborted(signal)
     const size = Math.min(step, end - at)
     const from = at
-    const found = await run(() => request<NativeExtents>((number, addon) => addon.extents(number, image, from, size)))
+    const found = await run(() =>
+      requestWatched<NativeExtents>(signal, (number, addon, watch) => addon.extents(number, image, from, size, watch)),
+    )
     for (const entry of unpack(found)) {
       const next = depth === 'top' ? seenFromTop(entry) : entry
       const merged: MapEntry | undefined = pending && merge(pending, next)

@@ -336,8 +336,16 @@ export interface Addon {
   assemble(request: number, layers: readonly number[], write: NativeWriting | undefined): void
   release(request: number, number: number): void
   /** True: `look` is to be called in the next round of the event loop. */
-  read(request: number, image: number, buffer: Uint8Array, offset: number, length: number, position: number): boolean
-  /** As `read`. */
+  read(
+    request: number,
+    image: number,
+    buffer: Uint8Array,
+    offset: number,
+    length: number,
+    position: number,
+    watch?: number,
+  ): boolean
+  /** As `read`. `watch`, here and below, is the number by which the request is cancelled. */
   write(
     request: number,
     image: number,
@@ -346,9 +354,17 @@ export interface Addon {
     length: number,
     position: number,
     compressed: boolean,
+    watch?: number,
   ): boolean
-  writeZeroes(request: number, image: number, position: number, length: number, unmap: boolean): void
-  discard(request: number, image: number, position: number, length: number): void
+  writeZeroes(
+    request: number,
+    image: number,
+    position: number,
+    length: number,
+    unmap: boolean,
+    watch: number | undefined,
+  ): void
+  discard(request: number, image: number, position: number, length: number, watch: number | undefined): void
   flush(request: number, image: number): void
   /** Tells the disk's size afterwards. */
   resize(
@@ -359,7 +375,7 @@ export interface Addon {
     shrink: boolean,
     preallocation: string | undefined,
   ): void
-  extents(request: number, image: number, start: number, length: number): void
+  extents(request: number, image: number, start: number, length: number, watch: number | undefined): void
   layersInfo(request: number, image: number): void
   inspectFile(request: number, file: number, limits: NativeLimits | undefined): void
   inspectPrefix(request: number, bytes: Buffer, limits: NativeLimits | undefined): void
@@ -413,6 +429,7 @@ export interface Addon {
     image: number,
     target: string,
     sources: readonly { readonly image: number; readonly name: string }[],
+    watch: number | undefined,
   ): void
   /** Start and length in turn. */
   bitmapExtents(request: number, image: number, name: string): void
@@ -421,7 +438,10 @@ export interface Addon {
   /** The snapshots of a layer, in the table's order. */
   layerSnapshots(request: number, layer: number): void
   /** Executes a snapshot plan; tells the disk's size afterwards. */
-  executePlan(request: number, image: number, plan: Plan): void
+  executePlan(request: number, image: number, plan: Plan, watch: number | undefined): void
+  cancelRequest(watch: number): void
+  /** Forgets a request that could be cancelled; tells how many bytes it has done. */
+  endRequest(watch: number): number
   cancelJob(job: number): void
   jobProgress(job: number): [current: number, total: number]
   /** Forgets a job that has delivered what it had to say. */

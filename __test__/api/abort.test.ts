@@ -336,3 +336,92 @@ it('an AbortError is a Qcow2Error, by whatever name it is caught', async () => {
   })
   expect(timeout.cause).toMatchObject({ name: 'TimeoutError' })
 })
+
+describe('a change of guest bytes that is cancelled in the middle', () => {
+  const TEBIBYTE = 2 ** 40
+  const PATIENCE = 10_000
+
+  it.each(['writeZeroes', 'discard'] as const)('%s of 8 TiB stops soon and says what is done', async name => {
+    const path = at(`${name}.qcow2`)
+    await using image = await create(path, { size: 8 * TEBIBYTE, clusterSize: 512 * 1024 })
+    await image.close()
+    await using large = await open(path, { flags: 'r+', discard: 'unmap' })
+    // Something to give up everywhere: a fresh disk has nothing.
+    await large.writeZeroes(0, TEBIBYTE)
+    const controller = new AbortController()
+    const begun = performance.now()
+    setTimeout(() => controller.abort('enough'), 20)
+    const error = await failure(async () => {
+      // Again and again, should the machine be fast.
+      while (performance.now() - begun < PATIENCE) {
+        await large[name](0, 8 * TEBIBYTE, { signal: controller.signal })
+      }
+    })
+    expect(error).toMatchObject({ code: 'ABORT_ERR', cause: 'enough' })
+    expect(performance.now() - begun).toBeLessThan(PATIENCE)
+    expect(getEventListeners(controller.signal, 'abort')).toHaveLength(0)
+    const { bytesDone } = error as AbortError
+    if (bytesDone !== undefined) {
+      expect(bytesDone).toBeLessThan(8 * TEBIBYTE)
+      expect(bytesDone % 2 ** 30).toBe(0)
+      expect(error.message).toBe(`The operation was aborted: ${bytesDone} bytes were done`)
+    }
+    await large.close()
+    rmSync(path)
+  })
+
+  const parted = async (bytesDone: number, size: number, read: (b: Buffer) => Promise<unknown>) => {
+    const disk = Buffer.alloc(size)
+    await read(disk)
+    return { done: disk.subarray(0, bytesDone), rest: disk.subarray(bytesDone) }
+  }
+
+  it.each([
+    ['write', false],
+    ['write', true],
+    ['writev', false],
+  ] as const)(
+    '%s (compressed: %s) has written the bytes that it says, and none behind them',
+    async (name, compressed) => {
+      const path = at(`${name}-${compressed}.qcow2`)
+      const size = 256 * MIB
+      await using image = await create(path, { size })
+      const bytes = Buffer.alloc(size)
+      for (let i = 0; i < size; i += 4096) bytes.writeUInt32LE(i / 4096 + 1, i)
+      const controller = new AbortController()
+      const { signal } = controller
+      const writing =
+        name === 'write'
+          ? image.write(bytes, { position: 0, compressed, signal })
+          : image.writev([bytes.subarray(0, 100 * MIB), bytes.subarray(100 * MIB)], 0, { signal })
+      setImmediate(() => controller.abort())
+      const error = (await failure(() => writing)) as AbortError
+      expect(error).toMatchObject({ code: 'ABORT_ERR' })
+      const bytesDone = error.bytesDone ?? Number.NaN
+      expect(bytesDone).toBeLessThan(size)
+      const { done, rest } = await parted(bytesDone, size, b => image.read(b, { position: 0 }))
+      expect(done.equals(bytes.subarray(0, bytesDone))).toBe(true)
+      expect(rest.equals(Buffer.alloc(rest.length))).toBe(true)
+      await image.close()
+      expect((await check(path)).ok).toBe(true)
+      rmSync(path)
+    },
+  )
+
+  it('a snapshot that is not yet made is not made, and the disk can go on', async () => {
+    const path = at('snapshots.qcow2')
+    await using image = await create(path, { size: 2 ** 28, clusterSize: 512, preallocation: 'metadata' })
+    const controller = new AbortController()
+    const making = image.snapshots.create('made', { signal: controller.signal })
+    setTimeout(() => controller.abort(), 5)
+    const error = await failure(() => making)
+    expect(error).toMatchObject({ code: 'ABORT_ERR' })
+    expect(error).not.toHaveProperty('bytesDone')
+    expect(await image.snapshots.list()).toEqual([])
+    await image.write(Buffer.alloc(4096, 7), { position: 0 })
+    await image.snapshots.create('made')
+    await image.close()
+    expect((await check(path)).ok).toBe(true)
+    rmSync(path)
+  })
+})

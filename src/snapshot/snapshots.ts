@@ -3,7 +3,7 @@
 import type { SnapshotInfo } from '../info.js'
 import { ABORTABLE, type Abortable, readOptions, throwIfAborted } from '../options.js'
 import type { ImageOwner } from '../support/owner.js'
-import { request } from '../support/requests.js'
+import { request, requestWatched } from '../support/requests.js'
 import { exactText, type Name, shown } from '../text.js'
 import { checkName, findSnapshot } from './ids.js'
 import { planApply, planCreate, planDelete, planRename } from './plan.js'
@@ -52,7 +52,7 @@ export class Snapshots {
     const { signal } = readOptions(options, 'Snapshots.create', ABORTABLE)
     return this.#owner.change('Snapshots.create', signal, async () => {
       const { created, ...plan } = planCreate(await this.#table(), { name: checked, date: new Date() })
-      await this.#execute(plan)
+      await this.#execute(plan, signal)
       return { ...created, ...shown('name', created.name), vmStateSize: 0, vmClockSec: 0, vmClockNsec: 0 }
     })
   }
@@ -102,15 +102,17 @@ export class Snapshots {
 
   async #change(what: string, options: Abortable | undefined, plan: (table: SnapshotTable) => Plan): Promise<void> {
     const { signal } = readOptions(options, what, ABORTABLE)
-    await this.#owner.change(what, signal, async () => this.#execute(plan(await this.#table())))
+    await this.#owner.change(what, signal, async () => this.#execute(plan(await this.#table()), signal))
   }
 
   #table(): Promise<SnapshotTable> {
     return request<SnapshotTable>((number, addon) => addon.snapshotTable(number, this.#owner.image))
   }
 
-  async #execute(plan: Plan): Promise<void> {
-    const virtualSize = await request<number>((number, addon) => addon.executePlan(number, this.#owner.image, plan))
+  async #execute(plan: Plan, signal: AbortSignal | undefined): Promise<void> {
+    const virtualSize = await requestWatched<number>(signal, (number, addon, watch) =>
+      addon.executePlan(number, this.#owner.image, plan, watch),
+    )
     this.#owner.resized(virtualSize)
   }
 }

@@ -5,14 +5,10 @@ import { setImmediate } from 'node:timers'
 import { AbortError } from '../errors.js'
 import { type Addon, native } from '../native.js'
 import { type LongRunning, throwIfAborted } from '../options.js'
-import { submit, toError } from './requests.js'
+import { isAborted, submit, toError } from './requests.js'
 import { onAbort } from './signals.js'
 
 const PROGRESS_INTERVAL = 250
-
-/** The engine's code for a job that was cancelled. */
-const isAborted = (failure: unknown): boolean =>
-  typeof failure === 'object' && failure !== null && 'code' in failure && failure.code === 'ERR_QCOW2_ABORTED'
 
 /** Jobs have numbers of their own: those of requests are used again as soon as they are delivered. */
 let lastJob = 0

@@ -6,7 +6,7 @@
 // Not the global one, which test runners replace by a fake that never fires by itself.
 import { setImmediate } from 'node:timers'
 import { getSystemErrorName } from 'node:util'
-import { Qcow2Error } from '../errors.js'
+import { AbortError, Qcow2Error } from '../errors.js'
 import { type Addon, type NativeFailure, native } from '../native.js'
 
 /** Numbers that fit into one delivery. More are delivered in several calls. */
@@ -47,6 +47,11 @@ function look(): void {
   if (again) setImmediate(look)
 }
 
+/** What `read` and `write` of the addon return: whether to look for completions. */
+export function watchLook(soon: boolean): void {
+  if (soon) setImmediate(look)
+}
+
 function take(request: number): Waiting | undefined {
   const found = waiting[request]
   waiting[request] = undefined
@@ -80,7 +85,7 @@ export function submitRead(
     const request = free.pop() ?? waiting.length
     waiting[request] = { resolve: resolve as (value: unknown) => void, reject, buffer }
     try {
-      if (native.read(request, image, buffer, offset, length, position)) setImmediate(look)
+      watchLook(native.read(request, image, buffer, offset, length, position))
     } catch (error) {
       take(request)
       reject(error)
@@ -101,7 +106,7 @@ export function submitWrite(
     const request = free.pop() ?? waiting.length
     waiting[request] = { resolve: resolve as (value: unknown) => void, reject, buffer }
     try {
-      if (native.write(request, image, buffer, offset, length, position, compressed)) setImmediate(look)
+      watchLook(native.write(request, image, buffer, offset, length, position, compressed))
     } catch (error) {
       take(request)
       reject(error)
@@ -116,6 +121,52 @@ export async function request<T>(start: (request: number, addon: Addon) => void)
   } catch (failure) {
     throw toError(failure)
   }
+}
+
+/** The engine's code for work that was cancelled. */
+export const isAborted = (failure: unknown): boolean =>
+  typeof failure === 'object' && failure !== null && 'code' in failure && failure.code === 'ERR_QCOW2_ABORTED'
+
+/** Requests that can be cancelled have a number for that: their own is used again as soon as they are delivered. */
+let lastWatch = 0
+
+/** Hands a request to the addon, with the number by which it is cancelled. */
+export type StartWatched = (request: number, addon: Addon, watch: number | undefined) => void
+
+/**
+ * As {@link request}, cancelled by the signal while it is under way. `tells`: the `AbortError` says how many bytes are done.
+ */
+export async function requestWatched<T>(
+  signal: AbortSignal | undefined,
+  start: StartWatched,
+  { buffer, tells = false }: { readonly buffer?: Uint8Array; readonly tells?: boolean } = {},
+): Promise<T> {
+  if (signal === undefined) return request<T>((number, addon) => start(number, addon, undefined))
+  if (signal.aborted) throw new AbortError(signal.reason)
+  lastWatch = (lastWatch + 1) >>> 0
+  const watch = lastWatch
+  let thrown: { readonly error: unknown } | undefined
+  const cancel = (): void => {
+    try {
+      native.cancelRequest(watch)
+    } catch (error) {
+      // In the signal's event nobody would catch it.
+      thrown = { error: toError(error) }
+    }
+  }
+  signal.addEventListener('abort', cancel, { once: true })
+  let end: { readonly value: T } | { readonly failure: unknown }
+  try {
+    end = { value: await submit<T>(number => start(number, native, watch), buffer) }
+  } catch (failure) {
+    end = { failure }
+  }
+  signal.removeEventListener('abort', cancel)
+  const done = native.endRequest(watch)
+  if (thrown !== undefined) throw thrown.error
+  if ('value' in end) return end.value
+  if (isAborted(end.failure)) throw new AbortError(signal.reason, tells ? done : undefined)
+  throw toError(end.failure)
 }
 
 const isFailure = (value: unknown): value is NativeFailure =>

@@ -440,3 +440,98 @@ fn a_read_beside_a_shrink_does_not_see_through_the_disk() {
     image.close().unwrap();
     clean(&file, "closed");
 }
+
+/// A write that copies is held before its bytes reach the file; what is given up meanwhile comes behind it, be it the whole
+/// cluster, other subclusters of it, or its neighbours.
+#[test]
+fn what_is_given_up_meets_a_write_that_copies() {
+    const CLUSTER: u64 = 65536;
+    type Give = (u64, u64, Option<bool>);
+    // Offset and length; `None` discards, else zeroes are written, with or without unmapping.
+    let given_up: [Give; 8] = [
+        (CLUSTER, CLUSTER, None),
+        (0, 4 * CLUSTER, None),
+        (2 * CLUSTER, CLUSTER, None),
+        (CLUSTER, CLUSTER, Some(true)),
+        (CLUSTER + 32768, 8192, Some(true)),
+        (CLUSTER + 2048, 4096, Some(true)),
+        (CLUSTER + 20480, 1000, Some(false)),
+        (0, 3 * CLUSTER + 512, Some(true)),
+    ];
+    for extended_l2 in [false, true] {
+        for (offset, length, zero) in given_up {
+            let what = format!("extended: {extended_l2}, {zero:?} of {length} at {offset}");
+            let file = Arc::new(RecordingStorage::plain(Sparse::new(0)));
+            let create_options = CreateOptions { size: 4 * CLUSTER, extended_l2, ..CreateOptions::default() };
+            create(file.clone(), None, &create_options, &Job::new()).unwrap();
+            let held = hold(|op, _| op == Op::Write);
+            let image =
+                open(Arc::new(Hooked::with(file.clone() as Arc<dyn Storage>, held.hold.clone())), options());
+            image.write(0, &stamped(0, 4 * CLUSTER, 1)).unwrap();
+            image.flush().unwrap();
+            image.execute(&Table::of(&image).create("1", "old")).unwrap();
+            let mut model = read_all(&image);
+            let new = stamped(CLUSTER + 4096, 8192, 2);
+            held.arm();
+            std::thread::scope(|scope| {
+                let writing = scope.spawn(|| image.write(CLUSTER + 4096, &new).unwrap());
+                held.wait();
+                let giving = scope.spawn(|| match zero {
+                    None => image.discard(offset, length).unwrap(),
+                    Some(unmap) => image.write_zeroes(offset, length, unmap).unwrap(),
+                });
+                std::thread::sleep(WHILE / 4);
+                // A flush, and others that take what is free, between them.
+                image.flush().unwrap();
+                image.write(3 * CLUSTER + 1024, &stamped(3 * CLUSTER + 1024, 512, 3)).unwrap();
+                held.release();
+                writing.join().unwrap();
+                giving.join().unwrap();
+            });
+            model[(CLUSTER + 4096) as usize..][..8192].copy_from_slice(&new);
+            let last = 3 * CLUSTER as usize + 1024;
+            let given = (offset as usize)..(offset + length) as usize;
+            // What overlaps the write that came last is that one's, whichever of both came first.
+            model[given].fill(0);
+            let now = read_all(&image);
+            assert!(now[..last] == model[..last] && now[last + 512..] == model[last + 512..], "{what}");
+            image.close().unwrap();
+            clean(&file, &what);
+            let image = open(file.clone(), options());
+            assert!(read_all(&image) == now, "{what}");
+            image.execute(&Table::of(&image).apply(0)).unwrap();
+            assert!(read_all(&image) == stamped(0, 4 * CLUSTER, 1), "the snapshot, {what}");
+        }
+    }
+}
+
+/// The same where nothing is copied: a late write goes to the cluster that was given up, which nobody else has yet.
+#[test]
+fn a_late_write_in_place_reaches_nobody_elses_cluster() {
+    const CLUSTER: u64 = 65536;
+    let file = new_image(CLUSTER, 8 * CLUSTER);
+    let held = hold(|op, _| op == Op::Write);
+    let image = open(Arc::new(Hooked::with(file.clone() as Arc<dyn Storage>, held.hold.clone())), options());
+    image.write(0, &stamped(0, 2 * CLUSTER, 1)).unwrap();
+    image.flush().unwrap();
+    held.arm();
+    std::thread::scope(|scope| {
+        let writing = scope.spawn(|| image.write(4096, &stamped(4096, 8192, 2)).unwrap());
+        held.wait();
+        image.discard(0, CLUSTER).unwrap();
+        image.flush().unwrap();
+        for cluster in 2..8 {
+            image.write(cluster * CLUSTER, &stamped(cluster * CLUSTER, CLUSTER, 3)).unwrap();
+        }
+        image.flush().unwrap();
+        held.release();
+        writing.join().unwrap();
+    });
+    let disk = read_all(&image);
+    let first = CLUSTER as usize;
+    assert!(disk[..first].iter().all(|byte| *byte == 0));
+    assert!(disk[first..2 * first] == stamped(0, 2 * CLUSTER, 1)[first..]);
+    assert!((2..8).all(|n| disk[n * first..][..first] == stamped(n as u64 * CLUSTER, CLUSTER, 3)[..]));
+    image.close().unwrap();
+    clean(&file, "a late write");
+}

@@ -336,3 +336,48 @@ fn no_power_cut_while_a_table_grows_far_leaves_more_than_leaks() {
     let files = explore(&rig, 5, 30, "a table longer than a block covers", |image| image.resize(size));
     assert_clean(&files, "a table longer than a block covers");
 }
+
+/// The rest of the cluster in which a disk ended before is part of what is preallocated.
+#[test]
+fn the_cluster_of_the_old_end_gets_its_space_too() {
+    let Some(qemu) = Qemu::find() else { return };
+    let fixture = Fixture::new();
+    for (options, name) in [("cluster_size=64k", "plain"), ("cluster_size=64k,extended_l2=on", "extended")] {
+        for mode in [Preallocation::Falloc, Preallocation::Full] {
+            for written in ["", "write -P 5 0 512", "write -P 5 128k 512", "write -z 128k 1k"] {
+                let what = format!("{name} {mode:?} '{written}'");
+                let [ours, theirs] = ["ours", "theirs"].map(|name| fixture.path(name));
+                qemu.create(&theirs, options, Some((128 << 10) + 4096));
+                if !written.is_empty() {
+                    qemu.io(&theirs, "qcow2", &[written]);
+                }
+                let before = fixture.path("before");
+                std::fs::copy(&theirs, &before).unwrap();
+                std::fs::copy(&theirs, &ours).unwrap();
+                let size = (448 << 10) + 512;
+                let image = open_file(&ours, &writable()).unwrap();
+                let grow = ResizeOptions { shrink: false, preallocation: mode };
+                image.resize_with(size, grow).unwrap();
+                image.close().unwrap();
+                let preallocation = format!("--preallocation={mode:?}").to_lowercase();
+                qemu.img(&["resize", "-q", &preallocation, theirs.to_str().unwrap(), &size.to_string()]).ok();
+                let space = |path| qemu.info_json(path)["actual-size"].as_u64().unwrap();
+                let bare = fixture.path("bare");
+                std::fs::copy(&before, &bare).unwrap();
+                let image = open_file(&bare, &writable()).unwrap();
+                let sparse = ResizeOptions { shrink: false, preallocation: Preallocation::Metadata };
+                image.resize_with(size, sparse).unwrap();
+                image.close().unwrap();
+                // Six clusters, of one of which some bytes were stored before.
+                let (got, without) = (space(&ours), space(&bare));
+                assert!(got + (16 << 10) >= without + (6 << 16), "{what}: {got}, {without} without");
+                let map = qemu.map_json(&ours, "qcow2");
+                let stored =
+                    map.as_array().unwrap().iter().filter(|e| e["start"].as_u64().unwrap() >= 128 << 10);
+                assert!(stored.clone().all(|e| e.get("offset").is_some()), "{what}: {map}");
+                qemu.assert_clean(&ours);
+                qemu.assert_identical(&ours, "qcow2", &theirs, "qcow2");
+            }
+        }
+    }
+}

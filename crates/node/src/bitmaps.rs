@@ -64,15 +64,20 @@ pub fn merge_bitmaps(
     image: u32,
     target: Text,
     sources: Vec<BitmapSource>,
+    watch: Option<u32>,
 ) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
     let sources = sources
         .into_iter()
         .map(|source| Ok((runtime.image(source.image)?, source.name)))
         .collect::<napi::Result<Vec<_>>>()?;
+    let job = runtime.watched().begin(watch).unwrap_or_default();
     change(&env, request, image, move |image| {
-        let bits = sources.iter().map(|(from, name)| from.image()?.bitmap_bits(name.as_bytes()));
-        image.merge_bitmaps(target.as_bytes(), &bits.collect::<Result<Vec<_>>>()?)
+        let bits = sources.iter().map(|(from, name)| {
+            job.checkpoint()?;
+            from.image()?.bitmap_bits(name.as_bytes())
+        });
+        image.merge_bitmaps_as(&job, target.as_bytes(), &bits.collect::<Result<Vec<_>>>()?)
     })
 }
 

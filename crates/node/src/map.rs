@@ -5,7 +5,7 @@ use std::sync::Arc;
 use napi::bindgen_prelude::{Env, ToNapiValue};
 use napi::sys;
 use napi_derive::napi;
-use qcow2_engine::{Extent, ExtentKind, GuestSource, Job, Storage};
+use qcow2_engine::{Extent, ExtentKind, GuestSource, Storage};
 
 use crate::boundary::float64_array;
 use crate::runtime::Runtime;
@@ -18,13 +18,21 @@ const MOST_EXTENTS: usize = 32 << 10;
 /// data, 1 zero, 2 unallocated, 3 compressed), whether it reads as zeroes (0 or 1), host offset (-1 for none), and index of
 /// its file in `files` (-1 for none).
 #[napi(catch_unwind)]
-pub fn extents(env: Env, request: u32, image: u32, start: f64, length: f64) -> napi::Result<()> {
+pub fn extents(
+    env: Env,
+    request: u32,
+    image: u32,
+    start: f64,
+    length: f64,
+    watch: Option<u32>,
+) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
     let handle = runtime.image(image)?;
+    let job = runtime.watched().begin(watch).unwrap_or_default();
     let work = move || {
         handle.run(|image| {
             let mut extents = Vec::new();
-            image.extents_up_to(start as u64, length as u64, MOST_EXTENTS, &Job::new(), &mut extents)?;
+            image.extents_up_to(start as u64, length as u64, MOST_EXTENTS, &job, &mut extents)?;
             Ok(Packed::new(&extents))
         })
     };

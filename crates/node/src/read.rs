@@ -6,7 +6,7 @@ use std::sync::Arc;
 use napi::bindgen_prelude::{Env, Unknown};
 use napi::sys;
 use napi_derive::napi;
-use qcow2_engine::MemMut;
+use qcow2_engine::{Image, Job, MemMut};
 
 use crate::boundary::typed_array;
 use crate::delivery::Outcome;
@@ -21,6 +21,8 @@ pub(crate) struct Read {
     start: NonNull<u8>,
     length: usize,
     position: u64,
+    /// Cancels it.
+    job: Option<Arc<Job>>,
 }
 
 // SAFETY: the pointer is used by the one worker that runs the read, through `MemMut`, whose accesses tolerate
@@ -33,7 +35,11 @@ impl Read {
         // SAFETY: the range was checked against the buffer when the request was made; the buffer is alive (see
         // `Read`), and no Rust reference to its bytes exists.
         let buffer = unsafe { MemMut::from_raw(self.start, self.length) };
-        match self.handle.run(|image| image.read_at(buffer, self.position)) {
+        let read = |image: &Image| match &self.job {
+            Some(job) => image.read_as(job, buffer, self.position),
+            None => image.read_at(buffer, self.position),
+        };
+        match self.handle.run(read) {
             Ok(()) => Outcome::Done,
             Err(error) => Outcome::Failed(error),
         }
@@ -43,6 +49,10 @@ impl Read {
 /// Fills `length` bytes of the `Uint8Array` from `offset` with the guest bytes at `position`. The caller has
 /// clamped the range to the disk. Returns whether to begin to `look` for completions.
 #[napi(catch_unwind)]
+#[allow(
+    clippy::too_many_arguments,
+    reason = "one call for each of very many requests: no object is made for it"
+)]
 pub fn read(
     env: Env,
     request: u32,
@@ -51,11 +61,13 @@ pub fn read(
     offset: f64,
     length: f64,
     position: f64,
+    watch: Option<u32>,
 ) -> napi::Result<bool> {
     let runtime = Runtime::of(&env)?;
     let handle = runtime.image(image)?;
     let (start, length) = range_of(&env, &buffer, offset, length)?;
-    let read = Read { handle, start, length, position: position as u64 };
+    let job = runtime.watched().begin(watch);
+    let read = Read { handle, start, length, position: position as u64, job };
     runtime.submit_soon(&env, request, Task::Read(read))
 }
 

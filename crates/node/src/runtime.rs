@@ -19,6 +19,7 @@ use crate::job::Jobs;
 use crate::pool::{Pool, Task, default_threads};
 use crate::resource::{Handle, Resource, Resources};
 use crate::watch::Watch;
+use crate::watched::Watched;
 
 /// The state of one environment.
 pub(crate) struct Runtime {
@@ -26,6 +27,7 @@ pub(crate) struct Runtime {
     pool: Pool,
     watch: Watch,
     jobs: Jobs,
+    watched: Watched,
     resources: RefCell<Resources>,
     /// Requests that JavaScript waits for.
     outstanding: Cell<u32>,
@@ -53,6 +55,7 @@ pub fn start(env: Env, deliver: Unknown<'_>, numbers: Unknown<'_>) -> napi::Resu
         pool: Pool::new(Arc::clone(&delivery)),
         watch: Watch::new(default_threads()),
         jobs: Jobs::new(Arc::clone(&delivery)),
+        watched: Watched::default(),
         delivery,
         resources: RefCell::default(),
         outstanding: Cell::new(0),
@@ -142,6 +145,11 @@ impl Runtime {
         &self.jobs
     }
 
+    /// The requests that can be cancelled.
+    pub(crate) fn watched(&self) -> &Watched {
+        &self.watched
+    }
+
     /// The image of that number.
     pub(crate) fn image(&self, number: u32) -> napi::Result<Arc<Handle>> {
         let resources = self.resources.borrow();
@@ -195,6 +203,7 @@ impl Runtime {
     /// written to them stays, as it would with a file. Called by the system, where a panic would end the process.
     fn close(&self) {
         self.jobs.close();
+        self.watched.close();
         self.pool.close();
         for resource in self.resources.borrow_mut().take() {
             // There is nobody left to hear of a failure.

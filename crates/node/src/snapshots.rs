@@ -111,13 +111,20 @@ fn records(qcow2: &Qcow2) -> Vec<TableRecord> {
 
 /// Executes a plan on an image that is open for writing; tells the disk's size afterwards.
 #[napi(catch_unwind)]
-pub fn execute_plan(env: Env, request: u32, image: u32, plan: PlanInput) -> napi::Result<()> {
+pub fn execute_plan(
+    env: Env,
+    request: u32,
+    image: u32,
+    plan: PlanInput,
+    watch: Option<u32>,
+) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
     let handle = runtime.image(image)?;
+    let job = runtime.watched().begin(watch).unwrap_or_default();
     let work = move || {
         let plan = plan.read()?;
         handle.run(|image| {
-            image.execute(&plan)?;
+            image.execute_as(&job, &plan)?;
             Ok(image.virtual_size() as f64)
         })
     };

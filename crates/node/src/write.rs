@@ -24,6 +24,8 @@ pub(crate) struct Write {
     length: usize,
     position: u64,
     compressed: bool,
+    /// Cancels it.
+    job: Option<Arc<Job>>,
 }
 
 // SAFETY: the pointer is used by the one worker that runs the write, through `Mem`, whose accesses tolerate
@@ -36,9 +38,10 @@ impl Write {
         // SAFETY: the range was checked against the buffer when the request was made; the buffer is alive (see
         // `Write`).
         let buffer = unsafe { Mem::from_raw(self.start, self.length) };
-        let write = |image: &Image| match self.compressed {
-            true => image.write_compressed_at(buffer, self.position),
-            false => image.write_at(buffer, self.position),
+        let write = |image: &Image| match (&self.job, self.compressed) {
+            (Some(job), compressed) => image.write_as(job, buffer, self.position, compressed),
+            (None, true) => image.write_compressed_at(buffer, self.position),
+            (None, false) => image.write_at(buffer, self.position),
         };
         match self.handle.run(write) {
             Ok(()) => Outcome::Done,
@@ -63,11 +66,13 @@ pub fn write(
     length: f64,
     position: f64,
     compressed: bool,
+    watch: Option<u32>,
 ) -> napi::Result<bool> {
     let runtime = Runtime::of(&env)?;
     let handle = runtime.image(image)?;
     let (start, length) = range_of(&env, &buffer, offset, length)?;
-    let write = Write { handle, start, length, position: position as u64, compressed };
+    let job = runtime.watched().begin(watch);
+    let write = Write { handle, start, length, position: position as u64, compressed, job };
     runtime.submit_soon(&env, request, Task::Write(write))
 }
 
@@ -92,14 +97,32 @@ pub fn write_zeroes(
     position: f64,
     length: f64,
     unmap: bool,
+    watch: Option<u32>,
 ) -> napi::Result<()> {
-    change(&env, request, image, move |image| image.write_zeroes(position as u64, length as u64, unmap))
+    let job = Runtime::of(&env)?.watched().begin(watch);
+    let (position, length) = (position as u64, length as u64);
+    change(&env, request, image, move |image| match &job {
+        Some(job) => image.write_zeroes_as(job, position, length, unmap),
+        None => image.write_zeroes(position, length, unmap),
+    })
 }
 
 /// Gives the contents of guest bytes up.
 #[napi(catch_unwind)]
-pub fn discard(env: Env, request: u32, image: u32, position: f64, length: f64) -> napi::Result<()> {
-    change(&env, request, image, move |image| image.discard(position as u64, length as u64))
+pub fn discard(
+    env: Env,
+    request: u32,
+    image: u32,
+    position: f64,
+    length: f64,
+    watch: Option<u32>,
+) -> napi::Result<()> {
+    let job = Runtime::of(&env)?.watched().begin(watch);
+    let (position, length) = (position as u64, length as u64);
+    change(&env, request, image, move |image| match &job {
+        Some(job) => image.discard_as(job, position, length),
+        None => image.discard(position, length),
+    })
 }
 
 /// Makes durable what was written before.

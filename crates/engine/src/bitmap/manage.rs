@@ -13,7 +13,7 @@ use super::stored;
 use super::tracked::Tracked;
 use crate::image::{Image, Qcow2};
 use crate::maintenance::Session;
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, Job, Result};
 
 impl Image {
     /// Adds a clean bitmap. `granularity_bits` is the log2 of the bytes per bit; without it QEMU's default: the cluster
@@ -118,8 +118,16 @@ impl Image {
     /// # Errors
     /// As [`Image::clear_bitmap`]; `InvalidArgument` for a source of a disk of another size.
     pub fn merge_bitmaps(&self, target: impl AsRef<[u8]>, sources: &[Bits]) -> Result<()> {
+        self.merge_bitmaps_as(&Job::new(), target, sources)
+    }
+
+    /// As [`Image::merge_bitmaps`]. Cancelled, the bitmap is what it was.
+    ///
+    /// # Errors
+    /// As [`Image::merge_bitmaps`], and `Aborted`.
+    pub fn merge_bitmaps_as(&self, job: &Job, target: impl AsRef<[u8]>, sources: &[Bits]) -> Result<()> {
         let target = target.as_ref();
-        let session = begin(self)?;
+        let session = refuse_old(Session::begin_as(self, job)?)?;
         let (bits, enabled) = session.bits_of(target)?;
         if let Some(odd) = sources.iter().find(|source| source.size() != bits.size()) {
             let message = format!(
@@ -131,7 +139,10 @@ impl Image {
         }
         // Into others: an error leaves those in memory as they are.
         let merged = bits.resized(bits.size(), session.image.limits().max_memory)?;
-        sources.iter().for_each(|source| merged.merge(source));
+        for source in sources {
+            session.checkpoint()?;
+            merged.merge(source);
+        }
         session.keep(target, Arc::new(merged), enabled)
     }
 
@@ -165,7 +176,10 @@ fn qcow2(disk: &Image) -> Result<&Qcow2> {
 }
 
 fn begin(disk: &Image) -> Result<Session<'_>> {
-    let session = Session::begin(disk)?;
+    refuse_old(Session::begin(disk)?)
+}
+
+fn refuse_old(session: Session<'_>) -> Result<Session<'_>> {
     if session.image.header().version < 3 {
         let message = "a version 2 image cannot have persistent bitmaps";
         return Err(session.image.error(ErrorKind::UnsupportedFeature, message));

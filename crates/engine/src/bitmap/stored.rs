@@ -55,6 +55,7 @@ impl Session<'_> {
         let clusters = bits.stored_length().div_ceil(size);
         let mut table = Vec::with_capacity(clusters as usize * 8);
         for index in 0..clusters {
+            self.checkpoint()?;
             let start = index * size;
             let stored = bits.stored(start..start + size);
             let used = (bits.stored_length() - start).min(size) as usize;

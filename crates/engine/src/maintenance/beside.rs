@@ -23,7 +23,7 @@ impl Session<'_> {
 
     /// Makes everything durable that was written beside.
     pub(super) fn settle_fork(&self) -> Result<()> {
-        let writes = self.writer.alloc().seal_fork()?;
+        let writes = self.writer.with_fork(|alloc, metadata| alloc.seal_fork(metadata))?;
         writes.iter().try_for_each(|(offset, bytes)| self.write_beside(*offset, bytes))?;
         self.writer.alloc().refcounts.note_written();
         self.image.storage().flush().map_err(|e| self.writer.poison(e))
@@ -44,7 +44,8 @@ impl Session<'_> {
     pub(super) fn write_table_beside(&self, mut bytes: Vec<u8>) -> Result<u64> {
         let g = self.geometry();
         let clusters = g.clusters_for(bytes.len() as u64).max(1);
-        let place = self.writer.alloc().allocate_beside(clusters)? * g.cluster_size();
+        let place = self.writer.with_fork(|alloc, metadata| alloc.allocate_beside(clusters, metadata))?;
+        let place = place * g.cluster_size();
         bytes.resize((clusters * g.cluster_size()) as usize, 0);
         // It may have been an L2 table in another life.
         self.image.slices.remove_table(place, clusters * g.cluster_size());
@@ -54,15 +55,16 @@ impl Session<'_> {
 
     /// Counts a reference of each cluster once more, or once less. Blocks of the fork are written when many wait.
     fn count(&self, clusters: impl IntoIterator<Item = u64>, more: bool) -> Result<()> {
-        let mut alloc = self.writer.alloc();
-        for cluster in clusters {
-            alloc.count_beside(cluster, more)?;
-            if alloc.refcounts.waiting_bytes() > WAITING_LIMIT {
-                self.writer.check()?;
-                alloc.refcounts.write_dirty()?;
+        self.writer.with_fork(|alloc, metadata| {
+            for cluster in clusters {
+                alloc.count_beside(cluster, more, metadata)?;
+                if alloc.refcounts.waiting_bytes() > WAITING_LIMIT {
+                    self.writer.check()?;
+                    alloc.refcounts.write_dirty()?;
+                }
             }
-        }
-        Ok(())
+            Ok(())
+        })
     }
 
     /// Host clusters that the entries of an L2 table refer to.
@@ -110,6 +112,7 @@ impl Session<'_> {
     pub(super) fn share(&self, l1: &[u64]) -> Result<Vec<u64>> {
         let g = self.geometry();
         self.map_tables(l1, |index, offset, table| {
+            self.checkpoint()?;
             self.count(self.clusters_in(table, index)?.into_iter().flatten(), true)?;
             if self.rewrite_table(table, index, false)? {
                 return Ok(L1Entry::new(HostOffset(self.write_table_beside(table.clone())?), true));
@@ -123,6 +126,7 @@ impl Session<'_> {
     pub(super) fn drop_beside(&self, l1: &[u64]) -> Result<()> {
         let g = self.geometry();
         self.for_tables(l1, |index, offset, table| {
+            self.checkpoint()?;
             self.count(self.clusters_in(table, index)?.into_iter().flatten(), false)?;
             self.count([g.cluster_index(offset.0)], false)
         })
@@ -132,6 +136,7 @@ impl Session<'_> {
     pub(super) fn restore_beside(&self, l1: &[u64]) -> Result<Vec<u64>> {
         let g = self.geometry();
         self.map_tables(l1, |index, offset, table| {
+            self.checkpoint()?;
             let exclusive = self.refcount(g.cluster_index(offset.0))? == 1;
             if !self.rewrite_table(table, index, exclusive)? {
                 return Ok(L1Entry::new(offset, exclusive));

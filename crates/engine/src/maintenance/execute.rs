@@ -10,7 +10,7 @@ use super::plan::{NewSnapshot, Plan, Record, Step, Tree};
 use super::session::Session;
 use crate::image::{Image, read_header};
 use crate::write::{Places, Unlinked};
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, Job, Result};
 
 /// What the steps made so far.
 #[derive(Default)]
@@ -60,7 +60,15 @@ impl Image {
     /// `InvalidArgument` for a plan that was made for another generation or whose steps do not fit together;
     /// `Limit` when a refcount or the table would overflow; else as [`Image::write_at`].
     pub fn execute(&self, plan: &Plan) -> Result<()> {
-        let session = Session::begin(self)?;
+        self.execute_as(&Job::new(), plan)
+    }
+
+    /// As [`Image::execute`]. Cancelled before the switch, the image is the old one; behind it the plan is done.
+    ///
+    /// # Errors
+    /// As [`Image::execute`], and `Aborted`.
+    pub fn execute_as(&self, job: &Job, plan: &Plan) -> Result<()> {
+        let session = Session::begin_as(self, job)?;
         if plan.generation != session.image.generation() {
             let message = "the snapshots changed since the plan was made: make it again";
             return Err(Error::new(ErrorKind::InvalidArgument, message));

@@ -5,7 +5,7 @@ use qcow2_format::Geometry;
 
 use crate::image::{Image, Qcow2};
 use crate::write::{Unlinked, Writer};
-use crate::{Error, ErrorKind, Mem, MemMut, Result, StorageExt};
+use crate::{Error, ErrorKind, Job, Mem, MemMut, Result, StorageExt};
 
 /// Bytes of refcount blocks that may wait to be written.
 pub(super) const WAITING_LIMIT: usize = 16 << 20;
@@ -19,6 +19,8 @@ pub(crate) struct Session<'a> {
     pub(crate) disk: &'a Image,
     pub(crate) image: &'a Qcow2,
     pub(crate) writer: &'a Writer,
+    /// What cancels it, before it has changed anything that is not beside the image.
+    job: Option<&'a Job>,
     _alone: RwLockWriteGuard<'a, ()>,
 }
 
@@ -36,7 +38,18 @@ impl<'a> Session<'a> {
         let alone = writer.gate.write();
         writer.begin(image)?;
         disk.flush_metadata(image, writer)?;
-        Ok(Self { disk, image, writer, _alone: alone })
+        Ok(Self { disk, image, writer, job: None, _alone: alone })
+    }
+
+    /// As [`Session::begin`], for work that `job` cancels at its checkpoints.
+    pub(crate) fn begin_as(disk: &'a Image, job: &'a Job) -> Result<Self> {
+        let session = Self::begin(disk)?;
+        Ok(Self { job: Some(job), ..session })
+    }
+
+    /// `Err(Aborted)` once cancelled: for the time in which nothing refers to what was written.
+    pub(crate) fn checkpoint(&self) -> Result<()> {
+        self.job.map_or(Ok(()), Job::checkpoint)
     }
 
     pub(crate) fn geometry(&self) -> Geometry {

@@ -37,7 +37,7 @@ impl Session<'_> {
         gone.iter_mut().take(kept).for_each(|entry| *entry = 0);
         let cut = self.cut_table(&old_l1, size)?;
         // All that will be freed is looked at before anything is changed.
-        self.for_references(&gone, |_| Ok(()))?;
+        self.for_references(&gone, |_| self.checkpoint())?;
         if self.writer.bitmaps.load(self.image, true)? {
             self.barrier()?;
         }

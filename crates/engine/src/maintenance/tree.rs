@@ -80,6 +80,7 @@ impl Session<'_> {
         let mut repeated: HashMap<u64, u64> = HashMap::new();
         let mut previous = None;
         self.for_references(l1, |cluster| {
+            self.checkpoint()?;
             let count = self.refcount(cluster)?;
             if count == 0 {
                 let message = format!("host cluster {cluster} is referenced but has a refcount of 0");

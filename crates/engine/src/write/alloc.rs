@@ -160,28 +160,9 @@ impl Allocator {
         }
     }
 
-    /// Takes exactly `count` contiguous clusters for a table that must be contiguous: from the reservations where they
-    /// have so many, else behind everything in use. Their refcounts may not be durable before the next flush.
-    pub(crate) fn allocate_contiguous(&mut self, count: u64, metadata: &mut MetadataMap) -> Result<u64> {
-        for pool in [&mut self.ready, &mut self.fresh] {
-            if let Some(start) = pool.clean.take_exact(count).or_else(|| pool.stale.take_exact(count)) {
-                return Ok(start);
-            }
-        }
-        let start = self.cover_run(count, metadata)?;
-        if start + count > self.room()? {
-            return Err(self.no_room());
-        }
-        for cluster in start..start + count {
-            self.refcounts.set(cluster, 1)?;
-        }
-        self.end = self.end.max(start + count);
-        Ok(start)
-    }
-
     /// The first of `count` free clusters behind everything in use, with refcount blocks that cover them all: what counts
     /// a run that is longer than a block covers lies in front of it.
-    fn cover_run(&mut self, count: u64, metadata: &mut MetadataMap) -> Result<u64> {
+    pub(super) fn cover_run(&mut self, count: u64, metadata: &mut MetadataMap) -> Result<u64> {
         let g = self.geometry;
         loop {
             let start = self.cover_end(metadata)?;

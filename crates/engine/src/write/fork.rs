@@ -2,9 +2,9 @@
 //! write of the header.
 //!
 //! From [`Allocator::fork`] on a refcount block that changes gets another place first, and the refcount table changes
-//! in memory alone. New clusters are free in the file, behind everything in use, or come out of the reservations. So
-//! nothing in the file refers to what is written, which may happen at any time and in any order, and
-//! [`Allocator::undo_fork`] only has to forget. [`Allocator::seal_fork`] gives the table its own place; when the header
+//! in memory alone. New clusters are the lowest that are free in the file and in the fork, or come out of the
+//! reservations ([`super::places`]). So nothing in the file refers to what is written, which may happen at any time and in
+//! any order, and [`Allocator::undo_fork`] only has to forget. [`Allocator::seal_fork`] gives the table its own place; when the header
 //! names it, [`Allocator::adopt_fork`] makes it the image's.
 
 use qcow2_format::limits::MAX_REFCOUNT_TABLE_BYTES;
@@ -25,9 +25,22 @@ pub(super) struct Fork {
     end: u64,
     length: u64,
     /// Reservations that were taken: first and number of clusters.
-    taken: Vec<(u64, u64)>,
+    pub(super) taken: Vec<(u64, u64)>,
+    /// Free clusters inside the file that were taken.
+    pub(super) placed: Vec<u64>,
+    /// No cluster below is free both in the file and in the fork.
+    pub(super) search: u64,
+    /// The block of the file that was looked at last, with its index.
+    pub(super) looked_at: Option<(u64, Vec<u8>)>,
     /// First and number of clusters of the new table.
     table: Option<(u64, u64)>,
+}
+
+impl Fork {
+    /// Host offset of the block with this index in the file; 0 if there is none.
+    pub(super) fn former(&self, index: u64) -> u64 {
+        self.former.get(index as usize).copied().unwrap_or(0)
+    }
 }
 
 impl Refcounts {
@@ -37,14 +50,14 @@ impl Refcounts {
     }
 
     /// Whether the block with this index exists and its place is the fork's.
-    fn is_forked(&self, index: u64) -> bool {
+    pub(super) fn is_forked(&self, index: u64) -> bool {
         let Some(fork) = &self.fork else { return false };
-        let former = fork.former.get(index as usize).copied().unwrap_or(0);
+        let former = fork.former(index);
         self.table.get(index as usize).is_some_and(|&entry| entry != 0 && entry != former)
     }
 
     /// Gives the block with this index the cluster `place`, which is counted or about to be; makes it if there is none.
-    fn fork_block(&mut self, index: u64, place: u64) -> Result<()> {
+    pub(super) fn fork_block(&mut self, index: u64, place: u64) -> Result<()> {
         let g = self.geometry;
         let offset = place * g.cluster_size();
         let first = index * g.refcount_block_entries();
@@ -93,55 +106,32 @@ impl Allocator {
         self.refcounts.write_dirty()?;
         // The fork may drop the references that keep it.
         self.packing = None;
-        let (former, end) = (self.refcounts.table.clone(), self.end);
-        self.refcounts.fork = Some(Fork { former, end, length, taken: Vec::new(), table: None });
+        self.refcounts.fork = Some(Fork {
+            former: self.refcounts.table.clone(),
+            end: self.end,
+            length,
+            taken: Vec::new(),
+            placed: Vec::new(),
+            search: self.search,
+            looked_at: None,
+            table: None,
+        });
         Ok(())
-    }
-
-    /// Takes `count` contiguous clusters for something new in the fork.
-    pub(crate) fn allocate_beside(&mut self, count: u64) -> Result<u64> {
-        if let Some(start) = self.take_reserved(count) {
-            return Ok(start);
-        }
-        if count == 1 {
-            return self.one_at_the_end();
-        }
-        let g = self.geometry;
-        loop {
-            let (first, last) = (self.end, self.end + count - 1);
-            if last >= self.room()? {
-                return Err(self.no_room());
-            }
-            let mut blocks = g.refcount_table_index(first)..=g.refcount_table_index(last);
-            if let Some(index) = blocks.find(|&index| !self.refcounts.is_forked(index)) {
-                // What counts the run lies in front of it.
-                self.fork_block(index)?;
-                continue;
-            }
-            match self.last_in_use(&(first..last + 1))? {
-                Some(used) => self.end = used + 1,
-                None => {
-                    (first..=last).try_for_each(|cluster| self.refcounts.set(cluster, 1))?;
-                    self.end = last + 1;
-                    return Ok(first);
-                }
-            }
-        }
     }
 
     /// Counts one reference of a cluster more, or one less, in the fork; returns the refcount. At 0 the cluster is free
     /// in the new image, and still what it was in the old one: nobody may allocate before the switch is durable and what
     /// planned before has ended.
-    pub(crate) fn count_beside(&mut self, cluster: u64, more: bool) -> Result<u64> {
+    pub(crate) fn count_beside(&mut self, cluster: u64, more: bool, metadata: &MetadataMap) -> Result<u64> {
         let index = self.geometry.refcount_table_index(cluster);
         if !self.refcounts.is_forked(index) && self.refcounts.is_covered(cluster) {
-            self.fork_block(index)?;
+            self.fork_block(index, metadata)?;
         }
         if more { self.refcounts.increment(cluster) } else { self.refcounts.decrement(cluster) }
     }
 
     /// Gives the table its place, and returns all that must be durable before the header may name it.
-    pub(crate) fn seal_fork(&mut self) -> Result<Vec<Write>> {
+    pub(crate) fn seal_fork(&mut self, metadata: &MetadataMap) -> Result<Vec<Write>> {
         loop {
             // Allocating may make the table grow.
             let clusters = self.refcounts.table_clusters().1;
@@ -154,10 +144,10 @@ impl Allocator {
                     return Ok(writes);
                 }
                 for cluster in first..first + count {
-                    self.count_beside(cluster, false)?;
+                    self.count_beside(cluster, false, metadata)?;
                 }
             }
-            let first = self.allocate_beside(clusters)?;
+            let first = self.allocate_beside(clusters, metadata)?;
             if let Some(fork) = &mut self.refcounts.fork {
                 fork.table = Some((first, clusters));
             }
@@ -179,7 +169,7 @@ impl Allocator {
         let cluster = g.cluster_index(self.refcounts.table_offset);
         let mut unlinked = vec![Unlinked { cluster, count, punch: true }];
         for (index, &entry) in self.refcounts.table.iter().enumerate() {
-            let former = fork.former.get(index).copied().unwrap_or(0);
+            let former = fork.former(index as u64);
             if entry == former {
                 continue;
             }
@@ -219,6 +209,12 @@ impl Allocator {
             // The end of the file is not zeroes: as free clusters inside it these are punched before they are used.
             self.search = self.search.min(fork.end);
         }
+        if shorten {
+            // They were holes.
+            fork.placed.into_iter().filter(|cluster| *cluster < fork.end).for_each(|cluster| {
+                self.punch(cluster, 1);
+            });
+        }
     }
 
     /// Gives the space of clusters back that became free with the fork: the switch is durable, and no request can reach
@@ -226,51 +222,5 @@ impl Allocator {
     pub(crate) fn give_up(&mut self, run: Unlinked) {
         self.punch(run.cluster, run.count);
         self.search = self.search.min(run.cluster);
-    }
-
-    /// Clusters of a reservation: counted in the file and in the fork.
-    fn take_reserved(&mut self, count: u64) -> Option<u64> {
-        let pools = [&mut self.ready, &mut self.fresh];
-        let start = pools
-            .into_iter()
-            .find_map(|pool| pool.clean.take_exact(count).or_else(|| pool.stale.take_exact(count)))?;
-        if let Some(fork) = &mut self.refcounts.fork {
-            fork.taken.push((start, count));
-        }
-        Some(start)
-    }
-
-    /// Takes the next free cluster behind everything in use. Blocks that count it get their places there as well.
-    fn one_at_the_end(&mut self) -> Result<u64> {
-        loop {
-            let cluster = self.end;
-            if cluster >= self.room()? {
-                return Err(self.no_room());
-            }
-            self.end += 1;
-            if self.refcounts.get(cluster)? != 0 {
-                // Leaked by a crash.
-                continue;
-            }
-            let index = self.geometry.refcount_table_index(cluster);
-            let counted = self.refcounts.is_forked(index);
-            if !counted {
-                self.refcounts.fork_block(index, cluster)?;
-            }
-            self.refcounts.set(cluster, 1)?;
-            if counted {
-                return Ok(cluster);
-            }
-        }
-    }
-
-    /// Gives the block with this index a place of its own.
-    fn fork_block(&mut self, index: u64) -> Result<()> {
-        let place = self.allocate_beside(1)?;
-        if self.refcounts.is_forked(index) {
-            // It got one when the place was counted.
-            return self.refcounts.set(place, 0);
-        }
-        self.refcounts.fork_block(index, place)
     }
 }

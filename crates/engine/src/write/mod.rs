@@ -27,6 +27,8 @@ mod inflight;
 mod inflight_tests;
 mod link;
 mod overlap;
+mod parts;
+mod places;
 mod preallocate;
 mod quarantine;
 mod ranges;

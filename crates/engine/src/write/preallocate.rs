@@ -8,7 +8,7 @@ use super::alloc::{Allocation, Wish};
 use super::link::Change;
 use super::writer::Writer;
 use crate::create::{Preallocation, write_zero_bytes};
-use crate::image::{Image, Qcow2};
+use crate::image::{Image, Qcow2, SegmentKind};
 use crate::{Job, Result, StorageExt};
 
 impl Image {
@@ -53,6 +53,35 @@ impl Image {
             writer.link(image, change, |n, _| Some(mapped(host + n * g.cluster_size())))?;
             at += space.count * g.cluster_size();
             self.limit_dirty(image, writer)?;
+        }
+        Ok(())
+    }
+
+    /// Gives the rest of the cluster in which the disk ended before its space as `mode` says: it is part of what is
+    /// preallocated. The cluster is allocated, the image's own, and reads as zeroes behind `old`.
+    pub(super) fn preallocate_tail(
+        &self,
+        image: &Qcow2,
+        old: u64,
+        mode: Preallocation,
+        job: &Job,
+    ) -> Result<()> {
+        let size = image.geometry().cluster_size();
+        if old.is_multiple_of(size) || !matches!(mode, Preallocation::Falloc | Preallocation::Full) {
+            return Ok(());
+        }
+        let storage = image.data_storage()?;
+        let mut segments = Vec::new();
+        image.plan_read(old..old + 1, &mut segments)?;
+        let tail = segments.iter().find_map(|segment| match segment.kind {
+            SegmentKind::Data(place) => Some(place.host),
+            _ => None,
+        });
+        let Some(host) = tail else { return Ok(()) };
+        let start = host - old % size;
+        storage.reserve(start, size)?;
+        if mode == Preallocation::Full {
+            write_zero_bytes(&**storage, host, start + size - host, job)?;
         }
         Ok(())
     }

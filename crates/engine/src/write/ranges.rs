@@ -87,10 +87,9 @@ impl Ranges {
         Some(self.cut(start, length, aligned + within, count))
     }
 
-    /// Removes exactly `count` contiguous clusters, from the first range that has them.
-    pub(super) fn take_exact(&mut self, count: u64) -> Option<u64> {
-        let (&start, &length) = self.ranges.iter().find(|(_, length)| **length >= count)?;
-        Some(self.cut(start, length, start, count).0)
+    /// Start of the first range that has `count` clusters.
+    pub(super) fn first_run(&self, count: u64) -> Option<u64> {
+        self.ranges.iter().find(|(_, length)| **length >= count).map(|(start, _)| *start)
     }
 
     /// Takes clusters from `from` on out of the range `start, length`.

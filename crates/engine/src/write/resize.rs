@@ -12,10 +12,13 @@ use super::writer::Writer;
 use crate::create::{Preallocation, write_zero_bytes};
 use crate::image::{Image, Qcow2};
 use crate::maintenance::Session;
-use crate::{Error, ErrorKind, GuestSource, Job, Mem, Raw, Result, StorageExt};
+use crate::{Error, ErrorKind, GuestSource, Job, Mem, Raw, Result, Storage, StorageExt};
 
 /// Extents looked at together.
 const EXTENTS: usize = 4096;
+
+/// Bytes whose space is reserved together.
+const RESERVED: usize = 1 << 30;
 
 /// How to resize a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -48,7 +51,8 @@ impl Image {
         self.resize_as(&Job::new(), size, options)
     }
 
-    /// As [`Image::resize_with`]. Cancelled while it preallocates, the disk has its old size.
+    /// As [`Image::resize_with`]. Cancelled while it preallocates, or while it looks at what a smaller size would lose, the
+    /// disk has its old size.
     ///
     /// # Errors
     /// As [`Image::resize_with`], and `Aborted`.
@@ -64,10 +68,10 @@ impl Image {
             }
             Top::Qcow2(image, writer) => {
                 // Once before anything is touched, once when nobody else changes it.
-                self.judge_size(size, options)?;
+                self.judge_size(size, options, job)?;
                 refuse_resize(image, writer, size)?;
-                let session = Session::begin(self)?;
-                self.judge_size(size, options)?;
+                let session = Session::begin_as(self, job)?;
+                self.judge_size(size, options, job)?;
                 refuse_resize(image, writer, size)?;
                 let old = self.virtual_size();
                 if size < old {
@@ -82,7 +86,7 @@ impl Image {
     }
 
     /// Refuses what the options do not allow.
-    fn judge_size(&self, size: u64, options: ResizeOptions) -> Result<()> {
+    fn judge_size(&self, size: u64, options: ResizeOptions, job: &Job) -> Result<()> {
         let old = self.virtual_size();
         if size <= old && options.preallocation != Preallocation::Off {
             let message = format!(
@@ -93,7 +97,7 @@ impl Image {
         if size >= old || options.shrink {
             return Ok(());
         }
-        let lost = self.stored_behind(size)?;
+        let lost = self.stored_behind(size, job)?;
         let message = format!(
             "shrinking from {old} to {size} bytes would lose {lost} bytes of data: set shrink if that is meant"
         );
@@ -101,25 +105,25 @@ impl Image {
     }
 
     /// Guest bytes from `size` on that are stored, here or in a backing file.
-    fn stored_behind(&self, size: u64) -> Result<u64> {
+    fn stored_behind(&self, size: u64, job: &Job) -> Result<u64> {
         let (mut at, mut stored) = (size, 0u64);
         while at < self.virtual_size() {
             let mut extents = Vec::new();
-            at = self.extents_up_to(at, self.virtual_size() - at, EXTENTS, &Job::new(), &mut extents)?;
+            at = self.extents_up_to(at, self.virtual_size() - at, EXTENTS, job, &mut extents)?;
             stored += extents.iter().filter(|extent| !extent.zero).map(|extent| extent.length).sum::<u64>();
         }
         Ok(stored)
     }
 
     fn resize_raw(&self, raw: &Raw, size: u64, options: ResizeOptions, job: &Job) -> Result<()> {
-        self.judge_size(size, options)?;
+        self.judge_size(size, options, job)?;
         let old = self.virtual_size();
         let prepared = match options.preallocation {
             Preallocation::Metadata => {
                 let message = "a raw image has no metadata to preallocate: falloc and full are possible";
                 return Err(Error::new(ErrorKind::InvalidArgument, message).with_field("preallocation"));
             }
-            Preallocation::Falloc => raw.storage().reserve(old, size - old),
+            Preallocation::Falloc => reserve(&**raw.storage(), old..size, job),
             Preallocation::Full => write_zero_bytes(&**raw.storage(), old, size - old, job),
             Preallocation::Off => Ok(()),
         };
@@ -166,7 +170,10 @@ impl Image {
         }
         self.zero_behind(image, writer, old..size, mode != Preallocation::Off)?;
         self.grow_data_file(image, old..size)?;
-        if let Err(error) = self.preallocate(image, writer, old..size, mode, job) {
+        let preallocated = self
+            .preallocate_tail(image, old, mode, job)
+            .and_then(|()| self.preallocate(image, writer, old..size, mode, job));
+        if let Err(error) = preallocated {
             // Nothing may be mapped behind the end that stays.
             self.drop_behind(image, writer, old)?;
             return Err(error);
@@ -277,6 +284,15 @@ impl Writer {
             })?;
         Ok(cluster)
     }
+}
+
+/// Reserves space step by step: where the file system has to write for it, that takes long.
+fn reserve(storage: &dyn Storage, range: Range<u64>, job: &Job) -> Result<()> {
+    for start in range.clone().step_by(RESERVED) {
+        job.checkpoint()?;
+        storage.reserve(start, (RESERVED as u64).min(range.end - start))?;
+    }
+    Ok(())
 }
 
 /// Refuses what QEMU refuses, too: what belongs to the disk and cannot follow its size.

@@ -169,6 +169,14 @@ impl Writer {
         self.alloc.lock()
     }
 
+    /// Runs a change of a fork, whose failure harms nothing.
+    pub(crate) fn with_fork<T>(
+        &self,
+        change: impl FnOnce(&mut Allocator, &MetadataMap) -> Result<T>,
+    ) -> Result<T> {
+        change(&mut self.alloc.lock(), &self.metadata.lock())
+    }
+
     /// Records a new snapshot table for the overlap check.
     pub(crate) fn note_snapshots(&self, image: &Qcow2, records: &[SnapshotRecord], offset: u64, bytes: u64) {
         self.metadata.lock().set_snapshots(image.geometry(), records, offset, bytes);
