@@ -98,6 +98,7 @@ export interface NativeLayerInfo {
   readonly virtualSize: number
   readonly actualSize: number
   readonly fileLength: number
+  readonly protocol: 'file' | 'host_device'
   readonly qcow2?: {
     readonly version: 2 | 3
     readonly clusterSize: number

@@ -112,6 +112,13 @@ impl Error {
         e
     }
 
+    /// Says more than the system's words do.
+    #[must_use]
+    pub(crate) fn because(mut self, why: &str) -> Self {
+        self.0.message = format!("{}: {why}", self.0.message);
+        self
+    }
+
     /// Bytes that break the format. `kind` is `InvalidHeader` for the header and `Corrupt` for what lies behind it;
     /// unknown features and exceeded limits keep a kind of their own.
     pub fn format(error: FormatError, kind: ErrorKind) -> Self {

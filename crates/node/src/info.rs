@@ -24,6 +24,8 @@ pub struct LayerInfo {
     pub actual_size: f64,
     /// Bytes of the file.
     pub file_length: f64,
+    /// QEMU's name of what reads the file: `file` or `host_device`.
+    pub protocol: String,
     /// What only qcow2 has.
     pub qcow2: Option<Qcow2Info>,
 }
@@ -121,6 +123,7 @@ impl LayerInfo {
             virtual_size: layer.virtual_size() as f64,
             actual_size: actual as f64,
             file_length: storage.size()? as f64,
+            protocol: if storage.traits().block_device { "host_device" } else { "file" }.to_owned(),
             qcow2: layer.as_qcow2().map(Qcow2Info::new).transpose()?,
         })
     }

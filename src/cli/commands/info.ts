@@ -105,7 +105,7 @@ const specificData = (specific: NonNullable<ImageInfo['formatSpecific']>) => ({
 const fileDocument = (filename: string, info: ImageInfo): InfoDocument => ({
   children: [],
   filename,
-  format: 'file',
+  format: info.protocol,
   // QEMU counts a file in whole sectors.
   'virtual-size': Math.ceil(info.fileLength / 512) * 512,
   'actual-size': info.actualSize,

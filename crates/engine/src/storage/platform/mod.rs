@@ -6,6 +6,7 @@
 pub(super) mod alignment;
 pub(super) mod byte_lock;
 mod copy;
+pub(super) mod device;
 mod file;
 mod space;
 mod transfer;
@@ -13,7 +14,10 @@ mod unnamed;
 
 #[cfg(unix)]
 pub(super) use copy::{clone_range, copy_range};
-pub(super) use file::{FileKind, already_exists, identity, is_a_directory, kind, open, too_many_links};
+pub(crate) use file::no_space;
+pub(super) use file::{
+    FileKind, already_exists, identity, is_a_directory, kind, not_permitted, open, too_many_links,
+};
 pub(super) use space::{
     allocate, allocate_ahead, allocated_bytes, discard, gains_by_allocating_ahead, run_at, write_zeroes,
 };
