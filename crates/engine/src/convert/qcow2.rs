@@ -13,7 +13,9 @@ use super::copy::{Ahead, Copier, SHARED_BLOCK, shares_blocks};
 use super::prepare::{Payload, Planner, Prepared, Unit, transform};
 use super::scan::{Chunk, Piece, Rules, Zeroes};
 use super::{Compression, Context, ConvertOptions};
-use crate::create::{CreateOptions, ImageBuilder, NewCluster, Preallocation, Preallocator, size_raw};
+use crate::create::{
+    CreateOptions, ImageBuilder, NewCluster, Preallocation, Preallocator, size_raw, zero_out,
+};
 use crate::{Job, Mem, Result, Storage, StorageExt};
 
 /// Bytes of a chunk: small enough to stay in the core's cache between its read and its write.
@@ -75,8 +77,9 @@ impl Qcow2Sink {
         let builder = ImageBuilder::new(storage.clone(), &create, compression.is_some())?;
         let geometry = builder.geometry();
         if let Some(file) = &data_file {
-            if file.traits().block_device {
-                file.zero(0, builder.size(), true)?;
+            // What is not written of a cluster that is, too. A preallocation zeroes all by itself.
+            if file.traits().block_device && preallocation == Preallocation::Off {
+                zero_out(&**file, 0..builder.size(), true, context.job)?;
             }
             size_raw(&**file, builder.size(), preallocation, context.job)?;
         }

@@ -26,7 +26,8 @@ impl Image {
         let external = session.image.header().has_data_file() && !session.image.header().data_file_raw();
         match session.image.data_file().filter(|_| external) {
             Some(data) => {
-                let length = data.size()?;
+                // A device goes on behind the disk.
+                let length = data.size()?.min(session.image.virtual_size());
                 data.discard(0, length).map_err(|e| data.failure(e, "fallocate"))
             }
             None => Ok(()),
