@@ -34,6 +34,7 @@ mod refcounts;
 mod relocate;
 mod request;
 mod resize;
+mod spare;
 mod sync;
 mod table;
 mod writer;
