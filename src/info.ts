@@ -93,6 +93,8 @@ export interface ImageInfo {
   readonly actualSize: number
   /** Length of the file. */
   readonly fileLength: number
+  /** What holds the image: a regular file, or a block device. */
+  readonly protocol: 'file' | 'host_device'
   /** Absent for raw. */
   readonly clusterSize?: number
   /** The image was not closed cleanly: refcounts may be out of date. */

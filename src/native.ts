@@ -106,6 +106,7 @@ export interface NativeLayerInfo {
     readonly discardAlignment?: number
     readonly zeroesAlignment?: number
   }
+  readonly protocol: 'file' | 'host_device'
   readonly qcow2?: {
     readonly version: 2 | 3
     readonly clusterSize: number

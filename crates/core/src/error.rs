@@ -118,6 +118,13 @@ impl Error {
         e
     }
 
+    /// Says more than the system's words do.
+    #[must_use]
+    pub fn because(mut self, why: &str) -> Self {
+        self.0.message = format!("{}: {why}", self.0.message);
+        self
+    }
+
     /// The caller cancelled the job.
     pub fn aborted() -> Self {
         Self::new(ErrorKind::Aborted, "the operation was aborted")

@@ -6,11 +6,12 @@ use std::sync::Arc;
 
 use qcow2_engine::clone::CloneTarget;
 use qcow2_engine::convert::{Compression, ConvertOptions, ConvertTarget, convert};
-use qcow2_engine::create::{CreateOptions, Preallocation};
+use qcow2_engine::create::{CreateOptions, DataFile, Preallocation};
 use qcow2_engine::measure::{MeasureTarget, Qcow2Target, measure};
 use qcow2_engine::storage::{Access, CacheMode, FileStorage, MemoryStorage};
 use qcow2_engine::{
-    Discard, ErrorKind, Image, Job, MemMut, OpenOptions, Qcow2, Raw, Storage, StorageExt, WriteOptions,
+    Discard, ErrorKind, Image, Job, MemMut, OpenOptions, Qcow2, Raw, ResizeOptions, Storage, StorageExt,
+    WriteOptions,
 };
 use qcow2_testkit::audit::audit;
 use qcow2_testkit::loop_device::LoopDevice;
@@ -229,4 +230,143 @@ fn clones_fit_on_real_devices() {
             }
         }
     });
+}
+
+/// What a discard gave up is free for the next write, without a flush between.
+#[test]
+fn a_full_device_takes_again_what_was_just_given_up() {
+    for create in layouts() {
+        let what = format!("clusters of {}", create.cluster_size);
+        let (full, _) = source();
+        let target = MeasureTarget::Qcow2(Qcow2Target::from_options(&create).unwrap());
+        let length = measure(&full, &target, &Job::new()).unwrap().fully_allocated;
+        let storage: Arc<dyn Storage> = Device::new(length as usize);
+        qcow2_engine::create::create(storage.clone(), None, &create, &Job::new()).unwrap();
+        let image = open(storage.clone(), true).unwrap();
+        let mut model = stamped(0, SIZE, 1);
+        image.write(0, &model).unwrap();
+        image.flush().unwrap();
+        image.discard(0, SIZE / 2).unwrap();
+        model[..SIZE as usize / 2].fill(0);
+        let again = stamped(0, SIZE / 4, 2);
+        image.write(0, &again).unwrap_or_else(|e| panic!("{what}: {e}"));
+        model[..again.len()].copy_from_slice(&again);
+        assert!(read_all(&image) == model, "{what}");
+        image.close().unwrap();
+        clean(&*storage, &what);
+        assert!(read_all(&open(storage, false).unwrap()) == model, "{what}: opened again");
+    }
+}
+
+/// Thin provisioning: the error says that there is no space, the owner extends the device, and the image goes on.
+#[test]
+fn a_device_that_grows_is_noticed() {
+    let create = CreateOptions { size: SIZE, ..CreateOptions::default() };
+    let device = Device::new(2 << 20);
+    let storage: Arc<dyn Storage> = device.clone();
+    qcow2_engine::create::create(storage.clone(), None, &create, &Job::new()).unwrap();
+    let image = open(storage.clone(), true).unwrap();
+    let model = stamped(0, SIZE, 3);
+    let error = image.write(0, &model).unwrap_err();
+    assert_eq!((error.kind(), error.errno()), (ErrorKind::Io, Some(28)), "{error}");
+    device.extend(8 << 20);
+    image.write(0, &model).unwrap();
+    assert!(read_all(&image) == model);
+    image.close().unwrap();
+    clean(&*device, "extended");
+}
+
+#[test]
+fn a_real_device_that_grows_is_noticed_and_a_read_only_one_is_not_opened_to_write() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), vec![0xee; 1 << 20]).unwrap();
+    let read_only = match LoopDevice::read_only(file.path()) {
+        Ok(device) => device,
+        Err(why) => return skipped(why),
+    };
+    let error = FileStorage::open(read_only.path(), Access::ReadWrite).unwrap_err();
+    assert_eq!((error.errno(), error.syscall()), (Some(13), Some("open")), "{error}");
+    assert!(error.message().contains("the device is read-only"), "{error}");
+    FileStorage::open(read_only.path(), Access::ReadOnly).unwrap();
+    drop(read_only);
+    let device = LoopDevice::new(file.path(), 512).unwrap();
+    let storage = FileStorage::open(device.path(), Access::ReadWrite).unwrap();
+    assert_eq!(storage.size().unwrap(), 1 << 20);
+    assert_eq!(storage.set_len(2 << 20).unwrap_err().raw_os_error(), Some(28));
+    file.as_file().set_len(2 << 20).unwrap();
+    device.follow();
+    assert_eq!(storage.size().unwrap(), 2 << 20);
+    storage.set_len(2 << 20).unwrap();
+}
+
+/// A raw disk on a device has its length, and what a longer device held there is not the disk's.
+#[test]
+fn a_device_is_resized_by_its_owner_alone() {
+    let device = Device::new(1 << 20);
+    let raw = Raw::new(device.clone()).unwrap();
+    let image = Image::new(vec![Box::new(raw)]).unwrap();
+    let shrink = ResizeOptions { shrink: true, ..ResizeOptions::default() };
+    for size in [512, 2 << 20] {
+        let error = image.resize_with(size, shrink).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{error}");
+        assert!(error.message().contains("change the device itself"), "{error}");
+        assert_eq!(image.virtual_size(), 1 << 20);
+    }
+    image.resize_with(1 << 20, shrink).unwrap();
+    for preallocation in [Preallocation::Off, Preallocation::Falloc, Preallocation::Full] {
+        let old = image.virtual_size();
+        device.extend(old + (1 << 20));
+        image.resize_with(old + (1 << 20), ResizeOptions { shrink: false, preallocation }).unwrap();
+        let bytes = read_all(&image);
+        assert!(bytes[..1 << 20].iter().all(|&b| b == 0xee), "{preallocation:?}");
+        assert!(bytes[old as usize..].iter().all(|&b| b == 0), "{preallocation:?}");
+    }
+}
+
+/// A data file on a device that was in use: no mode lets the guest read what was there.
+#[test]
+fn a_data_file_on_a_used_device_reads_as_zeroes() {
+    let modes = [Preallocation::Off, Preallocation::Metadata, Preallocation::Falloc, Preallocation::Full];
+    for (raw, extended_l2, preallocation) in
+        [false, true].into_iter().flat_map(|raw| modes.into_iter().map(move |mode| (raw, !raw, mode)))
+    {
+        let what = format!("raw {raw}, {preallocation:?}");
+        let create = CreateOptions {
+            size: 1 << 20,
+            preallocation,
+            extended_l2,
+            data_file: Some(DataFile { filename: b"data".to_vec(), raw }),
+            ..CreateOptions::default()
+        };
+        let file: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
+        let device = Device::new(4 << 20);
+        let data: Arc<dyn Storage> = device.clone();
+        qcow2_engine::create::create(file.clone(), Some(data.clone()), &create, &Job::new()).unwrap();
+        let open = || {
+            let mut qcow2 = Qcow2::open(file.clone(), &OpenOptions::default()).unwrap();
+            qcow2.set_data_file(data.clone());
+            qcow2.enable_writing(options()).unwrap();
+            Image::new(vec![Box::new(qcow2)]).unwrap()
+        };
+        let image = open();
+        assert!(read_all(&image).iter().all(|&b| b == 0), "{what}");
+        for mode in modes {
+            let size = image.virtual_size() + (512 << 10);
+            image.resize_with(size, ResizeOptions { shrink: false, preallocation: mode }).unwrap();
+            assert!(read_all(&image).iter().all(|&b| b == 0), "{what}, grown with {mode:?}");
+        }
+        // Behind the end of the device there is nothing.
+        let error = image.resize(5 << 20).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{what}: {error}");
+        assert!(error.message().contains("extend the device"), "{what}: {error}");
+        assert_eq!(image.virtual_size(), 3 << 20, "{what}");
+        image.close().unwrap();
+        // What is behind the disk is left alone.
+        assert!(device.to_vec()[3 << 20..].iter().all(|&b| b == 0xee), "{what}");
+        device.extend(5 << 20);
+        let image = open();
+        image.resize(5 << 20).unwrap();
+        assert!(read_all(&image).iter().all(|&b| b == 0), "{what}: on a longer device");
+        image.close().unwrap();
+    }
 }

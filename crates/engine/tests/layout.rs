@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use qcow2_engine::storage::MemoryStorage;
-use qcow2_engine::{Image, Layer, OpenOptions, Qcow2, ResizeOptions, Storage, WriteOptions};
+use qcow2_engine::{Image, OpenOptions, Qcow2, ResizeOptions, Storage, WriteOptions};
 use qcow2_testkit::ops::{Target, stamped};
 use qcow2_testkit::plans::Table;
 use qcow2_testkit::{Fixture, Qemu};
@@ -20,7 +20,7 @@ type Round = (&'static str, &'static [fn(&Image)]);
 fn open(file: &Arc<MemoryStorage>) -> Image {
     let mut image = Qcow2::open(Arc::clone(file) as Arc<dyn Storage>, &OpenOptions::default()).unwrap();
     image.enable_writing(WriteOptions::default()).unwrap();
-    Image::new(vec![Layer::Qcow2(Box::new(image))]).unwrap()
+    Image::new(vec![Box::new(image)]).unwrap()
 }
 
 /// The file in memory: it needs no syncs.

@@ -83,10 +83,16 @@ fn a_failed_write_before_the_switch_changes_nothing() {
             for after in 0..total {
                 let (recording, _, image, name, (old, _), done) = attempt(before.1 + after);
                 let what = format!("{name}, {cluster_size}, write {after} of {total}");
-                assert!(done.is_err(), "{what}");
-                let again = image.execute(&plans(&image)[number].1);
-                if again.is_err() {
-                    continue;
+                if (name, errno) == ("delete", 28) {
+                    // Without space a snapshot is deleted in place, unless it is the header's write that failed.
+                    if done.is_err() {
+                        continue;
+                    }
+                } else {
+                    assert!(done.is_err(), "{what}");
+                    if image.execute(&plans(&image)[number].1).is_err() {
+                        continue;
+                    }
                 }
                 harmless += 1;
                 let now = all(&image);

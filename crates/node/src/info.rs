@@ -28,6 +28,8 @@ pub struct LayerInfo {
     pub file_length: f64,
     /// What requests on its file should look like.
     pub limits: FileLimits,
+    /// QEMU's name of what reads the file: `file` or `host_device`.
+    pub protocol: String,
     /// What only qcow2 has.
     pub qcow2: Option<Qcow2Info>,
 }
@@ -162,6 +164,7 @@ impl LayerInfo {
             actual_size: actual as f64,
             file_length: storage.size()? as f64,
             limits: storage.io_limits().into(),
+            protocol: if storage.traits().block_device { "host_device" } else { "file" }.to_owned(),
             qcow2: layer.as_qcow2().map(Qcow2Info::new).transpose()?,
         })
     }

@@ -44,5 +44,5 @@ pub mod shape;
 pub mod snapshots;
 mod text;
 mod watch;
-mod watched;
+pub mod watched;
 pub mod write;

@@ -110,6 +110,14 @@ impl Contents {
         Ok(Self { active: disk(image)?, bitmaps: bitmaps(image)?, ..stored })
     }
 
+    /// The same where the order of snapshots and bitmaps says nothing.
+    #[must_use]
+    pub fn sorted(mut self) -> Self {
+        self.snapshots.sort_by(|a, b| a.id.cmp(&b.id));
+        self.bitmaps.sort_by(|a, b| a.name.cmp(&b.name));
+        self
+    }
+
     /// Whether this may be what a crash left of a change from `old` to `new`: one of them as a whole. Each bitmap is as
     /// before or as after, or says that it is not to be believed: those that record changes, and with `resized` all.
     ///

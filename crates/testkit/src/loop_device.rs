@@ -13,8 +13,27 @@ impl LoopDevice {
     /// # Errors
     /// Why there is none, in words.
     pub fn new(file: &Path, sector: u32) -> Result<Self, String> {
+        Self::with(&["--sector-size", &sector.to_string()], file)
+    }
+
+    /// As `new`, for reading only.
+    ///
+    /// # Errors
+    /// As `new`.
+    pub fn read_only(file: &Path) -> Result<Self, String> {
+        Self::with(&["--read-only"], file)
+    }
+
+    /// The file is longer or shorter now, and so is the device.
+    pub fn follow(&self) {
+        let followed = Command::new("losetup").args(["--set-capacity", &self.0]).status();
+        assert!(followed.is_ok_and(|status| status.success()), "losetup --set-capacity");
+    }
+
+    fn with(options: &[&str], file: &Path) -> Result<Self, String> {
         let out = Command::new("losetup")
-            .args(["--find", "--show", "--sector-size", &sector.to_string()])
+            .args(["--find", "--show"])
+            .args(options)
             .arg(file)
             .output()
             .map_err(|e| format!("losetup: {e}"))?;

@@ -1,4 +1,3 @@
-import { stat } from 'node:fs/promises'
 import { type Command, Option } from 'commander'
 import type { BlockLimits, ImageInfo } from '../../index.js'
 import { exactText } from '../../text.js'
@@ -7,7 +6,7 @@ import { formatInfo, type InfoDocument } from '../format/info.js'
 import { toJson } from '../format/json.js'
 import { snapshotDocuments } from '../format/snapshots.js'
 import { cacheMode, later, oneFile, outputOption, refuseDriverSyntax, toCacheMode } from '../grammar.js'
-import { argumentOf, localPath, shownName, withImage } from '../images.js'
+import { argumentOf, shownName, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import type { Session } from '../session.js'
 
@@ -62,7 +61,7 @@ async function collect(top: string, options: InfoArguments, session: Session): P
       session,
       image => image.info(),
     )
-    const document = infoDocument(shownName(filename), info, await protocolOf(localPath(filename)))
+    const document = infoDocument(shownName(filename), info)
     documents.push(limits ? withLimits(document, info, format === undefined) : document)
     next = options.backingChain ? below(info) : undefined
   }
@@ -80,15 +79,8 @@ function below(info: ImageInfo): { filename: string; format: string | undefined 
   return { filename: argumentOf(filename), format: info.backingFilenameFormat }
 }
 
-/** QEMU's name of what holds an image. */
-const protocolOf = (path: string): Promise<string> =>
-  stat(path).then(
-    stats => (stats.isBlockDevice() ? 'host_device' : 'file'),
-    () => 'file',
-  )
-
 /** The QAPI document of one image: names with dashes, and the file that holds it as a node of its own. */
-function infoDocument(filename: string, info: ImageInfo, protocol: string): InfoDocument {
+function infoDocument(filename: string, info: ImageInfo): InfoDocument {
   const specific = info.formatSpecific
   return {
     filename,
@@ -107,7 +99,7 @@ function infoDocument(filename: string, info: ImageInfo, protocol: string): Info
     ...(info.backingFilenameFormat !== undefined && { 'backing-filename-format': info.backingFilenameFormat }),
     ...(info.snapshots.length > 0 && { snapshots: snapshotDocuments(info.snapshots) }),
     ...(specific && { 'format-specific': { type: specific.type, data: specificData(specific) } }),
-    children: [{ name: 'file', info: fileDocument(filename, info, protocol) }],
+    children: [{ name: 'file', info: fileDocument(filename, info) }],
   }
 }
 
@@ -160,10 +152,10 @@ const specificData = (specific: NonNullable<ImageInfo['formatSpecific']>) => ({
   })),
 })
 
-const fileDocument = (filename: string, info: ImageInfo, protocol: string): InfoDocument => ({
+const fileDocument = (filename: string, info: ImageInfo): InfoDocument => ({
   children: [],
   filename,
-  format: protocol,
+  format: info.protocol,
   // QEMU counts a file in whole sectors.
   'virtual-size': Math.ceil(info.fileLength / 512) * 512,
   'actual-size': info.actualSize,

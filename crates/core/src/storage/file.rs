@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock};
 
 use super::lock::ImageLock;
 use super::platform::alignment::{self, Alignment};
-use super::platform::{self, FileKind};
+use super::platform::{self, FileKind, device};
 use super::{CacheMode, Claim, DeviceLimits, DirectStorage, IoLimits, Locking, Run, Storage, Traits};
 use crate::{Error, ErrorKind, Mem, MemMut, Result};
 
@@ -28,8 +28,6 @@ pub struct FileStorage {
     traits: Traits,
     /// Whether the descriptor's cursor is ours to move: only then may holes be looked for by seeking.
     own_cursor: bool,
-    /// Length of a block device, which cannot change while it is open.
-    device_len: Option<u64>,
     /// Whether taking space ahead of writes pays on this file system.
     allocates_ahead: OnceLock<bool>,
     cache: CacheMode,
@@ -41,7 +39,8 @@ impl FileStorage {
     /// blocking.
     ///
     /// # Errors
-    /// `Io` with the system's error; `InvalidArgument` for something that is not a disk.
+    /// `Io` with the system's error, `EACCES` also for a read-only device that is to be written to; `InvalidArgument` for
+    /// something that is not a disk.
     pub fn open(path: impl AsRef<Path>, access: Access) -> Result<Self> {
         Self::open_cached(path, access, CacheMode::default())
     }
@@ -147,10 +146,11 @@ impl FileStorage {
                 return Err(in_file(Error::new(ErrorKind::InvalidArgument, message)));
             }
         };
-        let device_len = match block_device {
-            true => Some(device_len(&file).map_err(|e| in_file(Error::io(e, "lseek")))?),
-            false => None,
-        };
+        if block_device && writable && device::is_read_only(&file) {
+            return Err(in_file(
+                Error::io(platform::not_permitted(), "open").because("the device is read-only"),
+            ));
+        }
         // A descriptor of others can be direct, whatever mode was asked for.
         #[cfg(unix)]
         let direct = cache.is_direct()
@@ -174,7 +174,6 @@ impl FileStorage {
             path,
             traits,
             own_cursor,
-            device_len,
             allocates_ahead: OnceLock::new(),
             cache,
             lock: ImageLock::default(),
@@ -192,15 +191,6 @@ impl FileStorage {
 fn same_file(a: &File, b: &File) -> bool {
     let identity = |file: &File| file.metadata().ok().and_then(|metadata| platform::identity(&metadata));
     identity(a).is_some() && identity(a) == identity(b)
-}
-
-/// Where a device ends: `stat` says 0. The cursor is put back, others may share it.
-fn device_len(mut file: &File) -> io::Result<u64> {
-    use std::io::{Seek, SeekFrom};
-    let cursor = file.stream_position()?;
-    let end = file.seek(SeekFrom::End(0))?;
-    file.seek(SeekFrom::Start(cursor))?;
-    Ok(end)
 }
 
 /// The open error, with its path. A socket and a FIFO without reader have an error of their own.
@@ -237,17 +227,18 @@ impl Storage for FileStorage {
     }
 
     fn len(&self) -> io::Result<u64> {
-        match self.device_len {
-            Some(len) => Ok(len),
-            None => Ok(self.file.metadata()?.len()),
+        match self.traits.block_device {
+            // Anew each time: a device can be extended while it is open.
+            true => device::length(&self.file),
+            false => Ok(self.file.metadata()?.len()),
         }
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        match self.device_len {
-            Some(end) if len > end => Err(io::ErrorKind::StorageFull.into()),
-            Some(_) => Ok(()),
-            None => self.file.set_len(len),
+        match self.traits.block_device {
+            true if len > self.len()? => Err(platform::no_space()),
+            true => Ok(()),
+            false => self.file.set_len(len),
         }
     }
 

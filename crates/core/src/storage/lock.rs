@@ -85,6 +85,11 @@ impl Claim {
         self.used & other.unshared != 0 || self.unshared & other.used != 0
     }
 
+    /// Nobody is kept out, and nobody who is there is disturbed: without a lock it is the same.
+    const fn needs_no_lock(self) -> bool {
+        self.unshared == 0 && self.used & !Permission::ConsistentRead.bit() == 0
+    }
+
     fn minus(self, other: Self) -> Self {
         Self { used: self.used & !other.used, unshared: self.unshared & !other.unshared }
     }
@@ -124,8 +129,8 @@ impl ImageLock {
     /// Goes from the claim held to `wanted`; on an error the old one still holds.
     ///
     /// # Errors
-    /// `Locked` naming the permission that conflicts; `Io` where the file system fails to lock;
-    /// `UnsupportedFeature` for `Locking::On` on a system without such locks.
+    /// `Locked` naming the permission that conflicts; `Io` where the file system fails to lock; `UnsupportedFeature` where it has
+    /// no locks and the claim needs one, and for `Locking::On` on a system without such locks.
     pub(super) fn change(&self, file: &File, wanted: Claim, locking: Locking) -> Result<()> {
         match locking {
             Locking::Off => return Ok(()),
@@ -148,6 +153,12 @@ impl ImageLock {
             };
             // The first error is the one to report; bytes that could not be given back go with the file.
             let _given_back = give_back(file, added);
+            if error.kind() == ErrorKind::UnsupportedFeature
+                && locking == Locking::Auto
+                && wanted.needs_no_lock()
+            {
+                return Ok(());
+            }
             if error.kind() != ErrorKind::Locked {
                 return Err(error);
             }
@@ -198,7 +209,7 @@ fn take(file: &File, claim: Claim) -> Result<()> {
         match system::lock(file, byte) {
             Ok(true) => {}
             Ok(false) => return Err(conflict(permission, used)),
-            Err(e) => return Err(Error::io(e, "fcntl")),
+            Err(e) => return Err(failed(e)),
         }
     }
     Ok(())
@@ -217,11 +228,23 @@ fn test(file: &File, claim: Claim) -> Result<()> {
     // What it uses comes first, as in QEMU: the message then names the same permission.
     let (unshared, used): (Vec<_>, Vec<_>) = bytes(opposite).partition(|(_, _, used)| !used);
     for (byte, permission, taken_by_use) in unshared.into_iter().chain(used) {
-        if system::is_locked(file, byte).map_err(|e| Error::io(e, "fcntl"))? {
+        if system::is_locked(file, byte).map_err(failed)? {
             return Err(conflict(permission, !taken_by_use));
         }
     }
     Ok(())
+}
+
+/// A lock that could not be asked for.
+fn failed(error: std::io::Error) -> Error {
+    if !system::are_missing(&error) {
+        return Error::io(error, "fcntl");
+    }
+    let message = format!(
+        "the file system has no locks ({error}), so nobody can tell whether another process uses the image: with locking \
+         'off' it is opened all the same, and to be read also with forceShare (-U)"
+    );
+    Error::new(ErrorKind::UnsupportedFeature, message).with_source(error)
 }
 
 /// `used`: we want to use the permission and somebody does not share it; else the other way round.

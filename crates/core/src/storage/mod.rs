@@ -27,6 +27,7 @@ pub use file::{Access, FileStorage};
 pub use lock::{Claim, Locking, Permission};
 pub use memory::MemoryStorage;
 pub use new_file::{NewFile, Overwrite, Room};
+pub use platform::no_space;
 
 use crate::{Mem, MemMut, Result};
 
@@ -46,7 +47,7 @@ pub struct Traits {
     pub alignment: u32,
     /// Addresses of buffers must be multiples of this (1 where there is no such rule).
     pub memory_alignment: u32,
-    /// A block device: its length is fixed, and a new target on it is not zero.
+    /// A block device: only its owner changes its length, and a new target on it is not zero.
     pub block_device: bool,
     /// Open for writing.
     pub writable: bool,
@@ -93,13 +94,13 @@ pub trait Storage: Send + Sync + fmt::Debug {
             None => Ok(0),
         }
     }
-    /// Length in bytes.
+    /// Length in bytes, now: others may extend what is open here.
     fn len(&self) -> io::Result<u64>;
     /// Whether the length is 0.
     fn is_empty(&self) -> io::Result<bool> {
         Ok(self.len()? == 0)
     }
-    /// Cuts or extends (with a hole) to `len` bytes.
+    /// Cuts or extends (with a hole) to `len` bytes. A device stays as long as it is: one that is shorter has no space.
     fn set_len(&self, len: u64) -> io::Result<()>;
     /// Makes everything written so far durable (fdatasync: data, and the metadata needed to read it).
     fn sync_data(&self) -> io::Result<()>;

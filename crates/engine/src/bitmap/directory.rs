@@ -91,7 +91,7 @@ impl Session<'_> {
     }
 
     /// Makes `directory` the image's, durably.
-    fn switch_directory(&self, directory: Option<BitmapsExtension>) -> Result<()> {
+    pub(super) fn switch_directory(&self, directory: Option<BitmapsExtension>) -> Result<()> {
         let header = read_header(&**self.image.storage())?;
         let mut autoclear = header.autoclear & Autoclear::SUPPORTED;
         autoclear.set(Autoclear::BITMAPS, directory.is_some());

@@ -64,11 +64,15 @@ impl Image {
         let name = name.as_ref();
         let session = begin(self)?;
         let image = session.image;
-        session.replace_bitmaps(|mut entries| {
+        let removed = session.replace_bitmaps(|mut entries| {
             let before = entries.len();
             entries.retain(|e| e.entry.name != name);
             if entries.len() == before { Err(missing(image, name)) } else { Ok(entries) }
-        })?;
+        });
+        match removed {
+            Err(full) if full.is_no_space() => session.remove_bitmap_in_place(name, full)?,
+            done => done?,
+        }
         session.writer.bitmaps.remove(name);
         Ok(())
     }
@@ -99,7 +103,11 @@ impl Image {
         let (bits, enabled) = session.bits_of(name)?;
         // Others: an error leaves those in memory as they are.
         let clean = Bits::new(bits.size(), bits.granularity_bits(), session.image.limits().max_memory)?;
-        session.keep(name, Arc::new(clean), enabled)
+        let clean = Arc::new(clean);
+        match session.keep(name, Arc::clone(&clean), enabled) {
+            Err(full) if full.is_no_space() => session.clear_in_place(name, &clean, enabled, full),
+            kept => kept,
+        }
     }
 
     /// Starts or stops recording guest changes in a bitmap.

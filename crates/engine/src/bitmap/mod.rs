@@ -8,6 +8,7 @@ mod bits;
 mod copy;
 mod directory;
 mod extension;
+mod in_place;
 mod manage;
 mod relocate;
 mod stored;

@@ -82,13 +82,18 @@ impl Session<'_> {
 
     /// Frees the clusters of a stored bitmap that nothing refers to any more. Damage is left to a check.
     pub(super) fn free_stored(&self, entry: &BitmapDirectoryEntry) -> Result<()> {
-        let size = self.geometry().cluster_size();
-        for cluster in read_table(self.image, entry)? {
+        let table = read_table(self.image, entry)?;
+        self.unlink(entry.table_offset.0, u64::from(entry.table_size) * 8);
+        self.free_bits(&table)
+    }
+
+    /// Frees the clusters of bits that a table named.
+    pub(super) fn free_bits(&self, table: &[BitmapCluster]) -> Result<()> {
+        for cluster in table {
             if let BitmapCluster::Data(host) = cluster {
-                self.unlink(host.0, size);
+                self.unlink(host.0, self.geometry().cluster_size());
             }
         }
-        self.unlink(entry.table_offset.0, u64::from(entry.table_size) * 8);
         self.limit_unlinked()
     }
 }

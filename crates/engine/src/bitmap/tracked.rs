@@ -135,12 +135,15 @@ impl Image {
     }
 
     /// After a close that failed: bitmaps that are in the file as they are in memory stay good there, and nothing changes
-    /// the image any more. The others stay marked in use.
+    /// the image any more. The others stay marked in use. What is reserved is given back.
     pub(crate) fn rescue_bitmaps(&self) {
         let Ok(session) = Session::begin(self) else { return };
         let mut same = session.writer.bitmaps.all();
         same.retain(|one| !one.bits.is_changed());
-        if !same.is_empty() && session.unmark(&same).is_ok() {
+        let unmarked = !same.is_empty() && session.unmark(&same).is_ok();
+        // The error that led here is the one to report. An image that takes no more writes stays as it is.
+        let _given_back = session.barrier().and_then(|()| session.writer.give_back(session.image));
+        if unmarked {
             session.writer.close();
         }
     }

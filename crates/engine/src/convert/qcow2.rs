@@ -14,7 +14,7 @@ use super::prepare::{Payload, Planner, Prepared, Unit, transform};
 use super::scan::{Chunk, Piece, Rules, Zeroes};
 use super::{Compression, Context, ConvertOptions};
 use crate::create::{
-    CreateOptions, ImageBuilder, NewCluster, Preallocation, Preallocator, lengthen, size_raw,
+    CreateOptions, ImageBuilder, NewCluster, Preallocation, Preallocator, lengthen, size_raw, zero_out,
 };
 use crate::{Job, Mem, Result, Storage, StorageExt};
 
@@ -78,9 +78,11 @@ impl Qcow2Sink {
         let geometry = builder.geometry();
         if let Some(file) = &data_file {
             let (size, keep) = (builder.size(), create.keep_data_file);
-            if keep || file.traits().block_device {
-                // What is mapped and not written must read as zeroes.
-                file.zero(0, size.min(file.size()?), true)?;
+            // What is mapped and not written must read as zeroes. A preallocation zeroes a device by itself.
+            if keep {
+                zero_out(&**file, 0..size.min(file.size()?), true, context.job)?;
+            } else if file.traits().block_device && preallocation == Preallocation::Off {
+                zero_out(&**file, 0..size, true, context.job)?;
             }
             match keep {
                 true => lengthen(&**file, size)?,

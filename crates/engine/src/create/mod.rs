@@ -8,6 +8,7 @@ mod builder;
 mod hosts;
 mod options;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 pub use options::{Backing, CreateOptions, DataFile, Preallocation, SECTOR_SIZE};
@@ -20,6 +21,8 @@ use crate::{Error, ErrorKind, Job, Mem, Result, Storage, StorageExt};
 
 /// Guest clusters that are placed in one step.
 const STEP: u64 = 8192;
+/// Bytes that are zeroed in one call.
+const ZERO_STEP: u64 = 1 << 30;
 /// Bytes of one write of zeroes.
 const ZERO_WRITE: usize = 256 << 10;
 
@@ -117,12 +120,17 @@ pub(crate) fn empty(storage: &dyn Storage) -> Result<()> {
     }
 }
 
-/// Gives a raw file its size and space; what it held is lost.
+/// Gives a raw file its size and space; what it held is lost. With a preallocation it reads as zeroes, also on a device: an
+/// image may map all of it.
 pub(crate) fn size_raw(storage: &dyn Storage, size: u64, mode: Preallocation, job: &Job) -> Result<()> {
     empty(storage)?;
     storage.resize(size)?;
     match mode {
-        Preallocation::Off | Preallocation::Metadata => Ok(()),
+        Preallocation::Off => Ok(()),
+        Preallocation::Metadata | Preallocation::Falloc if storage.traits().block_device => {
+            zero_out(storage, 0..size, mode == Preallocation::Metadata, job)
+        }
+        Preallocation::Metadata => Ok(()),
         Preallocation::Falloc => storage.reserve(0, size),
         Preallocation::Full => write_zero_bytes(storage, 0, size, job),
     }
@@ -193,6 +201,18 @@ fn contiguous_runs(places: &[Option<HostOffset>], cluster_size: u64) -> Vec<(Hos
         }
     }
     runs
+}
+
+/// Makes a range read as zeroes, step by step.
+pub(crate) fn zero_out(storage: &dyn Storage, range: Range<u64>, unmap: bool, job: &Job) -> Result<()> {
+    let mut at = range.start;
+    while at < range.end {
+        job.checkpoint()?;
+        let length = ZERO_STEP.min(range.end - at);
+        storage.zero(at, length, unmap)?;
+        at += length;
+    }
+    Ok(())
 }
 
 pub(crate) fn write_zero_bytes(storage: &dyn Storage, start: u64, length: u64, job: &Job) -> Result<()> {

@@ -1,5 +1,6 @@
 //! Emptying an image: everything of its disk is read from the backing file afterwards.
 
+use super::execute::encode_words;
 use super::session::Session;
 use crate::image::Image;
 use crate::{Result, StorageExt};
@@ -17,7 +18,7 @@ impl Image {
             return Ok(());
         }
         let zeroes = vec![0u8; l1.len() * 8];
-        session.write(session.writer.l1_offset(), &zeroes)?;
+        session.write_changed(session.writer.l1_offset(), &encode_words(&l1), &zeroes)?;
         session.image.mapping.write().l1.fill(0);
         // References go before refcounts: the loss must be durable before anything is used again.
         session.barrier()?;
@@ -26,7 +27,8 @@ impl Image {
         let external = session.image.header().has_data_file() && !session.image.header().data_file_raw();
         match session.image.data_file().filter(|_| external) {
             Some(data) => {
-                let length = data.size()?;
+                // A device goes on behind the disk.
+                let length = data.size()?.min(session.image.virtual_size());
                 data.discard(0, length).map_err(|e| data.failure(e, "fallocate"))
             }
             None => Ok(()),

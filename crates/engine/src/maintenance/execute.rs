@@ -54,7 +54,7 @@ struct NewTable {
 
 impl Image {
     /// Executes `plan` while guest writes wait. After a failed step the image is the old one, or the new one if the
-    /// switch was made.
+    /// switch was made. A plan that does nothing but delete a snapshot is done in place where there is no space.
     ///
     /// # Errors
     /// `InvalidArgument` for a plan that was made for another generation or whose steps do not fit together;
@@ -80,7 +80,12 @@ impl Image {
         let mut made = Made { original: session.image.snapshots(), ..Made::default() };
         let executed = plan.steps.iter().try_for_each(|step| session.execute(step, &mut made));
         let ended = session.end(&made);
-        executed.and(ended)
+        match (executed.and(ended), plan.removed()) {
+            (Err(full), Some(index)) if full.is_no_space() && !made.switched => {
+                session.remove_snapshot_in_place(index, full)
+            }
+            (done, _) => done,
+        }
     }
 }
 

@@ -9,6 +9,7 @@
 mod beside;
 mod empty;
 mod execute;
+mod in_place;
 mod plan;
 mod session;
 mod shrink;
@@ -16,4 +17,4 @@ mod tree;
 
 pub(crate) use execute::encode_words;
 pub use plan::{NewSnapshot, Plan, Record, Step, Tree};
-pub(crate) use session::Session;
+pub(crate) use session::{SECTOR, Session};

@@ -74,3 +74,27 @@ pub struct Plan {
     /// The steps.
     pub steps: Vec<Step>,
 }
+
+impl Plan {
+    /// The snapshot that the plan deletes, where it does nothing else.
+    pub(super) fn removed(&self) -> Option<usize> {
+        let mut removed = None;
+        let mut kept = None;
+        for step in &self.steps {
+            match step {
+                Step::Fork | Step::RestoreCopied | Step::Barrier | Step::Switch | Step::Free => {}
+                Step::Drop(Tree::Snapshot(index)) if removed.is_none() => removed = Some(*index),
+                Step::WriteTable(records) if kept.is_none() => kept = Some(records),
+                _ => return None,
+            }
+        }
+        let (removed, kept) = (removed?, kept?);
+        // In their order, and under their names.
+        let as_before = |(place, record): (usize, &Record)| {
+            let index = if place < removed { place } else { place + 1 };
+            *record == Record::Keep { index, rename: None }
+        };
+        let whole = self.steps.contains(&Step::Switch) && kept.iter().enumerate().all(as_before);
+        whole.then_some(removed)
+    }
+}

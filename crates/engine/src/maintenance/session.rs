@@ -9,6 +9,8 @@ use crate::{Error, ErrorKind, Job, Mem, MemMut, Result, StorageExt};
 
 /// Bytes of refcount blocks that may wait to be written.
 pub(super) const WAITING_LIMIT: usize = 16 << 20;
+/// Bytes that are written as a whole or not at all.
+pub(crate) const SECTOR: u64 = 512;
 /// Clusters that may wait to lose a reference.
 const UNLINKED_LIMIT: usize = 1 << 16;
 /// Zeroes at the end of a table that are worth a hole, in bytes.
@@ -116,6 +118,24 @@ impl<'a> Session<'a> {
         self.writer.check()?;
         let written = self.image.storage().write_all_at(Mem::from(bytes), offset);
         written.map_err(|e| self.writer.poison(e))
+    }
+
+    /// Turns `old`, which is at `offset`, into `new`, sector by sector: what is the same is not written. Zeroes may be a hole, and
+    /// a file system that is full has no space for others there.
+    pub(crate) fn write_changed(&self, offset: u64, old: &[u8], new: &[u8]) -> Result<()> {
+        let mut at = offset;
+        let (mut old, mut new) = (old, new);
+        while !new.is_empty() {
+            let length = ((SECTOR - at % SECTOR) as usize).min(new.len());
+            let ((was, rest_of_old), (is, rest)) =
+                (old.split_at(length.min(old.len())), new.split_at(length));
+            if was != is {
+                self.write(at, is)?;
+            }
+            (old, new) = (rest_of_old, rest);
+            at += length as u64;
+        }
+        Ok(())
     }
 
     /// Reads `bytes.len()` bytes of metadata.

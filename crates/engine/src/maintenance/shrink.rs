@@ -4,6 +4,9 @@
 //! write of the header, inside a sector, switches size and L1 table; what only the old ones refer to is freed
 //! behind it. A crash leaves the old disk or the new one, and leaks. Readers that planned before go on: what
 //! they use is in quarantine until they end.
+//!
+//! Where there is no space for other tables, the header's write makes the disk and its L1 table shorter where they are, and what
+//! lies behind the end goes out of the tables when that is durable.
 
 use qcow2_format::{HostOffset, L1Entry};
 
@@ -20,6 +23,12 @@ struct Cut {
     bytes: Vec<u8>,
     /// Bytes of the entries that stay.
     kept: usize,
+}
+
+/// Tables of the smaller disk, beside those in use: their host offsets.
+struct Beside {
+    l2: Option<u64>,
+    l1: u64,
 }
 
 impl Session<'_> {
@@ -44,43 +53,116 @@ impl Session<'_> {
         let mut l1 = old_l1.clone();
         l1.truncate(kept);
         l1.resize(entries, 0);
-        let mut table_offset = None;
-        if let Some(cut) = &cut {
-            let mut table = cut.bytes.clone();
-            table.get_mut(cut.kept..).unwrap_or_default().fill(0);
-            let offset = self.allocate(g.cluster_size())?;
-            self.write_table(offset, table)?;
-            if let Some(entry) = l1.get_mut(cut.l1_index) {
-                *entry = L1Entry::new(HostOffset(offset), true).0;
-            }
-            table_offset = Some(offset);
-        }
-        let written = self.allocate(entries as u64 * 8).and_then(|offset| {
-            self.write_table(offset, encode_words(&l1))?;
-            Ok(offset)
-        });
-        let offset = written.inspect_err(|_| {
-            table_offset.iter().for_each(|table| self.abandon(*table, g.cluster_size()));
-        })?;
+        let former = self.writer.l1_offset();
+        let beside = match self.place_beside(&mut l1, cut.as_ref()) {
+            Err(error) if error.is_no_space() => None,
+            written => Some(written?),
+        };
+        let offset = beside.as_ref().map_or(former, |beside| beside.l1);
         self.barrier()?;
         // At most as many entries as before.
         self.writer.write_active(self.image, size, entries as u32, offset)?;
         self.barrier()?;
-        let former = self.writer.l1_offset();
         self.writer.note_active(self.image, &l1, offset);
         // The size first: who finds nothing mapped behind the end sees that it is the end.
         self.image.set_virtual_size(size);
-        self.image.mapping.write().l1 = l1;
+        self.image.mapping.write().l1.clone_from(&l1);
         self.image.next_generation();
         self.writer.bitmaps.resize(size, self.image.limits().max_memory)?;
+        let Some(beside) = beside else {
+            self.cut_in_place(&old_l1, &l1, &gone, cut.as_ref())?;
+            return self.cut_contents(size);
+        };
         self.free_behind(&gone, cut.as_ref())?;
         self.unlink(former, old_l1.len() as u64 * 8);
         self.cut_contents(size)?;
-        match self.lower(table_offset, offset) {
+        match self.lower(beside.l2, beside.l1) {
             // The disk is as it is to be; its file stays longer.
             Err(error) if error.is_no_room() => Ok(()),
             lowered => lowered,
         }
+    }
+
+    /// Writes the tables of the smaller disk to clusters of their own. `l1` gets its entry for the L2 table that is cut.
+    fn place_beside(&self, l1: &mut [u64], cut: Option<&Cut>) -> Result<Beside> {
+        let mut l2 = None;
+        let mut entries = l1.to_vec();
+        if let Some(cut) = cut {
+            let offset = self.write_cut(cut)?;
+            if let Some(entry) = entries.get_mut(cut.l1_index) {
+                *entry = L1Entry::new(HostOffset(offset), true).0;
+            }
+            l2 = Some(offset);
+        }
+        let written = self.allocate(entries.len() as u64 * 8).and_then(|offset| {
+            self.write_table(offset, encode_words(&entries))?;
+            Ok(offset)
+        });
+        let offset = written.inspect_err(|_| {
+            l2.iter().for_each(|table| self.abandon(*table, self.geometry().cluster_size()));
+        })?;
+        l1.copy_from_slice(&entries);
+        Ok(Beside { l2, l1: offset })
+    }
+
+    /// Writes what stays of the L2 table over the new end to a cluster of its own.
+    fn write_cut(&self, cut: &Cut) -> Result<u64> {
+        let mut table = cut.bytes.clone();
+        table.get_mut(cut.kept..).unwrap_or_default().fill(0);
+        let offset = self.allocate(self.geometry().cluster_size())?;
+        self.write_table(offset, table)?;
+        Ok(offset)
+    }
+
+    /// The disk is shorter, durably, and its tables are where they were. Frees what is behind its end.
+    fn cut_in_place(&self, old_l1: &[u64], l1: &[u64], gone: &[u64], cut: Option<&Cut>) -> Result<()> {
+        let g = self.geometry();
+        let (place, old_bytes) = (self.writer.l1_offset(), old_l1.len() as u64 * 8);
+        let kept = g.clusters_for(l1.len() as u64 * 8) * g.cluster_size();
+        // Behind the entries that count, others would find some when they make the table longer.
+        let mut table = encode_words(l1);
+        table.resize(kept.min(old_bytes) as usize, 0);
+        let mut old = encode_words(old_l1);
+        old.truncate(table.len());
+        self.write_changed(place, &old, &table)?;
+        let own = match cut {
+            Some(cut) => self.refcount(g.cluster_index(cut.former.0))? == 1,
+            None => true,
+        };
+        if let Some(cut) = cut.filter(|_| own) {
+            let behind = cut.bytes.get(cut.kept..).unwrap_or_default();
+            self.write_changed(cut.former.0 + cut.kept as u64, behind, &vec![0; behind.len()])?;
+            self.image.slices.remove_table(cut.former.0, g.cluster_size());
+        }
+        self.barrier()?;
+        if let Some(cut) = cut.filter(|_| own) {
+            self.for_cut(cut, |cluster| self.unlink(cluster * g.cluster_size(), g.cluster_size()))?;
+        }
+        self.drop_references(gone)?;
+        self.unlink(place + kept, old_bytes.next_multiple_of(g.cluster_size()).saturating_sub(kept));
+        self.barrier()?;
+        match cut.filter(|_| !own).map(|cut| self.replace_cut(cut)) {
+            // What a snapshot shares stays mapped behind the end, where nobody reads: growing drops it.
+            Some(Err(error)) if error.is_no_room() => Ok(()),
+            done => done.unwrap_or(Ok(())),
+        }
+    }
+
+    /// Gives the disk an L2 table without what is behind the end, where it shared one: there may be space now.
+    fn replace_cut(&self, cut: &Cut) -> Result<()> {
+        let size = self.geometry().cluster_size();
+        let offset = self.write_cut(cut)?;
+        self.barrier()?;
+        let entry = L1Entry::new(HostOffset(offset), true).0;
+        self.write(self.writer.l1_offset() + cut.l1_index as u64 * 8, &entry.to_be_bytes())?;
+        if let Some(place) = self.image.mapping.write().l1.get_mut(cut.l1_index) {
+            *place = entry;
+        }
+        self.writer.note_active(self.image, &self.image.l1(), self.writer.l1_offset());
+        self.barrier()?;
+        self.for_cut(cut, |cluster| self.unlink(cluster * size, size))?;
+        self.unlink(cut.former.0, size);
+        self.barrier()
     }
 
     /// The new tables were written behind everything: they go down into what became free, so that the file is short.
@@ -151,7 +233,12 @@ impl Session<'_> {
             if let SegmentKind::Data(Place { host, .. }) = segment.kind
                 && self.refcount(g.cluster_index(host))? == 1
             {
-                self.image.storage().zero(host, segment.length, false)?;
+                let (storage, length) = (self.image.storage(), segment.length);
+                match storage.zero(host, length, false) {
+                    // A hole needs none.
+                    Err(error) if error.is_no_space() => storage.zero(host, length, true)?,
+                    zeroed => zeroed?,
+                }
             }
         }
         Ok(())

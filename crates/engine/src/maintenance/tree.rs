@@ -126,17 +126,19 @@ impl Session<'_> {
         let g = self.geometry();
         let mut table = vec![0u8; g.cluster_len()];
         let mut l1 = self.image.l1();
+        let old_l1 = encode_words(&l1);
         for (index, entry) in l1.iter_mut().enumerate() {
             let Some(offset) = self.table_of(*entry, index)? else { continue };
             self.read(offset.0, &mut table)?;
+            let old = table.clone();
             let exclusive = self.refcount(g.cluster_index(offset.0))? == 1;
             if self.rewrite_table(&mut table, index, exclusive)? {
-                self.write(offset.0, &table)?;
+                self.write_changed(offset.0, &old, &table)?;
                 self.image.slices.remove_table(offset.0, g.cluster_size());
             }
             *entry = L1Entry::new(offset, exclusive).0;
         }
-        self.write(self.writer.l1_offset(), &encode_words(&l1))?;
+        self.write_changed(self.writer.l1_offset(), &old_l1, &encode_words(&l1))?;
         self.image.mapping.write().l1 = l1;
         self.barrier()
     }

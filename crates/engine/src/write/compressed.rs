@@ -8,6 +8,7 @@ use qcow2_transform::{Codec, CompressOptions, Compressor};
 use super::alloc::Wish;
 use super::cluster::Step;
 use super::link::Change;
+use super::quarantine::Unlinked;
 use super::request::{Payload, Top};
 use super::writer::Writer;
 use crate::image::{Image, Qcow2};
@@ -88,8 +89,10 @@ impl Image {
         let descriptor = CompressedDescriptor::for_data(HostOffset(offset), bytes.len() as u64, &g)
             .map_err(|e| image.error(ErrorKind::Limit, e.to_string()).with_source(e))?;
         writer.check_overlap(image, offset, bytes.len() as u64)?;
-        // On failure the bytes stay counted: a leak at worst, and only until the image is checked.
-        image.storage().write_all_at(Mem::from(bytes), offset)?;
+        image.storage().write_all_at(Mem::from(bytes), offset).inspect_err(|_| {
+            let unlinked = Unlinked { cluster: g.cluster_index(offset), count: 1, punch: false };
+            unlinked.push_to(&mut image.mapping.write().unlinked);
+        })?;
         image.inflated.remove(&descriptor);
         let change = Change { guest: run.guest, clusters: 1, barrier: true, punch: false };
         writer.link(image, change, |_, _| Some(L2Mapping::Compressed(descriptor)))

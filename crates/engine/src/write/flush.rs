@@ -235,7 +235,7 @@ impl Writer {
     }
 
     /// Gives the reservations back and cuts the file. Behind a flush, and nothing is being written.
-    pub(super) fn give_back(&self, image: &Qcow2) -> Result<()> {
+    pub(crate) fn give_back(&self, image: &Qcow2) -> Result<()> {
         // What would stay in quarantine would stay in the file, as a leak, and be freed once more later.
         self.drain()?;
         let storage = image.storage();

@@ -88,6 +88,27 @@ impl Writer {
         image.storage().flush().map_err(|e| self.poison(e))
     }
 
+    /// Marks the image as one whose refcounts may be wrong, durably: until [`Writer::unmark_dirty`], a crash leaves it to the
+    /// next writer to repair it. False in version 2, which has no such mark.
+    pub(crate) fn mark_dirty(&self, image: &Qcow2) -> Result<bool> {
+        let header = image.header();
+        if header.version < 3 {
+            return Ok(false);
+        }
+        self.write_incompatible(image, header.incompatible | Incompatible::DIRTY)?;
+        image.storage().flush().map_err(|e| self.poison(e))?;
+        Ok(true)
+    }
+
+    /// All is durable and fits together again. Lazy refcounts keep the mark until the image is closed.
+    pub(crate) fn unmark_dirty(&self, image: &Qcow2) -> Result<()> {
+        if self.options.lazy_refcounts {
+            return Ok(());
+        }
+        self.write_incompatible(image, image.header().incompatible)?;
+        image.storage().flush().map_err(|e| self.poison(e))
+    }
+
     fn write_incompatible(&self, image: &Qcow2, bits: Incompatible) -> Result<()> {
         self.write_field(image, INCOMPATIBLE, &bits.bits().to_be_bytes())
     }

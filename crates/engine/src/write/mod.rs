@@ -36,6 +36,7 @@ mod refcounts;
 mod relocate;
 mod request;
 mod resize;
+mod spare;
 mod sync;
 mod table;
 mod writer;

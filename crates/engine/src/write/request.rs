@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use qcow2_format::{L2Mapping, SubclusterBitmap};
 use qcow2_transform::is_zero;
@@ -13,6 +14,9 @@ use super::cow::plan_cow;
 use super::writer::Writer;
 use crate::image::{Image, Loaded, Qcow2};
 use crate::{DetectZeroes, Error, ErrorKind, Mem, MemMut, Raw, Result, StorageExt};
+
+/// Milliseconds that a request without space waits for those that still use what is free otherwise.
+const PATIENCE: u32 = 2000;
 
 /// What a request writes.
 #[derive(Debug, Clone, Copy)]
@@ -58,6 +62,7 @@ impl Image {
                 _ => raw.storage().write_all_at(buf, offset),
             },
             Top::Qcow2(image, writer) => {
+                let range = range.clone();
                 match writer.options.detect_zeroes {
                     DetectZeroes::Off => self.write_range(image, writer, Payload::Bytes(buf), range)?,
                     _ if !buf.is_zero() => self.write_range(image, writer, Payload::Bytes(buf), range)?,
@@ -69,11 +74,12 @@ impl Image {
     }
 
     /// Runs one guest request on `range`: shared with others, apart from maintenance; with the flush of the write-through
-    /// modes. The disk may have shrunk while it waited for the gate.
+    /// modes. The disk may have shrunk while it waited for the gate. Where there is no space, `request` is done once more when all
+    /// that waits for a sync is free: others may have begun to wait, or have freed something, since it looked.
     pub(super) fn guest_request(
         &self,
         range: &Range<u64>,
-        request: impl FnOnce(Top<'_>) -> Result<()>,
+        mut request: impl FnMut(Top<'_>) -> Result<()>,
     ) -> Result<()> {
         match self.top()? {
             Top::Raw(raw) => {
@@ -89,10 +95,29 @@ impl Image {
                 writer.begin(image)?;
                 self.preserve(range);
                 writer.bitmaps.mark(range);
-                request(Top::Qcow2(image, writer))?;
+                match request(Top::Qcow2(image, writer)) {
+                    Err(error) if error.is_no_space() => {
+                        self.reclaim(image, writer)?;
+                        request(Top::Qcow2(image, writer))?;
+                    }
+                    done => done?,
+                }
                 if writer.options.flush_each { self.flush_guest(image, writer) } else { Ok(()) }
             }
         }
+    }
+
+    /// Makes durable what lost its references, and frees it as soon as no request can reach it. The caller holds no host
+    /// offset that it planned.
+    fn reclaim(&self, image: &Qcow2, writer: &Writer) -> Result<()> {
+        self.flush_guest(image, writer)?;
+        for _ in 0..PATIENCE {
+            if writer.with_alloc(|alloc, _| alloc.drain())? {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
     }
 
     pub(super) fn top(&self) -> Result<Top<'_>> {

@@ -9,7 +9,7 @@ use qcow2_format::limits::MAX_L1_BYTES;
 use super::alloc::Allocation;
 use super::request::{Payload, Top};
 use super::writer::Writer;
-use crate::create::{Preallocation, write_zero_bytes};
+use crate::create::{Preallocation, write_zero_bytes, zero_out};
 use crate::image::{Image, Qcow2};
 use crate::maintenance::Session;
 use crate::{Error, ErrorKind, GuestSource, Job, Mem, Raw, Result, Storage, StorageExt};
@@ -43,7 +43,8 @@ impl Image {
     /// has the old size or the new one, with leaked clusters at worst.
     ///
     /// # Errors
-    /// `InvalidArgument` unless `size` is a multiple of 512, and for a preallocation where nothing grows; `DataLoss` for a
+    /// `InvalidArgument` unless `size` is a multiple of 512, for a preallocation where nothing grows, for a device that is not as
+    /// long, and for a data file on a device that is shorter; `DataLoss` for a
     /// smaller size without `shrink`, saying how much is stored behind it; `UnsupportedFeature` for a version 2
     /// image with snapshots, which do not know their size, and for no bytes where there are bitmaps; `Corrupt` for
     /// an inconsistent bitmap, which cannot be resized; `Limit` where the format ends; else as [`Image::write_at`].
@@ -118,10 +119,19 @@ impl Image {
     fn resize_raw(&self, raw: &Raw, size: u64, options: ResizeOptions, job: &Job) -> Result<()> {
         self.judge_size(size, options, job)?;
         let old = self.virtual_size();
+        let device = raw.storage().traits().block_device;
+        if device {
+            judge_device(&**raw.storage(), size)?;
+        }
         let prepared = match options.preallocation {
             Preallocation::Metadata => {
                 let message = "a raw image has no metadata to preallocate: falloc and full are possible";
                 return Err(Error::new(ErrorKind::InvalidArgument, message).with_field("preallocation"));
+            }
+            // What was behind the former end of a device that was extended is not the disk's.
+            Preallocation::Off | Preallocation::Falloc if device && size > old => {
+                let unmap = options.preallocation == Preallocation::Off;
+                zero_out(&**raw.storage(), old..size, unmap, job)
             }
             Preallocation::Falloc => reserve(&**raw.storage(), old..size, job),
             Preallocation::Full => write_zero_bytes(&**raw.storage(), old, size - old, job),
@@ -295,6 +305,19 @@ fn reserve(storage: &dyn Storage, range: Range<u64>, job: &Job) -> Result<()> {
     Ok(())
 }
 
+/// Refuses a size that a device does not have: nobody resizes one by way of its contents.
+fn judge_device(device: &dyn Storage, size: u64) -> Result<()> {
+    let length = device.size()?;
+    if size == length {
+        return Ok(());
+    }
+    let message = format!(
+        "a device cannot be resized to {size} bytes, it has {length}: change the device itself (a logical volume with \
+         lvextend or lvreduce, say), then resize the disk to the length that it has"
+    );
+    Err(device.located(Error::new(ErrorKind::InvalidArgument, message).with_field("size")))
+}
+
 /// Refuses what QEMU refuses, too: what belongs to the disk and cannot follow its size.
 fn refuse_resize(image: &Qcow2, writer: &Writer, size: u64) -> Result<()> {
     if image.header().version < 3 && !image.snapshots().is_empty() {
@@ -302,6 +325,16 @@ fn refuse_resize(image: &Qcow2, writer: &Writer, size: u64) -> Result<()> {
         return Err(image.error(ErrorKind::UnsupportedFeature, message));
     }
     image.refuse_empty_disk(size)?;
+    if image.header().has_data_file() {
+        let data = image.data_storage()?;
+        let room = data.size()?;
+        if data.traits().block_device && size > image.virtual_size() && size > room {
+            let message = format!(
+                "the data file is a device of {room} bytes, which cannot hold a disk of {size}: extend the device first"
+            );
+            return Err(data.located(Error::new(ErrorKind::InvalidArgument, message).with_field("size")));
+        }
+    }
     for record in image.bitmaps()? {
         let entry = &record.entry;
         if entry.flags.contains(BitmapFlags::IN_USE) && !writer.bitmaps.tracks(&entry.name) {

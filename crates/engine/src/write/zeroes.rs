@@ -28,7 +28,7 @@ impl Image {
         self.guest_request(&range.clone(), |top| match top {
             Top::Raw(raw) => raw.storage().zero(offset, length, unmap),
             Top::Qcow2(image, writer) => {
-                self.zero_range(image, writer, range, unmap)?;
+                self.zero_range(image, writer, range.clone(), unmap)?;
                 self.limit_dirty(image, writer)
             }
         })
@@ -54,7 +54,7 @@ impl Image {
             }
             Top::Raw(_) => Ok(()),
             Top::Qcow2(image, writer) => {
-                self.discard_range(image, writer, range)?;
+                self.discard_range(image, writer, range.clone())?;
                 self.limit_dirty(image, writer)
             }
         })

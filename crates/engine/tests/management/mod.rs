@@ -7,7 +7,7 @@ use std::sync::Arc;
 use qcow2_engine::amend::{AmendOptions, amend};
 use qcow2_engine::check::{CheckOptions, check};
 use qcow2_engine::image::read_header;
-use qcow2_engine::{Discard, Image, Job, Result, Storage, WriteOptions};
+use qcow2_engine::{Discard, Image, Job, ResizeOptions, Result, Storage, WriteOptions};
 use qcow2_testkit::audit::audit;
 use qcow2_testkit::contents::{Contents, Marked, Shot};
 use qcow2_testkit::disk_model::{Opening, Rig};
@@ -148,6 +148,8 @@ pub(crate) enum Action {
     EnableBitmap(&'static str, bool),
     MergeBitmaps,
     Grow(u64),
+    /// By so many bytes.
+    Shrink(u64),
     Close,
 }
 
@@ -177,20 +179,30 @@ impl Action {
         ]
     }
 
+    /// Those that free space.
+    pub(crate) fn freeing() -> Vec<Self> {
+        let bitmaps = ["on", "off"];
+        let mut all: Vec<Self> = (0..3).map(Self::Delete).collect();
+        all.extend(bitmaps.map(Self::RemoveBitmap));
+        all.extend(bitmaps.map(Self::ClearBitmap));
+        all.extend([512, 9 << 10, 33 << 10, 80 << 10].map(Self::Shrink));
+        all
+    }
+
     /// Whether images of this layout have what the action is about.
     pub(crate) fn fits(self, geometry: &Geometry) -> bool {
         match self {
             Self::Create | Self::Apply(_) | Self::Delete(_) | Self::Rename(_) => geometry.snapshots(),
             Self::Close => true,
             // Snapshots of version 2 do not say their size.
-            Self::Grow(_) => geometry.version >= 3 || !geometry.snapshots(),
+            Self::Grow(_) | Self::Shrink(_) => geometry.version >= 3 || !geometry.snapshots(),
             _ => geometry.version >= 3,
         }
     }
 
     /// Whether bitmaps that do not record changes are touched too.
     pub(crate) fn resizes(self) -> bool {
-        matches!(self, Self::Grow(_) | Self::Apply(_))
+        matches!(self, Self::Grow(_) | Self::Shrink(_) | Self::Apply(_))
     }
 
     pub(crate) fn run(self, image: &Image) -> Result<()> {
@@ -211,6 +223,10 @@ impl Action {
                 image.merge_bitmaps("off", &[source])
             }
             Self::Grow(more) => image.resize((image.virtual_size() + more).next_multiple_of(512)),
+            Self::Shrink(less) => {
+                let shrink = ResizeOptions { shrink: true, ..ResizeOptions::default() };
+                image.resize_with((image.virtual_size() - less) / 512 * 512, shrink)
+            }
             Self::Close => image.close(),
         }
     }
@@ -260,6 +276,13 @@ impl Action {
                     both.iter().flat_map(|i| old.bitmaps[*i].ranges.clone().unwrap()).collect();
                 ranges.sort_by_key(|r: &Range<u64>| r.start);
                 new.bitmaps[both[1]].ranges = Some(join(&ranges));
+            }
+            Self::Shrink(less) => {
+                let size = (old.active.len() as u64 - less) / 512 * 512;
+                new.active.truncate(size as usize);
+                for bitmap in &mut new.bitmaps {
+                    bitmap.ranges = resized(bitmap, old.active.len() as u64, size);
+                }
             }
             Self::Grow(more) => {
                 let size = (old.active.len() as u64 + more).next_multiple_of(512);

@@ -2,18 +2,27 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use qcow2_engine::storage::{MemoryStorage, Run, Traits};
 use qcow2_engine::{Mem, MemMut, Storage};
 
-/// A device: of fixed length, full of old bytes.
+/// A device: of a length that nobody changes by writing, full of old bytes.
 #[derive(Debug)]
-pub struct Device(MemoryStorage, u64);
+pub struct Device(MemoryStorage, AtomicU64);
 
 impl Device {
     /// A device of `length` bytes.
     pub fn new(length: usize) -> Arc<Self> {
-        Arc::new(Self(MemoryStorage::from_bytes(&vec![0xee; length]), length as u64))
+        Arc::new(Self(MemoryStorage::from_bytes(&vec![0xee; length]), AtomicU64::new(length as u64)))
+    }
+
+    /// Its owner makes it longer, with old bytes there, too.
+    pub fn extend(&self, length: u64) {
+        let now = self.1.load(Ordering::SeqCst);
+        let more = vec![0xee; (length - now) as usize];
+        self.0.write_at(Mem::from(&more[..]), now).unwrap();
+        self.1.store(length, Ordering::SeqCst);
     }
 
     /// What is on it.
@@ -22,7 +31,11 @@ impl Device {
     }
 
     fn bound(&self, offset: u64, length: u64) -> io::Result<()> {
-        if offset + length > self.1 { Err(io::Error::from_raw_os_error(28)) } else { Ok(()) }
+        if offset + length > self.1.load(Ordering::SeqCst) {
+            Err(io::Error::from_raw_os_error(28))
+        } else {
+            Ok(())
+        }
     }
 }
 
@@ -35,7 +48,7 @@ impl Storage for Device {
         self.0.write_at(buf, offset)
     }
     fn len(&self) -> io::Result<u64> {
-        Ok(self.1)
+        Ok(self.1.load(Ordering::SeqCst))
     }
     fn set_len(&self, len: u64) -> io::Result<()> {
         self.bound(len, 0)
@@ -54,7 +67,7 @@ impl Storage for Device {
         Ok(())
     }
     fn run_at(&self, offset: u64) -> io::Result<Run> {
-        Ok(Run { end: self.1.max(offset + 1), data: true })
+        Ok(Run { end: self.len()?.max(offset + 1), data: true })
     }
     fn allocated_bytes(&self) -> io::Result<u64> {
         Ok(0)

@@ -9,6 +9,7 @@ mod device;
 mod fault;
 mod hooked;
 mod short_io;
+mod space;
 
 pub use aligned_only::AlignedOnly;
 pub use counting::{CountingStorage, Counts};
@@ -16,6 +17,7 @@ pub use device::Device;
 pub use fault::{Failing, Fault, FaultStorage};
 pub use hooked::{Before, Hooked};
 pub use short_io::ShortIo;
+pub use space::Space;
 
 /// The host calls that a simulator tells apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

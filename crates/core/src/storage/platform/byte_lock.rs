@@ -4,9 +4,9 @@ use std::fs::File;
 use std::io;
 
 #[cfg(target_os = "linux")]
-pub(crate) use linux::{available, is_locked, lock, unlock};
+pub(crate) use linux::{are_missing, available, is_locked, lock, unlock};
 #[cfg(not(target_os = "linux"))]
-pub(crate) use other::{available, is_locked, lock, unlock};
+pub(crate) use other::{are_missing, available, is_locked, lock, unlock};
 
 #[cfg(target_os = "linux")]
 mod linux {
@@ -22,6 +22,11 @@ mod linux {
             let probe = File::open("/dev/null").and_then(|file| is_locked(&file, 0));
             !probe.is_err_and(|e| e.raw_os_error() == Some(libc::EINVAL))
         })
+    }
+
+    /// Whether the error says that the file system, or its server, has no locks.
+    pub(crate) fn are_missing(error: &io::Error) -> bool {
+        matches!(error.raw_os_error(), Some(libc::ENOLCK | libc::EOPNOTSUPP | libc::ENOSYS))
     }
 
     fn call(file: &File, command: libc::c_int, kind: libc::c_int, byte: i64) -> io::Result<libc::flock> {
@@ -69,6 +74,10 @@ mod other {
     use super::*;
 
     pub(crate) fn available() -> bool {
+        false
+    }
+
+    pub(crate) fn are_missing(_: &io::Error) -> bool {
         false
     }
 

@@ -166,6 +166,22 @@ pub(crate) fn already_exists() -> io::Error {
     io::ErrorKind::AlreadyExists.into()
 }
 
+/// The system's "no space left" error.
+pub fn no_space() -> io::Error {
+    #[cfg(unix)]
+    return io::Error::from_raw_os_error(libc::ENOSPC);
+    #[cfg(not(unix))]
+    io::ErrorKind::StorageFull.into()
+}
+
+/// The system's "permission denied" error.
+pub(crate) fn not_permitted() -> io::Error {
+    #[cfg(unix)]
+    return io::Error::from_raw_os_error(libc::EACCES);
+    #[cfg(not(unix))]
+    io::ErrorKind::PermissionDenied.into()
+}
+
 /// The system's "too many symbolic links" error.
 pub(crate) fn too_many_links() -> io::Error {
     #[cfg(unix)]

@@ -7,6 +7,7 @@ pub(super) mod alignment;
 mod attributes;
 pub(super) mod byte_lock;
 mod copy;
+pub(super) mod device;
 mod file;
 mod limits;
 mod space;
@@ -18,8 +19,10 @@ pub(super) use attributes::{copy_attributes, free_bytes, is_replaceable};
 pub(super) use copy::{clone_range, copy_range};
 #[cfg(unix)]
 pub(super) use file::is_direct;
+pub use file::no_space;
 pub(super) use file::{
-    FileKind, already_exists, close_duplicate, identity, is_a_directory, kind, open, too_many_links,
+    FileKind, already_exists, close_duplicate, identity, is_a_directory, kind, not_permitted, open,
+    too_many_links,
 };
 pub(super) use limits::{device_limits, page_size};
 pub(super) use space::{
