@@ -24,4 +24,4 @@ pub use open::{OpenOptions, read_header, read_header_for_check};
 pub use qcow2::{BackingReference, DataFileReference, Qcow2, References};
 pub use raw::Raw;
 pub(crate) use slices::{Slice, decode_words};
-pub(crate) use snapshots::load as load_snapshots;
+pub(crate) use snapshots::{l1_damage, load as load_snapshots};

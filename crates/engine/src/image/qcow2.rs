@@ -170,7 +170,8 @@ impl Qcow2 {
         *self.snapshots.write() = records;
         self.next_generation();
     }
-    /// Why the snapshot table could not be read, for an image opened for a check.
+    /// Why the snapshot table could not be read to its end: [`Qcow2::snapshots`] are those in front of the damage. The
+    /// active disk can be read all the same, but not written to.
     pub fn snapshot_error(&self) -> Option<&Error> {
         self.snapshot_error.as_ref()
     }
