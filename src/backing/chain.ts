@@ -25,8 +25,10 @@ export interface ChainOptions {
   readonly signal?: AbortSignal | undefined
   /** Default: for reading, locked where the system can. */
   readonly access?: Access | undefined
-  /** Keep a damaged snapshot table as a finding of a check. */
+  /** The engine itself writes to the file: the image may be too damaged for anything else. */
   readonly forCheck?: boolean | undefined
+  /** Open layers whose active L1 table is not whole: reading what it maps fails. */
+  readonly salvage?: boolean | undefined
   /** The caller named what the top layer refers to: it is followed unless the policy is `'layer'`. */
   readonly trustTop?: boolean | undefined
   /** The layer at this depth and those below it become an image of their own, which `access` opens for writing like the top. */
@@ -243,9 +245,9 @@ class Opening {
   #openLayer(file: NativeFile, format: Format, access: Access): Promise<NativeLayer> {
     const lock = lockFor(access)
     if (format === 'raw') return request((number, addon) => addon.openRaw(number, file.file, { lock }))
-    const { snapshot, l2CacheSize, limits, forCheck } = this.#options
+    const { snapshot, l2CacheSize, limits, salvage } = this.#options
     const top = this.#layers.length === 0
-    const options: NativeLayerOptions = { l2CacheSize, forCheck, lock }
+    const options: NativeLayerOptions = { l2CacheSize, salvage, lock }
     if (top && snapshot !== undefined) options.snapshot = snapshot
     if (limits !== undefined) options.limits = limits
     return request((number, addon) => addon.openQcow2(number, file.file, options))
