@@ -53,7 +53,7 @@ describe('a wrong command line', () => {
     [['map', '-o', 'x', 'a'], '-o requires --output=svg.'],
     [['info', 'nbd://localhost/x'], "Could not open 'nbd://localhost/x': Unknown protocol 'nbd'"],
     [['info', 'json:{"driver":"qcow2"}'], 'json: descriptions are not followed'],
-    [['info', '-f', 'vmdk', 'a'], "Could not open 'a': Unknown driver 'vmdk'"],
+    [['map', '-f', 'vmdk', 'a'], "Could not open 'a': Unknown driver 'vmdk'"],
   ])('%j is refused', async (args, message) => {
     const { code, stdout, stderr } = await run(...args)
     expect({ code, stdout }).toEqual({ code: 1, stdout: expect.stringMatching(/^(Formatting .*\n)?$/) })
