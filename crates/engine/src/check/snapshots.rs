@@ -139,12 +139,15 @@ fn entries_to_read(
     let limit = target.options.limits.max_snapshots;
     let count = claimed.min(MAX_SNAPSHOTS);
     let at = target.header.snapshots_offset.get();
-    if !can_be_a_table(target) {
+    let size = target.header.geometry.cluster_size();
+    let nowhere = !at.is_multiple_of(size) || at > i64::MAX as u64 - MAX_SNAPSHOT_TABLE_BYTES;
+    if nowhere && !repair {
         // Also where there are no entries: QEMU does not open an image that says so.
-        if !repair {
-            let message = "snapshot table offset invalid: a repair of all gives its snapshots up";
-            return Err(Stop::corrupt(message, at));
-        }
+        let message = "snapshot table offset invalid: a repair of all gives its snapshots up";
+        return Err(Stop::corrupt(message, at));
+    }
+    // What is read as a table over the header shows in the references.
+    if nowhere || (repair && claimed > 0 && at < size) {
         table.damaged += u64::from(claimed.max(1));
         tally.announce(Severity::Corruption, true, FindingCode::Snapshot, at, || {
             format!("offset {at:#x} of a snapshot table of {claimed} entries")
@@ -167,15 +170,6 @@ fn entries_to_read(
         table.give_up(tally, at, claimed - count, "");
     }
     Ok(count)
-}
-
-/// Whether the header gives the snapshot table a place that a table can have.
-fn can_be_a_table(target: &Target<'_>) -> bool {
-    let Target { header, .. } = target;
-    let at = header.snapshots_offset;
-    let size = header.geometry.cluster_size();
-    let behind_header = header.nb_snapshots == 0 || at.get() >= size;
-    behind_header && at.is_aligned(size) && at.get() <= i64::MAX as u64 - MAX_SNAPSHOT_TABLE_BYTES
 }
 
 /// The entry as a repair keeps it: `None` where nothing says where the snapshot's L1 table is. A size that is wrong by
