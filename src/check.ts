@@ -105,7 +105,10 @@ export const readCheckOptions = (options: unknown): Read<typeof LONG_RUNNING> =>
  *
  * Without `repair` nothing is changed. A repair never changes what the disk and its snapshots read as. It is safe to interrupt: it
  * leaves an image that is no worse than before, and that can be repaired again. Leaked clusters are kept while damage remains that
- * may hide what refers to them.
+ * may hide what refers to them, but for what the repair itself replaced.
+ *
+ * `repair: 'all'` gives up what nothing leads to any more: snapshots whose entry or L1 table is not in the file, and all bitmaps where
+ * their directory or a table of theirs is damaged. A finding names each.
  *
  * @throws {@link Qcow2Error} as `open`; `ERR_QCOW2_LIMIT` if the counters need more than `limits.maxMemory`
  */
@@ -118,7 +121,7 @@ export async function check(source: ImageSource, options?: CheckOptions): Promis
     throw invalidArgument('forceShare', 'check: forceShare is for reading: a repair excludes everybody else')
   }
   const access = { ...toReadAccess(read), ...(repair !== undefined && { write: {} }) }
-  const opening = { format: 'qcow2', references, limits, signal, access, forCheck: true } as const
+  const opening = { format: 'qcow2', references, limits, signal, access, forCheck: true, salvage: true } as const
   return withChain(located, opening, async ({ image, path }) => {
     const found = await checkImage(image, path, 'qcow2', read, repair)
     const { corruptionsFixed, leaksFixed } = found

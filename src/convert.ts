@@ -73,7 +73,10 @@ export interface ConvertOptions extends Omit<SourceOptions, 'from'>, LongRunning
   start?: Size | undefined
   /** Copy this many bytes. Default: the rest of the disk. The target is whole sectors of 512 bytes, filled up with zeroes. */
   length?: Size | undefined
-  /** What cannot be read becomes zeroes, sector by sector; the result says what that was. */
+  /**
+   * What cannot be read becomes zeroes, sector by sector; the result says what that was. Also opens an image that ends inside its L1
+   * table, or in front of it.
+   */
   salvage?: boolean | undefined
   /** Read at most this many bytes a second; 0, the default, for as fast as it goes. */
   rate?: Size | undefined
@@ -227,13 +230,13 @@ function toResult({ skippedBitmaps, ...converted }: NativeConverted): Omit<Conve
 
 /** Opens the sources; their images are added to `images` as they are opened. */
 async function openSources(located: readonly Located[], read: ReadConvert, images: number[]): Promise<Chain[]> {
-  const { from, references, snapshot, limits, signal } = read
+  const { from, references, snapshot, limits, signal, salvage } = read
   const access = toReadAccess(read)
   const chains: Chain[] = []
   for (const [index, each] of located.entries()) {
     const format = typeof from === 'string' ? from : from?.[index]
     const sayRaw = rawAdvice(from, index, located.length)
-    const chain = await openChain(each, { format, sayRaw, references, snapshot, limits, signal, access })
+    const chain = await openChain(each, { format, sayRaw, references, snapshot, limits, signal, access, salvage })
     images.push(chain.image)
     chains.push(chain)
   }

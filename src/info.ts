@@ -1,9 +1,10 @@
 /** What an image says about itself, in QAPI's terms (`ImageInfo`, `ImageInfoSpecificQCow2`), in camelCase. */
 
 import { readFileName } from './backing/filename.js'
+import type { Qcow2Error } from './errors.js'
 import type { NativeLayerInfo } from './native.js'
 import type { Format } from './source.js'
-import { request } from './support/requests.js'
+import { request, toError } from './support/requests.js'
 import { shown, shownText } from './text.js'
 
 /** An internal snapshot, as QAPI's `SnapshotInfo`. */
@@ -111,6 +112,11 @@ export interface ImageInfo {
   readonly backingFilenameFormat?: string
   /** In the order of the snapshot table. */
   readonly snapshots: readonly SnapshotInfo[]
+  /**
+   * Why there are snapshots or bitmaps that are not listed: their tables are damaged. The disk itself can be read, but not written to;
+   * `check` with `repair: 'all'` keeps what is left of them. Absent where nothing is wrong.
+   */
+  readonly damaged?: readonly Qcow2Error[]
   /** Absent for raw. */
   readonly formatSpecific?: Qcow2SpecificInfo
   /** What requests on the disk should look like, and those on its file. They depend on how the image is opened: `cache`. */
@@ -141,6 +147,7 @@ function toImageInfo({ qcow2, filename, limits, ...layer }: NativeLayerInfo): Im
       clusterSize: qcow2.clusterSize,
       ...backingInfo(qcow2, filename),
       formatSpecific: specificInfo(qcow2),
+      ...(qcow2.damaged.length > 0 && { damaged: qcow2.damaged.map(failure => toError(failure) as Qcow2Error) }),
     }),
   }
 }

@@ -1,6 +1,7 @@
 /** Inspection of untrusted images: looks at the header, opens nothing else, promises nothing. */
 
-import { detectFormat } from './backing/formats.js'
+import { prefixBytes, withFileBytes } from './backing/file-bytes.js'
+import { describeKnown, type FileBytes } from './backing/formats.js'
 import type { NativeInspection } from './native.js'
 import { ABORTABLE, type Abortable, type Limits, limits, readOptions, throwIfAborted } from './options.js'
 import { type Format, type ImageSource, openFile, release, toLocated } from './source.js'
@@ -13,7 +14,11 @@ export interface InspectOptions extends Abortable {
   limits?: Limits | undefined
 }
 
-/** Why an image is not safe to open, or not as it should be. */
+/**
+ * Why an image is not safe to open, or not as it should be. `'LIMIT'`: beyond one of the caller's `limits`, or those of the format.
+ * `'VIRTUAL_SIZE'`: within them, but larger than 16 TiB and than a thousand times its file, so that reading the disk takes very long, and
+ * a copy that is not sparse fits nowhere.
+ */
 export type FindingCode =
   | 'BACKING_FILE'
   | 'DATA_FILE'
@@ -23,6 +28,7 @@ export type FindingCode =
   | 'HEADER_INVALID'
   | 'TABLE_OUT_OF_BOUNDS'
   | 'LIMIT'
+  | 'VIRTUAL_SIZE'
 
 /** One finding of {@link inspect}. */
 export interface Finding {
@@ -34,9 +40,9 @@ export interface Finding {
 export interface Inspection {
   /** `'qcow2'` by its magic; `'unknown'` otherwise: raw is never guessed. */
   readonly format: Format | 'unknown'
-  /** Another format whose magic the file has (`'vmdk'`, `'luks'`), if any. */
+  /** Another format that the file has the structures of (`'vmdk'`, `'luks'`), if any: at its start, or (`'vpc'`, `'dmg'`) at its end. */
   readonly detected?: string
-  /** Bytes; 0 where the header does not say. */
+  /** Bytes, also of a detected format; 0 where the header does not say. */
   readonly virtualSize: number
   readonly clusterSize?: number
   readonly version?: 2 | 3
@@ -57,7 +63,10 @@ export interface Inspection {
     /** Bit numbers of incompatible features without a known meaning. */
     readonly unknownIncompatible: readonly number[]
   }
-  /** A valid qcow2 header without any finding. */
+  /**
+   * A valid qcow2 header without any finding: opening it with the same `limits` reads this file and no other, and its disk is of a size
+   * that its file makes likely. Says nothing about what is behind the header (`check` does), nor about what the disk holds.
+   */
   readonly safe: boolean
   readonly findings: readonly Finding[]
 }
@@ -88,28 +97,30 @@ export async function inspect(
     const bytes = Buffer.from(view.buffer, view.byteOffset, Math.min(view.byteLength, LARGEST_CLUSTER))
     const found = await request<NativeInspection>((number, addon) => addon.inspectPrefix(number, bytes, read.limits))
     throwIfAborted(read.signal)
-    return toInspection(found, bytes)
+    return toInspection(found, found.header === undefined ? prefixBytes(bytes) : undefined)
   }
   const located = toLocated(source, 'source')
   const { signal, limits: bounds } = readOptions(options, 'inspect', INSPECT)
   throwIfAborted(signal)
-  const { file, head } = await openFile(located)
+  const { file } = await openFile(located)
   try {
     const found = await request<NativeInspection>((number, addon) => addon.inspectFile(number, file, bounds))
     throwIfAborted(signal)
-    return toInspection(found, head)
+    if (found.header !== undefined) return await toInspection(found)
+    return await withFileBytes(located, bytes => toInspection(found, bytes))
   } finally {
     await release(file)
   }
 }
 
-function toInspection({ isQcow2, header, ...found }: NativeInspection, head: Buffer): Inspection {
-  const detected = isQcow2 ? undefined : detectFormat(head)
+async function toInspection({ isQcow2, header, ...found }: NativeInspection, file?: FileBytes): Promise<Inspection> {
+  // The magic of qcow2 is that of version 1 too, which is another format.
+  const known = file && (await describeKnown(file))
   const backingFilename = header?.backingFilename ?? found.backingFilename
   return {
-    format: isQcow2 ? 'qcow2' : 'unknown',
-    ...(detected !== undefined && detected !== 'qcow2' && { detected }),
-    virtualSize: header?.virtualSize ?? 0,
+    format: isQcow2 && known === undefined ? 'qcow2' : 'unknown',
+    ...(known !== undefined && { detected: known.format }),
+    virtualSize: header?.virtualSize ?? known?.virtualSize ?? 0,
     ...(backingFilename !== undefined && shown('backingFilename', backingFilename)),
     ...(header && {
       version: header.version,

@@ -81,7 +81,8 @@ export interface NativeLayerOptions {
   lock?: NativeLock | undefined
   snapshot?: string | undefined
   l2CacheSize?: number | undefined
-  forCheck?: boolean | undefined
+  /** Open an image whose active L1 table is not whole. */
+  salvage?: boolean | undefined
   limits?: NativeLimits | undefined
 }
 
@@ -137,6 +138,7 @@ export interface NativeLayerInfo {
       readonly granularity: number
       readonly flags: readonly ('in-use' | 'auto')[]
     }[]
+    readonly damaged: readonly NativeFailure[]
   }
 }
 

@@ -72,7 +72,7 @@ describe('a wrong command line', () => {
     [['map', '-o', 'x', 'a'], '-o requires --output=svg.'],
     [['info', 'nbd://localhost/x'], "Could not open 'nbd://localhost/x': Unknown protocol 'nbd'"],
     [['info', 'json:{"driver":"qcow2"}'], 'json: descriptions are not followed'],
-    [['info', '-f', 'vmdk', 'a'], "Could not open 'a': Unknown driver 'vmdk'"],
+    [['map', '-f', 'vmdk', 'a'], "Could not open 'a': Unknown driver 'vmdk'"],
   ])('%j is refused', async (args, message) => {
     const { code, stdout, stderr } = await run(...args)
     expect({ code, stdout }).toEqual({ code: 1, stdout: expect.stringMatching(/^(Formatting .*\n)?$/) })
@@ -129,11 +129,12 @@ describe('help', () => {
 describe('a file of another kind', () => {
   it('is raw only if it looks like nothing known', async () => {
     writeFileSync(join(folder, 'disk.vmdk'), Buffer.concat([Buffer.from('KDMV\x01\0\0\0', 'latin1'), noise(4096)]))
-    for (const args of [['info'], ['map'], ['check'], ['convert', '-O', 'qcow2']]) {
+    for (const args of [['map'], ['check'], ['convert', '-O', 'qcow2']]) {
       const { code, stderr } = await run(...args, 'disk.vmdk', ...(args[0] === 'convert' ? ['out.qcow2'] : []))
       expect(code).toBe(1)
       expect(stderr).toContain("Could not open 'disk.vmdk': Image is in vmdk format, which is not supported")
     }
+    expect((await run('info', 'disk.vmdk')).stdout).toContain('file format: vmdk\n')
     expect((await run('info', '-f', 'raw', 'disk.vmdk')).stdout).toContain('file format: raw\n')
     writeFileSync(join(folder, 'small.raw'), noise(1 << 20))
     expect((await run('info', 'small.raw')).stdout).toContain('file format: raw\n')

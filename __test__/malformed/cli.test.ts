@@ -26,7 +26,6 @@ const SAMPLE = [
   'l1-behind-the-file',
   'extension-length-max',
   'backing-name-behind-the-first-cluster',
-  'snapshot-extra-data-max',
   'l2-table-unaligned',
   'data-unaligned',
   'aes-is-not-plain-text',

@@ -29,8 +29,10 @@ export interface ChainOptions {
   readonly signal?: AbortSignal | undefined
   /** Default: for reading, locked where the system can. */
   readonly access?: Access | undefined
-  /** Keep a damaged snapshot table as a finding of a check. */
+  /** The engine itself writes to the file: the image may be too damaged for anything else. */
   readonly forCheck?: boolean | undefined
+  /** Open layers whose active L1 table is not whole: reading what it maps fails. */
+  readonly salvage?: boolean | undefined
   /** The caller named what the top layer refers to: it is followed unless the policy is `'layer'`. */
   readonly trustTop?: boolean | undefined
   /** The layer at this depth and those below it become an image of their own, which `access` opens for writing like the top. */
@@ -245,13 +247,13 @@ class Opening {
 
   async #openLayer(file: NativeFile, format: Format, access: Access): Promise<NativeLayer> {
     const lock = lockFor(access)
-    const { snapshot, l2CacheSize, limits, forCheck } = this.#options
+    const { snapshot, l2CacheSize, limits, salvage } = this.#options
     const top = this.#layers.length === 0
     if (format === 'raw') {
       if (top && snapshot !== undefined) throw withoutSnapshots(file)
       return request((number, addon) => addon.openRaw(number, file.file, { lock }))
     }
-    const options: NativeLayerOptions = { l2CacheSize, forCheck, lock }
+    const options: NativeLayerOptions = { l2CacheSize, salvage, lock }
     if (limits !== undefined) options.limits = limits
     const open = (): Promise<NativeLayer> => request((number, addon) => addon.openQcow2(number, file.file, options))
     if (!top || snapshot === undefined) return open()

@@ -1,8 +1,8 @@
 /** Images that the command line names: their format, and opening them as qemu-img does. */
 
-import { type Format, type Image, type OpenOptions, open, probe } from '../index.js'
+import { type Format, type Image, type ImageInfo, type OpenOptions, open, probe } from '../index.js'
 import { exactText, toName } from '../text.js'
-import { openFailure } from './errors.js'
+import { describeError, openFailure } from './errors.js'
 import { CommandFailure } from './failure.js'
 import type { Session } from './session.js'
 
@@ -56,6 +56,14 @@ export async function formatOf(filename: string, requested: string | undefined, 
     `Could not open '${filename}': Image is in ${format} format, which is not supported ` +
       '(formats are qcow2 and raw; -f raw takes it as the plain bytes of a disk)',
   )
+}
+
+/** Says what of an image is not shown because its tables are damaged. */
+export function warnOfDamage(filename: string, { damaged = [] }: ImageInfo, session: Session): void {
+  for (const error of damaged) {
+    const what = `${session.program}: warning: ${filename}: ${describeError(error)}`
+    session.stderr.write(`${what}: '${session.program} check -r all' keeps what is left of it\n`)
+  }
 }
 
 export interface Request extends Pick<OpenOptions, 'snapshot' | 'references' | 'forceShare' | 'flags' | 'cache'> {

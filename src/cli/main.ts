@@ -46,11 +46,11 @@ export async function main(argv: readonly string[]): Promise<void> {
     // Unless the output was lost meanwhile.
     exitCode ||= code
   } catch (error) {
-    exitCode = caught === undefined ? report(error, session) : 128 + SIGNALS[caught]
+    exitCode = caught === undefined ? await report(error, session) : 128 + SIGNALS[caught]
   } finally {
     process.exitCode = exitCode
     for (const signal of Object.keys(SIGNALS)) process.off(signal, onSignal)
-    session.stdout.flush()
+    await session.stdout.written()
     session.stderr.flush()
   }
 }
@@ -62,8 +62,8 @@ function programName(script: string | undefined): string {
 }
 
 /** Writes what went wrong, after all that was printed before. Returns the exit code. */
-function report(error: unknown, session: Session): number {
-  session.stdout.flush()
+async function report(error: unknown, session: Session): Promise<number> {
+  await session.stdout.written()
   const failure = error instanceof CommandFailure ? error : new CommandFailure(describeError(error), { cause: error })
   const message = session.program === 'qemu-img' ? withoutCode(failure.message) : failure.message
   const speaker = failure.command === undefined ? session.program : `${session.program} ${failure.command}`

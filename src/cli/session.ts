@@ -1,6 +1,5 @@
 /** What a command may use of the process: its streams, its environment, and the signal that ends it early. */
 
-import { once } from 'node:events'
 import { encodeText, isText } from '../text.js'
 
 export interface Session {
@@ -31,6 +30,10 @@ export class Output {
   readonly stream: Sink
   #pending = ''
   #closed = false
+  /** Pieces that the stream has not written yet. */
+  #unwritten = 0
+  /** Who waits for the stream to move on. */
+  #waiting: (() => void)[] = []
 
   /** `lost` hears of an error that is not just a reader who has seen enough. */
   constructor(stream: Sink, lost?: (error: Error) => void) {
@@ -39,6 +42,13 @@ export class Output {
       const first = !this.#closed
       this.#closed = true
       if (first && error.code !== 'EPIPE' && error.code !== 'ERR_STREAM_DESTROYED') lost?.(error)
+      this.#wake()
+    })
+    // Once for all that will ever wait.
+    stream.on('drain', () => this.#wake())
+    stream.on('close', () => {
+      this.#closed = true
+      this.#wake()
     })
   }
 
@@ -56,13 +66,37 @@ export class Output {
   flush(): void {
     const text = this.#pending
     this.#pending = ''
-    if (text !== '' && !this.#closed) this.stream.write(isText(text) ? text : encodeText(text))
+    if (text === '' || this.#closed) return
+    this.#unwritten += 1
+    this.stream.write(isText(text) ? text : encodeText(text), () => {
+      this.#unwritten -= 1
+      this.#wake()
+    })
   }
 
   /** Waits until the reader has caught up. */
   async drained(): Promise<void> {
-    if (this.stream.writableNeedDrain && !this.#closed) {
-      await Promise.race([once(this.stream, 'drain'), once(this.stream, 'close')])
-    }
+    while (this.stream.writableNeedDrain && !this.#closed) await this.#moved()
+  }
+
+  /**
+   * Hands over what is gathered, and waits until the system has all of it: what another stream writes then comes behind it, also where
+   * both lead to one reader.
+   */
+  async written(): Promise<void> {
+    this.flush()
+    while (this.#unwritten > 0 && !this.#closed) await this.#moved()
+  }
+
+  #moved(): Promise<void> {
+    return new Promise(resolve => {
+      this.#waiting.push(resolve)
+    })
+  }
+
+  #wake(): void {
+    const waiting = this.#waiting
+    this.#waiting = []
+    for (const resolve of waiting) resolve()
   }
 }

@@ -25,6 +25,8 @@ pub enum FindingCode {
     TableOutOfBounds,
     /// A size or count exceeds a limit.
     Limit,
+    /// The disk is far larger than its file suggests: reading all of it takes long, and a copy may not fit anywhere.
+    VirtualSize,
 }
 
 impl FindingCode {
@@ -40,6 +42,7 @@ impl FindingCode {
             Self::HeaderInvalid => "HEADER_INVALID",
             Self::TableOutOfBounds => "TABLE_OUT_OF_BOUNDS",
             Self::Limit => "LIMIT",
+            Self::VirtualSize => "VIRTUAL_SIZE",
         }
     }
 }
@@ -67,6 +70,11 @@ pub struct Inspection {
     /// Everything that speaks against opening the image as it is.
     pub findings: Vec<Finding>,
 }
+
+/// Disks up to this size are not remarkable: 16 TiB, the largest file of ext4.
+const LARGEST_LIKELY: u64 = 16 << 40;
+/// Nor are larger ones whose file has a thousandth of their size.
+const MOST_SPARSE: u64 = 1000;
 
 /// Where the feature bits are that must be understood.
 const INCOMPATIBLE_FEATURES: std::ops::Range<usize> = 72..80;
@@ -173,6 +181,7 @@ impl Inspection {
             self.add(FindingCode::DirtyBit, "the image was not closed cleanly: refcounts may be out of date");
         }
         self.judge_limits(header, limits);
+        self.judge_size(header, file_size, limits);
         self.judge_tables(header, file_size);
     }
 
@@ -195,6 +204,17 @@ impl Inspection {
             if value > limit {
                 self.add(FindingCode::Limit, format!("{field} of {value} exceeds the limit of {limit}"));
             }
+        }
+    }
+
+    /// Sparse disks are normal: only one that no common file system could hold as a file is worth a word.
+    fn judge_size(&mut self, header: &Header, file_size: Option<u64>, limits: &Limits) {
+        let size = header.size;
+        let likely =
+            file_size.map_or(LARGEST_LIKELY, |file| LARGEST_LIKELY.max(file.saturating_mul(MOST_SPARSE)));
+        if size > likely && size <= limits.max_virtual_size {
+            let file = file_size.map_or(String::new(), |file| format!(" in a file of {file} bytes"));
+            self.add(FindingCode::VirtualSize, format!("the image claims a disk of {size} bytes{file}"));
         }
     }
 
@@ -302,6 +322,29 @@ mod tests {
             assert_eq!(found.is_qcow2, length >= 4, "{length}");
             assert_eq!(found.findings.is_empty(), found.header.is_some(), "{length}");
         }
+    }
+
+    #[test]
+    fn a_disk_that_is_out_of_proportion_is_a_finding() {
+        let claim = |size: u64| {
+            let mut bytes = sound();
+            bytes[24..32].copy_from_slice(&size.to_be_bytes());
+            // As many L1 entries as 2 MiB clusters and such a disk need.
+            bytes[20..24].copy_from_slice(&21u32.to_be_bytes());
+            bytes[36..40].copy_from_slice(&(1u32 << 15).to_be_bytes());
+            for at in [40, 48] {
+                bytes[at..at + 8].copy_from_slice(&((at as u64) << 21).to_be_bytes());
+            }
+            bytes
+        };
+        let (tib, limits) = (1u64 << 40, Limits::default());
+        let found = |size, file| codes(&inspect_bytes(&claim(size), file, &limits));
+        assert_eq!(found(16 * tib, None), Vec::<&str>::new());
+        assert_eq!(found(500 * tib, None), ["VIRTUAL_SIZE"]);
+        assert_eq!(found(500 * tib, Some(1 << 30)), ["VIRTUAL_SIZE"]);
+        assert_eq!(found(500 * tib, Some(tib)), Vec::<&str>::new());
+        let tight = Limits { max_virtual_size: tib, ..limits };
+        assert_eq!(codes(&inspect_bytes(&claim(500 * tib), None, &tight)), ["LIMIT"]);
     }
 
     #[test]

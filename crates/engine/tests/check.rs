@@ -6,7 +6,7 @@ mod damage;
 use std::path::Path;
 use std::sync::Arc;
 
-use qcow2_engine::check::{CheckOptions, CheckReport, FindingCode, check};
+use qcow2_engine::check::{CheckOptions, CheckReport, Finding, FindingCode, check};
 use qcow2_engine::create::{CreateOptions, Preallocation, create};
 use qcow2_engine::image::read_header;
 use qcow2_engine::storage::{Access, FileStorage, MemoryStorage};
@@ -36,15 +36,24 @@ fn compare(qemu: &Qemu, path: &Path, what: &str) -> i32 {
     let Some(document) = theirs.stdout.find('{').map(|_| qemu.check_json(path)) else {
         assert!(theirs.code != 0 && theirs.code != 2 && theirs.code != 3, "{what}: {theirs:?}");
         if theirs.code == 1 {
-            let unusable = report.as_ref().map_or(true, |r| r.failure.is_some());
+            // Where QEMU tries to read a snapshot's L1 table at no offset of a file, we go on.
+            let nowhere = |f: &Finding| f.message.contains("lies behind the largest file offset");
+            let unusable = |r: &CheckReport| r.failure.is_some() || r.findings.iter().any(nowhere);
+            let unusable = report.as_ref().map_or(true, unusable);
             assert!(unusable, "{what}: QEMU gives up:\n{}\nours: {report:#?}", theirs.stderr);
         }
         return theirs.code;
     };
     let report = report.unwrap_or_else(|e| panic!("{what}: {e}\n{theirs:?}"));
+    // What the end of the file cuts of a table reads as zeroes for QEMU, which does not tell of it.
+    let cut = |f: &&Finding| {
+        let told = theirs.stderr.contains(&f.to_string());
+        !told && (f.message.ends_with("is incomplete") || f.message.starts_with("the file ends inside"))
+    };
+    let cut = report.findings.iter().filter(cut).count() as u64;
     let counters = [
         ("check-errors", report.check_errors),
-        ("corruptions", report.corruptions),
+        ("corruptions", report.corruptions - cut),
         ("leaks", report.leaks),
         ("image-end-offset", report.image_end_offset.unwrap_or(0)),
         ("total-clusters", report.total_clusters),
@@ -57,14 +66,14 @@ fn compare(qemu: &Qemu, path: &Path, what: &str) -> i32 {
         assert_eq!(value, expected, "{what}: {name}\n{}\n{:#?}", theirs.stderr, report.findings);
     }
     assert!(report.failure.is_none(), "{what}: {:?}", report.failure);
-    let code = match (report.check_errors, report.corruptions, report.leaks) {
+    let code = match (report.check_errors, report.corruptions - cut, report.leaks) {
         (1.., ..) => 1,
         (_, 1.., _) => 2,
         (_, _, 1..) => 3,
         _ => 0,
     };
     assert_eq!(code, theirs.code, "{what}");
-    assert_eq!(code == 0, report.is_clean());
+    assert_eq!(code == 0 && cut == 0, report.is_clean());
     let kept = report.findings.len() as u64 + report.omitted_findings;
     assert_eq!(kept, report.check_errors + report.corruptions + report.leaks, "{what}");
     code

@@ -8,8 +8,9 @@ use qcow2_engine::format::header::{CompressionType, CryptMethod};
 use qcow2_engine::format::{Header, SnapshotRecord};
 use qcow2_engine::image::BitmapRecord;
 use qcow2_engine::storage::IoLimits;
-use qcow2_engine::{Layer, LayerExt, Qcow2, Result, StorageExt};
+use qcow2_engine::{ErrorKind, Layer, LayerExt, Qcow2, Result, StorageExt};
 
+use crate::failure::Failure;
 use crate::runtime::Runtime;
 use crate::text::{Text, path_text};
 
@@ -103,6 +104,8 @@ pub struct Qcow2Info {
     pub snapshots: Vec<SnapshotInfo>,
     /// In the directory's order.
     pub bitmaps: Vec<BitmapInfo>,
+    /// Why there are no more snapshots, or no bitmaps: what is wrong with their tables.
+    pub damaged: Vec<Failure>,
 }
 
 /// An internal snapshot.
@@ -173,6 +176,11 @@ impl LayerInfo {
 impl Qcow2Info {
     fn new(qcow2: &Qcow2) -> Result<Self> {
         let header: &Header = qcow2.header();
+        let (bitmaps, bitmap_error) = match qcow2.bitmaps() {
+            Ok(bitmaps) => (bitmaps, None),
+            Err(error) if error.kind() == ErrorKind::Io => return Err(error),
+            Err(error) => (Vec::new(), Some(error)),
+        };
         Ok(Self {
             version: header.version,
             cluster_size: header.geometry.cluster_size() as f64,
@@ -189,7 +197,8 @@ impl Qcow2Info {
             data_file: header.data_file().map(Text::from),
             data_file_raw: header.data_file_raw(),
             snapshots: qcow2.snapshots().iter().map(SnapshotInfo::new).collect(),
-            bitmaps: qcow2.bitmaps()?.iter().map(|record| BitmapInfo::new(qcow2, record)).collect(),
+            damaged: qcow2.snapshot_error().into_iter().chain(&bitmap_error).map(Failure::from).collect(),
+            bitmaps: bitmaps.iter().map(|record| BitmapInfo::new(qcow2, record)).collect(),
         })
     }
 }

@@ -129,8 +129,8 @@ pub struct LayerOptions {
     pub snapshot: Option<Text>,
     /// Most bytes of L2 tables to cache.
     pub l2_cache_size: Option<f64>,
-    /// Keep a damaged snapshot table as a finding.
-    pub for_check: Option<bool>,
+    /// Open an image whose active L1 table is not whole: what it maps cannot be read.
+    pub salvage: Option<bool>,
     /// Safety limits.
     pub limits: Option<LimitOptions>,
     /// How to lock the file; not at all without it.
@@ -300,7 +300,7 @@ pub fn open_qcow2(env: Env, request: u32, file: u32, options: LayerOptions) -> n
         limits: LimitOptions::read(options.limits.as_ref()),
         snapshot: options.snapshot.map(Text::into_bytes),
         l2_cache_bytes: options.l2_cache_size.map(|size| size as u64),
-        for_check: options.for_check.unwrap_or(false),
+        salvage: options.salvage.unwrap_or(false),
         ..OpenOptions::default()
     };
     let work = move || {

@@ -58,7 +58,7 @@ async function checkFile(filename: string, options: CheckArguments, session: Ses
   }
   const found = { ...(await checked(filename, options, session)), filename }
   for (const message of found.messages) session.stderr.write(`${message}\n`)
-  session.stderr.flush()
+  await session.stderr.written()
   if (found.failure !== undefined) throw new CommandFailure(`Check failed: ${describeError(found.failure)}`)
   if (!quiet) session.stdout.write(options.output === 'json' ? checkJson(found) : formatCheck(found))
   if (found.checkErrors !== 0) throw new CommandFailure('Check failed')

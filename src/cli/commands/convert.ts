@@ -5,6 +5,7 @@ import {
   type ConvertResult,
   convert,
   type Format,
+  inspect,
   Qcow2Error,
   type Qcow2SpecificInfo,
 } from '../../index.js'
@@ -211,7 +212,7 @@ function refuseWithTarget(given: ConvertArguments): void {
 /** Opens the sources once before anything else: what is wrong with one is said in its name, and before the target's. */
 async function lookAt(
   sources: readonly string[],
-  { sourceFormat, sourceSnapshot, forceShare }: ConvertArguments,
+  { sourceFormat, sourceSnapshot, forceShare, salvage }: ConvertArguments,
   session: Session,
 ): Promise<{ from: Format[]; size: number; snapshot: string | Buffer | undefined }> {
   const from: Format[] = []
@@ -221,7 +222,14 @@ async function lookAt(
       throw session.signal.aborted ? error : openFailure(filename, error)
     })
     from.push(format)
-    size += await withImage({ filename, format, forceShare }, session, async image => image.virtualSize)
+    size += await withImage({ filename, format, forceShare }, session, async image => image.virtualSize).catch(
+      async error => {
+        // An image that is to be salvaged need not open: its header is enough.
+        const { virtualSize } = salvage ? await inspect(localPath(filename)) : { virtualSize: 0 }
+        if (virtualSize === 0) throw error
+        return virtualSize
+      },
+    )
   }
   const [filename] = sources
   const [format] = from

@@ -1,12 +1,14 @@
+import { stat } from 'node:fs/promises'
 import { type Command, Option } from 'commander'
-import type { BlockLimits, ImageInfo } from '../../index.js'
+import { type BlockLimits, type ImageInfo, inspect, probe } from '../../index.js'
 import { exactText } from '../../text.js'
+import { openFailure } from '../errors.js'
 import { CommandFailure } from '../failure.js'
 import { formatInfo, type InfoDocument } from '../format/info.js'
 import { toJson } from '../format/json.js'
 import { snapshotDocuments } from '../format/snapshots.js'
 import { cacheMode, later, oneFile, outputOption, refuseDriverSyntax, toCacheMode } from '../grammar.js'
-import { argumentOf, shownName, withImage } from '../images.js'
+import { argumentOf, imagePath, shownName, warnOfDamage, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import type { Session } from '../session.js'
 
@@ -56,16 +58,52 @@ async function collect(top: string, options: InfoArguments, session: Session): P
     const { filename, format }: { filename: string; format: string | undefined } = next
     if (seen.has(filename)) throw new CommandFailure(`Backing file '${filename}' creates an infinite loop.`)
     seen.add(filename)
+    const other = await describeOther(filename, format, session)
+    if (other !== undefined) {
+      documents.push(other)
+      return documents
+    }
     const info: ImageInfo = await withImage(
       { filename, format, references: 'layer', forceShare, cache },
       session,
       image => image.info(),
     )
+    warnOfDamage(filename, info, session)
     const document = infoDocument(shownName(filename), info)
     documents.push(limits ? withLimits(document, info, format === undefined) : document)
     next = options.backingChain ? below(info) : undefined
   }
   return documents
+}
+
+/** An image of a format that is recognised and not read: its name and its size. What is below it is not known. */
+async function describeOther(
+  filename: string,
+  format: string | undefined,
+  session: Session,
+): Promise<InfoDocument | undefined> {
+  if (format === 'qcow2' || format === 'raw') return undefined
+  const path = imagePath(filename)
+  const { signal } = session
+  const looks = await probe(path, { signal }).catch(error => {
+    throw signal.aborted ? error : openFailure(filename, error)
+  })
+  if (looks === 'qcow2' || looks === 'raw' || (format !== undefined && format !== looks)) return undefined
+  const { virtualSize } = await inspect(path, { signal })
+  const stats = await stat(path)
+  const { size, blocks } = stats
+  const protocol = stats.isBlockDevice() ? 'host_device' : 'file'
+  const name = shownName(filename)
+  const actualSize = blocks * 512
+  return {
+    filename: name,
+    format: looks,
+    'virtual-size': virtualSize,
+    'actual-size': actualSize,
+    ...(looks === 'luks' && { encrypted: true }),
+    'dirty-flag': false,
+    children: [{ name: 'file', info: fileDocument(name, { fileLength: size, actualSize, protocol }) }],
+  }
 }
 
 function below(info: ImageInfo): { filename: string; format: string | undefined } | undefined {
@@ -152,7 +190,10 @@ const specificData = (specific: NonNullable<ImageInfo['formatSpecific']>) => ({
   })),
 })
 
-const fileDocument = (filename: string, info: ImageInfo): InfoDocument => ({
+const fileDocument = (
+  filename: string,
+  info: Pick<ImageInfo, 'fileLength' | 'actualSize' | 'protocol'>,
+): InfoDocument => ({
   children: [],
   filename,
   format: info.protocol,

@@ -6,7 +6,7 @@ import { CommandFailure, UsageFailure } from '../failure.js'
 import { formatSnapshots } from '../format/info.js'
 import { snapshotDocuments } from '../format/snapshots.js'
 import { oneFile, refuseDriverSyntax } from '../grammar.js'
-import { withImage } from '../images.js'
+import { warnOfDamage, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import type { Session } from '../session.js'
 
@@ -53,6 +53,7 @@ async function snapshot(filename: string, options: SnapshotArguments, session: S
   if (named === undefined) {
     return withImage({ ...at, references: 'layer', forceShare }, session, async image => {
       const snapshots = await image.snapshots.list()
+      warnOfDamage(filename, await image.info(), session)
       if (snapshots.length > 0) session.stdout.write(formatSnapshots(snapshotDocuments(snapshots)))
       return 0
     })

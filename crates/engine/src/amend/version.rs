@@ -22,7 +22,7 @@ pub(super) fn upgrade(storage: &dyn Storage, limits: &CheckOptions, job: &Job) -
         // A small cluster has no room for names, which nothing depends on.
         new.extensions.retain(|e| !matches!(e, Extension::FeatureNames(_)));
     }
-    let snapshots = load_snapshots(storage, &old, &limits.limits)?;
+    let snapshots = load_snapshots(storage, &old, &limits.limits)?.whole()?;
     if snapshots.iter().any(|s| (s.extra_data_size as usize) < V3_EXTRA_DATA) {
         restructure(storage, &new, true, limits, job, |new| publish::header(storage, &old, new))
     } else {
@@ -61,7 +61,7 @@ pub(super) fn downgrade(storage: &dyn Storage, limits: &CheckOptions, job: &Job)
     // Readers of version 2 need not know the fields that say so.
     let fits =
         |disk: Option<u64>, state: u64| disk.is_none_or(|d| d == header.size) && state <= u32::MAX.into();
-    let snapshots = load_snapshots(storage, &header, &limits.limits)?;
+    let snapshots = load_snapshots(storage, &header, &limits.limits)?.whole()?;
     if !snapshots.iter().all(|s| fits(s.disk_size, s.vm_state_size)) {
         let message = "Internal snapshots prevent downgrade of image";
         return Err(storage.located(refused("version", message)));

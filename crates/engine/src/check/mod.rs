@@ -202,6 +202,12 @@ impl File {
     }
 }
 
+/// Whether the file ends inside the active L1 table.
+fn short_l1(storage: &dyn Storage, header: &Header) -> Result<bool> {
+    let bytes = u64::from(header.l1_size) * 8;
+    Ok(bytes > 0 && header.l1_table_offset.get().saturating_add(bytes) > storage.size()?)
+}
+
 fn walk_all<'a>(
     target: &'a Target<'_>,
     file: &File,

@@ -1,11 +1,14 @@
 //! The snapshot table, as far as a check needs it.
 
-use qcow2_format::limits::{MAX_SNAPSHOT_EXTRA_DATA, MAX_SNAPSHOT_TABLE_BYTES, MAX_SNAPSHOTS};
+use qcow2_format::limits::{
+    MAX_SNAPSHOT_EXTRA_DATA, MAX_SNAPSHOT_TABLE_BYTES, MAX_SNAPSHOTS, MAX_VIRTUAL_SIZE,
+};
 use qcow2_format::snapshot::{FIXED_LENGTH, ParsedSnapshot, V3_EXTRA_DATA};
 use qcow2_format::{FormatError, SnapshotRecord};
 
 use super::report::{FindingCode, Severity, Tally};
 use super::{Repair, Stop, Target};
+use crate::image::l1_damage;
 use crate::{Error, ErrorKind, MemMut, StorageExt};
 
 /// Bytes that are read for an entry at first: most are far smaller.
@@ -48,8 +51,7 @@ impl SnapshotTable {
     }
 
     fn push(&mut self, entry: Entry, keep: bool) {
-        let Entry { mut record, length, .. } = entry;
-        self.length += length;
+        let Entry { mut record, .. } = entry;
         record.id.truncate(record.id_text().len());
         record.name.truncate(record.name_text().len());
         self.entries.push(Snapshot {
@@ -70,20 +72,16 @@ pub(super) fn read(target: &Target<'_>, tally: &mut Tally) -> Result<SnapshotTab
     let repair = target.repair == Some(Repair::All);
     let mut table = SnapshotTable::default();
     let count = entries_to_read(target, repair, &mut table, tally)?;
-    let file_length = target.storage.size()?.next_multiple_of(super::SECTOR);
+    let length = target.storage.size()?;
+    let file_length = length.next_multiple_of(super::SECTOR);
     let mut incomplete = Vec::new();
     // What a repaired table takes: extra data beyond the limit is cut off.
     let mut kept = 0;
-    let mut complete = true;
     for index in 0..count {
         target.job.checkpoint()?;
         let at = target.header.snapshots_offset.get().saturating_add(table.length);
         if repair && at.saturating_add(FIXED_LENGTH as u64) > file_length {
-            if index == 0 || !complete {
-                // The place of the table, or of the entries from here on, is lost: to write what reads as zeroes there
-                // would give up the snapshots for good.
-                return Err(Stop::corrupt("the snapshot table lies outside the file", at));
-            }
+            // Nothing says any more where these snapshots are.
             table.give_up(tally, at, count - index, " (they lie behind the end of the file)");
             break;
         }
@@ -108,13 +106,18 @@ pub(super) fn read(target: &Target<'_>, tally: &mut Tally) -> Result<SnapshotTab
             let message = format!("a snapshot table of {kept} bytes or more exceeds the limit");
             return Err(Stop::Error(Error::new(ErrorKind::Limit, message).with_field("snapshot table")));
         }
-        complete = at.saturating_add(entry.unpadded) <= file_length;
+        let complete = at.saturating_add(entry.unpadded) <= length;
         let old = target.header.version >= 3 && (entry.record.extra_data_size as usize) < V3_EXTRA_DATA;
-        // As in QEMU, a check takes what lies behind the file for zeroes; an image cannot be opened like that.
-        if old || (repair && !complete && entry.cut.is_none()) {
+        // What lies behind the file is taken for zeroes, as in QEMU, which however does not tell of it.
+        if old || (!complete && entry.cut.is_none()) {
             incomplete.push((index, at));
         }
-        table.push(entry, repair);
+        table.length += entry.length;
+        if !repair {
+            table.push(entry, false);
+        } else if let Some(entry) = with_l1_table(target, entry, file_length, &mut table, tally) {
+            table.push(entry, true);
+        }
     }
     table.damaged += incomplete.len() as u64;
     for (index, at) in incomplete {
@@ -135,23 +138,27 @@ fn entries_to_read(
     let claimed = target.header.nb_snapshots;
     let limit = target.options.limits.max_snapshots;
     let count = claimed.min(MAX_SNAPSHOTS);
-    let at = target.header.snapshots_offset;
-    if claimed == 0 && !at.is_aligned(target.header.geometry.cluster_size()) {
-        // Nothing is there, but QEMU does not open an image that says so.
-        if !repair {
-            return Err(Stop::corrupt("snapshot table offset invalid", at.get()));
-        }
-        table.damaged += 1;
-        tally.announce(Severity::Corruption, true, FindingCode::Snapshot, at.get(), || {
-            format!("offset {:#x} of a snapshot table without entries", at.get())
+    let at = target.header.snapshots_offset.get();
+    let size = target.header.geometry.cluster_size();
+    let nowhere = !at.is_multiple_of(size) || at > i64::MAX as u64 - MAX_SNAPSHOT_TABLE_BYTES;
+    if nowhere && !repair {
+        // Also where there are no entries: QEMU does not open an image that says so.
+        let message = "snapshot table offset invalid: a repair of all gives its snapshots up";
+        return Err(Stop::corrupt(message, at));
+    }
+    // What is read as a table over the header shows in the references.
+    if nowhere || (repair && claimed > 0 && at < size) {
+        table.damaged += u64::from(claimed.max(1));
+        tally.announce(Severity::Corruption, true, FindingCode::Snapshot, at, || {
+            format!("offset {at:#x} of a snapshot table of {claimed} entries")
         });
+        return Ok(0);
     }
     if count > limit {
         let message = format!("{claimed} snapshots exceed the limit of {limit}");
         return Err(Stop::Error(Error::new(ErrorKind::Limit, message).with_field("nb_snapshots")));
     }
     if claimed > count {
-        let at = target.header.snapshots_offset.get();
         if !repair {
             let message = format!(
                 "snapshot table too large: {claimed} snapshots exceed the limit of {MAX_SNAPSHOTS}; a repair of all \
@@ -163,6 +170,37 @@ fn entries_to_read(
         table.give_up(tally, at, claimed - count, "");
     }
     Ok(count)
+}
+
+/// The entry as a repair keeps it: `None` where nothing says where the snapshot's L1 table is. A size that is wrong by
+/// itself becomes the one that the disk needs, if such a table is in the file.
+fn with_l1_table(
+    target: &Target<'_>,
+    mut entry: Entry,
+    file_length: u64,
+    table: &mut SnapshotTable,
+    tally: &mut Tally,
+) -> Option<Entry> {
+    let header = target.header;
+    let geometry = &header.geometry;
+    let record = &mut entry.record;
+    let at = record.l1_table_offset.get();
+    let Some(wrong) = l1_damage(at, record.l1_size, geometry, file_length) else { return Some(entry) };
+    let disk = record.disk_size.unwrap_or(header.size).min(MAX_VIRTUAL_SIZE);
+    let disk =
+        geometry.l1_entries_for(disk) + geometry.l1_entries_for(record.vm_state_size.min(MAX_VIRTUAL_SIZE));
+    let mended = u32::try_from(disk).ok().filter(|size| {
+        *size > 0 && *size < record.l1_size && l1_damage(at, *size, geometry, file_length).is_none()
+    });
+    let (id, name) = (String::from_utf8_lossy(record.id_text()), String::from_utf8_lossy(record.name_text()));
+    let what = match mended {
+        Some(size) => format!("snapshot {id} ({name}) {wrong}; it gets {size} entries"),
+        None => format!("snapshot {id} ({name}) {wrong}; the snapshot is given up"),
+    };
+    table.damaged += 1;
+    tally.announce(Severity::Corruption, true, FindingCode::Snapshot, at, || what);
+    record.l1_size = mended?;
+    Some(entry)
 }
 
 /// Names an entry with too much extra data.

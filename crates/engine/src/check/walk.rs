@@ -11,7 +11,8 @@ use super::report::{FindingCode, Tally};
 use super::snapshots::SnapshotTable;
 use super::stored::StoredRefcounts;
 use super::uncounted::Uncounted;
-use super::{Repair, Stop, Target, bitmaps};
+use super::{Repair, Stop, Target, bitmaps, short_l1};
+use crate::image::l1_damage;
 use crate::{MemMut, StorageExt};
 
 /// L1 entries that are looked at together: their tables are read ahead.
@@ -50,6 +51,8 @@ pub(super) struct Walked {
     pub(super) moved_to: u64,
     /// References that are not in `counts`; of a repair only.
     pub(super) uncounted: Uncounted,
+    /// Nothing of the bitmaps was counted: a repair gives them up.
+    pub(super) without_bitmaps: bool,
 }
 
 impl Walked {
@@ -86,6 +89,7 @@ pub(super) struct Walk<'a, 'b> {
     pub(super) entries: BTreeMap<u64, L2Entry>,
     tables: BTreeMap<u64, u64>,
     uncounted: Uncounted,
+    without_bitmaps: bool,
     rebuild: bool,
     /// Clusters of the file.
     clusters: u64,
@@ -114,14 +118,15 @@ impl<'a, 'b> Walk<'a, 'b> {
             entries: BTreeMap::new(),
             tables: BTreeMap::new(),
             uncounted: Uncounted::new(clusters, target.options.limits.max_memory),
+            without_bitmaps: false,
             rebuild: false,
             clusters,
         }
     }
 
     pub(super) fn finish(self) -> Walked {
-        let Self { counts, fragmentation, rebuild, entries, tables, uncounted, .. } = self;
-        Walked { counts, fragmentation, rebuild, entries, tables, uncounted, moved_to: 0 }
+        let Self { counts, fragmentation, rebuild, entries, tables, uncounted, without_bitmaps, .. } = self;
+        Walked { counts, fragmentation, rebuild, entries, tables, uncounted, without_bitmaps, moved_to: 0 }
     }
 
     /// Visits everything, in QEMU's order.
@@ -130,6 +135,15 @@ impl<'a, 'b> Walk<'a, 'b> {
         let geometry = &header.geometry;
         self.target.job.set_total(header.size.saturating_mul(1 + snapshots.entries.len() as u64));
         self.reference(0, geometry.cluster_size())?;
+        let l1_end = header.l1_table_offset.get().saturating_add(u64::from(header.l1_size) * 8);
+        // Farther behind the file it is told by its reference.
+        if short_l1(self.target.storage, header)?
+            && l1_end < self.file_length.saturating_add(geometry.cluster_size())
+        {
+            self.tally.corruption(FindingCode::BeyondEndOfFile, header.l1_table_offset.get(), || {
+                "the file ends inside the active L1 table".to_owned()
+            });
+        }
         self.l1_table(L1Table {
             offset: header.l1_table_offset.get(),
             entries: header.l1_size.into(),
@@ -145,7 +159,7 @@ impl<'a, 'b> Walk<'a, 'b> {
         if let Some((offset, length)) = header.crypto_header() {
             self.reference(offset.get(), length)?;
         }
-        bitmaps::walk(self)?;
+        self.without_bitmaps = bitmaps::walk(self)?;
         self.refcount_blocks()
     }
 
@@ -199,13 +213,8 @@ impl<'a, 'b> Walk<'a, 'b> {
         }
         for snapshot in &snapshots.entries {
             let offset = snapshot.l1_offset;
-            let wrong = if header.geometry.in_cluster(offset) != 0 {
-                Some(format!("l1_offset={offset:#x}: L1 table is not cluster aligned"))
-            } else if u64::from(snapshot.l1_size) * 8 > qcow2_format::limits::MAX_L1_BYTES {
-                Some(format!("l1_size={:#x}: L1 table is too large", snapshot.l1_size))
-            } else {
-                None
-            };
+            // A table behind the file is told by its reference.
+            let wrong = l1_damage(offset, snapshot.l1_size, &header.geometry, u64::MAX);
             if let Some(wrong) = wrong {
                 self.tally.corruption(FindingCode::Snapshot, offset, || {
                     format!(

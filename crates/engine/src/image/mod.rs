@@ -23,4 +23,4 @@ pub use qcow2::{BackingReference, DataFileReference, Qcow2, References};
 pub use qcow2_core::layer::{Segment, SegmentKind};
 pub use qcow2_core::{Layer, Raw};
 pub(crate) use slices::{Slice, decode_words};
-pub(crate) use snapshots::load as load_snapshots;
+pub(crate) use snapshots::{l1_damage, load as load_snapshots};

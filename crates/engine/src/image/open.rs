@@ -3,12 +3,13 @@
 use std::sync::Arc;
 
 use qcow2_format::header::PREAMBLE_LENGTH;
+use qcow2_format::l1::OFFSET_MASK;
 use qcow2_format::{FormatResult, Geometry, Header, HostOffset, Limits};
 
 use super::inflated::InflatedCache;
 use super::qcow2::{Qcow2, View};
 use super::slices::SliceCache;
-use super::snapshots;
+use super::snapshots::{self, LoadedSnapshots};
 use crate::invalid::invalid;
 use crate::{Error, ErrorKind, MemMut, Result, Storage, StorageExt};
 
@@ -23,8 +24,9 @@ pub struct OpenOptions {
     pub l2_cache_bytes: Option<u64>,
     /// Most bytes of inflated clusters to cache. Default: 16 MiB, but at least four clusters.
     pub inflated_cache_bytes: Option<u64>,
-    /// Open for a check: a damaged snapshot table is kept as a finding instead of refusing the image.
-    pub for_check: bool,
+    /// Open an image whose active L1 table is not whole, for a check or to read what can be read: entries that are not
+    /// in the file are taken for damaged ones, so that reading what they map is an error of that part of the disk.
+    pub salvage: bool,
 }
 
 /// Reads and parses the header of the qcow2 image in `storage`; reads only the first cluster.
@@ -58,10 +60,10 @@ impl Qcow2 {
     /// Opens the image in `storage`.
     ///
     /// # Errors
-    /// As [`read_header`]; `Corrupt` for tables outside the file; `Limit`; `NoSnapshot`.
+    /// As [`read_header`]; `Corrupt` for tables outside the file; `Limit`; `NoSnapshot`. A damaged snapshot table is
+    /// one only where a snapshot behind the damage is wanted: see [`Qcow2::snapshot_error`].
     pub fn open(storage: Arc<dyn Storage>, options: &OpenOptions) -> Result<Self> {
-        let header =
-            if options.for_check { read_header_for_check(&*storage)? } else { read_header(&*storage)? };
+        let header = read_header_for_check(&*storage)?;
         Self::open_with(storage, header, options)
     }
 
@@ -77,21 +79,31 @@ impl Qcow2 {
         let place = |field, start, entries| {
             check_l1_placement(field, start, entries, &header.geometry, file_size).map_err(fail)
         };
-        place("l1_table_offset", header.l1_table_offset, header.l1_size)?;
-        let snapshots = snapshots::load(&*storage, &header, &options.limits).map_err(fail);
-        let (snapshots, snapshot_error) = match snapshots {
-            Ok(list) => (list, None),
-            Err(error) if options.for_check && error.kind() != ErrorKind::Io => (Vec::new(), Some(error)),
-            Err(error) => return Err(error),
-        };
+        if !options.salvage {
+            place("l1_table_offset", header.l1_table_offset, header.l1_size)?;
+        }
+        let LoadedSnapshots { records: snapshots, damage } =
+            snapshots::load(&*storage, &header, &options.limits).map_err(fail)?;
+        let mut snapshot_error = damage.map(fail);
         let view = match &options.snapshot {
             None => View {
                 size: header.size,
-                l1: read_l1(&*storage, header.l1_table_offset, header.l1_size)?,
+                l1: if options.salvage {
+                    salvage_l1(&*storage, &header)?
+                } else {
+                    read_l1(&*storage, header.l1_table_offset, header.l1_size)?
+                },
                 snapshot: None,
             },
             Some(wanted) => {
-                let index = snapshots::find(&snapshots, wanted).map_err(fail)?;
+                // One that is not among those in front of the damage may be behind it.
+                let index = match (snapshots::find(&snapshots, wanted), snapshot_error) {
+                    (Err(_), Some(damage)) => return Err(damage),
+                    (found, damage) => {
+                        snapshot_error = damage;
+                        found.map_err(fail)?
+                    }
+                };
                 let record = snapshots.get(index).ok_or_else(Error::aborted)?;
                 record
                     .check_l1(&header.geometry, header.size)
@@ -182,6 +194,18 @@ fn check_l1_placement(
     };
     let message = format!("the table at {start} with {bytes} bytes {reason} ({file_size} bytes)");
     Err(Error::new(ErrorKind::Corrupt, message).with_field(field).with_offset(start.0))
+}
+
+/// What is in the file of the active L1 table.
+fn salvage_l1(storage: &dyn Storage, header: &Header) -> Result<Vec<u64>> {
+    let mut bytes = vec![0u8; header.l1_size as usize * 8];
+    let got = storage.read_up_to_at(MemMut::from(&mut bytes[..]), header.l1_table_offset.0)?;
+    let mut l1 = super::slices::decode_words(&bytes);
+    // The low bits of an entry are 0 in any case: one of which only those are missing is whole.
+    let whole = (got + (header.geometry.cluster_bits() / 8) as usize) / 8;
+    // Names no cluster, or one that no file has.
+    l1.iter_mut().skip(whole).for_each(|entry| *entry = OFFSET_MASK);
+    Ok(l1)
 }
 
 /// Reads an L1 table of at most 32 MiB (the header's and the snapshot's checks guarantee that).

@@ -96,7 +96,7 @@ impl Qcow2 {
             snapshots: RwLock::new(snapshots.into()),
             generation: AtomicU64::new(0),
             snapshot_error,
-            options: OpenOptions { snapshot: None, for_check: false, ..options.clone() },
+            options: OpenOptions { snapshot: None, ..options.clone() },
             mapping: RwLock::new(Mapping::new(view.l1)),
             slices,
             inflated,
@@ -171,7 +171,8 @@ impl Qcow2 {
         *self.snapshots.write() = records;
         self.next_generation();
     }
-    /// Why the snapshot table could not be read, for an image opened for a check.
+    /// Why the snapshot table could not be read to its end: [`Qcow2::snapshots`] are those in front of the damage. The
+    /// active disk can be read all the same, but not written to.
     pub fn snapshot_error(&self) -> Option<&Error> {
         self.snapshot_error.as_ref()
     }

@@ -15,8 +15,8 @@ use super::overlap::MetadataMap;
 use super::refcounts::Refcounts;
 use crate::bitmap::Tracker;
 use crate::check::{self, CheckOptions, Repair};
-use crate::image::Qcow2;
-use crate::{DetectZeroes, Discard, DiskOptions, Error, ErrorKind, Job, Result};
+use crate::image::{Qcow2, l1_damage};
+use crate::{DetectZeroes, Discard, DiskOptions, Error, ErrorKind, Job, Result, StorageExt};
 
 /// How to write to an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -236,6 +236,7 @@ impl Qcow2 {
     /// # Errors
     /// See [`Writer::new`]; `Corrupt` for an image that stays dirty because not all of it could be repaired.
     pub fn enable_writing(&mut self, options: WriteOptions) -> Result<()> {
+        self.refuse_damaged_snapshots()?;
         let marks = self.header().incompatible;
         if marks.contains(Incompatible::DIRTY)
             && !marks.contains(Incompatible::CORRUPT)
@@ -246,6 +247,28 @@ impl Qcow2 {
         }
         self.writer = Some(Writer::new(self, options)?);
         Ok(())
+    }
+
+    /// Refuses to write where snapshots are not known, or would be given up by the repair of an image that was not closed
+    /// cleanly: that is for the user to decide.
+    fn refuse_damaged_snapshots(&self) -> Result<()> {
+        let length = self.storage().size()?;
+        let geometry = self.geometry();
+        let records = self.snapshots();
+        let lost = |s: &SnapshotRecord| l1_damage(s.l1_table_offset.get(), s.l1_size, geometry, length);
+        let dirty = self.header().incompatible.contains(Incompatible::DIRTY);
+        let reason = match self.snapshot_error() {
+            Some(error) => error.message().to_owned(),
+            None => match records.iter().filter(|_| dirty).find_map(lost) {
+                Some(reason) => reason,
+                None => return Ok(()),
+            },
+        };
+        let message = format!(
+            "the snapshot table is damaged ({reason}): the image can be opened for reading, and a repair of all \
+             keeps the snapshots that are left"
+        );
+        Err(self.error(ErrorKind::Corrupt, message).with_field("snapshot table"))
     }
 
     fn repair_dirty(&mut self) -> Result<()> {

@@ -117,17 +117,28 @@ impl Header {
     /// format; `Truncated` where the bytes end inside a structure.
     pub fn parse(cluster: &[u8]) -> FormatResult<Self> {
         let header = Self::parse_for_check(cluster)?;
-        if header.nb_snapshots > MAX_SNAPSHOTS {
-            return Err(FormatError::Limit {
-                field: "nb_snapshots",
-                value: header.nb_snapshots.into(),
-                limit: MAX_SNAPSHOTS.into(),
-            });
-        }
+        header.check_snapshot_table()?;
         Ok(header)
     }
 
-    /// As [`Header::parse`], for a check: more snapshots than an image may have are part of what is checked.
+    /// Whether the header says where the snapshot table is, and that it is no larger than it may be.
+    ///
+    /// # Errors
+    /// `Invalid` or `Limit`, naming the field.
+    pub fn check_snapshot_table(&self) -> FormatResult<()> {
+        if self.nb_snapshots > MAX_SNAPSHOTS {
+            return Err(FormatError::Limit {
+                field: "nb_snapshots",
+                value: self.nb_snapshots.into(),
+                limit: MAX_SNAPSHOTS.into(),
+            });
+        }
+        let smallest = u64::from(self.nb_snapshots) * crate::snapshot::FIXED_LENGTH as u64;
+        self.check_table("snapshots_offset", self.snapshots_offset, smallest, u64::MAX)
+    }
+
+    /// As [`Header::parse`], but for the snapshot table, about which nothing is judged: it is part of what a check looks
+    /// at, and the active disk can be read without it.
     ///
     /// # Errors
     /// As [`Header::parse`].
@@ -202,24 +213,10 @@ impl Header {
         if self.size > MAX_VIRTUAL_SIZE {
             return Err(FormatError::Limit { field: "size", value: self.size, limit: MAX_VIRTUAL_SIZE });
         }
-        let table = |field, offset: HostOffset, bytes: u64, limit| {
-            if bytes > limit {
-                return Err(FormatError::Limit { field, value: bytes, limit });
-            }
-            if bytes > 0 && !offset.is_aligned(g.cluster_size()) {
-                return Err(FormatError::invalid(field, offset.0, "not a multiple of the cluster size"));
-            }
-            // Table offsets are used as signed file offsets.
-            match offset.checked_add(bytes) {
-                Some(end) if end.0 <= i64::MAX as u64 => Ok(()),
-                _ => Err(FormatError::invalid(field, offset.0, "beyond the largest file offset")),
-            }
-        };
+        let table = |field, offset, bytes, limit| self.check_table(field, offset, bytes, limit);
         let refcount_bytes = u64::from(self.refcount_table_clusters) * g.cluster_size();
         table("refcount_table_offset", self.refcount_table_offset, refcount_bytes, MAX_REFCOUNT_TABLE_BYTES)?;
         table("l1_table_offset", self.l1_table_offset, u64::from(self.l1_size) * 8, MAX_L1_BYTES)?;
-        let smallest = u64::from(self.nb_snapshots) * crate::snapshot::FIXED_LENGTH as u64;
-        table("snapshots_offset", self.snapshots_offset, smallest, u64::MAX)?;
         if self.l1_size > 0 && self.l1_table_offset.0 >= MAX_HOST_OFFSET {
             return Err(FormatError::invalid("l1_table_offset", self.l1_table_offset.0, "beyond 64 PiB"));
         }
@@ -248,6 +245,27 @@ impl Header {
                 "present although the encryption method has no header",
             )),
             _ => Ok(()),
+        }
+    }
+
+    /// Whether a table of `bytes` bytes is within its limit, and can be where `offset` says.
+    fn check_table(
+        &self,
+        field: &'static str,
+        offset: HostOffset,
+        bytes: u64,
+        limit: u64,
+    ) -> FormatResult<()> {
+        if bytes > limit {
+            return Err(FormatError::Limit { field, value: bytes, limit });
+        }
+        if bytes > 0 && !offset.is_aligned(self.geometry.cluster_size()) {
+            return Err(FormatError::invalid(field, offset.0, "not a multiple of the cluster size"));
+        }
+        // Table offsets are used as signed file offsets.
+        match offset.checked_add(bytes) {
+            Some(end) if end.0 <= i64::MAX as u64 => Ok(()),
+            _ => Err(FormatError::invalid(field, offset.0, "beyond the largest file offset")),
         }
     }
 

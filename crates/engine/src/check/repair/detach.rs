@@ -33,7 +33,7 @@ pub(super) fn detach(flags: &mut Flags<'_, '_, '_>, entry: L1Entry) -> Result<Op
     storage.read_padded_at(MemMut::from(&mut bytes[..]), old)?;
     let new = free << geometry.cluster_bits();
     super::write(storage, &bytes, new)?;
-    refcounts::take(flags.target, flags.stored, free)?;
+    refcounts::set(flags.target, flags.stored, free, 1)?;
     storage.flush()?;
     flags.walked.move_table(cluster, free)?;
     Ok(Some(L1Entry((entry.0 & !OFFSET_MASK) | HostOffset(new).get() | (entry.0 & COPIED))))

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use qcow2_format::header::feature::Autoclear;
 use qcow2_format::limits::MAX_L1_BYTES;
 
 use super::super::Target;
@@ -32,7 +33,8 @@ impl Metadata {
             (header.snapshots_offset.get(), snapshots.length),
         ];
         regions.extend(header.crypto_header().map(|(offset, length)| (offset.get(), length)));
-        regions.extend(header.bitmaps().map(|b| (b.directory_offset.get(), b.directory_size)));
+        let bitmaps = header.bitmaps().filter(|_| header.autoclear.contains(Autoclear::BITMAPS));
+        regions.extend(bitmaps.map(|b| (b.directory_offset.get(), b.directory_size)));
         // A table that is too large to be one would cover everything.
         let l1_tables = snapshots.entries.iter().map(|s| (s.l1_offset, u64::from(s.l1_size) * 8));
         regions.extend(l1_tables.filter(|(_, length)| *length <= MAX_L1_BYTES));

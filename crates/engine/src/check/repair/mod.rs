@@ -1,7 +1,8 @@
 //! Repairing an image, in an order in which a crash at any point leaves it no worse than it was.
 //!
 //! 1. The walk counts the references, as in a check; nothing is written before it is complete. Snapshots that the header
-//!    counts and that cannot be there are given up then, with a lower count.
+//!    counts and that cannot be there are given up then, with a lower count; those whose L1 table is nowhere, with a new
+//!    snapshot table; bitmaps that are damaged, with their bit in the header.
 //! 2. L2 entries that read as zeroes but name an impossible cluster lose it.
 //! 3. Refcounts that are too low are raised. Where that is not enough (a cluster in use without any refcount, damaged
 //!    refcount structures, a new snapshot table to be placed), all refcount structures are written anew to clusters
@@ -12,10 +13,12 @@
 //! 6. The dirty and the corrupt bit go.
 //!
 //! Each step is durable before the next. Refcounts are only lowered while nothing else is wrong that may hide
-//! references: what looks like leaked clusters may be what a damaged entry pointed to.
+//! references: what looks like leaked clusters may be what a damaged entry pointed to. What a rebuild replaced is freed in
+//! any case ([`former`]).
 
 mod detach;
 mod flags;
+mod former;
 mod metadata;
 mod rebuild;
 mod refcounts;
@@ -24,6 +27,7 @@ mod restructure;
 use qcow2_format::Header;
 use qcow2_format::header::feature::{Autoclear, Incompatible};
 
+use self::former::Former;
 use self::metadata::Metadata;
 pub(crate) use self::restructure::{expand_zeroes, restructure};
 use super::compare::{self, Compared, Fix};
@@ -31,7 +35,7 @@ use super::report::{CheckReport, FindingCode, Severity, Tally};
 use super::snapshots::{self, SnapshotTable};
 use super::stored::StoredRefcounts;
 use super::walk::Walked;
-use super::{CheckOptions, File, Stop, Target, conclude, describe, walk_all};
+use super::{CheckOptions, File, Stop, Target, conclude, describe, short_l1, walk_all};
 use crate::image::read_header_for_check;
 use crate::{Error, ErrorKind, Job, Mem, Result, Storage, StorageExt};
 
@@ -137,6 +141,8 @@ fn refcounts_and_flags(
         write(target.storage, &(snapshots.entries.len() as u32).to_be_bytes(), NB_SNAPSHOTS)?;
         target.storage.flush()?;
     }
+    let header = without_lost(target, &file, &walked, tally)?;
+    let target = &Target { header: &header, ..*target };
     let metadata = Metadata::of(target, snapshots, &stored)?;
     write_entries(target, &walked, &metadata, tally)?;
     let before = (tally.corruptions, tally.leaks, tally.check_errors);
@@ -149,8 +155,9 @@ fn refcounts_and_flags(
                 "Rebuilding refcount structure".to_owned()
             });
         }
+        let former = former::structures(target, snapshots, &stored);
         let header = rebuild::rebuild(target, snapshots, &mut stored, &walked, fix)?;
-        return rebuilt(target, &header, snapshots.length, (fix, broken), tally, report);
+        return rebuilt(target, &header, &former, (fix, broken), tally, report);
     }
     if broken {
         let message = "need to rebuild refcount structures";
@@ -169,12 +176,43 @@ fn refcounts_and_flags(
     Ok(())
 }
 
+/// Gives up bitmaps that are damaged, and gives the file the length that its active L1 table needs: before anything
+/// is freed or placed. Gives the header as it is then.
+fn without_lost(
+    target: &Target<'_>,
+    file: &File,
+    walked: &Walked,
+    tally: &mut Tally,
+) -> Result<Header, Stop> {
+    let mut header = target.header.clone();
+    if target.repair != Some(Repair::All) {
+        return Ok(header);
+    }
+    if walked.without_bitmaps {
+        header.autoclear -= Autoclear::BITMAPS;
+        write(target.storage, &header.autoclear.bits().to_be_bytes(), AUTOCLEAR)?;
+        target.storage.flush()?;
+    }
+    let end = header.l1_table_offset.get().saturating_add(u64::from(header.l1_size) * 8);
+    if short_l1(target.storage, &header)? && end < file.length.saturating_add(header.geometry.cluster_size())
+    {
+        target.storage.resize(end.next_multiple_of(header.geometry.cluster_size()))?;
+        target.storage.flush()?;
+        tally.corruptions -= 1;
+        tally.hidden -= 1;
+        tally.fixed_corruption(FindingCode::BeyondEndOfFile, header.l1_table_offset.get(), || {
+            "the file ends inside the active L1 table".to_owned()
+        });
+    }
+    Ok(header)
+}
+
 /// Goes on behind a rebuild: the references are counted again, and the former structures are freed. All that is freed
-/// is told with `tell`, else only what was told as leaked. The former snapshot table had `former_snapshots` bytes.
+/// is told with `tell`, else only what was told as leaked.
 fn rebuilt(
     target: &Target<'_>,
     header: &Header,
-    former_snapshots: u64,
+    former: &Former,
     (fix, tell): (Fix, bool),
     tally: &mut Tally,
     report: &mut CheckReport,
@@ -193,6 +231,9 @@ fn rebuilt(
     // What may hide references is judged anew: behind a reference to what was no part of the file, there is none now.
     let fix = Fix { leaks: again.hidden == 0, ..fix };
     let mut freed = Tally::new(limit);
+    if !fix.leaks {
+        former::free(target, former, &mut stored, &walked, &mut freed)?;
+    }
     let Compared { highest, rebuild } =
         compare::compare(target, &mut stored, &walked.counts, Fix { errors: false, ..fix }, &mut freed)?;
     if rebuild || walked.rebuild {
@@ -209,7 +250,7 @@ fn rebuilt(
     if tell {
         // A former snapshot table was not leaked: it goes with the repair of its entries.
         if header.snapshots_offset != old_snapshots {
-            freed.forget(&(old_snapshots.get()..old_snapshots.get().saturating_add(former_snapshots)));
+            freed.forget(&former.snapshots);
         }
         tally.append_findings(freed);
     } else {

@@ -46,15 +46,20 @@ pub(super) fn write(
     Ok(())
 }
 
-/// Gives one cluster without references, whose block exists, a refcount of 1.
-pub(super) fn take(target: &Target<'_>, stored: &mut StoredRefcounts<'_>, cluster: u64) -> Result<(), Stop> {
+/// Gives one cluster, whose block exists, a refcount.
+pub(super) fn set(
+    target: &Target<'_>,
+    stored: &mut StoredRefcounts<'_>,
+    cluster: u64,
+    refcount: u64,
+) -> Result<(), Stop> {
     let geometry = &target.header.geometry;
     let index = geometry.refcount_table_index(cluster);
     let (Block::Present(block), order) = (stored.block(index)?, geometry.refcount_order()) else {
         return Ok(());
     };
     let mut bytes = block.to_vec();
-    let _ = refcount::set(&mut bytes, geometry.refcount_block_index(cluster) as usize, order, 1);
+    let _ = refcount::set(&mut bytes, geometry.refcount_block_index(cluster) as usize, order, refcount);
     if let Some(offset) = stored.block_offset(index) {
         super::write(target.storage, &bytes, offset)?;
         stored.forget_block();
