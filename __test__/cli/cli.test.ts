@@ -77,7 +77,7 @@ describe('a wrong command line', () => {
     const { code, stdout, stderr } = await run(...args)
     expect({ code, stdout }).toEqual({ code: 1, stdout: expect.stringMatching(/^(Formatting .*\n)?$/) })
     expect(stderr).toContain(message)
-    expect(stderr).toMatch(/^(qcow2: .*\n)+((Try|Optional suffix|and exabytes,|The formats) .*\n)*$/)
+    expect(stderr).toMatch(/^(qcow2: .*\n)+((Try|Optional suffix|and exabytes,|The formats|A file with) .*\n)*$/)
     expect(readdirSync(folder)).not.toContain('a')
   })
 })

@@ -77,7 +77,10 @@ describe('a conversion', () => {
   it.each([
     [['-n', '-O', 'qcow2'], "Could not open 'refused.img': No such file or directory"],
     [['-n', '-c'], 'Compression not supported for this file format'],
-    [['-c', '-O', 'qcow2', '--level', '22'], 'zlib has no compression level 22'],
+    [
+      ['-c', '-O', 'qcow2', '--level', '22'],
+      "Invalid compression level specified: '22'. Must be between 1 and 12 for zlib.",
+    ],
     [['-c', '-O', 'qcow2', '--window', 'tiny'], 'Allowed choices are full, small.'],
     [['--window', 'small'], '--window requires use of -c flag'],
   ])('with %j is refused', async (args, message) => {

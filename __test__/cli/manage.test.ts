@@ -35,9 +35,9 @@ describeWithQemu('snapshot', () => {
   it.each([
     [['-d', 'none'], "Could not delete snapshot 'none': snapshot not found"],
     [['-a', 'none'], "Could not apply snapshot 'none': "],
-    [['-a', 'one', '-c', 'two'], 'Cannot mix -l, -a, -c, -d'],
-    [['-c', 'one', '-c', 'two'], 'Cannot mix -l, -a, -c, -d'],
-    [['-l', '-l'], 'Cannot mix -l, -a, -c, -d'],
+    [['-a', 'one', '-c', 'two'], "Cannot mix '-l', '-a', '-c', '-d'"],
+    [['-c', 'one', '-c', 'two'], "Cannot mix '-l', '-a', '-c', '-d'"],
+    [['-l', '-l'], "Cannot mix '-l', '-a', '-c', '-d'"],
     [['-U', '-c', 'one'], 'force-share=on can only be used with read-only images'],
   ])('refuses %j', (args, message) => {
     const path = image('refused.qcow2')

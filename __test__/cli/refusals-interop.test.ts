@@ -68,7 +68,6 @@ snapshot -6
 snapshot -d none a.qcow2
 snapshot -f foo a.qcow2
 snapshot -c x -U a.qcow2
-bitmap a.qcow2
 bitmap --add a.qcow2
 bitmap --add -g foo a.qcow2 bm
 bitmap --remove -g 64k b.qcow2 bm

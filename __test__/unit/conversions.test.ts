@@ -17,7 +17,6 @@ const RUST: Readonly<Record<string, string>> = {
   'crates/engine/src/bitmap/manage.rs': FOR_PEOPLE,
   'crates/engine/src/check/bitmaps.rs': FOR_PEOPLE,
   'crates/engine/src/check/snapshots.rs': FOR_PEOPLE,
-  'crates/engine/src/error.rs': FOR_PEOPLE,
   'crates/engine/src/image/bitmaps.rs': FOR_PEOPLE,
   'crates/engine/src/image/qcow2.rs': FOR_PEOPLE,
   'crates/engine/src/image/snapshots.rs': FOR_PEOPLE,

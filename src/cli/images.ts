@@ -4,36 +4,8 @@ import { type Format, type Image, type ImageInfo, type OpenOptions, open, probe 
 import { exactText, toName } from '../text.js'
 import { describeError, openFailure } from './errors.js'
 import { CommandFailure } from './failure.js'
+import { imagePath } from './filename.js'
 import type { Session } from './session.js'
-
-/**
- * The path that an argument names. Like qemu-img, a colon before the first slash makes it a protocol, of which only
- * `file:` is followed here.
- */
-export function localPath(filename: string): string {
-  if (process.platform === 'win32' && /^[a-z]:/i.test(filename)) return filename
-  const protocol = /^([^/:]*):/.exec(filename)?.[1]
-  if (protocol === undefined) return filename
-  if (protocol === 'file') return filename.slice('file:'.length)
-  if (protocol === 'json') {
-    throw new CommandFailure(`Could not open '${filename}': json: descriptions are not followed, only file names`)
-  }
-  throw new CommandFailure(`Could not open '${filename}': Unknown protocol '${protocol}'`, {
-    hint: `A file with a colon in its name is written './${filename}'.`,
-  })
-}
-
-/** {@link localPath} as the library takes it. */
-export const imagePath = (filename: string): string | Buffer => toName(localPath(filename))
-
-/** A path as an argument: one that would be taken for a protocol says that it is none. */
-export const argumentOf = (path: string): string => (/^[^/]*:/.test(path) ? `./${path}` : path)
-
-/** An image's name as it is shown: without `file:`, unless a colon would make a protocol of what is left. */
-export function shownName(filename: string): string {
-  const path = localPath(filename)
-  return path === filename ? path : argumentOf(path)
-}
 
 const FORMATS = 'The formats are qcow2 and raw.'
 

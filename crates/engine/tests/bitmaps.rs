@@ -9,7 +9,7 @@ use std::sync::Arc;
 use qcow2_engine::storage::{Access, FileStorage};
 use qcow2_engine::{Discard, ErrorKind, Image, Mem, OpenOptions, Qcow2, ResizeOptions, WriteOptions};
 use qcow2_testkit::plans::Table;
-use qcow2_testkit::storage::{Hooked, Op};
+use qcow2_testkit::storage::{Hooked, Op, free_clusters};
 use qcow2_testkit::{Fixture, Qemu};
 
 const MIB: u64 = 1 << 20;
@@ -230,16 +230,19 @@ fn a_disk_with_bitmaps_does_not_become_empty() {
     qemu.assert_clean(&path);
 }
 
-/// An image of which no byte behind the end can be written, with two bitmaps: `a` has recorded a write to its first cluster.
+/// An image of which neither a byte behind the end nor one of a free cluster can be written, with two bitmaps: `a` has recorded a write to its first cluster.
 fn full_disk(qemu: &Qemu, path: &Path) -> Image {
     qemu.create(path, "", Some(8 * MIB));
     bitmap(qemu, path, &["--add", "a"]);
     qemu.io(path, "qcow2", &["write 0 64k"]);
     bitmap(qemu, path, &["--add", "b"]);
     let end = std::fs::metadata(path).unwrap().len();
+    let free = free_clusters(&std::fs::read(path).unwrap());
     let file = Arc::new(FileStorage::open(path, Access::ReadWrite).unwrap());
     let full = Hooked::with(file, move |op, range: Range<u64>| {
-        let takes_space = matches!(op, Op::Write | Op::Zero | Op::Allocate) && range.end > end;
+        let mut clusters = range.start >> 16..range.end.div_ceil(1 << 16);
+        let takes_space = matches!(op, Op::Write | Op::Zero | Op::Allocate)
+            && (range.end > end || clusters.any(|cluster| free.contains(&cluster)));
         if takes_space { Err(std::io::Error::from_raw_os_error(28)) } else { Ok(()) }
     });
     let mut image = Qcow2::open(Arc::new(full), &OpenOptions::default()).unwrap();

@@ -15,7 +15,7 @@ use qcow2_engine::{
     Image, Job, Mem, MemMut, OpenOptions, Qcow2, ResizeOptions, Result, Storage, StorageExt, WriteOptions,
 };
 use qcow2_testkit::plans::Table;
-use qcow2_testkit::storage::{Hooked, Op, Space};
+use qcow2_testkit::storage::{Hooked, Op, Space, free_clusters};
 use qcow2_testkit::{Fixture, Qemu};
 
 const CLUSTER: u64 = 65536;
@@ -78,7 +78,7 @@ fn is_hole(file: &dyn Storage, offset: u64) -> bool {
     bytes.iter().all(|&byte| byte == 0)
 }
 
-/// A disk with a snapshot, bitmaps, and holes in its file.
+/// A disk with a snapshot, bitmaps, and holes in its file: nothing that is free has space.
 fn prepare(qemu: &Qemu, path: &Path) {
     let name = path.to_str().unwrap();
     qemu.create(path, "", Some(64 * MIB));
@@ -89,6 +89,11 @@ fn prepare(qemu: &Qemu, path: &Path) {
     qemu.io(path, "qcow2", &["write -P 4 0 1M", "write -P 3 9M 64k", "discard 0 256k"]);
     qemu.img(&["snapshot", "-c", "t", name]).ok();
     qemu.io(path, "qcow2", &["write -P 5 512k 64k"]);
+    let free = free_clusters(&std::fs::read(path).unwrap());
+    let file = FileStorage::open(path, Access::ReadWrite).unwrap();
+    for cluster in free {
+        file.write_all_at(Mem::from(&[0; CLUSTER as usize][..]), cluster * CLUSTER).unwrap();
+    }
 }
 
 fn open(file: Arc<dyn Storage>) -> Image {

@@ -362,7 +362,7 @@ fn a_bitmap_that_could_not_be_cleared_is_as_it_was() {
     let full = Arc::new(AtomicBool::new(false));
     let is_full = Arc::clone(&full);
     let hook = move |op: Op, _: Range<u64>| match op == Op::Write && is_full.load(Ordering::Acquire) {
-        true => Err(io::Error::from_raw_os_error(28)),
+        true => Err(io::Error::from_raw_os_error(5)),
         false => Ok(()),
     };
     let image = open(Arc::new(Hooked::with(file.clone(), hook)), options());

@@ -4,11 +4,12 @@ import { type BlockLimits, type ImageInfo, inspect, probe } from '../../index.js
 import { exactText } from '../../text.js'
 import { openFailure } from '../errors.js'
 import { CommandFailure } from '../failure.js'
+import { argumentOf, imagePath, shownName } from '../filename.js'
 import { formatInfo, type InfoDocument } from '../format/info.js'
 import { toJson } from '../format/json.js'
 import { snapshotDocuments } from '../format/snapshots.js'
 import { cacheMode, later, oneFile, outputOption, refuseDriverSyntax, toCacheMode } from '../grammar.js'
-import { argumentOf, imagePath, shownName, warnOfDamage, withImage } from '../images.js'
+import { warnOfDamage, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import type { Session } from '../session.js'
 
@@ -82,7 +83,7 @@ async function describeOther(
   format: string | undefined,
   session: Session,
 ): Promise<InfoDocument | undefined> {
-  if (format === 'qcow2' || format === 'raw') return undefined
+  if (filename === '' || format === 'qcow2' || format === 'raw') return undefined
   const path = imagePath(filename)
   const { signal } = session
   const looks = await probe(path, { signal }).catch(error => {

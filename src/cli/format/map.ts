@@ -2,7 +2,7 @@
 
 import { exactText } from '../../text.js'
 import { CommandFailure } from '../failure.js'
-import { argumentOf } from '../images.js'
+import { argumentOf } from '../filename.js'
 import { hex } from './number.js'
 
 /** One run of guest bytes that are stored alike; lengths and offsets in bytes. */

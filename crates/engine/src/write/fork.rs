@@ -22,12 +22,12 @@ pub(super) struct Fork {
     /// The refcount table in the file.
     former: Vec<u64>,
     /// Behind everything in use, and the length of the file, when the fork began.
-    end: u64,
+    pub(super) end: u64,
     length: u64,
     /// Reservations that were taken: first and number of clusters.
     pub(super) taken: Vec<(u64, u64)>,
-    /// Free clusters inside the file that were taken.
-    pub(super) placed: Vec<u64>,
+    /// Free clusters inside the file that were taken, and had no space.
+    pub(super) holes: Vec<u64>,
     /// No cluster below is free both in the file and in the fork.
     pub(super) search: u64,
     /// The block of the file that was looked at last, with its index.
@@ -111,7 +111,7 @@ impl Allocator {
             end: self.end,
             length,
             taken: Vec::new(),
-            placed: Vec::new(),
+            holes: Vec::new(),
             search: self.search,
             looked_at: None,
             table: None,
@@ -210,10 +210,9 @@ impl Allocator {
             self.search = self.search.min(fork.end);
         }
         if shorten {
-            // They were holes.
-            fork.placed.into_iter().filter(|cluster| *cluster < fork.end).for_each(|cluster| {
+            for cluster in fork.holes {
                 self.punch(cluster, 1);
-            });
+            }
         }
     }
 

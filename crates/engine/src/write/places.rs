@@ -1,6 +1,8 @@
 //! Places for what is written beside other structures: the lowest that are free, so that a file does not grow where
 //! structures move.
 
+use std::ops::Range;
+
 use super::alloc::Allocator;
 use super::overlap::MetadataMap;
 use super::refcounts::Refcounts;
@@ -150,13 +152,28 @@ impl Allocator {
         }
         (start..start + count).try_for_each(|cluster| self.refcounts.set(cluster, 1))?;
         self.end = self.end.max(start + count);
+        self.note_holes(start..start + count)?;
         if let Some(fork) = &mut self.refcounts.fork {
-            fork.placed.extend(start..start + count);
             if count == 1 {
                 fork.search = fork.search.max(start + 1);
             }
         }
         Ok(missing.is_none())
+    }
+
+    /// Remembers which of the clusters that the fork takes inside the file are holes: undone, it gives their space back, and
+    /// leaves others theirs, which what is done in place on a full file system needs.
+    fn note_holes(&mut self, clusters: Range<u64>) -> Result<()> {
+        let size = self.geometry.cluster_size();
+        let Some(fork) = &mut self.refcounts.fork else { return Ok(()) };
+        for cluster in clusters.start..clusters.end.min(fork.end) {
+            let at = cluster * size;
+            let hole = self.storage.run_at(at).map_err(|e| self.storage.failure(e, "lseek"))?;
+            if !hole.data {
+                fork.holes.push(cluster);
+            }
+        }
+        Ok(())
     }
 
     /// The lowest of what is reserved and what is free from `from` on inside the file. Structures that are not counted are

@@ -17,7 +17,7 @@ pub use device::Device;
 pub use fault::{Failing, Fault, FaultStorage};
 pub use hooked::{Before, Hooked};
 pub use short_io::ShortIo;
-pub use space::Space;
+pub use space::{Space, free_clusters};
 
 /// The host calls that a simulator tells apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -58,3 +58,17 @@ impl Before for Space {
         Ok(())
     }
 }
+
+/// The host clusters of an image of 64 KiB clusters and refcounts of 16 bits that nothing uses, below the end of what one
+/// refcount block counts.
+pub fn free_clusters(image: &[u8]) -> Vec<u64> {
+    let word = |at: usize| u64::from_be_bytes(image[at..at + 8].try_into().unwrap());
+    let table = word(48) as usize;
+    let block = word(table) as usize;
+    let clusters = image.len().div_ceil(64 << 10);
+    let count = |cluster: &usize| {
+        let at = block + 2 * cluster;
+        u16::from_be_bytes([image[at], image[at + 1]])
+    };
+    (0..clusters).filter(|cluster| count(cluster) == 0).map(|cluster| cluster as u64).collect()
+}
