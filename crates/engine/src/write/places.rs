@@ -153,10 +153,10 @@ impl Allocator {
         (start..start + count).try_for_each(|cluster| self.refcounts.set(cluster, 1))?;
         self.end = self.end.max(start + count);
         self.note_holes(start..start + count)?;
-        if let Some(fork) = &mut self.refcounts.fork {
-            if count == 1 {
-                fork.search = fork.search.max(start + 1);
-            }
+        if let Some(fork) = &mut self.refcounts.fork
+            && count == 1
+        {
+            fork.search = fork.search.max(start + 1);
         }
         Ok(missing.is_none())
     }
