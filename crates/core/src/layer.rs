@@ -57,14 +57,14 @@ pub enum SegmentKind {
 pub struct Token(pub u64);
 
 impl SegmentKind {
-    /// Whether `next`, which starts `length` bytes behind the start of `self`, continues it.
+    /// Whether `next`, which starts `length` bytes behind the start of `self`, continues it. What only the layer can read stays one
+    /// segment for each unit: two units can be the same stored bytes.
     pub fn continues(&self, length: u64, next: &Self) -> bool {
         match (self, next) {
             (Self::Data(a), Self::Data(b))
             | (Self::Zero(Some(a)), Self::Zero(Some(b)))
             | (Self::Unallocated(Some(a)), Self::Unallocated(Some(b))) => a.after(length) == *b,
             (Self::Zero(None), Self::Zero(None)) | (Self::Unallocated(None), Self::Unallocated(None)) => true,
-            (Self::Opaque(a), Self::Opaque(b)) => a == b,
             _ => false,
         }
     }

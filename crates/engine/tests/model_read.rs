@@ -6,7 +6,9 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 use qcow2_engine::storage::MemoryStorage;
-use qcow2_engine::{ErrorKind, ExtentKind, GuestSource, Image, Job, Layer, OpenOptions, Qcow2, Raw, Storage};
+use qcow2_engine::{
+    ErrorKind, ExtentKind, GuestSource, Image, Job, Layer, MemMut, OpenOptions, Qcow2, Raw, Storage,
+};
 use qcow2_testkit::forge::{Built, COPIED, ZERO, codec};
 use qcow2_testkit::model::assert_same;
 use qcow2_testkit::reader::SlowReader;
@@ -493,4 +495,26 @@ fn extents_of_an_encrypted_image_name_no_bytes() {
     let mut extents = Vec::new();
     image.extents(0, 40 << 16, &Job::new(), &mut extents).unwrap();
     assert!(extents.iter().all(|e| !e.zero), "{extents:?}");
+}
+
+/// An image can store two clusters as one stream, as deduplication makes them: each is read from it.
+#[test]
+fn neighbours_that_share_a_compressed_cluster_are_both_read() {
+    let Some(qemu) = Qemu::find() else { return };
+    let fixture = Fixture::new();
+    let path = fixture.path("a.qcow2");
+    qemu.create(&path, "", Some(1 << 20));
+    qemu.io(&path, "qcow2", &["write -c -P 7 0 64k"]);
+    let mut bytes = std::fs::read(&path).unwrap();
+    let word = |bytes: &[u8], at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
+    let l1 = word(&bytes, 40);
+    let l2 = word(&bytes, l1) & 0x00ff_ffff_ffff_fe00;
+    bytes.copy_within(l2..l2 + 8, l2 + 8);
+    let storage = Arc::new(MemoryStorage::from_bytes(&bytes));
+    let image = image_on(storage, &OpenOptions::default());
+    for (start, length) in [(0, 128 << 10), (512, 100 << 10), (60 << 10, 8 << 10), (64 << 10, 64 << 10)] {
+        let mut buf = vec![0xff; length];
+        image.read_at(MemMut::from(&mut buf[..]), start).unwrap();
+        assert!(buf.iter().all(|&byte| byte == 7), "{start} {length}");
+    }
 }
