@@ -178,10 +178,9 @@ fn refuse_loop(top: &Qcow2, new: Option<&Image>) -> Result<()> {
 fn shared_depth(top: &Image, new: Option<&Image>) -> Option<u32> {
     let new = new?.layers();
     let depth = top.layers().len().checked_sub(new.len()).filter(|depth| *depth > 0)?;
-    let same = |(a, b): (&Box<dyn Layer>, &Box<dyn Layer>)| {
+    let all = top.layers().iter().skip(depth).zip(new).all(|(a, b)| {
         identity(&**a).is_some() && identity(&**a) == identity(&**b) && a.format() == b.format()
-    };
-    let all = top.layers().iter().skip(depth).zip(new).all(same);
+    });
     all.then(|| u32::try_from(depth).ok()).flatten()
 }
 
