@@ -112,6 +112,33 @@ pub enum Holes {
     Preallocated,
 }
 
+/// Files that an image names. Nothing here was opened.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct References {
+    /// The backing file, if there is one.
+    pub backing: Option<BackingReference>,
+    /// The external data file, if there is one.
+    pub data_file: Option<DataFileReference>,
+}
+
+/// A backing file as the image names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BackingReference {
+    /// File name, as bytes: relative to the directory of the image.
+    pub filename: Vec<u8>,
+    /// Format as QEMU names it, where the image says.
+    pub format: Option<Vec<u8>>,
+}
+
+/// An external data file as the image names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DataFileReference {
+    /// File name, as bytes, where the image says.
+    pub filename: Option<Vec<u8>>,
+    /// Whether it is a consistent raw image on its own.
+    pub raw: bool,
+}
+
 /// What a read of one layer leaves to those below.
 #[derive(Debug)]
 pub struct Below<'a> {
@@ -142,6 +169,11 @@ pub trait Layer: Any + Send + Sync + fmt::Debug {
 
     /// Whether another image can lie below.
     fn takes_backing(&self) -> bool;
+
+    /// The files that it names.
+    fn references(&self) -> References {
+        References::default()
+    }
 
     /// The layer's own file, which names it in messages and tells it apart.
     fn storage(&self) -> &Arc<dyn Storage>;

@@ -8,6 +8,7 @@
 //! - [`ops`]: guest operations, and sectors that carry their identity
 //! - [`recorder`], [`crash`], [`audit`]: power cuts, and the judgement of what they leave
 //! - [`contents`], [`plans`]: all that an image holds, with snapshots and bitmaps, and the plans that change them
+//! - [`contract`]: what any layer that is read must keep
 //! - [`trace`]: the recorded installation of a system
 //! - [`loop_device`]: real block devices
 //! - [`skip`]: says which test cannot run here
@@ -25,6 +26,7 @@ pub mod alloc;
 pub mod audit;
 pub mod chain;
 pub mod contents;
+pub mod contract;
 pub mod crash;
 pub mod disk_model;
 pub mod folder;

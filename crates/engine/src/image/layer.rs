@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use qcow2_core::Layer;
-use qcow2_core::layer::{Holes, Pin, Segment, SegmentKind};
+use qcow2_core::layer::{Holes, Pin, References, Segment, SegmentKind};
 use qcow2_format::{CompressedDescriptor, CryptMethod};
 
 use super::mapping::descriptor;
@@ -26,6 +26,10 @@ impl Layer for Qcow2 {
 
     fn takes_backing(&self) -> bool {
         true
+    }
+
+    fn references(&self) -> References {
+        self.references()
     }
 
     fn storage(&self) -> &Arc<dyn Storage> {

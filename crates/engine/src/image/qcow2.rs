@@ -5,6 +5,7 @@ use std::sync::{Arc, OnceLock};
 
 use parking_lot::RwLock;
 
+pub use qcow2_core::layer::{BackingReference, DataFileReference, References};
 use qcow2_format::header::extension::BitmapsExtension;
 use qcow2_format::header::feature::Autoclear;
 use qcow2_format::{CryptMethod, Geometry, Header, Limits, SnapshotRecord};
@@ -43,33 +44,6 @@ pub(super) struct View {
     pub(super) size: u64,
     pub(super) l1: Vec<u64>,
     pub(super) snapshot: Option<usize>,
-}
-
-/// Files that the image names. Nothing here was opened.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct References {
-    /// The backing file, if there is one.
-    pub backing: Option<BackingReference>,
-    /// The external data file, if there is one.
-    pub data_file: Option<DataFileReference>,
-}
-
-/// A backing file as the header names it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct BackingReference {
-    /// File name, as bytes: relative to the directory of the image.
-    pub filename: Vec<u8>,
-    /// Format as QEMU names it, where the header says.
-    pub format: Option<Vec<u8>>,
-}
-
-/// An external data file as the header names it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DataFileReference {
-    /// File name, as bytes, where the header says.
-    pub filename: Option<Vec<u8>>,
-    /// Whether it is a consistent raw image on its own.
-    pub raw: bool,
 }
 
 impl Qcow2 {

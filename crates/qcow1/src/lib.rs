@@ -1,0 +1,13 @@
+//! The qcow image format, version 1: QEMU's format before qcow2, with the same magic. Images are only read.
+//!
+//! The format has no document of its own: what is said here follows the driver `block/qcow.c` of QEMU, whose limits these are.
+//! The crate stands on `qcow2-core` beside the engine, which does not know it: an image is a [`qcow2_core::Layer`].
+
+#![forbid(unsafe_code)]
+#![cfg_attr(not(test), deny(clippy::disallowed_methods))]
+
+pub mod format;
+mod inflate;
+mod layer;
+
+pub use layer::{OpenOptions, Qcow1};

@@ -1,0 +1,158 @@
+//! Images that QEMU makes, held against the contract of layers, and damaged ones.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
+
+use std::path::Path;
+use std::sync::Arc;
+
+use qcow2_core::storage::MemoryStorage;
+use qcow2_core::{Chain, ErrorKind, Layer, MemMut, Result, Storage};
+use qcow2_qcow1::{OpenOptions, Qcow1};
+use qcow2_testkit::contract::LayerContract;
+use qcow2_testkit::{Fixture, Qemu, Rng};
+
+const SIZE: u64 = 3 * (1 << 20) + 512;
+
+fn open(storage: Arc<dyn Storage>) -> Result<Box<dyn Layer>> {
+    Ok(Box::new(Qcow1::open(storage, &OpenOptions::default())?))
+}
+
+fn check(name: &str, path: &Path, expected: &[u8], below: Option<&[u8]>) {
+    let file = std::fs::read(path).unwrap();
+    LayerContract { name, file: &file, open: &open, expected, below }.check();
+}
+
+/// A disk with text, noise and holes.
+fn disk(seed: u64) -> Vec<u8> {
+    let mut rng = Rng::new(seed);
+    let mut bytes = vec![0; SIZE as usize];
+    for (at, length) in [(0, 70_000), (300_000, 8192), (2_000_000, 100_000), (SIZE as usize - 5000, 5000)] {
+        bytes[at..at + length].copy_from_slice(&rng.text(length));
+    }
+    bytes[400_000..500_000].copy_from_slice(&rng.bytes(100_000));
+    bytes
+}
+
+#[test]
+fn converted_images_keep_the_contract_of_layers() {
+    let Some(qemu) = Qemu::find() else { return };
+    let fixture = Fixture::new();
+    let expected = disk(1);
+    let raw = fixture.file("raw", &expected);
+    let path = fixture.path("plain");
+    qemu.convert(&raw, "raw", &path, "qcow", &[]);
+    check("plain", &path, &expected, None);
+}
+
+#[test]
+fn an_empty_image_keeps_the_contract_of_layers() {
+    let Some(qemu) = Qemu::find() else { return };
+    let fixture = Fixture::new();
+    let image = fixture.path("empty");
+    qemu.img(&["create", "-q", "-f", "qcow", image.to_str().unwrap(), &SIZE.to_string()]).ok();
+    check("empty", &image, &vec![0; SIZE as usize], None);
+    let layer = open(Arc::new(MemoryStorage::from_bytes(&std::fs::read(&image).unwrap()))).unwrap();
+    assert_eq!(layer.absent_from(0), SIZE);
+}
+
+#[test]
+fn an_overlay_keeps_the_contract_of_layers() {
+    let Some(qemu) = Qemu::find() else { return };
+    let fixture = Fixture::new();
+    let below = disk(2);
+    let base = fixture.file("base.raw", &below);
+    let path = fixture.path("overlay");
+    let (name, base) = (path.to_str().unwrap(), base.to_str().unwrap());
+    qemu.img(&["create", "-q", "-f", "qcow", "-b", base, "-F", "raw", name]).ok();
+    qemu.io(&path, "qcow", &["write -P 7 1000 3000", "write -P 9 2097152 66000", "write -P 1 0 1"]);
+    let expected = qemu.guest_bytes(&path, "qcow", &[]);
+    assert_ne!(expected, below);
+    check("overlay", &path, &expected, Some(&below));
+    let layer = open(Arc::new(MemoryStorage::from_bytes(&std::fs::read(&path).unwrap()))).unwrap();
+    let backing = layer.references().backing.unwrap();
+    assert_eq!((backing.filename.as_slice(), backing.format), (base.as_bytes(), None));
+    assert_eq!((layer.format(), layer.unit()), ("qcow", Some(512)));
+}
+
+/// An image of 512-byte clusters and two L2 tables of 64 entries, without data.
+struct Forged(Vec<u8>);
+
+impl Forged {
+    const L1: usize = 48;
+    const L2: usize = 512;
+
+    fn new() -> Self {
+        let mut bytes = vec![0; 2048];
+        bytes[..8].copy_from_slice(b"QFI\xfb\0\0\0\x01");
+        bytes[24..32].copy_from_slice(&(100u64 * 512).to_be_bytes());
+        bytes[32..34].copy_from_slice(&[9, 6]);
+        bytes[40..48].copy_from_slice(&(Self::L1 as u64).to_be_bytes());
+        Self(bytes).with(Self::L1, Self::L2 as u64)
+    }
+
+    fn with(mut self, at: usize, value: u64) -> Self {
+        self.0[at..at + 8].copy_from_slice(&value.to_be_bytes());
+        self
+    }
+
+    fn open(&self) -> Result<Box<dyn Layer>> {
+        open(Arc::new(MemoryStorage::from_bytes(&self.0)))
+    }
+
+    fn read(&self) -> Result<Vec<u8>> {
+        let chain = Chain::new(vec![self.open()?])?;
+        let mut bytes = vec![0; chain.virtual_size() as usize];
+        chain.read_at(MemMut::from(&mut bytes[..]), 0).map(|()| bytes)
+    }
+}
+
+#[test]
+fn neighbours_of_one_stream_are_both_read() {
+    let cluster = Rng::new(5).text(512);
+    let stream = qcow2_testkit::forge::codec::deflate(&cluster);
+    let entry = 1 << 63 | (stream.len() as u64) << 54 | 1100;
+    let mut image = Forged::new().with(Forged::L2, entry).with(Forged::L2 + 8, entry);
+    image.0[1100..1100 + stream.len()].copy_from_slice(&stream);
+    let mut expected = [&cluster[..], &cluster].concat();
+    expected.resize(100 * 512, 0);
+    assert!(image.read().unwrap() == expected);
+    LayerContract { name: "twice", file: &image.0, open: &open, expected: &expected, below: None }.check();
+}
+
+#[test]
+fn damage_is_named() {
+    let mut encrypted = Forged::new();
+    encrypted.0[39] = 1;
+    let error = encrypted.open().unwrap_err();
+    assert_eq!((error.kind(), error.field()), (ErrorKind::UnsupportedFeature, Some("crypt_method")));
+    let outside = [(40, "l1_table_offset"), (8, "backing_file_offset")];
+    for (at, field) in outside {
+        let mut image = Forged::new().with(at, 1 << 40);
+        image.0[19] = 4;
+        let error = image.open().unwrap_err();
+        assert_eq!((error.kind(), error.field()), (ErrorKind::Corrupt, Some(field)));
+    }
+    for (at, value, field) in [
+        (Forged::L1, 2000, "L1 table entry"),
+        (Forged::L1, u64::MAX, "L1 table entry"),
+        (Forged::L2, 513, "L2 table entry"),
+    ] {
+        let error = Forged::new().with(at, value).read().unwrap_err();
+        assert_eq!((error.kind(), error.field()), (ErrorKind::Corrupt, Some(field)));
+    }
+    // A stream of no bytes.
+    assert_eq!(Forged::new().with(Forged::L2, 1 << 63).read().unwrap_err().kind(), ErrorKind::Corrupt);
+}
+
+#[test]
+fn limits_of_the_caller_are_kept() {
+    let file = Arc::new(MemoryStorage::from_bytes(&Forged::new().0));
+    let open =
+        |options: OpenOptions| Qcow1::open(Arc::clone(&file) as Arc<dyn Storage>, &options).map(|_| ());
+    open(OpenOptions { max_virtual_size: 51200, max_metadata_bytes: 16, l2_cache_bytes: Some(0) }).unwrap();
+    for options in [
+        OpenOptions { max_virtual_size: 51199, ..OpenOptions::default() },
+        OpenOptions { max_metadata_bytes: 15, ..OpenOptions::default() },
+    ] {
+        assert_eq!(open(options).unwrap_err().kind(), ErrorKind::Limit);
+    }
+}
