@@ -66,7 +66,9 @@ async function bitmap(
 ): Promise<number> {
   const verbs = actions.map(({ verb }) => verb)
   if (verbs.length === 0) {
-    throw new UsageFailure('Need at least one of --add, --remove, --remove-all, --clear, --enable, --disable, or --merge')
+    throw new UsageFailure(
+      'Need at least one of --add, --remove, --remove-all, --clear, --enable, --disable, or --merge',
+    )
   }
   const named = verbs.some(verb => verb !== 'remove-all')
   const [filename, name = '', ...excess] = files
