@@ -2,13 +2,15 @@
 import { spawnSync } from 'node:child_process'
 import { mkdtempSync, readFileSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
-import { join } from 'node:path'
-import { onPath, prepare, run } from './lib.mjs'
+import { join, relative } from 'node:path'
+import { onPath, prepare, root, run } from './lib.mjs'
 
 await prepare()
 const env = { ...process.env, ...(process.stdout.isTTY ? { FORCE_COLOR: '1', CARGO_TERM_COLOR: 'always' } : {}) }
 const total = { passed: 0, failed: 0, skipped: 0 }
 const parts = []
+// Named again at the end: the rest of the output is long.
+const failures = []
 let ok = true
 
 function report(name, counts) {
@@ -22,6 +24,10 @@ async function cargo(name, args) {
   const code = await run('cargo', args, {
     env,
     tap: line => {
+      // nextest says it as it happens and again in its summary.
+      const failed = /^ *(?:FAIL|TIMEOUT|SIG\w+|ABORT) \[.*?\] (?:\(.*?\) )?(.*)$|^test (.*) \.\.\. FAILED$/.exec(line)
+      const test = failed?.[1] ?? failed?.[2]
+      if (test !== undefined && !failures.includes(test)) failures.push(test)
       if (!/test result: |Summary .* tests? run: /.test(line)) return
       for (const [, n, what] of line.matchAll(/(\d+) (passed|failed|timed out|ignored|skipped)/g)) {
         counts[what === 'ignored' ? 'skipped' : what === 'timed out' ? 'failed' : what] += Number(n)
@@ -61,11 +67,22 @@ try {
     failed: result.numFailedTests,
     skipped: result.numPendingTests,
   })
-} catch {
+  for (const file of result.testResults) {
+    const failed = file.assertionResults.filter(test => test.status === 'failed')
+    for (const { fullName, failureMessages } of failed) {
+      failures.push(`${relative(root, file.name)}: ${fullName}: ${failureMessages[0]?.split('\n')[0]}`)
+    }
+    // A file that cannot be loaded has no tests to fail.
+    if (failed.length === 0 && file.status === 'failed') failures.push(`${relative(root, file.name)}: ${file.message}`)
+  }
+} catch (error) {
+  failures.push(`vitest: ${error.message}`)
   report('TypeScript', { passed: 0, failed: 1, skipped: 0 })
 }
 rmSync(folder, { recursive: true })
+if (code !== 0 && failures.length === 0) failures.push(`vitest ended with ${code}: an error outside of a test`)
 
+for (const failure of failures) process.stdout.write(`FAILED ${failure}\n`)
 process.stdout.write(`\n${parts.join('\n')}\n`)
 for (const tool of ['qemu-img', 'qemu-io']) {
   // nextest shows nothing of a test that passes, so say here what those tests could not do.

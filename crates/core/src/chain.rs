@@ -33,9 +33,9 @@ impl Chain {
             return Err(Error::new(ErrorKind::InvalidArgument, message));
         }
         for (index, layer) in above.iter().enumerate() {
-            let Some(identity) = layer.storage().traits().identity else { continue };
+            let Some(identity) = layer.storage().identity() else { continue };
             let mut rest = layers.iter().skip(index + 1);
-            if let Some(again) = rest.find(|l| l.storage().traits().identity == Some(identity)) {
+            if let Some(again) = rest.find(|l| l.storage().identity().as_ref() == Some(&identity)) {
                 let error = Error::new(ErrorKind::Chain, "the backing chain contains this file twice");
                 return Err(again.storage().located(error));
             }

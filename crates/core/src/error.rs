@@ -83,6 +83,7 @@ struct Inner {
     field: Option<&'static str>,
     errno: Option<i32>,
     syscall: Option<&'static str>,
+    transient: bool,
     source: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
 
@@ -97,6 +98,7 @@ impl Error {
             field: None,
             errno: None,
             syscall: None,
+            transient: false,
             source: None,
         }))
     }
@@ -151,6 +153,13 @@ impl Error {
         self
     }
 
+    /// Whether the same request may succeed when it is made again.
+    #[must_use]
+    pub fn transient(mut self, transient: bool) -> Self {
+        self.0.transient = transient;
+        self
+    }
+
     /// The error that caused this one.
     #[must_use]
     pub fn with_source(mut self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
@@ -193,7 +202,11 @@ impl Error {
     pub fn errno(&self) -> Option<i32> {
         self.0.errno
     }
-    /// The system call for `ErrorKind::Io`.
+    /// Whether the same request may succeed when it is made again, as the storage that met the error judges.
+    pub fn is_transient(&self) -> bool {
+        self.0.transient
+    }
+    /// What failed for `ErrorKind::Io`: the system call, or what else the storage calls it.
     pub fn syscall(&self) -> Option<&'static str> {
         self.0.syscall
     }

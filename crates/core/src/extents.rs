@@ -154,7 +154,7 @@ impl Walk<'_> {
             let (end, data) = if at >= file_size {
                 (host + length, false)
             } else {
-                let run = storage.run_at(at).map_err(|e| storage.failure(e, "lseek"))?;
+                let run = storage.run(at..host + length)?;
                 // A file that shrank meanwhile must not stop the walk.
                 (run.end.max(at + 1), run.data)
             };

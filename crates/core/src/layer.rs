@@ -200,6 +200,14 @@ pub trait Layer: Any + Send + Sync + fmt::Debug {
     /// `Corrupt`, `Io`; `UnsupportedFeature` for encryption; `ReferenceDenied` where a file is not open.
     fn read_segment(&self, segment: &Segment, buf: MemMut<'_>) -> Result<()>;
 
+    /// As [`Layer::read_segment`], for several segments of a plan at once: a storage can do better than one behind the other.
+    ///
+    /// # Errors
+    /// As [`Layer::read_segment`].
+    fn read_segments(&self, parts: Vec<(Segment, MemMut<'_>)>) -> Result<()> {
+        parts.into_iter().try_for_each(|(segment, buf)| self.read_segment(&segment, buf))
+    }
+
     /// Fills `buf`, which lies inside the disk, from `offset`, and leaves to `below` what the layer does not have. `scratch`
     /// is an empty list to plan in.
     ///
@@ -213,10 +221,13 @@ pub trait Layer: Any + Send + Sync + fmt::Debug {
         below: &mut Below<'a>,
     ) -> Result<()> {
         self.plan(offset..offset + buf.len() as u64, scratch)?;
+        let several = scratch.iter().filter(|s| matches!(s.kind, SegmentKind::Data(_))).nth(1).is_some();
+        let mut together = Vec::new();
         for segment in scratch.iter() {
             let mut part = buf.take_front(segment.length as usize);
             match segment.kind {
                 SegmentKind::Zero(_) => part.fill_zero(),
+                SegmentKind::Data(_) if several => together.push((*segment, part)),
                 SegmentKind::Data(_) | SegmentKind::Opaque(_) => self.read_segment(segment, part)?,
                 SegmentKind::Unallocated(_) => {
                     // A layer that shrank meanwhile does not show what is below it either.
@@ -227,7 +238,7 @@ pub trait Layer: Any + Send + Sync + fmt::Debug {
                 }
             }
         }
-        Ok(())
+        if several { self.read_segments(together) } else { Ok(()) }
     }
 
     /// The same image anew, for reading, as it was opened.

@@ -26,4 +26,4 @@ pub use layer::Layer;
 pub use memory::{Mem, MemMut};
 pub use raw::Raw;
 pub use source::{Extent, ExtentKind, GuestSource};
-pub use storage::{Storage, StorageExt};
+pub use storage::{ReadStorage, Storage, StorageExt};

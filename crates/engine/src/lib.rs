@@ -24,7 +24,7 @@ pub use image::{Image, LayerExt, OpenOptions, Qcow2};
 use qcow2_core::workers;
 pub use qcow2_core::{
     DetectZeroes, Discard, DiskOptions, Error, ErrorKind, Extent, ExtentKind, GuestSource, Job, Layer, Mem,
-    MemMut, Raw, Result, Storage, StorageExt,
+    MemMut, Raw, ReadStorage, Result, Storage, StorageExt,
 };
 pub use qcow2_core::{compare, error, job, memory, salvage, source, splice, storage};
 pub use qcow2_format as format;

@@ -8,9 +8,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use qcow2_engine::convert::{Compression, ConvertOptions, ConvertTarget, convert};
 use qcow2_engine::create::{CreateOptions, Preallocation, create};
-use qcow2_engine::storage::{Access, FileStorage, NewFile, Overwrite, Run, Traits};
+use qcow2_engine::storage::{Access, FileStorage, NewFile, Overwrite, Traits};
 use qcow2_engine::{
-    Extent, ExtentKind, GuestSource, Image, Job, Mem, MemMut, Raw, Result, Storage, StorageExt,
+    Extent, ExtentKind, GuestSource, Image, Job, Mem, MemMut, Raw, ReadStorage, Result, Storage, StorageExt,
 };
 use qcow2_testkit::alloc::Counting;
 use qcow2_testkit::{Fixture, Qemu};
@@ -56,16 +56,22 @@ impl GuestSource for Endless {
 #[derive(Debug, Default)]
 struct Forgetful(AtomicU64);
 
-impl Storage for Forgetful {
+impl ReadStorage for Forgetful {
     fn read_at(&self, _: MemMut<'_>, _: u64) -> io::Result<usize> {
         Ok(0)
     }
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.0.load(Ordering::Relaxed))
+    }
+    fn traits(&self) -> Traits {
+        Traits { writable: true, ..Traits::default() }
+    }
+}
+
+impl Storage for Forgetful {
     fn write_at(&self, buf: Mem<'_>, offset: u64) -> io::Result<usize> {
         self.0.fetch_max(offset + buf.len() as u64, Ordering::Relaxed);
         Ok(buf.len())
-    }
-    fn len(&self) -> io::Result<u64> {
-        Ok(self.0.load(Ordering::Relaxed))
     }
     fn set_len(&self, len: u64) -> io::Result<()> {
         self.0.store(len, Ordering::Relaxed);
@@ -76,21 +82,6 @@ impl Storage for Forgetful {
     }
     fn write_zeroes(&self, _: u64, _: u64, _: bool) -> io::Result<()> {
         Ok(())
-    }
-    fn discard(&self, _: u64, _: u64) -> io::Result<()> {
-        Ok(())
-    }
-    fn allocate(&self, _: u64, _: u64) -> io::Result<()> {
-        Ok(())
-    }
-    fn run_at(&self, _: u64) -> io::Result<Run> {
-        Ok(Run { end: u64::MAX, data: true })
-    }
-    fn allocated_bytes(&self) -> io::Result<u64> {
-        Ok(0)
-    }
-    fn traits(&self) -> Traits {
-        Traits { alignment: 1, memory_alignment: 1, block_device: false, writable: true, identity: None }
     }
 }
 

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use proptest::prelude::*;
 use qcow2_engine::storage::{Access, CacheMode, DirectStorage, FileStorage, MemoryStorage};
-use qcow2_engine::{ErrorKind, Mem, MemMut, Storage, StorageExt};
+use qcow2_engine::{ErrorKind, Mem, MemMut, ReadStorage, Storage, StorageExt};
 use qcow2_testkit::loop_device::LoopDevice;
 use qcow2_testkit::storage::{AlignedOnly, CountingStorage, Fault, FaultStorage, Op, ShortIo};
 use qcow2_testkit::{Rng, skipped};

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use qcow2_engine::storage::MemoryStorage;
-use qcow2_engine::{Image, OpenOptions, Qcow2, ResizeOptions, Storage, WriteOptions};
+use qcow2_engine::{Image, OpenOptions, Qcow2, ReadStorage, ResizeOptions, Storage, WriteOptions};
 use qcow2_testkit::ops::{Target, stamped};
 use qcow2_testkit::plans::Table;
 use qcow2_testkit::{Fixture, Qemu};

@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use qcow2_engine::storage::{Access, Claim, FileStorage, Locking, NewFile, Overwrite};
-use qcow2_engine::{ErrorKind, Storage};
+use qcow2_engine::{ErrorKind, ReadStorage};
 use qcow2_testkit::{Fixture, Qemu};
 
 /// A QEMU process that has an image open until this is dropped.

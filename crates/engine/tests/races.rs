@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use qcow2_engine::create::{Backing, CreateOptions, DataFile, create};
 use qcow2_engine::{
-    Discard, ErrorKind, Image, Job, Layer, Mem, OpenOptions, Qcow2, Raw, ResizeOptions, Storage, WriteOptions,
+    Discard, ErrorKind, Image, Job, Layer, Mem, OpenOptions, Qcow2, Raw, ReadStorage, ResizeOptions, Storage,
+    WriteOptions,
 };
 use qcow2_testkit::audit::audit;
 use qcow2_testkit::ops::{Target, stamped};

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use contents::{Contents, assert_clean, bytes, explore, geometries, snapshot_of, writable};
 use qcow2_engine::create::Preallocation;
 use qcow2_engine::storage::{Access, FileStorage};
-use qcow2_engine::{ErrorKind, ResizeOptions, Storage, StorageExt};
+use qcow2_engine::{ErrorKind, ReadStorage, ResizeOptions, Storage, StorageExt};
 use qcow2_testkit::audit::audit;
 use qcow2_testkit::disk_model::{Rig, open_file};
 use qcow2_testkit::matrix::{DataFile, Geometry};

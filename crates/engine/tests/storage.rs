@@ -2,14 +2,25 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
 
 use std::fs::{self, File};
+use std::io;
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 use std::sync::Arc;
 
-use qcow2_engine::storage::{Access, FileStorage, MemoryStorage, NewFile, Overwrite, Run};
-use qcow2_engine::{ErrorKind, Mem, MemMut, Storage, StorageExt};
-use qcow2_testkit::storage::{CountingStorage, Fault, FaultStorage, Op, ShortIo};
+use qcow2_core::forward_storage;
+use qcow2_engine::storage::{
+    Access, CacheMode, FileStorage, Identity, MemoryStorage, NewFile, Operation, Overwrite, ReadOnly, Run,
+    Traits,
+};
+use qcow2_engine::{ErrorKind, Mem, MemMut, ReadStorage, Storage, StorageExt};
+use qcow2_testkit::contract::{StorageContract, check_read_only};
+use qcow2_testkit::recorder::RecordingStorage;
+use qcow2_testkit::storage::{
+    AlignedOnly, CountingStorage, Device, Fault, FaultStorage, Hooked, Op, ShortIo,
+};
+use qcow2_testkit::{Sparse, skipped};
 
 fn scratch() -> tempfile::TempDir {
     tempfile::tempdir().unwrap()
@@ -30,51 +41,108 @@ fn pattern(length: usize) -> Vec<u8> {
     (0..length).map(|i| (i * 7 + i / 251) as u8 | 1).collect()
 }
 
-/// The same sequence of calls on every kind of storage gives the same bytes.
-fn exercise(storage: &dyn Storage) {
-    let data = pattern(200_000);
-    storage.write_all_at(Mem::from(&data[..]), 100_000).unwrap();
-    assert_eq!(storage.size().unwrap(), 300_000);
-    let mut bufs = [Mem::from(&data[..3]), Mem::from(&data[..0]), Mem::from(&data[3..90_000])];
-    storage.write_all_vectored_at(&mut bufs, 5).unwrap();
-    storage.zero(150_001, 9_000, false).unwrap();
-    storage.zero(200_000, 50_000, true).unwrap();
-    storage.zero(299_000, 2_000, true).unwrap();
-    storage.flush().unwrap();
-
-    let mut expected = vec![0; 301_000];
-    expected[100_000..300_000].copy_from_slice(&data);
-    expected[5..90_005].copy_from_slice(&data[..90_000]);
-    expected[150_001..159_001].fill(0);
-    expected[200_000..250_000].fill(0);
-    expected[299_000..].fill(0);
-    assert!(bytes_of(storage) == expected);
-
-    storage.reserve(0, 400_000).unwrap();
-    expected.resize(400_000, 0);
-    assert!(bytes_of(storage) == expected);
-    storage.resize(120_000).unwrap();
-    expected.truncate(120_000);
-    assert!(bytes_of(storage) == expected);
-    storage.resize(130_000).unwrap();
-    expected.resize(130_000, 0);
-    assert!(bytes_of(storage) == expected);
-
+/// Whole transfers, with errors that say where.
+#[test]
+fn what_lies_behind_the_end_is_padded_or_an_error() {
+    let storage = MemoryStorage::from_bytes(&[1; 130_000]);
     let mut padded = vec![9; 1000];
     storage.read_padded_at(MemMut::from(&mut padded[..]), 129_500).unwrap();
-    assert_eq!(padded, vec![0; 1000]);
+    assert!(padded[..500] == [1; 500] && padded[500..] == [0; 500]);
     let short = storage.read_exact_at(MemMut::from(&mut padded[..]), 129_500).unwrap_err();
     assert_eq!((short.kind(), short.offset()), (ErrorKind::Corrupt, Some(129_500)));
 }
 
+/// What only reads, with all else left to the defaults; its operations have names of their own.
+#[derive(Debug)]
+struct Remote(Vec<u8>);
+
+impl ReadStorage for Remote {
+    fn read_at(&self, mut buf: MemMut<'_>, offset: u64) -> io::Result<usize> {
+        if offset == 13 {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        let start = usize::try_from(offset).unwrap_or(usize::MAX).min(self.0.len());
+        // As much as one request brings.
+        Ok(buf.copy_from(&self.0[start..self.0.len().min(start.saturating_add(1000))]))
+    }
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.0.len() as u64)
+    }
+    fn identity(&self) -> Option<Identity> {
+        Some(Identity::new("url", "x:y"))
+    }
+    fn operation(&self, operation: Operation) -> &'static str {
+        if operation == Operation::Read { "GET" } else { operation.system_call() }
+    }
+}
+
+/// As a file that is written to, with all else left to the defaults.
+#[derive(Debug, Default)]
+struct Least(MemoryStorage);
+
+impl ReadStorage for Least {
+    fn traits(&self) -> Traits {
+        Traits { writable: true, ..Traits::default() }
+    }
+    forward_storage!(0: read_at len);
+}
+
+impl Storage for Least {
+    forward_storage!(0: write_at set_len sync_data);
+}
+
 #[test]
-fn every_storage_behaves_alike() {
+fn every_storage_keeps_the_contract() {
     let dir = scratch();
-    exercise(&MemoryStorage::new());
-    exercise(&read_write(&dir.path().join("plain")));
-    exercise(&ShortIo::new(Arc::new(MemoryStorage::new()), 777));
-    exercise(&ShortIo::new(Arc::new(read_write(&dir.path().join("short"))), 4099));
-    exercise(&CountingStorage::new(Arc::new(MemoryStorage::new())));
+    let memory = || Arc::new(MemoryStorage::new()) as Arc<dyn Storage>;
+    let file = |name: &str| {
+        let path = dir.path().join(name);
+        let _ = fs::remove_file(&path);
+        Arc::new(read_write(&path)) as Arc<dyn Storage>
+    };
+    let direct = || {
+        let path = dir.path().join("direct");
+        let _ = fs::remove_file(&path);
+        File::create_new(&path).unwrap();
+        FileStorage::open_cached(&path, Access::ReadWrite, CacheMode::None).map(FileStorage::into_storage)
+    };
+    let direct_works = direct().is_ok();
+    let kinds: [(&str, &dyn Fn() -> Arc<dyn Storage>); 10] = [
+        ("memory", &memory),
+        ("the least", &|| Arc::new(Least::default())),
+        ("file", &|| file("plain")),
+        ("file, short transfers", &|| Arc::new(ShortIo::new(file("short"), 4099))),
+        ("memory, short transfers", &|| Arc::new(ShortIo::new(memory(), 777))),
+        ("aligned requests", &|| Arc::new(AlignedOnly::new(memory(), 512, 512))),
+        ("counted", &|| Arc::new(CountingStorage::new(memory()))),
+        ("hooked", &|| Arc::new(Hooked::with(memory(), |_: Op, _: Range<u64>| Ok(())))),
+        ("recorded", &|| Arc::new(RecordingStorage::plain(Sparse::new(0)))),
+        ("device", &|| Device::new(1 << 20)),
+    ];
+    for (name, make) in kinds {
+        StorageContract { name, make }.check();
+    }
+    match direct_works {
+        true => StorageContract { name: "direct", make: &|| direct().unwrap() }.check(),
+        false => skipped("no direct I/O in the temporary folder"),
+    }
+}
+
+#[test]
+fn what_only_reads_is_a_storage_that_refuses_writes() {
+    let bytes = pattern(70_000);
+    let remote = ReadOnly(Remote(bytes.clone()));
+    check_read_only(&remote, &bytes);
+    assert_eq!(remote.identity().map(|identity| identity.to_string()).as_deref(), Some("url:x:y"));
+    assert_eq!(Identity::from_text("url:x:y"), Identity::new("url", "x:y"));
+    let error = remote.read_exact_at(MemMut::from(&mut [0; 4][..]), 13).unwrap_err();
+    assert_eq!((error.syscall(), error.is_transient()), (Some("GET"), true));
+    let error = remote.write_all_at(Mem::from(&b"x"[..]), 0).unwrap_err();
+    assert_eq!((error.syscall(), error.is_transient()), (Some("pwrite"), false));
+
+    let dir = scratch();
+    fs::write(dir.path().join("f"), &bytes).unwrap();
+    check_read_only(&FileStorage::open(dir.path().join("f"), Access::ReadOnly).unwrap(), &bytes);
 }
 
 #[test]
@@ -85,37 +153,32 @@ fn holes_are_found() {
     {
         storage.write_all_at(Mem::from(&[1; 65536][..]), 1 << 20).unwrap();
         storage.resize(4 << 20).unwrap();
-        assert_eq!(storage.run_at(0).unwrap(), Run { end: 1 << 20, data: false });
-        assert_eq!(storage.run_at(4096).unwrap(), Run { end: 1 << 20, data: false });
-        assert_eq!(storage.run_at(1 << 20).unwrap(), Run { end: (1 << 20) + 65536, data: true });
-        assert_eq!(storage.run_at(2 << 20).unwrap(), Run { end: 4 << 20, data: false });
-        assert_eq!(storage.run_at(4 << 20).unwrap(), Run { end: u64::MAX, data: false });
+        assert_eq!(storage.run_in(0..u64::MAX).unwrap(), Run { end: 1 << 20, data: false });
+        assert_eq!(storage.run_in(4096..u64::MAX).unwrap(), Run { end: 1 << 20, data: false });
+        assert_eq!(storage.run_in((1 << 20)..u64::MAX).unwrap(), Run { end: (1 << 20) + 65536, data: true });
+        assert_eq!(storage.run_in((2 << 20)..u64::MAX).unwrap(), Run { end: 4 << 20, data: false });
+        assert_eq!(storage.run_in((4 << 20)..u64::MAX).unwrap(), Run { end: u64::MAX, data: false });
         assert!(storage.allocated_bytes().unwrap() < 1 << 20);
         storage.discard(1 << 20, 65536).unwrap();
-        assert_eq!(storage.run_at(0).unwrap(), Run { end: 4 << 20, data: false });
+        assert_eq!(storage.run_in(0..u64::MAX).unwrap(), Run { end: 4 << 20, data: false });
         storage.reserve(0, 1 << 20).unwrap();
     }
     assert!(fs::metadata(dir.path().join("a")).unwrap().blocks() * 512 >= 1 << 20);
 }
 
 #[test]
-fn kernel_copies_move_bytes_or_say_unsupported() {
+fn space_is_shared_or_the_answer_is_unsupported() {
     let dir = scratch();
     let from = read_write(&dir.path().join("from"));
     let to = CountingStorage::new(Arc::new(read_write(&dir.path().join("to"))));
     let data = pattern(1 << 20);
     from.write_all_at(Mem::from(&data[..]), 0).unwrap();
-    let copied = to.copy_range(&from, 4096, 8192, 65536).unwrap();
-    assert!(copied > 0 && copied <= 65536);
-    assert_eq!(to.of(Op::Copy).bytes, copied);
-    let copied = usize::try_from(copied).unwrap();
-    assert!(bytes_of(&to)[8192..8192 + copied] == data[4096..4096 + copied]);
     match to.clone_range(&from, 0, 0, 1 << 20) {
         Ok(()) => assert!(bytes_of(&to) == data),
         Err(e) => assert_eq!(e.kind(), std::io::ErrorKind::Unsupported),
     }
     let memory = MemoryStorage::new();
-    let none = to.copy_range(&memory, 0, 0, 1).unwrap_err();
+    let none = to.clone_range(&memory, 0, 0, 1).unwrap_err();
     assert_eq!(none.kind(), std::io::ErrorKind::Unsupported);
 }
 
@@ -149,7 +212,7 @@ fn a_borrowed_descriptor_keeps_its_cursor() {
     owner.read_exact(&mut [0; 3]).unwrap();
     let storage = FileStorage::from_borrowed(owner.as_fd()).unwrap();
     assert!(!storage.traits().writable);
-    assert_eq!(storage.run_at(0).unwrap(), Run { end: 10, data: true });
+    assert_eq!(storage.run_in(0..u64::MAX).unwrap(), Run { end: 10, data: true });
     assert_eq!(bytes_of(&storage), b"0123456789");
     assert_eq!(owner.stream_position().unwrap(), 3);
     assert_eq!(storage.path().unwrap().file_name().unwrap(), "f");
@@ -238,7 +301,7 @@ fn a_source_is_no_target() {
     fs::write(&path, b"precious").unwrap();
     let hard = dir.path().join("hard");
     fs::hard_link(&path, &hard).unwrap();
-    let identity = FileStorage::open(&path, Access::ReadOnly).unwrap().traits().identity.unwrap();
+    let identity = FileStorage::open(&path, Access::ReadOnly).unwrap().identity().unwrap();
     let error = NewFile::create(&hard, Overwrite::Replace, &[identity]).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidArgument);
     assert_eq!(fs::read(&path).unwrap(), b"precious");

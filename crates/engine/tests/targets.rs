@@ -8,8 +8,8 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use qcow2_engine::storage::{Access, CacheMode, FileStorage, NewFile, Overwrite, Room};
-use qcow2_engine::{ErrorKind, Mem, Storage, StorageExt};
+use qcow2_engine::storage::{Access, CacheMode, FileStorage, Identity, NewFile, Overwrite, Room};
+use qcow2_engine::{ErrorKind, Mem, ReadStorage, StorageExt};
 use qcow2_testkit::skipped;
 use rustix::fs::{XattrFlags, getxattr, setxattr};
 
@@ -207,7 +207,9 @@ fn without_room_for_both_the_file_is_written_in_place() {
             let closer = || Ok(closer);
             let room = Room { most, closer: &closer };
             let new = NewFile::create_with_room(&path, Overwrite::Replace, &[], &room).unwrap();
-            fs::metadata(&path).unwrap().ino() == new.storage().traits().identity.unwrap().1 && inode > 0
+            let before = fs::metadata(&path).unwrap();
+            let own = Identity::of_file(before.dev(), inode);
+            before.ino() == inode && new.storage().identity() == Some(own)
         };
         // It fits beside the old one; it does without that; it does not even then.
         assert!(!make(1 << 19, u64::MAX));

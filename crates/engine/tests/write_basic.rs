@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use qcow2_engine::storage::{Access, FileStorage};
 use qcow2_engine::{
-    Discard, Image, Layer, Mem, MemMut, OpenOptions, Qcow2, Raw, Result, Storage, StorageExt, WriteOptions,
+    Discard, Image, Layer, Mem, MemMut, OpenOptions, Qcow2, Raw, ReadStorage, Result, Storage, StorageExt,
+    WriteOptions,
 };
 use qcow2_testkit::storage::{CountingStorage, Op};
 use qcow2_testkit::{Fixture, Forge, Qemu, Rng};

@@ -30,7 +30,7 @@ pub struct CloneOrder {
     pub small_window: bool,
     /// Replace.
     pub overwrite: bool,
-    /// Device and inode of the image's files.
+    /// Identities of the image's files.
     pub in_use: Vec<String>,
 }
 

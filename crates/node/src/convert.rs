@@ -12,7 +12,7 @@ use qcow2_engine::convert::{
 use qcow2_engine::salvage::{Salvage, Unreadable};
 use qcow2_engine::splice::Splice;
 use qcow2_engine::storage::{Access, Claim, FileStorage, Locking, NewFile};
-use qcow2_engine::{Error, ErrorKind, GuestSource, Image, Job, Result, Storage, StorageExt};
+use qcow2_engine::{Error, ErrorKind, GuestSource, Image, Job, ReadStorage, Result, Storage, StorageExt};
 
 use crate::create::{Content, Target};
 use crate::job::{Lane, Ticket};
@@ -60,7 +60,7 @@ pub struct ConvertJob {
     pub durable: bool,
     /// Copy the persistent bitmaps: `"all"`, or those that are consistent: `"consistent"`.
     pub bitmaps: Option<String>,
-    /// Device and inode of what the job reads.
+    /// Identities of what the job reads.
     pub in_use: Vec<String>,
 }
 
@@ -249,7 +249,7 @@ impl ConvertJob {
 /// The raw target that exists, for writing.
 fn existing(target: &Target) -> Result<Arc<dyn Storage>> {
     let storage = FileStorage::open(&target.path, Access::ReadWrite)?;
-    if storage.traits().identity.is_some_and(|identity| target.in_use.contains(&identity)) {
+    if storage.identity().is_some_and(|identity| target.in_use.contains(&identity)) {
         let message = "the target is also a source of this operation";
         return Err(Error::new(ErrorKind::InvalidArgument, message).with_path(&target.path));
     }

@@ -7,7 +7,7 @@ use napi::bindgen_prelude::Env;
 use napi_derive::napi;
 use qcow2_engine::convert::data_bytes;
 use qcow2_engine::create::{CreateOptions, Preallocation, create, create_raw};
-use qcow2_engine::storage::{NewFile, Overwrite, Room};
+use qcow2_engine::storage::{Identity, NewFile, Overwrite, Room};
 use qcow2_engine::{Error, ErrorKind, GuestSource, Job, Result};
 
 use crate::job::{Lane, Ticket};
@@ -20,21 +20,17 @@ use crate::text::Text;
 pub(crate) struct Target {
     pub(crate) path: PathBuf,
     pub(crate) overwrite: Overwrite,
-    /// Device and inode of files that the job reads: the target must be none of them.
-    pub(crate) in_use: Vec<(u64, u64)>,
+    /// Files that the job reads: the target must be none of them.
+    pub(crate) in_use: Vec<Identity>,
 }
 
 impl Target {
     /// `in_use` are identities as `OpenedFile` has them.
     pub(crate) fn new(path: Text, overwrite: bool, in_use: &[String]) -> napi::Result<Self> {
-        let identity = |text: &String| {
-            let (device, inode) = text.split_once(':')?;
-            Some((device.parse().ok()?, inode.parse().ok()?))
-        };
         Ok(Self {
             path: path.into_path()?,
             overwrite: if overwrite { Overwrite::Replace } else { Overwrite::Refuse },
-            in_use: in_use.iter().filter_map(identity).collect(),
+            in_use: in_use.iter().map(|text| Identity::from_text(text)).collect(),
         })
     }
 

@@ -159,7 +159,7 @@ pub fn layers_info(env: Env, request: u32, image: u32) -> napi::Result<()> {
 impl LayerInfo {
     fn new(layer: &dyn Layer) -> Result<Self> {
         let storage = layer.storage();
-        let actual = storage.allocated_bytes().map_err(|e| storage.failure(e, "fstat"))?;
+        let actual = storage.space_in_use()?;
         Ok(Self {
             filename: path_text(storage.path()),
             format: layer.format().to_owned(),

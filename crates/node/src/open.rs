@@ -31,7 +31,7 @@ pub struct OpenedFile<'env> {
     pub absolute_path: Option<Text>,
     /// Length in bytes.
     pub length: f64,
-    /// Device and inode: equal strings are the same file.
+    /// Equal strings are the same file.
     pub identity: Option<String>,
     /// The first bytes, 1024 at most.
     pub head: BufferSlice<'env>,
@@ -113,7 +113,7 @@ fn open_storage(
             path: storage.path().map(Text::from),
             absolute_path: storage.path().and_then(absolute),
             length: length as f64,
-            identity: storage.traits().identity.map(|(device, inode)| format!("{device}:{inode}")),
+            identity: storage.identity().map(|identity| identity.to_string()),
             head: BufferSlice::copy_from(env, head)?,
             file: runtime.hold(Resource::Storage(storage)),
         };

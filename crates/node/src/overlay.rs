@@ -21,7 +21,7 @@ use crate::text::{Text, path_text};
 pub struct OverlayOrder {
     /// The overlay's, with the name of its backing file.
     pub shape: Shape,
-    /// Device and inode of the image's files.
+    /// Identities of the image's files.
     pub in_use: Vec<String>,
     /// How the image is written to.
     pub write: WritingOptions,
@@ -40,7 +40,7 @@ pub struct Overlaid {
     pub absolute_path: Option<Text>,
     /// Bytes.
     pub cluster_size: f64,
-    /// Device and inode.
+    /// As `OpenedFile` has it.
     pub identity: Option<String>,
 }
 
@@ -141,6 +141,6 @@ fn overlaid(image: &Image, absolute_path: Option<Text>) -> Result<Overlaid> {
         path: path_text(storage.path()),
         absolute_path,
         cluster_size: top.geometry().cluster_size() as f64,
-        identity: storage.traits().identity.map(|(device, inode)| format!("{device}:{inode}")),
+        identity: storage.identity().map(|identity| identity.to_string()),
     })
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock};
-use qcow2_engine::storage::{Run, Traits};
+use qcow2_engine::storage::{Identity, ReadStorage, Traits};
 use qcow2_engine::{Mem, MemMut, Storage};
 
 use crate::Sparse;
@@ -167,7 +167,7 @@ pub fn apply(bytes: &mut Sparse, change: &Change) {
     }
 }
 
-impl Storage for RecordingStorage {
+impl ReadStorage for RecordingStorage {
     fn read_at(&self, mut buf: MemMut<'_>, offset: u64) -> io::Result<usize> {
         self.check(buf.as_mut_ptr().addr(), buf.len(), offset)?;
         let bytes = self.bytes.read();
@@ -175,21 +175,34 @@ impl Storage for RecordingStorage {
         buf.copy_from(&bytes.get(offset, n));
         Ok(n)
     }
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.bytes.read().len())
+    }
+    fn identity(&self) -> Option<Identity> {
+        Some(Identity::new("recorded", &self.identity.to_string()))
+    }
+    fn traits(&self) -> Traits {
+        let (alignment, memory_alignment) = (self.alignment, self.alignment);
+        Traits { alignment, memory_alignment, writable: true, ..Traits::default() }
+    }
+}
+
+impl Storage for RecordingStorage {
     fn write_at(&self, buf: Mem<'_>, offset: u64) -> io::Result<usize> {
         self.write_vectored_at(&[buf], offset)
     }
     fn write_vectored_at(&self, bufs: &[Mem<'_>], offset: u64) -> io::Result<usize> {
         let mut data = vec![0; bufs.iter().map(Mem::len).sum()];
+        end_of(offset, data.len() as u64)?;
         let mut at = 0;
         for buf in bufs {
             self.check(buf.as_ptr().addr(), buf.len(), offset)?;
             at += buf.copy_to(&mut data[at..]);
         }
-        self.change(Change::Write { offset, data: data.into() })?;
+        if at > 0 {
+            self.change(Change::Write { offset, data: data.into() })?;
+        }
         Ok(at)
-    }
-    fn len(&self) -> io::Result<u64> {
-        Ok(self.bytes.read().len())
     }
     fn set_len(&self, len: u64) -> io::Result<()> {
         self.change(Change::SetLen(len))
@@ -202,30 +215,20 @@ impl Storage for RecordingStorage {
         self.change(Change::Sync { covers })
     }
     fn write_zeroes(&self, offset: u64, length: u64, _unmap: bool) -> io::Result<()> {
-        self.change(Change::Zero { offset, length })
+        end_of(offset, length)?;
+        if length == 0 { Ok(()) } else { self.change(Change::Zero { offset, length }) }
     }
     fn discard(&self, offset: u64, length: u64) -> io::Result<()> {
+        end_of(offset, length)?;
         self.change(Change::Discard { offset, length })
     }
     fn allocate(&self, offset: u64, length: u64) -> io::Result<()> {
-        self.change(Change::Allocate(offset + length))
+        let end = end_of(offset, length)?;
+        if length == 0 { Ok(()) } else { self.change(Change::Allocate(end)) }
     }
-    fn run_at(&self, offset: u64) -> io::Result<Run> {
-        let len = self.bytes.read().len();
-        let data = offset < len;
-        Ok(Run { end: if data { len } else { u64::MAX }, data })
-    }
-    fn allocated_bytes(&self) -> io::Result<u64> {
-        Ok(self.bytes.read().len())
-    }
-    fn traits(&self) -> Traits {
-        let identity = Some((u64::MAX, self.identity));
-        Traits {
-            alignment: self.alignment,
-            memory_alignment: self.alignment,
-            block_device: false,
-            writable: true,
-            identity,
-        }
-    }
+}
+
+/// The end of a range; none behind the last offset.
+fn end_of(offset: u64, length: u64) -> io::Result<u64> {
+    offset.checked_add(length).ok_or_else(|| io::ErrorKind::InvalidInput.into())
 }

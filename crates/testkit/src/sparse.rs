@@ -61,7 +61,9 @@ impl Sparse {
             rest = &rest[n..];
             at += n as u64;
         }
-        self.len = self.len.max(at);
+        if at > offset {
+            self.len = self.len.max(at);
+        }
     }
 
     /// Fills `out` from `offset`; zero where nothing was written, and past the end.

@@ -9,14 +9,13 @@
 //! file again, with all other writes kept out. A crash in between leaves zeroes behind the end.
 
 use std::io;
-use std::path::Path;
 use std::sync::Arc;
 
 use parking_lot::{Mutex, RwLock};
 
 use super::range_lock::RangeLock;
-use super::{Claim, IoLimits, Locking, Run, Storage, Traits};
-use crate::{Mem, MemMut, Result};
+use super::{ReadStorage, Storage, Traits};
+use crate::{Mem, MemMut, forward_storage};
 
 /// Bytes per bounce buffer at least: large enough that the copy, not the call, is the cost.
 const BUFFER: usize = 1 << 20;
@@ -321,7 +320,8 @@ fn too_far() -> io::Error {
     io::ErrorKind::InvalidInput.into()
 }
 
-impl Storage for DirectStorage {
+#[deny(clippy::missing_trait_methods, reason = "in front of another storage: a new method must be passed on")]
+impl ReadStorage for DirectStorage {
     fn read_at(&self, mut buf: MemMut<'_>, offset: u64) -> io::Result<usize> {
         let length = buf.len() as u64;
         let end = offset.checked_add(length).ok_or_else(too_far)?;
@@ -341,6 +341,20 @@ impl Storage for DirectStorage {
         self.read_bounced(buf, offset)
     }
 
+    fn len(&self) -> io::Result<u64> {
+        let _shared = self.length.read();
+        self.inner.len()
+    }
+
+    fn traits(&self) -> Traits {
+        Traits { alignment: 1, memory_alignment: 1, ..self.inner.traits() }
+    }
+
+    forward_storage!(inner: is_empty run_in allocated_bytes identity io_limits path operation is_transient lock as_fd read_each);
+}
+
+#[deny(clippy::missing_trait_methods, reason = "in front of another storage: a new method must be passed on")]
+impl Storage for DirectStorage {
     fn write_at(&self, buf: Mem<'_>, offset: u64) -> io::Result<usize> {
         self.write_vectored_at(&[buf], offset)
     }
@@ -362,22 +376,9 @@ impl Storage for DirectStorage {
         self.write_unaligned(Source::Bytes(bufs), total, offset).map(|n| n as usize)
     }
 
-    fn len(&self) -> io::Result<u64> {
-        let _shared = self.length.read();
-        self.inner.len()
-    }
-
     fn set_len(&self, len: u64) -> io::Result<()> {
         let _exclusive = self.length.write();
         self.inner.set_len(len)
-    }
-
-    fn sync_data(&self) -> io::Result<()> {
-        self.inner.sync_data()
-    }
-
-    fn check_close(&self) -> io::Result<()> {
-        self.inner.check_close()
     }
 
     fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
@@ -404,40 +405,16 @@ impl Storage for DirectStorage {
         self.beside_writes(offset, length, || self.inner.allocate(offset, length))
     }
 
-    fn run_at(&self, offset: u64) -> io::Result<Run> {
-        self.inner.run_at(offset)
-    }
-
-    fn allocated_bytes(&self) -> io::Result<u64> {
-        self.inner.allocated_bytes()
-    }
-
-    fn clone_range(&self, from: &dyn Storage, from_offset: u64, offset: u64, length: u64) -> io::Result<()> {
+    fn clone_range(
+        &self,
+        from: &dyn ReadStorage,
+        from_offset: u64,
+        offset: u64,
+        length: u64,
+    ) -> io::Result<()> {
         self.beside_writes(offset, length, || self.inner.clone_range(from, from_offset, offset, length))
     }
 
-    fn copy_range(&self, from: &dyn Storage, from_offset: u64, offset: u64, length: u64) -> io::Result<u64> {
-        self.beside_writes(offset, length, || self.inner.copy_range(from, from_offset, offset, length))
-    }
-
-    fn lock(&self, claim: Claim, locking: Locking) -> Result<()> {
-        self.inner.lock(claim, locking)
-    }
-
-    fn traits(&self) -> Traits {
-        Traits { alignment: 1, memory_alignment: 1, ..self.inner.traits() }
-    }
-
-    fn io_limits(&self) -> IoLimits {
-        self.inner.io_limits()
-    }
-
-    fn path(&self) -> Option<&Path> {
-        self.inner.path()
-    }
-
-    #[cfg(unix)]
-    fn as_fd(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
-        self.inner.as_fd()
-    }
+    // Not ahead: what is taken lies in blocks that a write may have to read first.
+    forward_storage!(inner: sync_data check_close write_each never_ahead);
 }

@@ -2,13 +2,17 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use super::lock::ImageLock;
 use super::platform::alignment::{self, Alignment};
 use super::platform::{self, FileKind, device};
-use super::{CacheMode, Claim, DeviceLimits, DirectStorage, IoLimits, Locking, Run, Storage, Traits};
+use super::{
+    CacheMode, Claim, DeviceLimits, DirectStorage, Identity, IoLimits, Locking, ReadStorage, Run, Storage,
+    Traits,
+};
 use crate::{Error, ErrorKind, Mem, MemMut, Result};
 
 /// How to open a file.
@@ -26,6 +30,7 @@ pub struct FileStorage {
     file: File,
     path: Option<PathBuf>,
     traits: Traits,
+    identity: Option<Identity>,
     /// Whether the descriptor's cursor is ours to move: only then may holes be looked for by seeking.
     own_cursor: bool,
     /// Whether taking space ahead of writes pays on this file system.
@@ -167,12 +172,12 @@ impl FileStorage {
             memory_alignment: alignment.memory,
             block_device,
             writable,
-            identity: platform::identity(&metadata),
         };
         Ok(Self {
             file,
             path,
             traits,
+            identity: platform::identity(&metadata).map(|(device, inode)| Identity::of_file(device, inode)),
             own_cursor,
             allocates_ahead: OnceLock::new(),
             cache,
@@ -213,17 +218,9 @@ impl Drop for FileStorage {
     }
 }
 
-impl Storage for FileStorage {
+impl ReadStorage for FileStorage {
     fn read_at(&self, buf: MemMut<'_>, offset: u64) -> io::Result<usize> {
         platform::read_at(&self.file, buf, offset)
-    }
-
-    fn write_at(&self, buf: Mem<'_>, offset: u64) -> io::Result<usize> {
-        platform::write_at(&self.file, buf, offset)
-    }
-
-    fn write_vectored_at(&self, bufs: &[Mem<'_>], offset: u64) -> io::Result<usize> {
-        platform::write_vectored_at(&self.file, bufs, offset)
     }
 
     fn len(&self) -> io::Result<u64> {
@@ -232,6 +229,64 @@ impl Storage for FileStorage {
             true => device::length(&self.file),
             false => Ok(self.file.metadata()?.len()),
         }
+    }
+
+    fn run_in(&self, range: Range<u64>) -> io::Result<Run> {
+        let (offset, len) = (range.start, self.len()?);
+        if self.traits.block_device || !self.own_cursor {
+            let data = offset < len;
+            return Ok(Run { end: if data { len } else { u64::MAX }, data });
+        }
+        platform::run_at(&self.file, offset, len)
+    }
+
+    fn allocated_bytes(&self) -> io::Result<u64> {
+        Ok(platform::allocated_bytes(&self.file.metadata()?))
+    }
+
+    fn identity(&self) -> Option<Identity> {
+        self.identity.clone()
+    }
+
+    fn traits(&self) -> Traits {
+        self.traits
+    }
+
+    fn io_limits(&self) -> IoLimits {
+        let Traits { alignment, memory_alignment, block_device, .. } = self.traits;
+        let mut device =
+            if block_device { platform::device_limits(&self.file) } else { DeviceLimits::default() };
+        if self.cache.is_direct() {
+            // Every request is as aligned as the device wants it.
+            device.zeroes_alignment = None;
+        }
+        IoLimits { request_alignment: alignment, memory_alignment, page_size: platform::page_size(), device }
+    }
+
+    fn path(&self) -> Option<&Path> {
+        self.path.as_deref()
+    }
+
+    fn lock(&self, claim: Claim, locking: Locking) -> Result<()> {
+        self.lock.change(&self.file, claim, locking).map_err(|e| match &self.path {
+            Some(path) => e.with_path(path),
+            None => e,
+        })
+    }
+
+    #[cfg(unix)]
+    fn as_fd(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
+        Some(std::os::fd::AsFd::as_fd(&self.file))
+    }
+}
+
+impl Storage for FileStorage {
+    fn write_at(&self, buf: Mem<'_>, offset: u64) -> io::Result<usize> {
+        platform::write_at(&self.file, buf, offset)
+    }
+
+    fn write_vectored_at(&self, bufs: &[Mem<'_>], offset: u64) -> io::Result<usize> {
+        platform::write_vectored_at(&self.file, bufs, offset)
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
@@ -275,59 +330,15 @@ impl Storage for FileStorage {
         platform::allocate_ahead(&self.file, offset, length)
     }
 
-    fn run_at(&self, offset: u64) -> io::Result<Run> {
-        let len = self.len()?;
-        if self.traits.block_device || !self.own_cursor {
-            let data = offset < len;
-            return Ok(Run { end: if data { len } else { u64::MAX }, data });
-        }
-        platform::run_at(&self.file, offset, len)
-    }
-
-    fn allocated_bytes(&self) -> io::Result<u64> {
-        Ok(platform::allocated_bytes(&self.file.metadata()?))
-    }
-
     #[cfg(unix)]
-    fn clone_range(&self, from: &dyn Storage, from_offset: u64, offset: u64, length: u64) -> io::Result<()> {
+    fn clone_range(
+        &self,
+        from: &dyn ReadStorage,
+        from_offset: u64,
+        offset: u64,
+        length: u64,
+    ) -> io::Result<()> {
         let fd = from.as_fd().ok_or(io::ErrorKind::Unsupported)?;
         platform::clone_range(&self.file, fd, from_offset, offset, length)
-    }
-
-    #[cfg(unix)]
-    fn copy_range(&self, from: &dyn Storage, from_offset: u64, offset: u64, length: u64) -> io::Result<u64> {
-        let fd = from.as_fd().ok_or(io::ErrorKind::Unsupported)?;
-        platform::copy_range(&self.file, fd, from_offset, offset, length)
-    }
-
-    fn lock(&self, claim: Claim, locking: Locking) -> Result<()> {
-        self.lock.change(&self.file, claim, locking).map_err(|e| match &self.path {
-            Some(path) => e.with_path(path),
-            None => e,
-        })
-    }
-
-    fn traits(&self) -> Traits {
-        self.traits
-    }
-
-    fn io_limits(&self) -> IoLimits {
-        let Traits { alignment, memory_alignment, block_device, .. } = self.traits;
-        let mut device =
-            if block_device { platform::device_limits(&self.file) } else { DeviceLimits::default() };
-        if self.cache.is_direct() {
-            // Every request is as aligned as the device wants it.
-            device.zeroes_alignment = None;
-        }
-        IoLimits { request_alignment: alignment, memory_alignment, page_size: platform::page_size(), device }
-    }
-
-    fn path(&self) -> Option<&Path> {
-        self.path.as_deref()
-    }
-
-    #[cfg(unix)]
-    fn as_fd(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
-        Some(std::os::fd::AsFd::as_fd(&self.file))
     }
 }

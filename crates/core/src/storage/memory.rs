@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use parking_lot::RwLock;
 
-use super::{Run, Storage, Traits};
+use super::{ReadStorage, Run, Storage, Traits};
 use crate::{Mem, MemMut};
 
 /// Bytes per page; a page that was never written is a hole.
@@ -118,17 +118,42 @@ impl MemoryStorage {
     }
 }
 
-impl Storage for MemoryStorage {
+impl ReadStorage for MemoryStorage {
     fn read_at(&self, buf: MemMut<'_>, offset: u64) -> io::Result<usize> {
         Ok(self.inner.read().read(buf, offset))
     }
 
-    fn write_at(&self, buf: Mem<'_>, offset: u64) -> io::Result<usize> {
-        self.inner.write().write(buf, offset)
-    }
-
     fn len(&self) -> io::Result<u64> {
         Ok(self.inner.read().len)
+    }
+
+    fn run_in(&self, range: Range<u64>) -> io::Result<Run> {
+        let (offset, inner) = (range.start, self.inner.read());
+        if offset >= inner.len {
+            return Ok(Run { end: u64::MAX, data: false });
+        }
+        let first = offset / PAGE;
+        if !inner.pages.contains_key(&first) {
+            let next = inner.pages.range(first..).next().map_or(inner.len, |(p, _)| p * PAGE);
+            return Ok(Run { end: next.min(inner.len), data: false });
+        }
+        let run =
+            inner.pages.range(first..).zip(first..).take_while(|((page, _), want)| *page == want).count();
+        Ok(Run { end: ((first + run as u64) * PAGE).min(inner.len), data: true })
+    }
+
+    fn allocated_bytes(&self) -> io::Result<u64> {
+        Ok(self.inner.read().pages.len() as u64 * PAGE)
+    }
+
+    fn traits(&self) -> Traits {
+        Traits { writable: true, ..Traits::default() }
+    }
+}
+
+impl Storage for MemoryStorage {
+    fn write_at(&self, buf: Mem<'_>, offset: u64) -> io::Result<usize> {
+        self.inner.write().write(buf, offset)
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
@@ -166,28 +191,5 @@ impl Storage for MemoryStorage {
         let mut inner = self.inner.write();
         inner.len = inner.len.max(end);
         Ok(())
-    }
-
-    fn run_at(&self, offset: u64) -> io::Result<Run> {
-        let inner = self.inner.read();
-        if offset >= inner.len {
-            return Ok(Run { end: u64::MAX, data: false });
-        }
-        let first = offset / PAGE;
-        if !inner.pages.contains_key(&first) {
-            let next = inner.pages.range(first..).next().map_or(inner.len, |(p, _)| p * PAGE);
-            return Ok(Run { end: next.min(inner.len), data: false });
-        }
-        let run =
-            inner.pages.range(first..).zip(first..).take_while(|((page, _), want)| *page == want).count();
-        Ok(Run { end: ((first + run as u64) * PAGE).min(inner.len), data: true })
-    }
-
-    fn allocated_bytes(&self) -> io::Result<u64> {
-        Ok(self.inner.read().pages.len() as u64 * PAGE)
-    }
-
-    fn traits(&self) -> Traits {
-        Traits { alignment: 1, memory_alignment: 1, block_device: false, writable: true, identity: None }
     }
 }

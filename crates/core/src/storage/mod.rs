@@ -1,13 +1,19 @@
-//! The seam to the operating system: a [`Storage`] is one random-access file.
+//! The seam to whatever holds an image's bytes: a [`Storage`] is one random-access file.
 //!
-//! Everything the engine does to a disk image goes through this trait, so that crashes, faults and short
-//! transfers can be simulated without kernel tricks. Implementations are thread-safe: requests carry their
-//! own offset, there is no cursor. A read beyond the end returns 0 bytes, as `pread` does.
+//! Everything the engine does to a disk image goes through these traits, so that crashes, faults and short
+//! transfers can be simulated without kernel tricks. [`ReadStorage`] is what an image that is only read needs, and asks for two
+//! methods; [`Storage`] adds writing, with three. All else has a default that is right and slow. Implementations are thread-safe:
+//! requests carry their own offset, there is no cursor. A read beyond the end returns 0 bytes, as `pread` does.
+//!
+//! A storage in front of another one passes on what it does not change with [`forward_storage!`](crate::forward_storage), under
+//! `#[deny(clippy::missing_trait_methods)]`: a method that is added here cannot be forgotten there.
 
+mod batch;
 mod cache;
 mod direct;
 mod ext;
 mod file;
+mod forward;
 mod lock;
 mod lock_holders;
 mod memory;
@@ -15,11 +21,15 @@ pub mod naming;
 mod new_file;
 mod platform;
 mod range_lock;
+mod read_only;
+mod traits;
 
 use std::fmt;
 use std::io;
+use std::ops::Range;
 use std::path::Path;
 
+pub use batch::{ReadTransfer, WriteTransfer, read_each, write_each};
 pub use cache::CacheMode;
 pub use direct::DirectStorage;
 pub use ext::StorageExt;
@@ -28,6 +38,8 @@ pub use lock::{Claim, Locking, Permission};
 pub use memory::MemoryStorage;
 pub use new_file::{NewFile, Overwrite, Room};
 pub use platform::no_space;
+pub use read_only::ReadOnly;
+pub use traits::{DeviceLimits, Identity, IoLimits, Operation, Traits};
 
 use crate::{Mem, MemMut, Result};
 
@@ -40,100 +52,75 @@ pub struct Run {
     pub data: bool,
 }
 
-/// What a storage object is, and what it wants.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Traits {
-    /// Offsets and lengths must be multiples of this (1 where there is no such rule). See [`DirectStorage`].
-    pub alignment: u32,
-    /// Addresses of buffers must be multiples of this (1 where there is no such rule).
-    pub memory_alignment: u32,
-    /// A block device: only its owner changes its length, and a new target on it is not zero.
-    pub block_device: bool,
-    /// Open for writing.
-    pub writable: bool,
-    /// Device and inode where there is one: equal values are the same file.
-    pub identity: Option<(u64, u64)>,
-}
+/// Bytes of one write of the default way to write zeroes.
+const ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
-/// What requests on a file should look like, in bytes; absent where there is no rule or nothing is known.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct IoLimits {
-    /// Multiple that offsets and lengths must be of.
-    pub request_alignment: u32,
-    /// Multiple that addresses of buffers must be of.
-    pub memory_alignment: u32,
-    /// Bytes of a page of memory.
-    pub page_size: u32,
-    /// What the device does with these.
-    pub device: DeviceLimits,
-}
-
-/// What a block device says of its queue.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct DeviceLimits {
-    /// Most bytes of one transfer.
-    pub max_transfer: Option<u32>,
-    /// Most pieces of memory of one transfer.
-    pub max_segments: Option<u32>,
-    /// Multiple that frees space when it is discarded.
-    pub discard_alignment: Option<u32>,
-    /// Multiple that the device zeroes by itself.
-    pub zeroes_alignment: Option<u32>,
-}
-
-/// One random-access file.
-pub trait Storage: Send + Sync + fmt::Debug {
-    /// Reads into `buf` from `offset`; returns how many bytes, which can be fewer than asked.
+/// One random-access file, for reading.
+pub trait ReadStorage: Send + Sync + fmt::Debug {
+    /// Reads into `buf` from `offset`; returns how many bytes, which can be fewer than asked; 0 means the end.
     fn read_at(&self, buf: MemMut<'_>, offset: u64) -> io::Result<usize>;
-    /// Writes `buf` at `offset`; returns how many bytes, which can be fewer than asked.
-    fn write_at(&self, buf: Mem<'_>, offset: u64) -> io::Result<usize>;
-    /// Writes `bufs` one behind the other in one request where the system can; may write fewer bytes.
-    fn write_vectored_at(&self, bufs: &[Mem<'_>], offset: u64) -> io::Result<usize> {
-        match bufs.iter().find(|b| !b.is_empty()) {
-            Some(first) => self.write_at(*first, offset),
-            None => Ok(0),
-        }
-    }
+
     /// Length in bytes, now: others may extend what is open here.
     fn len(&self) -> io::Result<u64>;
+
     /// Whether the length is 0.
     fn is_empty(&self) -> io::Result<bool> {
         Ok(self.len()? == 0)
     }
-    /// Cuts or extends (with a hole) to `len` bytes. A device stays as long as it is: one that is shorter has no space.
-    fn set_len(&self, len: u64) -> io::Result<()>;
-    /// Makes everything written so far durable (fdatasync: data, and the metadata needed to read it).
-    fn sync_data(&self) -> io::Result<()>;
-    /// What the system reports when a descriptor of the file is closed: on some file systems (NFS, FUSE) a failed write is told
-    /// only then. The storage stays open.
-    fn check_close(&self) -> io::Result<()> {
-        Ok(())
+
+    /// Several reads in one call, in any order; each as [`ReadStorage::read_at`], with a result of its own. One behind the other
+    /// unless the storage can do better.
+    fn read_batch(&self, batch: &mut [ReadTransfer<'_>]) {
+        read_each(self, batch);
     }
-    /// Makes the range read as zeroes; `unmap` frees its space where the system can. Extends the file.
-    fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()>;
-    /// Frees the range's space where the system can; its bytes are unspecified afterwards.
-    fn discard(&self, offset: u64, length: u64) -> io::Result<()>;
-    /// Reserves space for the range without changing what it reads as; extends the file.
-    fn allocate(&self, offset: u64, length: u64) -> io::Result<()>;
-    /// As `allocate`, where that makes the writes that follow cheaper. `Unsupported` elsewhere: nothing is done.
-    fn allocate_ahead(&self, offset: u64, length: u64) -> io::Result<()> {
-        let _ = (offset, length);
-        Err(io::ErrorKind::Unsupported.into())
+
+    /// The run at the start of `range`, which is not empty: a hole, or data. Nobody looks behind the range, and the run may end
+    /// behind it. What lies behind the end of the file is a hole. All data where nothing is known.
+    fn run_in(&self, range: Range<u64>) -> io::Result<Run> {
+        let len = self.len()?;
+        let data = range.start < len;
+        Ok(Run { end: if data { len } else { u64::MAX }, data })
     }
-    /// The run at `offset` (which is below the length): all data where the system cannot tell.
-    fn run_at(&self, offset: u64) -> io::Result<Run>;
+
     /// Bytes of space in use.
-    fn allocated_bytes(&self) -> io::Result<u64>;
-    /// Shares `length` bytes of `from` with this file, without copying (reflink). `Unsupported` where not possible.
-    fn clone_range(&self, from: &dyn Storage, from_offset: u64, offset: u64, length: u64) -> io::Result<()> {
-        let _ = (from, from_offset, offset, length);
-        Err(io::ErrorKind::Unsupported.into())
+    fn allocated_bytes(&self) -> io::Result<u64> {
+        self.len()
     }
-    /// Copies up to `length` bytes of `from` inside the kernel; returns how many. `Unsupported` where not possible.
-    fn copy_range(&self, from: &dyn Storage, from_offset: u64, offset: u64, length: u64) -> io::Result<u64> {
-        let _ = (from, from_offset, offset, length);
-        Err(io::ErrorKind::Unsupported.into())
+
+    /// What tells it apart: equal values are the same bytes, whatever name they were opened by. `None` where nobody else can have
+    /// it open.
+    fn identity(&self) -> Option<Identity> {
+        None
     }
+
+    /// What it is and wants.
+    fn traits(&self) -> Traits {
+        Traits::default()
+    }
+
+    /// What its requests should look like.
+    fn io_limits(&self) -> IoLimits {
+        let Traits { alignment, memory_alignment, .. } = self.traits();
+        let device = DeviceLimits::default();
+        IoLimits { request_alignment: alignment, memory_alignment, page_size: platform::page_size(), device }
+    }
+
+    /// Its path, for messages and for references relative to it.
+    fn path(&self) -> Option<&Path> {
+        None
+    }
+
+    /// What an operation is called in errors: the system call, unless there is none.
+    fn operation(&self, operation: Operation) -> &'static str {
+        operation.system_call()
+    }
+
+    /// Whether the same request may succeed when it is made again after `error`.
+    fn is_transient(&self, error: &io::Error) -> bool {
+        use io::ErrorKind::{ConnectionAborted, ConnectionReset, Interrupted, TimedOut, WouldBlock};
+        matches!(error.kind(), ConnectionAborted | ConnectionReset | Interrupted | TimedOut | WouldBlock)
+    }
+
     /// Claims the image against other processes, or changes the claim made before; it ends with the storage.
     /// Storages that no other process can reach need none.
     ///
@@ -143,21 +130,87 @@ pub trait Storage: Send + Sync + fmt::Debug {
         let _ = (claim, locking);
         Ok(())
     }
-    /// What it is and wants.
-    fn traits(&self) -> Traits;
-    /// What its requests should look like.
-    fn io_limits(&self) -> IoLimits {
-        let Traits { alignment, memory_alignment, .. } = self.traits();
-        let device = DeviceLimits::default();
-        IoLimits { request_alignment: alignment, memory_alignment, page_size: platform::page_size(), device }
-    }
-    /// Its path, for messages and for references relative to it.
-    fn path(&self) -> Option<&Path> {
-        None
-    }
+
     /// The descriptor behind it, for the kernel's copies between two files.
     #[cfg(unix)]
     fn as_fd(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
         None
+    }
+}
+
+/// One random-access file.
+pub trait Storage: ReadStorage {
+    /// Writes `buf` at `offset`; returns how many bytes, which can be fewer than asked. Extends the file.
+    fn write_at(&self, buf: Mem<'_>, offset: u64) -> io::Result<usize>;
+
+    /// Cuts or extends (with a hole) to `len` bytes. A device stays as long as it is: one that is shorter has no space.
+    fn set_len(&self, len: u64) -> io::Result<()>;
+
+    /// Makes everything written so far durable (fdatasync: data, and the metadata needed to read it).
+    fn sync_data(&self) -> io::Result<()>;
+
+    /// Writes `bufs` one behind the other in one request where the system can; may write fewer bytes.
+    fn write_vectored_at(&self, bufs: &[Mem<'_>], offset: u64) -> io::Result<usize> {
+        match bufs.iter().find(|b| !b.is_empty()) {
+            Some(first) => self.write_at(*first, offset),
+            None => Ok(0),
+        }
+    }
+
+    /// Several writes in one call, of ranges that do not overlap, in any order; each as [`Storage::write_vectored_at`], with a
+    /// result of its own. One behind the other unless the storage can do better.
+    fn write_batch(&self, batch: &mut [WriteTransfer<'_>]) {
+        write_each(self, batch);
+    }
+
+    /// What the system reports when a descriptor of the file is closed: on some file systems (NFS, FUSE) a failed write is told
+    /// only then. The storage stays open.
+    fn check_close(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// Makes the range read as zeroes; `unmap` frees its space where the system can. Extends the file.
+    fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
+        let _ = unmap;
+        let end = offset.checked_add(length).ok_or(io::ErrorKind::InvalidInput)?;
+        let mut at = offset;
+        while at < end {
+            let (piece, _) = Mem::from(&ZEROES[..]).split_at(usize::try_from(end - at).unwrap_or(usize::MAX));
+            match self.write_at(piece, at)? {
+                0 => return Err(io::ErrorKind::WriteZero.into()),
+                written => at += written as u64,
+            }
+        }
+        Ok(())
+    }
+
+    /// Frees the range's space where the system can; its bytes are unspecified afterwards.
+    fn discard(&self, offset: u64, length: u64) -> io::Result<()> {
+        let _ = (offset, length);
+        Ok(())
+    }
+
+    /// Reserves space for the range, where the system can, without changing what it reads as; extends the file.
+    fn allocate(&self, offset: u64, length: u64) -> io::Result<()> {
+        let end = offset.checked_add(length).ok_or(io::ErrorKind::InvalidInput)?;
+        if length > 0 && end > self.len()? { self.set_len(end) } else { Ok(()) }
+    }
+
+    /// As `allocate`, where that makes the writes that follow cheaper. `Unsupported` elsewhere: nothing is done.
+    fn allocate_ahead(&self, offset: u64, length: u64) -> io::Result<()> {
+        let _ = (offset, length);
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Shares `length` bytes of `from` with this file, without copying (reflink). `Unsupported` where not possible.
+    fn clone_range(
+        &self,
+        from: &dyn ReadStorage,
+        from_offset: u64,
+        offset: u64,
+        length: u64,
+    ) -> io::Result<()> {
+        let _ = (from, from_offset, offset, length);
+        Err(io::ErrorKind::Unsupported.into())
     }
 }

@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::naming::{self, Place, Steps};
 use super::platform::{self, FileKind};
-use super::{Access, Claim, FileStorage, Locking, Storage};
+use super::{Access, Claim, FileStorage, Identity, Locking, ReadStorage, Storage};
 use crate::{Error, ErrorKind, Result};
 
 /// What to do about a target that exists.
@@ -94,7 +94,7 @@ impl NewFile {
     /// `Io` with `EEXIST` if the target exists and is not to be replaced, `ENOENT` if one that is to be kept does not, `EISDIR` for a directory, or what
     /// the system reports; `InvalidArgument` for a target that is one of `in_use` or is no disk; `Locked` for one
     /// that another process is using.
-    pub fn create(path: impl AsRef<Path>, overwrite: Overwrite, in_use: &[(u64, u64)]) -> Result<Self> {
+    pub fn create(path: impl AsRef<Path>, overwrite: Overwrite, in_use: &[Identity]) -> Result<Self> {
         Self::create_with_room(path, overwrite, in_use, &Room::LITTLE)
     }
 
@@ -105,7 +105,7 @@ impl NewFile {
     pub fn create_with_room(
         path: impl AsRef<Path>,
         overwrite: Overwrite,
-        in_use: &[(u64, u64)],
+        in_use: &[Identity],
         room: &Room<'_>,
     ) -> Result<Self> {
         let given = path.as_ref();
@@ -263,9 +263,10 @@ fn check_existing(
     path: &Path,
     metadata: &Metadata,
     overwrite: Overwrite,
-    in_use: &[(u64, u64)],
+    in_use: &[Identity],
 ) -> Result<FileKind> {
-    if platform::identity(metadata).is_some_and(|id| in_use.contains(&id)) {
+    let identity = platform::identity(metadata).map(|(device, inode)| Identity::of_file(device, inode));
+    if identity.is_some_and(|identity| in_use.contains(&identity)) {
         let message = "the target is also a source of this operation";
         return Err(Error::new(ErrorKind::InvalidArgument, message).with_path(path));
     }

@@ -71,7 +71,7 @@ fn check(above: &Image, base: &Image, options: &CommitOptions) -> Result<()> {
                        show through";
         return Err(Error::new(ErrorKind::InvalidArgument, message).with_field("drop"));
     }
-    let identity = |layer: &dyn Layer| layer.storage().traits().identity;
+    let identity = |layer: &dyn Layer| layer.storage().identity();
     for layer in above.layers() {
         if base
             .layers()

@@ -13,6 +13,7 @@ use crate::check::{self, CheckOptions, Repair};
 use crate::create::Backing;
 use crate::image::{Layer, Qcow2, read_header};
 use crate::source::{Extent, ExtentKind};
+use crate::storage::Identity;
 use crate::workers::{Tasks, share};
 use crate::{Error, ErrorKind, GuestSource, Image, Job, Mem, MemMut, Result, Storage, StorageExt};
 
@@ -160,12 +161,12 @@ fn with_backing(header: &Header, backing: Option<&Backing>) -> Result<Header> {
     }
 }
 
-fn identity(layer: &dyn Layer) -> Option<(u64, u64)> {
-    layer.storage().traits().identity
+fn identity(layer: &dyn Layer) -> Option<Identity> {
+    layer.storage().identity()
 }
 
 fn refuse_loop(top: &Qcow2, new: Option<&Image>) -> Result<()> {
-    let own = top.storage().traits().identity;
+    let own = top.storage().identity();
     let layers = new.map_or(&[][..], Image::layers);
     if own.is_some() && layers.iter().any(|layer| identity(&**layer) == own) {
         let message = "the new backing chain contains the image itself";

@@ -12,10 +12,7 @@ impl Session<'_> {
         let g = self.geometry();
         let storage = &**self.image.storage();
         let length = storage.size()?;
-        let free = |offset, length| {
-            let freed = storage.discard(offset, length);
-            freed.map_err(|e| storage.failure(e, "fallocate").with_offset(offset))
-        };
+        let free = |offset, length| storage.free(offset, length);
         let clusters = length / g.cluster_size();
         let mut at = 0;
         while at < clusters {
@@ -44,7 +41,7 @@ impl Session<'_> {
         let end = start + length;
         let mut at = start;
         while at < end {
-            let run = storage.run_at(at).map_err(|e| storage.failure(e, "lseek"))?;
+            let run = storage.run(at..end)?;
             let stop = run.end.clamp(at + 1, end);
             if run.data {
                 let size = self.geometry().cluster_size();

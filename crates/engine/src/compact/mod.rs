@@ -124,7 +124,7 @@ fn references(image: &Qcow2, job: &Job) -> Result<References> {
 fn measure(image: &Qcow2) -> Result<CompactResult> {
     let mut allocated = 0;
     for storage in [Some(image.storage()), image.data_file()].into_iter().flatten() {
-        allocated += storage.allocated_bytes().map_err(|e| storage.failure(e, "fstat"))?;
+        allocated += storage.space_in_use()?;
     }
     let length = image.storage().size()?;
     Ok(CompactResult {

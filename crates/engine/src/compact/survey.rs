@@ -196,7 +196,7 @@ impl<'a> ZeroScan<'a> {
         if offset >= self.end || (self.hole.contains(&offset) && self.hole.end >= stop) {
             return Ok(true);
         }
-        let run = self.data.run_at(offset).map_err(|e| self.data.failure(e, "lseek"))?;
+        let run = self.data.run(offset..stop)?;
         if !run.data {
             self.hole = offset..run.end;
             if run.end >= stop {
@@ -214,7 +214,7 @@ pub(super) fn allocated(storage: &dyn Storage, start: u64, length: u64) -> Resul
     let end = storage.size()?.min(start.saturating_add(length));
     let (mut at, mut sum) = (start, 0);
     while at < end {
-        let run = storage.run_at(at).map_err(|e| storage.failure(e, "lseek"))?;
+        let run = storage.run(at..end)?;
         let stop = run.end.min(end).max(at + 1);
         sum += if run.data { stop - at } else { 0 };
         at = stop;

@@ -198,7 +198,7 @@ impl<'s, 'a> Sweep<'s, 'a> {
         let mut done = 0;
         while done < length {
             let run = match from + done < file_end {
-                true => storage.run_at(from + done).map_err(|e| storage.failure(e, "lseek"))?,
+                true => storage.run(from + done..from + length)?,
                 false => Run { end: u64::MAX, data: false },
             };
             let part = (run.end - (from + done)).min(length - done);

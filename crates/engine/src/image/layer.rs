@@ -9,6 +9,7 @@ use qcow2_format::{CompressedDescriptor, CryptMethod};
 
 use super::mapping::descriptor;
 use super::qcow2::Qcow2;
+use crate::storage::ReadTransfer;
 use crate::{ErrorKind, MemMut, Result, Storage, StorageExt};
 
 impl Layer for Qcow2 {
@@ -66,6 +67,18 @@ impl Layer for Qcow2 {
                 Err(self.error(ErrorKind::Internal, "a segment without bytes was read"))
             }
         }
+    }
+
+    fn read_segments(&self, parts: Vec<(Segment, MemMut<'_>)>) -> Result<()> {
+        self.require_plain()?;
+        let mut batch = Vec::with_capacity(parts.len());
+        for (segment, buf) in parts {
+            match segment.kind {
+                SegmentKind::Data(place) => batch.push(ReadTransfer::new(buf, place.host)),
+                _ => self.read_segment(&segment, buf)?,
+            }
+        }
+        self.data_storage()?.read_padded_batch(&mut batch)
     }
 
     fn reopen(&self) -> Result<Box<dyn Layer>> {

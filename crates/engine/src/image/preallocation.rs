@@ -22,7 +22,7 @@ impl Qcow2 {
         let g = self.geometry();
         let storage = &**self.storage();
         let file_clusters = g.clusters_for(storage.size()?);
-        let in_use = storage.allocated_bytes().map_err(|e| storage.failure(e, "fstat"))? / g.cluster_size();
+        let in_use = storage.space_in_use()? / g.cluster_size();
         let threshold = (in_use.saturating_mul(10) / 9).max(in_use.saturating_add(2));
         if file_clusters < threshold {
             return Ok(false);

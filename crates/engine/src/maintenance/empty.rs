@@ -29,7 +29,7 @@ impl Image {
             Some(data) => {
                 // A device goes on behind the disk.
                 let length = data.size()?.min(session.image.virtual_size());
-                data.discard(0, length).map_err(|e| data.failure(e, "fallocate"))
+                data.free(0, length)
             }
             None => Ok(()),
         }

@@ -15,7 +15,7 @@ use super::quarantine::{Quarantine, Unlinked};
 use super::ranges::Ranges;
 use super::refcounts::{Moved, Refcounts, Write};
 use crate::image::on_file;
-use crate::storage::no_space;
+use crate::storage::{Operation, no_space};
 use crate::{Error, ErrorKind, Result, Storage, StorageExt};
 
 /// Bytes of clusters reserved at least, and at most, in one batch.
@@ -292,7 +292,9 @@ impl Allocator {
     }
 
     pub(super) fn no_room(&self) -> Error {
-        self.storage.failure(no_space(), "pwrite").with_offset(self.end * self.geometry.cluster_size())
+        self.storage
+            .failure(no_space(), Operation::Write)
+            .with_offset(self.end * self.geometry.cluster_size())
     }
 
     /// Extends the file over the reservations, so that they read as zeroes and later writes do not grow it. A file that

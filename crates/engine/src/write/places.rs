@@ -168,7 +168,7 @@ impl Allocator {
         let Some(fork) = &mut self.refcounts.fork else { return Ok(()) };
         for cluster in clusters.start..clusters.end.min(fork.end) {
             let at = cluster * size;
-            let hole = self.storage.run_at(at).map_err(|e| self.storage.failure(e, "lseek"))?;
+            let hole = self.storage.run(at..at + size)?;
             if !hole.data {
                 fork.holes.push(cluster);
             }

@@ -45,7 +45,7 @@ impl Allocator {
         }
         let (mut at, end) = (first * size, first * size + bytes);
         while at < end {
-            let run = self.storage.run_at(at).map_err(|e| self.storage.failure(e, "lseek"))?;
+            let run = self.storage.run(at..end)?;
             if !run.data {
                 return Ok(Some((run.end / size).max(first + 1)));
             }

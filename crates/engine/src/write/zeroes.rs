@@ -48,10 +48,7 @@ impl Image {
             _ => {}
         }
         self.guest_request(&range.clone(), |top| match top {
-            Top::Raw(raw) if length > 0 => {
-                let discarded = raw.storage().discard(offset, length);
-                discarded.map_err(|e| raw.storage().failure(e, "fallocate").with_offset(offset))
-            }
+            Top::Raw(raw) if length > 0 => raw.storage().free(offset, length),
             Top::Raw(_) => Ok(()),
             Top::Qcow2(image, writer) => {
                 self.discard_range(image, writer, range.clone())?;

@@ -1,10 +1,10 @@
 //! A disk with direct I/O: what is not aligned is refused.
 
 use std::io;
-use std::path::Path;
 use std::sync::Arc;
 
-use qcow2_engine::storage::{Run, Traits};
+use qcow2_core::forward_storage;
+use qcow2_engine::storage::{ReadStorage, Traits};
 use qcow2_engine::{Mem, MemMut, Storage};
 
 /// Answers `EINVAL` to every transfer whose offset, length or address is not a multiple.
@@ -37,11 +37,20 @@ fn demand(aligned: bool) -> io::Result<()> {
     if aligned { Ok(()) } else { Err(io::Error::from_raw_os_error(22)) }
 }
 
-impl Storage for AlignedOnly {
+#[deny(clippy::missing_trait_methods, reason = "in front of another storage: a new method must be passed on")]
+impl ReadStorage for AlignedOnly {
     fn read_at(&self, mut buf: MemMut<'_>, offset: u64) -> io::Result<usize> {
         self.transfer(buf.as_mut_ptr(), buf.len(), offset)?;
         self.inner.read_at(buf, offset)
     }
+    fn traits(&self) -> Traits {
+        Traits { alignment: self.alignment, memory_alignment: self.memory_alignment, ..self.inner.traits() }
+    }
+    forward_storage!(inner: len is_empty run_in allocated_bytes identity io_limits path operation is_transient lock no_fd read_each);
+}
+
+#[deny(clippy::missing_trait_methods, reason = "in front of another storage: a new method must be passed on")]
+impl Storage for AlignedOnly {
     fn write_at(&self, buf: Mem<'_>, offset: u64) -> io::Result<usize> {
         self.transfer(buf.as_ptr(), buf.len(), offset)?;
         self.inner.write_at(buf, offset)
@@ -52,15 +61,6 @@ impl Storage for AlignedOnly {
         }
         self.inner.write_vectored_at(bufs, offset)
     }
-    fn len(&self) -> io::Result<u64> {
-        self.inner.len()
-    }
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        self.inner.set_len(len)
-    }
-    fn sync_data(&self) -> io::Result<()> {
-        self.inner.sync_data()
-    }
     fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
         self.range(offset, length)?;
         self.inner.write_zeroes(offset, length, unmap)
@@ -69,19 +69,5 @@ impl Storage for AlignedOnly {
         self.range(offset, length)?;
         self.inner.discard(offset, length)
     }
-    fn allocate(&self, offset: u64, length: u64) -> io::Result<()> {
-        self.inner.allocate(offset, length)
-    }
-    fn run_at(&self, offset: u64) -> io::Result<Run> {
-        self.inner.run_at(offset)
-    }
-    fn allocated_bytes(&self) -> io::Result<u64> {
-        self.inner.allocated_bytes()
-    }
-    fn traits(&self) -> Traits {
-        Traits { alignment: self.alignment, memory_alignment: self.memory_alignment, ..self.inner.traits() }
-    }
-    fn path(&self) -> Option<&Path> {
-        self.inner.path()
-    }
+    forward_storage!(inner: set_len sync_data check_close allocate never_ahead never_clone write_each);
 }

@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::path::Path;
+use std::ops::Range;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use qcow2_engine::storage::{Run, Traits};
+use qcow2_core::forward_storage;
+use qcow2_engine::storage::{ReadStorage, Run};
 use qcow2_engine::{Mem, MemMut, Storage};
 
 use super::Op;
@@ -54,18 +55,24 @@ impl CountingStorage {
     }
 }
 
-impl Storage for CountingStorage {
+#[deny(clippy::missing_trait_methods, reason = "in front of another storage: a new method must be passed on")]
+impl ReadStorage for CountingStorage {
     fn read_at(&self, buf: MemMut<'_>, offset: u64) -> io::Result<usize> {
         self.count(Op::Read, self.inner.read_at(buf, offset), |n| *n as u64)
     }
+    fn run_in(&self, range: Range<u64>) -> io::Result<Run> {
+        self.count(Op::Run, self.inner.run_in(range), |_| 0)
+    }
+    forward_storage!(inner: len is_empty allocated_bytes identity traits io_limits path operation is_transient lock as_fd read_each);
+}
+
+#[deny(clippy::missing_trait_methods, reason = "in front of another storage: a new method must be passed on")]
+impl Storage for CountingStorage {
     fn write_at(&self, buf: Mem<'_>, offset: u64) -> io::Result<usize> {
         self.count(Op::Write, self.inner.write_at(buf, offset), |n| *n as u64)
     }
     fn write_vectored_at(&self, bufs: &[Mem<'_>], offset: u64) -> io::Result<usize> {
         self.count(Op::Write, self.inner.write_vectored_at(bufs, offset), |n| *n as u64)
-    }
-    fn len(&self) -> io::Result<u64> {
-        self.inner.len()
     }
     fn set_len(&self, len: u64) -> io::Result<()> {
         self.count(Op::SetLen, self.inner.set_len(len), |()| 0)
@@ -85,26 +92,14 @@ impl Storage for CountingStorage {
     fn allocate_ahead(&self, offset: u64, length: u64) -> io::Result<()> {
         self.count(Op::Allocate, self.inner.allocate_ahead(offset, length), |()| length)
     }
-    fn run_at(&self, offset: u64) -> io::Result<Run> {
-        self.count(Op::Run, self.inner.run_at(offset), |_| 0)
-    }
-    fn allocated_bytes(&self) -> io::Result<u64> {
-        self.inner.allocated_bytes()
-    }
-    fn clone_range(&self, from: &dyn Storage, from_offset: u64, offset: u64, length: u64) -> io::Result<()> {
+    fn clone_range(
+        &self,
+        from: &dyn ReadStorage,
+        from_offset: u64,
+        offset: u64,
+        length: u64,
+    ) -> io::Result<()> {
         self.count(Op::Clone, self.inner.clone_range(from, from_offset, offset, length), |()| length)
     }
-    fn copy_range(&self, from: &dyn Storage, from_offset: u64, offset: u64, length: u64) -> io::Result<u64> {
-        self.count(Op::Copy, self.inner.copy_range(from, from_offset, offset, length), |n| *n)
-    }
-    fn traits(&self) -> Traits {
-        self.inner.traits()
-    }
-    fn path(&self) -> Option<&Path> {
-        self.inner.path()
-    }
-    #[cfg(unix)]
-    fn as_fd(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
-        self.inner.as_fd()
-    }
+    forward_storage!(inner: check_close write_each);
 }

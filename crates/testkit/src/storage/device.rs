@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use qcow2_engine::storage::{MemoryStorage, Run, Traits};
+use qcow2_engine::storage::{MemoryStorage, ReadStorage, Traits};
 use qcow2_engine::{Mem, MemMut, Storage};
 
 /// A device: of a length that nobody changes by writing, full of old bytes.
@@ -31,7 +31,7 @@ impl Device {
     }
 
     fn bound(&self, offset: u64, length: u64) -> io::Result<()> {
-        if offset + length > self.1.load(Ordering::SeqCst) {
+        if offset.checked_add(length).is_none_or(|end| end > self.1.load(Ordering::SeqCst)) {
             Err(io::Error::from_raw_os_error(28))
         } else {
             Ok(())
@@ -39,16 +39,25 @@ impl Device {
     }
 }
 
-impl Storage for Device {
+impl ReadStorage for Device {
     fn read_at(&self, buf: MemMut<'_>, offset: u64) -> io::Result<usize> {
         self.0.read_at(buf, offset)
     }
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.1.load(Ordering::SeqCst))
+    }
+    fn allocated_bytes(&self) -> io::Result<u64> {
+        Ok(0)
+    }
+    fn traits(&self) -> Traits {
+        Traits { block_device: true, ..self.0.traits() }
+    }
+}
+
+impl Storage for Device {
     fn write_at(&self, buf: Mem<'_>, offset: u64) -> io::Result<usize> {
         self.bound(offset, buf.len() as u64)?;
         self.0.write_at(buf, offset)
-    }
-    fn len(&self) -> io::Result<u64> {
-        Ok(self.1.load(Ordering::SeqCst))
     }
     fn set_len(&self, len: u64) -> io::Result<()> {
         self.bound(len, 0)
@@ -60,19 +69,7 @@ impl Storage for Device {
         self.bound(offset, length)?;
         self.0.write_zeroes(offset, length, unmap)
     }
-    fn discard(&self, _: u64, _: u64) -> io::Result<()> {
-        Ok(())
-    }
-    fn allocate(&self, _: u64, _: u64) -> io::Result<()> {
-        Ok(())
-    }
-    fn run_at(&self, offset: u64) -> io::Result<Run> {
-        Ok(Run { end: self.len()?.max(offset + 1), data: true })
-    }
-    fn allocated_bytes(&self) -> io::Result<u64> {
-        Ok(0)
-    }
-    fn traits(&self) -> Traits {
-        Traits { block_device: true, ..self.0.traits() }
+    fn allocate(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.bound(offset, length)
     }
 }

@@ -3,11 +3,11 @@
 use std::fmt;
 use std::io;
 use std::ops::Range;
-use std::path::Path;
 use std::sync::Arc;
 
-use qcow2_engine::storage::{Claim, Locking, Run, Traits};
-use qcow2_engine::{Mem, MemMut, Result, Storage};
+use qcow2_core::forward_storage;
+use qcow2_engine::storage::{ReadStorage, Run};
+use qcow2_engine::{Mem, MemMut, Storage};
 
 use super::Op;
 
@@ -57,19 +57,25 @@ impl<B> fmt::Debug for Hooked<B> {
     }
 }
 
-impl<B: Before> Storage for Hooked<B> {
+#[deny(clippy::missing_trait_methods, reason = "in front of another storage: a new method must be passed on")]
+impl<B: Before> ReadStorage for Hooked<B> {
     fn read_at(&self, buf: MemMut<'_>, offset: u64) -> io::Result<usize> {
         self.pass(Op::Read, offset, buf.len() as u64)?.read_at(buf, offset)
     }
+    fn run_in(&self, range: Range<u64>) -> io::Result<Run> {
+        self.pass(Op::Run, range.start, 0)?.run_in(range)
+    }
+    forward_storage!(inner: len is_empty allocated_bytes identity traits io_limits path operation is_transient lock no_fd read_each);
+}
+
+#[deny(clippy::missing_trait_methods, reason = "in front of another storage: a new method must be passed on")]
+impl<B: Before> Storage for Hooked<B> {
     fn write_at(&self, buf: Mem<'_>, offset: u64) -> io::Result<usize> {
         self.pass(Op::Write, offset, buf.len() as u64)?.write_at(buf, offset)
     }
     fn write_vectored_at(&self, bufs: &[Mem<'_>], offset: u64) -> io::Result<usize> {
         let length = bufs.iter().map(|buf| buf.len() as u64).sum();
         self.pass(Op::Write, offset, length)?.write_vectored_at(bufs, offset)
-    }
-    fn len(&self) -> io::Result<u64> {
-        self.inner.len()
     }
     fn set_len(&self, len: u64) -> io::Result<()> {
         self.pass(Op::SetLen, len, 0)?.set_len(len)
@@ -89,19 +95,6 @@ impl<B: Before> Storage for Hooked<B> {
     fn allocate(&self, offset: u64, length: u64) -> io::Result<()> {
         self.pass(Op::Allocate, offset, length)?.allocate(offset, length)
     }
-    fn run_at(&self, offset: u64) -> io::Result<Run> {
-        self.pass(Op::Run, offset, 0)?.run_at(offset)
-    }
-    fn allocated_bytes(&self) -> io::Result<u64> {
-        self.inner.allocated_bytes()
-    }
-    fn lock(&self, claim: Claim, locking: Locking) -> Result<()> {
-        self.inner.lock(claim, locking)
-    }
-    fn traits(&self) -> Traits {
-        self.inner.traits()
-    }
-    fn path(&self) -> Option<&Path> {
-        self.inner.path()
-    }
+    // What is taken ahead would make some hooks meet calls that depend on the file system.
+    forward_storage!(inner: never_ahead never_clone write_each);
 }

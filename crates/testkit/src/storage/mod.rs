@@ -42,6 +42,4 @@ pub enum Op {
     Run,
     /// `FICLONERANGE`.
     Clone,
-    /// `copy_file_range`.
-    Copy,
 }

@@ -1,11 +1,11 @@
 //! Transfers that stop early, as the system is always allowed to.
 
 use std::io;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use qcow2_engine::storage::{Run, Traits};
+use qcow2_core::forward_storage;
+use qcow2_engine::storage::ReadStorage;
 use qcow2_engine::{Mem, MemMut, Storage};
 
 /// Moves 1 to `max` bytes per call, in a pattern that depends on the number of the call only.
@@ -29,11 +29,18 @@ impl ShortIo {
     }
 }
 
-impl Storage for ShortIo {
+#[deny(clippy::missing_trait_methods, reason = "in front of another storage: a new method must be passed on")]
+impl ReadStorage for ShortIo {
     fn read_at(&self, buf: MemMut<'_>, offset: u64) -> io::Result<usize> {
         let n = self.share(buf.len());
         self.inner.read_at(buf.split_at(n).0, offset)
     }
+    forward_storage!(inner: len is_empty run_in allocated_bytes identity traits io_limits path operation is_transient lock no_fd
+        read_each);
+}
+
+#[deny(clippy::missing_trait_methods, reason = "in front of another storage: a new method must be passed on")]
+impl Storage for ShortIo {
     fn write_at(&self, buf: Mem<'_>, offset: u64) -> io::Result<usize> {
         let n = self.share(buf.len());
         self.inner.write_at(buf.split_at(n).0, offset)
@@ -47,34 +54,5 @@ impl Storage for ShortIo {
         }
         self.inner.write_vectored_at(&part, offset)
     }
-    fn len(&self) -> io::Result<u64> {
-        self.inner.len()
-    }
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        self.inner.set_len(len)
-    }
-    fn sync_data(&self) -> io::Result<()> {
-        self.inner.sync_data()
-    }
-    fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
-        self.inner.write_zeroes(offset, length, unmap)
-    }
-    fn discard(&self, offset: u64, length: u64) -> io::Result<()> {
-        self.inner.discard(offset, length)
-    }
-    fn allocate(&self, offset: u64, length: u64) -> io::Result<()> {
-        self.inner.allocate(offset, length)
-    }
-    fn run_at(&self, offset: u64) -> io::Result<Run> {
-        self.inner.run_at(offset)
-    }
-    fn allocated_bytes(&self) -> io::Result<u64> {
-        self.inner.allocated_bytes()
-    }
-    fn traits(&self) -> Traits {
-        self.inner.traits()
-    }
-    fn path(&self) -> Option<&Path> {
-        self.inner.path()
-    }
+    forward_storage!(inner: set_len sync_data check_close write_zeroes discard allocate never_ahead never_clone write_each);
 }

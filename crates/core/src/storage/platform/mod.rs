@@ -16,7 +16,7 @@ mod unnamed;
 
 pub(super) use attributes::{copy_attributes, free_bytes, is_replaceable};
 #[cfg(unix)]
-pub(super) use copy::{clone_range, copy_range};
+pub(super) use copy::clone_range;
 #[cfg(unix)]
 pub(super) use file::is_direct;
 pub use file::no_space;
