@@ -8,7 +8,8 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::{MemMut, Result, Storage};
+use crate::disk::{DiskOptions, WriteLayer};
+use crate::{Error, ErrorKind, MemMut, Result, Storage, StorageExt};
 
 /// A run of guest bytes that one layer stores in one way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -239,6 +240,21 @@ pub trait Layer: Any + Send + Sync + fmt::Debug {
             }
         }
         if several { self.read_segments(together) } else { Ok(()) }
+    }
+
+    /// The layer as one that takes requests; `None` for a format that is only read, or that writes in ways of its own.
+    fn as_writable(&self) -> Option<&dyn WriteLayer> {
+        None
+    }
+
+    /// Makes the layer take requests, as the top of a chain.
+    ///
+    /// # Errors
+    /// `ReadOnly` for a file that is open for reading only; `UnsupportedFeature` for a format that is only read.
+    fn make_writable(&mut self, options: DiskOptions) -> Result<()> {
+        let _ = options;
+        let message = format!("writing {} images is not supported", self.format());
+        Err(self.storage().located(Error::new(ErrorKind::UnsupportedFeature, message)))
     }
 
     /// The same image anew, for reading, as it was opened.

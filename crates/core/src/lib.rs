@@ -5,6 +5,7 @@
 
 pub mod chain;
 pub mod compare;
+pub mod convert;
 pub mod disk;
 pub mod error;
 mod extents;
@@ -14,12 +15,13 @@ pub mod memory;
 pub mod raw;
 pub mod salvage;
 pub mod source;
+pub mod space;
 pub mod splice;
 pub mod storage;
 pub mod workers;
 
 pub use chain::Chain;
-pub use disk::{DetectZeroes, Discard, DiskOptions};
+pub use disk::{DetectZeroes, Discard, Disk, DiskOptions, Durability};
 pub use error::{Error, ErrorKind, Result};
 pub use job::Job;
 pub use layer::Layer;

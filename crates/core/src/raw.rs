@@ -4,9 +4,10 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::disk::{DetectZeroes, Discard, DiskOptions};
+use crate::disk::{DiskOptions, WriteLayer};
 use crate::layer::{Below, Holes, Layer, Place, Segment, SegmentKind};
-use crate::{Error, ErrorKind, MemMut, Result, Storage, StorageExt};
+use crate::space::{Preallocation, reserve, write_zero_bytes, zero_out};
+use crate::{Error, ErrorKind, Job, Mem, MemMut, Result, Storage, StorageExt};
 
 /// Sector size: a raw disk's size is rounded up to it, as QEMU does.
 pub const SECTOR: u64 = 512;
@@ -47,41 +48,74 @@ impl Raw {
         self
     }
 
-    /// Makes the disk writable.
-    ///
-    /// # Errors
-    /// `ReadOnly` for a file that is open for reading only.
-    pub fn enable_writing(&mut self, options: DiskOptions) -> Result<()> {
-        if !self.is_writable() {
-            let error = Error::new(ErrorKind::ReadOnly, "the file is open for reading only");
-            return Err(self.storage.located(error));
+    /// Refuses a size that a device does not have: nobody resizes one by way of its contents.
+    fn judge_device(&self, size: u64) -> Result<()> {
+        let length = self.storage.size()?;
+        if size == length {
+            return Ok(());
         }
-        self.options = options;
-        Ok(())
+        let message = format!(
+            "a device cannot be resized to {size} bytes, it has {length}: change the device itself (a logical volume with \
+             lvextend or lvreduce, say), then resize the disk to the length that it has"
+        );
+        Err(self.storage.located(Error::new(ErrorKind::InvalidArgument, message).with_field("size")))
     }
 
-    /// Whether the file is open for writing.
-    pub fn is_writable(&self) -> bool {
+    /// Gives the new part of the disk what it has from the start.
+    fn prepare(&self, new: Range<u64>, preallocation: Preallocation, job: &Job) -> Result<()> {
+        let storage = &*self.storage;
+        match preallocation {
+            Preallocation::Metadata => {
+                let message = "a raw image has no metadata to preallocate: falloc and full are possible";
+                Err(Error::new(ErrorKind::InvalidArgument, message).with_field("preallocation"))
+            }
+            _ if new.is_empty() => Ok(()),
+            // What was behind the former end of a device that was extended is not the disk's.
+            Preallocation::Off | Preallocation::Falloc if storage.traits().block_device => {
+                zero_out(storage, new, preallocation == Preallocation::Off, job)
+            }
+            Preallocation::Falloc => reserve(storage, new, job),
+            Preallocation::Full => write_zero_bytes(storage, new.start, new.end - new.start, job),
+            Preallocation::Off => Ok(()),
+        }
+    }
+}
+
+impl WriteLayer for Raw {
+    fn is_writable(&self) -> bool {
         self.storage.traits().writable
     }
-    /// What a guest's discard does.
-    pub fn discard(&self) -> Discard {
-        self.options.discard
-    }
-    /// What a write of nothing but zeroes becomes.
-    pub fn detect_zeroes(&self) -> DetectZeroes {
-        self.options.detect_zeroes
-    }
-    /// Whether every request is flushed.
-    pub fn flush_each(&self) -> bool {
-        self.options.flush_each
+
+    fn disk_options(&self) -> DiskOptions {
+        self.options
     }
 
-    /// Changes the length of the file, and so of the disk.
-    ///
-    /// # Errors
-    /// `Io`.
-    pub fn resize(&self, size: u64) -> Result<()> {
+    fn write_at(&self, buf: Mem<'_>, offset: u64) -> Result<()> {
+        self.storage.write_all_at(buf, offset)
+    }
+
+    fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> Result<()> {
+        self.storage.zero(offset, length, unmap)
+    }
+
+    fn discard(&self, offset: u64, length: u64) -> Result<()> {
+        if length > 0 { self.storage.free(offset, length) } else { Ok(()) }
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.storage.flush()
+    }
+
+    fn resize(&self, size: u64, preallocation: Preallocation, job: &Job) -> Result<()> {
+        let old = self.virtual_size();
+        if self.storage.traits().block_device {
+            self.judge_device(size)?;
+        }
+        if let Err(error) = self.prepare(old..size, preallocation, job) {
+            // The length of the file is the size of the disk, and that stays.
+            self.storage.resize(old)?;
+            return Err(error);
+        }
         self.storage.resize(size)?;
         self.size.store(size, Ordering::Release);
         Ok(())
@@ -125,6 +159,19 @@ impl Layer for Raw {
 
     fn read<'a>(&self, buf: MemMut<'a>, offset: u64, _: &mut Vec<Segment>, _: &mut Below<'a>) -> Result<()> {
         self.storage.read_padded_at(buf, offset)
+    }
+
+    fn as_writable(&self) -> Option<&dyn WriteLayer> {
+        Some(self)
+    }
+
+    fn make_writable(&mut self, options: DiskOptions) -> Result<()> {
+        if !self.is_writable() {
+            let error = Error::new(ErrorKind::ReadOnly, "the file is open for reading only");
+            return Err(self.storage.located(error));
+        }
+        self.options = options;
+        Ok(())
     }
 
     fn reopen(&self) -> Result<Box<dyn Layer>> {

@@ -4,8 +4,12 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use qcow2_engine::{Layer, OpenOptions, Qcow2, Raw, Result, Storage};
-use qcow2_testkit::contract::LayerContract;
+use qcow2_engine::create::{CreateOptions, create};
+use qcow2_engine::storage::MemoryStorage;
+use qcow2_engine::{
+    Discard, Image, Job, Layer, LayerExt, OpenOptions, Qcow2, Raw, Result, Storage, StorageExt, WriteOptions,
+};
+use qcow2_testkit::contract::{DiskContract, LayerContract};
 use qcow2_testkit::{Fixture, Qemu};
 
 const SIZE: u64 = 2 << 20;
@@ -90,4 +94,37 @@ fn raw_keeps_the_contract() {
     let file: Vec<u8> =
         (0..300_032u32).map(|at| if at / 50_000 == 2 { 0 } else { (at >> 8) as u8 }).collect();
     LayerContract { name: "raw", file: &file, open: &open_raw, expected: &file, below: None }.check();
+}
+
+fn disk_keeps_the_contract(
+    name: &str,
+    storage: &Arc<dyn Storage>,
+    open: &dyn Fn(Arc<dyn Storage>) -> Result<Box<dyn Layer>>,
+) {
+    let image = |write: Option<WriteOptions>| {
+        let mut layer = open(Arc::clone(storage)).unwrap();
+        if let Some(write) = write {
+            layer.enable_writing(write).unwrap();
+        }
+        Image::new(vec![layer]).unwrap()
+    };
+    let disk = image(Some(WriteOptions { discard: Discard::Unmap, ..WriteOptions::default() }));
+    DiskContract { name, disk: &disk, reopen: &|| Box::new(image(None)) }.check();
+    disk.close().unwrap();
+}
+
+#[test]
+fn disks_that_are_written_to_keep_the_contract() {
+    for (cluster_size, extended_l2, version) in
+        [(65536, false, 3), (512, false, 3), (4096, false, 2), (16384, true, 3)]
+    {
+        let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
+        let options =
+            CreateOptions { size: SIZE, cluster_size, extended_l2, version, ..CreateOptions::default() };
+        create(Arc::clone(&storage), None, &options, &Job::new()).unwrap();
+        disk_keeps_the_contract(&format!("qcow2, {cluster_size}, version {version}"), &storage, &open_qcow2);
+    }
+    let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
+    storage.resize(SIZE).unwrap();
+    disk_keeps_the_contract("raw", &storage, &open_raw);
 }

@@ -1,5 +1,7 @@
 //! Commit: what the layers above a base have goes into the base.
 
+use qcow2_core::{Disk, Durability};
+
 use crate::source::ExtentKind;
 use crate::workers::{Tasks, share};
 use crate::{Error, ErrorKind, GuestSource, Image, Job, Layer, Mem, MemMut, Result, StorageExt};
@@ -120,15 +122,21 @@ fn hand_out(tasks: &Tasks<'_, Task>, mut start: u64, end: u64, zero: bool) -> Re
     Ok(())
 }
 
-fn copy(above: &Image, base: &Image, buffer: &mut Vec<u8>, task: &Task, job: &Job) -> Result<()> {
+fn copy(
+    above: &dyn GuestSource,
+    base: &dyn Disk,
+    buffer: &mut Vec<u8>,
+    task: &Task,
+    job: &Job,
+) -> Result<()> {
     if task.zero {
-        base.write_zeroes(task.start, task.length, true)?;
+        base.write_zeroes(task.start, task.length, true, Durability::AtFlush)?;
     } else {
         job.pace(task.length)?;
         buffer.resize(CHUNK as usize, 0);
         let bytes = buffer.get_mut(..task.length as usize).unwrap_or_default();
         above.read_at(MemMut::from(&mut *bytes), task.start)?;
-        base.write_at(Mem::from(&*bytes), task.start)?;
+        base.write_at(Mem::from(&*bytes), task.start, Durability::AtFlush)?;
     }
     job.advance(task.length);
     Ok(())

@@ -42,8 +42,8 @@ pub(crate) struct Clones {
     any: AtomicBool,
     /// Changed only while no request is in flight, but to end a clone.
     list: RwLock<Vec<Arc<Copying>>>,
-    /// The gate of a raw disk, which has no writer's: requests share it, a point in time has it alone.
-    pub(crate) raw_gate: RwLock<()>,
+    /// The gate of a disk of another format, which has no writer's: requests share it, a point in time has it alone.
+    pub(crate) layer_gate: RwLock<()>,
 }
 
 impl Clones {
@@ -123,7 +123,7 @@ impl Image {
                 None => act(),
             },
             _ => {
-                let _alone = self.clones.raw_gate.write();
+                let _alone = self.clones.layer_gate.write();
                 act()
             }
         }

@@ -1,11 +1,10 @@
 //! What becomes of a chunk in a qcow2 target: which units are data, which read as zeroes, and the bytes.
 
+use qcow2_core::convert::{Chunk, Content, Copier, Piece};
 use qcow2_format::{Geometry, SubclusterBitmap};
 use qcow2_transform::{Compressor, zero};
 
 use super::Delta;
-use super::copy::Copier;
-use super::scan::{Chunk, Content, Piece};
 use crate::create::NewCluster;
 use crate::{Error, ErrorKind, MemMut, Result};
 

@@ -6,13 +6,14 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use parking_lot::{Condvar, Mutex};
+use qcow2_core::convert::{
+    Ahead, Chunk, Context, Copier, Piece, Rules, SHARED_BLOCK, Sink, Worker, Zeroes, shares_blocks,
+};
 use qcow2_format::{CompressionType, HostOffset};
 use qcow2_transform::{Codec, CompressOptions, Compressor};
 
-use super::copy::{Ahead, Copier, SHARED_BLOCK, shares_blocks};
 use super::prepare::{Payload, Planner, Prepared, Unit, transform};
-use super::scan::{Chunk, Piece, Rules, Zeroes};
-use super::{Compression, Context, ConvertOptions};
+use super::{Compression, ConvertOptions};
 use crate::create::{
     CreateOptions, ImageBuilder, NewCluster, Preallocation, Preallocator, lengthen, size_raw, zero_out,
 };
@@ -142,36 +143,7 @@ impl Qcow2Sink {
         })
     }
 
-    pub(super) fn rules(&self) -> Rules {
-        let long = self.planner.geometry.cluster_size() * LONG_CHUNK_CLUSTERS;
-        let zeroes = match (self.planner.sparse_size, self.planner.delta) {
-            (0, _) => Zeroes::Written,
-            (_, None) => Zeroes::Skip,
-            (_, Some(_)) if self.planner.has_zero_flag => Zeroes::Explicit(long),
-            (_, Some(_)) => Zeroes::Written,
-        };
-        Rules { chunk: self.chunk, zeroes, delta: self.planner.delta }
-    }
-
-    pub(super) fn compressor(&self) -> Result<Option<Compressor>> {
-        self.compression.as_ref().map(|o| Compressor::new(o).map_err(transform)).transpose()
-    }
-
-    /// Waits until another chunk may be begun: what is ready but not placed takes memory.
-    pub(super) fn admit(&self) {
-        let mut state = self.state.lock();
-        while !state.stopped && state.begun - state.turn >= self.ahead {
-            self.moved.wait(&mut state);
-        }
-        state.begun += 1;
-    }
-
-    pub(super) fn stop(&self) {
-        self.state.lock().stopped = true;
-        self.moved.notify_all();
-    }
-
-    pub(super) fn write(
+    fn write(
         &self,
         copier: &mut Copier<'_>,
         compressor: Option<&mut Compressor>,
@@ -305,18 +277,52 @@ impl Qcow2Sink {
     fn give_back(&self, buffer: Vec<u8>) {
         self.buffers.lock().push(buffer);
     }
+}
 
-    pub(super) fn finish(self, options: &ConvertOptions, job: &Job) -> Result<()> {
-        let State { mut builder, placed, .. } = self.state.into_inner();
-        if let Some(preallocator) = &self.preallocator {
+impl Sink for Qcow2Sink {
+    fn rules(&self) -> Rules {
+        let long = self.planner.geometry.cluster_size() * LONG_CHUNK_CLUSTERS;
+        let zeroes = match (self.planner.sparse_size, self.planner.delta) {
+            (0, _) => Zeroes::Written,
+            (_, None) => Zeroes::Skip,
+            (_, Some(_)) if self.planner.has_zero_flag => Zeroes::Explicit(long),
+            (_, Some(_)) => Zeroes::Written,
+        };
+        Rules { chunk: self.chunk, zeroes, delta: self.planner.delta }
+    }
+
+    fn worker(&self) -> Result<Worker<'_>> {
+        let compressor = self.compression.as_ref().map(|o| Compressor::new(o).map_err(transform));
+        let mut compressor = compressor.transpose()?;
+        Ok(Box::new(move |copier, chunk| self.write(copier, compressor.as_mut(), chunk)))
+    }
+
+    /// Waits until another chunk may be begun: what is ready but not placed takes memory.
+    fn admit(&self) {
+        let mut state = self.state.lock();
+        while !state.stopped && state.begun - state.turn >= self.ahead {
+            self.moved.wait(&mut state);
+        }
+        state.begun += 1;
+    }
+
+    fn stop(&self) {
+        self.state.lock().stopped = true;
+        self.moved.notify_all();
+    }
+
+    fn finish(self: Box<Self>, options: &ConvertOptions, job: &Job) -> Result<()> {
+        let Self { state, preallocator, preallocation, has_data_file, data, .. } = *self;
+        let State { mut builder, placed, .. } = state.into_inner();
+        if let Some(preallocator) = &preallocator {
             let size = builder.size();
             preallocator.place(&mut builder, placed, size, job)?;
         }
         job.checkpoint()?;
-        if options.durable && self.has_data_file {
-            self.data.flush()?;
+        if options.durable && has_data_file {
+            data.flush()?;
         }
-        builder.finish(self.preallocation, options.durable).map(drop)
+        builder.finish(preallocation, options.durable).map(drop)
     }
 }
 

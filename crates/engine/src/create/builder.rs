@@ -8,8 +8,9 @@ use std::sync::Arc;
 use qcow2_format::header::raw::MAGIC;
 use qcow2_format::{Geometry, GuestOffset, Header, HostOffset, L1Entry, L2Mapping, SubclusterBitmap};
 
+use super::Preallocation;
 use super::hosts::{Finished, HostClusters};
-use super::options::{CreateOptions, L1_ENTRY_SIZE, Preallocation};
+use super::options::{CreateOptions, L1_ENTRY_SIZE};
 use crate::invalid::invalid;
 use crate::{Error, ErrorKind, Mem, Result, Storage, StorageExt};
 

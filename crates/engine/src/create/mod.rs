@@ -8,23 +8,21 @@ mod builder;
 mod hosts;
 mod options;
 
-use std::ops::Range;
 use std::sync::Arc;
 
-pub use options::{Backing, CreateOptions, DataFile, Preallocation, SECTOR_SIZE};
+pub use options::{Backing, CreateOptions, DataFile};
+use qcow2_core::raw::SECTOR;
+pub use qcow2_core::space::Preallocation;
+pub(crate) use qcow2_core::space::{empty, lengthen, size_raw, write_zero_bytes, zero_out};
 use qcow2_format::limits::MAX_VIRTUAL_SIZE;
 use qcow2_format::{Header, HostOffset, SubclusterBitmap};
 
 pub(crate) use builder::{ImageBuilder, NewCluster, publish};
 
-use crate::{Error, ErrorKind, Job, Mem, Result, Storage, StorageExt};
+use crate::{Error, ErrorKind, Job, Result, Storage, StorageExt};
 
 /// Guest clusters that are placed in one step.
 const STEP: u64 = 8192;
-/// Bytes that are zeroed in one call.
-const ZERO_STEP: u64 = 1 << 30;
-/// Bytes of one write of zeroes.
-const ZERO_WRITE: usize = 256 << 10;
 
 /// Creates an image in `storage`, and empties or extends `data_file`, its external data file. What they held
 /// is lost, but for a data file that is to be kept. Returns when the image is durable; before that, `storage` holds no image.
@@ -89,7 +87,7 @@ pub fn create_raw(storage: &dyn Storage, size: u64, preallocation: Preallocation
         let message = "a raw image has no metadata to preallocate: falloc and full are possible";
         return Err(Error::new(ErrorKind::InvalidArgument, message).with_field("preallocation"));
     }
-    let size = size.checked_next_multiple_of(SECTOR_SIZE).filter(|&size| size <= MAX_VIRTUAL_SIZE);
+    let size = size.checked_next_multiple_of(SECTOR).filter(|&size| size <= MAX_VIRTUAL_SIZE);
     let size =
         size.ok_or_else(|| Error::new(ErrorKind::Limit, "the largest virtual size is 2^63 - 1 bytes"))?;
     job.set_total(size);
@@ -104,36 +102,6 @@ pub(crate) fn check_data_file(options: &CreateOptions, given: bool) -> Result<()
     }
     let message = if given { "a data file was opened but is not named" } else { "the data file is not open" };
     Err(Error::new(ErrorKind::InvalidArgument, message).with_field("data_file"))
-}
-
-/// Makes a file at least `size` bytes long, and leaves what it holds.
-pub(crate) fn lengthen(storage: &dyn Storage, size: u64) -> Result<()> {
-    if storage.size()? < size { storage.resize(size) } else { Ok(()) }
-}
-
-/// Empties a file that is not empty. A new file is left alone: some file systems take a cut to 0 as a sign to
-/// write everything out on close.
-pub(crate) fn empty(storage: &dyn Storage) -> Result<()> {
-    match storage.traits().block_device || storage.size()? == 0 {
-        true => Ok(()),
-        false => storage.resize(0),
-    }
-}
-
-/// Gives a raw file its size and space; what it held is lost. With a preallocation it reads as zeroes, also on a device: an
-/// image may map all of it.
-pub(crate) fn size_raw(storage: &dyn Storage, size: u64, mode: Preallocation, job: &Job) -> Result<()> {
-    empty(storage)?;
-    storage.resize(size)?;
-    match mode {
-        Preallocation::Off => Ok(()),
-        Preallocation::Metadata | Preallocation::Falloc if storage.traits().block_device => {
-            zero_out(storage, 0..size, mode == Preallocation::Metadata, job)
-        }
-        Preallocation::Metadata => Ok(()),
-        Preallocation::Falloc => storage.reserve(0, size),
-        Preallocation::Full => write_zero_bytes(storage, 0, size, job),
-    }
 }
 
 /// Maps guest clusters to host clusters that hold nothing yet.
@@ -201,29 +169,4 @@ fn contiguous_runs(places: &[Option<HostOffset>], cluster_size: u64) -> Vec<(Hos
         }
     }
     runs
-}
-
-/// Makes a range read as zeroes, step by step.
-pub(crate) fn zero_out(storage: &dyn Storage, range: Range<u64>, unmap: bool, job: &Job) -> Result<()> {
-    let mut at = range.start;
-    while at < range.end {
-        job.checkpoint()?;
-        let length = ZERO_STEP.min(range.end - at);
-        storage.zero(at, length, unmap)?;
-        at += length;
-    }
-    Ok(())
-}
-
-pub(crate) fn write_zero_bytes(storage: &dyn Storage, start: u64, length: u64, job: &Job) -> Result<()> {
-    static ZEROES: [u8; ZERO_WRITE] = [0; ZERO_WRITE];
-    let end = start.saturating_add(length);
-    let mut at = start;
-    while at < end {
-        job.checkpoint()?;
-        let n = usize::try_from(end - at).unwrap_or(usize::MAX).min(ZERO_WRITE);
-        storage.write_all_at(Mem::from(ZEROES.get(..n).unwrap_or(&ZEROES)), at)?;
-        at += n as u64;
-    }
-    Ok(())
 }

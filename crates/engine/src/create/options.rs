@@ -1,5 +1,7 @@
 //! What a new image can be, and which combinations the format allows.
 
+use qcow2_core::raw::SECTOR;
+use qcow2_core::space::Preallocation;
 use qcow2_format::header::extension::Extension;
 use qcow2_format::header::feature::{Autoclear, Compatible, Incompatible};
 use qcow2_format::limits::{MAX_L1_BYTES, MAX_VIRTUAL_SIZE};
@@ -8,26 +10,10 @@ use qcow2_format::{CompressionType, CryptMethod, FormatError, Geometry, Header, 
 use crate::invalid::invalid;
 use crate::{Error, ErrorKind, Result};
 
-/// Virtual sizes are multiples of this, as the guest's sectors are.
-pub const SECTOR_SIZE: u64 = 512;
 /// QEMU writes a feature name table only where the first cluster is larger than this.
 const SMALLEST_CLUSTER_WITHOUT_NAMES: u64 = 4096;
 /// Bytes of an L1 table entry.
 pub(super) const L1_ENTRY_SIZE: u64 = 8;
-
-/// How much of the image is allocated before anything is written to it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
-pub enum Preallocation {
-    /// Nothing.
-    #[default]
-    Off,
-    /// Every guest cluster has its host cluster; the file is sparse.
-    Metadata,
-    /// The file's space is reserved too.
-    Falloc,
-    /// The file's space is written with zeroes.
-    Full,
-}
 
 /// The backing file of a new image. It is named here and not opened.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -202,7 +188,7 @@ impl CreateOptions {
     pub(super) fn header(&self) -> Result<Header> {
         self.check_combinations()?;
         let geometry = self.geometry()?;
-        let size = match self.size.checked_next_multiple_of(SECTOR_SIZE) {
+        let size = match self.size.checked_next_multiple_of(SECTOR) {
             Some(size) if size <= MAX_VIRTUAL_SIZE => size,
             _ => return Err(too_large(self.size, "the largest virtual size is 2^63 - 1 bytes")),
         };

@@ -3,13 +3,14 @@
 use std::any::Any;
 use std::sync::Arc;
 
+use qcow2_core::disk::{Disk, Durability, WriteLayer};
 use qcow2_core::{Chain, Layer};
 
 use super::qcow2::Qcow2;
 use crate::clone::Clones;
 use crate::source::{Extent, GuestSource};
 use crate::write::WriteOptions;
-use crate::{Error, ErrorKind, Job, MemMut, Raw, Result, StorageExt};
+use crate::{Error, ErrorKind, Job, Mem, MemMut, Result, StorageExt};
 
 /// What this crate knows of a layer beyond what every format has: the one table of formats.
 pub trait LayerExt {
@@ -18,9 +19,6 @@ pub trait LayerExt {
 
     /// As [`LayerExt::as_qcow2`], to prepare it.
     fn as_qcow2_mut(&mut self) -> Option<&mut Qcow2>;
-
-    /// The raw image, if the layer is one.
-    fn as_raw(&self) -> Option<&Raw>;
 
     /// Makes the layer writable: as the top of a chain.
     ///
@@ -39,10 +37,6 @@ impl LayerExt for dyn Layer {
         (self as &mut dyn Any).downcast_mut()
     }
 
-    fn as_raw(&self) -> Option<&Raw> {
-        (self as &dyn Any).downcast_ref()
-    }
-
     fn enable_writing(&mut self, options: WriteOptions) -> Result<()> {
         if let Some(qcow2) = self.as_qcow2_mut() {
             return qcow2.enable_writing(options);
@@ -52,11 +46,7 @@ impl LayerExt for dyn Layer {
             let error = Error::new(ErrorKind::InvalidArgument, message).with_field("lazy_refcounts");
             return Err(self.storage().located(error));
         }
-        if let Some(raw) = (self as &mut dyn Any).downcast_mut::<Raw>() {
-            return raw.enable_writing((&options).into());
-        }
-        let message = format!("writing {} images is not supported", self.format());
-        Err(self.storage().located(Error::new(ErrorKind::UnsupportedFeature, message)))
+        self.make_writable((&options).into())
     }
 }
 
@@ -87,14 +77,21 @@ impl Image {
         self.chain.top().and_then(LayerExt::as_qcow2)
     }
 
-    /// The top layer where that is raw.
-    pub fn top_raw(&self) -> Option<&Raw> {
-        self.chain.top().and_then(LayerExt::as_raw)
+    /// The top layer where others than qcow2 take requests.
+    pub(crate) fn top_writable(&self) -> Option<&dyn WriteLayer> {
+        self.chain.top().and_then(Layer::as_writable).filter(|layer| layer.is_writable())
     }
 
     /// Size of the disk in bytes: the top layer's.
     pub fn virtual_size(&self) -> u64 {
         self.chain.virtual_size()
+    }
+
+    fn made_durable(&self, durability: Durability) -> Result<()> {
+        match durability {
+            Durability::AtFlush => Ok(()),
+            Durability::Now => self.flush(),
+        }
     }
 
     /// Fills `buf` with the guest bytes at `offset`.
@@ -103,6 +100,35 @@ impl Image {
     /// As [`Chain::read_at`].
     pub fn read_at(&self, buf: MemMut<'_>, offset: u64) -> Result<()> {
         self.chain.read_at(buf, offset)
+    }
+}
+
+impl Disk for Image {
+    fn write_at(&self, buf: Mem<'_>, offset: u64, durability: Durability) -> Result<()> {
+        self.write_at(buf, offset)?;
+        self.made_durable(durability)
+    }
+
+    fn write_zeroes(&self, offset: u64, length: u64, unmap: bool, durability: Durability) -> Result<()> {
+        self.write_zeroes(offset, length, unmap)?;
+        self.made_durable(durability)
+    }
+
+    fn discard(&self, offset: u64, length: u64, durability: Durability) -> Result<()> {
+        self.discard(offset, length)?;
+        self.made_durable(durability)
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.flush()
+    }
+
+    fn grow(&self, size: u64) -> Result<()> {
+        self.resize(size)
+    }
+
+    fn write_compressed_at(&self, buf: Mem<'_>, offset: u64) -> Result<()> {
+        self.write_compressed_at(buf, offset)
     }
 }
 

@@ -7,7 +7,6 @@ use std::time::Duration;
 use qcow2_format::L1Entry;
 
 use super::quarantine::Unlinked;
-use super::request::Top;
 use super::writer::Writer;
 use crate::image::{Image, Qcow2};
 use crate::maintenance::Session;
@@ -36,17 +35,15 @@ impl Image {
     /// # Errors
     /// `Io` when a write or sync fails; the image then refuses further writes.
     pub fn flush(&self) -> Result<()> {
-        match (self.top_qcow2(), self.top_raw()) {
-            (Some(image), _) if !image.is_writable() => Ok(()),
-            (_, Some(raw)) if !raw.is_writable() => Ok(()),
-            _ => match self.top()? {
-                Top::Raw(raw) => raw.storage().flush(),
-                Top::Qcow2(image, writer) => {
-                    let _shared = writer.gate.read();
-                    writer.check()?;
-                    self.flush_guest(image, writer)
-                }
-            },
+        match (self.top_qcow2(), self.top_writable()) {
+            (Some(image), _) if image.is_writable() => {
+                let writer = image.writer()?;
+                let _shared = writer.gate.read();
+                writer.check()?;
+                self.flush_guest(image, writer)
+            }
+            (None, Some(layer)) => layer.flush(),
+            _ => Ok(()),
         }
     }
 
@@ -65,7 +62,7 @@ impl Image {
 
     /// Closes the image but for its clones: what they read does not change any more.
     pub(crate) fn seal(&self) -> Result<()> {
-        match (self.top_qcow2(), self.top_raw()) {
+        match (self.top_qcow2(), self.top_writable()) {
             (Some(image), _) => {
                 let Some(writer) = &image.writer else { return Ok(()) };
                 if writer.check().is_err() {
@@ -90,7 +87,7 @@ impl Image {
                 writer.close();
                 Ok(())
             }
-            (_, Some(raw)) if raw.is_writable() => raw.storage().flush(),
+            (_, Some(layer)) => layer.flush(),
             _ => Ok(()),
         }
     }

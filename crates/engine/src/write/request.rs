@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
+use qcow2_core::disk::WriteLayer;
 use qcow2_format::{L2Mapping, SubclusterBitmap};
 use qcow2_transform::is_zero;
 
@@ -13,7 +14,7 @@ use super::cluster::{Run, Step};
 use super::cow::plan_cow;
 use super::writer::Writer;
 use crate::image::{Image, Loaded, Qcow2};
-use crate::{DetectZeroes, Error, ErrorKind, Mem, MemMut, Raw, Result, StorageExt};
+use crate::{DetectZeroes, Error, ErrorKind, Mem, MemMut, Result, StorageExt};
 
 /// Milliseconds that a request without space waits for those that still use what is free otherwise.
 const PATIENCE: u32 = 2000;
@@ -40,7 +41,8 @@ impl<'a> Payload<'a> {
 
 /// The top layer of a writable image.
 pub(super) enum Top<'a> {
-    Raw(&'a Raw),
+    /// One that nothing shows through.
+    Layer(&'a dyn WriteLayer),
     Qcow2(&'a Qcow2, &'a Writer),
 }
 
@@ -54,12 +56,12 @@ impl Image {
     pub fn write_at(&self, buf: Mem<'_>, offset: u64) -> Result<()> {
         let range = self.guest_range(offset, buf.len() as u64)?;
         self.guest_request(&range.clone(), |top| match top {
-            Top::Raw(raw) => match raw.detect_zeroes() {
-                DetectZeroes::Off => raw.storage().write_all_at(buf, offset),
+            Top::Layer(layer) => match layer.disk_options().detect_zeroes {
+                DetectZeroes::Off => layer.write_at(buf, offset),
                 detect if !buf.is_empty() && buf.is_zero() => {
-                    raw.storage().zero(offset, buf.len() as u64, detect == DetectZeroes::Unmap)
+                    layer.write_zeroes(offset, buf.len() as u64, detect == DetectZeroes::Unmap)
                 }
-                _ => raw.storage().write_all_at(buf, offset),
+                _ => layer.write_at(buf, offset),
             },
             Top::Qcow2(image, writer) => {
                 let range = range.clone();
@@ -82,12 +84,12 @@ impl Image {
         mut request: impl FnMut(Top<'_>) -> Result<()>,
     ) -> Result<()> {
         match self.top()? {
-            Top::Raw(raw) => {
-                let _shared = self.clones.raw_gate.read();
+            Top::Layer(layer) => {
+                let _shared = self.clones.layer_gate.read();
                 self.guest_range(range.start, range.end - range.start)?;
                 self.preserve(range);
-                request(Top::Raw(raw))?;
-                if raw.flush_each() { raw.storage().flush() } else { Ok(()) }
+                request(Top::Layer(layer))?;
+                if layer.disk_options().flush_each { layer.flush() } else { Ok(()) }
             }
             Top::Qcow2(image, writer) => {
                 let _shared = writer.gate.read();
@@ -121,9 +123,9 @@ impl Image {
     }
 
     pub(super) fn top(&self) -> Result<Top<'_>> {
-        match (self.top_qcow2(), self.top_raw()) {
+        match (self.top_qcow2(), self.top_writable()) {
             (Some(image), _) => Ok(Top::Qcow2(image, image.writer()?)),
-            (_, Some(raw)) if raw.is_writable() => Ok(Top::Raw(raw)),
+            (_, Some(layer)) => Ok(Top::Layer(layer)),
             _ => Err(Error::new(ErrorKind::ReadOnly, "the image is open for reading only")),
         }
     }

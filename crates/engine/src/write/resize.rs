@@ -9,16 +9,13 @@ use qcow2_format::limits::MAX_L1_BYTES;
 use super::alloc::Allocation;
 use super::request::{Payload, Top};
 use super::writer::Writer;
-use crate::create::{Preallocation, write_zero_bytes, zero_out};
+use crate::create::Preallocation;
 use crate::image::{Image, Qcow2};
 use crate::maintenance::Session;
-use crate::{Error, ErrorKind, GuestSource, Job, Mem, Raw, Result, Storage, StorageExt};
+use crate::{Error, ErrorKind, GuestSource, Job, Mem, Result, StorageExt};
 
 /// Extents looked at together.
 const EXTENTS: usize = 4096;
-
-/// Bytes whose space is reserved together.
-const RESERVED: usize = 1 << 30;
 
 /// How to resize a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -63,9 +60,11 @@ impl Image {
             return Err(Error::new(ErrorKind::InvalidArgument, message).with_field("size"));
         }
         match self.top()? {
-            Top::Raw(raw) => {
-                let _alone = self.clones.raw_gate.write();
-                self.resize_raw(raw, size, options, job)
+            Top::Layer(layer) => {
+                let _alone = self.clones.layer_gate.write();
+                self.judge_size(size, options, job)?;
+                self.preserve(&(size..self.virtual_size()));
+                layer.resize(size, options.preallocation, job)
             }
             Top::Qcow2(image, writer) => {
                 // Once before anything is touched, once when nobody else changes it.
@@ -114,36 +113,6 @@ impl Image {
             stored += extents.iter().filter(|extent| !extent.zero).map(|extent| extent.length).sum::<u64>();
         }
         Ok(stored)
-    }
-
-    fn resize_raw(&self, raw: &Raw, size: u64, options: ResizeOptions, job: &Job) -> Result<()> {
-        self.judge_size(size, options, job)?;
-        let old = self.virtual_size();
-        let device = raw.storage().traits().block_device;
-        if device {
-            judge_device(&**raw.storage(), size)?;
-        }
-        let prepared = match options.preallocation {
-            Preallocation::Metadata => {
-                let message = "a raw image has no metadata to preallocate: falloc and full are possible";
-                return Err(Error::new(ErrorKind::InvalidArgument, message).with_field("preallocation"));
-            }
-            // What was behind the former end of a device that was extended is not the disk's.
-            Preallocation::Off | Preallocation::Falloc if device && size > old => {
-                let unmap = options.preallocation == Preallocation::Off;
-                zero_out(&**raw.storage(), old..size, unmap, job)
-            }
-            Preallocation::Falloc => reserve(&**raw.storage(), old..size, job),
-            Preallocation::Full => write_zero_bytes(&**raw.storage(), old, size - old, job),
-            Preallocation::Off => Ok(()),
-        };
-        if let Err(error) = prepared {
-            // The length of the file is the size of the disk, and that stays.
-            raw.storage().resize(old)?;
-            return Err(error);
-        }
-        self.preserve(&(size..old));
-        raw.resize(size)
     }
 
     fn grow(
@@ -294,28 +263,6 @@ impl Writer {
             })?;
         Ok(cluster)
     }
-}
-
-/// Reserves space step by step: where the file system has to write for it, that takes long.
-fn reserve(storage: &dyn Storage, range: Range<u64>, job: &Job) -> Result<()> {
-    for start in range.clone().step_by(RESERVED) {
-        job.checkpoint()?;
-        storage.reserve(start, (RESERVED as u64).min(range.end - start))?;
-    }
-    Ok(())
-}
-
-/// Refuses a size that a device does not have: nobody resizes one by way of its contents.
-fn judge_device(device: &dyn Storage, size: u64) -> Result<()> {
-    let length = device.size()?;
-    if size == length {
-        return Ok(());
-    }
-    let message = format!(
-        "a device cannot be resized to {size} bytes, it has {length}: change the device itself (a logical volume with \
-         lvextend or lvreduce, say), then resize the disk to the length that it has"
-    );
-    Err(device.located(Error::new(ErrorKind::InvalidArgument, message).with_field("size")))
 }
 
 /// Refuses what QEMU refuses, too: what belongs to the disk and cannot follow its size.

@@ -26,7 +26,7 @@ impl Image {
             return Ok(());
         }
         self.guest_request(&range.clone(), |top| match top {
-            Top::Raw(raw) => raw.storage().zero(offset, length, unmap),
+            Top::Layer(layer) => layer.write_zeroes(offset, length, unmap),
             Top::Qcow2(image, writer) => {
                 self.zero_range(image, writer, range.clone(), unmap)?;
                 self.limit_dirty(image, writer)
@@ -43,13 +43,12 @@ impl Image {
         let range = self.guest_range(offset, length)?;
         // What does nothing marks nothing either.
         match self.top()? {
-            Top::Raw(raw) if raw.discard() == Discard::Ignore => return Ok(()),
+            Top::Layer(layer) if layer.disk_options().discard == Discard::Ignore => return Ok(()),
             Top::Qcow2(_, writer) if writer.options.discard == Discard::Ignore => return writer.check(),
             _ => {}
         }
         self.guest_request(&range.clone(), |top| match top {
-            Top::Raw(raw) if length > 0 => raw.storage().free(offset, length),
-            Top::Raw(_) => Ok(()),
+            Top::Layer(layer) => layer.discard(offset, length),
             Top::Qcow2(image, writer) => {
                 self.discard_range(image, writer, range.clone())?;
                 self.limit_dirty(image, writer)

@@ -6,9 +6,9 @@ use qcow2_transform::zero;
 
 use super::copy::{Ahead, Copier, shares_blocks};
 use super::scan::{Chunk, Rules, Zeroes};
-use super::{Context, ConvertOptions};
-use crate::create::{Preallocation, empty, size_raw};
-use crate::{Error, ErrorKind, Mem, Result, Storage, StorageExt};
+use super::{Context, ConvertOptions, Sink, Worker};
+use crate::space::{Preallocation, empty, size_raw};
+use crate::{Error, ErrorKind, Job, Mem, Result, Storage, StorageExt};
 
 /// Bytes of a chunk: small enough to stay in the core's cache between its read and its write.
 const CHUNK: u64 = 256 << 10;
@@ -19,7 +19,8 @@ const SHARED_CHUNK: u64 = 1 << 30;
 /// Bytes that are zeroed in one call.
 const ZERO_CHUNK: u64 = 1 << 30;
 
-pub(super) struct RawSink {
+/// Into a raw file or device.
+pub struct RawSink {
     storage: Arc<dyn Storage>,
     /// Granularity in bytes at which zeroes are left out; 0 writes them.
     sparse_size: usize,
@@ -30,7 +31,11 @@ pub(super) struct RawSink {
 }
 
 impl RawSink {
-    pub(super) fn new(
+    /// Makes the target ready. `keep`: the file stays as long as it is, and holds anything.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a target that is too small; `Io`; `Aborted`.
+    pub fn new(
         context: &Context<'_>,
         storage: Arc<dyn Storage>,
         preallocation: Preallocation,
@@ -63,16 +68,7 @@ impl RawSink {
         Ok(Self { storage, sparse_size, stale: fixed && !context.options.target_is_zero, shared, ahead })
     }
 
-    pub(super) fn rules(&self) -> Rules {
-        let zeroes = match (self.sparse_size, self.stale) {
-            (0, _) => Zeroes::Written,
-            (_, true) => Zeroes::Explicit(ZERO_CHUNK),
-            (_, false) => Zeroes::Skip,
-        };
-        Rules { chunk: if self.shared { SHARED_CHUNK } else { CHUNK }, zeroes, delta: None }
-    }
-
-    pub(super) fn write(&self, copier: &mut Copier<'_>, chunk: &Chunk) -> Result<()> {
+    fn write(&self, copier: &mut Copier<'_>, chunk: &Chunk) -> Result<()> {
         if self.sparse_size != 0 && chunk.is_zero() {
             return self.storage.zero(chunk.start, chunk.length(), true);
         }
@@ -109,8 +105,23 @@ impl RawSink {
         }
         Ok(())
     }
+}
 
-    pub(super) fn finish(self, options: &ConvertOptions) -> Result<()> {
+impl Sink for RawSink {
+    fn rules(&self) -> Rules {
+        let zeroes = match (self.sparse_size, self.stale) {
+            (0, _) => Zeroes::Written,
+            (_, true) => Zeroes::Explicit(ZERO_CHUNK),
+            (_, false) => Zeroes::Skip,
+        };
+        Rules { chunk: if self.shared { SHARED_CHUNK } else { CHUNK }, zeroes, delta: None }
+    }
+
+    fn worker(&self) -> Result<Worker<'_>> {
+        Ok(Box::new(|copier, chunk| self.write(copier, &chunk)))
+    }
+
+    fn finish(self: Box<Self>, options: &ConvertOptions, _: &Job) -> Result<()> {
         if options.durable { self.storage.flush() } else { Ok(()) }
     }
 }

@@ -21,7 +21,7 @@ const FEW_EXTENTS: usize = 256;
 
 /// Where the bytes of a piece come from.
 #[derive(Debug, Clone)]
-pub(super) enum Content {
+pub enum Content {
     /// Stored as they are, in this file at this offset.
     Stored(Arc<dyn Storage>, u64),
     /// To be read through the source.
@@ -32,19 +32,23 @@ pub(super) enum Content {
 
 /// A part of a chunk; between pieces there is nothing to copy.
 #[derive(Debug, Clone)]
-pub(super) struct Piece {
-    pub(super) start: u64,
-    pub(super) length: u64,
-    pub(super) content: Content,
+pub struct Piece {
+    /// First guest byte.
+    pub start: u64,
+    /// Length in bytes, never 0.
+    pub length: u64,
+    /// Where its bytes come from.
+    pub content: Content,
 }
 
 impl Piece {
-    pub(super) fn end(&self) -> u64 {
+    /// First guest byte behind it.
+    pub fn end(&self) -> u64 {
         self.start + self.length
     }
 
     /// `length` bytes of it from `skip` on.
-    pub(super) fn part(&self, skip: u64, length: u64) -> Self {
+    pub fn part(&self, skip: u64, length: u64) -> Self {
         let content = match &self.content {
             Content::Stored(storage, offset) => Content::Stored(Arc::clone(storage), offset + skip),
             other => other.clone(),
@@ -55,29 +59,31 @@ impl Piece {
 
 /// An aligned range of the disk with something to copy.
 #[derive(Debug)]
-pub(super) struct Chunk {
+pub struct Chunk {
     /// Number in guest order, from 0.
-    pub(super) ticket: u64,
-    pub(super) start: u64,
+    pub ticket: u64,
+    /// First guest byte, aligned.
+    pub start: u64,
     /// Aligned, or the end of the disk.
-    pub(super) end: u64,
+    pub end: u64,
     /// In guest order, never empty.
-    pub(super) pieces: Vec<Piece>,
+    pub pieces: Vec<Piece>,
     /// Guest bytes that are done with this chunk: its own, and what was skipped before it.
-    pub(super) advance: u64,
+    pub advance: u64,
 }
 
 impl Chunk {
-    pub(super) fn length(&self) -> u64 {
+    /// Length in bytes.
+    pub fn length(&self) -> u64 {
         self.end - self.start
     }
     /// Bytes to copy.
-    pub(super) fn bytes(&self) -> u64 {
+    pub fn bytes(&self) -> u64 {
         let data = self.pieces.iter().filter(|piece| !matches!(piece.content, Content::Zero));
         data.map(|piece| piece.length).sum()
     }
     /// Whether the whole chunk is explicit zeroes; it can then be longer than usual.
-    pub(super) fn is_zero(&self) -> bool {
+    pub fn is_zero(&self) -> bool {
         matches!(self.pieces.as_slice(), [Piece { content: Content::Zero, start, length }]
             if *start == self.start && *length == self.length())
     }
@@ -85,7 +91,7 @@ impl Chunk {
 
 /// What happens to ranges that read as zeroes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Zeroes {
+pub enum Zeroes {
     /// The target reads as zeroes anyway.
     Skip,
     /// The target has a cheap way to say so: one chunk can be this long.
@@ -96,14 +102,17 @@ pub(super) enum Zeroes {
 
 /// How to cut.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Rules {
+pub struct Rules {
     /// Alignment and length of chunks in bytes.
-    pub(super) chunk: u64,
-    pub(super) zeroes: Zeroes,
-    pub(super) delta: Option<Delta>,
+    pub chunk: u64,
+    /// What becomes of ranges that read as zeroes.
+    pub zeroes: Zeroes,
+    /// What the target's base has already.
+    pub delta: Option<Delta>,
 }
 
-pub(super) struct Scanner<'a> {
+/// Cuts the extents of a source into chunks.
+pub struct Scanner<'a> {
     source: &'a dyn GuestSource,
     rules: Rules,
     size: u64,
@@ -118,19 +127,23 @@ pub(super) struct Scanner<'a> {
 }
 
 impl<'a> Scanner<'a> {
-    pub(super) fn new(source: &'a dyn GuestSource, rules: Rules, job: &'a Job) -> Self {
+    /// Over the whole disk.
+    pub fn new(source: &'a dyn GuestSource, rules: Rules, job: &'a Job) -> Self {
         let size = source.virtual_size();
         let queue = VecDeque::new();
         Self { source, rules, size, job, asked: 0, window: MIN_WINDOW, queue, tickets: 0, done: 0 }
     }
 
     /// End of the last chunk that was handed out.
-    pub(super) fn done(&self) -> u64 {
+    pub fn done(&self) -> u64 {
         self.done
     }
 
     /// The next chunk in guest order, `None` at the end of the disk.
-    pub(super) fn next(&mut self) -> Result<Option<Chunk>> {
+    ///
+    /// # Errors
+    /// `Aborted`; what listing extents meets.
+    pub fn next(&mut self) -> Result<Option<Chunk>> {
         self.job.checkpoint()?;
         let mut pieces: Vec<Piece> = Vec::new();
         let (mut start, mut end) = (0, 0);

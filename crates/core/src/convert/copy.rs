@@ -9,21 +9,22 @@ use crate::{GuestSource, Job, Mem, MemMut, Result, Storage, StorageExt};
 /// Bytes moved through the buffer at once: stays in the core's cache between the read and the write.
 const STEP: usize = 256 << 10;
 /// File systems share blocks of this size; most have it, and a refusal falls back on copying.
-pub(super) const SHARED_BLOCK: u64 = 4096;
+pub const SHARED_BLOCK: u64 = 4096;
 
 /// Space taken ahead of writes where that pays, until it is refused once: on a full disk, the write itself says so.
 #[derive(Debug)]
-pub(super) struct Ahead {
+pub struct Ahead {
     refused: AtomicBool,
 }
 
 impl Ahead {
     /// Not for a target whose space is taken already.
-    pub(super) fn new(useful: bool) -> Self {
+    pub fn new(useful: bool) -> Self {
         Self { refused: AtomicBool::new(!useful) }
     }
 
-    pub(super) fn take(&self, target: &dyn Storage, offset: u64, length: u64) {
+    /// Takes space for a write that comes.
+    pub fn take(&self, target: &dyn Storage, offset: u64, length: u64) {
         if !self.refused.load(Ordering::Relaxed) && target.allocate_ahead(offset, length).is_err() {
             self.refused.store(true, Ordering::Relaxed);
         }
@@ -31,18 +32,23 @@ impl Ahead {
 }
 
 /// One worker's way to move bytes.
-pub(super) struct Copier<'a> {
-    pub(super) context: Context<'a>,
+pub struct Copier<'a> {
+    /// Of the whole convert.
+    pub context: Context<'a>,
     buffer: Vec<u8>,
 }
 
 impl<'a> Copier<'a> {
-    pub(super) fn new(context: Context<'a>) -> Self {
+    /// With a buffer of its own.
+    pub fn new(context: Context<'a>) -> Self {
         Self { context, buffer: Vec::new() }
     }
 
     /// Reads one piece.
-    pub(super) fn read(&self, piece: &Piece, into: &mut [u8]) -> Result<()> {
+    ///
+    /// # Errors
+    /// `Io`; what reading the source meets.
+    pub fn read(&self, piece: &Piece, into: &mut [u8]) -> Result<()> {
         match &piece.content {
             Content::Stored(storage, offset) => {
                 storage.read_padded_at(MemMut::from(&mut *into), *offset)?;
@@ -58,7 +64,10 @@ impl<'a> Copier<'a> {
     }
 
     /// Reads a chunk into `buffer`, which starts at the chunk's start; zeroes where there is no piece.
-    pub(super) fn read_chunk(&self, chunk: &Chunk, buffer: &mut [u8]) -> Result<()> {
+    ///
+    /// # Errors
+    /// `Io`; what reading the source meets.
+    pub fn read_chunk(&self, chunk: &Chunk, buffer: &mut [u8]) -> Result<()> {
         let mut filled = 0;
         for piece in &chunk.pieces {
             let from = (piece.start - chunk.start) as usize;
@@ -72,11 +81,10 @@ impl<'a> Copier<'a> {
     }
 
     /// Reads a chunk into this worker's buffer and lends it.
-    pub(super) fn with_chunk(
-        &mut self,
-        chunk: &Chunk,
-        then: impl FnOnce(&Self, &[u8]) -> Result<()>,
-    ) -> Result<()> {
+    ///
+    /// # Errors
+    /// `Io`; those of `then`; what reading the source meets.
+    pub fn with_chunk(&mut self, chunk: &Chunk, then: impl FnOnce(&Self, &[u8]) -> Result<()>) -> Result<()> {
         let mut buffer = std::mem::take(&mut self.buffer);
         let length = chunk.length() as usize;
         if buffer.len() < length {
@@ -90,7 +98,10 @@ impl<'a> Copier<'a> {
 
     /// Makes `target` hold the bytes of `piece` at `offset`: whole blocks shared with the source where the
     /// file system does that, the rest copied.
-    pub(super) fn share(&mut self, piece: &Piece, target: &dyn Storage, offset: u64) -> Result<()> {
+    ///
+    /// # Errors
+    /// `Io`; what reading the source meets.
+    pub fn share(&mut self, piece: &Piece, target: &dyn Storage, offset: u64) -> Result<()> {
         if let Content::Stored(from, at) = &piece.content {
             let head = (SHARED_BLOCK - offset % SHARED_BLOCK) % SHARED_BLOCK;
             let blocks = piece.length.saturating_sub(head) / SHARED_BLOCK * SHARED_BLOCK;
@@ -127,7 +138,10 @@ impl<'a> Copier<'a> {
 
 /// Whether the file system shares blocks between the source and `target`, an empty file: tried out with the
 /// source's first stored data. Leaves `target` empty.
-pub(super) fn shares_blocks(
+///
+/// # Errors
+/// `Io`; what reading the source meets.
+pub fn shares_blocks(
     source: &dyn GuestSource,
     delta: Option<Delta>,
     target: &dyn Storage,

@@ -1,4 +1,4 @@
-//! A target that exists and is open for writing: every chunk is a guest write. Chunks are read side by side and written in order, so
+//! A disk that is open for writing: every chunk is a guest write. Chunks are read side by side and written in order, so
 //! that the target's clusters follow each other; those that are compressed are written as they are ready. Lock: `turn`, alone.
 
 use parking_lot::{Condvar, Mutex};
@@ -6,16 +6,17 @@ use qcow2_transform::zero;
 
 use super::copy::Copier;
 use super::scan::{Chunk, Rules, Zeroes};
-use super::{Context, ConvertOptions, Delta};
-use crate::{Error, ErrorKind, Image, Mem, Result};
+use super::{Context, ConvertOptions, Delta, Sink, Worker};
+use crate::{Disk, Durability, Error, ErrorKind, Job, Mem, Result};
 
 /// Bytes of a chunk, at least a cluster: two workers seldom meet in one.
 const CHUNK: u64 = 1 << 20;
 /// Bytes that are zeroed in one call.
 const ZERO_CHUNK: u64 = 1 << 30;
 
-pub(super) struct ImageSink<'a> {
-    image: &'a Image,
+/// Into a disk that is written to.
+pub struct DiskSink<'a> {
+    disk: &'a dyn Disk,
     /// Granularity in bytes at which zeroes are found; 0 writes them.
     sparse_size: usize,
     /// Zeroes have to be put there: the target holds something else.
@@ -37,7 +38,7 @@ struct Turn {
 }
 
 /// The right to write a chunk; the next one follows when it is dropped.
-struct Held<'a>(&'a ImageSink<'a>);
+struct Held<'a>(&'a DiskSink<'a>);
 
 impl Drop for Held<'_> {
     fn drop(&mut self) {
@@ -46,16 +47,20 @@ impl Drop for Held<'_> {
     }
 }
 
-impl<'a> ImageSink<'a> {
-    pub(super) fn new(context: &Context<'_>, image: &'a Image) -> Result<Self> {
-        let (size, room) = (context.source.virtual_size(), image.virtual_size());
+impl<'a> DiskSink<'a> {
+    /// The disk keeps what it has behind the source's end. `unit` is the granularity in bytes at which it allocates.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a disk that is smaller than the source.
+    pub fn new(context: &Context<'_>, disk: &'a dyn Disk, unit: Option<u64>) -> Result<Self> {
+        let (size, room) = (context.source.virtual_size(), disk.virtual_size());
         if room < size {
             let message = format!("the target's disk holds {room} bytes, the source's {size}");
             return Err(Error::new(ErrorKind::InvalidArgument, message).with_field("target"));
         }
-        let cluster = image.layers().first().and_then(|top| top.unit()).unwrap_or(CHUNK);
+        let cluster = unit.unwrap_or(CHUNK);
         Ok(Self {
-            image,
+            disk,
             sparse_size: usize::try_from(context.options.sparse_size).unwrap_or(usize::MAX),
             stale: !context.options.target_is_zero,
             compressed: context.options.compression.map(|_| cluster),
@@ -65,21 +70,6 @@ impl<'a> ImageSink<'a> {
             turn: Mutex::default(),
             moved: Condvar::new(),
         })
-    }
-
-    pub(super) fn rules(&self) -> Rules {
-        let zeroes = match (self.sparse_size, self.stale) {
-            (0, _) => Zeroes::Written,
-            (_, true) => Zeroes::Explicit(ZERO_CHUNK),
-            (_, false) => Zeroes::Skip,
-        };
-        Rules { chunk: self.chunk, zeroes, delta: self.delta }
-    }
-
-    /// Nothing more is written: some chunk never comes.
-    pub(super) fn stop(&self) {
-        self.turn.lock().stopped = true;
-        self.moved.notify_all();
     }
 
     /// Waits until all chunks before this one are written.
@@ -94,10 +84,10 @@ impl<'a> ImageSink<'a> {
         if turn.stopped { Err(Error::aborted()) } else { Ok(Some(Held(self))) }
     }
 
-    pub(super) fn write(&self, copier: &mut Copier<'_>, chunk: &Chunk) -> Result<()> {
+    fn write(&self, copier: &mut Copier<'_>, chunk: &Chunk) -> Result<()> {
         if self.sparse_size != 0 && chunk.is_zero() {
             let _turn = self.wait(chunk)?;
-            return self.image.write_zeroes(chunk.start, chunk.length(), true);
+            return self.disk.write_zeroes(chunk.start, chunk.length(), true, Durability::AtFlush);
         }
         copier.with_chunk(chunk, |copier, bytes| {
             let _turn = self.wait(chunk)?;
@@ -135,9 +125,9 @@ impl<'a> ImageSink<'a> {
             let end = at + part.len() as u64;
             if self.sparse_size != 0 && zero::is_zero(part) {
                 self.zero(at, part.len() as u64)?;
-            } else if part.len() as u64 == cluster || end == self.image.virtual_size() {
+            } else if part.len() as u64 == cluster || end == self.disk.virtual_size() {
                 copier.context.count_written(part.len() as u64);
-                self.image.write_compressed_at(Mem::from(part), at)?;
+                self.disk.write_compressed_at(Mem::from(part), at)?;
             } else {
                 self.put(copier, part, at)?;
             }
@@ -148,14 +138,34 @@ impl<'a> ImageSink<'a> {
 
     fn put(&self, copier: &Copier<'_>, bytes: &[u8], offset: u64) -> Result<()> {
         copier.context.count_written(bytes.len() as u64);
-        self.image.write_at(Mem::from(bytes), offset)
+        self.disk.write_at(Mem::from(bytes), offset, Durability::AtFlush)
     }
 
     fn zero(&self, offset: u64, length: u64) -> Result<()> {
-        if self.stale { self.image.write_zeroes(offset, length, true) } else { Ok(()) }
+        if self.stale { self.disk.write_zeroes(offset, length, true, Durability::AtFlush) } else { Ok(()) }
+    }
+}
+
+impl Sink for DiskSink<'_> {
+    fn rules(&self) -> Rules {
+        let zeroes = match (self.sparse_size, self.stale) {
+            (0, _) => Zeroes::Written,
+            (_, true) => Zeroes::Explicit(ZERO_CHUNK),
+            (_, false) => Zeroes::Skip,
+        };
+        Rules { chunk: self.chunk, zeroes, delta: self.delta }
     }
 
-    pub(super) fn finish(&self, options: &ConvertOptions) -> Result<()> {
-        if options.durable { self.image.flush() } else { Ok(()) }
+    fn stop(&self) {
+        self.turn.lock().stopped = true;
+        self.moved.notify_all();
+    }
+
+    fn worker(&self) -> Result<Worker<'_>> {
+        Ok(Box::new(|copier, chunk| self.write(copier, &chunk)))
+    }
+
+    fn finish(self: Box<Self>, options: &ConvertOptions, _: &Job) -> Result<()> {
+        if options.durable { self.disk.flush() } else { Ok(()) }
     }
 }
