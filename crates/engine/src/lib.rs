@@ -13,6 +13,7 @@ pub mod clone;
 pub mod compact;
 pub mod convert;
 pub mod create;
+pub mod files;
 pub mod image;
 pub mod inspect;
 mod invalid;

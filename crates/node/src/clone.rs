@@ -5,12 +5,11 @@ use std::sync::Arc;
 
 use napi::bindgen_prelude::{Env, ToNapiValue};
 use napi_derive::napi;
-use qcow2_engine::clone::{CloneResult, CloneTarget, LiveClone};
+use qcow2_engine::clone::CloneResult;
 use qcow2_engine::convert::{Compression, Window};
-use qcow2_engine::storage::NewFile;
-use qcow2_engine::{Image, Job, Result};
+use qcow2_engine::files::FileClone;
 
-use crate::create::{Content, Target};
+use crate::create::target;
 use crate::job::{Lane, Ticket};
 use crate::resource::{Handle, Resource};
 use crate::runtime::Runtime;
@@ -48,9 +47,7 @@ pub struct Cloned {
 /// A clone between its point in time and its end. Dropped, it ends, and its files never were.
 pub(crate) struct Begun {
     handle: Arc<Handle>,
-    clone: LiveClone,
-    file: NewFile,
-    data: Option<NewFile>,
+    clone: FileClone,
 }
 
 /// Makes the target and takes the point in time; tells the clone's number.
@@ -65,14 +62,17 @@ pub fn begin_clone(
 ) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
     let handle = runtime.image(image)?;
-    let target = Target::new(path, order.overwrite, &order.in_use)?;
+    let target = target(path, order.overwrite, &order.in_use)?;
     runtime.start_job_in(
         Lane::Brief,
         &env,
         Ticket { request, job },
         move |job| {
-            let (clone, file, data) = handle.run(|image| order.begin(image, &target, job))?;
-            Ok(Box::new(Begun { handle, clone, file, data }))
+            let clone = handle.run(|image| {
+                let disk = order.shape.new_disk(image.virtual_size());
+                FileClone::begin(image, &target, disk, order.compression(), job)
+            })?;
+            Ok(Box::new(Begun { handle, clone }))
         },
         |runtime, env, begun| {
             let number = runtime.hold(Resource::Clone(begun));
@@ -94,7 +94,11 @@ pub fn run_clone(env: Env, request: u32, job: u32, clone: u32, concurrency: Opti
         Lane::Continued,
         &env,
         Ticket { request, job },
-        move |job| begun.run(concurrency, job),
+        move |job| {
+            let Begun { handle, clone } = *begun;
+            // The clone is of what the disk was: an overlay does not matter to it.
+            handle.run_apart(|image| clone.run(image, concurrency, job))
+        },
         |_, env, result: CloneResult| {
             let cloned = Cloned {
                 virtual_size: result.virtual_size as f64,
@@ -108,42 +112,8 @@ pub fn run_clone(env: Env, request: u32, job: u32, clone: u32, concurrency: Opti
 }
 
 impl CloneOrder {
-    fn begin(
-        &self,
-        image: &Image,
-        target: &Target,
-        job: &Job,
-    ) -> Result<(LiveClone, NewFile, Option<NewFile>)> {
-        if self.shape.is_raw() {
-            let (size, preallocation) = (image.virtual_size(), self.shape.preallocation());
-            let content = Content { size, preallocation, cluster_size: 1, source: Some(image), job };
-            let file = target.start_raw(&content)?;
-            let raw = CloneTarget::Raw { storage: file.storage(), preallocation };
-            return Ok((image.begin_clone(raw, job)?, file, None));
-        }
-        let create = self.shape.options(image.virtual_size());
-        create.validate()?;
-        let content = Content::of(&create, Some(image), job);
-        let (file, data) = target.start_qcow2(&content, &self.shape)?;
+    fn compression(&self) -> Option<Compression> {
         let window = if self.small_window { Window::Qemu4KiB } else { Window::Full };
-        let qcow2 = CloneTarget::Qcow2 {
-            storage: file.storage(),
-            data_file: data.as_ref().map(NewFile::storage),
-            create: Box::new(create),
-            compression: self.compress.then_some(Compression { level: self.level, window }),
-        };
-        Ok((image.begin_clone(qcow2, job)?, file, data))
-    }
-}
-
-impl Begun {
-    fn run(self, concurrency: Option<NonZeroUsize>, job: &Job) -> Result<CloneResult> {
-        let Self { handle, clone, file, data } = self;
-        // The clone is of what the disk was: an overlay does not matter to it.
-        let result = handle.run_apart(|image| clone.run(image, concurrency, job))?;
-        // The image last: it is not there without its data.
-        data.map(NewFile::commit).transpose()?;
-        file.commit()?;
-        Ok(result)
+        self.compress.then_some(Compression { level: self.level, window })
     }
 }

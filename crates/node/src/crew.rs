@@ -123,8 +123,8 @@ impl Crew {
         self.shared.work.notify_all();
     }
 
-    /// Takes no more jobs, begins none that waits, and waits for those that run.
-    pub(crate) fn close(&self) {
+    /// Takes no more jobs, and begins none that waits. What is returned waits for those that run.
+    pub(crate) fn close(&self) -> impl FnOnce() + Send + use<> {
         let handles = {
             let mut line = self.shared.line.lock();
             line.closed = true;
@@ -132,7 +132,7 @@ impl Crew {
             std::mem::take(&mut line.handles)
         };
         self.shared.work.notify_all();
-        join(handles);
+        move || join(handles)
     }
 }
 

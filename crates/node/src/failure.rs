@@ -22,8 +22,12 @@ pub struct Failure {
     pub field: Option<String>,
     /// The system's error number, positive.
     pub errno: Option<i32>,
-    /// The system call.
+    /// The system call, or what else the storage calls it.
     pub syscall: Option<String>,
+    /// The same request may succeed when it is made again.
+    pub transient: bool,
+    /// What caused it, and what caused that; nothing that only repeats the message.
+    pub causes: Vec<String>,
 }
 
 impl From<&Error> for Failure {
@@ -36,8 +40,24 @@ impl From<&Error> for Failure {
             field: error.field().map(str::to_owned),
             errno: error.errno(),
             syscall: error.syscall().map(str::to_owned),
+            transient: error.is_transient(),
+            causes: causes(error),
         }
     }
+}
+
+fn causes(error: &Error) -> Vec<String> {
+    let mut texts = vec![error.message().to_owned()];
+    let mut next = std::error::Error::source(error);
+    while let Some(cause) = next {
+        let text = cause.to_string();
+        // The system's error is the message already.
+        if texts.last().is_none_or(|last| !last.contains(&text)) {
+            texts.push(text);
+        }
+        next = cause.source();
+    }
+    texts.split_off(1)
 }
 
 /// The error as a JavaScript object.

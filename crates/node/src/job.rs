@@ -98,17 +98,20 @@ impl Jobs {
         }
     }
 
-    /// Cancels all jobs and waits for those that run; the others have failed.
-    pub(crate) fn close(&self) {
+    /// Cancels all jobs; those that have not begun have failed. What is returned drops these, and waits for those that run.
+    pub(crate) fn close(&self) -> impl FnOnce() + Send + use<> {
+        let mut withdrawn = Vec::new();
         for entry in self.known.take().into_values() {
             entry.job.cancel();
             if let Some(work) = entry.withdraw() {
-                give_up(work);
+                withdrawn.push(work);
                 self.delivery.push(Completion { request: entry.request, outcome: Outcome::Failed(ending()) });
             }
         }
-        for crew in [&self.brief, &self.usual, &self.paced] {
-            crew.close();
+        let crews = [&self.brief, &self.usual, &self.paced].map(Crew::close);
+        move || {
+            withdrawn.into_iter().for_each(give_up);
+            crews.into_iter().for_each(|wait| wait());
         }
     }
 }

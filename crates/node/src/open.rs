@@ -6,11 +6,12 @@ use std::sync::Arc;
 use napi::bindgen_prelude::{BufferSlice, Env, ToNapiValue};
 use napi::sys;
 use napi_derive::napi;
+use qcow2_engine::files::Lock;
 use qcow2_engine::format::Limits;
-use qcow2_engine::storage::{Access, CacheMode, Claim, FileStorage, Locking};
+use qcow2_engine::storage::{Access, CacheMode, FileStorage, Locking};
 use qcow2_engine::{
-    DetectZeroes, Discard, Image, Layer, LayerExt, MemMut, OpenOptions, Qcow2, Raw, Result, Storage,
-    StorageExt, WriteOptions,
+    DetectZeroes, Discard, Image, Layer, LayerExt, MemMut, OpenOptions, Qcow2, Raw, Result, StorageExt,
+    WriteOptions,
 };
 
 use crate::resource::{Handle, Resource};
@@ -161,34 +162,6 @@ impl LockOptions {
             force_share: given.force_share == Some(true),
             writable: given.writable == Some(true),
         })
-    }
-}
-
-/// [`LockOptions`], read.
-#[derive(Clone, Copy)]
-pub(crate) struct Lock {
-    locking: Locking,
-    force_share: bool,
-    writable: bool,
-}
-
-impl Lock {
-    /// The same, to write or not.
-    pub(crate) fn for_writing(self, writable: bool) -> Self {
-        Self { writable, ..self }
-    }
-
-    const NONE: Self = Self { locking: Locking::Off, force_share: false, writable: false };
-
-    /// Claims the file. `image`: its bytes mean nothing without its metadata, so nobody may change it meanwhile;
-    /// raw files are shared with a writer, as QEMU's tools share them.
-    pub(crate) fn claim(self, storage: &dyn Storage, image: bool) -> Result<()> {
-        let claim = match (self.writable, image && !self.force_share) {
-            (true, _) => Claim::WRITER,
-            (false, true) => Claim::READER,
-            (false, false) => Claim::SHARING_READER,
-        };
-        storage.lock(claim, self.locking)
     }
 }
 

@@ -1,17 +1,13 @@
 //! An overlay under a running image.
 
-use std::path::Path;
-use std::sync::Arc;
-
 use napi::bindgen_prelude::{Env, ToNapiValue};
 use napi_derive::napi;
-use qcow2_engine::create::create;
-use qcow2_engine::storage::{Access, CacheMode, FileStorage};
-use qcow2_engine::{Error, Image, Job, Layer, LayerExt, OpenOptions, Qcow2, Result, WriteOptions};
+use qcow2_engine::files::Overlay;
+use qcow2_engine::{Error, Image, Result};
 
-use crate::create::{Content, Target};
+use crate::create::target;
 use crate::job::{Lane, Ticket};
-use crate::open::{Lock, LockOptions, WritingOptions, absolute, cache_mode};
+use crate::open::{LockOptions, WritingOptions, absolute, cache_mode};
 use crate::runtime::Runtime;
 use crate::shape::Shape;
 use crate::text::{Text, path_text};
@@ -56,13 +52,14 @@ pub fn create_overlay(
 ) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
     let handle = runtime.image(image)?;
-    let target = Target::new(path, false, &order.in_use)?;
+    let target = target(path, false, &order.in_use)?;
     let cache = cache_mode(order.write.cache.as_deref())?;
     let lock = LockOptions::read(order.lock.as_ref())?;
     let l2_cache_bytes = order.l2_cache_size.map(|size| size as u64);
     let write = order.write.read()?;
     let absolute_path = absolute(&target.path);
-    let overlay = Overlay { target, shape: order.shape, cache, lock, l2_cache_bytes, write };
+    let create = order.shape.options(0);
+    let overlay = Overlay { target, create, cache, lock, l2_cache_bytes, write };
     runtime.start_job_in(
         Lane::Brief,
         &env,
@@ -76,61 +73,6 @@ pub fn create_overlay(
             unsafe { Overlaid::to_napi_value(env.raw(), overlaid) }
         },
     )
-}
-
-struct Overlay {
-    target: Target,
-    shape: Shape,
-    cache: CacheMode,
-    lock: Lock,
-    l2_cache_bytes: Option<u64>,
-    write: WriteOptions,
-}
-
-impl Overlay {
-    fn put_on(&self, below: &Image, job: &Arc<Job>) -> Result<Image> {
-        job.checkpoint()?;
-        let options = self.shape.options(below.virtual_size());
-        options.validate()?;
-        let (file, _) = self.target.start_qcow2(&Content::of(&options, None, job), &self.shape)?;
-        create(file.storage(), None, &options, job)?;
-        let path = file.path().to_owned();
-        let mut named = false;
-        let put = below.put_overlay(|| {
-            file.commit()?;
-            named = true;
-            self.open(&path, below)
-        });
-        if put.is_ok() {
-            // Others may read the former top now. One that stays claimed for writing is only kept more to itself.
-            let _claimed = self.claim_for_reading(below);
-        } else if named {
-            // Nobody goes on with it. The error that led here is the one to report.
-            let _removed = std::fs::remove_file(&path);
-        }
-        put
-    }
-
-    fn open(&self, path: &Path, below: &Image) -> Result<Box<dyn Layer>> {
-        let storage = FileStorage::open_cached(path, Access::ReadWrite, self.cache)?.into_storage();
-        self.lock.for_writing(true).claim(&*storage, true)?;
-        let cache = OpenOptions { l2_cache_bytes: self.l2_cache_bytes, ..OpenOptions::default() };
-        let options = below.top_qcow2().map_or(cache, |top| top.open_options().clone());
-        let mut layer = Qcow2::open(storage, &options)?;
-        layer.enable_writing(self.write)?;
-        Ok(Box::new(layer))
-    }
-
-    /// Claims the files of the former top only for reading.
-    fn claim_for_reading(&self, below: &Image) -> Result<()> {
-        let Some(top) = below.layers().first() else { return Ok(()) };
-        let lock = self.lock.for_writing(false);
-        lock.claim(&**top.storage(), top.as_qcow2().is_some())?;
-        match top.as_qcow2().and_then(Qcow2::data_file) {
-            Some(data) => lock.claim(&**data, true),
-            None => Ok(()),
-        }
-    }
 }
 
 fn overlaid(image: &Image, absolute_path: Option<Text>) -> Result<Overlaid> {

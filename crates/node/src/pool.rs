@@ -140,8 +140,8 @@ impl Pool {
         thread::Builder::new().name(format!("qcow2-{index}")).spawn(move || shared.work())
     }
 
-    /// Drops queued tasks, waits for running ones, ends the threads.
-    pub(crate) fn close(&self) {
+    /// Takes no more tasks. What is returned drops those that are queued, and waits for those that run.
+    pub(crate) fn close(&self) -> impl FnOnce() + Send + use<> {
         let (tasks, threads) = {
             let mut queue = self.shared.queue.lock();
             queue.closed = true;
@@ -149,14 +149,16 @@ impl Pool {
         };
         self.shared.called.store(true, Ordering::Release);
         self.shared.work.notify_all();
-        // What they hold may be the last use of an image.
-        let _dropped = guarded(|| {
-            drop(tasks);
-            Ok(())
-        });
-        for thread in threads {
-            // A worker catches panics of its tasks; there is nothing to hear from it.
-            let _ = thread.join();
+        move || {
+            // What they hold may be the last use of an image.
+            let _dropped = guarded(|| {
+                drop(tasks);
+                Ok(())
+            });
+            for thread in threads {
+                // A worker catches panics of its tasks; there is nothing to hear from it.
+                let _ = thread.join();
+            }
         }
     }
 }

@@ -121,9 +121,11 @@ impl Resources {
         self.held.remove(&number)
     }
 
-    /// Gives everything up.
+    /// Gives everything up, the newest first: a clone before its image, an image before what it was made of.
     pub(crate) fn take(&mut self) -> Vec<Resource> {
-        self.held.drain().map(|(_, resource)| resource).collect()
+        let mut held: Vec<_> = self.held.drain().collect();
+        held.sort_unstable_by_key(|(number, _)| std::cmp::Reverse(*number));
+        held.into_iter().map(|(_, resource)| resource).collect()
     }
 
     /// The file of that number.

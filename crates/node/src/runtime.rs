@@ -4,11 +4,13 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::thread;
 
 use napi::JsValue;
 use napi::bindgen_prelude::{Env, Unknown};
 use napi::sys;
 use napi_derive::napi;
+use parking_lot::Mutex;
 use qcow2_engine::{Error, ErrorKind, Layer, Result, Storage};
 
 use crate::boundary::{self, Numbers, Wake};
@@ -201,13 +203,35 @@ impl Runtime {
 
     /// Ends all work: nothing of this environment runs afterwards. Images that nobody closed are closed, so that what was
     /// written to them stays, as it would with a file. Called by the system, where a panic would end the process.
+    ///
+    /// The environment's thread only says so and waits: whatever a request, a job or an image still has to do, it does on
+    /// other threads.
     fn close(&self) {
-        self.jobs.close();
+        let jobs = self.jobs.close();
         self.watched.close();
-        self.pool.close();
-        for resource in self.resources.borrow_mut().take() {
-            // There is nobody left to hear of a failure.
-            let _closed = guarded(|| resource.close());
+        let requests = self.pool.close();
+        let resources = self.resources.borrow_mut().take();
+        let end = move || {
+            jobs();
+            requests();
+            for resource in resources {
+                // There is nobody left to hear of a failure.
+                let _closed = guarded(|| resource.close());
+            }
+        };
+        let end = Arc::new(Mutex::new(Some(end)));
+        let other = Arc::clone(&end);
+        let run = move || {
+            let work = other.lock().take();
+            work.into_iter().for_each(|work| work());
+        };
+        match thread::Builder::new().name("qcow2-end".to_owned()).spawn(run) {
+            Ok(closing) => drop(closing.join()),
+            // Where the system starts no thread, better here than not at all.
+            Err(_) => {
+                let work = end.lock().take();
+                work.into_iter().for_each(|work| work());
+            }
         }
     }
 

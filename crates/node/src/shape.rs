@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use napi_derive::napi;
 use qcow2_engine::Result;
 use qcow2_engine::create::{Backing, CreateOptions, DataFile, Preallocation};
+use qcow2_engine::files::NewDisk;
 use qcow2_engine::format::CompressionType;
 use qcow2_engine::measure::{MeasureTarget, Qcow2Target};
 
@@ -44,8 +45,16 @@ pub struct Shape {
 }
 
 impl Shape {
+    /// A new disk of `size` bytes.
+    pub(crate) fn new_disk(&self, size: u64) -> NewDisk {
+        match self.is_raw() {
+            true => NewDisk::Raw { size, preallocation: self.preallocation() },
+            false => NewDisk::Qcow2 { create: Box::new(self.options(size)), data_path: self.data_path() },
+        }
+    }
+
     /// Where the external data file goes, if there is to be one.
-    pub(crate) fn data_path(&self) -> Option<PathBuf> {
+    fn data_path(&self) -> Option<PathBuf> {
         self.data_path.clone().and_then(|path| path.into_path().ok())
     }
 
