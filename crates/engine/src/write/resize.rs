@@ -2,9 +2,9 @@
 
 use std::ops::Range;
 
-use qcow2_format::L2Mapping;
 use qcow2_format::bitmap::BitmapFlags;
 use qcow2_format::limits::MAX_L1_BYTES;
+use qcow2_format::{L2Mapping, words};
 
 use super::alloc::Allocation;
 use super::request::{Payload, Top};
@@ -277,7 +277,7 @@ impl Writer {
     fn write_beside(&self, image: &Qcow2, clusters: u64, l1: &[u64]) -> Result<u64> {
         let size = image.geometry().cluster_size();
         let cluster = self.alloc.lock().allocate_contiguous(clusters, &mut self.metadata.lock())?;
-        let mut bytes: Vec<u8> = l1.iter().flat_map(|entry| entry.to_be_bytes()).collect();
+        let mut bytes = words::encode(l1);
         bytes.resize((clusters * size) as usize, 0);
         let storage = image.storage();
         storage
