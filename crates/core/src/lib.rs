@@ -16,6 +16,7 @@ pub mod salvage;
 pub mod source;
 pub mod splice;
 pub mod storage;
+pub mod walk;
 pub mod workers;
 
 pub use chain::Chain;

@@ -1,6 +1,6 @@
 //! Growing the virtual disk, and the rules of resizing it. Shrinking is `maintenance::shrink`.
 
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 
 use qcow2_format::bitmap::BitmapFlags;
 use qcow2_format::limits::MAX_L1_BYTES;
@@ -12,10 +12,11 @@ use super::writer::Writer;
 use crate::create::{Preallocation, write_zero_bytes, zero_out};
 use crate::image::{Image, Qcow2};
 use crate::maintenance::Session;
-use crate::{Error, ErrorKind, GuestSource, Job, Mem, Raw, Result, Storage, StorageExt};
+use crate::walk::{Steps, for_each_extent};
+use crate::{Error, ErrorKind, Job, Mem, Raw, Result, Storage, StorageExt};
 
-/// Extents looked at together.
-const EXTENTS: usize = 4096;
+/// How many extents are looked at together.
+const STEPS: Steps = Steps::of(u64::MAX, 4096);
 
 /// Bytes whose space is reserved together.
 const RESERVED: usize = 1 << 30;
@@ -107,12 +108,11 @@ impl Image {
 
     /// Guest bytes from `size` on that are stored, here or in a backing file.
     fn stored_behind(&self, size: u64, job: &Job) -> Result<u64> {
-        let (mut at, mut stored) = (size, 0u64);
-        while at < self.virtual_size() {
-            let mut extents = Vec::new();
-            at = self.extents_up_to(at, self.virtual_size() - at, EXTENTS, job, &mut extents)?;
-            stored += extents.iter().filter(|extent| !extent.zero).map(|extent| extent.length).sum::<u64>();
-        }
+        let mut stored = 0;
+        for_each_extent(self, size..self.virtual_size(), STEPS, job, |extent| {
+            stored += if extent.zero { 0 } else { extent.length };
+            Ok(ControlFlow::Continue(()))
+        })?;
         Ok(stored)
     }
 
