@@ -8,18 +8,24 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use parking_lot::Mutex;
 use qcow2_transform::is_zero;
 
+use crate::walk::{Step, Steps, Walk};
 use crate::workers::{Tasks, share};
 use crate::{Error, Extent, ExtentKind, GuestSource, Job, MemMut, Result};
 
 /// Bytes that a worker reads of each disk at once.
 const CHUNK: u64 = 256 << 10;
-/// Guest bytes whose extents are listed at once, to begin with and at least.
-const MIN_STEP: u64 = 16 << 20;
-/// ... and at most.
-const MAX_STEP: u64 = 64 << 30;
+/// How much is listed at once.
+const STEPS: Steps = Steps {
+    smallest: 16 << 20,
+    largest: 64 << 30,
+    most: MOST_EXTENTS,
+    few: GOOD_EXTENTS,
+    many: GOOD_EXTENTS,
+    factor: 2,
+};
 /// ... and in a strict comparison, where a range that leads to the end of the disk is not the same as one that does
 /// not, as far as QEMU looks: an L2 table of the default geometry.
-const STRICT_STEP: u64 = 512 << 20;
+const STRICT_STEPS: Steps = Steps::of(512 << 20, MOST_EXTENTS);
 /// The number of extents at which a step ends early.
 const MOST_EXTENTS: usize = 16 * GOOD_EXTENTS;
 /// The number of extents at which a step is neither small nor large.
@@ -136,27 +142,12 @@ fn scan(
     job: &Job,
 ) -> Result<Option<Difference>> {
     let total = disks.iter().map(|d| d.virtual_size()).max().unwrap_or(0);
-    let mut extents = [Vec::new(), Vec::new()];
+    let mut walk = Walk::new(0..total, if strict { STRICT_STEPS } else { STEPS });
     let mut at = 0;
-    let mut step = if strict { STRICT_STEP } else { MIN_STEP };
-    while at < total && at < found.end() {
-        job.checkpoint()?;
-        let mut end = total.min(at.saturating_add(step));
-        for (disk, extents) in disks.iter().zip(&mut extents) {
-            extents.clear();
-            if at < disk.virtual_size() {
-                let covered = disk.extents_up_to(at, end - at, MOST_EXTENTS, job, extents)?;
-                // Behind its own end a disk has no extents to list.
-                if covered < disk.virtual_size() {
-                    end = end.min(covered);
-                }
-            }
-        }
-        if !strict {
-            let listed = extents.iter().map(Vec::len).max().unwrap_or(0);
-            step = if listed < GOOD_EXTENTS { step * 2 } else { step / 2 }.clamp(MIN_STEP, MAX_STEP);
-        }
-        let mut cursors = extents.each_ref().map(|extents| Cursor { extents, first: 0 });
+    while at < found.end() {
+        let Some(Step { range, extents }) = walk.next(disks.map(Some), job)? else { break };
+        let end = range.end;
+        let mut cursors = extents.map(|extents| Cursor { extents, first: 0 });
         while at < end {
             let [a, b] = cursors.each_mut().map(|cursor| cursor.at(at, end, total));
             let length = a.length.min(b.length);

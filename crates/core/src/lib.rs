@@ -18,6 +18,7 @@ pub mod source;
 pub mod space;
 pub mod splice;
 pub mod storage;
+pub mod walk;
 pub mod workers;
 
 pub use chain::Chain;

@@ -2,6 +2,7 @@
 
 use qcow2_format::header::PREAMBLE_LENGTH;
 use qcow2_format::header::feature::{FeatureSet, Incompatible, names_of};
+use qcow2_format::header::field;
 use qcow2_format::{FormatError, Header, Limits};
 
 use crate::{MemMut, Result, Storage, StorageExt};
@@ -76,9 +77,6 @@ const LARGEST_LIKELY: u64 = 16 << 40;
 /// Nor are larger ones whose file has a thousandth of their size.
 const MOST_SPARSE: u64 = 1000;
 
-/// Where the feature bits are that must be understood.
-const INCOMPATIBLE_FEATURES: std::ops::Range<usize> = 72..80;
-
 /// Inspects the image in `storage`: reads its first cluster.
 ///
 /// # Errors
@@ -103,9 +101,8 @@ pub fn inspect_bytes(bytes: &[u8], file_size: Option<u64>, limits: &Limits) -> I
     let mut known = bytes.to_vec();
     if let Some(bits) = unknown_features(bytes) {
         found.unknown_incompatible = bits;
-        if let Some(field) = known.get_mut(INCOMPATIBLE_FEATURES) {
-            let supported = Incompatible::SUPPORTED.bits().to_be_bytes();
-            field.iter_mut().zip(supported).for_each(|(byte, mask)| *byte &= mask);
+        if let Ok(all) = field::INCOMPATIBLE_FEATURES.read(bytes) {
+            field::INCOMPATIBLE_FEATURES.write(&mut known, all & Incompatible::SUPPORTED);
         }
     }
     match Header::parse(&known) {
@@ -132,16 +129,15 @@ pub fn inspect_bytes(bytes: &[u8], file_size: Option<u64>, limits: &Limits) -> I
 }
 
 fn unknown_features(bytes: &[u8]) -> Option<u64> {
-    let version = bytes.get(4..8)?;
-    let bits = u64::from_be_bytes(bytes.get(INCOMPATIBLE_FEATURES)?.try_into().ok()?);
-    let unknown = Incompatible::from_bits_retain(bits).unsupported();
-    (version == [0, 0, 0, 3] && unknown != 0).then_some(unknown)
+    let version = field::VERSION.read(bytes).ok()?;
+    let unknown = field::INCOMPATIBLE_FEATURES.read(bytes).ok()?.unsupported();
+    (version == 3 && unknown != 0).then_some(unknown)
 }
 
 /// The backing file's name by its two fields alone, for a header that is refused.
 fn backing_name(bytes: &[u8]) -> Option<Vec<u8>> {
-    let offset = u64::from_be_bytes(bytes.get(8..16)?.try_into().ok()?);
-    let length = u32::from_be_bytes(bytes.get(16..20)?.try_into().ok()?);
+    let offset = field::BACKING_FILE_OFFSET.read(bytes).ok()?;
+    let length = field::BACKING_FILE_SIZE.read(bytes).ok()?;
     let start = usize::try_from(offset).ok().filter(|&start| start > 0)?;
     let end = start.checked_add(length.min(1023) as usize)?;
     bytes.get(start..end).filter(|name| !name.is_empty()).map(<[u8]>::to_vec)

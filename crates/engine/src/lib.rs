@@ -22,11 +22,11 @@ pub mod measure;
 mod write;
 
 pub use image::{Image, LayerExt, OpenOptions, Qcow2};
-use qcow2_core::workers;
 pub use qcow2_core::{
     DetectZeroes, Discard, DiskOptions, Error, ErrorKind, Extent, ExtentKind, GuestSource, Job, Layer, Mem,
     MemMut, Raw, ReadStorage, Result, Storage, StorageExt,
 };
 pub use qcow2_core::{compare, error, job, memory, salvage, source, splice, storage};
+use qcow2_core::{walk, workers};
 pub use qcow2_format as format;
 pub use write::{ResizeOptions, WriteOptions};

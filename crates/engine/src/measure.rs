@@ -9,16 +9,15 @@ use qcow2_format::limits::MAX_L1_BYTES;
 
 use crate::create::{CreateOptions, Preallocation};
 use crate::image::Image;
+use crate::walk::{Step, Steps, Walk};
 use crate::{Error, ErrorKind, GuestSource, Job, Result};
 
 /// Bytes of an entry of the L1, refcount and bitmap tables.
 const TABLE_ENTRY: u64 = 8;
 /// Sizes of raw images are counted in sectors.
 const SECTOR: u64 = 512;
-/// Guest bytes whose extents are listed at once.
-const STEP: u64 = 1 << 30;
-/// The number of extents at which a step ends early.
-const MOST_EXTENTS: usize = 16 << 10;
+/// How much is listed at once.
+const STEPS: Steps = Steps::of(1 << 30, 16 << 10);
 
 /// What would be created.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -113,26 +112,17 @@ pub fn measure(image: &Image, target: &MeasureTarget, job: &Job) -> Result<Measu
 
 /// Clusters of the target that hold data of `source`: not known to read as zeroes.
 fn data_clusters(source: &dyn GuestSource, geometry: &Geometry, job: &Job) -> Result<u64> {
-    let size = source.virtual_size();
-    let mut extents = Vec::new();
     let mut clusters = 0;
     // First cluster that is not counted yet: a cluster in which two extents of data meet counts once.
     let mut next = 0;
-    let mut start = 0;
-    while start < size {
-        job.checkpoint()?;
-        extents.clear();
-        let end = source.extents_up_to(start, STEP.min(size - start), MOST_EXTENTS, job, &mut extents)?;
-        for extent in &extents {
-            if extent.zero {
-                continue;
-            }
+    let mut walk = Walk::new(0..source.virtual_size(), STEPS);
+    while let Some(Step { range, extents: [extents] }) = walk.next([Some(source)], job)? {
+        for extent in extents.iter().filter(|extent| !extent.zero) {
             let first = geometry.cluster_index(extent.start).max(next);
             next = next.max(geometry.clusters_for(extent.start + extent.length));
             clusters += next.saturating_sub(first);
         }
-        job.advance(end - start);
-        start = end;
+        job.advance(range.end - range.start);
     }
     Ok(clusters)
 }

@@ -5,7 +5,7 @@ use bitflags::bitflags;
 use crate::bytes::{be16, be32, be64, padded8, slice};
 use crate::l1::OFFSET_MASK;
 use crate::limits::{BITMAP_GRANULARITY_BITS, MAX_BITMAP_NAME, MAX_BITMAP_TABLE_ENTRIES};
-use crate::{FormatError, FormatResult, Geometry, HostOffset};
+use crate::{FormatError, FormatResult, Geometry, HostOffset, words};
 
 /// Bytes of a directory entry before its extra data.
 pub const FIXED_LENGTH: usize = 24;
@@ -54,6 +54,16 @@ pub struct BitmapDirectoryEntry {
 }
 
 impl BitmapDirectoryEntry {
+    /// Where in an entry to write what to give it other flags: 4 bytes that lie in one sector.
+    pub const fn flags_patch(flags: BitmapFlags) -> (u64, [u8; 4]) {
+        (12, flags.bits().to_be_bytes())
+    }
+
+    /// Where in an entry to write what to give it another table: 8 bytes that lie in one sector.
+    pub const fn table_patch(table_offset: HostOffset) -> (u64, [u8; 8]) {
+        (0, table_offset.0.to_be_bytes())
+    }
+
     /// Parses the entry at the start of `bytes`, the rest of the directory; returns it and the bytes it takes.
     ///
     /// # Errors
@@ -178,7 +188,26 @@ pub enum BitmapCluster {
     Data(HostOffset),
 }
 
+impl BitmapCluster {
+    /// The table entry of this cluster.
+    pub const fn encode(self) -> BitmapTableEntry {
+        BitmapTableEntry(match self {
+            Self::Zeroes => 0,
+            Self::Ones => 1,
+            Self::Data(host) => host.0 & OFFSET_MASK,
+        })
+    }
+}
+
 impl BitmapTableEntry {
+    /// The entries in a table's bytes.
+    pub fn entries(table: &[u8]) -> impl ExactSizeIterator<Item = Self> + '_ {
+        words::iter(table).map(Self)
+    }
+    /// The entry as it is in the file.
+    pub const fn to_bytes(self) -> [u8; 8] {
+        self.0.to_be_bytes()
+    }
     /// Bits that must be 0.
     pub const fn reserved_bits(self) -> u64 {
         let always = self.0 & !(OFFSET_MASK | 1);
@@ -223,7 +252,15 @@ mod tests {
             };
             let mut bytes = Vec::new();
             before.encode(&mut bytes).unwrap();
-            prop_assert_eq!(BitmapDirectoryEntry::parse(&bytes).unwrap(), (before, bytes.len()));
+            prop_assert_eq!(BitmapDirectoryEntry::parse(&bytes).unwrap(), (before.clone(), bytes.len()));
+            let after = BitmapDirectoryEntry {
+                table_offset: HostOffset(0x20000), flags: BitmapFlags::IN_USE, ..before
+            };
+            let (at, table) = BitmapDirectoryEntry::table_patch(after.table_offset);
+            bytes[at as usize..][..8].copy_from_slice(&table);
+            let (at, flags) = BitmapDirectoryEntry::flags_patch(after.flags);
+            bytes[at as usize..][..4].copy_from_slice(&flags);
+            prop_assert_eq!(BitmapDirectoryEntry::parse(&bytes).unwrap(), (after, bytes.len()));
         }
 
         #[test]
@@ -242,6 +279,11 @@ mod tests {
         let g = Geometry::new(16, 4, false).unwrap();
         assert_eq!(BitmapTableEntry(1).decode(&g), Ok(BitmapCluster::Ones));
         assert_eq!(BitmapTableEntry(0x10000).decode(&g), Ok(BitmapCluster::Data(HostOffset(0x10000))));
+        for cluster in [BitmapCluster::Zeroes, BitmapCluster::Ones, BitmapCluster::Data(HostOffset(0x70000))]
+        {
+            let entry = BitmapTableEntry::entries(&cluster.encode().to_bytes()).next().unwrap();
+            assert_eq!(entry.decode(&g), Ok(cluster));
+        }
         assert!(BitmapTableEntry(0x10001).decode(&g).is_err());
         assert!(BitmapTableEntry(0x200).decode(&g).is_err());
     }

@@ -4,7 +4,7 @@ use crate::geometry::COMPRESSED_SECTOR_SIZE;
 use crate::{FormatError, FormatResult, Geometry, HostOffset};
 
 /// Bit 62 of an L2 entry: the cluster is compressed.
-pub const COMPRESSED: u64 = 1 << 62;
+pub(crate) const COMPRESSED: u64 = 1 << 62;
 
 /// Where the compressed bytes of one cluster lie. Sector-granular: the stream itself says where it ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

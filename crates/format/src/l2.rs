@@ -2,12 +2,12 @@
 
 use crate::compressed::COMPRESSED;
 use crate::l1::{COPIED, OFFSET_MASK};
-use crate::{CompressedDescriptor, FormatError, FormatResult, Geometry, HostOffset, SubclusterBitmap};
+use crate::{CompressedDescriptor, FormatError, FormatResult, Geometry, HostOffset, SubclusterBitmap, words};
 
 /// Bit 0 of a standard descriptor: the cluster reads as zeroes (version 3, without extended L2 entries).
-pub const ZERO: u64 = 1;
+const ZERO: u64 = 1;
 /// Bits of a standard descriptor that must be 0.
-pub const L2_RESERVED_MASK: u64 = 0x3f00_0000_0000_01fe;
+const L2_RESERVED_MASK: u64 = 0x3f00_0000_0000_01fe;
 
 /// One L2 table entry. `bitmap` is 0 without extended L2 entries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -55,6 +55,59 @@ impl L2Entry {
     pub const fn standard(word: u64) -> Self {
         Self { word, bitmap: SubclusterBitmap(0) }
     }
+    /// An entry of two words.
+    const fn extended(word: u64, bitmap: u64) -> Self {
+        Self { word, bitmap: SubclusterBitmap(bitmap) }
+    }
+
+    /// The entries in the bytes of a table, or of whole entries of one, without extended L2 entries.
+    pub fn standard_entries(table: &[u8]) -> impl ExactSizeIterator<Item = Self> + '_ {
+        words::iter(table).map(Self::standard)
+    }
+    /// The entries in the bytes of a table, or of whole entries of one, with extended L2 entries.
+    pub fn extended_entries(table: &[u8]) -> impl ExactSizeIterator<Item = Self> + '_ {
+        table.as_chunks::<16>().0.iter().map(|bytes| {
+            let pair = u128::from_be_bytes(*bytes);
+            Self::extended((pair >> 64) as u64, pair as u64)
+        })
+    }
+    /// The entries in the bytes of a table, or of whole entries of one, in the form of this image.
+    pub fn entries<'a>(table: &'a [u8], geometry: &Geometry) -> impl Iterator<Item = Self> + 'a {
+        table.chunks_exact(geometry.l2_entry_size() as usize).map(Self::read)
+    }
+    /// The entry in bytes of the length of one, 8 or 16; unallocated where there are fewer.
+    pub fn read(bytes: &[u8]) -> Self {
+        let mut words = words::iter(bytes);
+        Self::extended(words.next().unwrap_or(0), words.next().unwrap_or(0))
+    }
+    /// Writes the entry to bytes of the length of one, 8 or 16.
+    pub fn write(self, bytes: &mut [u8]) {
+        let pair = [self.word.to_be_bytes(), self.bitmap.0.to_be_bytes()];
+        bytes.as_chunks_mut::<8>().0.iter_mut().zip(pair).for_each(|(slot, word)| *slot = word);
+    }
+    /// Entry `index` of a table's words; unallocated outside.
+    #[inline]
+    pub fn of_words(table: &[u64], index: usize, geometry: &Geometry) -> Self {
+        let word = |at: usize| table.get(at).copied().unwrap_or(0);
+        match geometry.extended_l2() {
+            true => Self::extended(word(index * 2), word(index * 2 + 1)),
+            false => Self::standard(word(index)),
+        }
+    }
+    /// Changes entry `index` of a table's words; nothing outside.
+    #[inline]
+    pub fn to_words(self, table: &mut [u64], index: usize, geometry: &Geometry) {
+        let at = if geometry.extended_l2() { index * 2 } else { index };
+        if let Some(word) = table.get_mut(at) {
+            *word = self.word;
+        }
+        if geometry.extended_l2()
+            && let Some(bitmap) = table.get_mut(at + 1)
+        {
+            *bitmap = self.bitmap.0;
+        }
+    }
+
     /// Whether the cluster is compressed. Test this first: other bits then mean something else.
     pub const fn is_compressed(self) -> bool {
         self.word & COMPRESSED != 0
@@ -62,6 +115,24 @@ impl L2Entry {
     /// Bit 63. Only accurate in L2 tables reachable from the active L1 table.
     pub const fn copied(self) -> bool {
         self.word & COPIED != 0
+    }
+    /// The entry with bit 63 set or not.
+    #[must_use]
+    pub const fn with_copied(self, copied: bool) -> Self {
+        Self { word: if copied { self.word | COPIED } else { self.word & !COPIED }, ..self }
+    }
+    /// Whether a standard descriptor has the zero flag, which extended L2 entries have not.
+    pub const fn has_zero_flag(self, geometry: &Geometry) -> bool {
+        self.word & ZERO != 0 && !geometry.extended_l2()
+    }
+    /// The entry without the zero flag, where it can have one.
+    #[must_use]
+    pub const fn without_zero_flag(self, geometry: &Geometry) -> Self {
+        Self { word: if geometry.extended_l2() { self.word } else { self.word & !ZERO }, ..self }
+    }
+    /// Whether nothing is set but perhaps the zero flag: no host cluster, nothing that could be wrong.
+    pub const fn is_bare(self) -> bool {
+        self.word <= ZERO && self.bitmap.0 == 0
     }
     /// Raw offset bits of a standard descriptor.
     pub const fn offset_bits(self) -> u64 {
@@ -132,6 +203,32 @@ impl L2Entry {
     }
 }
 
+/// How many entries of a table's words, from `index` on and at most `limit`, say the same about clusters that follow each
+/// other: not allocated, or at host offsets that follow each other. At least 1. Entries of subclusters and of compressed
+/// clusters stand alone.
+#[inline]
+pub fn run_length(table: &[u64], index: usize, limit: u64, geometry: &Geometry) -> u64 {
+    let Some((first, rest)) = table.get(index..).and_then(<[u64]>::split_first) else {
+        return 1;
+    };
+    let entry = L2Entry::standard(*first);
+    if geometry.extended_l2() || entry.is_compressed() {
+        return 1;
+    }
+    let step = if entry.offset_bits() == 0 { 0 } else { geometry.cluster_size() };
+    let limit = usize::try_from(limit.saturating_sub(1)).unwrap_or(usize::MAX);
+    // The steps stay inside the offset: it has at most 56 bits, and a table 2^18 entries of 2 MiB.
+    if entry.offset_bits() > OFFSET_MASK - step * table.len() as u64 {
+        return 1;
+    }
+    let mut next = *first;
+    let following = rest.iter().take(limit).take_while(|word| {
+        next = next.wrapping_add(step);
+        **word == next
+    });
+    1 + following.count() as u64
+}
+
 impl L2Mapping {
     /// The entry of this mapping.
     pub fn encode(&self, geometry: &Geometry) -> L2Entry {
@@ -196,6 +293,61 @@ mod tests {
         assert!(both.decode(&geometry(true), 3, false).is_err());
         let homeless = L2Entry { word: 0, bitmap: SubclusterBitmap(1) };
         assert!(homeless.decode(&geometry(true), 3, false).is_err());
+    }
+
+    #[test]
+    fn the_two_forms_in_a_table() {
+        let entry = L2Entry { word: COPIED | 0x50000, bitmap: SubclusterBitmap(3 << 32 | 4) };
+        let mut bytes = [0xee; 16];
+        entry.write(&mut bytes);
+        assert_eq!(L2Entry::read(&bytes), entry);
+        assert_eq!(L2Entry::extended_entries(&bytes).collect::<Vec<_>>(), [entry]);
+        assert_eq!(L2Entry::entries(&bytes, &geometry(true)).collect::<Vec<_>>(), [entry]);
+        assert!(L2Entry::entries(&bytes, &geometry(false)).eq(L2Entry::standard_entries(&bytes)));
+        assert_eq!(L2Entry::read(&bytes[..8]), L2Entry::standard(entry.word));
+        assert_eq!(L2Entry::standard_entries(&bytes).next(), Some(L2Entry::standard(entry.word)));
+        let words = words::decode(&bytes);
+        assert_eq!(L2Entry::of_words(&words, 0, &geometry(true)), entry);
+        assert_eq!(L2Entry::of_words(&words, 1, &geometry(false)), L2Entry::standard(3 << 32 | 4));
+        assert_eq!(L2Entry::of_words(&words, 1, &geometry(true)), L2Entry::default());
+        let mut changed = [7; 4];
+        entry.to_words(&mut changed, 1, &geometry(true));
+        assert_eq!(changed, [7, 7, words[0], words[1]]);
+        entry.to_words(&mut changed, 0, &geometry(false));
+        assert_eq!(changed, [words[0], 7, words[0], words[1]]);
+        entry.to_words(&mut changed, 4, &geometry(false));
+        assert_eq!(changed, [words[0], 7, words[0], words[1]]);
+    }
+
+    #[test]
+    fn flags() {
+        let (standard, extended) = (geometry(false), geometry(true));
+        let entry = L2Entry::standard(COPIED | 0x50000 | ZERO);
+        assert!(entry.has_zero_flag(&standard) && !entry.has_zero_flag(&extended));
+        assert_eq!(entry.without_zero_flag(&standard).word, COPIED | 0x50000);
+        assert_eq!(entry.without_zero_flag(&extended), entry);
+        assert_eq!(entry.with_copied(false).word, 0x50000 | ZERO);
+        assert_eq!(entry.with_copied(false).with_copied(true), entry);
+        assert!(L2Entry::standard(ZERO).is_bare() && L2Entry::default().is_bare());
+        assert!(![COPIED, 2, 512, COMPRESSED].iter().any(|word| L2Entry::standard(*word).is_bare()));
+        assert!(!L2Entry { word: 0, bitmap: SubclusterBitmap(1 << 63) }.is_bare());
+    }
+
+    #[test]
+    fn runs() {
+        let g = geometry(false);
+        let cluster = g.cluster_size();
+        let first = COPIED | 0x50000;
+        let table =
+            [first, first + cluster, first + 2 * cluster, 0, 0, ZERO, 0x90000, COMPRESSED, COMPRESSED];
+        let runs = |limit| -> Vec<u64> { (0..10).map(|at| run_length(&table, at, limit, &g)).collect() };
+        assert_eq!(runs(u64::MAX), [3, 2, 1, 2, 1, 1, 1, 1, 1, 1]);
+        assert_eq!(runs(2), [2, 2, 1, 2, 1, 1, 1, 1, 1, 1]);
+        assert_eq!(runs(0), [1; 10]);
+        assert_eq!(run_length(&table, 0, u64::MAX, &geometry(true)), 1);
+        // The last offset has no next one: it would be another flag.
+        let last = OFFSET_MASK & !(cluster - 1);
+        assert_eq!(run_length(&[last, last + cluster], 0, 2, &g), 1);
     }
 
     proptest! {

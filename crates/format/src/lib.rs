@@ -18,6 +18,7 @@ pub mod refcount;
 pub mod snapshot;
 pub mod subcluster;
 pub mod units;
+pub mod words;
 
 mod bytes;
 

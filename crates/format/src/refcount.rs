@@ -1,15 +1,27 @@
 //! Refcount table entries and refcount blocks of every width (section "Host cluster management").
 
-use crate::{FormatError, FormatResult, Geometry, HostOffset};
+use crate::{FormatError, FormatResult, Geometry, HostOffset, words};
 
 /// Bits 9-63: host offset of the refcount block.
-pub const REFCOUNT_OFFSET_MASK: u64 = 0xffff_ffff_ffff_fe00;
+const REFCOUNT_OFFSET_MASK: u64 = 0xffff_ffff_ffff_fe00;
 
 /// One refcount table entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct RefcountTableEntry(pub u64);
 
 impl RefcountTableEntry {
+    /// An entry for the block at `host`; 0 is no block.
+    pub const fn new(host: HostOffset) -> Self {
+        Self(host.0 & REFCOUNT_OFFSET_MASK)
+    }
+    /// The entries in a table's bytes.
+    pub fn entries(table: &[u8]) -> impl ExactSizeIterator<Item = Self> + '_ {
+        words::iter(table).map(Self)
+    }
+    /// The entry as it is in the file.
+    pub const fn to_bytes(self) -> [u8; 8] {
+        self.0.to_be_bytes()
+    }
     /// Raw offset bits, 0 if there is no block.
     pub const fn offset_bits(self) -> u64 {
         self.0 & REFCOUNT_OFFSET_MASK

@@ -47,6 +47,22 @@ pub enum ParsedSnapshot {
     Needs(usize),
 }
 
+/// Bytes of id and name together, of the entry that begins with `fixed`.
+///
+/// # Errors
+/// `Truncated` where they end before.
+pub fn names_length(fixed: &[u8]) -> FormatResult<usize> {
+    let field = "snapshot table entry";
+    Ok(usize::from(be16(fixed, 12, field)?) + usize::from(be16(fixed, 14, field)?))
+}
+
+/// Changes how many bytes of extra data the entry at the start of `entry` says that it has.
+pub fn set_extra_data_size(entry: &mut [u8], size: u32) {
+    if let Some(field) = entry.get_mut(36..40) {
+        field.copy_from_slice(&size.to_be_bytes());
+    }
+}
+
 impl SnapshotRecord {
     /// Parses the entry at the start of `bytes`.
     ///
@@ -220,6 +236,7 @@ mod tests {
             let mut bytes = Vec::new();
             before.encode(&mut bytes, 0).unwrap();
             prop_assert_eq!(bytes.len() % 8, 0);
+            prop_assert_eq!(names_length(&bytes).unwrap(), before.id.len() + before.name.len());
             let expected = ParsedSnapshot::Record(Box::new(before.clone()), bytes.len());
             prop_assert_eq!(SnapshotRecord::parse(&bytes).unwrap(), expected.clone());
             // The padding need not be there, everything before it must.
@@ -234,6 +251,18 @@ mod tests {
                 prop_assert!(n > bytes.len() && n <= 40 + 1024 + 2 * 65535 + 8);
             }
         }
+    }
+
+    #[test]
+    fn extra_data_can_be_cut() {
+        let before = record(b"1".to_vec(), b"name".to_vec(), Some(1), vec![7; 8]);
+        let mut bytes = Vec::new();
+        before.encode(&mut bytes, 0).unwrap();
+        set_extra_data_size(&mut bytes, 24);
+        bytes.drain(64..72);
+        let ParsedSnapshot::Record(after, _) = SnapshotRecord::parse(&bytes).unwrap() else { panic!() };
+        assert_eq!(*after, SnapshotRecord { extra_data_size: 24, unknown_extra_data: vec![], ..before });
+        assert!(names_length(&bytes[..15]).is_err());
     }
 
     #[test]

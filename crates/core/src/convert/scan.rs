@@ -8,16 +8,12 @@ use std::sync::Arc;
 
 use super::Delta;
 use crate::source::{Extent, GuestSource};
+use crate::walk::{Step, Steps, Walk};
 use crate::{Job, Result, Storage};
 
-/// Guest bytes whose extents are asked for at once: grows over holes, shrinks where extents are many.
-const MIN_WINDOW: u64 = 4 << 20;
-const MAX_WINDOW: u64 = 64 << 30;
-/// Extents in a window above which it shrinks, and below which it grows.
-const MANY_EXTENTS: usize = 4096;
-/// Extents at which a window ends early.
-const MOST_EXTENTS: usize = 4 * MANY_EXTENTS;
-const FEW_EXTENTS: usize = 256;
+/// How much is asked for at once: more over holes, less where extents are many.
+const STEPS: Steps =
+    Steps { smallest: 4 << 20, largest: 64 << 30, most: 16 << 10, few: 256, many: 4097, factor: 4 };
 
 /// Where the bytes of a piece come from.
 #[derive(Debug, Clone)]
@@ -117,9 +113,7 @@ pub struct Scanner<'a> {
     rules: Rules,
     size: u64,
     job: &'a Job,
-    /// End of what was asked of the source.
-    asked: u64,
-    window: u64,
+    walk: Walk<1>,
     queue: VecDeque<Extent>,
     tickets: u64,
     /// End of the last chunk.
@@ -130,8 +124,8 @@ impl<'a> Scanner<'a> {
     /// Over the whole disk.
     pub fn new(source: &'a dyn GuestSource, rules: Rules, job: &'a Job) -> Self {
         let size = source.virtual_size();
-        let queue = VecDeque::new();
-        Self { source, rules, size, job, asked: 0, window: MIN_WINDOW, queue, tickets: 0, done: 0 }
+        let walk = Walk::new(0..size, STEPS);
+        Self { source, rules, size, job, walk, queue: VecDeque::new(), tickets: 0, done: 0 }
     }
 
     /// End of the last chunk that was handed out.
@@ -200,17 +194,10 @@ impl<'a> Scanner<'a> {
     }
 
     fn front(&mut self) -> Result<Option<Extent>> {
-        while self.queue.is_empty() && self.asked < self.size {
-            let length = self.window.min(self.size - self.asked);
-            let mut extents = Vec::new();
-            let end = self.source.extents_up_to(self.asked, length, MOST_EXTENTS, self.job, &mut extents)?;
-            match extents.len() {
-                n if n > MANY_EXTENTS => self.window = (self.window / 4).max(MIN_WINDOW),
-                n if n < FEW_EXTENTS => self.window = (self.window * 4).min(MAX_WINDOW),
-                _ => {}
-            }
-            self.asked = end;
-            self.queue.extend(extents);
+        while self.queue.is_empty() {
+            let step = self.walk.next([Some(self.source)], self.job)?;
+            let Some(Step { extents: [extents], .. }) = step else { break };
+            self.queue.extend(extents.drain(..));
         }
         Ok(self.queue.front().cloned())
     }

@@ -1,11 +1,12 @@
 //! How much space a copy of a disk takes at most.
 
+use std::ops::ControlFlow;
+
+use crate::walk::{Steps, for_each_extent};
 use crate::{GuestSource, Job, Result};
 
-/// Guest bytes whose extents are listed at once.
-const STEP: u64 = 1 << 30;
-/// The number of extents at which a step ends early.
-const MOST_EXTENTS: usize = 16 << 10;
+/// How much is listed at once.
+const STEPS: Steps = Steps::of(1 << 30, 16 << 10);
 
 /// Bytes of `source` that are not known to read as zeroes, each run of them widened to whole `blocks`.
 ///
@@ -15,20 +16,15 @@ pub fn data_bytes(source: &dyn GuestSource, block: u64, job: &Job) -> Result<u64
     // The progress is that of what follows.
     let job = &job.silent();
     let block = block.max(1);
-    let size = source.virtual_size();
-    let mut extents = Vec::new();
-    let (mut bytes, mut counted, mut start) = (0, 0, 0);
-    while start < size {
-        job.checkpoint()?;
-        extents.clear();
-        let end = source.extents_up_to(start, STEP.min(size - start), MOST_EXTENTS, job, &mut extents)?;
-        for extent in extents.iter().filter(|extent| !extent.zero) {
+    let (mut bytes, mut counted) = (0, 0);
+    for_each_extent(source, 0..source.virtual_size(), STEPS, job, |extent| {
+        if !extent.zero {
             // A block in which two extents meet counts once.
             let first = (extent.start / block * block).max(counted);
             counted = (extent.start + extent.length).next_multiple_of(block).max(counted);
             bytes += counted.saturating_sub(first);
         }
-        start = end;
-    }
+        Ok(ControlFlow::Continue(()))
+    })?;
     Ok(bytes)
 }

@@ -1,6 +1,7 @@
 //! Writing a changed header so that a crash leaves the old one or the new one.
 
 use qcow2_format::Header;
+use qcow2_format::header::field::BACKING_FILE_OFFSET;
 
 use crate::invalid::invalid;
 use crate::{ErrorKind, Mem, MemMut, Result, Storage, StorageExt};
@@ -48,7 +49,7 @@ pub(crate) fn header(storage: &dyn Storage, old: &Header, new: &Header) -> Resul
 
 /// Where the backing file name in the first sector ends: a writer may leave gaps in front of it.
 fn used(current: &[u8], old: &Header) -> usize {
-    let offset = current.get(8..16).and_then(|b| b.first_chunk::<8>()).map_or(0, |b| u64::from_be_bytes(*b));
+    let offset = BACKING_FILE_OFFSET.read(current).unwrap_or(0);
     match &old.backing_file {
         Some(name) => usize::try_from(offset).unwrap_or(usize::MAX).saturating_add(name.len()),
         None => 0,

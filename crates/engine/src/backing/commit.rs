@@ -1,8 +1,11 @@
 //! Commit: what the layers above a base have goes into the base.
 
+use std::ops::ControlFlow;
+
 use qcow2_core::{Disk, Durability};
 
 use crate::source::ExtentKind;
+use crate::walk::{Steps, for_each_extent};
 use crate::workers::{Tasks, share};
 use crate::{Error, ErrorKind, GuestSource, Image, Job, Layer, Mem, MemMut, Result, StorageExt};
 
@@ -10,10 +13,8 @@ use crate::{Error, ErrorKind, GuestSource, Image, Job, Layer, Mem, MemMut, Resul
 const CHUNK: u64 = 1 << 20;
 /// Guest bytes of zeroes that a worker writes at once.
 const ZERO_CHUNK: u64 = 1 << 30;
-/// Guest bytes whose extents are listed at once, at most.
-const STEP: u64 = 64 << 30;
-/// The number of extents at which a step ends early.
-const MOST_EXTENTS: usize = 16 << 10;
+/// How much is listed at once.
+const STEPS: Steps = Steps::of(64 << 30, 16 << 10);
 
 /// How to commit.
 #[derive(Debug, Clone, Copy)]
@@ -89,27 +90,19 @@ fn check(above: &Image, base: &Image, options: &CommitOptions) -> Result<()> {
 
 /// Hands out what the layers have: data, and zeroes that they state.
 fn find(above: &Image, tasks: &Tasks<'_, Task>, job: &Job) -> Result<()> {
-    let size = above.virtual_size();
     // What lies behind the end of a layer between reads as zeroes, whatever the base has there.
     let reach = above.layers().iter().skip(1).map(|layer| layer.virtual_size()).min().unwrap_or(u64::MAX);
-    let mut extents = Vec::new();
-    let mut at = 0;
-    while at < size {
-        extents.clear();
-        let covered = above.extents_up_to(at, STEP.min(size - at), MOST_EXTENTS, job, &mut extents)?;
-        for extent in &extents {
-            let end = extent.start + extent.length;
-            if extent.kind == ExtentKind::Unallocated {
-                let hidden = extent.start.max(reach).min(end);
-                job.advance(hidden - extent.start);
-                hand_out(tasks, hidden, end, true)?;
-            } else {
-                hand_out(tasks, extent.start, end, extent.zero)?;
-            }
+    for_each_extent(above, 0..above.virtual_size(), STEPS, job, |extent| {
+        let end = extent.start + extent.length;
+        if extent.kind == ExtentKind::Unallocated {
+            let hidden = extent.start.max(reach).min(end);
+            job.advance(hidden - extent.start);
+            hand_out(tasks, hidden, end, true)?;
+        } else {
+            hand_out(tasks, extent.start, end, extent.zero)?;
         }
-        at = covered;
-    }
-    Ok(())
+        Ok(ControlFlow::Continue(()))
+    })
 }
 
 fn hand_out(tasks: &Tasks<'_, Task>, mut start: u64, end: u64, zero: bool) -> Result<()> {

@@ -14,15 +14,14 @@ use crate::create::Backing;
 use crate::image::{Layer, Qcow2, read_header};
 use crate::source::{Extent, ExtentKind};
 use crate::storage::Identity;
+use crate::walk::{Step, Steps, Walk};
 use crate::workers::{Tasks, share};
 use crate::{Error, ErrorKind, GuestSource, Image, Job, Mem, MemMut, Result, Storage, StorageExt};
 
 /// Guest bytes that a worker compares at once, aligned.
 const CHUNK: u64 = 1 << 20;
-/// Guest bytes whose extents are listed at once, at most.
-const STEP: u64 = 64 << 30;
-/// The number of extents at which a step ends early.
-const MOST_EXTENTS: usize = 16 << 10;
+/// How much is listed at once.
+const STEPS: Steps = Steps::of(64 << 30, 16 << 10);
 
 /// How to rebase.
 #[derive(Debug, Clone, Copy)]
@@ -206,22 +205,11 @@ impl Disks<'_> {
     /// Hands out what may differ.
     fn find(&self, tasks: &Tasks<'_, Task>, job: &Job) -> Result<()> {
         let mut gather = Gather { chunk: CHUNK.max(self.unit), done: 0, task: Task::new() };
-        let (mut old, mut new) = (Vec::new(), Vec::new());
-        let mut at = 0;
-        while at < self.size {
-            old.clear();
-            new.clear();
-            let step = STEP.min(self.size - at);
-            let mut end = self.top.extents_up_to(at, step, MOST_EXTENTS, job, &mut old)?;
-            if let Some(image) = self.new.filter(|image| at < image.virtual_size()) {
-                let covered = image.extents_up_to(at, end - at, MOST_EXTENTS, job, &mut new)?;
-                // Behind its own end a disk has no extents to list.
-                if covered < image.virtual_size() {
-                    end = end.min(covered);
-                }
-            }
+        let mut walk = Walk::new(0..self.size, STEPS);
+        let disks = || [Some(self.top as &dyn GuestSource), self.new.map(|image| image as &dyn GuestSource)];
+        while let Some(Step { range: Range { end, .. }, extents: [old, new] }) = walk.next(disks(), job)? {
             let mut below = new.iter().peekable();
-            for extent in &old {
+            for extent in old.iter() {
                 let (mut from, to) = (extent.start, (extent.start + extent.length).min(end));
                 if !self.is_below(extent) {
                     job.advance(to.saturating_sub(from));
@@ -242,7 +230,6 @@ impl Disks<'_> {
                     from = next;
                 }
             }
-            at = end;
         }
         gather.end(tasks)
     }

@@ -10,7 +10,7 @@ use qcow2_format::limits::{MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAPS};
 
 use super::bits::Bits;
 use crate::image::read_header;
-use crate::maintenance::Session;
+use crate::maintenance::{SECTOR, Session};
 use crate::{ErrorKind, Result};
 
 /// One entry of a directory to write.
@@ -98,7 +98,8 @@ impl Session<'_> {
         match (directory, self.find_extension()?) {
             (Some(new), Some(at)) => {
                 // The extension's three fields in one sector change at once; else they are not believed meanwhile.
-                let split = at / 512 != (at + 23) / 512;
+                let last = at + BitmapsExtension::LENGTH as u64 - 1;
+                let split = at / SECTOR != last / SECTOR;
                 if split && header.autoclear.contains(Autoclear::BITMAPS) {
                     self.writer.write_autoclear(self.image, autoclear - Autoclear::BITMAPS)?;
                     self.barrier()?;

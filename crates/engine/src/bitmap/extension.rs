@@ -4,25 +4,17 @@
 //! marker, where nothing looks, and becomes part of the chain by the one aligned word of eight bytes that overwrites the
 //! marker.
 
-use qcow2_format::header::extension::{BITMAPS, BitmapsExtension};
+use qcow2_format::header::extension::{BitmapsExtension, HEAD_LENGTH, Places};
+use qcow2_format::header::field::{BACKING_FILE_OFFSET, Patch};
 
+use crate::image::encode_patch;
 use crate::maintenance::Session;
 use crate::{ErrorKind, Result};
 
-/// Offset of `backing_file_offset`, followed by `backing_file_size`.
-const BACKING_FILE_OFFSET: u64 = 8;
 /// Bytes of an extension's type and length.
-const HEAD: u64 = 8;
+const HEAD: u64 = HEAD_LENGTH as u64;
 /// Bytes of the extension's data.
-const DATA: u64 = 24;
-
-/// The chain of extensions.
-struct Chain {
-    /// Offset of the bitmaps extension's data.
-    bitmaps: Option<u64>,
-    /// Offset of the end marker (or of the end of the space).
-    end: u64,
-}
+const DATA: u64 = BitmapsExtension::LENGTH as u64;
 
 impl Session<'_> {
     /// Offset of the bitmaps extension's data in the file.
@@ -36,30 +28,10 @@ impl Session<'_> {
         Ok(cluster)
     }
 
-    fn chain(&self, cluster: &[u8]) -> Result<Chain> {
-        let field = |at: u64, width: u64| -> Result<u64> {
-            let bytes = cluster.get(at as usize..(at + width) as usize);
-            let bytes = bytes
-                .ok_or_else(|| self.image.error(ErrorKind::Corrupt, "the header extensions have no end"))?;
-            Ok(bytes.iter().fold(0, |n, &b| n << 8 | u64::from(b)))
-        };
-        let mut chain = Chain { bitmaps: None, end: field(100, 4)? };
-        let space = match field(BACKING_FILE_OFFSET, 8)? {
-            0 => cluster.len() as u64,
-            offset => offset,
-        };
-        // The chain was validated when the image was opened.
-        while chain.end + HEAD <= space {
-            let kind = field(chain.end, 4)?;
-            if kind == 0 {
-                break;
-            }
-            if kind == u64::from(BITMAPS) {
-                chain.bitmaps = Some(chain.end + HEAD);
-            }
-            chain.end += HEAD + field(chain.end + 4, 4)?.next_multiple_of(8);
-        }
-        Ok(chain)
+    /// Where the extensions are; they were validated when the image was opened.
+    fn chain(&self, cluster: &[u8]) -> Result<Places> {
+        Places::find(cluster)
+            .map_err(|_| self.image.error(ErrorKind::Corrupt, "the header extensions have no end"))
     }
 
     /// Adds the extension at the end of the chain. Durable, but for its last word, with the next barrier.
@@ -69,12 +41,10 @@ impl Session<'_> {
         let behind = end + HEAD + DATA + HEAD;
         self.make_room(&cluster, behind)?;
         let mut bytes = extension.encode().to_vec();
-        bytes.extend_from_slice(&[0; HEAD as usize]);
+        bytes.extend_from_slice(&[0; HEAD_LENGTH]);
         self.write(end + HEAD, &bytes)?;
         self.barrier()?;
-        let mut head = BITMAPS.to_be_bytes().to_vec();
-        head.extend_from_slice(&(DATA as u32).to_be_bytes());
-        self.write(end, &head)
+        self.write(end, &BitmapsExtension::head())
     }
 
     /// Moves the backing file name where it does not begin before `behind`.
@@ -88,9 +58,7 @@ impl Session<'_> {
         let Some(name) = self.image.header().backing_file.as_deref() else {
             return if behind <= size { Ok(()) } else { Err(full(behind)) };
         };
-        let at = BACKING_FILE_OFFSET as usize;
-        let offset = cluster.get(at..at + 8).unwrap_or_default();
-        let offset = offset.iter().fold(0, |n, &b| n << 8 | u64::from(b));
+        let offset = BACKING_FILE_OFFSET.read(cluster).unwrap_or(0);
         if offset >= behind {
             return Ok(());
         }
@@ -100,7 +68,9 @@ impl Session<'_> {
         }
         self.write(target, name)?;
         self.barrier()?;
-        self.write(BACKING_FILE_OFFSET, &target.to_be_bytes())?;
+        let patch = Patch::new().set(BACKING_FILE_OFFSET, target);
+        let (at, bytes) = encode_patch(&patch, &self.image.header().steady())?;
+        self.write(at, &bytes)?;
         self.barrier()
     }
 
@@ -110,7 +80,7 @@ impl Session<'_> {
         let chain = self.chain(&self.first_cluster()?)?;
         match chain.bitmaps {
             Some(data) if data + DATA == chain.end => {
-                self.write(data - HEAD, &[0; HEAD as usize])?;
+                self.write(data - HEAD, &[0; HEAD_LENGTH])?;
                 self.barrier()
             }
             _ => Ok(()),

@@ -4,14 +4,12 @@
 //! header's extension. It changes when what it refers to is durable.
 
 use qcow2_format::HostOffset;
-use qcow2_format::bitmap::BitmapCluster;
+use qcow2_format::bitmap::{BitmapCluster, BitmapDirectoryEntry};
+use qcow2_format::header::extension::BitmapsExtension;
 
 use super::stored::read_table;
 use crate::Result;
-use crate::maintenance::{Session, encode_words};
-
-/// Offset of the directory's place in the data of the extension.
-const DIRECTORY_OFFSET: u64 = 16;
+use crate::maintenance::Session;
 
 impl Session<'_> {
     /// Moves what of the bitmaps lies behind cluster `bound` below it, where there is room. Returns how many clusters.
@@ -35,7 +33,8 @@ impl Session<'_> {
                 self.read(entry.table_offset.0, &mut table)?;
                 self.write_table(to, table)?;
                 self.barrier()?;
-                self.write(at, &to.to_be_bytes())?;
+                let (field, place) = BitmapDirectoryEntry::table_patch(HostOffset(to));
+                self.write(at + field, &place)?;
                 self.barrier()?;
                 self.unlink(entry.table_offset.0, bytes);
                 moved += g.clusters_for(bytes);
@@ -51,7 +50,8 @@ impl Session<'_> {
             self.read(from, &mut copy)?;
             self.write_table(to, copy)?;
             self.barrier()?;
-            self.write(extension + DIRECTORY_OFFSET, &to.to_be_bytes())?;
+            let (field, place) = BitmapsExtension::directory_patch(HostOffset(to));
+            self.write(extension + field, &place)?;
             self.barrier()?;
             directory.directory_offset = HostOffset(to);
             self.writer.note_bitmaps(self.image, Some(&directory));
@@ -83,7 +83,8 @@ impl Session<'_> {
         }
         self.barrier()?;
         for &(index, _, to) in &moves {
-            self.write(place + index * 8, &encode_words(&[to]))?;
+            let entry = BitmapCluster::Data(HostOffset(to)).encode();
+            self.write(place + index * 8, &entry.to_bytes())?;
         }
         self.barrier()?;
         moves.iter().for_each(|&(_, from, _)| self.unlink(from, g.cluster_size()));

@@ -1,9 +1,10 @@
 //! Bitmaps in the file: table and data clusters (sections "Bitmap table" and "Bitmap data").
 
+use qcow2_format::HostOffset;
 use qcow2_format::bitmap::{BitmapCluster, BitmapDirectoryEntry, BitmapTableEntry};
 
 use super::bits::Bits;
-use crate::image::{Qcow2, decode_words, on_file};
+use crate::image::{Qcow2, on_file};
 use crate::invalid::invalid;
 use crate::maintenance::Session;
 use crate::{ErrorKind, MemMut, Result, StorageExt};
@@ -21,8 +22,8 @@ pub(super) fn read_table(image: &Qcow2, entry: &BitmapDirectoryEntry) -> Result<
     }
     let mut table = vec![0u8; bytes as usize];
     image.storage().read_exact_at(MemMut::from(&mut table[..]), entry.table_offset.0)?;
-    let decode = |word| BitmapTableEntry(word).decode(image.geometry());
-    let table: std::result::Result<_, _> = decode_words(&table).into_iter().map(decode).collect();
+    let entries = BitmapTableEntry::entries(&table).map(|entry| entry.decode(image.geometry()));
+    let table: std::result::Result<_, _> = entries.collect();
     table.map_err(|e| on_file(&**image.storage(), invalid(e, ErrorKind::Corrupt)))
 }
 
@@ -61,16 +62,16 @@ impl Session<'_> {
             let used = (bits.stored_length() - start).min(size) as usize;
             let used = stored.get(..used).unwrap_or_default();
             let entry = if used.iter().all(|&b| b == 0) {
-                0
+                BitmapCluster::Zeroes
             } else if used.iter().all(|&b| b == 0xff) && used.len() as u64 == size {
-                1
+                BitmapCluster::Ones
             } else {
                 let offset = self.allocate(size)?;
                 self.write_table(offset, stored)?;
                 fresh.push((offset, size));
-                offset
+                BitmapCluster::Data(HostOffset(offset))
             };
-            table.extend_from_slice(&entry.to_be_bytes());
+            table.extend_from_slice(&entry.encode().to_bytes());
         }
         let length = table.len() as u64;
         let offset = self.allocate(length)?;

@@ -4,16 +4,13 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use parking_lot::RwLock;
-use qcow2_format::bitmap::BitmapFlags;
+use qcow2_format::bitmap::{BitmapDirectoryEntry, BitmapFlags};
 
 use super::bits::Bits;
 use super::stored;
 use crate::image::Qcow2;
 use crate::maintenance::Session;
 use crate::{Image, Mem, Result, StorageExt};
-
-/// Offset of `flags` in a bitmap directory entry.
-const FLAGS: u64 = 12;
 
 /// One bitmap in memory. Its entry in the file is marked in use.
 #[derive(Debug, Clone)]
@@ -78,8 +75,8 @@ impl Tracker {
             let known = self.tracks(&record.entry.name);
             if !known && !flags.contains(BitmapFlags::IN_USE) && (enabled || all) {
                 let bits = Arc::new(stored::load(image, &record.entry)?);
-                let flags = (flags | BitmapFlags::IN_USE).bits().to_be_bytes();
-                image.storage().write_all_at(Mem::from(&flags[..]), at + FLAGS)?;
+                let (field, bytes) = BitmapDirectoryEntry::flags_patch(flags | BitmapFlags::IN_USE);
+                image.storage().write_all_at(Mem::from(&bytes[..]), at + field)?;
                 changed = true;
                 self.put(Tracked { name: record.entry.name.clone(), bits, enabled });
             }
@@ -171,8 +168,9 @@ impl Session<'_> {
         self.barrier()?;
         for record in self.image.bitmaps()? {
             if tracked.iter().any(|one| one.name == record.entry.name) {
-                let flags = (record.entry.flags - BitmapFlags::IN_USE).bits().to_be_bytes();
-                self.write(at + FLAGS, &flags)?;
+                let flags = record.entry.flags - BitmapFlags::IN_USE;
+                let (field, bytes) = BitmapDirectoryEntry::flags_patch(flags);
+                self.write(at + field, &bytes)?;
             }
             at += record.entry.encoded_length() as u64;
         }

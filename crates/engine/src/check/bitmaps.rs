@@ -146,8 +146,8 @@ fn table(walk: &mut Walk<'_, '_>, bitmap: &BitmapDirectoryEntry, each: Visitor<'
         let count = (size - start).min(WINDOW) as usize;
         let window = buffer.get_mut(..count * 8).unwrap_or_default();
         target.storage.read_padded_at(MemMut::from(&mut *window), table + start * 8)?;
-        for entry in window.as_chunks::<8>().0 {
-            match BitmapTableEntry(u64::from_be_bytes(*entry)).decode(geometry) {
+        for entry in BitmapTableEntry::entries(window) {
+            match entry.decode(geometry) {
                 Ok(BitmapCluster::Data(offset)) => each(walk, offset.get(), geometry.cluster_size())?,
                 Ok(_) => {}
                 Err(error) => return Err(Broken::At(error.to_string(), table)),

@@ -2,10 +2,8 @@
 //! looks for runs and judges each as a whole; everything else goes entry by entry. A table of nothing but a few runs is
 //! seen as that by the thread that reads it, and its entries go no further.
 
-use qcow2_format::l1::OFFSET_MASK;
-use qcow2_format::l2::ZERO;
 use qcow2_format::limits::MAX_HOST_OFFSET;
-use qcow2_format::{CompressedDescriptor, Header, L2Entry, SubclusterBitmap};
+use qcow2_format::{CompressedDescriptor, Geometry, Header, L2Entry, L2Mapping};
 
 use super::report::FindingCode;
 use super::walk::Walk;
@@ -33,8 +31,7 @@ pub(super) type Runs = Vec<(u64, u64)>;
 /// What an entry of a run must be like in this image.
 #[derive(Clone, Copy)]
 pub(super) struct Shape {
-    cluster_size: u64,
-    extended: bool,
+    geometry: Geometry,
     external: bool,
     /// Where host offsets end that need no closer look.
     limit: u64,
@@ -44,8 +41,7 @@ impl Shape {
     pub(super) fn of(header: &Header, file_length: u64) -> Self {
         let external = header.has_data_file();
         Self {
-            cluster_size: header.geometry.cluster_size(),
-            extended: header.geometry.extended_l2(),
+            geometry: header.geometry,
             external,
             limit: if external { MAX_HOST_OFFSET / 2 } else { file_length },
         }
@@ -53,32 +49,29 @@ impl Shape {
 
     /// The runs of a table that has nothing else but entries without a host cluster, if they are few.
     pub(super) fn runs(self, bytes: &[u8]) -> Option<Runs> {
-        if self.extended {
-            self.runs_of(bytes.as_chunks::<16>().0.iter().map(|b| {
-                let pair = u128::from_be_bytes(*b);
-                L2Entry { word: (pair >> 64) as u64, bitmap: SubclusterBitmap(pair as u64) }
-            }))
-        } else {
-            self.runs_of(bytes.as_chunks::<8>().0.iter().map(|b| L2Entry::standard(u64::from_be_bytes(*b))))
+        match self.geometry.extended_l2() {
+            true => self.runs_of(L2Entry::extended_entries(bytes)),
+            false => self.runs_of(L2Entry::standard_entries(bytes)),
         }
     }
 
     #[inline]
     fn runs_of(self, entries: impl Iterator<Item = L2Entry>) -> Option<Runs> {
+        let cluster_size = self.geometry.cluster_size();
         let mut runs = Runs::new();
         let (mut first, mut next, mut length) = (0, 0, 0);
         for entry in entries {
             if entry.word == next && length > 0 && entry.bitmap.is_valid() {
                 length += 1;
-                next += self.cluster_size;
-            } else if entry.word > ZERO || entry.bitmap.0 != 0 {
+                next += cluster_size;
+            } else if !entry.is_bare() {
                 if !self.begins_run(entry) || runs.len() == MAX_RUNS {
                     return None;
                 }
                 if length > 0 {
                     runs.push((first, length));
                 }
-                (first, next, length) = (entry.word, entry.word + self.cluster_size, 1);
+                (first, next, length) = (entry.word, entry.word + cluster_size, 1);
             }
         }
         if length > 0 {
@@ -93,8 +86,8 @@ impl Shape {
         !entry.is_compressed()
             && entry.reserved_bits() == 0
             && entry.bitmap.is_valid()
-            && (offset != 0 || (self.external && entry.copied() && (self.extended || entry.word & ZERO == 0)))
-            && offset.is_multiple_of(self.cluster_size)
+            && (offset != 0 || (self.external && entry.copied() && !entry.has_zero_flag(&self.geometry)))
+            && self.geometry.in_cluster(offset) == 0
             && offset < self.limit
     }
 }
@@ -130,15 +123,9 @@ impl Walk<'_, '_> {
                 return Ok(());
             }
         };
-        if self.target.header.geometry.extended_l2() {
-            let entries = bytes.as_chunks::<16>().0.iter().map(|b| {
-                let pair = u128::from_be_bytes(*b);
-                L2Entry { word: (pair >> 64) as u64, bitmap: SubclusterBitmap(pair as u64) }
-            });
-            self.entries(entries, &mut table)
-        } else {
-            let entries = bytes.as_chunks::<8>().0.iter().map(|b| L2Entry::standard(u64::from_be_bytes(*b)));
-            self.entries(entries, &mut table)
+        match self.target.header.geometry.extended_l2() {
+            true => self.entries(L2Entry::extended_entries(bytes), &mut table),
+            false => self.entries(L2Entry::standard_entries(bytes), &mut table),
         }
     }
 
@@ -149,7 +136,7 @@ impl Walk<'_, '_> {
             if entry.word == table.run.next && table.run.length > 0 && entry.bitmap.is_valid() {
                 table.run.length += 1;
                 table.run.next += cluster_size;
-            } else if entry.word > ZERO || entry.bitmap.0 != 0 {
+            } else if !entry.is_bare() {
                 self.entry(index, entry, table)?;
             }
         }
@@ -169,7 +156,7 @@ impl Walk<'_, '_> {
             });
         }
         let header = self.target.header;
-        let zero_flag = word & ZERO != 0 && !header.geometry.extended_l2();
+        let zero_flag = entry.has_zero_flag(&header.geometry);
         if entry.offset_bits() == 0 && (zero_flag || !(header.has_data_file() && entry.copied())) {
             if entry.bitmap.has_data() {
                 self.tally.corruption(FindingCode::SubclusterBitmap, None, || {
@@ -267,8 +254,10 @@ impl Walk<'_, '_> {
         let at = table.offset + index as u64 * geometry.l2_entry_size();
         let zero = if geometry.extended_l2() {
             L2Entry { word: 0, bitmap: entry.bitmap }
+        } else if self.target.header.version > 2 {
+            L2Mapping::Zero { host: None, copied: false }.encode(geometry)
         } else {
-            L2Entry::standard(if self.target.header.version > 2 { ZERO } else { 0 })
+            L2Entry::default()
         };
         let first = self.entries.insert(at, zero).is_none();
         if entry.reserved_bits() != 0 {
@@ -296,7 +285,7 @@ impl Walk<'_, '_> {
         let header = self.target.header;
         let geometry = &header.geometry;
         let first = table.run.first;
-        let offset = first & OFFSET_MASK;
+        let offset = L2Entry::standard(first).offset_bits();
         self.place(offset, length, table);
         if !header.has_data_file() {
             // The part inside the file at once; whatever leads beyond it is told one by one.
@@ -323,8 +312,8 @@ impl Walk<'_, '_> {
     fn l2_copied(&mut self, first: u64, length: u64, table: &Table) -> Result<(), Stop> {
         let header = self.target.header;
         let geometry = &header.geometry;
-        let copied = L2Entry::standard(first).copied();
-        let cluster = geometry.cluster_index(first & OFFSET_MASK);
+        let entry = L2Entry::standard(first);
+        let (copied, cluster) = (entry.copied(), geometry.cluster_index(entry.offset_bits()));
         if !table.judge_copied || (!header.has_data_file() && self.stored.all(copied, cluster, length)) {
             return Ok(());
         }
@@ -333,7 +322,7 @@ impl Walk<'_, '_> {
             let refcount = if header.has_data_file() { Some(1) } else { self.stored.get(cluster + i)? };
             let Some(refcount) = refcount.filter(|r| (*r == 1) != copied) else { continue };
             let word = first + (i << geometry.cluster_bits());
-            self.copied.corruption(FindingCode::L2Copied, word & OFFSET_MASK, || {
+            self.copied.corruption(FindingCode::L2Copied, L2Entry::standard(word).offset_bits(), || {
                 format!("OFLAG_COPIED data cluster: l2_entry={word:x} refcount={refcount}")
             });
         }

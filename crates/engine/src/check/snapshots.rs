@@ -3,7 +3,9 @@
 use qcow2_format::limits::{
     MAX_SNAPSHOT_EXTRA_DATA, MAX_SNAPSHOT_TABLE_BYTES, MAX_SNAPSHOTS, MAX_VIRTUAL_SIZE,
 };
-use qcow2_format::snapshot::{FIXED_LENGTH, ParsedSnapshot, V3_EXTRA_DATA};
+use qcow2_format::snapshot::{
+    FIXED_LENGTH, ParsedSnapshot, V3_EXTRA_DATA, names_length, set_extra_data_size,
+};
 use qcow2_format::{FormatError, SnapshotRecord};
 
 use super::report::{FindingCode, Severity, Tally};
@@ -252,20 +254,14 @@ fn read_entry(target: &Target<'_>, index: u32, at: u64) -> Result<Entry, Stop> {
 /// Reads an entry whose `claimed` bytes of extra data are beyond the limit: as much of them as may be is kept.
 fn cut_entry(target: &Target<'_>, at: u64, start: &[u8], claimed: u64) -> Result<Entry, Stop> {
     let broken = || Stop::corrupt("a snapshot table entry cannot be read", at);
-    let fixed = start.first_chunk::<FIXED_LENGTH>().ok_or_else(broken)?;
-    let [id_high, id_low, name_high, name_low] =
-        *fixed.get(12..).and_then(|b| b.first_chunk::<4>()).ok_or_else(broken)?;
-    let names = u64::from(u16::from_be_bytes([id_high, id_low]))
-        + u64::from(u16::from_be_bytes([name_high, name_low]));
+    let names = names_length(start).map_err(|_| broken())?;
     let extra = MAX_SNAPSHOT_EXTRA_DATA as usize;
-    let mut entry = vec![0; FIXED_LENGTH + extra + names as usize];
+    let mut entry = vec![0; FIXED_LENGTH + extra + names];
     let (kept, tail) = entry.split_at_mut(FIXED_LENGTH + extra);
     target.storage.read_padded_at(MemMut::from(&mut *kept), at)?;
     target.storage.read_padded_at(MemMut::from(tail), at + FIXED_LENGTH as u64 + claimed)?;
-    if let Some(size) = kept.get_mut(36..40) {
-        size.copy_from_slice(&MAX_SNAPSHOT_EXTRA_DATA.to_be_bytes());
-    }
-    let unpadded = FIXED_LENGTH as u64 + claimed + names;
+    set_extra_data_size(&mut entry, MAX_SNAPSHOT_EXTRA_DATA);
+    let unpadded = FIXED_LENGTH as u64 + claimed + names as u64;
     match SnapshotRecord::parse(&entry) {
         Ok(ParsedSnapshot::Record(record, _)) => {
             Ok(Entry { record: *record, length: unpadded.next_multiple_of(8), unpadded, cut: Some(claimed) })

@@ -54,11 +54,10 @@ impl<'a> StoredRefcounts<'a> {
         }
         let mut raw = vec![0; usize::try_from(bytes).unwrap_or(usize::MAX)];
         target.storage.read_padded_at(MemMut::from(&mut raw[..]), header.refcount_table_offset.get())?;
-        let entries = raw.as_chunks::<8>().0.iter().map(|b| RefcountTableEntry(u64::from_be_bytes(*b)));
         let mut stored = Self {
             storage: target.storage,
             geometry,
-            table: entries.collect(),
+            table: RefcountTableEntry::entries(&raw).collect(),
             ones: vec![None; usize::try_from(clusters.div_ceil(PAGE)).unwrap_or(usize::MAX)],
             block: vec![0; geometry.cluster_len()],
             loaded: None,

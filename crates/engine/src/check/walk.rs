@@ -239,11 +239,9 @@ impl<'a, 'b> Walk<'a, 'b> {
             let count = (table.entries - start).min(L1_WINDOW as u64);
             let window = buffer.get_mut(..count as usize * 8).unwrap_or_default();
             self.target.storage.read_padded_at(MemMut::from(&mut *window), table.offset + start * 8)?;
-            let entries = window.as_chunks::<8>().0.iter().map(|b| u64::from_be_bytes(*b));
-            let used: Vec<_> = (start..).zip(entries).filter(|(_, entry)| *entry != 0).collect();
-            tables +=
-                used.iter().filter(|(_, entry)| L1Entry(*entry).offset_bits() < self.file_length).count()
-                    as u64;
+            let entries = (start..).zip(L1Entry::entries(window));
+            let used: Vec<_> = entries.filter(|(_, entry)| entry.0 != 0).collect();
+            tables += used.iter().filter(|(_, entry)| entry.offset_bits() < self.file_length).count() as u64;
             if tables > self.clusters.max(MIN_TABLES) {
                 // Each would be read again for every entry that refers to it: a small file, and hours of reading.
                 let clusters = self.clusters;
@@ -259,10 +257,10 @@ impl<'a, 'b> Walk<'a, 'b> {
     }
 
     /// Visits the L2 tables of the L1 entries `used`, which come with their index.
-    fn l2_tables(&mut self, used: &[(u64, u64)], active: bool, share: u64) -> Result<(), Stop> {
+    fn l2_tables(&mut self, used: &[(u64, L1Entry)], active: bool, share: u64) -> Result<(), Stop> {
         let Target { storage, header, options, job, .. } = self.target;
         let geometry = &header.geometry;
-        let offsets: Vec<u64> = used.iter().map(|(_, entry)| L1Entry(*entry).offset_bits()).collect();
+        let offsets: Vec<u64> = used.iter().map(|(_, entry)| entry.offset_bits()).collect();
         let mut entries = used.iter();
         let source =
             Source { storage: *storage, file_length: self.file_length, table_length: geometry.cluster_len() };
@@ -271,7 +269,6 @@ impl<'a, 'b> Walk<'a, 'b> {
         for_each_table(source, &offsets, options.readers, runs, |_, table| {
             job.checkpoint()?;
             let Some(&(index, entry)) = entries.next() else { return Ok(()) };
-            let entry = L1Entry(entry);
             let offset = entry.offset_bits();
             if entry.reserved_bits() != 0 {
                 self.tally.corruption(FindingCode::L1Reserved, offset, || {

@@ -4,12 +4,11 @@ use std::collections::VecDeque;
 use std::ops::Range;
 
 use crate::image::Image;
-use crate::{GuestSource, Job, Result};
+use crate::walk::{Step, Steps, Walk};
+use crate::{Job, Result};
 
-/// Guest bytes whose extents are asked for at once.
-const WINDOW: u64 = 64 << 30;
-/// Extents at which a window ends early.
-const MOST_EXTENTS: usize = 4096;
+/// How much is asked for at once.
+const STEPS: Steps = Steps::of(64 << 30, 4096);
 
 /// The next part of a scan.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,13 +27,14 @@ pub(super) struct Scan {
     chunk: u64,
     /// Most bytes of a piece's data: whole chunks.
     most: u64,
-    asked: u64,
+    walk: Walk<1>,
     data: VecDeque<Range<u64>>,
 }
 
 impl Scan {
     pub(super) fn new(range: Range<u64>, chunk: u64, most: u64) -> Self {
-        Self { at: range.start, end: range.end, chunk, most, asked: range.start, data: VecDeque::new() }
+        let walk = Walk::new(range.clone(), STEPS);
+        Self { at: range.start, end: range.end, chunk, most, walk, data: VecDeque::new() }
     }
 
     /// The next piece, `None` when the range is done.
@@ -48,7 +48,7 @@ impl Scan {
             while self.data.front().is_some_and(|run| run.end <= from) {
                 self.data.pop_front();
             }
-            if !self.data.is_empty() || self.asked >= self.end {
+            if !self.data.is_empty() || self.walk.is_done() {
                 break;
             }
             self.ask(image, job)?;
@@ -66,9 +66,9 @@ impl Scan {
     }
 
     fn ask(&mut self, image: &Image, job: &Job) -> Result<()> {
-        let mut extents = Vec::new();
-        let length = WINDOW.min(self.end - self.asked);
-        let until = image.extents_up_to(self.asked, length, MOST_EXTENTS, job, &mut extents)?;
+        let Some(Step { extents: [extents], .. }) = self.walk.next([Some(image)], job)? else {
+            return Ok(());
+        };
         for extent in extents.iter().filter(|extent| !extent.zero) {
             let run = extent.start..extent.start + extent.length;
             match self.data.back_mut() {
@@ -76,8 +76,6 @@ impl Scan {
                 _ => self.data.push_back(run),
             }
         }
-        // Nothing of what a shrunk disk lost is left to copy.
-        self.asked = if until > self.asked { until } else { self.end };
         Ok(())
     }
 }

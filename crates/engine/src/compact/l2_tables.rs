@@ -1,11 +1,8 @@
 //! Moving L2 tables: the L1 entries that refer to them follow.
 
-use qcow2_format::l1::OFFSET_MASK;
-use qcow2_format::l2::ZERO;
-use qcow2_format::{HostOffset, L1Entry};
+use qcow2_format::{HostOffset, L1Entry, words};
 
 use super::survey::{Table, entry_at, read_words, tables};
-use crate::image::decode_words;
 use crate::maintenance::Session;
 use crate::{Job, MemMut, Result, StorageExt};
 
@@ -23,7 +20,7 @@ struct Place {
     /// Index of the snapshot; `None` for the active L1 table.
     snapshot: Option<usize>,
     index: usize,
-    word: u64,
+    entry: L1Entry,
 }
 
 impl Session<'_> {
@@ -61,12 +58,10 @@ impl Session<'_> {
             job.checkpoint()?;
             let words = read_words(self.image, table.offset)?;
             let maps = (0..g.l2_entries() as usize).map(|number| entry_at(self.image, &words, number));
-            // Without extended entries, bit 0 is the zero flag.
-            let flags = if g.extended_l2() { 0 } else { ZERO };
-            if maps.into_iter().any(|entry| entry.word & !flags != 0) {
+            if maps.into_iter().any(|entry| entry.without_zero_flag(&g).word != 0) {
                 continue;
             }
-            self.for_users(&places, table.offset, |place| self.set_l1_entry(place, 0))?;
+            self.for_users(&places, table.offset, |place| self.set_l1_entry(place, L1Entry(0)))?;
             (0..table.weight).for_each(|_| self.unlink(table.offset, g.cluster_size()));
             waiting += 1;
             if waiting == BATCH_TABLES {
@@ -110,7 +105,7 @@ impl Session<'_> {
             })?;
             // The flag stays.
             self.for_users(places, table.offset, |place| {
-                self.set_l1_entry(place, place.word & !OFFSET_MASK | to)
+                self.set_l1_entry(place, place.entry.with_table(HostOffset(to)))
             })?;
             (0..table.weight).for_each(|_| self.unlink(table.offset, g.cluster_size()));
         }
@@ -119,17 +114,17 @@ impl Session<'_> {
     }
 
     /// Changes one L1 entry.
-    fn set_l1_entry(&self, place: &Place, word: u64) -> Result<()> {
+    fn set_l1_entry(&self, place: &Place, new: L1Entry) -> Result<()> {
         match place.snapshot {
             Some(number) => {
                 let snapshots = self.image.snapshots();
                 let l1 = snapshots.get(number).map_or(HostOffset(0), |record| record.l1_table_offset);
-                self.write(l1.0 + place.index as u64 * 8, &word.to_be_bytes())
+                self.write(l1.0 + place.index as u64 * 8, &new.to_bytes())
             }
             None => {
                 let mut mapping = self.image.mapping.write();
                 if let Some(entry) = mapping.l1.get_mut(place.index) {
-                    *entry = word;
+                    *entry = new.0;
                 }
                 mapping.dirty_l1.insert(place.index);
                 mapping.generation += 1;
@@ -143,10 +138,10 @@ impl Session<'_> {
         let g = self.geometry();
         let mut places = Vec::new();
         let mut add = |l1: &[u64], snapshot| {
-            for (index, &word) in l1.iter().enumerate() {
-                let table = L1Entry(word).offset_bits();
+            for (index, entry) in l1.iter().map(|word| L1Entry(*word)).enumerate() {
+                let table = entry.offset_bits();
                 if table != 0 && g.cluster_index(table) >= bound {
-                    places.push(Place { table, snapshot, index, word });
+                    places.push(Place { table, snapshot, index, entry });
                 }
             }
         };
@@ -154,7 +149,7 @@ impl Session<'_> {
         for (number, record) in self.image.snapshots().iter().enumerate() {
             let mut bytes = vec![0u8; record.l1_size as usize * 8];
             self.image.storage().read_exact_at(MemMut::from(&mut bytes[..]), record.l1_table_offset.0)?;
-            add(&decode_words(&bytes), Some(number));
+            add(&words::decode(&bytes), Some(number));
         }
         places.sort_unstable_by_key(|place| place.table);
         Ok(places)

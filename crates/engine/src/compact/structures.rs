@@ -3,9 +3,9 @@
 
 use std::sync::Arc;
 
-use qcow2_format::{HostOffset, SnapshotRecord};
+use qcow2_format::{HostOffset, SnapshotRecord, words};
 
-use crate::maintenance::{Session, encode_words};
+use crate::maintenance::Session;
 use crate::{ErrorKind, Job, Result};
 
 /// Refcount blocks that move between two syncs.
@@ -70,7 +70,7 @@ impl Session<'_> {
         let l1 = self.image.l1();
         let bytes = l1.len() as u64 * 8;
         let Some(to) = self.take_low(bytes, limit)? else { return Ok(0) };
-        self.write_table(to, encode_words(&l1))?;
+        self.write_table(to, words::encode(&l1))?;
         self.barrier()?;
         let former = self.writer.l1_offset();
         // As many entries as before.

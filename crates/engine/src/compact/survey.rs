@@ -4,14 +4,14 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use qcow2_format::{
-    CompressedDescriptor, HostOffset, L1Entry, L2Entry, L2Mapping, SubclusterBitmap, SubclusterKind,
+    CompressedDescriptor, HostOffset, L1Entry, L2Entry, L2Mapping, SubclusterBitmap, SubclusterKind, words,
 };
 use qcow2_transform::is_zero;
 
 use super::data_file::{has_stale_data, stale_data};
 use super::{CompactOptions, CompactResult, measure};
 use crate::check::References;
-use crate::image::{Qcow2, decode_words};
+use crate::image::Qcow2;
 use crate::write::give_up;
 use crate::{ErrorKind, Job, MemMut, Result, Storage, StorageExt};
 
@@ -54,7 +54,7 @@ pub(super) fn tables(image: &Qcow2) -> Result<Vec<Table>> {
     for snapshot in image.snapshots().iter() {
         let mut bytes = vec![0u8; snapshot.l1_size as usize * 8];
         image.storage().read_exact_at(MemMut::from(&mut bytes[..]), snapshot.l1_table_offset.0)?;
-        add(&decode_words(&bytes))?;
+        add(&words::decode(&bytes))?;
     }
     found.sort_unstable_by_key(|table| table.offset);
     found.dedup_by(|again, first| {
@@ -69,15 +69,12 @@ pub(super) fn tables(image: &Qcow2) -> Result<Vec<Table>> {
 pub(super) fn read_words(image: &Qcow2, offset: u64) -> Result<Vec<u64>> {
     let mut bytes = vec![0u8; image.geometry().cluster_len()];
     image.storage().read_exact_at(MemMut::from(&mut bytes[..]), offset)?;
-    Ok(decode_words(&bytes))
+    Ok(words::decode(&bytes))
 }
 
 /// Entry `number` of a table's words.
 pub(super) fn entry_at(image: &Qcow2, words: &[u64], number: usize) -> L2Entry {
-    let width = image.geometry().l2_entry_size() as usize / 8;
-    let at = number * width;
-    let bitmap = if width == 2 { words.get(at + 1).copied().unwrap_or(0) } else { 0 };
-    L2Entry { word: words.get(at).copied().unwrap_or(0), bitmap: SubclusterBitmap(bitmap) }
+    L2Entry::of_words(words, number, image.geometry())
 }
 
 /// Guest offset of an entry.

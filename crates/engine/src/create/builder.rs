@@ -183,7 +183,7 @@ impl ImageBuilder {
         let entry = self.l1.get_mut(at..at + L1_ENTRY_SIZE as usize);
         let entry =
             entry.ok_or_else(|| Error::new(ErrorKind::Internal, "guest offset beyond the L1 table"))?;
-        entry.copy_from_slice(&L1Entry::new(host, true).0.to_be_bytes());
+        entry.copy_from_slice(&L1Entry::new(host, true).to_bytes());
         let bytes = vec![0; self.geometry().cluster_len()];
         self.open.push_back(OpenTable { l1_index, host, bytes });
         Ok(())
@@ -197,11 +197,7 @@ impl ImageBuilder {
         let slot = table
             .and_then(|t| t.bytes.get_mut(start..start + g.l2_entry_size() as usize))
             .ok_or_else(|| Error::new(ErrorKind::Internal, "cluster placed without an L2 table"))?;
-        let (word, bitmap) = slot.split_at_mut(8);
-        word.copy_from_slice(&entry.word.to_be_bytes());
-        if !bitmap.is_empty() {
-            bitmap.copy_from_slice(&entry.bitmap.0.to_be_bytes());
-        }
+        entry.write(slot);
         Ok(())
     }
 

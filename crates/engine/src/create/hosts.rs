@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 
 use qcow2_format::limits::{MAX_HOST_OFFSET, MAX_REFCOUNT_TABLE_BYTES};
-use qcow2_format::{CompressedDescriptor, Geometry, HostOffset, refcount};
+use qcow2_format::{CompressedDescriptor, Geometry, HostOffset, refcount, words};
 
 use crate::invalid::invalid;
 use crate::{Error, ErrorKind, Result};
@@ -232,6 +232,6 @@ impl HostClusters {
 
     /// The refcount table up to its last entry.
     pub(super) fn table_bytes(&self) -> Vec<u8> {
-        self.table.iter().flat_map(|entry| entry.to_be_bytes()).collect()
+        words::encode(&self.table)
     }
 }

@@ -204,7 +204,7 @@ impl Qcow2 {
             };
             while index < self.slices.entries() && *at < end {
                 let cluster = g.cluster_start(*at);
-                let run = self.slices.run(&slice, index, g.clusters_for(end - cluster), &g);
+                let run = self.slices.run(&slice, index, g.clusters_for(end - cluster));
                 let run_end = (cluster + (run * g.cluster_size() - 1)).min(end - 1) + 1;
                 self.plan_cluster(self.slices.entry(&slice, index), cluster, *at..run_end, plan)?;
                 *at = run_end;

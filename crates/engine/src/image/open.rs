@@ -3,8 +3,7 @@
 use std::sync::Arc;
 
 use qcow2_format::header::PREAMBLE_LENGTH;
-use qcow2_format::l1::OFFSET_MASK;
-use qcow2_format::{FormatResult, Geometry, Header, HostOffset, Limits};
+use qcow2_format::{FormatResult, Geometry, Header, HostOffset, L1Entry, Limits, words};
 
 use super::inflated::InflatedCache;
 use super::qcow2::{Qcow2, View};
@@ -200,11 +199,10 @@ fn check_l1_placement(
 fn salvage_l1(storage: &dyn Storage, header: &Header) -> Result<Vec<u64>> {
     let mut bytes = vec![0u8; header.l1_size as usize * 8];
     let got = storage.read_up_to_at(MemMut::from(&mut bytes[..]), header.l1_table_offset.0)?;
-    let mut l1 = super::slices::decode_words(&bytes);
+    let mut l1 = words::decode(&bytes);
     // The low bits of an entry are 0 in any case: one of which only those are missing is whole.
     let whole = (got + (header.geometry.cluster_bits() / 8) as usize) / 8;
-    // Names no cluster, or one that no file has.
-    l1.iter_mut().skip(whole).for_each(|entry| *entry = OFFSET_MASK);
+    l1.iter_mut().skip(whole).for_each(|entry| *entry = L1Entry::NOWHERE.0);
     Ok(l1)
 }
 
@@ -212,5 +210,5 @@ fn salvage_l1(storage: &dyn Storage, header: &Header) -> Result<Vec<u64>> {
 fn read_l1(storage: &dyn Storage, offset: HostOffset, entries: u32) -> Result<Vec<u64>> {
     let mut bytes = vec![0u8; entries as usize * 8];
     storage.read_exact_at(MemMut::from(&mut bytes[..]), offset.0).map_err(|e| e.with_field("L1 table"))?;
-    Ok(super::slices::decode_words(&bytes))
+    Ok(words::decode(&bytes))
 }

@@ -64,7 +64,8 @@ impl Qcow2 {
         }
         let mut entry = [0u8; 8];
         storage.read_padded_at(MemMut::from(&mut entry[..]), table + index * 8)?;
-        match RefcountTableEntry(u64::from_be_bytes(entry)).block(self.geometry()) {
+        let entry = RefcountTableEntry::entries(&entry).next().unwrap_or_default();
+        match entry.block(self.geometry()) {
             Ok(Some(offset)) if offset.0 < file_size => {
                 storage.read_padded_at(MemMut::from(block), offset.0)?;
                 Ok(true)

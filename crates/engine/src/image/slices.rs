@@ -4,8 +4,7 @@
 
 use std::sync::Arc;
 
-use qcow2_format::l1::OFFSET_MASK;
-use qcow2_format::{Geometry, L2Entry, SubclusterBitmap};
+use qcow2_format::{Geometry, L2Entry, l2, words};
 use quick_cache::sync::{Cache, GuardResult};
 
 use crate::{MemMut, Result, Storage, StorageExt};
@@ -22,21 +21,20 @@ pub(crate) type Slice = Arc<[u64]>;
 pub(crate) struct SliceCache {
     cache: Cache<u64, Slice>,
     bytes: u64,
-    words_per_entry: u64,
+    geometry: Geometry,
 }
 
 impl SliceCache {
     pub(crate) fn new(geometry: &Geometry, disk_size: u64, limit: Option<u64>) -> Self {
         let bytes = SLICE_BYTES.min(geometry.cluster_size());
-        let words_per_entry = geometry.l2_entry_size() / 8;
         let whole = geometry.clusters_for(disk_size).saturating_mul(geometry.l2_entry_size());
         let capacity = limit.unwrap_or(DEFAULT_MAX_BYTES).min(whole).div_ceil(bytes).max(2);
-        Self { cache: Cache::new(capacity as usize), bytes, words_per_entry }
+        Self { cache: Cache::new(capacity as usize), bytes, geometry: *geometry }
     }
 
     /// Entries in one slice.
     pub(crate) fn entries(&self) -> u64 {
-        self.bytes / 8 / self.words_per_entry
+        self.bytes / self.geometry.l2_entry_size()
     }
 
     /// Bytes in one slice.
@@ -74,33 +72,12 @@ impl SliceCache {
     pub(crate) fn load_uncached(&self, storage: &dyn Storage, offset: u64, count: u64) -> Result<Vec<Slice>> {
         let mut buf = vec![0u8; (count * self.bytes) as usize];
         storage.read_exact_at(MemMut::from(&mut buf[..]), offset).map_err(|e| e.with_field("L2 table"))?;
-        Ok(buf.chunks_exact(self.bytes as usize).map(|bytes| decode_words(bytes).into()).collect())
+        Ok(buf.chunks_exact(self.bytes as usize).map(|bytes| words::decode(bytes).into()).collect())
     }
 
-    /// How many entries from `index` on, at most `limit`, say the same about clusters that follow each other: not
-    /// allocated, or at host offsets that follow each other. Entries of subclusters and of compressed clusters stand
-    /// alone.
-    pub(crate) fn run(&self, slice: &[u64], index: u64, limit: u64, geometry: &Geometry) -> u64 {
-        let Some((first, rest)) = slice.get(index as usize..).and_then(<[u64]>::split_first) else {
-            return 1;
-        };
-        let entry = L2Entry::standard(*first);
-        if self.words_per_entry != 1 || entry.is_compressed() {
-            return 1;
-        }
-        let step = if entry.offset_bits() == 0 { 0 } else { geometry.cluster_size() };
-        let limit = usize::try_from(limit.saturating_sub(1)).unwrap_or(usize::MAX);
-        // The steps stay inside the offset: it has at most 56 bits, and a slice 512 entries.
-        let highest = OFFSET_MASK - step * self.bytes;
-        if entry.offset_bits() > highest {
-            return 1;
-        }
-        let mut next = *first;
-        let following = rest.iter().take(limit).take_while(|word| {
-            next = next.wrapping_add(step);
-            **word == next
-        });
-        1 + following.count() as u64
+    /// How many entries from `index` on, at most `limit`, say the same: see [`l2::run_length`].
+    pub(crate) fn run(&self, slice: &[u64], index: u64, limit: u64) -> u64 {
+        l2::run_length(slice, index as usize, limit, &self.geometry)
     }
 
     /// Forgets everything: the tables were changed behind the cache's back.
@@ -122,34 +99,17 @@ impl SliceCache {
 
     /// Changes entry `index` of a slice.
     pub(crate) fn set_entry(&self, slice: &mut [u64], index: u64, entry: L2Entry) {
-        let at = (index * self.words_per_entry) as usize;
-        if let Some(word) = slice.get_mut(at) {
-            *word = entry.word;
-        }
-        if self.words_per_entry == 2
-            && let Some(bitmap) = slice.get_mut(at + 1)
-        {
-            *bitmap = entry.bitmap.0;
-        }
+        entry.to_words(slice, index as usize, &self.geometry);
     }
 
-    /// Entry `index` of a slice; zero (unallocated) outside, which no caller asks for.
+    /// Entry `index` of a slice; unallocated outside, which no caller asks for.
     pub(crate) fn entry(&self, slice: &[u64], index: u64) -> L2Entry {
-        let at = (index * self.words_per_entry) as usize;
-        let word = slice.get(at).copied().unwrap_or(0);
-        let bitmap = if self.words_per_entry == 2 { slice.get(at + 1).copied().unwrap_or(0) } else { 0 };
-        L2Entry { word, bitmap: SubclusterBitmap(bitmap) }
+        L2Entry::of_words(slice, index as usize, &self.geometry)
     }
 }
 
 fn load(storage: &dyn Storage, offset: u64, bytes: u64) -> Result<Slice> {
     let mut buf = vec![0u8; bytes as usize];
     storage.read_exact_at(MemMut::from(&mut buf[..]), offset).map_err(|e| e.with_field("L2 table"))?;
-    Ok(decode_words(&buf).into())
-}
-
-/// Big-endian words to the machine's; a trailing part of a word is dropped.
-pub(crate) fn decode_words(bytes: &[u8]) -> Vec<u64> {
-    let (words, _) = bytes.as_chunks::<8>();
-    words.iter().map(|w| u64::from_be_bytes(*w)).collect()
+    Ok(words::decode(&buf).into())
 }

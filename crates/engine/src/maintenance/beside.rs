@@ -5,10 +5,9 @@
 
 use std::ops::Range;
 
-use qcow2_format::{HostOffset, L1Entry};
+use qcow2_format::{HostOffset, L1Entry, L2Entry};
 
 use super::session::{Session, WAITING_LIMIT};
-use super::tree::entries;
 use crate::write::Unlinked;
 use crate::{Mem, Result, StorageExt};
 
@@ -70,7 +69,7 @@ impl Session<'_> {
     /// Host clusters that the entries of an L2 table refer to.
     fn clusters_in(&self, table: &[u8], l1_index: usize) -> Result<Vec<Range<u64>>> {
         let g = self.geometry();
-        let clusters = entries(table, &g)
+        let clusters = L2Entry::entries(table, &g)
             .enumerate()
             .map(|(number, entry)| self.clusters_of(entry, &g, l1_index, number))
             .filter(|clusters| !matches!(clusters, Ok(range) if range.is_empty()));

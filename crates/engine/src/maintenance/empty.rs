@@ -1,6 +1,7 @@
 //! Emptying an image: everything of its disk is read from the backing file afterwards.
 
-use super::execute::encode_words;
+use qcow2_format::words;
+
 use super::session::Session;
 use crate::image::Image;
 use crate::{Result, StorageExt};
@@ -18,7 +19,7 @@ impl Image {
             return Ok(());
         }
         let zeroes = vec![0u8; l1.len() * 8];
-        session.write_changed(session.writer.l1_offset(), &encode_words(&l1), &zeroes)?;
+        session.write_changed(session.writer.l1_offset(), &words::encode(&l1), &zeroes)?;
         session.image.mapping.write().l1.fill(0);
         // References go before refcounts: the loss must be durable before anything is used again.
         session.barrier()?;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use qcow2_format::limits::{MAX_L1_BYTES, MAX_SNAPSHOT_TABLE_BYTES, MAX_SNAPSHOTS};
 use qcow2_format::snapshot::ParsedSnapshot;
-use qcow2_format::{HostOffset, SnapshotRecord};
+use qcow2_format::{HostOffset, SnapshotRecord, words};
 
 use super::plan::{NewSnapshot, Plan, Record, Step, Tree};
 use super::session::Session;
@@ -201,7 +201,7 @@ impl Session<'_> {
         let offset = match entries.is_empty() {
             // A table without entries is nowhere.
             true => 0,
-            false => self.write_table_beside(encode_words(&entries))?,
+            false => self.write_table_beside(words::encode(&entries))?,
         };
         made.l1 = Some(NewL1 { offset, entries, size, shares });
         Ok(())
@@ -418,8 +418,4 @@ fn parse_all(mut bytes: &[u8]) -> Option<Vec<SnapshotRecord>> {
         bytes = bytes.get(length..)?;
     }
     Some(records)
-}
-
-pub(crate) fn encode_words(words: &[u64]) -> Vec<u8> {
-    words.iter().flat_map(|word| word.to_be_bytes()).collect()
 }

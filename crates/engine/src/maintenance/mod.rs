@@ -15,6 +15,5 @@ mod session;
 mod shrink;
 mod tree;
 
-pub(crate) use execute::encode_words;
 pub use plan::{NewSnapshot, Plan, Record, Step, Tree};
 pub(crate) use session::{SECTOR, Session};

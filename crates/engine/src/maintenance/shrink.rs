@@ -8,9 +8,8 @@
 //! Where there is no space for other tables, the header's write makes the disk and its L1 table shorter where they are, and what
 //! lies behind the end goes out of the tables when that is durable.
 
-use qcow2_format::{HostOffset, L1Entry};
+use qcow2_format::{HostOffset, L1Entry, L2Entry, words};
 
-use super::execute::encode_words;
 use super::session::Session;
 use crate::{Result, StorageExt};
 use qcow2_core::layer::{Place, SegmentKind};
@@ -95,7 +94,7 @@ impl Session<'_> {
             l2 = Some(offset);
         }
         let written = self.allocate(entries.len() as u64 * 8).and_then(|offset| {
-            self.write_table(offset, encode_words(&entries))?;
+            self.write_table(offset, words::encode(&entries))?;
             Ok(offset)
         });
         let offset = written.inspect_err(|_| {
@@ -120,9 +119,9 @@ impl Session<'_> {
         let (place, old_bytes) = (self.writer.l1_offset(), old_l1.len() as u64 * 8);
         let kept = g.clusters_for(l1.len() as u64 * 8) * g.cluster_size();
         // Behind the entries that count, others would find some when they make the table longer.
-        let mut table = encode_words(l1);
+        let mut table = words::encode(l1);
         table.resize(kept.min(old_bytes) as usize, 0);
-        let mut old = encode_words(old_l1);
+        let mut old = words::encode(old_l1);
         old.truncate(table.len());
         self.write_changed(place, &old, &table)?;
         let own = match cut {
@@ -153,10 +152,10 @@ impl Session<'_> {
         let size = self.geometry().cluster_size();
         let offset = self.write_cut(cut)?;
         self.barrier()?;
-        let entry = L1Entry::new(HostOffset(offset), true).0;
-        self.write(self.writer.l1_offset() + cut.l1_index as u64 * 8, &entry.to_be_bytes())?;
+        let entry = L1Entry::new(HostOffset(offset), true);
+        self.write(self.writer.l1_offset() + cut.l1_index as u64 * 8, &entry.to_bytes())?;
         if let Some(place) = self.image.mapping.write().l1.get_mut(cut.l1_index) {
-            *place = entry;
+            *place = entry.0;
         }
         self.writer.note_active(self.image, &self.image.l1(), self.writer.l1_offset());
         self.barrier()?;
@@ -201,7 +200,7 @@ impl Session<'_> {
         let g = self.geometry();
         let first = cut.kept / g.l2_entry_size() as usize;
         let behind = cut.bytes.get(cut.kept..).unwrap_or_default();
-        for (number, entry) in super::tree::entries(behind, &g).enumerate() {
+        for (number, entry) in L2Entry::entries(behind, &g).enumerate() {
             self.clusters_of(entry, &g, cut.l1_index, first + number)?.for_each(&mut visit);
         }
         Ok(())

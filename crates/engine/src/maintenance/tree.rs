@@ -2,10 +2,8 @@
 
 use std::collections::HashMap;
 
-use qcow2_format::l1::COPIED;
-use qcow2_format::{Geometry, HostOffset, L1Entry, L2Entry, L2Mapping, SnapshotRecord, SubclusterBitmap};
+use qcow2_format::{Geometry, HostOffset, L1Entry, L2Entry, L2Mapping, SnapshotRecord, words};
 
-use super::execute::encode_words;
 use super::session::Session;
 use crate::invalid::invalid;
 use crate::{ErrorKind, Result};
@@ -30,7 +28,7 @@ impl Session<'_> {
             let Some(offset) = self.table_of(entry, index)? else { continue };
             visit(g.cluster_index(offset.0))?;
             self.read(offset.0, &mut table)?;
-            for (number, entry) in entries(&table, &g).enumerate() {
+            for (number, entry) in L2Entry::entries(&table, &g).enumerate() {
                 self.clusters_of(entry, &g, index, number)?.try_for_each(&mut visit)?;
             }
         }
@@ -126,7 +124,7 @@ impl Session<'_> {
         let g = self.geometry();
         let mut table = vec![0u8; g.cluster_len()];
         let mut l1 = self.image.l1();
-        let old_l1 = encode_words(&l1);
+        let old_l1 = words::encode(&l1);
         for (index, entry) in l1.iter_mut().enumerate() {
             let Some(offset) = self.table_of(*entry, index)? else { continue };
             self.read(offset.0, &mut table)?;
@@ -138,7 +136,7 @@ impl Session<'_> {
             }
             *entry = L1Entry::new(offset, exclusive).0;
         }
-        self.write_changed(self.writer.l1_offset(), &old_l1, &encode_words(&l1))?;
+        self.write_changed(self.writer.l1_offset(), &old_l1, &words::encode(&l1))?;
         self.image.mapping.write().l1 = l1;
         self.barrier()
     }
@@ -150,20 +148,15 @@ impl Session<'_> {
         let mut changed = false;
         let width = g.l2_entry_size() as usize;
         for (number, bytes) in table.chunks_exact_mut(width).enumerate() {
-            let Some(entry) = entries(bytes, &g).next().filter(|e| e.word != 0 && !e.is_compressed()) else {
-                continue;
-            };
+            let entry = L2Entry::read(bytes);
             // In an external data file every allocated cluster is exclusive: its flag says that it is allocated.
-            if external {
+            if entry.word == 0 || entry.is_compressed() || external {
                 continue;
             }
             let clusters = self.clusters_of(entry, &g, l1_index, number)?;
             let copied = exclusive && !clusters.is_empty() && self.refcount(clusters.start)? == 1;
-            let word = if copied { entry.word | COPIED } else { entry.word & !COPIED };
-            if word != entry.word
-                && let Some(target) = bytes.get_mut(..8)
-            {
-                target.copy_from_slice(&word.to_be_bytes());
+            if copied != entry.copied() {
+                entry.with_copied(copied).write(bytes);
                 changed = true;
             }
         }
@@ -177,15 +170,6 @@ impl Session<'_> {
             .map_err(|e| crate::image::on_file(&**self.image.storage(), invalid(e, ErrorKind::Corrupt)))?;
         let mut bytes = vec![0u8; record.l1_size as usize * 8];
         self.read(record.l1_table_offset.0, &mut bytes)?;
-        Ok(crate::image::decode_words(&bytes))
+        Ok(words::decode(&bytes))
     }
-}
-
-/// The L2 entries in a table's bytes.
-pub(super) fn entries<'a>(table: &'a [u8], g: &Geometry) -> impl Iterator<Item = L2Entry> + 'a {
-    table.chunks_exact(g.l2_entry_size() as usize).map(|bytes| {
-        let mut words = bytes.as_chunks::<8>().0.iter().map(|w| u64::from_be_bytes(*w));
-        let word = words.next().unwrap_or(0);
-        L2Entry { word, bitmap: SubclusterBitmap(words.next().unwrap_or(0)) }
-    })
 }

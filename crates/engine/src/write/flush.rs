@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use qcow2_format::L1Entry;
+use qcow2_format::{L1Entry, words};
 
 use super::quarantine::Unlinked;
 use super::writer::Writer;
@@ -179,7 +179,7 @@ impl Writer {
             storage.flush()?;
         }
         for (start, entries) in &pending.l1 {
-            let bytes: Vec<u8> = entries.iter().flat_map(|e| e.to_be_bytes()).collect();
+            let bytes = words::encode(entries);
             let l1 = self.l1_offset();
             storage.write_all_at(Mem::from(bytes.as_slice()), l1 + *start as u64 * 8)?;
         }
@@ -258,11 +258,10 @@ impl Writer {
 fn write_slices(image: &Qcow2, slices: &BTreeMap<u64, Arc<[u64]>>) -> Result<()> {
     let mut run: Option<(u64, Vec<u8>)> = None;
     for (&offset, slice) in slices {
-        let bytes = slice.iter().flat_map(|word| word.to_be_bytes());
         match &mut run {
-            Some((start, data)) if *start + data.len() as u64 == offset => data.extend(bytes),
+            Some((start, data)) if *start + data.len() as u64 == offset => words::append(data, slice),
             _ => {
-                if let Some((start, data)) = run.replace((offset, bytes.collect())) {
+                if let Some((start, data)) = run.replace((offset, words::encode(slice))) {
                     image.storage().write_all_at(Mem::from(data.as_slice()), start)?;
                 }
             }

@@ -8,6 +8,7 @@
 //! names it, [`Allocator::adopt_fork`] makes it the image's.
 
 use qcow2_format::limits::MAX_REFCOUNT_TABLE_BYTES;
+use qcow2_format::words;
 
 use super::alloc::Allocator;
 use super::overlap::MetadataMap;
@@ -139,7 +140,7 @@ impl Allocator {
             if let Some((first, count)) = placed {
                 if count == clusters {
                     let mut writes = self.refcounts.take_dirty();
-                    let bytes = self.refcounts.table.iter().flat_map(|e| e.to_be_bytes()).collect();
+                    let bytes = words::encode(&self.refcounts.table);
                     writes.push((first * self.geometry.cluster_size(), bytes));
                     return Ok(writes);
                 }

@@ -1,23 +1,12 @@
 //! Changes of single header fields in place: everything else in the first cluster stays as it is.
 
+use qcow2_format::HostOffset;
 use qcow2_format::header::feature::{Autoclear, Incompatible};
+use qcow2_format::header::field::{self, Patch};
 
 use super::writer::Writer;
-use crate::image::Qcow2;
-use crate::{Mem, Result, StorageExt};
-
-/// Offset of `size`.
-const SIZE: u64 = 24;
-/// Offset of `l1_size`, followed by `l1_table_offset`.
-const L1_SIZE: u64 = 36;
-/// Offset of `refcount_table_offset`, followed by `refcount_table_clusters`.
-pub(super) const REFCOUNT_TABLE_OFFSET: u64 = 48;
-/// Offset of `nb_snapshots`, followed by `snapshots_offset`.
-const NB_SNAPSHOTS: u64 = 60;
-/// Offset of `incompatible_features`.
-const INCOMPATIBLE: u64 = 72;
-/// Offset of `autoclear_features`.
-const AUTOCLEAR: u64 = 88;
+use crate::image::{Qcow2, write_patch};
+use crate::{Result, StorageExt};
 
 /// What one write of the header switches: fields that lie in one sector.
 #[derive(Debug, Clone, Copy)]
@@ -64,7 +53,7 @@ impl Writer {
 
     /// Sets the autoclear bits. Durable with the next sync.
     pub(crate) fn write_autoclear(&self, image: &Qcow2, bits: Autoclear) -> Result<()> {
-        self.write_field(image, AUTOCLEAR, &bits.bits().to_be_bytes())
+        self.write_fields(image, Patch::new().set(field::AUTOCLEAR_FEATURES, bits))
     }
 
     /// Marks the image corrupt, as far as that is possible: a version 2 header has no such bit.
@@ -110,58 +99,46 @@ impl Writer {
     }
 
     fn write_incompatible(&self, image: &Qcow2, bits: Incompatible) -> Result<()> {
-        self.write_field(image, INCOMPATIBLE, &bits.bits().to_be_bytes())
+        self.write_fields(image, Patch::new().set(field::INCOMPATIBLE_FEATURES, bits))
     }
 
     /// Sets the virtual size.
     pub(super) fn write_size(&self, image: &Qcow2, size: u64) -> Result<()> {
-        self.write_field(image, SIZE, &size.to_be_bytes())
+        self.write_fields(image, Patch::new().set(field::SIZE, size))
     }
 
     /// Sets size and place of the L1 table in one write.
     pub(crate) fn write_l1_place(&self, image: &Qcow2, entries: u32, offset: u64) -> Result<()> {
-        let mut bytes = [0u8; 12];
-        let (first, second) = bytes.split_at_mut(4);
-        first.copy_from_slice(&entries.to_be_bytes());
-        second.copy_from_slice(&offset.to_be_bytes());
-        self.write_field(image, L1_SIZE, &bytes)
+        let patch = Patch::new().set(field::L1_SIZE, entries);
+        self.write_fields(image, patch.set(field::L1_TABLE_OFFSET, HostOffset(offset)))
     }
 
     /// Sets number and place of the snapshots in one write.
     pub(crate) fn write_snapshots_place(&self, image: &Qcow2, count: u32, offset: u64) -> Result<()> {
-        let mut bytes = [0u8; 12];
-        let (first, second) = bytes.split_at_mut(4);
-        first.copy_from_slice(&count.to_be_bytes());
-        second.copy_from_slice(&offset.to_be_bytes());
-        self.write_field(image, NB_SNAPSHOTS, &bytes)
+        let patch = Patch::new().set(field::NB_SNAPSHOTS, count);
+        self.write_fields(image, patch.set(field::SNAPSHOTS_OFFSET, HostOffset(offset)))
     }
 
-    /// Sets virtual size and L1 table in one write: they lie in one sector, with `crypt_method` (0) between them.
+    /// Sets virtual size and L1 table in one write.
     pub(crate) fn write_active(&self, image: &Qcow2, size: u64, entries: u32, offset: u64) -> Result<()> {
-        let mut bytes = Vec::with_capacity(24);
-        bytes.extend_from_slice(&size.to_be_bytes());
-        bytes.extend_from_slice(&0u32.to_be_bytes());
-        bytes.extend_from_slice(&entries.to_be_bytes());
-        bytes.extend_from_slice(&offset.to_be_bytes());
-        self.write_field(image, SIZE, &bytes)
+        let patch = Patch::new().set(field::SIZE, size).set(field::L1_SIZE, entries);
+        self.write_fields(image, patch.set(field::L1_TABLE_OFFSET, HostOffset(offset)))
     }
 
-    /// Sets virtual size, L1 table, refcount table and snapshot table in one write, inside the first sector.
+    /// Sets virtual size, L1 table, refcount table and snapshot table in one write.
     pub(crate) fn write_places(&self, image: &Qcow2, places: &Places) -> Result<()> {
-        let mut bytes = Vec::with_capacity(48);
-        bytes.extend_from_slice(&places.size.to_be_bytes());
-        // `crypt_method`: encrypted images are not written to.
-        bytes.extend_from_slice(&0u32.to_be_bytes());
-        bytes.extend_from_slice(&places.l1_entries.to_be_bytes());
-        bytes.extend_from_slice(&places.l1_offset.to_be_bytes());
-        bytes.extend_from_slice(&places.refcount_table_offset.to_be_bytes());
-        bytes.extend_from_slice(&places.refcount_table_clusters.to_be_bytes());
-        bytes.extend_from_slice(&places.snapshots.to_be_bytes());
-        bytes.extend_from_slice(&places.snapshots_offset.to_be_bytes());
-        self.write_field(image, SIZE, &bytes)
+        let patch = Patch::new()
+            .set(field::SIZE, places.size)
+            .set(field::L1_SIZE, places.l1_entries)
+            .set(field::L1_TABLE_OFFSET, HostOffset(places.l1_offset))
+            .set(field::REFCOUNT_TABLE_OFFSET, HostOffset(places.refcount_table_offset))
+            .set(field::REFCOUNT_TABLE_CLUSTERS, places.refcount_table_clusters)
+            .set(field::NB_SNAPSHOTS, places.snapshots)
+            .set(field::SNAPSHOTS_OFFSET, HostOffset(places.snapshots_offset));
+        self.write_fields(image, patch)
     }
 
-    fn write_field(&self, image: &Qcow2, offset: u64, bytes: &[u8]) -> Result<()> {
-        image.storage().write_all_at(Mem::from(bytes), offset).map_err(|e| self.poison(e))
+    fn write_fields(&self, image: &Qcow2, patch: Patch) -> Result<()> {
+        write_patch(&**image.storage(), &image.header().steady(), &patch).map_err(|e| self.poison(e))
     }
 }

@@ -3,12 +3,13 @@
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
+use qcow2_format::header::field::{self, Patch, Steady};
 use qcow2_format::limits::MAX_REFCOUNT_TABLE_BYTES;
 use qcow2_format::refcount::{self, RefcountTableEntry};
-use qcow2_format::{Geometry, Header, HostOffset};
+use qcow2_format::{Geometry, Header, HostOffset, words};
 
 use super::fork::Fork;
-use crate::image::on_file;
+use crate::image::{on_file, write_patch};
 use crate::invalid::invalid;
 use crate::{Error, ErrorKind, Mem, MemMut, Result, Storage, StorageExt};
 
@@ -21,6 +22,8 @@ pub(super) const PIECE: usize = 4096;
 pub(crate) struct Refcounts {
     pub(super) storage: Arc<dyn Storage>,
     pub(super) geometry: Geometry,
+    /// Of the header that names the table.
+    steady: Steady,
     pub(super) table: Vec<u64>,
     pub(super) table_offset: u64,
     pub(super) blocks: HashMap<u64, Block>,
@@ -69,7 +72,8 @@ impl Refcounts {
         Ok(Self {
             storage: Arc::clone(storage),
             geometry: header.geometry,
-            table: table.as_chunks::<8>().0.iter().map(|w| u64::from_be_bytes(*w)).collect(),
+            steady: header.steady(),
+            table: words::decode(&table),
             table_offset: header.refcount_table_offset.0,
             blocks: HashMap::new(),
             clock: 0,
@@ -328,12 +332,18 @@ impl Refcounts {
         let offset = block.offset;
         self.storage.write_all_at(Mem::from(block.bytes.as_slice()), offset)?;
         self.storage.flush()?;
-        self.storage.write_all_at(Mem::from(&offset.to_be_bytes()[..]), self.table_offset + index * 8)?;
+        self.write_entry(index, offset)?;
         if let Some(entry) = self.table.get_mut(index as usize) {
             *entry = offset;
         }
         self.insert(index, block);
         Ok(())
+    }
+
+    /// Writes the entry of a block: its host offset, 0 for none.
+    pub(super) fn write_entry(&self, index: u64, offset: u64) -> Result<()> {
+        let entry = RefcountTableEntry::new(HostOffset(offset)).to_bytes();
+        self.storage.write_all_at(Mem::from(&entry[..]), self.table_offset + index * 8)
     }
 
     /// Writes a larger table behind `cluster`, with the blocks that count the new metadata itself.
@@ -383,12 +393,11 @@ impl Refcounts {
             new_blocks.push((first_block + number, Block::new(offset, bytes, self.clock)));
         }
         let table_offset = (cluster + blocks) * g.cluster_size();
-        let bytes: Vec<u8> = table.iter().flat_map(|e| e.to_be_bytes()).collect();
+        let bytes = words::encode(&table);
         self.storage.write_all_at(Mem::from(bytes.as_slice()), table_offset)?;
         self.storage.flush()?;
         let old = self.table_clusters();
-        let header = header_fields(table_offset, table_clusters);
-        self.storage.write_all_at(Mem::from(&header[..]), super::header::REFCOUNT_TABLE_OFFSET)?;
+        write_patch(&*self.storage, &self.steady, &header_fields(table_offset, table_clusters))?;
         self.storage.flush()?;
         self.table = table;
         self.table_offset = table_offset;
@@ -400,14 +409,11 @@ impl Refcounts {
     }
 }
 
-/// `refcount_table_offset` and `refcount_table_clusters`, which are neighbours in the header: one write changes both.
-pub(super) fn header_fields(offset: u64, clusters: u64) -> [u8; 12] {
-    let mut bytes = [0u8; 12];
-    let (first, second) = bytes.split_at_mut(8);
-    first.copy_from_slice(&offset.to_be_bytes());
+/// What names a refcount table in the header.
+pub(super) fn header_fields(offset: u64, clusters: u64) -> Patch {
+    let patch = Patch::new().set(field::REFCOUNT_TABLE_OFFSET, HostOffset(offset));
     // The table has at most 8 MiB.
-    second.copy_from_slice(&(clusters as u32).to_be_bytes());
-    bytes
+    patch.set(field::REFCOUNT_TABLE_CLUSTERS, clusters as u32)
 }
 
 /// What covering a cluster took.
@@ -430,6 +436,8 @@ pub(super) struct Moved {
 
 #[cfg(test)]
 mod tests {
+    use qcow2_format::CryptMethod;
+
     use super::*;
     use crate::storage::MemoryStorage;
 
@@ -442,6 +450,7 @@ mod tests {
         Refcounts {
             storage: Arc::new(storage),
             geometry,
+            steady: Steady::new(3, geometry, CryptMethod::None),
             table: (0..blocks).map(|number| (number + 2) * size).collect(),
             table_offset: size,
             blocks: HashMap::new(),

@@ -7,11 +7,12 @@
 use std::collections::BTreeSet;
 
 use qcow2_format::refcount::RefcountTableEntry;
+use qcow2_format::words;
 
 use super::alloc::Allocator;
 use super::refcounts::{Refcounts, header_fields};
 use super::writer::Writer;
-use crate::image::Qcow2;
+use crate::image::{Qcow2, write_patch};
 use crate::{Mem, Result, StorageExt};
 
 impl Allocator {
@@ -53,7 +54,7 @@ impl Refcounts {
 
     /// Writes the table entry of a block: `to` is its copy, or 0 for none.
     fn switch_block(&mut self, index: u64, to: u64) -> Result<()> {
-        self.storage.write_all_at(Mem::from(&to.to_be_bytes()[..]), self.table_offset + index * 8)?;
+        self.write_entry(index, to)?;
         if let Some(entry) = self.table.get_mut(index as usize) {
             *entry = to;
         }
@@ -83,7 +84,7 @@ impl Refcounts {
     /// Bytes of the table up to its last entry in use.
     fn used_table(&self) -> Vec<u8> {
         let used = self.table.iter().rposition(|e| *e != 0).map_or(1, |last| last + 1);
-        self.table.iter().take(used).flat_map(|e| e.to_be_bytes()).collect()
+        words::encode(self.table.get(..used).unwrap_or_default())
     }
 }
 
@@ -151,8 +152,7 @@ impl Writer {
             bytes.resize((clusters * g.cluster_size()) as usize, 0);
             image.storage().write_all_at(Mem::from(bytes.as_slice()), to)?;
             image.storage().flush()?;
-            let fields = header_fields(to, clusters);
-            image.storage().write_all_at(Mem::from(&fields[..]), super::header::REFCOUNT_TABLE_OFFSET)?;
+            write_patch(&**image.storage(), &image.header().steady(), &header_fields(to, clusters))?;
             image.storage().flush()?;
             refcounts.table_offset = to;
             refcounts.table.resize(bytes.len() / 8, 0);

@@ -1,10 +1,10 @@
 //! Growing the virtual disk, and the rules of resizing it. Shrinking is `maintenance::shrink`.
 
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 
-use qcow2_format::L2Mapping;
 use qcow2_format::bitmap::BitmapFlags;
 use qcow2_format::limits::MAX_L1_BYTES;
+use qcow2_format::{L2Mapping, words};
 
 use super::alloc::Allocation;
 use super::request::{Payload, Top};
@@ -12,10 +12,11 @@ use super::writer::Writer;
 use crate::create::Preallocation;
 use crate::image::{Image, Qcow2};
 use crate::maintenance::Session;
-use crate::{Error, ErrorKind, GuestSource, Job, Mem, Result, StorageExt};
+use crate::walk::{Steps, for_each_extent};
+use crate::{Error, ErrorKind, Job, Mem, Result, StorageExt};
 
-/// Extents looked at together.
-const EXTENTS: usize = 4096;
+/// How many extents are looked at together.
+const STEPS: Steps = Steps::of(u64::MAX, 4096);
 
 /// How to resize a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -106,12 +107,11 @@ impl Image {
 
     /// Guest bytes from `size` on that are stored, here or in a backing file.
     fn stored_behind(&self, size: u64, job: &Job) -> Result<u64> {
-        let (mut at, mut stored) = (size, 0u64);
-        while at < self.virtual_size() {
-            let mut extents = Vec::new();
-            at = self.extents_up_to(at, self.virtual_size() - at, EXTENTS, job, &mut extents)?;
-            stored += extents.iter().filter(|extent| !extent.zero).map(|extent| extent.length).sum::<u64>();
-        }
+        let mut stored = 0;
+        for_each_extent(self, size..self.virtual_size(), STEPS, job, |extent| {
+            stored += if extent.zero { 0 } else { extent.length };
+            Ok(ControlFlow::Continue(()))
+        })?;
         Ok(stored)
     }
 
@@ -246,7 +246,7 @@ impl Writer {
     fn write_beside(&self, image: &Qcow2, clusters: u64, l1: &[u64]) -> Result<u64> {
         let size = image.geometry().cluster_size();
         let cluster = self.alloc.lock().allocate_contiguous(clusters, &mut self.metadata.lock())?;
-        let mut bytes: Vec<u8> = l1.iter().flat_map(|entry| entry.to_be_bytes()).collect();
+        let mut bytes = words::encode(l1);
         bytes.resize((clusters * size) as usize, 0);
         let storage = image.storage();
         storage

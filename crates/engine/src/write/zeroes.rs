@@ -1,7 +1,7 @@
 //! Writing zeroes and discarding: changes of mappings, with data only at unaligned edges.
 
 use std::cell::RefCell;
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 
 use qcow2_format::{Geometry, L1Entry, L2Mapping, SubclusterBitmap};
 
@@ -10,10 +10,11 @@ use super::link::Change;
 use super::request::{Payload, Top};
 use super::writer::Writer;
 use crate::image::{Image, Qcow2};
-use crate::{Discard, ErrorKind, Extent, ExtentKind, GuestSource, Job, Result, StorageExt};
+use crate::walk::{Steps, for_each_extent};
+use crate::{Discard, ErrorKind, Extent, ExtentKind, Job, Result, StorageExt};
 
-/// Extents that are looked at together.
-const EXTENTS: usize = 256;
+/// How many extents are looked at together.
+const STEPS: Steps = Steps::of(u64::MAX, 256);
 
 impl Image {
     /// Makes the guest bytes read as zeroes. `unmap` gives up their clusters; else allocated clusters stay allocated.
@@ -139,17 +140,13 @@ impl Image {
 
     /// Whether all extents of a range are so; looks at few at a time, and no further than the first that is not.
     pub(super) fn all_extents(&self, range: Range<u64>, so: impl Fn(&Extent) -> bool) -> Result<bool> {
-        let job = Job::new();
-        let end = range.end.min(self.virtual_size());
-        let mut at = range.start;
-        while at < end {
-            let mut extents = Vec::new();
-            at = self.extents_up_to(at, end - at, EXTENTS, &job, &mut extents)?;
-            if !extents.iter().all(&so) {
-                return Ok(false);
-            }
-        }
-        Ok(true)
+        let range = range.start..range.end.min(self.virtual_size());
+        let mut all = true;
+        for_each_extent(self, range, STEPS, &Job::new(), |extent| {
+            all = so(extent);
+            Ok(if all { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
+        })?;
+        Ok(all)
     }
 
     /// Replaces the mappings of the clusters that `range` touches, slice by slice. `replace` gets the guest offset of

@@ -1,6 +1,7 @@
 //! Header extensions (section "Header extensions").
 
 use super::feature::{self, FeatureName};
+use super::field::{BACKING_FILE_OFFSET, HEADER_LENGTH};
 use crate::bytes::{be32, be64, padded8, slice};
 use crate::limits::{MAX_BACKING_FORMAT_NAME, MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAPS};
 use crate::{FormatError, FormatResult, HostOffset};
@@ -8,8 +9,7 @@ use crate::{FormatError, FormatResult, HostOffset};
 const END: u32 = 0x0000_0000;
 const BACKING_FORMAT: u32 = 0xe279_2aca;
 const FEATURE_NAMES: u32 = 0x6803_f857;
-/// Type of the bitmaps extension.
-pub const BITMAPS: u32 = 0x2385_2875;
+const BITMAPS: u32 = 0x2385_2875;
 const CRYPTO_HEADER: u32 = 0x0537_be77;
 const DATA_FILE: u32 = 0x4441_5441;
 
@@ -144,10 +144,64 @@ impl Extension {
     }
 }
 
+/// Bytes of an extension's type and length, in front of its data.
+pub const HEAD_LENGTH: usize = 8;
+
+/// Where the extensions of a header lie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Places {
+    /// Offset of the bitmaps extension's data, if there is that extension; of several, the last one's.
+    pub bitmaps: Option<u64>,
+    /// Offset of the end marker, or of the end of the space.
+    pub end: u64,
+}
+
+impl Places {
+    /// Looks through the first cluster of a version 3 image, whose header was parsed before.
+    ///
+    /// # Errors
+    /// `Truncated` where the cluster ends inside an extension.
+    pub fn find(cluster: &[u8]) -> FormatResult<Self> {
+        let space = match BACKING_FILE_OFFSET.read(cluster)? {
+            0 => cluster.len() as u64,
+            offset => offset,
+        };
+        let mut places = Self { bitmaps: None, end: HEADER_LENGTH.read(cluster)?.into() };
+        while places.end + HEAD_LENGTH as u64 <= space {
+            let at = places.end as usize;
+            let kind = be32(cluster, at, "header extension type")?;
+            if kind == END {
+                break;
+            }
+            let data = at + HEAD_LENGTH;
+            if kind == BITMAPS {
+                places.bitmaps = Some(data as u64);
+            }
+            let length = be32(cluster, at + 4, "header extension length")? as usize;
+            places.end = data.saturating_add(padded8(length)) as u64;
+        }
+        Ok(places)
+    }
+}
+
 impl BitmapsExtension {
+    /// Bytes of the extension's data.
+    pub const LENGTH: usize = 24;
+
+    /// Type and length, which make an extension of the data behind them.
+    pub const fn head() -> [u8; HEAD_LENGTH] {
+        ((BITMAPS as u64) << 32 | Self::LENGTH as u64).to_be_bytes()
+    }
+
+    /// Where in the extension's data to write what to give it another directory of the same size: 8 bytes that lie in one
+    /// sector.
+    pub const fn directory_patch(directory_offset: HostOffset) -> (u64, [u8; 8]) {
+        (16, directory_offset.0.to_be_bytes())
+    }
+
     /// The extension's data.
-    pub fn encode(&self) -> [u8; 24] {
-        let mut data = [0u8; 24];
+    pub fn encode(&self) -> [u8; Self::LENGTH] {
+        let mut data = [0u8; Self::LENGTH];
         let (count, rest) = data.split_at_mut(4);
         let (reserved, rest) = rest.split_at_mut(4);
         let (size, offset) = rest.split_at_mut(8);
@@ -196,7 +250,7 @@ impl BitmapsExtension {
     }
 
     fn parse(data: &[u8]) -> FormatResult<Self> {
-        if data.len() != 24 {
+        if data.len() != Self::LENGTH {
             return Err(FormatError::invalid(
                 "bitmaps extension",
                 data.len() as u64,

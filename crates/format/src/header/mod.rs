@@ -2,6 +2,7 @@
 
 pub mod extension;
 pub mod feature;
+pub mod field;
 pub mod raw;
 
 use zerocopy::{FromBytes, IntoBytes};
@@ -27,6 +28,17 @@ pub enum CryptMethod {
     Aes,
     /// LUKS.
     Luks,
+}
+
+impl CryptMethod {
+    /// The number of the header.
+    const fn number(self) -> u32 {
+        match self {
+            Self::None => 0,
+            Self::Aes => 1,
+            Self::Luks => 2,
+        }
+    }
 }
 
 /// `compression_type` of the header.
@@ -101,11 +113,11 @@ impl Header {
         if bytes.get(..4) != Some(&MAGIC) {
             return Err(FormatError::NotQcow2);
         }
-        let version = crate::bytes::be32(bytes, 4, "version")?;
+        let version = field::VERSION.read(bytes)?;
         if !(2..=3).contains(&version) {
             return Err(FormatError::UnsupportedVersion(version));
         }
-        let cluster_bits = crate::bytes::be32(bytes, 20, "cluster_bits")?;
+        let cluster_bits = field::CLUSTER_BITS.read(bytes)?;
         let geometry = Geometry::new(cluster_bits, 4, false)?;
         Ok(Preamble { version, cluster_size: geometry.cluster_size() })
     }
@@ -301,12 +313,7 @@ impl Header {
             backing_file_size: (name.len() as u32).into(),
             cluster_bits: self.geometry.cluster_bits().into(),
             size: self.size.into(),
-            crypt_method: match self.crypt_method {
-                CryptMethod::None => 0,
-                CryptMethod::Aes => 1,
-                CryptMethod::Luks => 2,
-            }
-            .into(),
+            crypt_method: self.crypt_method.number().into(),
             l1_size: self.l1_size.into(),
             l1_table_offset: self.l1_table_offset.0.into(),
             refcount_table_offset: self.refcount_table_offset.0.into(),
@@ -324,14 +331,11 @@ impl Header {
                 header_length: (header_length as u32).into(),
             };
             put(&mut out, V2_LENGTH, v3.as_bytes());
-            put(
-                &mut out,
-                COMPRESSION_TYPE_OFFSET,
-                &[match self.compression_type {
-                    CompressionType::Zlib => 0,
-                    CompressionType::Zstd => 1,
-                }],
-            );
+            let compression = match self.compression_type {
+                CompressionType::Zlib => 0,
+                CompressionType::Zstd => 1,
+            };
+            field::COMPRESSION_TYPE.write(&mut out, compression);
         }
         Ok(out)
     }
@@ -429,11 +433,8 @@ fn compression_type(
     header_length: usize,
     incompatible: Incompatible,
 ) -> FormatResult<CompressionType> {
-    let value = if header_length > COMPRESSION_TYPE_OFFSET {
-        slice(cluster, COMPRESSION_TYPE_OFFSET, 1, "compression_type")?.first().copied().unwrap_or(0)
-    } else {
-        0
-    };
+    let value =
+        if header_length > COMPRESSION_TYPE_OFFSET { field::COMPRESSION_TYPE.read(cluster)? } else { 0 };
     let flagged = incompatible.contains(Incompatible::COMPRESSION_TYPE);
     match (value, flagged) {
         (0, false) => Ok(CompressionType::Zlib),

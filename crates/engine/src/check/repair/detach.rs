@@ -1,7 +1,6 @@
 //! L2 tables whose cluster something else refers to as well: an entry was damaged so that it leads to a table. What is a
 //! wrong flag in the table is guest data elsewhere, so the table moves out before a flag is corrected.
 
-use qcow2_format::l1::{COPIED, OFFSET_MASK};
 use qcow2_format::{HostOffset, L1Entry};
 
 use super::super::Stop;
@@ -36,7 +35,7 @@ pub(super) fn detach(flags: &mut Flags<'_, '_, '_>, entry: L1Entry) -> Result<Op
     refcounts::set(flags.target, flags.stored, free, 1)?;
     storage.flush()?;
     flags.walked.move_table(cluster, free)?;
-    Ok(Some(L1Entry((entry.0 & !OFFSET_MASK) | HostOffset(new).get() | (entry.0 & COPIED))))
+    Ok(Some(entry.with_table(HostOffset(new))))
 }
 
 /// A cluster inside the file that nothing refers to and nothing counts.

@@ -1,6 +1,5 @@
 //! COPIED flags: set exactly where a cluster has one reference.
 
-use qcow2_format::l1::COPIED;
 use qcow2_format::{L1Entry, L2Entry};
 
 use super::super::compare::Fix;
@@ -37,8 +36,7 @@ pub(super) fn check(flags: &mut Flags<'_, '_, '_>, repair: bool) -> Result<(), S
     for start in (0..entries).step_by(WINDOW as usize) {
         let mut window = vec![0; (entries - start).min(WINDOW) as usize * 8];
         storage.read_padded_at(MemMut::from(&mut window[..]), l1 + start * 8)?;
-        for (index, bytes) in (start..).zip(window.as_chunks::<8>().0) {
-            let entry = L1Entry(u64::from_be_bytes(*bytes));
+        for (index, entry) in (start..).zip(L1Entry::entries(&window)) {
             if entry.offset_bits() == 0 {
                 continue;
             }
@@ -50,12 +48,12 @@ pub(super) fn check(flags: &mut Flags<'_, '_, '_>, repair: bool) -> Result<(), S
                 && own
                 && let Some(new) = detach(flags, entry)?
             {
-                super::write(storage, &new.0.to_be_bytes(), l1 + index * 8)?;
+                super::write(storage, &new.to_bytes(), l1 + index * 8)?;
                 storage.flush()?;
                 entry = new;
             }
             if let Some(new) = flags.l1_entry(index, entry, repair && own)? {
-                super::write(storage, &new.0.to_be_bytes(), l1 + index * 8)?;
+                super::write(storage, &new.to_bytes(), l1 + index * 8)?;
                 written = true;
             }
             written |= flags.table(entry.offset_bits(), repair)?;
@@ -90,7 +88,7 @@ impl Flags<'_, '_, '_> {
             return Ok(None);
         }
         self.tally.fixed_corruption(FindingCode::L1Copied, offset, message);
-        Ok(Some(L1Entry(entry.0 ^ COPIED)))
+        Ok(Some(entry.with_copied(!entry.copied())))
     }
 
     /// Judges one L2 table; true if it was written. A table that is not where a table can be is left alone: its
@@ -138,8 +136,7 @@ impl Flags<'_, '_, '_> {
         self.target.storage.read_padded_at(MemMut::from(&mut table[..]), offset)?;
         let mut found = Vec::new();
         for bytes in table.chunks_exact_mut(geometry.l2_entry_size() as usize) {
-            let Some(word) = bytes.first_chunk_mut::<8>() else { continue };
-            let entry = L2Entry::standard(u64::from_be_bytes(*word));
+            let entry = L2Entry::read(bytes);
             let external = header.has_data_file();
             if entry.word == 0
                 || entry.is_compressed()
@@ -150,7 +147,7 @@ impl Flags<'_, '_, '_> {
             // Clusters of an external data file have no refcounts: exactly one reference, by definition.
             let refcount = if external { Some(1) } else { self.refcount(entry.offset_bits())? };
             if let Some(refcount) = refcount.filter(|r| (*r == 1) != entry.copied()) {
-                *word = (entry.word ^ COPIED).to_be_bytes();
+                entry.with_copied(!entry.copied()).write(bytes);
                 found.push((entry, refcount));
             }
         }

@@ -26,6 +26,7 @@ mod restructure;
 
 use qcow2_format::Header;
 use qcow2_format::header::feature::{Autoclear, Incompatible};
+use qcow2_format::header::field::{self, Patch};
 
 use self::former::Former;
 use self::metadata::Metadata;
@@ -36,17 +37,8 @@ use super::snapshots::{self, SnapshotTable};
 use super::stored::StoredRefcounts;
 use super::walk::Walked;
 use super::{CheckOptions, File, Stop, Target, conclude, describe, short_l1, walk_all};
-use crate::image::read_header_for_check;
+use crate::image::{read_header_for_check, write_patch};
 use crate::{Error, ErrorKind, Job, Mem, Result, Storage, StorageExt};
-
-/// Offset of `refcount_table_offset`; number and place of the snapshots follow.
-const REFCOUNT_TABLE_OFFSET: u64 = 48;
-/// Offset of `nb_snapshots`.
-const NB_SNAPSHOTS: u64 = 60;
-/// Offset of `incompatible_features`.
-const INCOMPATIBLE: u64 = 72;
-/// Offset of `autoclear_features`.
-const AUTOCLEAR: u64 = 88;
 
 /// What to repair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,7 +80,7 @@ fn clear_autoclear(storage: &dyn Storage, header: &mut Header) -> Result<()> {
         return Ok(());
     }
     header.autoclear = keep;
-    write(storage, &keep.bits().to_be_bytes(), AUTOCLEAR)?;
+    write_patch(storage, &header.steady(), &Patch::new().set(field::AUTOCLEAR_FEATURES, keep))?;
     storage.flush()
 }
 
@@ -119,7 +111,8 @@ fn clear_marks(target: &Target<'_>) -> Result<()> {
         return Ok(());
     }
     target.storage.flush()?;
-    write(target.storage, &(header.incompatible - marks).bits().to_be_bytes(), INCOMPATIBLE)?;
+    let patch = Patch::new().set(field::INCOMPATIBLE_FEATURES, header.incompatible - marks);
+    write_patch(target.storage, &header.steady(), &patch)?;
     target.storage.flush()
 }
 
@@ -138,7 +131,8 @@ fn refcounts_and_flags(
     describe(target, &walked, report);
     if repair == Repair::All && snapshots.overhanging > 0 {
         // Before what they alone referred to is freed, and before the file grows to where they were read as nothing.
-        write(target.storage, &(snapshots.entries.len() as u32).to_be_bytes(), NB_SNAPSHOTS)?;
+        let patch = Patch::new().set(field::NB_SNAPSHOTS, snapshots.entries.len() as u32);
+        write_patch(target.storage, &target.header.steady(), &patch)?;
         target.storage.flush()?;
     }
     let header = without_lost(target, &file, &walked, tally)?;
@@ -190,7 +184,8 @@ fn without_lost(
     }
     if walked.without_bitmaps {
         header.autoclear -= Autoclear::BITMAPS;
-        write(target.storage, &header.autoclear.bits().to_be_bytes(), AUTOCLEAR)?;
+        let patch = Patch::new().set(field::AUTOCLEAR_FEATURES, header.autoclear);
+        write_patch(target.storage, &header.steady(), &patch)?;
         target.storage.flush()?;
     }
     let end = header.l1_table_offset.get().saturating_add(u64::from(header.l1_size) * 8);
@@ -304,10 +299,9 @@ fn write_entries(
             tally.check_error(FindingCode::ClusterUnaligned, at, || "ERROR: Overlap check failed".into());
             continue;
         }
-        let pair = (u128::from(entry.word) << 64) | u128::from(entry.bitmap.0);
-        let bytes = pair.to_be_bytes();
-        let length = geometry.l2_entry_size() as usize;
-        write(target.storage, bytes.get(..length).unwrap_or_default(), at)?;
+        let mut bytes = vec![0; geometry.l2_entry_size() as usize];
+        entry.write(&mut bytes);
+        write(target.storage, &bytes, at)?;
     }
     if !walked.entries.is_empty() {
         target.storage.flush()?;

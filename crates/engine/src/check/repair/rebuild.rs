@@ -7,8 +7,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
+use qcow2_format::header::field::{self, Patch};
 use qcow2_format::limits::{MAX_REFCOUNT_TABLE_BYTES, MAX_SNAPSHOT_TABLE_BYTES};
-use qcow2_format::{Geometry, Header, HostOffset, refcount};
+use qcow2_format::refcount::{self, RefcountTableEntry};
+use qcow2_format::{Geometry, Header, HostOffset};
 
 use super::super::compare::Fix;
 use super::super::counts::ReferenceCounts;
@@ -17,7 +19,7 @@ use super::super::stored::StoredRefcounts;
 use super::super::uncounted::Uncounted;
 use super::super::walk::Walked;
 use super::super::{Stop, Target};
-use super::REFCOUNT_TABLE_OFFSET;
+use crate::image::write_patch;
 use crate::invalid::invalid;
 use crate::{Error, ErrorKind, StorageExt};
 
@@ -67,12 +69,12 @@ pub(super) fn rebuild(
 
 /// Switches the header to new structures, in one write inside one sector: they appear together.
 pub(super) fn switch(target: &Target<'_>, header: &Header) -> Result<(), Stop> {
-    let mut fields = Vec::with_capacity(24);
-    fields.extend_from_slice(&header.refcount_table_offset.get().to_be_bytes());
-    fields.extend_from_slice(&header.refcount_table_clusters.to_be_bytes());
-    fields.extend_from_slice(&header.nb_snapshots.to_be_bytes());
-    fields.extend_from_slice(&header.snapshots_offset.get().to_be_bytes());
-    super::write(target.storage, &fields, REFCOUNT_TABLE_OFFSET)?;
+    let patch = Patch::new()
+        .set(field::REFCOUNT_TABLE_OFFSET, header.refcount_table_offset)
+        .set(field::REFCOUNT_TABLE_CLUSTERS, header.refcount_table_clusters)
+        .set(field::NB_SNAPSHOTS, header.nb_snapshots)
+        .set(field::SNAPSHOTS_OFFSET, header.snapshots_offset);
+    write_patch(target.storage, &header.steady(), &patch)?;
     target.storage.flush()?;
     Ok(())
 }
@@ -264,7 +266,7 @@ impl<'a, 'b, 'c> Builder<'a, 'b, 'c> {
             }
             super::write(self.target.storage, &block, cluster << bits)?;
             if let Some(word) = words.get_mut(index as usize * 8..index as usize * 8 + 8) {
-                word.copy_from_slice(&(cluster << bits).to_be_bytes());
+                word.copy_from_slice(&RefcountTableEntry::new(HostOffset(cluster << bits)).to_bytes());
             }
         }
         super::write(self.target.storage, &words, table << bits)?;

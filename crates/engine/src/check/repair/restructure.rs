@@ -3,9 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use qcow2_format::l1::{COPIED, OFFSET_MASK};
-use qcow2_format::l2::ZERO;
-use qcow2_format::{Header, HostOffset, L1Entry, L2Entry};
+use qcow2_format::{Header, HostOffset, L1Entry, L2Entry, L2Mapping};
 
 use super::super::compare::{self, Fix};
 use super::super::counts::ReferenceCounts;
@@ -142,7 +140,7 @@ pub(crate) fn expand_zeroes(
         target: &target,
         builder: Builder::new(&target, &mut image.stored, &image.walked, COUNTED, header.geometry),
         counts: &image.walked.counts,
-        words: BTreeMap::new(),
+        entries: BTreeMap::new(),
         new_clusters: false,
     };
     if plain {
@@ -155,8 +153,8 @@ pub(crate) fn expand_zeroes(
         job.checkpoint()?;
         expansion.table(table)?;
     }
-    let Expansion { mut builder, words, new_clusters, .. } = expansion;
-    if words.is_empty() {
+    let Expansion { mut builder, entries, new_clusters, .. } = expansion;
+    if entries.is_empty() {
         return Ok(());
     }
     // The clusters of zeroes, then their refcounts, then what refers to them.
@@ -166,8 +164,10 @@ pub(crate) fn expand_zeroes(
         builder.structures(&mut new)?;
         switch(&target, &new)?;
     }
-    for (at, word) in words {
-        super::write(storage, &word.to_be_bytes(), at)?;
+    for (at, entry) in entries {
+        let mut bytes = [0; 8];
+        entry.write(&mut bytes);
+        super::write(storage, &bytes, at)?;
     }
     storage.flush()?;
     free_leaks(storage, options, job)
@@ -183,8 +183,7 @@ fn l2_tables(target: &Target<'_>, snapshots: &SnapshotTable) -> Result<Vec<u64>>
         // At most 32 MiB each: the walk was there before.
         let mut bytes = vec![0; entries as usize * 8];
         target.storage.read_padded_at(MemMut::from(&mut bytes[..]), at)?;
-        let words = bytes.as_chunks::<8>().0.iter().map(|b| L1Entry(u64::from_be_bytes(*b)));
-        offsets.extend(words.map(L1Entry::offset_bits).filter(|offset| *offset != 0));
+        offsets.extend(L1Entry::entries(&bytes).map(L1Entry::offset_bits).filter(|offset| *offset != 0));
         offsets.sort_unstable();
         offsets.dedup();
     }
@@ -195,8 +194,8 @@ struct Expansion<'a, 'b, 'c> {
     target: &'a Target<'a>,
     builder: Builder<'a, 'b, 'c>,
     counts: &'b ReferenceCounts,
-    /// New L2 entries by their host offset.
-    words: BTreeMap<u64, u64>,
+    /// New L2 entries by their host offset. What can be an image of version 2 has none of two words.
+    entries: BTreeMap<u64, L2Entry>,
     new_clusters: bool,
 }
 
@@ -209,8 +208,7 @@ impl Expansion<'_, '_, '_> {
 
     fn refuse_compressed(&self, table: u64) -> Result<()> {
         let bytes = self.read(table)?;
-        let mut words = bytes.as_chunks::<8>().0.iter().map(|b| L2Entry::standard(u64::from_be_bytes(*b)));
-        if !words.any(L2Entry::is_compressed) {
+        if !L2Entry::standard_entries(&bytes).any(L2Entry::is_compressed) {
             return Ok(());
         }
         let message = "Cannot downgrade an image with zstd compression type and existing compressed clusters";
@@ -225,27 +223,26 @@ impl Expansion<'_, '_, '_> {
         let size = geometry.cluster_size();
         let bytes = self.read(table)?;
         let references = self.counts.get(geometry.cluster_index(table));
-        for (index, bytes) in bytes.as_chunks::<8>().0.iter().enumerate() {
-            let entry = L2Entry::standard(u64::from_be_bytes(*bytes));
-            if entry.is_compressed() || entry.word & ZERO == 0 {
+        for (index, entry) in L2Entry::standard_entries(&bytes).enumerate() {
+            if entry.is_compressed() || !entry.has_zero_flag(geometry) {
                 continue;
             }
-            let host = entry.word & OFFSET_MASK;
-            let word = if header.backing_file.is_none() {
-                0
+            let host = entry.offset_bits();
+            let new = if header.backing_file.is_none() {
+                L2Entry::default()
             } else if host != 0 && self.counts.get(geometry.cluster_index(host)) == 1 {
                 // Nothing else reads this cluster, and through this entry it reads as zeroes.
                 storage.zero(host, size, false)?;
-                entry.word & !ZERO
+                entry.without_zero_flag(geometry)
             } else {
                 self.new_clusters = true;
                 let cluster = self.builder.take_one(references)? << geometry.cluster_bits();
                 storage.zero(cluster, size, false)?;
-                HostOffset(cluster).get() | if references == 1 { COPIED } else { 0 }
+                L2Mapping::Data { host: HostOffset(cluster), copied: references == 1 }.encode(geometry)
             };
-            self.words.insert(table + index as u64 * 8, word);
+            self.entries.insert(table + index as u64 * 8, new);
             let limit = self.target.options.limits.max_memory;
-            if self.words.len() as u64 > limit / ENTRY_MEMORY {
+            if self.entries.len() as u64 > limit / ENTRY_MEMORY {
                 let message = format!("the zero clusters to expand exceed the limit of {limit} bytes");
                 return Err(Error::new(ErrorKind::Limit, message));
             }
