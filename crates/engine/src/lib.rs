@@ -13,6 +13,7 @@ pub mod clone;
 pub mod compact;
 pub mod convert;
 pub mod create;
+mod door;
 pub mod image;
 pub mod inspect;
 mod invalid;
@@ -20,6 +21,7 @@ pub mod maintenance;
 pub mod measure;
 mod write;
 
+pub use door::DataDoor;
 pub use image::{Image, LayerExt, OpenOptions, Qcow2};
 use qcow2_core::workers;
 pub use qcow2_core::{

@@ -214,7 +214,7 @@ impl ConvertJob {
         let options = ConvertOptions { durable: self.durable && file.is_visible(), ..self.options() };
         let result = convert(source, qcow2, &options, job)?;
         if let Some(bitmaps) = bitmaps {
-            bitmaps.copy_to(file.storage(), data.as_ref().map(NewFile::storage))?;
+            bitmaps.copy_to(file.storage(), data.as_ref().map(NewFile::storage), None)?;
         }
         // The image last: it is not there without its data.
         data.map(|data| self.commit(data)).transpose()?;

@@ -29,7 +29,7 @@ use self::scan::{Chunk, Rules, Scanner};
 pub use self::space::data_bytes;
 use crate::create::{CreateOptions, Preallocation, SECTOR_SIZE, check_data_file};
 use crate::workers::{self, run_all};
-use crate::{Error, ErrorKind, GuestSource, Image, Job, Result, Storage};
+use crate::{Error, ErrorKind, GuestSource, Image, Job, Qcow2, Result, Storage};
 
 /// Smallest run of zeroes, in bytes, that is left out of the target by default: QEMU's.
 pub const DEFAULT_SPARSE_SIZE: u64 = 4096;
@@ -190,7 +190,8 @@ fn check(target: &ConvertTarget<'_>, options: &ConvertOptions) -> Result<()> {
         ),
         ConvertTarget::Existing(image) => {
             let top = image.top_qcow2();
-            if options.compression.is_some() && top.is_none_or(|top| top.header().has_data_file()) {
+            let compresses = |top: &Qcow2| !top.header().has_data_file() && top.host_is_guest();
+            if options.compression.is_some() && !top.is_some_and(compresses) {
                 return refuse("compress", "the target cannot hold compressed clusters");
             }
             Ok(())
@@ -198,6 +199,9 @@ fn check(target: &ConvertTarget<'_>, options: &ConvertOptions) -> Result<()> {
         ConvertTarget::Qcow2 { create, data_file, .. } => {
             if options.compression.is_some() && create.data_file.is_some() {
                 return refuse("compress", "an external data file cannot hold compressed clusters");
+            }
+            if options.compression.is_some() && create.data_door.is_some() {
+                return refuse("compress", "an encrypted target cannot hold compressed clusters");
             }
             if options.compression.is_some() && create.preallocation != Preallocation::Off {
                 return refuse("preallocation", "compressed clusters cannot be preallocated");

@@ -29,6 +29,7 @@ impl Image {
             Some(data) => {
                 // A device goes on behind the disk.
                 let length = data.size()?.min(session.image.virtual_size());
+                session.end_reads()?;
                 data.discard(0, length).map_err(|e| data.failure(e, "fallocate"))
             }
             None => Ok(()),

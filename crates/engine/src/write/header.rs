@@ -136,11 +136,11 @@ impl Writer {
         self.write_field(image, NB_SNAPSHOTS, &bytes)
     }
 
-    /// Sets virtual size and L1 table in one write: they lie in one sector, with `crypt_method` (0) between them.
+    /// Sets virtual size and L1 table in one write: they lie in one sector, with `crypt_method` between them.
     pub(crate) fn write_active(&self, image: &Qcow2, size: u64, entries: u32, offset: u64) -> Result<()> {
         let mut bytes = Vec::with_capacity(24);
         bytes.extend_from_slice(&size.to_be_bytes());
-        bytes.extend_from_slice(&0u32.to_be_bytes());
+        bytes.extend_from_slice(&image.header().crypt_method.encode().to_be_bytes());
         bytes.extend_from_slice(&entries.to_be_bytes());
         bytes.extend_from_slice(&offset.to_be_bytes());
         self.write_field(image, SIZE, &bytes)
@@ -150,8 +150,7 @@ impl Writer {
     pub(crate) fn write_places(&self, image: &Qcow2, places: &Places) -> Result<()> {
         let mut bytes = Vec::with_capacity(48);
         bytes.extend_from_slice(&places.size.to_be_bytes());
-        // `crypt_method`: encrypted images are not written to.
-        bytes.extend_from_slice(&0u32.to_be_bytes());
+        bytes.extend_from_slice(&image.header().crypt_method.encode().to_be_bytes());
         bytes.extend_from_slice(&places.l1_entries.to_be_bytes());
         bytes.extend_from_slice(&places.l1_offset.to_be_bytes());
         bytes.extend_from_slice(&places.refcount_table_offset.to_be_bytes());

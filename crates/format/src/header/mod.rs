@@ -29,6 +29,18 @@ pub enum CryptMethod {
     Luks,
 }
 
+impl CryptMethod {
+    /// As the header's field has it.
+    #[must_use]
+    pub const fn encode(self) -> u32 {
+        match self {
+            Self::None => 0,
+            Self::Aes => 1,
+            Self::Luks => 2,
+        }
+    }
+}
+
 /// `compression_type` of the header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum CompressionType {
@@ -301,12 +313,7 @@ impl Header {
             backing_file_size: (name.len() as u32).into(),
             cluster_bits: self.geometry.cluster_bits().into(),
             size: self.size.into(),
-            crypt_method: match self.crypt_method {
-                CryptMethod::None => 0,
-                CryptMethod::Aes => 1,
-                CryptMethod::Luks => 2,
-            }
-            .into(),
+            crypt_method: self.crypt_method.encode().into(),
             l1_size: self.l1_size.into(),
             l1_table_offset: self.l1_table_offset.0.into(),
             refcount_table_offset: self.refcount_table_offset.0.into(),

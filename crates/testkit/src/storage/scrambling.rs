@@ -1,0 +1,204 @@
+//! Guest bytes that are stored as something else: what a cipher does to them, without a key.
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use parking_lot::RwLock;
+use qcow2_engine::storage::{Run, Traits};
+use qcow2_engine::{DataDoor, Mem, MemMut, Storage};
+
+/// Bytes that are scrambled as a whole.
+const SECTOR: usize = 512;
+/// Bytes of zeroes written at once.
+const ZEROES: usize = 1 << 20;
+
+/// A door that scrambles each sector by its number in the file. No zero byte of the guest's is one in the file, and the other way
+/// round; a sector that is read at another place, or of which a part was written by itself, is garbage.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Scrambling;
+
+impl Scrambling {
+    /// The door, as options have it.
+    pub fn door() -> Option<Arc<dyn DataDoor>> {
+        Some(Arc::new(Self))
+    }
+}
+
+impl DataDoor for Scrambling {
+    fn open(&self, host: Arc<dyn Storage>) -> Arc<dyn Storage> {
+        Arc::new(Scrambled { host, whole: RwLock::new(()) })
+    }
+}
+
+/// Turns guest bytes into those of the file, where the first is at `offset`: whole sectors.
+pub fn scramble(bytes: &mut [u8], offset: u64) {
+    each_sector(bytes, offset, |sector, key| {
+        sector.reverse();
+        sector.iter_mut().zip(key).for_each(|(byte, key)| *byte ^= key);
+    });
+}
+
+/// As `scramble`, the other way.
+pub fn unscramble(bytes: &mut [u8], offset: u64) {
+    each_sector(bytes, offset, |sector, key| {
+        sector.iter_mut().zip(key).for_each(|(byte, key)| *byte ^= key);
+        sector.reverse();
+    });
+}
+
+fn each_sector(bytes: &mut [u8], offset: u64, change: impl Fn(&mut [u8], [u8; SECTOR])) {
+    assert!(offset.is_multiple_of(SECTOR as u64) && bytes.len().is_multiple_of(SECTOR), "whole sectors");
+    for (number, sector) in (offset / SECTOR as u64..).zip(bytes.chunks_exact_mut(SECTOR)) {
+        change(sector, key(number));
+    }
+}
+
+/// Bytes that are never 0, of each sector its own.
+fn key(sector: u64) -> [u8; SECTOR] {
+    let mut key = [0; SECTOR];
+    let mut state = sector.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0xd1b5_4a32_d192_ed03;
+    for word in key.chunks_exact_mut(8) {
+        state ^= state >> 12;
+        state ^= state << 25;
+        state ^= state >> 27;
+        let mixed = state.wrapping_mul(0x2545_f491_4f6c_dd1d) | 0x0101_0101_0101_0101;
+        word.copy_from_slice(&mixed.to_le_bytes());
+    }
+    key
+}
+
+/// What is behind the door.
+#[derive(Debug)]
+struct Scrambled {
+    host: Arc<dyn Storage>,
+    /// Shared by reads, exclusive for writes: a part of a sector is written with the rest of it.
+    whole: RwLock<()>,
+}
+
+impl Scrambled {
+    /// The guest bytes of the whole sectors around a range, and how many of them the file has; zeroes behind its end.
+    fn around(&self, offset: u64, length: usize) -> io::Result<(u64, Vec<u8>, usize)> {
+        let start = offset - offset % SECTOR as u64;
+        let end = (offset + length as u64).next_multiple_of(SECTOR as u64);
+        let mut bytes = vec![0; (end - start) as usize];
+        let mut got = 0;
+        while got < bytes.len() {
+            match self.host.read_at(MemMut::from(&mut bytes[got..]), start + got as u64)? {
+                0 => break,
+                n => got += n,
+            }
+        }
+        unscramble(&mut bytes[..got.next_multiple_of(SECTOR)], start);
+        Ok((start, bytes, got))
+    }
+
+    fn write(&self, plain: &[u8], offset: u64) -> io::Result<()> {
+        let _alone = self.whole.write();
+        let aligned = offset.is_multiple_of(SECTOR as u64) && plain.len().is_multiple_of(SECTOR);
+        let (start, mut bytes) = match aligned {
+            true => (offset, plain.to_vec()),
+            false => {
+                let (start, mut bytes, _) = self.around(offset, plain.len())?;
+                let from = (offset - start) as usize;
+                bytes[from..from + plain.len()].copy_from_slice(plain);
+                (start, bytes)
+            }
+        };
+        scramble(&mut bytes, start);
+        let mut done = 0;
+        while done < bytes.len() {
+            match self.host.write_at(Mem::from(&bytes[done..]), start + done as u64)? {
+                0 => return Err(io::ErrorKind::WriteZero.into()),
+                n => done += n,
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Storage for Scrambled {
+    fn read_at(&self, mut buf: MemMut<'_>, offset: u64) -> io::Result<usize> {
+        let _shared = self.whole.read();
+        let (start, bytes, got) = self.around(offset, buf.len())?;
+        let from = (offset - start) as usize;
+        let n = got.saturating_sub(from).min(buf.len());
+        buf.copy_from(&bytes[from..from + n]);
+        Ok(n)
+    }
+    fn write_at(&self, buf: Mem<'_>, offset: u64) -> io::Result<usize> {
+        self.write_vectored_at(&[buf], offset)
+    }
+    fn write_vectored_at(&self, bufs: &[Mem<'_>], offset: u64) -> io::Result<usize> {
+        let mut plain = vec![0; bufs.iter().map(Mem::len).sum()];
+        let mut at = 0;
+        for buf in bufs {
+            at += buf.copy_to(&mut plain[at..]);
+        }
+        self.write(&plain, offset).map(|()| at)
+    }
+    fn len(&self) -> io::Result<u64> {
+        self.host.len()
+    }
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.host.set_len(len)
+    }
+    fn sync_data(&self) -> io::Result<()> {
+        self.host.sync_data()
+    }
+    fn write_zeroes(&self, offset: u64, length: u64, _unmap: bool) -> io::Result<()> {
+        let (mut at, end) = (offset, offset + length);
+        while at < end {
+            let n = (ZEROES as u64).min(end - at);
+            self.write(&vec![0; n as usize], at)?;
+            at += n;
+        }
+        Ok(())
+    }
+    fn discard(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.host.discard(offset, length)
+    }
+    fn allocate(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.host.allocate(offset, length)
+    }
+    fn run_at(&self, offset: u64) -> io::Result<Run> {
+        Ok(Run { end: self.len()?.max(offset + 1), data: true })
+    }
+    fn allocated_bytes(&self) -> io::Result<u64> {
+        self.host.allocated_bytes()
+    }
+    fn traits(&self) -> Traits {
+        Traits { alignment: 1, memory_alignment: 1, ..self.host.traits() }
+    }
+    fn path(&self) -> Option<&Path> {
+        self.host.path()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use qcow2_engine::storage::MemoryStorage;
+
+    use super::*;
+
+    #[test]
+    fn sectors_are_scrambled_by_their_place_and_parts_of_them_are_kept() {
+        let host = Arc::new(MemoryStorage::new());
+        let door = Scrambling.open(host.clone());
+        let plain: Vec<u8> = (0..2048u32).map(|n| (n / 7) as u8).collect();
+        door.write_at(Mem::from(&plain[..]), 512).unwrap();
+        door.write_at(Mem::from(&[9; 700][..]), 1000).unwrap();
+        door.write_zeroes(1300, 600, true).unwrap();
+        let mut expected = vec![0; 512];
+        expected.extend_from_slice(&plain);
+        expected[1000..1700].fill(9);
+        expected[1300..1900].fill(0);
+        let mut found = vec![1; 3000];
+        assert_eq!(door.read_at(MemMut::from(&mut found[..]), 3).unwrap(), 2557);
+        assert!(found[509..2557] == expected[512..]);
+        let stored = host.to_vec();
+        assert!(found[..509].iter().all(|byte| *byte != 0), "a hole of the file is no zero");
+        assert!(stored[1536..1792].iter().all(|byte| *byte != 0), "a zero is none in the file");
+        assert!(stored[512..1024] != stored[1024..1536]);
+    }
+}
