@@ -14,7 +14,7 @@ use qcow2_engine::clone::CloneTarget;
 use qcow2_engine::compact::CompactOptions;
 use qcow2_engine::convert::{Compression, ConvertOptions, ConvertTarget, convert};
 use qcow2_engine::create::{CreateOptions, DataFile, Preallocation, create};
-use qcow2_engine::image::read_header;
+use qcow2_engine::image::{SegmentKind, read_header};
 use qcow2_engine::{
     DataDoor, Discard, ErrorKind, ExtentKind, GuestSource, Image, Job, Layer, Mem, MemMut, OpenOptions,
     Qcow2, Raw, ResizeOptions, Result, Storage, WriteOptions,
@@ -25,7 +25,7 @@ use qcow2_testkit::forge::field;
 use qcow2_testkit::model::assert_same;
 use qcow2_testkit::plans::Table;
 use qcow2_testkit::recorder::{Change, Journal, RecordingStorage};
-use qcow2_testkit::storage::{Hooked, Op, Scrambling, Space, scramble};
+use qcow2_testkit::storage::{Hooked, Op, Scrambling, Space, scramble, unscramble};
 use qcow2_testkit::{Forge, Sparse};
 
 const MARK: &[u8; 16] = b"a plain mark 016";
@@ -204,6 +204,7 @@ fn everything(name: &str, options: &CreateOptions) -> bool {
     let mut size = options.size;
     run.mark(size - 2 * c, 2 * c);
     run.resize(size - c - 512, Preallocation::Off);
+    seen_behind_the_end(&made, &run);
     for preallocation in
         [Preallocation::Off, Preallocation::Metadata, Preallocation::Falloc, Preallocation::Full]
     {
@@ -219,6 +220,24 @@ fn everything(name: &str, options: &CreateOptions) -> bool {
     seen |= cloned_and_converted(&made, options, &run);
     seen |= compacted_and_repaired(&made, &mut run, c);
     seen | made.has_marks() | moved_along_the_chain(&made, options, &mut run)
+}
+
+/// What is left of the last cluster behind the end reads as zeroes to whoever makes the disk longer.
+fn seen_behind_the_end(made: &Watched, run: &Run) {
+    let top = run.image.top_qcow2().unwrap();
+    let (end, cluster) = (run.image.virtual_size(), top.geometry().cluster_size());
+    let mut segments = Vec::new();
+    top.plan_read(end..end.next_multiple_of(cluster), &mut segments).unwrap();
+    for segment in segments {
+        let SegmentKind::Data(place) = segment.kind else { continue };
+        let data = made.files.last().unwrap();
+        let mut bytes = vec![0; segment.length as usize];
+        data.read_at(MemMut::from(&mut bytes[..]), place.host).unwrap();
+        if data.len().unwrap() > place.host && made.door.is_some() {
+            unscramble(&mut bytes, place.host);
+        }
+        assert!(bytes.iter().all(|byte| *byte == 0), "{}: behind the end", run.what);
+    }
 }
 
 /// Copies of the disk in new images of the same shape.

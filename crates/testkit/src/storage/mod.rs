@@ -17,7 +17,7 @@ pub use counting::{CountingStorage, Counts};
 pub use device::Device;
 pub use fault::{Failing, Fault, FaultStorage};
 pub use hooked::{Before, Hooked};
-pub use scrambling::{Scrambling, scramble, unscramble};
+pub use scrambling::{Scrambling, scramble, scrambled_image, unscramble};
 pub use short_io::ShortIo;
 pub use space::{Space, free_clusters};
 

@@ -1,5 +1,6 @@
 //! Guest bytes that are stored as something else: what a cipher does to them, without a key.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -8,6 +9,11 @@ use parking_lot::RwLock;
 use qcow2_engine::storage::{Run, Traits};
 use qcow2_engine::{DataDoor, Mem, MemMut, Storage};
 
+use crate::Sparse;
+use crate::forge::{COMPRESSED, field};
+
+/// The offset in an L1 or L2 entry.
+const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 /// Bytes that are scrambled as a whole.
 const SECTOR: usize = 512;
 /// Bytes of zeroes written at once.
@@ -45,6 +51,41 @@ pub fn unscramble(bytes: &mut [u8], offset: u64) {
         sector.iter_mut().zip(key).for_each(|(byte, key)| *byte ^= key);
         sector.reverse();
     });
+}
+
+/// A plain image as it would be behind the door: each standard cluster that an L2 table refers to is scrambled.
+pub fn scrambled_image(plain: &Sparse) -> Sparse {
+    let mut file = plain.clone();
+    let cluster = 1u64 << plain.u32(field::CLUSTER_BITS);
+    let extended =
+        plain.u32(field::VERSION) >= 3 && plain.u64(field::INCOMPATIBLE) & field::INCOMPAT_EXTENDED_L2 != 0;
+    let width = if extended { 16 } else { 8 };
+    let mut hosts = BTreeSet::new();
+    for (l1, entries) in l1_tables(plain) {
+        for table in (0..entries).map(|n| plain.u64(l1 + n * 8) & OFFSET).filter(|table| *table != 0) {
+            let words = (0..cluster / width).map(|n| plain.u64(table + n * width));
+            hosts.extend(words.filter(|word| word & COMPRESSED == 0).map(|word| word & OFFSET));
+        }
+    }
+    for host in hosts.into_iter().filter(|host| *host != 0) {
+        let mut bytes = plain.get(host, cluster as usize);
+        scramble(&mut bytes, host);
+        file.write(host, &bytes);
+    }
+    file
+}
+
+/// Place and length of the active L1 table and of each snapshot's.
+fn l1_tables(file: &Sparse) -> Vec<(u64, u64)> {
+    let mut tables = vec![(file.u64(field::L1_OFFSET), u64::from(file.u32(field::L1_SIZE)))];
+    let mut at = file.u64(field::SNAPSHOTS_OFFSET);
+    for _ in 0..file.u32(field::SNAPSHOTS) {
+        tables.push((file.u64(at), u64::from(file.u32(at + 8))));
+        let names = file.u32(at + 12);
+        let length = 40 + file.u32(at + 36) + (names >> 16) + (names & 0xffff);
+        at = (at + u64::from(length)).next_multiple_of(8);
+    }
+    tables
 }
 
 fn each_sector(bytes: &mut [u8], offset: u64, change: impl Fn(&mut [u8], [u8; SECTOR])) {
