@@ -13,6 +13,7 @@ pub mod clone;
 pub mod compact;
 pub mod convert;
 pub mod create;
+mod door;
 pub mod files;
 pub mod image;
 pub mod inspect;
@@ -21,6 +22,7 @@ pub mod maintenance;
 pub mod measure;
 mod write;
 
+pub use door::DataDoor;
 pub use image::{Image, LayerExt, OpenOptions, Qcow2};
 pub use qcow2_core::{
     DetectZeroes, Discard, DiskOptions, Error, ErrorKind, Extent, ExtentKind, GuestSource, Job, Layer, Mem,

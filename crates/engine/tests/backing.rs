@@ -10,12 +10,12 @@ use qcow2_engine::create::{CreateOptions, create};
 use qcow2_engine::image::read_header;
 use qcow2_engine::storage::{Access, FileStorage, MemoryStorage};
 use qcow2_engine::{
-    ErrorKind, Image, Job, Layer, LayerExt, Mem, MemMut, OpenOptions, Qcow2, Raw, Result, Storage,
+    DataDoor, ErrorKind, Image, Job, Layer, LayerExt, Mem, MemMut, OpenOptions, Qcow2, Raw, Result, Storage,
     WriteOptions,
 };
 use qcow2_testkit::crash::{Durability, Session};
 use qcow2_testkit::recorder::RecordingStorage;
-use qcow2_testkit::storage::{Fault, FaultStorage};
+use qcow2_testkit::storage::{Fault, FaultStorage, Scrambling, scrambled_image};
 use qcow2_testkit::{Fixture, Qemu, Rng, Sparse};
 
 /// A layer to make: its options, its size in KiB, whether it is raw.
@@ -109,10 +109,20 @@ impl Chain {
 }
 
 fn layer(storage: Arc<dyn Storage>, raw: bool, writable: bool) -> Box<dyn Layer> {
+    layer_behind(None, storage, raw, writable)
+}
+
+fn layer_behind(
+    data_door: Option<Arc<dyn DataDoor>>,
+    storage: Arc<dyn Storage>,
+    raw: bool,
+    writable: bool,
+) -> Box<dyn Layer> {
+    let options = OpenOptions { data_door, ..OpenOptions::default() };
     let mut layer = if raw {
         Box::new(Raw::new(storage).unwrap()) as Box<dyn Layer>
     } else {
-        Box::new(Qcow2::open(storage, &OpenOptions::default()).unwrap()) as Box<dyn Layer>
+        Box::new(Qcow2::open(storage, &options).unwrap()) as Box<dyn Layer>
     };
     if writable {
         layer.enable_writing(WriteOptions::default()).unwrap();
@@ -301,32 +311,51 @@ fn assert_sound(file: &Sparse, what: &str) {
     assert_eq!((report.corruptions, report.check_errors), (0, 0), "{what} {report:#?}");
 }
 
-fn disk(files: &[(&Sparse, bool)]) -> Vec<u8> {
-    let layers = files
-        .iter()
-        .map(|(file, raw)| layer(Arc::new(RecordingStorage::plain((*file).clone())), *raw, false));
-    read(&Image::new(layers.collect()).unwrap())
+/// How qcow2 layers store their data: as it is, or behind a door.
+#[derive(Clone, Copy)]
+struct Stored(bool);
+
+impl Stored {
+    /// The file of a layer that QEMU made, as it is stored.
+    fn file(self, path: &Path, raw: bool) -> Sparse {
+        let file = sparse(path);
+        if self.0 && !raw { scrambled_image(&file) } else { file }
+    }
+
+    fn layer(self, storage: Arc<dyn Storage>, raw: bool, writable: bool) -> Box<dyn Layer> {
+        layer_behind(self.0.then_some(Arc::new(Scrambling)), storage, raw, writable)
+    }
+
+    fn disk(self, files: &[(&Sparse, bool)]) -> Vec<u8> {
+        let layers = files
+            .iter()
+            .map(|(file, raw)| self.layer(Arc::new(RecordingStorage::plain((*file).clone())), *raw, false));
+        read(&Image::new(layers.collect()).unwrap())
+    }
 }
+
+/// Seeds, and how data is stored: behind a door with the first one.
+const STORED: [(u64, Stored); 3] = [(0, Stored(false)), (1, Stored(false)), (0, Stored(true))];
 
 #[test]
 fn a_power_cut_during_a_commit_leaves_the_disk_as_it_was() {
     let Some(qemu) = Qemu::find() else { return };
     let mut states = 0;
     for (number, recipes) in SMALL.iter().enumerate() {
-        for seed in 0..2 {
+        for (seed, stored) in STORED {
             let chain = small(&qemu, recipes, seed);
             let want = read(&chain.image(0..2, false));
             let raw = recipes[0].raw;
-            let files = vec![sparse(chain.top()), sparse(&chain.files[0].0)];
+            let files = vec![stored.file(chain.top(), false), stored.file(&chain.files[0].0, raw)];
             let (mut session, storages) = Session::new(files, Durability::Flush);
-            let above = Image::new(vec![layer(storages[0].clone(), false, true)]).unwrap();
-            let base = Image::new(vec![layer(storages[1].clone(), raw, true)]).unwrap();
+            let above = Image::new(vec![stored.layer(storages[0].clone(), false, true)]).unwrap();
+            let base = Image::new(vec![stored.layer(storages[1].clone(), raw, true)]).unwrap();
             commit(&above, &base, &CommitOptions { empty: true, workers: 1 }, &Job::new()).unwrap();
             above.close().unwrap();
             base.close().unwrap();
             for state in session.states(seed, 150) {
                 let what = format!("chain {number} seed {seed} cut {} {:?}", state.cut, state.shape);
-                let got = disk(&[(&state.files[0], false), (&state.files[1], raw)]);
+                let got = stored.disk(&[(&state.files[0], false), (&state.files[1], raw)]);
                 assert_same(&want, &got, &what);
                 assert_sound(&state.files[0], &what);
                 if !raw {
@@ -345,16 +374,19 @@ fn a_power_cut_during_a_rebase_leaves_the_disk_over_the_old_or_the_new_backing_f
     let mut states = 0;
     let mut renamed = 0;
     for (number, recipes) in SMALL.iter().enumerate() {
-        for seed in 0..2 {
+        for (seed, stored) in STORED {
             let chain = small(&qemu, recipes, seed);
             let other = Chain::make(&qemu, &[qcow2("", 700)], seed + 9);
             let want = read(&chain.image(0..2, false));
-            let (mut session, storages) = Session::new(vec![sparse(chain.top())], Durability::Flush);
-            let (old, new) = (sparse(&chain.files[0].0), sparse(other.top()));
-            let below =
-                |file: &Sparse, raw| layer(Arc::new(RecordingStorage::plain(file.clone())), raw, false);
-            let top = Image::new(vec![layer(storages[0].clone(), false, true), below(&old, recipes[0].raw)])
-                .unwrap();
+            let (mut session, storages) =
+                Session::new(vec![stored.file(chain.top(), false)], Durability::Flush);
+            let old = stored.file(&chain.files[0].0, recipes[0].raw);
+            let new = stored.file(other.top(), false);
+            let below = |file: &Sparse, raw| {
+                stored.layer(Arc::new(RecordingStorage::plain(file.clone())), raw, false)
+            };
+            let top = stored.layer(storages[0].clone(), false, true);
+            let top = Image::new(vec![top, below(&old, recipes[0].raw)]).unwrap();
             let next = Image::new(vec![below(&new, false)]).unwrap();
             // Longer than a sector holds.
             let name = if seed == 0 { "new".to_owned() } else { "n".repeat(400) };
@@ -366,7 +398,7 @@ fn a_power_cut_during_a_rebase_leaves_the_disk_over_the_old_or_the_new_backing_f
                 let header = read_header(&RecordingStorage::plain(state.files[0].clone())).unwrap();
                 let is_new = header.backing_file.as_deref() == Some(name.as_bytes());
                 let below = if is_new { (&new, false) } else { (&old, recipes[0].raw) };
-                assert_same(&want, &disk(&[(&state.files[0], false), below]), &what);
+                assert_same(&want, &stored.disk(&[(&state.files[0], false), below]), &what);
                 assert_sound(&state.files[0], &what);
                 states += 1;
                 renamed += usize::from(is_new);

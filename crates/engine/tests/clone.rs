@@ -18,7 +18,7 @@ use qcow2_testkit::matrix::{Backing, DataFile, Geometry};
 use qcow2_testkit::ops::{Found, SECTOR, Target, Value, identify, stamped};
 use qcow2_testkit::plans::Table;
 use qcow2_testkit::recorder::RecordingStorage;
-use qcow2_testkit::storage::{Fault, FaultStorage, Op as Call};
+use qcow2_testkit::storage::{Fault, FaultStorage, Op as Call, Scrambling};
 use qcow2_testkit::{Fixture, Qemu, Rng, Sparse};
 
 const THREADS: u64 = 5;
@@ -60,9 +60,11 @@ enum Kind {
     Compressed,
     DataFile,
     Preallocated,
+    Door,
+    PreallocatedDoor,
 }
 
-const KINDS: [Kind; 7] = [
+const KINDS: [Kind; 9] = [
     Kind::Raw,
     Kind::Qcow2,
     Kind::SmallClusters,
@@ -70,6 +72,8 @@ const KINDS: [Kind; 7] = [
     Kind::Compressed,
     Kind::DataFile,
     Kind::Preallocated,
+    Kind::Door,
+    Kind::PreallocatedDoor,
 ];
 
 struct Made {
@@ -97,6 +101,11 @@ impl Made {
                 CreateOptions { data_file, ..defaults }
             }
             Kind::Preallocated => CreateOptions { preallocation: Preallocation::Metadata, ..defaults },
+            Kind::Door => CreateOptions { data_door: Scrambling::door(), cluster_size: 4096, ..defaults },
+            Kind::PreallocatedDoor => {
+                let preallocation = Preallocation::Metadata;
+                CreateOptions { data_door: Scrambling::door(), preallocation, ..defaults }
+            }
         };
         CloneTarget::Qcow2 {
             storage,
@@ -115,7 +124,10 @@ impl Made {
         let findings = audit(&file);
         assert!(findings.is_clean(), "{what}: {findings:#?}");
         let rig = Rig {
-            geometry: Geometry::plain(65536),
+            geometry: Geometry {
+                door: matches!(self.kind, Kind::Door | Kind::PreallocatedDoor),
+                ..Geometry::plain(65536)
+            },
             image: file,
             data_file: self.data.as_ref().map(|data| data.snapshot()),
             backing: None,
@@ -311,6 +323,7 @@ fn a_clone_is_the_disk_at_one_moment() {
         Geometry { extended_l2: true, backing: Backing::ShorterRaw, ..plain(16384, (2 << 20) + 1536) },
         plain(2 << 20, 20 << 20),
         Geometry { data_file: DataFile::ExternalRaw, ..plain(4096, 2 << 20) },
+        Geometry { door: true, ..plain(4096, 2 << 20) },
     ];
     for (seed, geometry) in (1..).zip(&geometries) {
         let rig = Rig::forge(geometry, seed);

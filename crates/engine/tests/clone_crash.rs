@@ -37,6 +37,7 @@ fn geometries() -> Vec<Geometry> {
         Geometry { extended_l2: true, ..small(16384, 40) },
         Geometry { zstd: true, refcount_bits: 64, ..small(1024, 200) },
         Geometry { data_file: DataFile::External, ..small(4096, 100) },
+        Geometry { door: true, ..small(4096, 80) },
     ]
 }
 

@@ -41,6 +41,10 @@ fn geometries() -> Vec<Geometry> {
         Geometry { data_file: DataFile::External, backing: Backing::EqualQcow2, ..plain(4096) },
         Geometry { data_file: DataFile::ExternalRaw, ..plain(65536) },
         Geometry { data_file: DataFile::External, extended_l2: true, ..plain(16384) },
+        Geometry { door: true, ..plain(4096) },
+        Geometry { door: true, extended_l2: true, backing: Backing::EqualQcow2, ..plain(16384) },
+        Geometry { door: true, data_file: DataFile::External, ..plain(65536) },
+        Geometry { door: true, version: 2, backing: Backing::LongerQcow2, ..plain(4096) },
     ]
 }
 

@@ -25,6 +25,9 @@ fn geometries() -> Vec<Geometry> {
         Geometry { extended_l2: true, ..small(16384, 10) },
         Geometry { extended_l2: true, backing: Backing::EqualQcow2, ..small(16384, 10) },
         Geometry { data_file: DataFile::ExternalRaw, ..small(4096, 20) },
+        Geometry { door: true, ..small(4096, 20) },
+        Geometry { door: true, extended_l2: true, backing: Backing::ShorterRaw, ..small(16384, 10) },
+        Geometry { door: true, data_file: DataFile::External, ..small(4096, 20) },
     ]
 }
 

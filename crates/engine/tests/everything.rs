@@ -48,6 +48,8 @@ fn geometries() -> Vec<Geometry> {
         Geometry { zstd: true, refcount_bits: 64, ..small(1024, 400) },
         Geometry { data_file: DataFile::External, ..small(4096, 200) },
         Geometry { data_file: DataFile::ExternalRaw, extended_l2: true, ..small(16384, 40) },
+        Geometry { door: true, ..small(4096, 200) },
+        Geometry { door: true, data_file: DataFile::External, ..small(4096, 200) },
     ]
 }
 
@@ -294,7 +296,7 @@ fn run(geometry: &Geometry, seed: u64) {
         what: format!("{} seed {seed}", geometry.name()),
         size: geometry.size / (unit * THREADS) * (unit * THREADS),
         unit,
-        compressed: geometry.compression() && geometry.refcount_bits >= 8,
+        compressed: geometry.menu().compression,
         discards: geometry.version >= 3,
         stop: AtomicBool::new(false),
         generation: AtomicU32::new(1000),

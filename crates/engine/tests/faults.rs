@@ -28,6 +28,7 @@ fn geometries() -> Vec<Geometry> {
         Geometry { backing: Backing::ShorterRaw, ..plain(4096) },
         Geometry { extended_l2: true, ..plain(16384) },
         Geometry { data_file: DataFile::External, ..plain(65536) },
+        Geometry { door: true, backing: Backing::ShorterRaw, ..plain(4096) },
     ]
 }
 

@@ -46,7 +46,7 @@ impl Lane {
         let clusters = geometry.size / cluster / THREADS as u64;
         let (start, end) = (thread as u64 * clusters * cluster, (thread as u64 + 1) * clusters * cluster);
         let mut rng = Rng::new(seed * 31 + thread as u64);
-        let compressed = geometry.compression() && geometry.refcount_bits >= 8;
+        let compressed = geometry.menu().compression;
         let ops = (0..REQUESTS).map(|_| request(&mut rng, start, end, cluster, compressed)).collect();
         let first_generation = 10_000 * (thread as u32 + 1);
         Self { start, end, ops, first_generation, begun: AtomicUsize::new(0), done: AtomicUsize::new(0) }

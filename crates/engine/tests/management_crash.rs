@@ -260,7 +260,8 @@ fn no_power_cut_while_an_image_is_amended_harms_it() {
         let old = world.contents(&now());
         let header = |storage: &dyn Storage| read_header(storage).unwrap();
         let before = header(&*storages[0]);
-        run_amend(&*storages[0], options).unwrap_or_else(|e| panic!("{}: {what}: {e:?}", world.name));
+        run_amend(storages[0].clone(), &world.rig.geometry, options)
+            .unwrap_or_else(|e| panic!("{}: {what}: {e:?}", world.name));
         let after = header(&*storages[0]);
         assert_eq!(world.contents(&now()), old, "{}: {what}", world.name);
         let judge = Judge {
@@ -274,14 +275,15 @@ fn no_power_cut_while_an_image_is_amended_harms_it() {
         };
         session.states(*seed, effort().1).for_each(|state| {
             judge.judge(&state);
-            let storage = RecordingStorage::plain(state.files[0].clone());
-            let found = header(&storage);
+            let storage = Arc::new(RecordingStorage::plain(state.files[0].clone()));
+            let found = header(&*storage);
             let widths = [before.geometry, after.geometry].map(|g| g.refcount_bits());
             assert!([before.version, after.version].contains(&found.version), "{options:?}");
             assert!(widths.contains(&found.geometry.refcount_bits()), "{options:?}");
             // It can be done again, to the same end.
-            run_amend(&storage, options).unwrap_or_else(|e| panic!("{options:?} again: {e:?}"));
-            let again = header(&storage);
+            let again = run_amend(storage.clone(), &world.rig.geometry, options);
+            again.unwrap_or_else(|e| panic!("{options:?} again: {e:?}"));
+            let again = header(&*storage);
             assert_eq!((again.version, again.compatible), (after.version, after.compatible), "{options:?}");
             assert_eq!(again.geometry, after.geometry, "{options:?}");
         });

@@ -171,11 +171,11 @@ fn any_call_may_fail_while_an_image_is_amended() {
             let old = world.contents(&world.files());
             for fault in faults() {
                 let dry = Faulty::new(world.files(), Fault { after: u64::MAX, ..fault.clone() }, 0);
-                run_amend(&*dry.faulty, options).unwrap();
+                run_amend(dry.faulty.clone(), &geometry, options).unwrap();
                 for n in calls(dry.faulty.calls(), 5) {
                     let what = format!("{}: {options:?}, call {n}, {fault:?}", world.name);
                     let mut faulty = Faulty::new(world.files(), Fault { after: n, ..fault.clone() }, 0);
-                    let result = run_amend(&*faulty.faulty, options);
+                    let result = run_amend(faulty.faulty.clone(), &geometry, options);
                     let kind = result.as_ref().err().map(|e| e.kind());
                     assert!(matches!(kind, None | Some(ErrorKind::Io)), "{what}: {result:?}");
                     let files = faulty.now();
@@ -185,7 +185,7 @@ fn any_call_may_fail_while_an_image_is_amended() {
                         sound(&state.files[0]).unwrap_or_else(|e| panic!("{what}: {e}"));
                         assert_eq!(world.contents(&state.files), old, "{what}, cut {}", state.cut);
                     }
-                    run_amend(&*faulty.recording[0], options)
+                    run_amend(faulty.recording[0].clone(), &geometry, options)
                         .unwrap_or_else(|e| panic!("{what}, again: {e:?}"));
                     assert_eq!(world.contents(&faulty.now()), old, "{what}, again");
                     failures += 1;

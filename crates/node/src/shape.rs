@@ -92,6 +92,7 @@ impl Shape {
                 filename: filename.clone().into_bytes(),
                 raw: self.data_file_raw.unwrap_or(false),
             }),
+            data_door: None,
         }
     }
 

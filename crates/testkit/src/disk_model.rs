@@ -10,6 +10,7 @@ use crate::forge::codec;
 use crate::matrix::{Backing, DataFile, Geometry};
 use crate::ops::{Menu, SECTOR, Target, stamped};
 use crate::recorder::RecordingStorage;
+use crate::storage::Scrambling;
 use crate::{Forge, Rng, Sparse};
 
 impl Target for Image {
@@ -75,7 +76,7 @@ impl Geometry {
     /// The operations that an image of this geometry has.
     pub fn menu(&self) -> Menu {
         let mut menu = Menu::new(self.cluster_size, self.size / SECTOR * SECTOR);
-        menu.compression = self.data_file == DataFile::Internal && self.refcount_bits >= 8;
+        menu.compression = self.data_file == DataFile::Internal && self.refcount_bits >= 8 && !self.door;
         // Snapshots of version 2 do not say the size of their disk.
         menu.grow = self.version >= 3 || !self.snapshots();
         menu
@@ -94,6 +95,9 @@ impl Rig {
         }
         if geometry.zstd {
             forge = forge.zstd();
+        }
+        if geometry.door {
+            forge = forge.scrambled();
         }
         match geometry.data_file {
             DataFile::Internal => {}
@@ -130,7 +134,9 @@ impl Rig {
     /// # Errors
     /// The engine's.
     pub fn open(&self, files: &[Arc<dyn Storage>], opening: &Opening) -> Result<Image> {
-        let mut qcow2 = Qcow2::open(files[0].clone(), &opening.read)?;
+        let data_door = if self.geometry.door { Scrambling::door() } else { opening.read.data_door.clone() };
+        let read = OpenOptions { data_door, ..opening.read.clone() };
+        let mut qcow2 = Qcow2::open(files[0].clone(), &read)?;
         if let Some(data_file) = files.get(1) {
             qcow2.set_data_file(data_file.clone());
         }

@@ -51,6 +51,8 @@ pub struct Geometry {
     pub size: u64,
     /// What lies under it.
     pub backing: Backing,
+    /// Guest data is behind the door that scrambles it ([`crate::storage::Scrambling`]).
+    pub door: bool,
 }
 
 impl Geometry {
@@ -70,6 +72,7 @@ impl Geometry {
                 _ => 14 * cluster_size + 512 * 3,
             },
             backing: Backing::None,
+            door: false,
         }
     }
 
@@ -88,6 +91,7 @@ impl Geometry {
             Backing::None => {}
             other => name += &format!("-{other:?}"),
         }
+        name += if self.door { "-door" } else { "" };
         name
     }
 
@@ -290,6 +294,7 @@ impl Case {
 
     /// As `build`, in a folder of the caller's.
     pub fn build_in(&self, qemu: &Qemu, fixture: Fixture) -> Image {
+        assert!(!self.geometry.door, "QEMU knows no such door");
         let path = fixture.path(&format!("{}.qcow2", self.geometry.name()));
         let mut options = self.geometry.options();
         let mut disk = Disk::new(self.geometry.size);

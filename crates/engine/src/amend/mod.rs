@@ -39,8 +39,24 @@ pub struct AmendOptions {
 ///
 /// # Errors
 /// `ReadOnly`; `InvalidArgument` for a change that the format or the image does not allow; `Corrupt` for an image that
-/// is marked corrupt or, where tables are rewritten, not sound; `Limit` for refcounts that do not fit; `Io`.
+/// is marked corrupt or, where tables are rewritten, not sound; `Limit` for refcounts that do not fit; `UnsupportedFeature` for what
+/// needs guest data to be encrypted; `Io`.
 pub fn amend(storage: &dyn Storage, options: &AmendOptions, limits: &CheckOptions, job: &Job) -> Result<()> {
+    amend_through(storage, None, options, limits, job)
+}
+
+/// As [`amend`], where guest bytes are not stored as they are: they are written through `data`, see
+/// [`crate::Qcow2::data_storage`].
+///
+/// # Errors
+/// As [`amend`].
+pub fn amend_through(
+    storage: &dyn Storage,
+    data: Option<&dyn Storage>,
+    options: &AmendOptions,
+    limits: &CheckOptions,
+    job: &Job,
+) -> Result<()> {
     if !storage.traits().writable {
         let message = "the file is open for reading only: it cannot be amended";
         return Err(storage.located(Error::new(ErrorKind::ReadOnly, message)));
@@ -67,7 +83,7 @@ pub fn amend(storage: &dyn Storage, options: &AmendOptions, limits: &CheckOption
     }
     plan.fields(storage)?;
     if plan.version < header.version {
-        version::downgrade(storage, limits, job)?;
+        version::downgrade(storage, data, limits, job)?;
     }
     Ok(())
 }

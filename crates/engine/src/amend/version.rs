@@ -56,7 +56,12 @@ pub(super) fn check_downgrade(header: &Header) -> Result<()> {
 }
 
 /// Makes a version 2 image of a version 3 image: zero clusters become data or nothing, feature bits go.
-pub(super) fn downgrade(storage: &dyn Storage, limits: &CheckOptions, job: &Job) -> Result<()> {
+pub(super) fn downgrade(
+    storage: &dyn Storage,
+    data: Option<&dyn Storage>,
+    limits: &CheckOptions,
+    job: &Job,
+) -> Result<()> {
     let header = read_header(storage)?;
     // Readers of version 2 need not know the fields that say so.
     let fits =
@@ -67,7 +72,7 @@ pub(super) fn downgrade(storage: &dyn Storage, limits: &CheckOptions, job: &Job)
         return Err(storage.located(refused("version", message)));
     }
     let zstd = header.incompatible.contains(Incompatible::COMPRESSION_TYPE);
-    expand_zeroes(storage, zstd, limits, job)?;
+    expand_zeroes(storage, data, zstd, limits, job)?;
     let old = read_header(storage)?;
     let mut new = old.clone();
     new.version = 2;

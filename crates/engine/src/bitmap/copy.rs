@@ -5,9 +5,9 @@ use std::sync::Arc;
 use qcow2_format::bitmap::BitmapFlags;
 
 use super::stored;
-use crate::image::{Image, Qcow2};
+use crate::image::{Image, OpenOptions, Qcow2};
 use crate::write::WriteOptions;
-use crate::{Error, ErrorKind, Result, Storage};
+use crate::{DataDoor, Error, ErrorKind, Result, Storage};
 
 /// The persistent bitmaps of an image that can be copied.
 #[derive(Debug)]
@@ -46,15 +46,22 @@ impl<'a> CopyableBitmaps<'a> {
         Ok(Self { source, names, skipped })
     }
 
-    /// Adds the bitmaps to the complete image in `target`, whose disk has the same size; one at a time is in memory.
+    /// Adds the bitmaps to the complete image in `target`, whose disk has the same size and whose guest data is behind
+    /// `data_door`; one at a time is in memory.
     ///
     /// # Errors
     /// `UnsupportedFeature` for a version 2 target; `InvalidArgument` for a disk of another size; `Io`.
-    pub fn copy_to(&self, target: Arc<dyn Storage>, data_file: Option<Arc<dyn Storage>>) -> Result<()> {
+    pub fn copy_to(
+        &self,
+        target: Arc<dyn Storage>,
+        data_file: Option<Arc<dyn Storage>>,
+        data_door: Option<Arc<dyn DataDoor>>,
+    ) -> Result<()> {
         if self.names.is_empty() {
             return Ok(());
         }
-        let mut qcow2 = Qcow2::open(target, self.source.open_options())?;
+        let options = OpenOptions { data_door, ..self.source.open_options().for_another() };
+        let mut qcow2 = Qcow2::open(target, &options)?;
         if let Some(data_file) = data_file {
             qcow2.set_data_file(data_file);
         }

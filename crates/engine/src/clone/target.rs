@@ -65,7 +65,8 @@ impl CloneTarget {
         job: &Job,
     ) -> Result<Sink> {
         let header = create_withheld(Arc::clone(&storage), data_file.clone(), options, job)?;
-        let mut qcow2 = Qcow2::open_with(storage, header, &OpenOptions::default())?;
+        let open = OpenOptions { data_door: options.data_door.clone(), ..OpenOptions::default() };
+        let mut qcow2 = Qcow2::open_with(storage, header, &open)?;
         if let Some(data_file) = data_file {
             qcow2.set_data_file(data_file);
         }
@@ -100,6 +101,9 @@ fn check(create: &CreateOptions, compression: Option<Compression>) -> Result<()>
     }
     if compression.is_some() && create.data_file.is_some() {
         return refuse("compress", "an external data file cannot hold compressed clusters");
+    }
+    if compression.is_some() && create.data_door.is_some() {
+        return refuse("compress", "an encrypted target cannot hold compressed clusters");
     }
     if compression.is_some() && create.preallocation != Preallocation::Off {
         return refuse("preallocation", "compressed clusters cannot be preallocated");

@@ -19,7 +19,8 @@ impl Session<'_> {
         }
         // That nothing refers to it is durable first.
         self.barrier()?;
-        let data = &**self.image.data_storage()?;
+        self.end_reads()?;
+        let data = &**self.image.data_host()?;
         // Reads that planned before it was given up may still be on their way to it: they find zeroes.
         let free = |offset, length| data.zero(offset, length, true);
         stale_data(self.image, job, &mut |range| {
@@ -40,7 +41,7 @@ pub(super) fn stale_data(
     visit: &mut dyn FnMut(Range<u64>) -> Result<()>,
 ) -> Result<()> {
     let g = image.geometry();
-    let end = image.data_storage()?.size()?;
+    let end = image.data_host()?.size()?;
     let clusters = g.clusters_for(end);
     let limit = image.limits().max_memory;
     if clusters / 8 > limit {

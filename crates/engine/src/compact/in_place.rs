@@ -121,7 +121,8 @@ impl Session<'_> {
         }
         if external {
             self.barrier()?;
-            let data = self.image.data_storage()?;
+            self.end_reads()?;
+            let data = self.image.data_host()?;
             let end = data.size()?;
             for host in unlinked.iter().map(|u| u.0).filter(|host| *host < end) {
                 data.zero(host, size.min(end - host), true)?;

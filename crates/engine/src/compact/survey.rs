@@ -86,6 +86,7 @@ pub(super) fn guest_of(image: &Qcow2, l1_index: usize, number: usize) -> u64 {
 /// Finds clusters that hold nothing but zeroes.
 pub(super) struct ZeroScan<'a> {
     image: &'a Qcow2,
+    /// What the guest reads, at host offsets.
     data: &'a dyn Storage,
     /// Reading a deeper layer would show something else than zeroes.
     has_backing: bool,
@@ -108,6 +109,7 @@ pub(super) struct Emptied {
 impl<'a> ZeroScan<'a> {
     /// `deeper`: there is a layer below. One that is named and not open counts, too.
     pub(super) fn new(image: &'a Qcow2, deeper: bool) -> Result<Self> {
+        image.require_plain()?;
         let has_backing = deeper || image.header().backing_file.is_some();
         let data = &**image.data_storage()?;
         let buffer = vec![0; image.geometry().cluster_len()];
@@ -255,7 +257,7 @@ pub(super) fn estimate(
         }
     }
     if has_stale_data(image) {
-        let data = &**image.data_storage()?;
+        let data = &**image.data_host()?;
         stale_data(image, job, &mut |range| {
             freed += allocated(data, range.start, range.end - range.start)?;
             Ok(())
@@ -318,8 +320,7 @@ fn zero_clusters(image: &Qcow2, references: &References, has_backing: bool, job:
                     }
                 }
                 zeroes.hosts += 1;
-                zeroes.space +=
-                    allocated(&**image.data_storage()?, host * g.cluster_size(), g.cluster_size())?;
+                zeroes.space += allocated(&**image.data_host()?, host * g.cluster_size(), g.cluster_size())?;
             }
         }
     }

@@ -188,10 +188,10 @@ impl<'s, 'a> Sweep<'s, 'a> {
         }
     }
 
-    /// Copies what waits: holes stay holes.
+    /// Copies what waits: holes stay holes. Guest bytes, so that a door to them sees where they were and where they will be.
     fn copy_waiting(&mut self) -> Result<()> {
         let Some((from, to, count)) = self.waiting.take() else { return Ok(()) };
-        let storage = self.session.image.storage();
+        let storage = self.session.image.data_storage()?;
         let size = self.session.geometry().cluster_size();
         let (from, to, length) = (from * size, to * size, count * size);
         let file_end = storage.size()?;

@@ -16,7 +16,7 @@ use qcow2_core::convert::{DiskSink, RawSink, Sink, copy_disk};
 
 use self::qcow2::Qcow2Sink;
 use crate::create::{CreateOptions, Preallocation, check_data_file};
-use crate::{Error, ErrorKind, GuestSource, Image, Job, Result, Storage};
+use crate::{Error, ErrorKind, GuestSource, Image, Job, Qcow2, Result, Storage};
 
 /// Where to convert to. What the target held is lost.
 #[derive(Debug, Clone)]
@@ -97,7 +97,8 @@ fn check(target: &ConvertTarget<'_>, options: &ConvertOptions) -> Result<()> {
         ),
         ConvertTarget::Existing(image) => {
             let top = image.top_qcow2();
-            if options.compression.is_some() && top.is_none_or(|top| top.header().has_data_file()) {
+            let compresses = |top: &Qcow2| !top.header().has_data_file() && top.host_is_guest();
+            if options.compression.is_some() && !top.is_some_and(compresses) {
                 return refuse("compress", "the target cannot hold compressed clusters");
             }
             Ok(())
@@ -105,6 +106,9 @@ fn check(target: &ConvertTarget<'_>, options: &ConvertOptions) -> Result<()> {
         ConvertTarget::Qcow2 { create, data_file, .. } => {
             if options.compression.is_some() && create.data_file.is_some() {
                 return refuse("compress", "an external data file cannot hold compressed clusters");
+            }
+            if options.compression.is_some() && create.data_door.is_some() {
+                return refuse("compress", "an encrypted target cannot hold compressed clusters");
             }
             if options.compression.is_some() && create.preallocation != Preallocation::Off {
                 return refuse("preallocation", "compressed clusters cannot be preallocated");

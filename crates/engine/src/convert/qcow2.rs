@@ -15,8 +15,9 @@ use qcow2_transform::{Codec, CompressOptions, Compressor};
 use super::prepare::{Payload, Planner, Prepared, Unit, transform};
 use super::{Compression, ConvertOptions};
 use crate::create::{
-    CreateOptions, ImageBuilder, NewCluster, Preallocation, Preallocator, lengthen, size_raw, zero_out,
+    CreateOptions, ImageBuilder, NewCluster, Preallocation, Preallocator, lengthen, size_data_file, zero_out,
 };
+use crate::door::behind;
 use crate::{Job, Mem, Result, Storage, StorageExt};
 
 /// Bytes of a chunk: small enough to stay in the core's cache between its read and its write.
@@ -29,7 +30,7 @@ const AHEAD: std::ops::RangeInclusive<u64> = 1 << 20..=64 << 20;
 const LONG_CHUNK_CLUSTERS: u64 = 8192;
 
 pub(super) struct Qcow2Sink {
-    /// Where data goes: the image, or its external data file.
+    /// Where data goes: the image, or its external data file, behind the door if there is one.
     data: Arc<dyn Storage>,
     has_data_file: bool,
     planner: Planner,
@@ -87,23 +88,24 @@ impl Qcow2Sink {
             }
             match keep {
                 true => lengthen(&**file, size)?,
-                false => size_raw(&**file, size, preallocation, context.job)?,
+                false => size_data_file(file, size, &create, context.job)?,
             }
         }
         let has_data_file = data_file.is_some();
-        let data = data_file.unwrap_or_else(|| Arc::clone(&storage));
+        let data = behind(create.data_door.as_ref(), data_file.as_ref().unwrap_or(&storage));
         // With a data file, this would be tried out on what size_raw made.
         let shared = compression.is_none()
             && options.delta.is_none()
             && options.sparse_size != 0
             && preallocation == Preallocation::Off
             && !has_data_file
+            && create.data_door.is_none()
             && geometry.cluster_size() >= SHARED_BLOCK
             && shares_blocks(context.source, None, &*data, context.job)?;
         builder.extend();
         let whole_clusters = compression.is_some() || shared;
         let preallocator =
-            (preallocation != Preallocation::Off).then(|| Preallocator::new(&create, Arc::clone(&storage)));
+            (preallocation != Preallocation::Off).then(|| Preallocator::new(&create, &storage));
         let planner = Planner {
             geometry,
             unit: if whole_clusters { geometry.cluster_size() } else { geometry.subcluster_size() },

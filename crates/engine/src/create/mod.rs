@@ -19,6 +19,7 @@ use qcow2_format::{Header, HostOffset, SubclusterBitmap};
 
 pub(crate) use builder::{ImageBuilder, NewCluster, publish};
 
+use crate::door::behind;
 use crate::{Error, ErrorKind, Job, Result, Storage, StorageExt};
 
 /// Guest clusters that are placed in one step.
@@ -60,18 +61,17 @@ fn build(
 ) -> Result<ImageBuilder> {
     options.validate()?;
     check_data_file(options, data_file.is_some())?;
-    let preallocation = options.effective_preallocation();
     let mut builder = ImageBuilder::new(storage.clone(), options, false)?;
     let size = builder.size();
     job.set_total(size);
-    if preallocation != Preallocation::Off {
-        let fill = Preallocator::new(options, storage);
+    if options.effective_preallocation() != Preallocation::Off {
+        let fill = Preallocator::new(options, &storage);
         fill.place(&mut builder, 0, size, job)?;
     }
     if let Some(data_file) = &data_file {
         match options.keep_data_file {
             true => lengthen(data_file.as_ref(), size)?,
-            false => size_raw(data_file.as_ref(), size, preallocation, job)?,
+            false => size_data_file(data_file, size, options, job)?,
         }
         data_file.flush()?;
     }
@@ -104,16 +104,32 @@ pub(crate) fn check_data_file(options: &CreateOptions, given: bool) -> Result<()
     Err(Error::new(ErrorKind::InvalidArgument, message).with_field("data_file"))
 }
 
+/// Gives an external data file its size and space; what it held is lost. What the image maps of it reads as zeroes.
+pub(crate) fn size_data_file(
+    data_file: &Arc<dyn Storage>,
+    size: u64,
+    options: &CreateOptions,
+    job: &Job,
+) -> Result<()> {
+    let preallocation = options.effective_preallocation();
+    if !options.fills_behind_door() {
+        return size_raw(&**data_file, size, preallocation, job);
+    }
+    let space = if preallocation == Preallocation::Full { Preallocation::Off } else { preallocation };
+    size_raw(&**data_file, size, space, job)?;
+    write_zero_bytes(&*behind(options.data_door.as_ref(), data_file), 0, size, job)
+}
+
 /// Maps guest clusters to host clusters that hold nothing yet.
 pub(crate) struct Preallocator {
     /// State of the 32 subclusters, with extended L2 entries.
     bitmap: SubclusterBitmap,
-    /// Where the clusters are zeroed by writing; `None` where they read as zeroes already.
+    /// Through which the clusters are zeroed by writing; `None` where they read as zeroes already.
     zeroed: Option<Arc<dyn Storage>>,
 }
 
 impl Preallocator {
-    pub(crate) fn new(options: &CreateOptions, storage: Arc<dyn Storage>) -> Self {
+    pub(crate) fn new(options: &CreateOptions, storage: &Arc<dyn Storage>) -> Self {
         let data_file = options.data_file.as_ref();
         // Readers of a raw data file's image must see what readers of the raw file see.
         let raw = data_file.is_some_and(|d| d.raw);
@@ -121,9 +137,10 @@ impl Preallocator {
         let seen = raw || (options.keep_data_file && options.backing.is_none());
         let full = options.effective_preallocation() == Preallocation::Full;
         let stale = storage.traits().block_device;
+        let zeroed = data_file.is_none() && (full || stale || options.fills_behind_door());
         Self {
             bitmap: if seen { SubclusterBitmap::ALL_DATA } else { SubclusterBitmap::default() },
-            zeroed: (data_file.is_none() && (full || stale)).then_some(storage),
+            zeroed: zeroed.then(|| behind(options.data_door.as_ref(), storage)),
         }
     }
 

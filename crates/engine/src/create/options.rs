@@ -1,5 +1,7 @@
 //! What a new image can be, and which combinations the format allows.
 
+use std::sync::Arc;
+
 use qcow2_core::raw::SECTOR;
 use qcow2_core::space::Preallocation;
 use qcow2_format::header::extension::Extension;
@@ -7,6 +9,7 @@ use qcow2_format::header::feature::{Autoclear, Compatible, Incompatible};
 use qcow2_format::limits::{MAX_L1_BYTES, MAX_VIRTUAL_SIZE};
 use qcow2_format::{CompressionType, CryptMethod, FormatError, Geometry, Header, HostOffset};
 
+use crate::door::DataDoor;
 use crate::invalid::invalid;
 use crate::{Error, ErrorKind, Result};
 
@@ -58,6 +61,8 @@ pub struct CreateOptions {
     pub data_file: Option<DataFile>,
     /// The data file exists and keeps its bytes, which become the disk's: it is only made longer where it is too short.
     pub keep_data_file: bool,
+    /// What stands between the guest's bytes and the file's: guest bytes are the file's without it.
+    pub data_door: Option<Arc<dyn DataDoor>>,
 }
 
 impl Default for CreateOptions {
@@ -74,6 +79,7 @@ impl Default for CreateOptions {
             backing: None,
             data_file: None,
             keep_data_file: false,
+            data_door: None,
         }
     }
 }
@@ -133,6 +139,7 @@ impl CreateOptions {
         if !(2..=3).contains(&self.version) {
             return refuse("version", format!("{} is not a qcow2 version: 2 and 3 are", self.version));
         }
+        self.check_door()?;
         if self.keep_data_file {
             match self.effective_preallocation() {
                 _ if self.data_file.is_none() => {
@@ -182,6 +189,34 @@ impl CreateOptions {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Bytes of a data file that are the guest's as they are cannot be behind a door.
+    fn check_door(&self) -> Result<()> {
+        if self.data_door.is_none() {
+            return Ok(());
+        }
+        if self.data_file.as_ref().is_some_and(|data_file| data_file.raw) {
+            return refuse(
+                "data_file_raw",
+                "an encrypted data file cannot be read on its own as a raw image",
+            );
+        }
+        if self.keep_data_file {
+            return refuse("keep_data_file", "an encrypted data file cannot keep what it holds unencrypted");
+        }
+        Ok(())
+    }
+
+    /// Whether what is mapped before anything is written to it has to be written as zeroes: those of a new file are none to the
+    /// guest behind a door. Subclusters are mapped as unallocated.
+    pub(crate) fn fills_behind_door(&self) -> bool {
+        self.data_door.is_some()
+            && match self.effective_preallocation() {
+                Preallocation::Off => false,
+                Preallocation::Full => true,
+                Preallocation::Metadata | Preallocation::Falloc => !self.extended_l2,
+            }
     }
 
     /// The header of the empty image; the places of its tables are filled in by the builder.

@@ -123,6 +123,7 @@ impl ConvertJob<'_> {
     ) -> Result<ConvertResult> {
         let files = disk.start(target, Some(source), job)?;
         let (storage, data_file) = (files.storage(), files.data_file());
+        let mut door = None;
         let (target, durable) = match disk {
             NewDisk::Raw { preallocation, .. } => {
                 let keep = storage.traits().block_device;
@@ -131,6 +132,7 @@ impl ConvertJob<'_> {
             }
             NewDisk::Qcow2 { create, .. } => {
                 // What others see becomes an image when all else is there.
+                door = create.data_door.clone();
                 let durable = self.options.durable && files.disk().is_visible();
                 (ConvertTarget::Qcow2 { storage, data_file: data_file.clone(), create }, durable)
             }
@@ -138,7 +140,7 @@ impl ConvertJob<'_> {
         let options = ConvertOptions { durable, ..self.options.clone() };
         let result = convert(source, target, &options, job)?;
         if let Some(bitmaps) = bitmaps {
-            bitmaps.copy_to(files.storage(), data_file)?;
+            bitmaps.copy_to(files.storage(), data_file, door)?;
         }
         files.commit(self.options.durable)?;
         Ok(result)

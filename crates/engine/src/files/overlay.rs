@@ -57,7 +57,7 @@ impl Overlay {
         let storage = FileStorage::open_cached(path, Access::ReadWrite, self.cache)?.into_storage();
         self.lock.for_writing(true).claim(&*storage, true)?;
         let cache = OpenOptions { l2_cache_bytes: self.l2_cache_bytes, ..OpenOptions::default() };
-        let options = below.top_qcow2().map_or(cache, |top| top.open_options().clone());
+        let options = below.top_qcow2().map_or(cache, |top| top.open_options().for_another());
         let mut layer = Qcow2::open(storage, &options)?;
         layer.enable_writing(self.write)?;
         Ok(Box::new(layer))

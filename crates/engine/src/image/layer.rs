@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use qcow2_core::Layer;
 use qcow2_core::layer::{Holes, Pin, References, Segment, SegmentKind};
-use qcow2_format::{CompressedDescriptor, CryptMethod};
+use qcow2_format::CompressedDescriptor;
 
 use super::mapping::descriptor;
 use super::qcow2::Qcow2;
@@ -42,7 +42,7 @@ impl Layer for Qcow2 {
     }
 
     fn file(&self, _: u32) -> Option<&Arc<dyn Storage>> {
-        if self.header().crypt_method != CryptMethod::None {
+        if !self.host_is_guest() {
             None
         } else if self.header().has_data_file() {
             self.data_file()
@@ -90,7 +90,8 @@ impl Layer for Qcow2 {
     }
 
     fn holes(&self) -> Result<Holes> {
-        Ok(if self.is_metadata_preallocated()? { Holes::Preallocated } else { Holes::Ignored })
+        let preallocated = self.host_is_guest() && self.is_metadata_preallocated()?;
+        Ok(if preallocated { Holes::Preallocated } else { Holes::Ignored })
     }
 
     fn pin(&self) -> Option<Pin> {

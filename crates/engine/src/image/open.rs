@@ -9,6 +9,7 @@ use super::inflated::InflatedCache;
 use super::qcow2::{Qcow2, View};
 use super::slices::SliceCache;
 use super::snapshots::{self, LoadedSnapshots};
+use crate::door::DataDoor;
 use crate::invalid::invalid;
 use crate::{Error, ErrorKind, MemMut, Result, Storage, StorageExt};
 
@@ -26,6 +27,16 @@ pub struct OpenOptions {
     /// Open an image whose active L1 table is not whole, for a check or to read what can be read: entries that are not
     /// in the file are taken for damaged ones, so that reading what they map is an error of that part of the disk.
     pub salvage: bool,
+    /// What stands between the guest's bytes and the file's: guest bytes are the file's without it.
+    pub data_door: Option<Arc<dyn DataDoor>>,
+}
+
+impl OpenOptions {
+    /// How another image is opened in the same way: with its active disk, and with a door of its own.
+    #[must_use]
+    pub fn for_another(&self) -> Self {
+        Self { snapshot: None, data_door: None, ..self.clone() }
+    }
 }
 
 /// Reads and parses the header of the qcow2 image in `storage`; reads only the first cluster.
@@ -59,8 +70,9 @@ impl Qcow2 {
     /// Opens the image in `storage`.
     ///
     /// # Errors
-    /// As [`read_header`]; `Corrupt` for tables outside the file; `Limit`; `NoSnapshot`. A damaged snapshot table is
-    /// one only where a snapshot behind the damage is wanted: see [`Qcow2::snapshot_error`].
+    /// As [`read_header`]; `Corrupt` for tables outside the file; `Limit`; `NoSnapshot`; `InvalidArgument` for a door to a raw
+    /// data file. A damaged snapshot table is one only where a snapshot behind the damage is wanted: see
+    /// [`Qcow2::snapshot_error`].
     pub fn open(storage: Arc<dyn Storage>, options: &OpenOptions) -> Result<Self> {
         let header = read_header_for_check(&*storage)?;
         Self::open_with(storage, header, options)
@@ -74,6 +86,11 @@ impl Qcow2 {
     ) -> Result<Self> {
         let fail = |e: Error| on_file(&*storage, e);
         check_limits(&header, &options.limits).map_err(fail)?;
+        if options.data_door.is_some() && header.data_file_raw() {
+            let message =
+                "the external data file is a raw image on its own: its bytes are the guest's as they are";
+            return Err(fail(Error::new(ErrorKind::InvalidArgument, message).with_field("data_file_raw")));
+        }
         let file_size = storage.size()?;
         let place = |field, start, entries| {
             check_l1_placement(field, start, entries, &header.geometry, file_size).map_err(fail)

@@ -14,6 +14,7 @@ use super::inflated::{Inflate, InflatedCache};
 use super::mapping::Mapping;
 use super::open::OpenOptions;
 use super::slices::SliceCache;
+use crate::door::behind;
 use crate::write::Writer;
 use crate::{Error, ErrorKind, Result, Storage};
 
@@ -22,6 +23,8 @@ use crate::{Error, ErrorKind, Result, Storage};
 pub struct Qcow2 {
     storage: Arc<dyn Storage>,
     data_file: Option<Arc<dyn Storage>>,
+    /// Where guest bytes are read and written; `None` while the external data file is not open.
+    data: Option<Arc<dyn Storage>>,
     header: Header,
     size: AtomicU64,
     viewed: Option<usize>,
@@ -60,9 +63,11 @@ impl Qcow2 {
     ) -> Self {
         let consistent = header.autoclear.contains(Autoclear::BITMAPS);
         let directory = header.bitmaps().filter(|_| consistent).copied();
+        let data = (!header.has_data_file()).then(|| behind(options.data_door.as_ref(), &storage));
         Self {
             storage,
             data_file: None,
+            data,
             header,
             bitmap_directory: RwLock::new(directory),
             size: AtomicU64::new(view.size),
@@ -95,6 +100,9 @@ impl Qcow2 {
 
     /// Attaches the external data file. Without it, reading stored data fails with `ReferenceDenied`.
     pub fn set_data_file(&mut self, storage: Arc<dyn Storage>) {
+        if self.header.has_data_file() {
+            self.data = Some(behind(self.options.data_door.as_ref(), &storage));
+        }
         self.data_file = Some(storage);
     }
 
@@ -167,25 +175,41 @@ impl Qcow2 {
         self.mapping.read().l1.clone()
     }
 
-    /// Where guest data is stored.
-    pub(crate) fn data_storage(&self) -> Result<&Arc<dyn Storage>> {
+    /// Through which guest bytes are read and written, in both directions and without exception, at their host offsets.
+    ///
+    /// # Errors
+    /// `ReferenceDenied` for an external data file that is not open.
+    pub fn data_storage(&self) -> Result<&Arc<dyn Storage>> {
+        self.data.as_ref().ok_or_else(|| self.data_not_open())
+    }
+
+    /// The file in which guest bytes are stored, for what is about the file: its length, its space, its holes.
+    pub(crate) fn data_host(&self) -> Result<&Arc<dyn Storage>> {
         if !self.header.has_data_file() {
             return Ok(&self.storage);
         }
-        self.data_file.as_ref().ok_or_else(|| {
-            let name = self.header.data_file().map(String::from_utf8_lossy);
-            let message = format!(
-                "the guest data is in the external data file '{}', which was not opened",
-                name.unwrap_or_default()
-            );
-            self.error(ErrorKind::ReferenceDenied, message)
-        })
+        self.data_file.as_ref().ok_or_else(|| self.data_not_open())
     }
 
-    /// Refuses to hand out ciphertext.
+    /// Whether guest bytes are stored as they are: only then what is zero in the file is zero for the guest, and a hole is.
+    pub(crate) fn host_is_guest(&self) -> bool {
+        self.options.data_door.is_none() && self.header.crypt_method == CryptMethod::None
+    }
+
+    fn data_not_open(&self) -> Error {
+        let name = self.header.data_file().map(String::from_utf8_lossy);
+        let message = format!(
+            "the guest data is in the external data file '{}', which was not opened",
+            name.unwrap_or_default()
+        );
+        self.error(ErrorKind::ReferenceDenied, message)
+    }
+
+    /// Refuses to hand out ciphertext: there is a door to what is encrypted, or it is not read.
     pub(crate) fn require_plain(&self) -> Result<()> {
         match self.header.crypt_method {
             CryptMethod::None => Ok(()),
+            _ if self.options.data_door.is_some() => Ok(()),
             method => {
                 let name = if method == CryptMethod::Luks { "LUKS" } else { "AES" };
                 let message = format!("reading {name}-encrypted images is not supported");

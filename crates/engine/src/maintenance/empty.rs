@@ -30,6 +30,7 @@ impl Image {
             Some(data) => {
                 // A device goes on behind the disk.
                 let length = data.size()?.min(session.image.virtual_size());
+                session.end_reads()?;
                 data.free(0, length)
             }
             None => Ok(()),

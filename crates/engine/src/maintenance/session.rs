@@ -73,6 +73,12 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
+    /// Before space of an external data file is given up that nothing refers to any more, durably: a read that planned
+    /// before finds zeroes in a hole, but not behind a door.
+    pub(crate) fn end_reads(&self) -> Result<()> {
+        if self.image.host_is_guest() { Ok(()) } else { self.writer.end_reads() }
+    }
+
     /// Allocates contiguous clusters for `bytes` (at least one cluster); returns their host offset. Durable with the
     /// next barrier.
     pub(crate) fn allocate(&self, bytes: u64) -> Result<u64> {

@@ -220,7 +220,7 @@ impl Session<'_> {
     fn cut_contents(&self, size: u64) -> Result<()> {
         let g = self.geometry();
         if self.image.header().has_data_file() {
-            let data = self.image.data_storage()?;
+            let data = self.image.data_host()?;
             return match data.traits().block_device || data.size()? <= size {
                 true => Ok(()),
                 false => data.resize(size),
@@ -232,10 +232,10 @@ impl Session<'_> {
             if let SegmentKind::Data(Place { host, .. }) = segment.kind
                 && self.refcount(g.cluster_index(host))? == 1
             {
-                let (storage, length) = (self.image.storage(), segment.length);
-                match storage.zero(host, length, false) {
+                let (data, length) = (self.image.data_storage()?, segment.length);
+                match data.zero(host, length, false) {
                     // A hole needs none.
-                    Err(error) if error.is_no_space() => storage.zero(host, length, true)?,
+                    Err(error) if error.is_no_space() => data.zero(host, length, true)?,
                     zeroed => zeroed?,
                 }
             }

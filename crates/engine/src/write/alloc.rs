@@ -14,7 +14,7 @@ use super::overlap::MetadataMap;
 use super::quarantine::{Quarantine, Unlinked};
 use super::ranges::Ranges;
 use super::refcounts::{Moved, Refcounts, Write};
-use crate::image::on_file;
+use crate::image::{Qcow2, on_file};
 use crate::storage::{Operation, no_space};
 use crate::{Error, ErrorKind, Result, Storage, StorageExt};
 
@@ -27,7 +27,7 @@ const LAZY_BYTES: usize = 256 << 10;
 /// Refcounts looked at in one search for free clusters inside the file.
 const SEARCH_BUDGET: u64 = 32 << 10;
 
-/// Clusters by what they hold: nothing but zeroes, or bytes of former use.
+/// Clusters by what they hold in the file: nothing but zeroes, or bytes of former use.
 #[derive(Debug, Default)]
 pub(super) struct Pool {
     pub(super) clean: Ranges,
@@ -70,10 +70,17 @@ pub(super) struct Allocation {
     pub(super) cluster: u64,
     /// Number of clusters.
     pub(super) count: u64,
-    /// They read as zeroes.
-    pub(super) clean: bool,
-    /// Their refcount, and that they read as zeroes, is durable.
+    /// Their bytes in the file are known to be zero.
+    pub(super) host_zero: bool,
+    /// Their refcount, and that their bytes are zero, is durable.
     pub(super) durable: bool,
+}
+
+impl Allocation {
+    /// Whether the guest is known to read zeroes there: zero bytes of the file are none to it behind a door.
+    pub(super) fn guest_zero(&self, image: &Qcow2) -> bool {
+        self.host_zero && image.host_is_guest()
+    }
 }
 
 #[derive(Debug)]
@@ -153,7 +160,7 @@ impl Allocator {
                     if let Some((cluster, count)) = take(pool.of(clean), count, wish, chunk, self.next) {
                         self.next = cluster + count;
                         self.recent += if wish.sparse { 0 } else { count };
-                        return Ok(Allocation { cluster, count, clean, durable });
+                        return Ok(Allocation { cluster, count, host_zero: clean, durable });
                     }
                 }
             }
@@ -378,6 +385,12 @@ impl Allocator {
             self.reuse(run)?;
         }
         Ok(self.quarantine.is_empty())
+    }
+
+    /// As `drain`; true when every request is over that planned before the last flush.
+    pub(super) fn drain_requests(&mut self) -> Result<bool> {
+        self.drain()?;
+        Ok(self.quarantine.is_past())
     }
 
     /// Drops the reference of clusters that lost it. Those without another one go to a pool, refcount and all.

@@ -107,7 +107,7 @@ impl Writer {
         let g = *image.geometry();
         let NewRun { run, target, was_zero, range } = new;
         let host = target.cluster * g.cluster_size();
-        let barrier = !was_zero || !target.clean || !target.durable;
+        let barrier = !was_zero || !target.guest_zero(image) || !target.durable;
         let clusters = g.clusters_for(range.end) - g.cluster_index(run.guest);
         self.link(image, Change { guest: run.guest, clusters, barrier, punch: false }, |number, old| {
             let cluster = run.guest + number * g.cluster_size();

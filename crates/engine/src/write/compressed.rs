@@ -19,7 +19,7 @@ impl Image {
     ///
     /// # Errors
     /// As [`Image::write_at`]; `InvalidArgument` unless the range is whole clusters (the last one may end with the
-    /// disk); `UnsupportedFeature` for a raw disk and for an external data file.
+    /// disk); `UnsupportedFeature` for a raw disk, for an external data file and behind a door.
     pub fn write_compressed_at(&self, buf: Mem<'_>, offset: u64) -> Result<()> {
         let range = self.guest_range(offset, buf.len() as u64)?;
         // Before the request begins, which marks bitmaps: what is refused changes nothing.
@@ -47,6 +47,11 @@ impl Image {
         };
         if image.header().has_data_file() {
             let message = "an image with an external data file cannot hold compressed clusters";
+            return Err(image.error(ErrorKind::UnsupportedFeature, message));
+        }
+        if !image.host_is_guest() {
+            let message =
+                "an image whose data is encrypted cannot hold compressed clusters: write it uncompressed";
             return Err(image.error(ErrorKind::UnsupportedFeature, message));
         }
         let size = image.geometry().cluster_size();

@@ -231,6 +231,14 @@ impl Writer {
         Ok(())
     }
 
+    /// Waits for all reads that planned before the last flush: nobody uses places any more that the tables do not name.
+    pub(crate) fn end_reads(&self) -> Result<()> {
+        while !self.with_alloc(|alloc, _| alloc.drain_requests())? {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
     /// Gives the reservations back and cuts the file. Behind a flush, and nothing is being written.
     pub(crate) fn give_back(&self, image: &Qcow2) -> Result<()> {
         // What would stay in quarantine would stay in the file, as a leak, and be freed once more later.

@@ -47,7 +47,7 @@ impl Image {
             let wanted = (slice - at % slice).min(end - at) / g.cluster_size();
             writer.prepare_table(image, at)?;
             let space = self.space(image, writer, at, wanted, mode, job)?;
-            let barrier = !(space.clean && space.durable);
+            let barrier = !(space.guest_zero(image) && space.durable);
             let change = Change { guest: at, clusters: space.count, barrier, punch: false };
             let host = space.cluster * g.cluster_size();
             writer.link(image, change, |n, _| Some(mapped(host + n * g.cluster_size())))?;
@@ -70,7 +70,6 @@ impl Image {
         if old.is_multiple_of(size) || !matches!(mode, Preallocation::Falloc | Preallocation::Full) {
             return Ok(());
         }
-        let storage = image.data_storage()?;
         let mut segments = Vec::new();
         image.plan_read(old..old + 1, &mut segments)?;
         let tail = segments.iter().find_map(|segment| match segment.kind {
@@ -79,9 +78,9 @@ impl Image {
         });
         let Some(host) = tail else { return Ok(()) };
         let start = host - old % size;
-        storage.reserve(start, size)?;
+        image.data_host()?.reserve(start, size)?;
         if mode == Preallocation::Full {
-            write_zero_bytes(&**storage, host, start + size - host, job)?;
+            write_zero_bytes(&**image.data_storage()?, host, start + size - host, job)?;
         }
         Ok(())
     }
@@ -99,8 +98,8 @@ impl Image {
         let g = *image.geometry();
         let external = image.header().has_data_file();
         let mut space = if external {
-            let clean = image.data_storage()?.size()? <= guest || image.header().data_file_raw();
-            Allocation { cluster: g.cluster_index(guest), count, clean, durable: true }
+            let host_zero = image.data_host()?.size()? <= guest || image.header().data_file_raw();
+            Allocation { cluster: g.cluster_index(guest), count, host_zero, durable: true }
         } else {
             let mut alloc = writer.alloc.lock();
             let wish = Wish { sparse: true, ..Wish::default() };
@@ -113,7 +112,7 @@ impl Image {
         }
         prepared?;
         // What was written or reserved must be there before the link, as zeroes must be.
-        space.clean &= mode == Preallocation::Metadata;
+        space.host_zero &= mode == Preallocation::Metadata;
         Ok(space)
     }
 }
@@ -122,17 +121,18 @@ impl Image {
 fn prepare(image: &Qcow2, space: &Allocation, mode: Preallocation, job: &Job) -> Result<()> {
     let size = image.geometry().cluster_size();
     let (start, length) = (space.cluster * size, space.count * size);
-    let storage = image.data_storage()?;
-    if mode == Preallocation::Full {
-        return write_zero_bytes(&**storage, start, length, job);
+    let (data, host) = (image.data_storage()?, image.data_host()?);
+    // Where zeroes in the file are none to the guest, they are written whatever the mode.
+    if mode == Preallocation::Full || !image.host_is_guest() {
+        return write_zero_bytes(&**data, start, length, job);
     }
-    if !space.clean {
-        storage.zero(start, length, true)?;
+    if !space.host_zero {
+        data.zero(start, length, true)?;
     }
     match mode {
-        Preallocation::Falloc => storage.reserve(start, length),
+        Preallocation::Falloc => host.reserve(start, length),
         // A mapped cluster lies inside the file.
-        _ if storage.size()? < start + length => storage.resize(start + length),
+        _ if host.size()? < start + length => host.resize(start + length),
         _ => Ok(()),
     }
 }

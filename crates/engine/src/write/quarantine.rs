@@ -56,6 +56,11 @@ impl Quarantine {
         self.batches.iter().all(|batch| batch.unlinked.is_empty())
     }
 
+    /// Whether every request is over that planned before the last flush.
+    pub(super) fn is_past(&self) -> bool {
+        self.batches.is_empty()
+    }
+
     /// Takes the clusters that no request can reach any more.
     pub(super) fn take_reachless(&mut self) -> Vec<Unlinked> {
         let mut free = Vec::new();
@@ -96,8 +101,10 @@ mod tests {
         assert!(quarantine.is_empty(), "no cluster waits");
         quarantine.push(fourth, freed(3));
         assert_eq!(quarantine.take_reachless(), [], "nor may what comes behind an empty batch overtake it");
+        assert!(!quarantine.is_past());
         drop(held);
         assert_eq!(quarantine.take_reachless().len(), 1);
+        assert!(quarantine.is_past());
     }
 
     #[test]

@@ -267,7 +267,7 @@ impl Image {
             for copy in cow.copy {
                 let copy = cluster + copy.start..cluster + copy.end;
                 let bytes = self.old_bytes(copy.clone(), was_zero)?;
-                if !(target.clean && is_zero(&bytes)) {
+                if !(target.guest_zero(image) && is_zero(&bytes)) {
                     pieces.push((host(copy.start), Piece::Owned(bytes)));
                 }
             }
@@ -277,7 +277,7 @@ impl Image {
                 let part = mem.split_at((range.end - range.start) as usize).0;
                 pieces.push((host(range.start), Piece::Guest(part)));
             }
-            Payload::Zeroes if target.clean => {}
+            Payload::Zeroes if target.guest_zero(image) => {}
             Payload::Zeroes => {
                 let zeroes = vec![0; (range.end - range.start) as usize];
                 pieces.push((host(range.start), Piece::Owned(zeroes)));
@@ -325,7 +325,7 @@ impl Writer {
         let kept = |host: u64, count| Allocation {
             cluster: g.cluster_index(host),
             count,
-            clean: false,
+            host_zero: false,
             durable: true,
         };
         if let Some(host) = run.reuse {
@@ -335,6 +335,8 @@ impl Writer {
             // In an external data file, host offsets are guest offsets.
             return Ok(kept(run.guest, run.clusters));
         }
+        // Where zeroes in the file are none to the guest, all is written.
+        let covered = covered || !image.host_is_guest();
         let mut alloc = self.alloc.lock();
         let allocation = alloc.allocate(run.clusters, covered, run.wish, &mut self.metadata.lock());
         allocation.map_err(|e| self.poison_unless_full(e))

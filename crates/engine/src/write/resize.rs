@@ -183,7 +183,8 @@ impl Image {
         if !image.header().data_file_raw() {
             return Ok(());
         }
-        let data = image.data_storage()?;
+        // Without a door: there is none to a raw data file.
+        let data = image.data_host()?;
         let length = data.size()?;
         if length > new.start {
             data.zero(new.start, length.min(new.end) - new.start, true)?;
@@ -258,7 +259,7 @@ impl Writer {
                     cluster,
                     count: clusters,
                     durable: false,
-                    clean: false,
+                    host_zero: false,
                 });
             })?;
         Ok(cluster)
@@ -273,7 +274,7 @@ fn refuse_resize(image: &Qcow2, writer: &Writer, size: u64) -> Result<()> {
     }
     image.refuse_empty_disk(size)?;
     if image.header().has_data_file() {
-        let data = image.data_storage()?;
+        let data = image.data_host()?;
         let room = data.size()?;
         if data.traits().block_device && size > image.virtual_size() && size > room {
             let message = format!(

@@ -78,7 +78,7 @@ impl Writer {
             *entry = L1Entry::new(HostOffset(table), true).0;
         }
         mapping.dirty_l1.insert(index);
-        if old.is_some() || !allocation.clean || !allocation.durable {
+        if old.is_some() || !allocation.host_zero || !allocation.durable {
             mapping.tables_need_barrier = true;
         }
         if let Some(old) = old {

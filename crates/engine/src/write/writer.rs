@@ -84,7 +84,7 @@ impl Writer {
         if image.viewed_snapshot().is_some() {
             return Err(image.error(ErrorKind::InvalidArgument, "a snapshot's view cannot be written to"));
         }
-        if header.crypt_method != CryptMethod::None {
+        if header.crypt_method != CryptMethod::None && image.open_options().data_door.is_none() {
             return Err(image
                 .error(ErrorKind::UnsupportedFeature, "writing encrypted images is not supported")
                 .with_field("crypt_method"));

@@ -173,9 +173,10 @@ impl Image {
                 Step::Change(run) => {
                     let clusters = run.clusters;
                     let pinned = run.guest;
-                    if raw_data || punch && image.header().has_data_file() {
+                    if image.host_is_guest() && (raw_data || punch && image.header().has_data_file()) {
                         // Host offsets are guest offsets there: the space must be freed before a later write, and a
-                        // raw data file reads as zeroes before the table says so.
+                        // raw data file reads as zeroes before the table says so. Behind a door, a hole would not be
+                        // zeroes to a read that planned before: the space stays until the image is compacted.
                         // A part of a cluster stays when subclusters are given up.
                         let start = pinned.max(range.start);
                         let end =

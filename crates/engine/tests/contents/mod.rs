@@ -92,6 +92,9 @@ pub(crate) fn geometries() -> Vec<Geometry> {
         Geometry { data_file: DataFile::External, ..plain(4096) },
         Geometry { data_file: DataFile::ExternalRaw, ..plain(65536) },
         Geometry { data_file: DataFile::External, extended_l2: true, ..plain(16384) },
+        Geometry { door: true, ..plain(4096) },
+        Geometry { door: true, extended_l2: true, backing: Backing::ShorterRaw, ..plain(16384) },
+        Geometry { door: true, data_file: DataFile::External, ..plain(4096) },
     ]
 }
 

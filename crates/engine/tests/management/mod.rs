@@ -4,10 +4,10 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use qcow2_engine::amend::{AmendOptions, amend};
+use qcow2_engine::amend::{AmendOptions, amend_through};
 use qcow2_engine::check::{CheckOptions, check};
 use qcow2_engine::image::read_header;
-use qcow2_engine::{Discard, Image, Job, ResizeOptions, Result, Storage, WriteOptions};
+use qcow2_engine::{DataDoor, Discard, Image, Job, ResizeOptions, Result, Storage, WriteOptions};
 use qcow2_testkit::audit::audit;
 use qcow2_testkit::contents::{Contents, Marked, Shot};
 use qcow2_testkit::disk_model::{Opening, Rig};
@@ -15,6 +15,7 @@ use qcow2_testkit::matrix::{Backing, DataFile, Geometry};
 use qcow2_testkit::ops::{Op, Target, stamped};
 use qcow2_testkit::plans::Table;
 use qcow2_testkit::recorder::RecordingStorage;
+use qcow2_testkit::storage::Scrambling;
 use qcow2_testkit::{Fixture, Qemu, Rng, Sparse};
 
 /// Bytes that a disk grows by: some clusters, and far enough for another L1 table.
@@ -41,6 +42,7 @@ pub(crate) fn geometries() -> Vec<Geometry> {
         Geometry { refcount_bits: 8, ..small(512, 200) },
         Geometry { extended_l2: true, backing: Backing::EqualQcow2, ..small(16384, 20) },
         Geometry { data_file: DataFile::External, ..small(4096, 45) },
+        Geometry { door: true, backing: Backing::LongerQcow2, ..small(4096, 30) },
         Geometry { data_file: DataFile::ExternalRaw, extended_l2: true, ..small(16384, 20) },
     ]
 }
@@ -340,8 +342,14 @@ pub(crate) fn amendments(geometry: &Geometry) -> Vec<AmendOptions> {
     all
 }
 
-pub(crate) fn run_amend(storage: &dyn Storage, options: &AmendOptions) -> Result<()> {
-    amend(storage, options, &CheckOptions { readers: 0, ..CheckOptions::default() }, &Job::new())
+pub(crate) fn run_amend(
+    storage: Arc<dyn Storage>,
+    geometry: &Geometry,
+    options: &AmendOptions,
+) -> Result<()> {
+    let data = geometry.door.then(|| Scrambling.open(Arc::clone(&storage)));
+    let check = CheckOptions { readers: 0, ..CheckOptions::default() };
+    amend_through(&*storage, data.as_deref(), options, &check, &Job::new())
 }
 
 type Verdict = std::result::Result<(), String>;

@@ -161,7 +161,7 @@ impl Steady {
     fn field_at(&self, offset: usize) -> Option<(usize, u64)> {
         let fields = [
             (CLUSTER_BITS, self.geometry.cluster_bits()),
-            (CRYPT_METHOD, self.crypt_method.number()),
+            (CRYPT_METHOD, self.crypt_method.encode()),
             (REFCOUNT_ORDER, self.geometry.refcount_order()),
         ];
         let found = fields.into_iter().find(|(field, _)| field.offset == offset);

@@ -31,8 +31,9 @@ pub enum CryptMethod {
 }
 
 impl CryptMethod {
-    /// The number of the header.
-    const fn number(self) -> u32 {
+    /// As the header's field has it.
+    #[must_use]
+    pub const fn encode(self) -> u32 {
         match self {
             Self::None => 0,
             Self::Aes => 1,
@@ -313,7 +314,7 @@ impl Header {
             backing_file_size: (name.len() as u32).into(),
             cluster_bits: self.geometry.cluster_bits().into(),
             size: self.size.into(),
-            crypt_method: self.crypt_method.number().into(),
+            crypt_method: self.crypt_method.encode().into(),
             l1_size: self.l1_size.into(),
             l1_table_offset: self.l1_table_offset.0.into(),
             refcount_table_offset: self.refcount_table_offset.0.into(),

@@ -11,6 +11,7 @@ pub mod field;
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::Sparse;
+use crate::storage::scramble;
 
 /// L1 and L2: the cluster's refcount is exactly one.
 pub const COPIED: u64 = 1 << 63;
@@ -139,6 +140,7 @@ pub struct Forge {
     extended: bool,
     zstd: bool,
     external: bool,
+    scrambled: bool,
     features: [u64; 3],
     crypt_method: u32,
     extensions: Vec<(u32, Vec<u8>)>,
@@ -165,6 +167,7 @@ impl Forge {
             extended: false,
             zstd: false,
             external: false,
+            scrambled: false,
             features: [0; 3],
             crypt_method: 0,
             extensions: Vec::new(),
@@ -216,6 +219,13 @@ impl Forge {
         self.features[2] |= if raw { field::AUTOCLEAR_RAW } else { 0 };
         self.data_file = Sparse::new(self.size);
         if name.is_empty() { self } else { self.extension(field::EXT_DATA_FILE, name.as_bytes()) }
+    }
+
+    /// Guest data is behind the door that scrambles it. Call it before adding clusters.
+    #[must_use]
+    pub fn scrambled(mut self) -> Self {
+        self.scrambled = true;
+        self
     }
 
     /// Sets feature bits: incompatible, compatible, autoclear.
@@ -303,7 +313,11 @@ impl Forge {
         assert!(bytes.len() as u64 <= self.cluster_size());
         let mut padded = bytes.to_vec();
         padded.resize(self.cluster_size() as usize, 0);
-        if self.external {
+        if self.scrambled {
+            scramble(&mut padded, host);
+            let file = if self.external { &mut self.data_file } else { &mut self.file };
+            file.write(host, &padded);
+        } else if self.external {
             self.data_file.write(host, bytes)
         } else {
             self.file.write(host, &padded)

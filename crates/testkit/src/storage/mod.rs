@@ -8,6 +8,7 @@ mod counting;
 mod device;
 mod fault;
 mod hooked;
+mod scrambling;
 mod short_io;
 mod space;
 
@@ -16,6 +17,7 @@ pub use counting::{CountingStorage, Counts};
 pub use device::Device;
 pub use fault::{Failing, Fault, FaultStorage};
 pub use hooked::{Before, Hooked};
+pub use scrambling::{Scrambling, scramble, scrambled_image, unscramble};
 pub use short_io::ShortIo;
 pub use space::{Space, free_clusters};
 

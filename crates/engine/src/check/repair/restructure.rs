@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use qcow2_format::{Header, HostOffset, L1Entry, L2Entry, L2Mapping};
+use qcow2_format::{CryptMethod, Header, HostOffset, L1Entry, L2Entry, L2Mapping};
 
 use super::super::compare::{self, Fix};
 use super::super::counts::ReferenceCounts;
@@ -121,12 +121,15 @@ fn free_leaks(storage: &dyn Storage, options: &CheckOptions, job: &Job) -> Resul
 /// Replaces every zero cluster, of the active disk and of all snapshots, by one that reads as zeroes without a flag:
 /// nothing where there is no backing file, else a cluster of zeroes. The disks read the same at every moment.
 ///
-/// With `plain`, an image that has compressed clusters is refused before anything is changed.
+/// With `plain`, an image that has compressed clusters is refused before anything is changed. `data` is through which guest bytes
+/// are written where they are not stored as they are.
 ///
 /// # Errors
-/// As [`restructure`], and `InvalidArgument` for compressed clusters.
+/// As [`restructure`]; `InvalidArgument` for compressed clusters; `UnsupportedFeature` for zeroes to be written to an image that is
+/// encrypted, without `data`.
 pub(crate) fn expand_zeroes(
     storage: &dyn Storage,
+    data: Option<&dyn Storage>,
     plain: bool,
     options: &CheckOptions,
     job: &Job,
@@ -138,6 +141,7 @@ pub(crate) fn expand_zeroes(
     let tables = l2_tables(&target, &image.snapshots)?;
     let mut expansion = Expansion {
         target: &target,
+        data,
         builder: Builder::new(&target, &mut image.stored, &image.walked, COUNTED, header.geometry),
         counts: &image.walked.counts,
         entries: BTreeMap::new(),
@@ -192,6 +196,8 @@ fn l2_tables(target: &Target<'_>, snapshots: &SnapshotTable) -> Result<Vec<u64>>
 
 struct Expansion<'a, 'b, 'c> {
     target: &'a Target<'a>,
+    /// Through which guest bytes are written, where they are not stored as they are.
+    data: Option<&'a dyn Storage>,
     builder: Builder<'a, 'b, 'c>,
     counts: &'b ReferenceCounts,
     /// New L2 entries by their host offset. What can be an image of version 2 has none of two words.
@@ -216,11 +222,21 @@ impl Expansion<'_, '_, '_> {
         Err(self.target.storage.located(error))
     }
 
+    /// Makes a host cluster read as zeroes.
+    fn zero(&self, host: u64) -> Result<()> {
+        let Target { storage, header, .. } = *self.target;
+        if self.data.is_none() && header.crypt_method != CryptMethod::None {
+            let message = "zero clusters over a backing file become data, which cannot be written without a key: \
+                           write over them, or rebase to no backing file, before the downgrade";
+            let error = Error::new(ErrorKind::UnsupportedFeature, message).with_field("crypt_method");
+            return Err(storage.located(error));
+        }
+        self.data.unwrap_or(storage).zero(host, header.geometry.cluster_size(), false)
+    }
+
     fn table(&mut self, table: u64) -> Result<()> {
         let header = self.target.header;
         let geometry = &header.geometry;
-        let storage = self.target.storage;
-        let size = geometry.cluster_size();
         let bytes = self.read(table)?;
         let references = self.counts.get(geometry.cluster_index(table));
         for (index, entry) in L2Entry::standard_entries(&bytes).enumerate() {
@@ -232,12 +248,12 @@ impl Expansion<'_, '_, '_> {
                 L2Entry::default()
             } else if host != 0 && self.counts.get(geometry.cluster_index(host)) == 1 {
                 // Nothing else reads this cluster, and through this entry it reads as zeroes.
-                storage.zero(host, size, false)?;
+                self.zero(host)?;
                 entry.without_zero_flag(geometry)
             } else {
                 self.new_clusters = true;
                 let cluster = self.builder.take_one(references)? << geometry.cluster_bits();
-                storage.zero(cluster, size, false)?;
+                self.zero(cluster)?;
                 L2Mapping::Data { host: HostOffset(cluster), copied: references == 1 }.encode(geometry)
             };
             self.entries.insert(table + index as u64 * 8, new);
