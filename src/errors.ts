@@ -75,6 +75,8 @@ export interface ErrorPlace {
   errno?: number | undefined
   /** The system call. */
   syscall?: string | undefined
+  /** The same request may succeed when it is made again. */
+  transient?: boolean | undefined
   cause?: unknown
 }
 
@@ -110,6 +112,8 @@ export class Qcow2Error extends Error {
   declare readonly errno?: number
   /** The system call that failed. */
   declare readonly syscall?: string
+  /** True where the same request may succeed when it is made again, as the file, device or source that failed judges. */
+  declare readonly transient?: boolean
 
   constructor(code: Qcow2Error['code'], message: string, place: ErrorPlace = {}) {
     super(shownText(message), place.cause === undefined ? undefined : { cause: place.cause })
@@ -117,7 +121,7 @@ export class Qcow2Error extends Error {
     captureCaller(this, new.target)
     const file: Partial<Shown<'path'>> = place.path === undefined ? {} : shown('path', place.path)
     const all: ErrorPlace = { ...place, ...file }
-    for (const key of ['path', 'pathBytes', 'offset', 'field', 'errno', 'syscall'] as const) {
+    for (const key of ['path', 'pathBytes', 'offset', 'field', 'errno', 'syscall', 'transient'] as const) {
       const value = all[key]
       if (value !== undefined) Object.defineProperty(this, key, { value, enumerable: true })
     }

@@ -19,6 +19,9 @@ export interface NativeFailure {
   /** Positive. */
   readonly errno?: number
   readonly syscall?: string
+  readonly transient: boolean
+  /** What caused it, and what caused that. */
+  readonly causes: readonly string[]
 }
 
 /** A file that an image names. */

@@ -194,6 +194,8 @@ function inOptionNames(failure: NativeFailure): NativeFailure {
 
 function fromNative(failure: NativeFailure): Qcow2Error {
   const { code, message, path, offset, field, errno, syscall } = inOptionNames(failure)
+  const transient = failure.transient || undefined
+  const place = { path, offset, field, syscall, transient, cause: causeOf(failure.causes) }
   if (code === 'ERR_QCOW2_IO' && errno !== undefined) {
     const name = systemName(-errno)
     if (name !== undefined) {
@@ -201,12 +203,17 @@ function fromNative(failure: NativeFailure): Qcow2Error {
       const call = syscall === undefined ? '' : `, ${syscall}`
       const file = path === undefined ? '' : ` '${path}'`
       const sentence = `${name}: ${reason.charAt(0).toLowerCase()}${reason.slice(1)}${call}${file}`
-      return new Qcow2Error(name, sentence, { path, offset, field, errno: -errno, syscall })
+      return new Qcow2Error(name, sentence, { ...place, errno: -errno })
     }
   }
-  const place = [field && `field ${field}`, offset !== undefined && `offset 0x${offset.toString(16)}`].filter(Boolean)
-  const sentence = `${path === undefined ? '' : `${path}: `}${message}${place.length > 0 ? ` (${place.join(', ')})` : ''}`
-  return new Qcow2Error(code as Qcow2Error['code'], sentence, { path, offset, field, errno, syscall })
+  const where = [field && `field ${field}`, offset !== undefined && `offset 0x${offset.toString(16)}`].filter(Boolean)
+  const sentence = `${path === undefined ? '' : `${path}: `}${message}${where.length > 0 ? ` (${where.join(', ')})` : ''}`
+  return new Qcow2Error(code as Qcow2Error['code'], sentence, { ...place, errno })
+}
+
+/** Errors, the first caused by the second and so on; undefined without any. */
+function causeOf(texts: readonly string[]): Error | undefined {
+  return texts.reduceRight<Error | undefined>((cause, text) => new Error(text, cause && { cause }), undefined)
 }
 
 function systemName(errno: number): Qcow2Error['code'] | undefined {
