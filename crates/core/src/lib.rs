@@ -8,6 +8,7 @@ pub mod compare;
 pub mod disk;
 pub mod error;
 mod extents;
+pub mod inspect;
 pub mod job;
 pub mod layer;
 pub mod memory;

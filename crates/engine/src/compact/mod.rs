@@ -81,7 +81,10 @@ impl Image {
     /// [`Image::write_at`].
     pub fn compact(&self, options: CompactOptions, job: &Job) -> Result<CompactResult> {
         let Some(image) = self.top_qcow2() else {
-            let message = "a raw disk has no clusters to compact: discard gives its space back";
+            let message = match self.top_raw() {
+                Some(_) => "a raw disk has no clusters to compact: discard gives its space back".to_owned(),
+                None => format!("compacting {} images is not supported", self.format()),
+            };
             return Err(Error::new(ErrorKind::UnsupportedFeature, message));
         };
         if options.dry_run {

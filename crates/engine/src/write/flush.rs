@@ -39,6 +39,8 @@ impl Image {
         match (self.top_qcow2(), self.top_raw()) {
             (Some(image), _) if !image.is_writable() => Ok(()),
             (_, Some(raw)) if !raw.is_writable() => Ok(()),
+            // Of a format that is only read.
+            (None, None) => Ok(()),
             _ => match self.top()? {
                 Top::Raw(raw) => raw.storage().flush(),
                 Top::Qcow2(image, writer) => {
