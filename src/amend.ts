@@ -4,8 +4,9 @@ import { SHARING, type SharingOptions, toReadAccess } from './access.js'
 import { withChain } from './backing/chain.js'
 import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
 import { invalidArgument, Qcow2Error } from './errors.js'
-import { open } from './image.js'
+import type { Format } from './formats/table.js'
 import type { NativeAmendChanges } from './native.js'
+import { openFor } from './open.js'
 import {
   bytes,
   flag,
@@ -20,7 +21,7 @@ import {
   throwIfAborted,
 } from './options.js'
 import { SHAPE } from './shape.js'
-import { type Format, type ImageSource, toLocated } from './source.js'
+import { type ImageSource, toLocated } from './source.js'
 import { runJob } from './support/jobs.js'
 import type { Name } from './text.js'
 import type { Size } from './units.js'
@@ -99,7 +100,7 @@ export async function amend(source: ImageSource, options?: AmendOptions): Promis
   const run = async (these: NativeAmendChanges): Promise<void> => {
     const access = { ...toReadAccess(read), write: {} }
     const { limits, signal } = read
-    const opening = { format: 'qcow2', references: 'layer', limits, signal, access, forCheck: true } as const
+    const opening = { needs: 'amend', references: 'layer', limits, signal, access, forCheck: true } as const
     await withChain(located, opening, async ({ image, path, virtualSize }) => {
       if (size !== undefined && size < virtualSize && !shrink) throw shrinks(path, size, virtualSize)
       return runJob<void>('amend', read, (request, job, addon) => addon.amendImage(request, job, image, these))
@@ -128,7 +129,7 @@ async function resize(
   references: ReferencePolicy | undefined,
   { limits, signal, locking }: Rest,
 ): Promise<void> {
-  const image = await open(source, { flags: 'r+', format: 'qcow2', references, limits, signal, locking })
+  const image = await openFor('amend', source, { flags: 'r+', references, limits, signal, locking })
   try {
     await image.truncate(size, { shrink, signal })
   } finally {

@@ -1,9 +1,10 @@
 /** Consistency checks and repairs, with QAPI's `ImageCheck` counters. */
 
 import { SHARING, type SharingOptions, toReadAccess } from './access.js'
-import { withChain } from './backing/chain.js'
+import { type Chain, withChain } from './backing/chain.js'
 import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
 import { invalidArgument, type Qcow2Error } from './errors.js'
+import type { Format } from './formats/table.js'
 import type { NativeCheckOutcome } from './native.js'
 import {
   type Limits,
@@ -15,7 +16,7 @@ import {
   readOptions,
   throwIfAborted,
 } from './options.js'
-import { type Format, type ImageSource, toLocated } from './source.js'
+import { type ImageSource, toLocated } from './source.js'
 import { runJob } from './support/jobs.js'
 import { toError } from './support/requests.js'
 import { shown } from './text.js'
@@ -121,12 +122,12 @@ export async function check(source: ImageSource, options?: CheckOptions): Promis
     throw invalidArgument('forceShare', 'check: forceShare is for reading: a repair excludes everybody else')
   }
   const access = { ...toReadAccess(read), ...(repair !== undefined && { write: {} }) }
-  const opening = { format: 'qcow2', references, limits, signal, access, forCheck: true, salvage: true } as const
-  return withChain(located, opening, async ({ image, path }) => {
-    const found = await checkImage(image, path, 'qcow2', read, repair)
+  const opening = { needs: 'check', references, limits, signal, access, forCheck: true, salvage: true } as const
+  return withChain(located, opening, async chain => {
+    const found = await checkImage(chain, read, repair)
     const { corruptionsFixed, leaksFixed } = found
     if (corruptionsFixed + leaksFixed === 0) return found
-    const left = await checkImage(image, path, 'qcow2', read)
+    const left = await checkImage(chain, read)
     return {
       ...left,
       corruptionsFixed,
@@ -140,9 +141,7 @@ export async function check(source: ImageSource, options?: CheckOptions): Promis
 
 /** Checks the top layer of an open image, which was opened for a repair if that is wanted. */
 export async function checkImage(
-  image: number,
-  path: string | undefined,
-  format: Format,
+  { image, path, format }: Pick<Chain, 'image' | 'path' | 'format'>,
   options: Read<typeof LONG_RUNNING>,
   repair?: 'leaks' | 'all',
 ): Promise<CheckResult> {

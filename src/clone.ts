@@ -1,17 +1,18 @@
 /** Copies of an open disk as it is at one moment, made while it is written to. */
 
 import { invalidArgument, Qcow2Error } from './errors.js'
+import type { TargetFormat } from './formats/table.js'
 import type { NativeCloned, NativeCloneOrder } from './native.js'
 import { callback, flag, LONG_RUNNING, type LongRunning, type Read, readOptions } from './options.js'
 import { type Compression, compression, type Qcow2Shape, shape, toTarget } from './shape.js'
-import { type Format, format, type PathLike, release, toPath } from './source.js'
+import { type PathLike, release, targetFormat, toPath } from './source.js'
 import { runJob } from './support/jobs.js'
 import { answer, onAbort } from './support/signals.js'
 
 /** Options of {@link Image.clone}. */
 export interface CloneOptions extends LongRunning {
   /** Format of the copy. */
-  to: Format
+  to: TargetFormat
   /** Compress every cluster that shrinks. qcow2 only. Requests that have to copy first compress, too. */
   compress?: boolean | Compression | undefined
   /** Shape of a qcow2 copy, or `preallocation` of a raw one. A copy is whole: it has no backing file. */
@@ -40,7 +41,7 @@ export interface CloneResult {
 
 const CLONE = {
   ...LONG_RUNNING,
-  to: format,
+  to: targetFormat,
   compress: compression,
   create: shape,
   overwrite: flag,

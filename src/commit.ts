@@ -89,7 +89,7 @@ export async function commit(top: ImageSource, options?: CommitOptions): Promise
 }
 
 const chainOptions = ({ references, limits, signal }: ReadCommit): ChainOptions => ({
-  format: 'qcow2',
+  needs: 'commit',
   references,
   limits,
   signal,

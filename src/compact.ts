@@ -3,7 +3,7 @@
 import { SHARING, type SharingOptions } from './access.js'
 import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
 import { COMPACT, type CompactOptions, type CompactResult } from './compaction.js'
-import { open } from './image.js'
+import { openFor } from './open.js'
 import { type Limits, limits, readOptions } from './options.js'
 import type { ImageSource } from './source.js'
 
@@ -27,7 +27,7 @@ export async function compact(source: ImageSource, options?: CompactFileOptions)
   const { references, locking, forceShare, limits: given, ...how } = read
   const flags = read.dryRun ? 'r' : 'r+'
   const { signal } = read
-  const image = await open(source, { flags, format: 'qcow2', references, locking, forceShare, limits: given, signal })
+  const image = await openFor('compact', source, { flags, references, locking, forceShare, limits: given, signal })
   try {
     return await image.compact(how)
   } finally {

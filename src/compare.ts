@@ -3,18 +3,19 @@
 import { SHARING, type SharingOptions, toReadAccess } from './access.js'
 import { withChain } from './backing/chain.js'
 import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
+import { type Format, PLAIN_FORMAT } from './formats/table.js'
 import type { NativeCompared } from './native.js'
 import { flag, type Limits, LONG_RUNNING, type LongRunning, limits, readOptions, throwIfAborted } from './options.js'
-import { type Format, format, type ImageSource, toLocated } from './source.js'
+import { format, type ImageSource, toLocated } from './source.js'
 import { runJob } from './support/jobs.js'
 
 /** Options of {@link compare}. */
 export interface CompareOptions extends LongRunning, SharingOptions {
   /** Different virtual sizes, and different allocation, count as a difference. */
   strict?: boolean | undefined
-  /** Format of the first. Default: qcow2, by its magic; raw must be said. */
+  /** Format of the first. Default: by its magic; raw, which has none, must be said. */
   formatA?: Format | undefined
-  /** Format of the second. Default: qcow2, by its magic; raw must be said. */
+  /** Format of the second. Default: by its magic; raw, which has none, must be said. */
   formatB?: Format | undefined
   /** What the two may pull in. Default `'deny'`. */
   references?: ReferencePolicy | undefined
@@ -54,8 +55,8 @@ export async function compare(a: ImageSource, b: ImageSource, options?: CompareO
   throwIfAborted(read.signal)
   const { references, limits, signal } = read
   const chain = { references, limits, signal, access: toReadAccess(read) }
-  return withChain(locatedA, { ...chain, format: read.formatA, sayRaw: "formatA: 'raw'" }, first =>
-    withChain(locatedB, { ...chain, format: read.formatB, sayRaw: "formatB: 'raw'" }, async second => {
+  return withChain(locatedA, { ...chain, format: read.formatA, sayRaw: `formatA: '${PLAIN_FORMAT}'` }, first =>
+    withChain(locatedB, { ...chain, format: read.formatB, sayRaw: `formatB: '${PLAIN_FORMAT}'` }, async second => {
       const compared = await runJob<NativeCompared>('compare', read, (request, job, addon) =>
         addon.compareImages(request, job, first.image, second.image, read.strict ?? false, read.concurrency),
       )

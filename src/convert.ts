@@ -4,6 +4,15 @@ import { SHARING, type SharingOptions, toReadAccess } from './access.js'
 import { type Chain, lookAtChain, openChain } from './backing/chain.js'
 import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
 import { invalidArgument, Qcow2Error } from './errors.js'
+import {
+  can,
+  DEFAULT_FORMAT,
+  type Format,
+  formatNamed,
+  isPlain,
+  PLAIN_FORMAT,
+  type TargetFormat,
+} from './formats/table.js'
 import type { NativeConverted, NativeConvertJob } from './native.js'
 import {
   bytes,
@@ -30,16 +39,16 @@ import {
   toTarget,
 } from './shape.js'
 import {
-  type Format,
   format,
   type ImageSource,
   type Located,
   openFile,
   type PathLike,
   release,
-  toFormat,
+  targetFormat,
   toLocated,
   toPath,
+  toTargetFormat,
 } from './source.js'
 import { runJob } from './support/jobs.js'
 import { encodeText, isText, type Name, shownText } from './text.js'
@@ -47,7 +56,7 @@ import type { Size } from './units.js'
 
 /** What `convert` and `measure` read. */
 export interface SourceOptions extends SharingOptions {
-  /** Format of the source. Default: qcow2, by its magic; raw must be said. */
+  /** Format of the source. Default: by its magic; raw, which has none, must be said. */
   from?: Format | undefined
   /** What the source may pull in. Default `'deny'`. */
   references?: ReferencePolicy | undefined
@@ -67,7 +76,7 @@ export const SOURCE = {
 
 /** Options of {@link convert}. */
 export interface ConvertOptions extends Omit<SourceOptions, 'from'>, LongRunning {
-  /** Format of the source, or one for each of several. Default: qcow2, by its magic; raw must be said. */
+  /** Format of the source, or one for each of several. Default: by its magic; raw, which has none, must be said. */
   from?: Format | readonly Format[] | undefined
   /** Copy from this byte of the disk on. Default 0. */
   start?: Size | undefined
@@ -81,7 +90,7 @@ export interface ConvertOptions extends Omit<SourceOptions, 'from'>, LongRunning
   /** Read at most this many bytes a second; 0, the default, for as fast as it goes. */
   rate?: Size | undefined
   /** Format of the target. */
-  to: Format
+  to: TargetFormat
   /** Compress every cluster that shrinks. qcow2 targets only. */
   compress?: boolean | Compression | undefined
   /** Shape of a qcow2 target. */
@@ -159,7 +168,7 @@ const CONVERT = {
   length: bytes,
   salvage: flag,
   rate: bytes,
-  to: format,
+  to: targetFormat,
   compress: compression,
   create: shape,
   preallocation: SHAPE.preallocation,
@@ -201,7 +210,8 @@ export async function convert(
     const [first] = chains
     const delta = read.base && first && (await lookAtBase(read.base, first, read))
     const inUse = [...chains.flatMap(chain => chain.identities), ...(delta?.identities ?? [])]
-    const onto = order.existing && read.to === 'qcow2' ? await openTarget({ path }, inUse, read) : undefined
+    const onto =
+      order.existing && read.to !== undefined && !isPlain(read.to) ? await openTarget({ path }, inUse, read) : undefined
     if (onto !== undefined) images.push(onto)
     const sources = chains.map(chain => chain.image)
     const converted = await runJob<NativeConverted>('convert', read, (request, job, addon) =>
@@ -245,10 +255,10 @@ async function openSources(located: readonly Located[], read: ReadConvert, image
 
 /** What to write for a source that is raw. */
 function rawAdvice(from: ReadConvert['from'], index: number, sources: number): string {
-  if (sources === 1) return "from: 'raw'"
+  if (sources === 1) return `from: '${PLAIN_FORMAT}'`
   const formats = Array.from({ length: sources }, (_, i) => {
     const given = typeof from === 'string' ? from : from?.[i]
-    return `'${i === index ? 'raw' : (given ?? 'qcow2')}'`
+    return `'${i === index ? PLAIN_FORMAT : (given ?? DEFAULT_FORMAT)}'`
   })
   return `from: [${formats.join(', ')}]`
 }
@@ -263,13 +273,14 @@ async function openTarget(located: Located, inUse: readonly string[], read: Read
     throw new Qcow2Error('ERR_QCOW2_INVALID_ARGUMENT', message, { path, field: 'target' })
   }
   const access = { ...toReadAccess({ locking: read.locking }), write: {} }
-  return (await openChain(located, { format: 'qcow2', references, limits, signal, access })).image
+  return (await openChain(located, { format: read.to, references, limits, signal, access })).image
 }
 
 /** Checks what the options demand of each other; the rules of the format are the engine's. */
 function toOrder(read: ReadConvert, sources: number): Omit<NativeConvertJob, 'inUse'> {
   const { compress, create, existingTarget = false, targetIsZero = false } = read
-  const to = toFormat('convert', read.to)
+  const to = toTargetFormat('convert', read.to)
+  const from = typeof read.from === 'string' ? read.from : undefined
   if (read.references === 'layer') {
     const message = "convert: references: 'layer' would write what is only in the backing file as zeroes"
     throw invalidArgument('references', message)
@@ -286,7 +297,7 @@ function toOrder(read: ReadConvert, sources: number): Omit<NativeConvertJob, 'in
   if (targetIsZero && !existingTarget) {
     throw invalidArgument('targetIsZero', 'convert: targetIsZero needs existingTarget: a new file is zero anyway')
   }
-  if (read.bitmaps !== undefined && (to !== 'qcow2' || read.from === 'raw')) {
+  if (read.bitmaps !== undefined && !(can(to, 'bitmaps') && (from === undefined || can(from, 'bitmaps')))) {
     throw invalidArgument('bitmaps', 'convert: bitmaps are copied from qcow2 to qcow2')
   }
   if (read.bitmaps !== undefined && create?.version === 2) {
@@ -296,8 +307,8 @@ function toOrder(read: ReadConvert, sources: number): Omit<NativeConvertJob, 'in
     throw invalidArgument('base', 'convert: base and create.backingFile need each other')
   }
   refuseParts(read, sources)
-  if (read.from === 'raw' && read.snapshot !== undefined) {
-    throw invalidArgument('snapshot', 'convert: a raw image has no snapshots')
+  if (from !== undefined && read.snapshot !== undefined && !can(from, 'snapshots')) {
+    throw invalidArgument('snapshot', `convert: a ${from} image has no snapshots`)
   }
   return {
     ...toTarget('convert', to, toShape(read), compress),
@@ -357,7 +368,7 @@ async function lookAtBase(
     }
     return { identities: [], order: { deltaLayers, baseSize: 0 } }
   }
-  const format = read.create?.backingFormat === 'raw' ? 'raw' : 'qcow2'
+  const format = formatNamed(read.create?.backingFormat ?? DEFAULT_FORMAT)
   const chain = await lookAtChain(base, { format, references, limits, signal, access: toReadAccess(read) })
   const identity = chain.layers[0]
   const place = identity === undefined ? -1 : source.layers.indexOf(identity)

@@ -6,10 +6,11 @@ import { lookAtChain, openChain } from './backing/chain.js'
 import { readFileName } from './backing/filename.js'
 import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
 import { AbortError, invalidArgument } from './errors.js'
+import { DEFAULT_FORMAT, type Format, type TargetFormat } from './formats/table.js'
 import { Image } from './image.js'
 import { bytes, flag, LONG_RUNNING, type LongRunning, readOptions, throwIfAborted } from './options.js'
 import { type Qcow2Shape, SHAPE, toNativeShape } from './shape.js'
-import { type Format, format, type PathLike, release, toPath } from './source.js'
+import { type PathLike, release, targetFormat, toPath } from './source.js'
 import { runJob } from './support/jobs.js'
 import { toName } from './text.js'
 import type { Size } from './units.js'
@@ -17,7 +18,7 @@ import type { Size } from './units.js'
 /** Options of {@link create}. */
 export interface CreateOptions extends Qcow2Shape, LongRunning {
   /** Default `'qcow2'`. A raw image takes only `size`, and `preallocation` other than `'metadata'`. */
-  format?: Format | undefined
+  format?: TargetFormat | undefined
   /** Virtual size in bytes, rounded up to a multiple of 512. Default: the backing file's. */
   size?: Size | undefined
   /** Replace existing files, the data file's too, as {@link ConvertOptions.overwrite} has it. Default false: `EEXIST`. */
@@ -32,7 +33,7 @@ export interface CreateOptions extends Qcow2Shape, LongRunning {
 const CREATE = {
   ...LONG_RUNNING,
   ...SHAPE,
-  format,
+  format: targetFormat,
   size: bytes,
   overwrite: flag,
   references: referencePolicy,
@@ -48,7 +49,7 @@ const CREATE = {
 export async function create(path: PathLike, options: CreateOptions): Promise<Image> {
   const target = toPath(path, 'path')
   const read = readOptions(options, 'create', CREATE)
-  const { format = 'qcow2', size, overwrite, references = 'deny', ...rest } = read
+  const { format = DEFAULT_FORMAT, size, overwrite, references = 'deny', ...rest } = read
   const { signal, onProgress, progressInterval, concurrency, ...shape } = rest
   const wanted = toNativeShape('create', format, shape)
   const { backingFile, dataFile } = shape

@@ -2,9 +2,7 @@
 
 import type { Readable, Writable } from 'node:stream'
 import type { ReadableStream } from 'node:stream/web'
-import { ACCESS, type AccessOptions, toAccess } from './access.js'
-import { type Chain, openChain } from './backing/chain.js'
-import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
+import type { Chain } from './backing/chain.js'
 import { Bitmaps } from './bitmap.js'
 import { type CheckResult, checkImage, readCheckOptions } from './check.js'
 import { type CloneOptions, type CloneResult, Clones, readCloneOptions } from './clone.js'
@@ -13,40 +11,28 @@ import { AbortError, invalidArgument, Qcow2Error } from './errors.js'
 import { type ImageInfo, layersInfo } from './info.js'
 import { type MapEntry, type MapOptions, readMapOptions, walkMap } from './map.js'
 import { native } from './native.js'
-import {
-  ABORTABLE,
-  type Abortable,
-  bytes,
-  type Limits,
-  type LongRunning,
-  limits,
-  name,
-  readOptions,
-  throwIfAborted,
-} from './options.js'
+import { ABORTABLE, type Abortable, type LongRunning, readOptions, throwIfAborted } from './options.js'
 import { type OverlayOptions, putOverlay, readOverlayOptions } from './overlay.js'
+import { fill, fillAll, READ, type ReadOptions } from './read.js'
 import { resizeDisk, TRUNCATE, type TruncateOptions } from './resize.js'
 import { Snapshots } from './snapshot/snapshots.js'
-import { type Format, format, type ImageSource, type PathLike, release, toLocated } from './source.js'
+import { type PathLike, release } from './source.js'
 import { openReadStream, openWebStream, type ReadStreamOptions, type WebStreamOptions } from './stream.js'
 import { toBytesView } from './support/buffers.js'
 import { Lifetime } from './support/lifetime.js'
 import type { ImageOwner } from './support/owner.js'
-import {
-  request,
-  requestWatched,
-  type StartWatched,
-  submitRead,
-  submitWrite,
-  toError,
-  watchLook,
-} from './support/requests.js'
-import { type Name, shownText } from './text.js'
+import { request } from './support/requests.js'
+import { shownText } from './text.js'
 import { checkTransfer, toTransfer, toViews } from './transfers.js'
 import { type Size, toBytes } from './units.js'
 import {
-  checkInside,
+  checkWrite,
+  giveUp,
   openWriteStream,
+  put,
+  putAll,
+  putZeroes,
+  toRange,
   WRITE,
   WRITE_ZEROES,
   WRITEV,
@@ -55,44 +41,6 @@ import {
   type WritevOptions,
   type WriteZeroesOptions,
 } from './write.js'
-
-/** Options of {@link open}. */
-export interface OpenOptions extends AccessOptions, Abortable {
-  /** Default: qcow2, by its magic. Raw must be said: a guest can write any header into its raw disk. */
-  format?: Format | undefined
-  /** What the image may pull in. Default `'deny'`. */
-  references?: ReferencePolicy | undefined
-  /** Id or name of an internal snapshot: the handle is a read-only view of it. */
-  snapshot?: Name | undefined
-  /** Most bytes of L2 tables kept in memory, for each layer. Default: enough for the whole image, 32 MiB at most. */
-  l2CacheSize?: Size | undefined
-  limits?: Limits | undefined
-}
-
-const OPEN = {
-  ...ABORTABLE,
-  ...ACCESS,
-  format,
-  references: referencePolicy,
-  snapshot: name,
-  l2CacheSize: bytes,
-  limits,
-} as const
-
-/** Options of {@link Image.read}. */
-export interface ReadOptions extends Abortable {
-  /** Guest offset in bytes. */
-  position: Size
-  /** Where in the buffer to begin, in bytes. Default 0. */
-  offset?: number | undefined
-  /** How many bytes. Default: the rest of the buffer. */
-  length?: number | undefined
-}
-
-const READ = { ...ABORTABLE, position: bytes, offset: bytes, length: bytes } as const
-
-/** Several buffers that come to no more than this are written as one. */
-const GATHERED = 2 ** 20
 
 /** Closes what was never closed, and says so, as Node does for a `FileHandle`. */
 const unclosed = new FinalizationRegistry<Chain>(({ image, path }) => {
@@ -206,7 +154,7 @@ export class Image implements AsyncDisposable {
     throwIfAborted(signal)
     this.#lifetime.enter()
     try {
-      const bytesRead = await this.#fill(view, offset, length, position, signal)
+      const bytesRead = await fill(this.#chain.image, this.#size, view, offset, length, position, signal)
       if (signal?.aborted) throw new AbortError(signal.reason)
       return { bytesRead, buffer }
     } finally {
@@ -224,47 +172,9 @@ export class Image implements AsyncDisposable {
     const start = toBytes(position, 'Image.readv: position')
     const { signal } = readOptions(options, 'Image.readv', ABORTABLE)
     throwIfAborted(signal)
-    const bytesRead = await this.#lifetime.run(async () => {
-      let at = start
-      const reads = views.map(view => {
-        const from = at
-        at += view.length
-        return this.#fill(view, 0, view.length, from, signal)
-      })
-      // Every buffer is in use until its own read is done, so all are waited for.
-      const ends = await Promise.allSettled(reads)
-      return ends.reduce((sum, end) => {
-        if (end.status === 'rejected') throw end.reason
-        return sum + end.value
-      }, 0)
-    })
+    const bytesRead = await this.#lifetime.run(() => fillAll(this.#chain.image, this.#size, views, start, signal))
     if (signal?.aborted) throw new AbortError(signal.reason)
     return { bytesRead, buffers }
-  }
-
-  /** Reads a range that is inside the view, clamped to the disk. */
-  async #fill(
-    view: Uint8Array,
-    offset: number,
-    length: number,
-    position: number,
-    signal?: AbortSignal,
-  ): Promise<number> {
-    const { image } = this.#chain
-    const count = Math.min(length, this.#size - position)
-    if (count <= 0) return 0
-    if (signal !== undefined) {
-      const start: StartWatched = (number, addon, watch) =>
-        watchLook(addon.read(number, image, view, offset, count, position, watch))
-      await requestWatched<void>(signal, start, { buffer: view })
-      return count
-    }
-    try {
-      await submitRead(image, view, offset, count, position)
-    } catch (failure) {
-      throw toError(failure)
-    }
-    return count
   }
 
   /**
@@ -287,8 +197,8 @@ export class Image implements AsyncDisposable {
     throwIfAborted(signal)
     this.#enterToWrite('Image.write')
     try {
-      this.#checkWrite('Image.write', position, length, compressed)
-      await this.#put(view, offset, length, position, compressed, signal)
+      checkWrite('Image.write', this.#chain, this.#size, position, length, compressed)
+      await put(this.#chain.image, view, offset, length, position, compressed, signal)
       return { bytesWritten: length, buffer }
     } finally {
       this.#lifetime.leave()
@@ -308,8 +218,8 @@ export class Image implements AsyncDisposable {
     const length = views.reduce((sum, view) => sum + view.length, 0)
     this.#enterToWrite('Image.writev')
     try {
-      this.#checkWrite('Image.writev', start, length, compressed)
-      await this.#putAll(views, length, start, compressed, signal)
+      checkWrite('Image.writev', this.#chain, this.#size, start, length, compressed)
+      await putAll(this.#chain.image, views, length, start, compressed, signal)
       return { bytesWritten: length, buffers }
     } finally {
       this.#lifetime.leave()
@@ -324,10 +234,8 @@ export class Image implements AsyncDisposable {
   async writeZeroes(position: Size, length: Size, options?: WriteZeroesOptions): Promise<void> {
     const { unmap = false, signal } = readOptions(options, 'Image.writeZeroes', WRITE_ZEROES)
     await this.#change('Image.writeZeroes', signal, () => {
-      const range = this.#toRange('Image.writeZeroes', position, length)
-      const start: StartWatched = (number, addon, watch) =>
-        addon.writeZeroes(number, this.#chain.image, ...range, unmap, watch)
-      return requestWatched<void>(signal, start, { tells: true })
+      const range = toRange('Image.writeZeroes', position, length, this.#size)
+      return putZeroes(this.#chain.image, range, unmap, signal)
     })
   }
 
@@ -340,9 +248,8 @@ export class Image implements AsyncDisposable {
   async discard(position: Size, length: Size, options?: Abortable): Promise<void> {
     const { signal } = readOptions(options, 'Image.discard', ABORTABLE)
     await this.#change('Image.discard', signal, () => {
-      const range = this.#toRange('Image.discard', position, length)
-      const start: StartWatched = (number, addon, watch) => addon.discard(number, this.#chain.image, ...range, watch)
-      return requestWatched<void>(signal, start, { tells: true })
+      const range = toRange('Image.discard', position, length, this.#size)
+      return giveUp(this.#chain.image, range, signal)
     })
   }
 
@@ -405,86 +312,6 @@ export class Image implements AsyncDisposable {
         path,
       },
     )
-  }
-
-  #toRange(owner: string, position: Size, length: Size): [position: number, length: number] {
-    const range: [number, number] = [toBytes(position, `${owner}: position`), toBytes(length, `${owner}: length`)]
-    checkInside(owner, ...range, this.#size)
-    return range
-  }
-
-  #checkWrite(owner: string, position: number, length: number, compressed: boolean): void {
-    checkInside(owner, position, length, this.#size)
-    if (!compressed) return
-    const { clusterSize, hasDataFile, path } = this.#chain
-    if (clusterSize === undefined || hasDataFile) {
-      const what = clusterSize === undefined ? 'a raw image' : 'an image with an external data file'
-      throw new Qcow2Error('ERR_QCOW2_UNSUPPORTED_FEATURE', `${owner}: ${what} has no compressed clusters`, { path })
-    }
-    const end = position + length
-    if (position % clusterSize !== 0 || (end % clusterSize !== 0 && end !== this.#size)) {
-      const message = `${owner}: a compressed write takes whole clusters of ${clusterSize} bytes, not ${length} bytes at ${position}`
-      throw invalidArgument(`${owner}: ${position % clusterSize === 0 ? 'length' : 'position'}`, message)
-    }
-  }
-
-  /** Writes a range of the view that was checked. */
-  async #put(
-    view: Uint8Array,
-    offset: number,
-    length: number,
-    position: number,
-    compressed: boolean,
-    signal?: AbortSignal,
-  ): Promise<void> {
-    if (length === 0) return
-    if (signal !== undefined) {
-      const start: StartWatched = (number, addon, watch) =>
-        watchLook(addon.write(number, this.#chain.image, view, offset, length, position, compressed, watch))
-      return requestWatched<void>(signal, start, { buffer: view, tells: true })
-    }
-    try {
-      await submitWrite(this.#chain.image, view, offset, length, position, compressed)
-    } catch (failure) {
-      throw toError(failure)
-    }
-  }
-
-  async #putAll(
-    views: readonly Uint8Array[],
-    length: number,
-    position: number,
-    compressed: boolean,
-    signal: AbortSignal | undefined,
-  ): Promise<void> {
-    const [only] = views
-    if (views.length === 1 && only !== undefined) return this.#put(only, 0, length, position, compressed, signal)
-    // Compressed clusters can begin in one buffer and end in the next.
-    if (compressed || length <= GATHERED) {
-      return this.#put(Buffer.concat(views), 0, length, position, compressed, signal)
-    }
-    let at = position
-    if (signal !== undefined) {
-      // One behind the other: it must be known what is done.
-      for (const view of views) {
-        try {
-          await this.#put(view, 0, view.length, at, false, signal)
-        } catch (error) {
-          if (!(error instanceof AbortError)) throw error
-          throw new AbortError(signal.reason, at - position + (error.bytesDone ?? 0))
-        }
-        at += view.length
-      }
-      return
-    }
-    const writes = views.map(view => {
-      const to = at
-      at += view.length
-      return this.#put(view, 0, view.length, to, false)
-    })
-    // Every buffer is in use until its own write is done, so all are waited for.
-    const failed = (await Promise.allSettled(writes)).find(end => end.status === 'rejected')
-    if (failed !== undefined) throw failed.reason
   }
 
   /** Describes the top layer, in the terms of QAPI's `ImageInfo`. */
@@ -555,9 +382,8 @@ export class Image implements AsyncDisposable {
    */
   async check(options?: LongRunning): Promise<CheckResult> {
     const read = readCheckOptions(options)
-    const { image, path } = this.#chain
     throwIfAborted(read.signal)
-    return this.#lifetime.run(() => checkImage(image, path, 'qcow2', read))
+    return this.#lifetime.run(() => checkImage(this.#chain, read))
   }
 
   /**
@@ -613,33 +439,3 @@ export class Image implements AsyncDisposable {
 }
 
 const nameOf = (path: string | undefined): string => (path === undefined ? 'the image' : `the image '${path}'`)
-
-/**
- * Opens an image, for reading unless `flags` says more. It is refused if it names a backing file or data file, unless
- * `references` says what to do about it.
- *
- * @throws {@link Qcow2Error} `ERR_QCOW2_FORMAT_UNKNOWN`, `ERR_QCOW2_INVALID_HEADER`, `ERR_QCOW2_UNSUPPORTED_FEATURE`,
- *   `ERR_QCOW2_CORRUPT`, `ERR_QCOW2_LIMIT`, `ERR_QCOW2_REFERENCE_DENIED`, `ERR_QCOW2_CHAIN`, `ERR_QCOW2_NO_SNAPSHOT`,
- *   `ERR_QCOW2_LOCKED` if another process uses the image in a way that excludes this one, or the system's code (`ENOENT`,
- *   `EACCES`). For writing also `ERR_QCOW2_CORRUPT` for an image that is marked corrupt, or that was not
- *   closed cleanly and cannot be repaired
- */
-export async function open(source: ImageSource, options?: OpenOptions): Promise<Image> {
-  const located = toLocated(source, 'source')
-  const read = readOptions(options, 'open', OPEN)
-  const access = toAccess('open', read)
-  if (access.write !== undefined && read.snapshot !== undefined) {
-    throw invalidArgument('snapshot', "open: a snapshot is a read-only view: it cannot be opened with flags: 'r+'")
-  }
-  if (read.format === 'raw' && read.snapshot !== undefined) {
-    throw invalidArgument('snapshot', 'open: a raw image has no snapshots')
-  }
-  throwIfAborted(read.signal)
-  const { format, references, snapshot, l2CacheSize, limits, signal } = read
-  const chain = await openChain(located, { format, references, snapshot, l2CacheSize, limits, signal, access })
-  if (read.signal?.aborted) {
-    await release(chain.image)
-    throw new AbortError(read.signal.reason)
-  }
-  return new Image(chain)
-}

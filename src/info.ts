@@ -2,8 +2,8 @@
 
 import { readFileName } from './backing/filename.js'
 import type { Qcow2Error } from './errors.js'
-import type { NativeLayerInfo } from './native.js'
-import type { Format } from './source.js'
+import { type Format, traitsOf } from './formats/table.js'
+import type { NativeLayerInfo, NativeNamedFile } from './native.js'
 import { request, toError } from './support/requests.js'
 import { shown, shownText } from './text.js'
 
@@ -96,7 +96,7 @@ export interface ImageInfo {
   readonly fileLength: number
   /** What holds the image: a regular file, or a block device. */
   readonly protocol: 'file' | 'host_device'
-  /** Absent for raw. */
+  /** Absent for raw, which has no clusters. */
   readonly clusterSize?: number
   /** The image was not closed cleanly: refcounts may be out of date. */
   readonly dirtyFlag: boolean
@@ -117,7 +117,7 @@ export interface ImageInfo {
    * `check` with `repair: 'all'` keeps what is left of them. Absent where nothing is wrong.
    */
   readonly damaged?: readonly Qcow2Error[]
-  /** Absent for raw. */
+  /** Of qcow2 images. */
   readonly formatSpecific?: Qcow2SpecificInfo
   /** What requests on the disk should look like, and those on its file. They depend on how the image is opened: `cache`. */
   readonly limits: { readonly disk: BlockLimits; readonly file: BlockLimits }
@@ -131,22 +131,24 @@ export async function layersInfo(image: number): Promise<ImageInfo[]> {
   return layers.map(toImageInfo)
 }
 
-function toImageInfo({ qcow2, filename, limits, ...layer }: NativeLayerInfo): ImageInfo {
+function toImageInfo({ qcow2, filename, backing, encryption, ...layer }: NativeLayerInfo): ImageInfo {
+  // The addon opens no others.
+  const format = layer.format as Format
   return {
     ...layer,
+    format,
     ...shown('filename', filename),
-    limits: toLimits(limits, qcow2),
+    limits: toLimits(layer, format),
     dirtyFlag: qcow2?.dirty ?? false,
-    encrypted: qcow2?.encryption !== undefined,
+    encrypted: encryption !== undefined,
     snapshots: (qcow2?.snapshots ?? []).map(({ id, name, ...snapshot }) => ({
       ...shown('id', id),
       ...shown('name', name),
       ...snapshot,
     })),
+    ...(backing && backingInfo(backing, filename)),
     ...(qcow2 && {
-      clusterSize: qcow2.clusterSize,
-      ...backingInfo(qcow2, filename),
-      formatSpecific: specificInfo(qcow2),
+      formatSpecific: specificInfo(qcow2, encryption),
       ...(qcow2.damaged.length > 0 && { damaged: qcow2.damaged.map(failure => toError(failure) as Qcow2Error) }),
     }),
   }
@@ -157,7 +159,10 @@ const MAX_IOV = 1024
 /** A cluster with extended L2 entries has so many subclusters. */
 const SUBCLUSTERS = 32
 
-function toLimits(file: NativeLayerInfo['limits'], qcow2: NativeQcow2Info | undefined): ImageInfo['limits'] {
+function toLimits(
+  { limits: file, clusterSize, qcow2 }: Pick<NativeLayerInfo, 'limits' | 'clusterSize' | 'qcow2'>,
+  format: Format,
+): ImageInfo['limits'] {
   const { maxTransfer, maxSegments, zeroesAlignment, requestAlignment, memoryAlignment } = file
   // A device's rule can be finer than what a request must be anyway.
   const discardAlignment =
@@ -171,14 +176,14 @@ function toLimits(file: NativeLayerInfo['limits'], qcow2: NativeQcow2Info | unde
   }
   const device = discardAlignment === undefined ? {} : { discardAlignment }
   const own =
-    qcow2 === undefined
+    qcow2 === undefined || clusterSize === undefined
       ? device
       : {
-          discardAlignment: qcow2.clusterSize,
-          writeZeroesAlignment: qcow2.extendedL2 ? qcow2.clusterSize / SUBCLUSTERS : qcow2.clusterSize,
+          discardAlignment: clusterSize,
+          writeZeroesAlignment: qcow2.extendedL2 ? clusterSize / SUBCLUSTERS : clusterSize,
         }
   return {
-    disk: { requestAlignment: 1, ...own, ...common },
+    disk: { requestAlignment: traitsOf(format).requestAlignment, ...own, ...common },
     file: {
       requestAlignment,
       ...device,
@@ -188,18 +193,17 @@ function toLimits(file: NativeLayerInfo['limits'], qcow2: NativeQcow2Info | unde
   }
 }
 
-function backingInfo({ backingFilename, backingFormat }: NativeQcow2Info, filename: string): Partial<ImageInfo> {
-  if (backingFilename === undefined) return {}
-  const name = readFileName(backingFilename, filename === '' ? undefined : filename)
+function backingInfo(backing: NativeNamedFile, filename: string): Partial<ImageInfo> {
+  const name = readFileName(backing.filename, filename === '' ? undefined : filename)
   return {
-    ...shown('backingFilename', backingFilename),
-    ...shown('fullBackingFilename', 'path' in name ? name.path : backingFilename),
-    ...(backingFormat !== undefined && { backingFilenameFormat: shownText(backingFormat) }),
+    ...shown('backingFilename', backing.filename),
+    ...shown('fullBackingFilename', 'path' in name ? name.path : backing.filename),
+    ...(backing.format !== undefined && { backingFilenameFormat: shownText(backing.format) }),
   }
 }
 
-function specificInfo(qcow2: NativeQcow2Info): Qcow2SpecificInfo {
-  const { extendedL2, lazyRefcounts, corrupt, hasDataFile, dataFile, dataFileRaw, encryption, bitmaps } = qcow2
+function specificInfo(qcow2: NativeQcow2Info, encryption: NativeLayerInfo['encryption']): Qcow2SpecificInfo {
+  const { extendedL2, lazyRefcounts, corrupt, hasDataFile, dataFile, dataFileRaw, bitmaps } = qcow2
   return {
     type: 'qcow2',
     compat: qcow2.version === 2 ? '0.10' : '1.1',

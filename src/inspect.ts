@@ -1,10 +1,12 @@
 /** Inspection of untrusted images: looks at the header, opens nothing else, promises nothing. */
 
 import { prefixBytes, withFileBytes } from './backing/file-bytes.js'
-import { describeKnown, type FileBytes } from './backing/formats.js'
+import { describeKnown } from './formats/probe.js'
+import type { FileBytes } from './formats/sizes.js'
+import { type Format, isFormat } from './formats/table.js'
 import type { NativeInspection } from './native.js'
 import { ABORTABLE, type Abortable, type Limits, limits, readOptions, throwIfAborted } from './options.js'
-import { type Format, type ImageSource, openFile, release, toLocated } from './source.js'
+import { type ImageSource, openFile, release, toLocated } from './source.js'
 import { toBytesView } from './support/buffers.js'
 import { request } from './support/requests.js'
 import { shown, shownText } from './text.js'
@@ -38,13 +40,14 @@ export interface Finding {
 
 /** What the first bytes of a file say. Spec: "Header", "Header extensions". */
 export interface Inspection {
-  /** `'qcow2'` by its magic; `'unknown'` otherwise: raw is never guessed. */
+  /** By its magic, where that is one of a format that is opened; `'unknown'` otherwise: raw is never guessed. */
   readonly format: Format | 'unknown'
   /** Another format that the file has the structures of (`'vmdk'`, `'luks'`), if any: at its start, or (`'vpc'`, `'dmg'`) at its end. */
   readonly detected?: string
   /** Bytes, also of a detected format; 0 where the header does not say. */
   readonly virtualSize: number
   readonly clusterSize?: number
+  /** Of qcow2. */
   readonly version?: 2 | 3
   readonly backingFilename?: string
   /** The bytes of `backingFilename`, where they are not UTF-8: it then has replacement characters. */
@@ -64,7 +67,7 @@ export interface Inspection {
     readonly unknownIncompatible: readonly number[]
   }
   /**
-   * A valid qcow2 header without any finding: opening it with the same `limits` reads this file and no other, and its disk is of a size
+   * A valid header without any finding: opening it with the same `limits` reads this file and no other, and its disk is of a size
    * that its file makes likely. Says nothing about what is behind the header (`check` does), nor about what the disk holds.
    */
   readonly safe: boolean
@@ -113,20 +116,19 @@ export async function inspect(
   }
 }
 
-async function toInspection({ isQcow2, header, ...found }: NativeInspection, file?: FileBytes): Promise<Inspection> {
-  // The magic of qcow2 is that of version 1 too, which is another format.
+async function toInspection({ format, header, ...found }: NativeInspection, file?: FileBytes): Promise<Inspection> {
   const known = file && (await describeKnown(file))
   const backingFilename = header?.backingFilename ?? found.backingFilename
   return {
-    format: isQcow2 && known === undefined ? 'qcow2' : 'unknown',
+    format: isFormat(format) ? format : 'unknown',
     ...(known !== undefined && { detected: known.format }),
     virtualSize: header?.virtualSize ?? known?.virtualSize ?? 0,
     ...(backingFilename !== undefined && shown('backingFilename', backingFilename)),
     ...(header && {
-      version: header.version,
       clusterSize: header.clusterSize,
-      compressionType: header.compressionType,
-      extendedL2: header.extendedL2,
+      ...(header.version !== undefined && { version: header.version }),
+      ...(header.compressionType !== undefined && { compressionType: header.compressionType }),
+      ...(header.extendedL2 !== undefined && { extendedL2: header.extendedL2 }),
       ...(header.backingFormat !== undefined && { backingFilenameFormat: shownText(header.backingFormat) }),
       ...(header.dataFile !== undefined && shown('dataFile', header.dataFile)),
       ...(header.encryption !== undefined && { encryption: header.encryption }),

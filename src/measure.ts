@@ -4,17 +4,18 @@ import { toReadAccess } from './access.js'
 import { withChain } from './backing/chain.js'
 import { SOURCE, type SourceOptions } from './convert.js'
 import { invalidArgument } from './errors.js'
+import { can, PLAIN_FORMAT, type TargetFormat } from './formats/table.js'
 import type { NativeMeasured, NativeShape } from './native.js'
 import { LONG_RUNNING, type LongRunning, readOptions, throwIfAborted } from './options.js'
 import { type Preallocation, type Qcow2Shape, SHAPE, shape, toNativeShape } from './shape.js'
-import { type Format, format, type ImageSource, toFormat, toLocated } from './source.js'
+import { type ImageSource, targetFormat, toLocated, toTargetFormat } from './source.js'
 import { runJob } from './support/jobs.js'
 import { type Size, toBytes } from './units.js'
 
 /** Options of {@link measure}. */
 export interface MeasureOptions extends SourceOptions, LongRunning {
   /** Format of the planned target. */
-  to: Format
+  to: TargetFormat
   /** Shape of a planned qcow2 target. */
   create?: Qcow2Shape | undefined
   preallocation?: Preallocation | undefined
@@ -33,7 +34,7 @@ export interface MeasureResult {
 const MEASURE = {
   ...LONG_RUNNING,
   ...SOURCE,
-  to: format,
+  to: targetFormat,
   create: shape,
   preallocation: SHAPE.preallocation,
 } as const
@@ -52,10 +53,10 @@ export async function measure(
   const read = readOptions(options, 'measure', MEASURE)
   const { from, references, snapshot, limits, signal } = read
   const { preallocation = read.create?.preallocation } = read
-  if (from === 'raw' && snapshot !== undefined) {
-    throw invalidArgument('snapshot', 'measure: a raw image has no snapshots')
+  if (from !== undefined && snapshot !== undefined && !can(from, 'snapshots')) {
+    throw invalidArgument('snapshot', `measure: a ${from} image has no snapshots`)
   }
-  const wanted = toNativeShape('measure', toFormat('measure', read.to), { ...read.create, preallocation })
+  const wanted = toNativeShape('measure', toTargetFormat('measure', read.to), { ...read.create, preallocation })
   const run = (image: number | undefined, size: number, target: NativeShape): Promise<MeasureResult> =>
     runJob<NativeMeasured>('measure', read, (request, job, addon) =>
       addon.measureImage(request, job, image, size, target),
@@ -70,7 +71,7 @@ export async function measure(
   const located = toLocated(source, 'source')
   throwIfAborted(signal)
   const access = toReadAccess(read)
-  const opening = { format: from, sayRaw: "from: 'raw'", references, snapshot, limits, signal, access }
+  const opening = { format: from, sayRaw: `from: '${PLAIN_FORMAT}'`, references, snapshot, limits, signal, access }
   return withChain(located, opening, ({ image }) => run(image, 0, wanted))
 }
 

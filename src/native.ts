@@ -97,7 +97,7 @@ export interface NativeExtents {
 
 export interface NativeLayerInfo {
   readonly filename: string
-  readonly format: 'qcow2' | 'raw'
+  readonly format: string
   readonly virtualSize: number
   readonly actualSize: number
   readonly fileLength: number
@@ -111,18 +111,17 @@ export interface NativeLayerInfo {
     readonly zeroesAlignment?: number
   }
   readonly protocol: 'file' | 'host_device'
+  readonly clusterSize?: number
+  readonly encryption?: 'aes' | 'luks'
+  readonly backing?: NativeNamedFile
   readonly qcow2?: {
     readonly version: 2 | 3
-    readonly clusterSize: number
     readonly refcountBits: number
     readonly compressionType: 'zlib' | 'zstd'
-    readonly encryption?: 'aes' | 'luks'
     readonly extendedL2: boolean
     readonly lazyRefcounts: boolean
     readonly corrupt: boolean
     readonly dirty: boolean
-    readonly backingFilename?: string
-    readonly backingFormat?: string
     readonly hasDataFile: boolean
     readonly dataFile?: string
     readonly dataFileRaw: boolean
@@ -146,17 +145,18 @@ export interface NativeLayerInfo {
 }
 
 export interface NativeInspection {
-  readonly isQcow2: boolean
+  /** By its magic, where that is one of a format that is opened. */
+  readonly format?: string
   readonly header?: {
-    readonly version: 2 | 3
+    readonly version?: 2 | 3
     readonly virtualSize: number
     readonly clusterSize: number
     readonly backingFilename?: string
     readonly backingFormat?: string
     readonly dataFile?: string
     readonly encryption?: 'aes' | 'luks'
-    readonly compressionType: 'zlib' | 'zstd'
-    readonly extendedL2: boolean
+    readonly compressionType?: 'zlib' | 'zstd'
+    readonly extendedL2?: boolean
     readonly incompatible: readonly string[]
     readonly compatible: readonly string[]
     readonly autoclear: readonly string[]
@@ -169,7 +169,7 @@ export interface NativeInspection {
 
 /** The shape of a new image; what is absent has the engine's default. */
 export interface NativeShape {
-  format: 'qcow2' | 'raw'
+  format: string
   version?: number | undefined
   clusterSize?: number | undefined
   extendedL2?: boolean | undefined
@@ -335,8 +335,8 @@ export interface Addon {
   openFile(request: number, path: string, options: NativeFileOptions): void
   /** Absent on Windows. */
   openDescriptor?(request: number, descriptor: number, options: NativeFileOptions): void
-  openQcow2(request: number, file: number, options: NativeLayerOptions): void
-  openRaw(request: number, file: number, options: NativeLayerOptions): void
+  /** `format` is QEMU's name of it. */
+  openLayer(request: number, file: number, format: string, options: NativeLayerOptions): void
   setDataFile(request: number, layer: number, file: number, lock: NativeLock | undefined): void
   /** The top layer is read only without `write`. */
   assemble(request: number, layers: readonly number[], write: NativeWriting | undefined): void

@@ -3,6 +3,7 @@
 import type { Chain } from './backing/chain.js'
 import { readFileName } from './backing/filename.js'
 import { invalidArgument } from './errors.js'
+import { DEFAULT_FORMAT } from './formats/table.js'
 import type { NativeOverlaid } from './native.js'
 import { ABORTABLE, type Abortable, type Read, readOptions, storedName, throwIfAborted } from './options.js'
 import { type Qcow2Shape, shape, toNativeShape } from './shape.js'
@@ -41,10 +42,9 @@ export async function putOverlay(chain: Chain, read: ReadOverlay): Promise<Chain
   const { path, signal } = read
   const backingFile = await nameOfTop(chain, read)
   throwIfAborted(signal)
-  const backingFormat = chain.clusterSize === undefined ? 'raw' : 'qcow2'
-  const wanted = { ...read.create, backingFile, backingFormat } as const
+  const wanted = { ...read.create, backingFile, backingFormat: chain.format }
   const order = {
-    shape: toNativeShape('Image.createOverlay', 'qcow2', wanted),
+    shape: toNativeShape('Image.createOverlay', DEFAULT_FORMAT, wanted),
     inUse: chain.identities,
     write: { ...chain.access.write, cache: chain.access.cache },
     lock: chain.access.lock,
@@ -58,6 +58,7 @@ export async function putOverlay(chain: Chain, read: ReadOverlay): Promise<Chain
     ...chain,
     path: made.path,
     absolutePath: made.absolutePath,
+    format: DEFAULT_FORMAT,
     clusterSize: made.clusterSize,
     depth: chain.depth + 1,
     hasDataFile: false,

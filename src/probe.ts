@@ -1,14 +1,13 @@
 /** Telling formats apart by their first bytes. */
 
-import { detectFormat, type KnownFormat } from './backing/formats.js'
+import { detectFormat } from './formats/probe.js'
+import { type Format, type KnownFormat, PLAIN_FORMAT } from './formats/table.js'
 import { ABORTABLE, type Abortable, readOptions, throwIfAborted } from './options.js'
-import { type Format, type ImageSource, openFile, release, toLocated } from './source.js'
-
-export type { KnownFormat } from './backing/formats.js'
+import { type ImageSource, openFile, release, toLocated } from './source.js'
 
 /**
- * What a file looks like, as `qemu-img` guesses it without `-f`: `'qcow2'` by its magic, the name of another known format by
- * its own, `'raw'` for everything else. A guess for tools whose user chose the file: a guest can write any magic into its
+ * What a file looks like, as `qemu-img` guesses it without `-f`: the name of a known format by its magic,
+ * `'raw'` for everything else. A guess for tools whose user chose the file: a guest can write any magic into its
  * raw disk, so the library itself never acts on this.
  */
 export async function probe(source: ImageSource, options?: Abortable): Promise<Format | KnownFormat> {
@@ -18,5 +17,5 @@ export async function probe(source: ImageSource, options?: Abortable): Promise<F
   const { file, head } = await openFile(located)
   await release(file)
   throwIfAborted(signal)
-  return detectFormat(head) ?? 'raw'
+  return detectFormat(head) ?? PLAIN_FORMAT
 }

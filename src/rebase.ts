@@ -4,6 +4,7 @@ import { ACCESS, type CacheMode, READING, SHARING, type SharingOptions, toReadAc
 import { type Chain, type ChainOptions, lookAtChain, withChain } from './backing/chain.js'
 import { decide, type ReferencePolicy, referencePolicy } from './backing/policy.js'
 import { invalidArgument, Qcow2Error } from './errors.js'
+import { type Format, isFormat, quoted, SOURCE_FORMATS } from './formats/table.js'
 import type { NativeBacking, NativeFile } from './native.js'
 import {
   flag,
@@ -17,7 +18,7 @@ import {
   text,
   throwIfAborted,
 } from './options.js'
-import { type Format, type ImageSource, type Located, openFile, release, toLocated } from './source.js'
+import { type ImageSource, type Located, openFile, release, toLocated } from './source.js'
 import { runJob } from './support/jobs.js'
 import type { Name } from './text.js'
 import { describe } from './units.js'
@@ -25,8 +26,7 @@ import { describe } from './units.js'
 /** Options of {@link rebase}. */
 export interface RebaseOptions extends LongRunning, Pick<SharingOptions, 'locking'> {
   /**
-   * Format of the new backing file, which the image then names with it: `'qcow2'` or `'raw'`; with `unsafe`, any name that QEMU has for a
-   * format. Needed unless there is no backing file.
+   * Format of the new backing file, which the image then names with it; with `unsafe`, any name that QEMU has for a format. Needed unless there is no backing file.
    */
   backingFormat?: Format | (string & {}) | undefined
   /**
@@ -102,19 +102,18 @@ function toBacking(backing: Name | null, read: ReadRebase): NativeBacking | unde
   }
   const filename = storedName(backing, 'rebase: backing')
   if (read.backingFormat === undefined) {
-    throw invalidArgument('backingFormat', "rebase: backingFormat is needed with a backing file: 'qcow2' or 'raw'")
+    const message = `rebase: backingFormat is needed with a backing file: ${quoted(SOURCE_FORMATS)}`
+    throw invalidArgument('backingFormat', message)
   }
   if (!read.unsafe && !isFormat(read.backingFormat)) {
     throw invalidArgument(
       'backingFormat',
-      `rebase: backingFormat must be 'qcow2' or 'raw', not ${describe(read.backingFormat)}`,
+      `rebase: backingFormat must be ${quoted(SOURCE_FORMATS)}, not ${describe(read.backingFormat)}`,
     )
   }
   if (read.backingFormat === '') throw invalidArgument('backingFormat', 'rebase: backingFormat must not be empty')
   return { filename, format: read.backingFormat }
 }
-
-const isFormat = (name: string | undefined): name is Format => name === 'qcow2' || name === 'raw'
 
 async function copyAndSetName(
   located: Located,
@@ -124,7 +123,7 @@ async function copyAndSetName(
 ): Promise<void> {
   const { references, limits, signal, cache, concurrency, compress = false, detectZeroes = true } = read
   const access = { ...toReadAccess(read), cache, write: { cache } }
-  const opening = { format: 'qcow2', references, limits, signal, access } as const
+  const opening = { needs: 'rebase', references, limits, signal, access } as const
   const change = (next?: Chain): Promise<void> =>
     withChain(located, opening, ({ image }) =>
       runJob<void>('rebase', read, (request, job, addon) =>
@@ -152,7 +151,7 @@ async function setName(
   const { limits, signal, cache } = read
   const access = { ...toReadAccess(read), cache, write: { cache } }
   // A check needs no backing file.
-  const opening = { format: 'qcow2', references: 'layer', limits, signal, access, forCheck: true } as const
+  const opening = { needs: 'rebase', references: 'layer', limits, signal, access, forCheck: true } as const
   await withChain(located, opening, ({ image }) =>
     runJob<void>('rebase', read, (request, job, addon) => addon.setBackingFile(request, job, image, named)),
   )

@@ -2,9 +2,10 @@
 
 import { readDataFileName } from './backing/filename.js'
 import { invalidArgument } from './errors.js'
+import { can, creationOf, type Format, type ShapeOption, type TargetFormat } from './formats/table.js'
 import type { NativeCloneOrder, NativeShape } from './native.js'
 import { flag, integer, oneOf, type Read, type Reader, readOptions, storedName } from './options.js'
-import { type Format, format, toFormat } from './source.js'
+import { format, toTargetFormat } from './source.js'
 import type { Name } from './text.js'
 import { describe } from './units.js'
 
@@ -61,7 +62,7 @@ export const SHAPE = {
   dataFile: storedName,
   dataFileRaw: flag,
   keepDataFile: flag,
-} as const
+} as const satisfies Readonly<Record<ShapeOption, Reader<unknown>>>
 
 /** {@link Qcow2Shape}, checked. */
 export type ReadShape = Omit<NativeShape, 'format'>
@@ -70,12 +71,11 @@ export type ReadShape = Omit<NativeShape, 'format'>
 export const shape: Reader<ReadShape> = (value, name) => readOptions(value, name, SHAPE)
 
 /** Checks what the options of a shape demand of each other; the rules of the format are the engine's. */
-export function toNativeShape(owner: string, format: Format, read: ReadShape): NativeShape {
+export function toNativeShape(owner: string, format: TargetFormat, read: ReadShape): NativeShape {
   const { backingFile, backingFormat, dataFile, dataFileRaw, keepDataFile } = read
-  if (format === 'raw') {
-    const foreign = Object.entries(read).find(([name, value]) => name !== 'preallocation' && value !== undefined)
-    if (foreign !== undefined) throw invalidArgument(foreign[0], `${owner}: a raw image has no ${foreign[0]}`)
-  }
+  const own = creationOf(format).shape
+  const foreign = Object.entries(read).find(([name, value]) => value !== undefined && !own.includes(name))
+  if (foreign !== undefined) throw invalidArgument(foreign[0], `${owner}: a ${format} image has no ${foreign[0]}`)
   if (backingFile !== undefined && backingFormat === undefined) {
     const message = `${owner}: backingFile needs backingFormat: guessing it is not safe`
     throw invalidArgument('backingFormat', message)
@@ -153,12 +153,14 @@ export type Target = Pick<NativeCloneOrder, 'shape' | 'compress' | 'level' | 'sm
 /** Checks what format, shape and compression of a new image demand of each other. */
 export function toTarget(
   owner: string,
-  to: Format | undefined,
+  to: TargetFormat | undefined,
   create: ReadShape | undefined,
   compress: Read<typeof COMPRESSION> | undefined,
 ): Target {
-  const made = toFormat(owner, to)
-  if (compress && made === 'raw') throw invalidArgument('compress', `${owner}: a raw image cannot be compressed`)
+  const made = toTargetFormat(owner, to)
+  if (compress && !can(made, 'compress')) {
+    throw invalidArgument('compress', `${owner}: a ${made} image cannot be compressed`)
+  }
   const type = compress?.type
   if (type !== undefined && create?.compressionType !== undefined && type !== create.compressionType) {
     const message = `${owner}: compress.type '${type}' contradicts create.compressionType '${create.compressionType}'`

@@ -3,6 +3,7 @@
 import type { FileHandle } from 'node:fs/promises'
 import { fileURLToPath } from 'node:url'
 import { invalidArgument, Qcow2Error } from './errors.js'
+import { type Format, quoted, SOURCE_FORMATS, TARGET_FORMATS, type TargetFormat } from './formats/table.js'
 import type { NativeFile, NativeFileOptions } from './native.js'
 import { oneOf, type Reader } from './options.js'
 import { request } from './support/requests.js'
@@ -18,15 +19,15 @@ export type PathLike = string | Buffer | URL
  */
 export type ImageSource = PathLike | FileHandle
 
-/** The formats that images are read and written in. */
-export type Format = 'qcow2' | 'raw'
-
 /** Reads a {@link Format}. */
-export const format: Reader<Format> = oneOf('qcow2', 'raw')
+export const format: Reader<Format> = oneOf(...SOURCE_FORMATS)
+
+/** Reads a {@link TargetFormat}. */
+export const targetFormat: Reader<TargetFormat> = oneOf(...TARGET_FORMATS)
 
 /** What `convert` and its like make: a target has no default. */
-export function toFormat(owner: string, to: Format | undefined): Format {
-  if (to === undefined) throw invalidArgument('to', `${owner}: the option to is needed: 'qcow2' or 'raw'`)
+export function toTargetFormat(owner: string, to: TargetFormat | undefined): TargetFormat {
+  if (to === undefined) throw invalidArgument('to', `${owner}: the option to is needed: ${quoted(TARGET_FORMATS)}`)
   return to
 }
 

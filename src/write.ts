@@ -1,9 +1,12 @@
-/** What writing takes: its options, and the stream of guest bytes into an image. */
+/** Writing guest bytes: its options, the requests that it becomes, and the stream of guest bytes into an image. */
 
 import { Writable } from 'node:stream'
-import { invalidArgument } from './errors.js'
+import type { Chain } from './backing/chain.js'
+import { AbortError, invalidArgument, Qcow2Error } from './errors.js'
+import { can } from './formats/table.js'
 import { ABORTABLE, type Abortable, bytes, flag, integer, readOptions } from './options.js'
-import type { Size } from './units.js'
+import { requestWatched, type StartWatched, submitWrite, toError, watchLook } from './support/requests.js'
+import { type Size, toBytes } from './units.js'
 
 /** Options of {@link Image.write}. */
 export interface WriteOptions extends Abortable {
@@ -93,3 +96,117 @@ export function checkInside(owner: string, position: number, length: number, vir
   const message = `${owner}: ${length} bytes at ${position} reach beyond the disk of ${virtualSize} bytes`
   throw invalidArgument(`${owner}: ${position > virtualSize ? 'position' : 'length'}`, message)
 }
+
+/** Guest bytes that were checked. */
+type GuestRange = readonly [position: number, length: number]
+
+/** Reads a range of a disk of `size` bytes. */
+export function toRange(owner: string, position: Size, length: Size, size: number): GuestRange {
+  const range: GuestRange = [toBytes(position, `${owner}: position`), toBytes(length, `${owner}: length`)]
+  checkInside(owner, ...range, size)
+  return range
+}
+
+/** Checks what is to be written to a disk of `size` bytes, before anything changes. */
+export function checkWrite(
+  owner: string,
+  { clusterSize = 1, format, hasDataFile, path }: Chain,
+  size: number,
+  position: number,
+  length: number,
+  compressed: boolean,
+): void {
+  checkInside(owner, position, length, size)
+  if (!compressed) return
+  if (!can(format, 'compress') || hasDataFile) {
+    const what = can(format, 'compress') ? 'an image with an external data file' : `a ${format} image`
+    throw new Qcow2Error('ERR_QCOW2_UNSUPPORTED_FEATURE', `${owner}: ${what} has no compressed clusters`, { path })
+  }
+  const end = position + length
+  if (position % clusterSize !== 0 || (end % clusterSize !== 0 && end !== size)) {
+    const message = `${owner}: a compressed write takes whole clusters of ${clusterSize} bytes, not ${length} bytes at ${position}`
+    throw invalidArgument(`${owner}: ${position % clusterSize === 0 ? 'length' : 'position'}`, message)
+  }
+}
+
+/** Writes a range of the view; it was checked. */
+export async function put(
+  image: number,
+  view: Uint8Array,
+  offset: number,
+  length: number,
+  position: number,
+  compressed: boolean,
+  signal?: AbortSignal,
+): Promise<void> {
+  if (length === 0) return
+  if (signal !== undefined) {
+    const start: StartWatched = (number, addon, watch) =>
+      watchLook(addon.write(number, image, view, offset, length, position, compressed, watch))
+    return requestWatched<void>(signal, start, { buffer: view, tells: true })
+  }
+  try {
+    await submitWrite(image, view, offset, length, position, compressed)
+  } catch (failure) {
+    throw toError(failure)
+  }
+}
+
+/** Several buffers that come to no more than this are written as one. */
+const GATHERED = 2 ** 20
+
+/** Writes several buffers of `length` bytes in all, one behind the other. */
+export async function putAll(
+  image: number,
+  views: readonly Uint8Array[],
+  length: number,
+  position: number,
+  compressed: boolean,
+  signal: AbortSignal | undefined,
+): Promise<void> {
+  const [only] = views
+  if (views.length === 1 && only !== undefined) return put(image, only, 0, length, position, compressed, signal)
+  // Compressed clusters can begin in one buffer and end in the next.
+  if (compressed || length <= GATHERED) {
+    return put(image, Buffer.concat(views), 0, length, position, compressed, signal)
+  }
+  let at = position
+  if (signal !== undefined) {
+    // One behind the other: it must be known what is done.
+    for (const view of views) {
+      try {
+        await put(image, view, 0, view.length, at, false, signal)
+      } catch (error) {
+        if (!(error instanceof AbortError)) throw error
+        throw new AbortError(signal.reason, at - position + (error.bytesDone ?? 0))
+      }
+      at += view.length
+    }
+    return
+  }
+  const writes = views.map(view => {
+    const to = at
+    at += view.length
+    return put(image, view, 0, view.length, to, false)
+  })
+  // Every buffer is in use until its own write is done, so all are waited for.
+  const failed = (await Promise.allSettled(writes)).find(end => end.status === 'rejected')
+  if (failed !== undefined) throw failed.reason
+}
+
+/** Makes a range read as zeroes. */
+export const putZeroes = (
+  image: number,
+  range: GuestRange,
+  unmap: boolean,
+  signal: AbortSignal | undefined,
+): Promise<void> =>
+  requestWatched<void>(signal, (number, addon, watch) => addon.writeZeroes(number, image, ...range, unmap, watch), {
+    tells: true,
+  })
+
+/** Gives the contents of a range up. */
+export const giveUp = (image: number, range: GuestRange, signal: AbortSignal | undefined): Promise<void> =>
+  requestWatched<void>(signal, (number, addon, watch) => addon.discard(number, image, ...range, watch), {
+    tells: true,
+  })

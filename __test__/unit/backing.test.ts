@@ -1,6 +1,6 @@
 import { describe, expect, it } from 'vitest'
 import { readDataFileName, readFileName } from '../../src/backing/filename.js'
-import { detectFormat } from '../../src/backing/formats.js'
+import { detectFormat } from '../../src/formats/probe.js'
 
 describe('the name of a backing file', () => {
   it.each([

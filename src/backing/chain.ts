@@ -5,14 +5,23 @@
 
 import { type Access, READING } from '../access.js'
 import { Qcow2Error } from '../errors.js'
+import { detectFormat } from '../formats/probe.js'
+import {
+  type Ability,
+  can,
+  DEFAULT_FORMAT,
+  type Format,
+  formatNamed,
+  isFormat,
+  PLAIN_FORMAT,
+} from '../formats/table.js'
 import type { NativeFile, NativeLayer, NativeLayerOptions, NativeLock, NativeWriting } from '../native.js'
 import { type ReadLimits, throwIfAborted } from '../options.js'
 import { findSnapshot } from '../snapshot/ids.js'
 import type { SnapshotRecord } from '../snapshot/types.js'
-import { type Format, type Located, openFile, release } from '../source.js'
+import { type Located, openFile, release } from '../source.js'
 import { request } from '../support/requests.js'
 import { canBeInexact, exactName, type Name } from '../text.js'
-import { detectFormat } from './formats.js'
 import { decide, nameOf, type ReferencePolicy } from './policy.js'
 
 const MAX_CHAIN_DEPTH = 200
@@ -20,6 +29,8 @@ const MAX_CHAIN_DEPTH = 200
 /** How to open a chain. */
 export interface ChainOptions {
   readonly format?: Format | undefined
+  /** What the top layer must be able to; its format is told by its magic then. */
+  readonly needs?: Need | undefined
   /** How the caller says that the top file is raw, where that is not `format: 'raw'`. */
   readonly sayRaw?: string | undefined
   readonly references?: ReferencePolicy | undefined
@@ -49,7 +60,9 @@ export interface Chain {
   /** The same from the root of the file system: the process may work in another directory later. */
   readonly absolutePath: string | undefined
   readonly virtualSize: number
-  /** The top layer's; undefined for raw. */
+  /** The top layer's. */
+  readonly format: Format
+  /** The top layer's; undefined where it has no clusters. */
   readonly clusterSize: number | undefined
   readonly depth: number
   /** The top layer keeps its data in another file. */
@@ -84,6 +97,7 @@ export async function openChain(located: Located, options: ChainOptions): Promis
       path: top.path,
       absolutePath: top.absolutePath,
       virtualSize: top.opened.virtualSize,
+      format: top.format,
       clusterSize: top.opened.clusterSize,
       depth: layers.length,
       hasDataFile: top.opened.dataFile !== undefined,
@@ -156,6 +170,7 @@ async function assemble(
 interface OpenLayer {
   readonly path: string | undefined
   readonly absolutePath: string | undefined
+  readonly format: Format
   readonly opened: NativeLayer
   readonly next: Next | undefined
 }
@@ -193,13 +208,15 @@ class Opening {
     const access: Access = written ? this.#access : { ...this.#access, write: undefined }
     const file = await this.#open(located, access)
     this.#refuseLoop(file)
-    const opened = await this.#openLayer(file, formatOf(file), access)
+    const format = formatOf(file)
+    const opened = await this.#openLayer(file, format, access)
     this.#layers.push(opened.layer)
     this.layerIdentities.push(file.identity)
     this.#refuseHalf(opened, file, access)
     throwIfAborted(this.#options.signal)
     if (opened.dataFile !== undefined) await this.#attachDataFile(opened, file.path, access)
-    return { path: file.path, absolutePath: file.absolutePath, opened, next: await this.#next(opened, file.path) }
+    const { path, absolutePath } = file
+    return { path, absolutePath, format, opened, next: await this.#next(opened, path) }
   }
 
   /** Opens the next layer; a failure names both files. */
@@ -249,13 +266,11 @@ class Opening {
     const lock = lockFor(access)
     const { snapshot, l2CacheSize, limits, salvage } = this.#options
     const top = this.#layers.length === 0
-    if (format === 'raw') {
-      if (top && snapshot !== undefined) throw withoutSnapshots(file)
-      return request((number, addon) => addon.openRaw(number, file.file, { lock }))
-    }
+    if (top && snapshot !== undefined && !can(format, 'snapshots')) throw withoutSnapshots(file, format)
     const options: NativeLayerOptions = { l2CacheSize, salvage, lock }
     if (limits !== undefined) options.limits = limits
-    const open = (): Promise<NativeLayer> => request((number, addon) => addon.openQcow2(number, file.file, options))
+    const open = (): Promise<NativeLayer> =>
+      request((number, addon) => addon.openLayer(number, file.file, format, options))
     if (!top || snapshot === undefined) return open()
     options.snapshot = canBeInexact(snapshot) ? await idOf(snapshot, await open()) : exactName(snapshot)
     return open()
@@ -320,14 +335,19 @@ async function idOf(snapshot: string, { layer }: NativeLayer): Promise<string> {
 /** How the files of a layer are locked. */
 const lockFor = ({ lock, write }: Access): NativeLock | undefined => lock && { ...lock, writable: write !== undefined }
 
-/** The format of the image that the caller opens: what it says, else qcow2 by its magic, never raw. */
+/** The format of the image that the caller opens: what it says, else by its magic, never raw. */
 function topFormat(
   { head, path }: NativeFile,
-  { format: given, sayRaw = "format: 'raw'" }: Pick<ChainOptions, 'format' | 'sayRaw'>,
+  { format: given, needs, sayRaw = `format: '${PLAIN_FORMAT}'` }: Pick<ChainOptions, 'format' | 'needs' | 'sayRaw'>,
 ): Format {
   if (given !== undefined) return given
   const detected = detectFormat(head)
-  if (detected === 'qcow2') return detected
+  if (isFormat(detected) && (needs === undefined || can(detected, needs))) return detected
+  if (needs !== undefined) {
+    // Of bytes that are no image, that is what is wrong.
+    if (!isFormat(detected)) return DEFAULT_FORMAT
+    throw withoutAbility(path, detected, needs)
+  }
   const where = path === undefined ? '' : `${path}: `
   const message =
     detected === undefined
@@ -337,19 +357,33 @@ function topFormat(
   throw new Qcow2Error('ERR_QCOW2_FORMAT_UNKNOWN', message, { path, offset: 0, field: 'magic' })
 }
 
-function withoutSnapshots({ path }: NativeFile): Qcow2Error {
-  const message = `${path === undefined ? '' : `${path}: `}a raw image has no snapshots`
+/** What jobs need of the image that they are for, as a message has it. */
+const WORK = {
+  check: 'checking',
+  compact: 'compacting',
+  amend: 'amending',
+  commit: 'committing',
+  rebase: 'rebasing',
+} as const satisfies Partial<Record<Ability, string>>
+
+/** What a job can need. */
+export type Need = keyof typeof WORK
+
+function withoutAbility(path: string | undefined, format: Format, ability: Need): Qcow2Error {
+  const message = `${path === undefined ? '' : `${path}: `}${WORK[ability]} ${format} images is not supported`
+  return new Qcow2Error('ERR_QCOW2_UNSUPPORTED_FEATURE', message, { path })
+}
+
+function withoutSnapshots({ path }: NativeFile, format: Format): Qcow2Error {
+  const message = `${path === undefined ? '' : `${path}: `}a ${format} image has no snapshots`
   return new Qcow2Error('ERR_QCOW2_INVALID_ARGUMENT', message, { path, field: 'snapshot' })
 }
 
-/** QEMU's names of what is a raw disk to a reader. */
-const RAW_FORMATS: ReadonlySet<string> = new Set(['raw', 'file', 'host_device'])
-
-/** The format of a backing file: what the image says, else qcow2 by its magic, else raw unless it has another known magic. */
+/** The format of a backing file: what the image says, else by its magic, else raw unless that is one of a format that is not opened. */
 function backingFormat({ head, path }: NativeFile, named: string | undefined): Format {
-  const format = named ?? detectFormat(head) ?? 'raw'
-  if (format === 'qcow2') return 'qcow2'
-  if (RAW_FORMATS.has(format)) return 'raw'
+  const format = named ?? detectFormat(head) ?? PLAIN_FORMAT
+  const opened = formatNamed(format)
+  if (opened !== undefined) return opened
   const how = named === undefined ? 'its first bytes are those of' : 'the image that names it says that it is'
   const message = `${path === undefined ? '' : `${path}: `}${how} a ${format} image, which is not supported`
   throw new Qcow2Error('ERR_QCOW2_UNSUPPORTED_FEATURE', message, { path, field: 'backing format name' })

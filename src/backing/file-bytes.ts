@@ -3,8 +3,8 @@
 import { fstat, read } from 'node:fs'
 import { open } from 'node:fs/promises'
 import { promisify } from 'node:util'
+import type { FileBytes } from '../formats/sizes.js'
 import type { Located } from '../source.js'
-import type { FileBytes } from './formats.js'
 
 const readAt = promisify(read)
 const statOf = promisify(fstat)

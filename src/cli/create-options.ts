@@ -1,6 +1,7 @@
 /** The `-o` options of each format: what QEMU knows, what it prints in the "Formatting" line, what the library gets. */
 
-import type { Format, Qcow2Shape } from '../index.js'
+import { creationOf, isKnown, isTarget, listed, SOURCE_FORMATS, TARGET_FORMATS } from '../formats/table.js'
+import type { Format, Qcow2Shape, TargetFormat } from '../index.js'
 import { toName } from '../text.js'
 import { CommandFailure, unsupported } from './failure.js'
 import { type OptionSpec, type OptionValue, type OptionValues, optionHelp } from './options.js'
@@ -64,54 +65,60 @@ const FILE_OPTIONS: readonly OptionSpec[] = [
   { name: 'extent_size_hint', type: 'size', help: 'Extent size hint for the image file, 0 to disable' },
 ]
 
-/** Formats that QEMU has and this version does not write, to say so rather than "unknown". */
-const FOREIGN_FORMATS = ['luks', 'qcow', 'qed', 'vdi', 'vhdx', 'vmdk', 'vpc', 'parallels', 'bochs', 'cloop', 'dmg']
+/** Of an image of each format, and how the shape is read from them. */
+const OF_FORMAT: Readonly<
+  Record<
+    TargetFormat,
+    {
+      readonly options: readonly OptionSpec[]
+      readonly toShape: (values: OptionValues, options: Qcow2Shape) => Qcow2Shape
+    }
+  >
+> = {
+  qcow2: { options: QCOW2_OPTIONS, toShape: toQcow2Shape },
+  raw: { options: SIZE_OPTIONS, toShape: (_, options) => options },
+}
 
-export function targetFormat(name: string): Format {
-  if (name === 'qcow2' || name === 'raw') return name
-  if (FOREIGN_FORMATS.includes(name)) {
-    throw new CommandFailure(`Format driver '${name}' is not supported: formats are qcow2 and raw`)
+export function targetFormat(name: string): TargetFormat {
+  if (isTarget(name)) return name
+  // One that QEMU has is not unknown.
+  if (isKnown(name)) {
+    const made = listed(TARGET_FORMATS, 'and')
+    throw new CommandFailure(`Format driver '${name}' is not supported: formats are ${made}`)
   }
   throw new CommandFailure(`Unknown file format '${name}'`)
 }
 
 /** Every option that may be given when a file of this format is made. */
-export function optionSpecs(format: Format): readonly OptionSpec[] {
-  if (format === 'raw') return FILE_OPTIONS
-  const own = new Set(QCOW2_OPTIONS.map(({ name }) => name))
-  return [...QCOW2_OPTIONS, ...FILE_OPTIONS.filter(({ name }) => !own.has(name))]
+export function optionSpecs(format: TargetFormat): readonly OptionSpec[] {
+  const { options } = OF_FORMAT[format]
+  const own = new Set(options.map(({ name }) => name))
+  return [...options, ...FILE_OPTIONS.filter(({ name }) => !own.has(name))]
 }
 
 /** Whether an image can be made with this option. */
 export const isCreateOption = (name: string): boolean => QCOW2_OPTIONS.some(spec => spec.name === name)
 
 /** The text of `-o help`. With a file name, the options of the file itself are listed too. */
-export function describeFormat(format: Format, filename: string | undefined): string {
+export function describeFormat(format: TargetFormat, filename: string | undefined): string {
   const offered = (specs: readonly OptionSpec[]): string => optionHelp(specs.filter(({ name }) => !isRefused(name)))
   if (filename !== undefined) return `Supported options:\n${offered(optionSpecs(format))}`
-  const own = format === 'raw' ? SIZE_OPTIONS : QCOW2_OPTIONS
   return (
-    `Supported ${format} options:\n${offered(own)}\n` +
+    `Supported ${format} options:\n${offered(OF_FORMAT[format].options)}\n` +
     'The protocol level may support further options.\nSpecify the target filename to include those options.\n'
   )
 }
 
 /** What the library is told of an `-o` list; the size is the command's own matter. */
-export function toCreateOptions(values: OptionValues, format: Format): Qcow2Shape {
+export function toCreateOptions(values: OptionValues, format: TargetFormat): Qcow2Shape {
   refuseUnsupported(values)
   const options: Qcow2Shape = {}
-  const allowed = format === 'raw' ? (['off', 'falloc', 'full'] as const) : PREALLOCATIONS
-  const preallocation = choice(values, 'preallocation', allowed)
+  const preallocation = choice(values, 'preallocation', creationOf(format).preallocation)
   if (preallocation) options.preallocation = preallocation
-  if (format === 'raw') return options
-  const shape = toShape(values, options)
-  checkShape(shape)
-  return shape
+  return OF_FORMAT[format].toShape(values, options)
 }
 
-const PREALLOCATIONS = ['off', 'metadata', 'falloc', 'full'] as const
-
-function toShape(values: OptionValues, options: Qcow2Shape): Qcow2Shape {
+function toQcow2Shape(values: OptionValues, options: Qcow2Shape): Qcow2Shape {
   const compat = text(values, 'compat')
   const version = compat === undefined ? undefined : toVersion(compat)
   if (compat !== undefined && version === undefined) {
@@ -130,7 +137,7 @@ function toShape(values: OptionValues, options: Qcow2Shape): Qcow2Shape {
   if (typeof refcountBits === 'bigint') options.refcountBits = toRefcountBits(refcountBits)
   const backingFile = text(values, 'backing_file')
   if (backingFile !== undefined) options.backingFile = toName(backingFile)
-  const backingFormat = choice<Format>(values, 'backing_fmt', ['qcow2', 'raw'])
+  const backingFormat = choice<Format>(values, 'backing_fmt', SOURCE_FORMATS)
   if (backingFormat !== undefined) options.backingFormat = backingFormat
   const dataFile = text(values, 'data_file')
   if (dataFile !== undefined) options.dataFile = toName(dataFile)
@@ -138,6 +145,7 @@ function toShape(values: OptionValues, options: Qcow2Shape): Qcow2Shape {
   if (typeof dataFileRaw === 'boolean') options.dataFileRaw = dataFileRaw
   const keepDataFile = values.get('keep_data_file')
   if (typeof keepDataFile === 'boolean') options.keepDataFile = keepDataFile
+  checkShape(options)
   return options
 }
 

@@ -1,6 +1,7 @@
 /** The words for what went wrong. */
 
 import { getSystemErrorMap } from 'node:util'
+import { DEFAULT_FORMAT, PLAIN_FORMAT } from '../formats/table.js'
 import { Qcow2Error } from '../index.js'
 import { decodeText } from '../text.js'
 import { CommandFailure } from './failure.js'
@@ -53,7 +54,8 @@ export function describeError(error: unknown, target?: string): string {
     return opening ? `Could not open '${path}': ${system}` : system
   }
   if (!(error instanceof Qcow2Error)) return error.message
-  if (isNotQcow2(error)) return `Image is not in qcow2 format (${code})`
+  const mismatch = mismatchOf(error)
+  if (mismatch !== undefined) return `${mismatch} (${code})`
   // A file of the chain that is not there: qemu-img says so in this form, which programs look for.
   if (code === 'ERR_QCOW2_CHAIN' && cause instanceof Qcow2Error) {
     return `Could not open backing file: ${describeError(cause)}`
@@ -70,9 +72,19 @@ export function pathOf(error: unknown): string | undefined {
   return typeof path === 'string' ? path : undefined
 }
 
-/** A file of another kind than what it was said to be. */
-const isNotQcow2 = (error: unknown): boolean =>
-  error instanceof Qcow2Error && error.code === 'ERR_QCOW2_INVALID_HEADER' && error.field === 'magic'
+/** QEMU's words for a file that is not of the format that it was said to be. */
+const MISMATCH: Readonly<Partial<Record<string, string>>> = {
+  qcow2: 'Image is not in qcow2 format',
+  qcow: 'Image not in qcow format',
+}
+
+/** Those words, where an error is that. */
+function mismatchOf(error: unknown): string | undefined {
+  if (!(error instanceof Qcow2Error)) return undefined
+  if (error.code !== 'ERR_QCOW2_INVALID_HEADER' || error.field !== 'magic') return undefined
+  const format = /(?:^|: )not a (\w+) image: /.exec(error.message)?.[1]
+  return MISMATCH[format ?? DEFAULT_FORMAT] ?? MISMATCH[DEFAULT_FORMAT]
+}
 
 /** The library's messages begin with the call that is told; nobody called that here. */
 const withoutCall = (message: string): string => message.replace(/^(?:[a-z]+|[A-Z][a-z]+\.\w+): (?=\S)/, '')
@@ -114,5 +126,6 @@ export function openHint(filename: string, error: unknown, formatOption = '-f'):
     const own = error.message.includes('this process')
     return own ? `This command uses the image [${path}] twice.` : `Is another process using the image [${path}]?`
   }
-  return isNotQcow2(error) ? `A file with the plain bytes of a disk is given with ${formatOption} raw.` : undefined
+  if (mismatchOf(error) === undefined) return undefined
+  return `A file with the plain bytes of a disk is given with ${formatOption} ${PLAIN_FORMAT}.`
 }

@@ -1,10 +1,15 @@
 /** Options that several commands share, and how commander is told about qemu-img's habits. */
 
 import { type Command, Option } from 'commander'
+import { listed, SOURCE_FORMATS, TARGET_FORMATS } from '../formats/table.js'
 import type { CacheMode } from '../index.js'
 import { CommandFailure, UsageFailure, unsupported } from './failure.js'
 import { joinOptionLists } from './options.js'
 import { sizeArgument, toSize } from './size.js'
+
+/** The formats that images are read in, and those that they are made in, for help. */
+export const SOURCES = listed(SOURCE_FORMATS, 'or')
+export const TARGETS = listed(TARGET_FORMATS, 'or')
 
 /** `-o` lists join up; a list that cannot be joined is refused at once. */
 export const optionList = (list: string, previous: string | undefined): string => joinOptionLists(previous, list)

@@ -1,5 +1,6 @@
 /** Images that the command line names: their format, and opening them as qemu-img does. */
 
+import { can, isFormat, listed, PLAIN_FORMAT, SOURCE_FORMATS } from '../formats/table.js'
 import { type Format, type Image, type ImageInfo, type OpenOptions, open, probe } from '../index.js'
 import { exactText, toName } from '../text.js'
 import { describeError, openFailure } from './errors.js'
@@ -7,12 +8,14 @@ import { CommandFailure } from './failure.js'
 import { imagePath } from './filename.js'
 import type { Session } from './session.js'
 
-const FORMATS = 'The formats are qcow2 and raw.'
+const FORMATS = listed(SOURCE_FORMATS, 'and')
 
 /** The format given with `-f`, by name. */
 export function namedFormat(filename: string, name: string): Format {
-  if (name === 'qcow2' || name === 'raw') return name
-  throw new CommandFailure(`Could not open '${filename}': Unknown driver '${name}'`, { hint: FORMATS })
+  if (isFormat(name)) return name
+  throw new CommandFailure(`Could not open '${filename}': Unknown driver '${name}'`, {
+    hint: `The formats are ${FORMATS}.`,
+  })
 }
 
 /**
@@ -23,10 +26,10 @@ export async function formatOf(filename: string, requested: string | undefined, 
   if (filename === '') throw new CommandFailure("Could not open '': The 'file' block driver requires a file name")
   if (requested !== undefined) return namedFormat(filename, requested)
   const format = await probe(imagePath(filename), { signal: session.signal })
-  if (format === 'qcow2' || format === 'raw') return format
+  if (isFormat(format)) return format
   throw new CommandFailure(
     `Could not open '${filename}': Image is in ${format} format, which is not supported ` +
-      '(formats are qcow2 and raw; -f raw takes it as the plain bytes of a disk)',
+      `(formats are ${FORMATS}; -f ${PLAIN_FORMAT} takes it as the plain bytes of a disk)`,
   )
 }
 
@@ -45,15 +48,17 @@ export interface Request extends Pick<OpenOptions, 'snapshot' | 'references' | '
   readonly exitCode?: number
   /** The option that `format` was given with. Default `-f`. */
   readonly formatOption?: string
+  /** What is said of a format that is not written, where that is not about opening it. */
+  readonly unwritable?: string
 }
 
 /** Opens an image and everything below it, runs `work` on it, and closes it whatever happens. */
 export async function withImage<T>(
-  { filename, format, exitCode, formatOption, references = 'allow', ...how }: Request,
+  { filename, format, exitCode, formatOption, unwritable, references = 'allow', ...how }: Request,
   session: Session,
   work: (image: Image) => Promise<T>,
 ): Promise<T> {
-  const image = await openImage(filename, format, { ...how, references }, session).catch(error => {
+  const image = await openImage(filename, format, { ...how, references }, session, unwritable).catch(error => {
     throw session.signal.aborted ? error : openFailure(filename, error, exitCode, formatOption)
   })
   try {
@@ -68,9 +73,16 @@ async function openImage(
   requested: string | undefined,
   options: Pick<OpenOptions, 'snapshot' | 'references' | 'forceShare' | 'flags' | 'cache'>,
   session: Session,
+  unwritable: string | undefined,
 ): Promise<Image> {
   const format = await formatOf(filename, requested, session)
-  return open(imagePath(filename), { ...options, format, signal: session.signal })
+  const opening = { ...options, format, signal: session.signal }
+  if (options.flags !== 'r+' || can(format, 'write')) return open(imagePath(filename), opening)
+  // What is wrong with the file itself comes first.
+  const image = await open(imagePath(filename), { ...opening, flags: 'r' })
+  await image.close()
+  const why = `writing ${format} images is not supported (ERR_QCOW2_UNSUPPORTED_FEATURE)`
+  throw new CommandFailure(unwritable ?? `Could not open '${filename}': ${why}`)
 }
 
 /**
@@ -85,7 +97,9 @@ export async function snapshotOf(
   session: Session,
 ): Promise<string | Buffer | undefined> {
   if (parameter === undefined) return undefined
-  if (format === 'raw') throw new CommandFailure(`Failed to load snapshot: '${filename}' is raw, and has no snapshots`)
+  if (!can(format, 'snapshots')) {
+    throw new CommandFailure(`Failed to load snapshot: '${filename}' is ${format}, and has no snapshots`)
+  }
   if (!parameter.startsWith('snapshot.')) return toName(parameter)
   const wanted = new Map(parameter.split(',').map(part => part.split(/=(.*)/s, 2) as [string, string | undefined]))
   const id = wanted.get('snapshot.id')

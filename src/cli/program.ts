@@ -1,6 +1,7 @@
 /** The commands, and how a command line becomes a call of one of them. */
 
 import { Command, CommanderError } from 'commander'
+import { isTarget, listed, SOURCE_FORMATS, TARGET_FORMATS } from '../formats/table.js'
 import { declareAmend } from './commands/amend.js'
 import { declareBitmap } from './commands/bitmap.js'
 import { declareCheck } from './commands/check.js'
@@ -27,7 +28,7 @@ export type Runner = (work: (session: Session) => Promise<number>) => Promise<vo
 const LATER = ['bench']
 
 const VALUES = `
-Sizes take the suffixes k, M, G, T, P and E, powers of 1024. Formats are qcow2 and raw.
+Sizes take the suffixes k, M, G, T, P and E, powers of 1024. Formats are ${listed(TARGET_FORMATS, 'and')}; only read: ${SOURCE_FORMATS.filter(format => !isTarget(format)).join(', ')}.
 Backing files are followed by file name only, never json: or a protocol.`
 
 function buildProgram(session: Session, run: Runner): Command {

@@ -1,6 +1,6 @@
 /** What the options of a new qcow2 image demand of each other, in the words that users of qemu-img know. */
 
-import type { Qcow2Shape } from '../index.js'
+import type { Qcow2Shape, TargetFormat } from '../index.js'
 import { CommandFailure } from './failure.js'
 
 const NEEDS_V3 = 'compatibility level 1.1 and above (use version=v3 or greater)'
@@ -64,10 +64,16 @@ function largestDisk({ clusterSize = 65536, extendedL2 = false }: Qcow2Shape): b
   return ((32n << 20n) / 8n) * (cluster / (extendedL2 ? 16n : 8n)) * cluster
 }
 
+/** Largest disk that an image of a format can have; absent where its file is the bound. */
+const LARGEST: Readonly<Partial<Record<TargetFormat, (shape: Qcow2Shape) => bigint>>> = { qcow2: largestDisk }
+
 /** Refuses a disk that the clusters are too small for. */
-export function checkDiskSize(shape: Qcow2Shape, size: bigint): void {
-  if (size > largestDisk(shape)) {
-    throw new CommandFailure("The image size is too large for file format 'qcow2' (try using a larger cluster size)")
+export function checkDiskSize(format: TargetFormat, shape: Qcow2Shape, size: bigint): void {
+  const largest = LARGEST[format]?.(shape)
+  if (largest !== undefined && size > largest) {
+    throw new CommandFailure(
+      `The image size is too large for file format '${format}' (try using a larger cluster size)`,
+    )
   }
 }
 

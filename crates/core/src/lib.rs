@@ -9,6 +9,7 @@ pub mod convert;
 pub mod disk;
 pub mod error;
 mod extents;
+pub mod inspect;
 pub mod job;
 pub mod layer;
 pub mod memory;

@@ -5,57 +5,9 @@ use qcow2_format::header::feature::{FeatureSet, Incompatible, names_of};
 use qcow2_format::header::field;
 use qcow2_format::{FormatError, Header, Limits};
 
+pub use qcow2_core::inspect::{Finding, FindingCode};
+
 use crate::{MemMut, Result, Storage, StorageExt};
-
-/// Why an image is not safe to open as it is. Stable, unlike the messages.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum FindingCode {
-    /// It names a backing file.
-    BackingFile,
-    /// It names, or needs, an external data file.
-    DataFile,
-    /// Incompatible features without a known meaning.
-    UnknownFeature,
-    /// It is marked corrupt.
-    CorruptBit,
-    /// It was not closed cleanly.
-    DirtyBit,
-    /// Not qcow2, or a header that breaks the format.
-    HeaderInvalid,
-    /// A table overlaps the header or lies outside the file.
-    TableOutOfBounds,
-    /// A size or count exceeds a limit.
-    Limit,
-    /// The disk is far larger than its file suggests: reading all of it takes long, and a copy may not fit anywhere.
-    VirtualSize,
-}
-
-impl FindingCode {
-    /// The code as JavaScript sees it.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::BackingFile => "BACKING_FILE",
-            Self::DataFile => "DATA_FILE",
-            Self::UnknownFeature => "UNKNOWN_FEATURE",
-            Self::CorruptBit => "CORRUPT_BIT",
-            Self::DirtyBit => "DIRTY_BIT",
-            Self::HeaderInvalid => "HEADER_INVALID",
-            Self::TableOutOfBounds => "TABLE_OUT_OF_BOUNDS",
-            Self::Limit => "LIMIT",
-            Self::VirtualSize => "VIRTUAL_SIZE",
-        }
-    }
-}
-
-/// One reason for care.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Finding {
-    /// What it is.
-    pub code: FindingCode,
-    /// A sentence that names field and value.
-    pub message: String,
-}
 
 /// What an image says about itself.
 #[derive(Debug, Default)]
@@ -71,11 +23,6 @@ pub struct Inspection {
     /// Everything that speaks against opening the image as it is.
     pub findings: Vec<Finding>,
 }
-
-/// Disks up to this size are not remarkable: 16 TiB, the largest file of ext4.
-const LARGEST_LIKELY: u64 = 16 << 40;
-/// Nor are larger ones whose file has a thousandth of their size.
-const MOST_SPARSE: u64 = 1000;
 
 /// Inspects the image in `storage`: reads its first cluster.
 ///
@@ -117,7 +64,7 @@ pub fn inspect_bytes(bytes: &[u8], file_size: Option<u64>, limits: &Limits) -> I
             };
             found.backing_file = backing_name(bytes);
             if let Some(name) = found.backing_file.clone() {
-                found.add(FindingCode::BackingFile, named("backing file", &name));
+                found.findings.push(Finding::reference(FindingCode::BackingFile, "backing file", &name));
             }
             if found.unknown_incompatible != 0 {
                 found.add_unknown_features(&[]);
@@ -143,13 +90,9 @@ fn backing_name(bytes: &[u8]) -> Option<Vec<u8>> {
     bytes.get(start..end).filter(|name| !name.is_empty()).map(<[u8]>::to_vec)
 }
 
-fn named(what: &str, name: &[u8]) -> String {
-    format!("the image names the {what} '{}'", String::from_utf8_lossy(name))
-}
-
 impl Inspection {
     fn add(&mut self, code: FindingCode, message: impl Into<String>) {
-        self.findings.push(Finding { code, message: message.into() });
+        self.findings.push(Finding::new(code, message));
     }
 
     fn add_unknown_features(&mut self, table: &[qcow2_format::header::feature::FeatureName]) {
@@ -159,10 +102,12 @@ impl Inspection {
 
     fn judge(&mut self, header: &Header, file_size: Option<u64>, limits: &Limits) {
         if let Some(name) = &header.backing_file {
-            self.add(FindingCode::BackingFile, named("backing file", name));
+            self.findings.push(Finding::reference(FindingCode::BackingFile, "backing file", name));
         }
         match (header.data_file(), header.has_data_file()) {
-            (Some(name), _) => self.add(FindingCode::DataFile, named("external data file", name)),
+            (Some(name), _) => {
+                self.findings.push(Finding::reference(FindingCode::DataFile, "external data file", name));
+            }
             (None, true) => self
                 .add(FindingCode::DataFile, "the guest data is in an external data file that is not named"),
             (None, false) => {}
@@ -177,7 +122,7 @@ impl Inspection {
             self.add(FindingCode::DirtyBit, "the image was not closed cleanly: refcounts may be out of date");
         }
         self.judge_limits(header, limits);
-        self.judge_size(header, file_size, limits);
+        self.findings.extend(Finding::size(header.size, file_size, limits.max_virtual_size));
         self.judge_tables(header, file_size);
     }
 
@@ -196,22 +141,8 @@ impl Inspection {
             ("nb_bitmaps", bitmaps.map_or(0, |b| b.count.into()), limits.max_bitmaps.into()),
             ("bitmap_directory_size", bitmaps.map_or(0, |b| b.directory_size), limits.max_metadata_bytes),
         ];
-        for (field, value, limit) in claims {
-            if value > limit {
-                self.add(FindingCode::Limit, format!("{field} of {value} exceeds the limit of {limit}"));
-            }
-        }
-    }
-
-    /// Sparse disks are normal: only one that no common file system could hold as a file is worth a word.
-    fn judge_size(&mut self, header: &Header, file_size: Option<u64>, limits: &Limits) {
-        let size = header.size;
-        let likely =
-            file_size.map_or(LARGEST_LIKELY, |file| LARGEST_LIKELY.max(file.saturating_mul(MOST_SPARSE)));
-        if size > likely && size <= limits.max_virtual_size {
-            let file = file_size.map_or(String::new(), |file| format!(" in a file of {file} bytes"));
-            self.add(FindingCode::VirtualSize, format!("the image claims a disk of {size} bytes{file}"));
-        }
+        let above = |(field, value, limit)| Finding::limit(field, value, limit);
+        self.findings.extend(claims.into_iter().filter_map(above));
     }
 
     fn judge_tables(&mut self, header: &Header, file_size: Option<u64>) {
@@ -228,20 +159,8 @@ impl Inspection {
             ("snapshot table", header.snapshots_offset.0, snapshots),
             ("bitmap directory", bitmaps.0, bitmaps.1),
         ];
-        for (name, offset, length) in tables {
-            if length == 0 {
-                continue;
-            }
-            let reason = if offset < cluster_size {
-                "overlaps the header"
-            } else if file_size.is_some_and(|size| offset.checked_add(length).is_none_or(|end| end > size)) {
-                "lies outside the file"
-            } else {
-                continue;
-            };
-            let message = format!("the {name} at {offset:#x} with {length} bytes {reason}");
-            self.add(FindingCode::TableOutOfBounds, message);
-        }
+        let outside = |(name, offset, length)| Finding::table(name, offset, length, cluster_size, file_size);
+        self.findings.extend(tables.into_iter().filter_map(outside));
     }
 }
 

@@ -82,10 +82,11 @@ pub fn check_image(
         move |job| {
             handle.run(|image| {
                 let Some(qcow2) = image.top_qcow2() else {
-                    return Err(Error::new(
-                        ErrorKind::UnsupportedFeature,
-                        "a raw image has nothing to check",
-                    ));
+                    let message = match image.layers().first().and_then(|top| top.unit()) {
+                        None => format!("a {} image has nothing to check", image.format()),
+                        Some(_) => format!("checking {} images is not supported", image.format()),
+                    };
+                    return Err(Error::new(ErrorKind::UnsupportedFeature, message));
                 };
                 let defaults = CheckOptions::default();
                 let options = CheckOptions {

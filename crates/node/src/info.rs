@@ -11,6 +11,8 @@ use qcow2_engine::storage::IoLimits;
 use qcow2_engine::{ErrorKind, Layer, LayerExt, Qcow2, Result, StorageExt};
 
 use crate::failure::Failure;
+use crate::formats::encryption;
+use crate::open::NamedFile;
 use crate::runtime::Runtime;
 use crate::text::{Text, path_text};
 
@@ -19,7 +21,7 @@ use crate::text::{Text, path_text};
 pub struct LayerInfo {
     /// Its file.
     pub filename: Text,
-    /// `qcow2` or `raw`.
+    /// QEMU's name of its format.
     pub format: String,
     /// Bytes.
     pub virtual_size: f64,
@@ -31,6 +33,12 @@ pub struct LayerInfo {
     pub limits: FileLimits,
     /// QEMU's name of what reads the file: `file` or `host_device`.
     pub protocol: String,
+    /// Bytes, of a layer that has clusters.
+    pub cluster_size: Option<f64>,
+    /// `aes` or `luks`.
+    pub encryption: Option<String>,
+    /// The backing file that it names.
+    pub backing: Option<NamedFile>,
     /// What only qcow2 has.
     pub qcow2: Option<Qcow2Info>,
 }
@@ -74,14 +82,10 @@ impl From<IoLimits> for FileLimits {
 pub struct Qcow2Info {
     /// 2 or 3.
     pub version: u32,
-    /// Bytes.
-    pub cluster_size: f64,
     /// Bits.
     pub refcount_bits: u32,
     /// `zlib` or `zstd`.
     pub compression_type: String,
-    /// `aes` or `luks`.
-    pub encryption: Option<String>,
     /// Feature bits.
     pub extended_l2: bool,
     /// Feature bits.
@@ -90,10 +94,6 @@ pub struct Qcow2Info {
     pub corrupt: bool,
     /// Feature bits.
     pub dirty: bool,
-    /// The name that the image stores.
-    pub backing_filename: Option<Text>,
-    /// The format that the image stores.
-    pub backing_format: Option<Text>,
     /// Whether there is an external data file.
     pub has_data_file: bool,
     /// The name that the image stores.
@@ -168,6 +168,9 @@ impl LayerInfo {
             file_length: storage.size()? as f64,
             limits: storage.io_limits().into(),
             protocol: if storage.traits().block_device { "host_device" } else { "file" }.to_owned(),
+            cluster_size: layer.unit().map(|unit| unit as f64),
+            encryption: encryption(layer).map(str::to_owned),
+            backing: layer.references().backing.map(NamedFile::from),
             qcow2: layer.as_qcow2().map(Qcow2Info::new).transpose()?,
         })
     }
@@ -183,16 +186,12 @@ impl Qcow2Info {
         };
         Ok(Self {
             version: header.version,
-            cluster_size: header.geometry.cluster_size() as f64,
             refcount_bits: 1 << header.geometry.refcount_order(),
             compression_type: compression_name(header.compression_type).to_owned(),
-            encryption: encryption_name(header.crypt_method).map(str::to_owned),
             extended_l2: header.incompatible.contains(Incompatible::EXTENDED_L2),
             lazy_refcounts: header.compatible.contains(Compatible::LAZY_REFCOUNTS),
             corrupt: header.incompatible.contains(Incompatible::CORRUPT),
             dirty: header.incompatible.contains(Incompatible::DIRTY),
-            backing_filename: header.backing_file.as_deref().map(Text::from),
-            backing_format: header.backing_format().map(Text::from),
             has_data_file: header.has_data_file(),
             data_file: header.data_file().map(Text::from),
             data_file_raw: header.data_file_raw(),

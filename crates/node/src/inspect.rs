@@ -2,10 +2,13 @@
 
 use napi::bindgen_prelude::{BufferSlice, Env, ToNapiValue};
 use napi_derive::napi;
+use qcow2_engine::OpenOptions;
 use qcow2_engine::format::Header;
 use qcow2_engine::format::header::feature::{FeatureSet, Incompatible, names_of};
-use qcow2_engine::inspect::{Inspection, inspect, inspect_bytes};
+use qcow2_engine::inspect::{Finding, Inspection};
+use qcow2_qcow1::format::CryptMethod;
 
+use crate::formats::{Untrusted, inspect_untrusted};
 use crate::info::{compression_name, encryption_name};
 use crate::open::LimitOptions;
 use crate::runtime::Runtime;
@@ -14,8 +17,8 @@ use crate::text::Text;
 /// What an image says about itself.
 #[napi(object, object_from_js = false)]
 pub struct Inspected {
-    /// It has the qcow2 magic.
-    pub is_qcow2: bool,
+    /// By its magic, where that is one of a format that is opened.
+    pub format: Option<String>,
     /// Present where the header could be read.
     pub header: Option<InspectedHeader>,
     /// The backing file's name where the header could not be read as a whole.
@@ -29,8 +32,8 @@ pub struct Inspected {
 /// What a header says.
 #[napi(object, object_from_js = false)]
 pub struct InspectedHeader {
-    /// 2 or 3.
-    pub version: u32,
+    /// 2 or 3, of qcow2.
+    pub version: Option<u32>,
     /// Bytes.
     pub virtual_size: f64,
     /// Bytes.
@@ -43,11 +46,11 @@ pub struct InspectedHeader {
     pub data_file: Option<Text>,
     /// `aes` or `luks`.
     pub encryption: Option<String>,
-    /// `zlib` or `zstd`.
-    pub compression_type: String,
-    /// Feature bit: names are the image's to choose.
-    pub extended_l2: bool,
-    /// Names.
+    /// `zlib` or `zstd`, of qcow2.
+    pub compression_type: Option<String>,
+    /// Feature bit of qcow2.
+    pub extended_l2: Option<bool>,
+    /// Names: they are the image's to choose.
     pub incompatible: Vec<String>,
     /// Names.
     pub compatible: Vec<String>,
@@ -69,13 +72,13 @@ pub struct InspectFinding {
 pub fn inspect_file(env: Env, request: u32, file: u32, limits: Option<LimitOptions>) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
     let storage = runtime.storage(file)?;
-    let limits = LimitOptions::read(limits.as_ref());
+    let options = OpenOptions { limits: LimitOptions::read(limits.as_ref()), ..OpenOptions::default() };
     runtime.run(
         &env,
         request,
-        move || inspect(&*storage, &limits),
+        move || inspect_untrusted(&Untrusted::File(&*storage), &options),
         // SAFETY: on the environment's thread, with its own env.
-        |_, env, found| unsafe { Inspected::to_napi_value(env.raw(), Inspected::from(&found)) },
+        |_, env, found| unsafe { Inspected::to_napi_value(env.raw(), found) },
     )
 }
 
@@ -88,29 +91,65 @@ pub fn inspect_prefix(
     limits: Option<LimitOptions>,
 ) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
-    let limits = LimitOptions::read(limits.as_ref());
+    let options = OpenOptions { limits: LimitOptions::read(limits.as_ref()), ..OpenOptions::default() };
     let bytes = bytes.to_vec();
     runtime.run(
         &env,
         request,
-        move || Ok(inspect_bytes(&bytes, None, &limits)),
+        move || inspect_untrusted(&Untrusted::Bytes(&bytes), &options),
         // SAFETY: on the environment's thread, with its own env.
-        |_, env, found| unsafe { Inspected::to_napi_value(env.raw(), Inspected::from(&found)) },
+        |_, env, found| unsafe { Inspected::to_napi_value(env.raw(), found) },
     )
 }
 
-impl From<&Inspection> for Inspected {
-    fn from(found: &Inspection) -> Self {
-        let findings = found.findings.iter().map(|finding| InspectFinding {
-            code: finding.code.as_str().to_owned(),
-            message: finding.message.clone(),
-        });
+impl Inspected {
+    /// What a qcow2 image claims.
+    pub(crate) fn of_qcow2(found: &Inspection) -> Self {
         Self {
-            is_qcow2: found.is_qcow2,
+            format: None,
             header: found.header.as_ref().map(InspectedHeader::from),
             backing_filename: found.backing_file.as_deref().map(Text::from),
             unknown_incompatible: (0..64).filter(|bit| found.unknown_incompatible >> bit & 1 == 1).collect(),
-            findings: findings.collect(),
+            findings: to_findings(&found.findings),
+        }
+    }
+
+    /// What an image of version 1 claims.
+    pub(crate) fn of_qcow(found: &qcow2_qcow1::Inspection) -> Self {
+        let backing_filename = found.backing_file.as_deref().map(Text::from);
+        Self {
+            format: None,
+            header: found.header.as_ref().map(InspectedHeader::from),
+            backing_filename,
+            unknown_incompatible: Vec::new(),
+            findings: to_findings(&found.findings),
+        }
+    }
+}
+
+fn to_findings(findings: &[Finding]) -> Vec<InspectFinding> {
+    let findings = findings.iter().map(|finding| InspectFinding {
+        code: finding.code.as_str().to_owned(),
+        message: finding.message.clone(),
+    });
+    findings.collect()
+}
+
+impl From<&qcow2_qcow1::format::Header> for InspectedHeader {
+    fn from(header: &qcow2_qcow1::format::Header) -> Self {
+        Self {
+            version: None,
+            virtual_size: header.virtual_size() as f64,
+            cluster_size: header.cluster_size() as f64,
+            backing_filename: None,
+            backing_format: None,
+            data_file: None,
+            encryption: (header.crypt_method == CryptMethod::Aes).then(|| "aes".to_owned()),
+            compression_type: None,
+            extended_l2: None,
+            incompatible: Vec::new(),
+            compatible: Vec::new(),
+            autoclear: Vec::new(),
         }
     }
 }
@@ -119,15 +158,15 @@ impl From<&Header> for InspectedHeader {
     fn from(header: &Header) -> Self {
         let names = |set, bits| names_of(set, bits, header.feature_names());
         Self {
-            version: header.version,
+            version: Some(header.version),
             virtual_size: header.size as f64,
             cluster_size: header.geometry.cluster_size() as f64,
             backing_filename: header.backing_file.as_deref().map(Text::from),
             backing_format: header.backing_format().map(Text::from),
             data_file: header.data_file().map(Text::from),
             encryption: encryption_name(header.crypt_method).map(str::to_owned),
-            compression_type: compression_name(header.compression_type).to_owned(),
-            extended_l2: header.incompatible.contains(Incompatible::EXTENDED_L2),
+            compression_type: Some(compression_name(header.compression_type).to_owned()),
+            extended_l2: Some(header.incompatible.contains(Incompatible::EXTENDED_L2)),
             incompatible: names(FeatureSet::Incompatible, header.incompatible.bits()),
             compatible: names(FeatureSet::Compatible, header.compatible.bits()),
             autoclear: names(FeatureSet::Autoclear, header.autoclear.bits()),

@@ -27,6 +27,7 @@ pub mod create;
 mod crew;
 mod delivery;
 pub mod failure;
+mod formats;
 mod guard;
 pub mod info;
 pub mod inspect;

@@ -8,12 +8,13 @@ use napi::sys;
 use napi_derive::napi;
 use qcow2_engine::files::Lock;
 use qcow2_engine::format::Limits;
+use qcow2_engine::image::BackingReference;
 use qcow2_engine::storage::{Access, CacheMode, FileStorage, Locking};
 use qcow2_engine::{
-    DetectZeroes, Discard, Image, Layer, LayerExt, MemMut, OpenOptions, Qcow2, Raw, Result, StorageExt,
-    WriteOptions,
+    DetectZeroes, Discard, Image, Layer, LayerExt, MemMut, OpenOptions, Result, StorageExt, WriteOptions,
 };
 
+use crate::formats::Format;
 use crate::resource::{Handle, Resource};
 use crate::runtime::Runtime;
 use crate::text::Text;
@@ -240,7 +241,7 @@ pub struct OpenedLayer {
     pub layer: u32,
     /// Bytes.
     pub virtual_size: f64,
-    /// Bytes, of a qcow2 layer.
+    /// Bytes, of a layer that has clusters.
     pub cluster_size: Option<f64>,
     /// The backing file it names.
     pub backing: Option<NamedFile>,
@@ -263,11 +264,24 @@ impl NamedFile {
     }
 }
 
-/// Opens a qcow2 layer on a file. The file's number stays valid.
+impl From<BackingReference> for NamedFile {
+    fn from(backing: BackingReference) -> Self {
+        Self::new(&backing.filename, backing.format.as_deref())
+    }
+}
+
+/// Opens a layer of a format, by QEMU's name of it, on a file. The file's number stays valid.
 #[napi(catch_unwind)]
-pub fn open_qcow2(env: Env, request: u32, file: u32, options: LayerOptions) -> napi::Result<()> {
+pub fn open_layer(
+    env: Env,
+    request: u32,
+    file: u32,
+    format: String,
+    options: LayerOptions,
+) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
     let storage = runtime.storage(file)?;
+    let format = Format::named(&format).ok_or_else(|| unknown("format", &format))?;
     let lock = LockOptions::read(options.lock.as_ref())?;
     let options = OpenOptions {
         limits: LimitOptions::read(options.limits.as_ref()),
@@ -278,33 +292,18 @@ pub fn open_qcow2(env: Env, request: u32, file: u32, options: LayerOptions) -> n
     };
     let work = move || {
         // Before anything of the image is believed.
-        lock.claim(&*storage, true)?;
-        Ok(Box::new(Qcow2::open(storage, &options)?) as Box<dyn Layer>)
-    };
-    runtime.run(&env, request, work, hold_layer)
-}
-
-/// Makes a raw layer of a file. The file's number stays valid.
-#[napi(catch_unwind)]
-pub fn open_raw(env: Env, request: u32, file: u32, options: LayerOptions) -> napi::Result<()> {
-    let runtime = Runtime::of(&env)?;
-    let storage = runtime.storage(file)?;
-    let lock = LockOptions::read(options.lock.as_ref())?;
-    let work = move || {
-        lock.claim(&*storage, false)?;
-        Ok(Box::new(Raw::new(storage)?) as Box<dyn Layer>)
+        lock.claim(&*storage, !format.plain)?;
+        format.open(storage, &options)
     };
     runtime.run(&env, request, work, hold_layer)
 }
 
 fn hold_layer(runtime: &Runtime, env: &Env, layer: Box<dyn Layer>) -> napi::Result<sys::napi_value> {
-    let references = layer.as_qcow2().map(Qcow2::references).unwrap_or_default();
+    let references = layer.references();
     let opened = OpenedLayer {
         virtual_size: layer.virtual_size() as f64,
         cluster_size: layer.unit().map(|unit| unit as f64),
-        backing: references
-            .backing
-            .map(|backing| NamedFile::new(&backing.filename, backing.format.as_deref())),
+        backing: references.backing.map(NamedFile::from),
         data_file: references
             .data_file
             .map(|data| NamedFile::new(data.filename.as_deref().unwrap_or_default(), Some(b"raw"))),

@@ -61,7 +61,7 @@ pub fn write(
     env: Env,
     request: u32,
     image: u32,
-    buffer: Unknown<'_>,
+    #[napi(ts_arg_type = "Uint8Array")] buffer: Unknown<'_>,
     offset: f64,
     length: f64,
     position: f64,

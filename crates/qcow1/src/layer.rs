@@ -32,7 +32,7 @@ impl Default for OpenOptions {
     }
 }
 
-/// An image of version 1, without its backing file.
+/// An image of version 1, without its backing file. Of an encrypted one everything but guest data can be read.
 #[derive(Debug)]
 pub struct Qcow1 {
     storage: Arc<dyn Storage>,
@@ -49,17 +49,12 @@ impl Qcow1 {
     /// Opens the image in `storage`.
     ///
     /// # Errors
-    /// As [`Header::parse`]; `UnsupportedFeature` for an encrypted image; `Limit`; `Corrupt` for an L1 table or a name that is
-    /// not in the file; `Io`.
+    /// As [`Header::parse`]; `Limit`; `Corrupt` for an L1 table or a name that is not in the file; `Io`.
     pub fn open(storage: Arc<dyn Storage>, options: &OpenOptions) -> Result<Self> {
         let mut bytes = [0u8; HEADER_LENGTH];
         let got = storage.read_up_to_at(MemMut::from(&mut bytes[..]), 0)?;
         let located = |e| storage.located(e);
         let header = Header::parse(bytes.get(..got).unwrap_or_default()).map_err(located)?;
-        if header.crypt_method == CryptMethod::Aes {
-            let error = Error::new(ErrorKind::UnsupportedFeature, "encrypted qcow images are not supported");
-            return Err(located(error.with_field("crypt_method")));
-        }
         let l1_bytes = header.l1_entries() * 8;
         check_limit("size", header.virtual_size(), options.max_virtual_size).map_err(located)?;
         check_limit("L1 table", l1_bytes, options.max_metadata_bytes).map_err(located)?;
@@ -88,6 +83,10 @@ impl Qcow1 {
     /// The name of the backing file as the image has it, in bytes.
     pub fn backing_file(&self) -> Option<&[u8]> {
         self.backing_file.as_deref()
+    }
+
+    fn is_encrypted(&self) -> bool {
+        self.header.crypt_method != CryptMethod::None
     }
 
     /// The L2 table that maps the guest byte `at`, if there is one. One thread reads it, others that want it wait.
@@ -191,7 +190,7 @@ impl Layer for Qcow1 {
     }
 
     fn file(&self, index: u32) -> Option<&Arc<dyn Storage>> {
-        (index == 0).then_some(&self.storage)
+        (index == 0 && !self.is_encrypted()).then_some(&self.storage)
     }
 
     fn plan(&self, range: Range<u64>, segments: &mut Vec<Segment>) -> Result<()> {
@@ -207,6 +206,11 @@ impl Layer for Qcow1 {
     }
 
     fn read_segment(&self, segment: &Segment, buf: MemMut<'_>) -> Result<()> {
+        if self.is_encrypted() {
+            let error =
+                Error::new(ErrorKind::UnsupportedFeature, "reading aes-encrypted images is not supported");
+            return Err(self.storage.located(error.with_field("crypt_method")));
+        }
         match segment.kind {
             SegmentKind::Data(place) => self.storage.read_padded_at(buf, place.host),
             SegmentKind::Opaque(token) => self.read_compressed(segment.start, token.0, buf),

@@ -8,6 +8,8 @@
 
 pub mod format;
 mod inflate;
+mod inspect;
 mod layer;
 
+pub use inspect::{Inspection, inspect, inspect_bytes};
 pub use layer::{OpenOptions, Qcow1};

@@ -120,10 +120,11 @@ fn neighbours_of_one_stream_are_both_read() {
 
 #[test]
 fn damage_is_named() {
-    let mut encrypted = Forged::new();
+    let mut encrypted = Forged::new().with(Forged::L2, 1024);
     encrypted.0[39] = 1;
-    let error = encrypted.open().unwrap_err();
+    let error = encrypted.read().unwrap_err();
     assert_eq!((error.kind(), error.field()), (ErrorKind::UnsupportedFeature, Some("crypt_method")));
+    assert!(encrypted.open().unwrap().file(0).is_none());
     let outside = [(40, "l1_table_offset"), (8, "backing_file_offset")];
     for (at, field) in outside {
         let mut image = Forged::new().with(at, 1 << 40);

@@ -1,4 +1,5 @@
 import type { Command } from 'commander'
+import { can } from '../../formats/table.js'
 import { type AmendOptions, amend, type Format, Qcow2Error } from '../../index.js'
 import { toName } from '../../text.js'
 import { isCreateOption, qcow2Options, toRefcountBits, toVersion } from '../create-options.js'
@@ -58,7 +59,7 @@ async function amendFile(files: readonly string[], options: AmendArguments, sess
   const format = await formatOf(filename, options.format, session).catch(error => {
     throw session.signal.aborted ? error : openFailure(filename, error)
   })
-  if (format !== 'qcow2') throw new CommandFailure(`Format driver '${format}' does not support option amendment`)
+  if (!can(format, 'amend')) throw new CommandFailure(`Format driver '${format}' does not support option amendment`)
   const changes = toAmendOptions(parse(list))
   const choice = { progress: progress && !quiet, quiet, verb: 'Amending', step: 1 }
   await withProgress(session, choice, job =>

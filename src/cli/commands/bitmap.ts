@@ -94,18 +94,20 @@ async function bitmap(
     }
     return image.bitmaps[verb](bitmapName)
   }
+  const what = (verb: Action['verb']): string => (verb === 'remove-all' ? verb : `${verb} on bitmap ${name}`)
   const perform = async (image: Image, source: Image) => {
     for (const action of actions) {
       const { verb } = action
       await act(action, image, source).catch(error => {
         if (session.signal.aborted) throw error
         const reason = describeError(error)
-        const what = verb === 'remove-all' ? verb : `${verb} on bitmap ${name}`
-        throw new CommandFailure(`Operation ${what} failed: ${reason}`, { cause: error })
+        throw new CommandFailure(`Operation ${what(verb)} failed: ${reason}`, { cause: error })
       })
     }
   }
-  const at = { filename, format: options.format, flags: 'r+' } as const
+  const [first = 'add'] = verbs
+  const unwritable = `Operation ${what(first)} failed: Operation not supported`
+  const at = { filename, format: options.format, flags: 'r+', unwritable } as const
   return withImage(at, session, async image => {
     const { sourceFile, sourceFormat } = options
     if (sourceFile === undefined) {

@@ -1,10 +1,11 @@
 import type { Command } from 'commander'
+import { can } from '../../formats/table.js'
 import { type CheckResult, check } from '../../index.js'
 import { describeError, failedChanging, openFailure } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
 import { imagePath } from '../filename.js'
 import { checkExitCode, checkJson, formatCheck } from '../format/check.js'
-import { cacheMode, oneFile, outputOption, refuseDriverSyntax } from '../grammar.js'
+import { cacheMode, oneFile, outputOption, refuseDriverSyntax, SOURCES } from '../grammar.js'
 import { formatOf, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
@@ -31,7 +32,7 @@ export function declareCheck(program: Command, run: Runner): void {
     )
     .usage('[options] FILENAME')
     .argument('[files...]', 'the image')
-    .option('-f, --format <fmt>', 'format of the image: qcow2 or raw (default: what it looks like)')
+    .option('-f, --format <fmt>', `format of the image: ${SOURCES} (default: what it looks like)`)
     .option(
       '-T, --cache <mode>',
       'cache mode, as qemu-img takes it: a check reads through the page cache',
@@ -73,9 +74,10 @@ async function checked(
 ): Promise<CheckResult> {
   const choice = { progress: false, quiet, verb: 'Checking', step: 1 }
   try {
-    if ((await formatOf(filename, format, session)) === 'raw') {
+    const from = await formatOf(filename, format, session)
+    if (!can(from, 'check')) {
       // A file that is not there is the first thing to say.
-      await withImage({ filename, format: 'raw', forceShare }, session, async () => undefined)
+      await withImage({ filename, format: from, references: 'layer', forceShare }, session, async () => undefined)
       throw new CommandFailure('This image format does not support checks', { exitCode: CHECK_NOT_SUPPORTED })
     }
     return await withProgress(session, choice, job =>

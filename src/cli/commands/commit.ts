@@ -1,6 +1,7 @@
 import { realpath } from 'node:fs/promises'
 import { isAbsolute } from 'node:path'
 import type { Command } from 'commander'
+import { can } from '../../formats/table.js'
 import { type CacheMode, commit, type ImageInfo } from '../../index.js'
 import { exactText, toName } from '../../text.js'
 import { describeError, openFailure } from '../errors.js'
@@ -47,7 +48,7 @@ async function commitFile(files: readonly string[], options: CommitArguments, se
   const request = { filename, format }
   const base = await withImage(request, session, async image => baseOf(filename, options.base, await image.chain()))
   const from = await formatOf(filename, format, session)
-  if (from !== 'qcow2') throw new CommandFailure('Image does not have a backing file')
+  if (!can(from, 'commit')) throw new CommandFailure(`Format driver '${from}' does not support commit`)
   const choice = { progress: options.progress ?? false, quiet, verb: 'Committing', step: 1 }
   const drop = options.drop || options.base !== undefined
   const cache: CacheMode = toCacheMode(options.cache)

@@ -1,4 +1,5 @@
 import type { Command } from 'commander'
+import { can } from '../../formats/table.js'
 import { type CompactResult, compact, Qcow2Error } from '../../index.js'
 import { describeError, failedChanging, openFailure } from '../errors.js'
 import { CommandFailure } from '../failure.js'
@@ -56,9 +57,10 @@ const BEHIND_OPENING: ReadonlySet<string> = new Set(['ERR_QCOW2_CORRUPT', 'ERR_Q
 
 async function compacted(filename: string, options: CompactArguments, session: Session): Promise<CompactResult> {
   const { rewrite = false, zeroes, dryRun, progress = false, quiet = false, output } = options
-  if ((await formatOf(filename, options.format, session)) === 'raw') {
+  const format = await formatOf(filename, options.format, session)
+  if (!can(format, 'compact')) {
     // A file that is not there is the first thing to say.
-    await withImage({ filename, format: 'raw' }, session, async () => undefined)
+    await withImage({ filename, format, references: 'layer' }, session, async () => undefined)
     throw new CommandFailure('This image format does not support compaction')
   }
   const choice = { progress: progress && output !== 'json', quiet, verb: 'Compacting', step: 1 }

@@ -3,7 +3,7 @@ import { type CompareResult, compare } from '../../index.js'
 import { describeError } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
 import { imagePath } from '../filename.js'
-import { cacheMode, refuseDriverSyntax } from '../grammar.js'
+import { cacheMode, refuseDriverSyntax, SOURCES } from '../grammar.js'
 import { formatOf, type Request, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
@@ -32,7 +32,7 @@ export function declareCompare(program: Command, run: Runner): void {
     )
     .usage('[options] FILENAME1 FILENAME2')
     .argument('[files...]', 'the two images')
-    .option('-f, --a-format <fmt>', 'format of FILENAME1: qcow2 or raw (default: what it looks like)')
+    .option('-f, --a-format <fmt>', `format of FILENAME1: ${SOURCES} (default: what it looks like)`)
     .option('-F, --b-format <fmt>', 'format of FILENAME2')
     .option('-s, --strict', 'sizes and allocation must be equal too')
     .option(

@@ -1,4 +1,5 @@
 import { type Command, Option } from 'commander'
+import { can, PLAIN_FORMAT } from '../../formats/table.js'
 import {
   type Compression,
   type ConvertOptions,
@@ -8,13 +9,24 @@ import {
   inspect,
   Qcow2Error,
   type Qcow2SpecificInfo,
+  type TargetFormat,
 } from '../../index.js'
 import { exactText } from '../../text.js'
 import { describeFormat, optionSpecs, targetFormat, toCreateOptions } from '../create-options.js'
 import { describeError, openFailure, pathOf } from '../errors.js'
 import { CommandFailure, unsupported } from '../failure.js'
 import { imagePath, localPath } from '../filename.js'
-import { alias, cacheMode, optionList, rateLimit, refuse, refuseDriverSyntax, wholeNumber } from '../grammar.js'
+import {
+  alias,
+  cacheMode,
+  optionList,
+  rateLimit,
+  refuse,
+  refuseDriverSyntax,
+  SOURCES,
+  TARGETS,
+  wholeNumber,
+} from '../grammar.js'
 import { formatOf, snapshotOf, withImage } from '../images.js'
 import { asksForHelp, type OptionValue, type OptionValues, parseOptionList } from '../options.js'
 import type { Runner } from '../program.js'
@@ -56,8 +68,8 @@ export function declareConvert(program: Command, run: Runner): void {
     .description('Copy a disk image into a new file of a format of your choice. An existing file is replaced.')
     .usage('[options] FILENAME... TARGET')
     .argument('[files...]', 'the image to read (several become one disk) and the file to write')
-    .option('-f, --source-format <fmt>', 'format of FILENAME: qcow2 or raw (default: what it looks like)')
-    .option('-O, --target-format <fmt>', 'format of TARGET: qcow2 or raw', 'raw')
+    .option('-f, --source-format <fmt>', `format of FILENAME: ${SOURCES} (default: what it looks like)`)
+    .option('-O, --target-format <fmt>', `format of TARGET: ${TARGETS}`, PLAIN_FORMAT)
     .option('-o, --target-options <list>', 'options of that format: name=value,... ("-o help" lists them)', optionList)
     .option('-c, --compress', 'compress (qcow2 only)')
     .option('--level <n>', 'how hard to compress: zlib 1 to 12, zstd 1 to 22', wholeNumber('compression level', 1, 22))
@@ -254,7 +266,7 @@ function warn({ skippedBitmaps, skippedBitmapsBytes, unreadable }: ConvertResult
   }
 }
 
-function worded(target: string, to: Format, error: unknown): CommandFailure {
+function worded(target: string, to: TargetFormat, error: unknown): CommandFailure {
   const reason = describeError(error, localPath(target))
   const failed = error instanceof Qcow2Error && !reason.startsWith('Could not') ? pathOf(error) : undefined
   if (failed !== undefined && failed !== localPath(target)) {
@@ -279,7 +291,7 @@ async function checkTarget(
 /** What qemu-img says before it copies bitmaps. */
 async function checkBitmaps(
   source: string,
-  to: Format,
+  to: TargetFormat,
   { create }: Partial<ConvertOptions>,
   { sourceFormat, skipBrokenBitmaps, forceShare }: ConvertArguments,
   session: Session,
@@ -294,7 +306,7 @@ async function checkBitmaps(
       const name = exactText(broken.name, broken.nameBytes)
       throw new CommandFailure(`Cannot copy inconsistent bitmap '${name}'`, { hint })
     }
-    if (to === 'raw' || create?.version === 2) throw cannotHaveBitmaps(to)
+    if (!can(to, 'bitmaps') || create?.version === 2) throw cannotHaveBitmaps(to)
   })
 }
 
@@ -305,8 +317,8 @@ const hasBitmaps = (specific: Qcow2SpecificInfo | undefined): boolean =>
 const cannotHaveBitmaps = (to: Format): CommandFailure =>
   new CommandFailure(`Format driver '${to}' does not support bitmaps`)
 
-function existingTarget(to: Format, given: ConvertArguments): Partial<ConvertOptions> {
-  if (given.compress && to === 'raw') throw new CommandFailure('Compression not supported for this file format')
+function existingTarget(to: TargetFormat, given: ConvertArguments): Partial<ConvertOptions> {
+  if (given.compress && !can(to, 'compress')) throw new CommandFailure('Compression not supported for this file format')
   return {
     existingTarget: true,
     ...(given.backing !== undefined && { base: imagePath(given.backing) }),
@@ -315,7 +327,12 @@ function existingTarget(to: Format, given: ConvertArguments): Partial<ConvertOpt
   }
 }
 
-function newTarget(target: string, to: Format, given: ConvertArguments, several: boolean): Partial<ConvertOptions> {
+function newTarget(
+  target: string,
+  to: TargetFormat,
+  given: ConvertArguments,
+  several: boolean,
+): Partial<ConvertOptions> {
   const values: Map<string, OptionValue> = parseOptionList(given.targetOptions ?? '', optionSpecs(to))
   addBacking(values, given, to)
   const backing = values.get('backing_file')
@@ -328,20 +345,20 @@ function newTarget(target: string, to: Format, given: ConvertArguments, several:
     throw new CommandFailure('Use of backing file requires explicit backing format')
   }
   const { preallocation, ...shape } = shapeOf(target, to, values)
-  if (given.compress && to !== 'qcow2') throw new CommandFailure('Compression not supported for this file format')
+  if (given.compress && !can(to, 'compress')) throw new CommandFailure('Compression not supported for this file format')
   if (given.compress && preallocation !== undefined && preallocation !== 'off') {
     throw new CommandFailure('Compression and preallocation not supported at the same time')
   }
   return {
     overwrite: true,
-    ...(to === 'qcow2' && { create: shape }),
+    create: shape,
     ...(preallocation !== undefined && { preallocation }),
     ...(given.compress && { compress: compressionOf(shape.compressionType, given) }),
     ...(typeof backing === 'string' && { base: imagePath(fromImage(target, backing)) }),
   }
 }
 
-function shapeOf(target: string, to: Format, values: OptionValues) {
+function shapeOf(target: string, to: TargetFormat, values: OptionValues) {
   try {
     return toCreateOptions(values, to)
   } catch (error) {

@@ -1,12 +1,13 @@
 import { isAbsolute } from 'node:path'
 import type { Command } from 'commander'
-import { create, type Format } from '../../index.js'
+import { isFormat, PLAIN_FORMAT, traitsOf } from '../../formats/table.js'
+import { create, type TargetFormat } from '../../index.js'
 import { toName } from '../../text.js'
 import { describeFormat, optionSpecs, sizeOption, targetFormat, toCreateOptions } from '../create-options.js'
 import { describeError } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
 import { argumentOf, localPath } from '../filename.js'
-import { alias, optionList, refuse } from '../grammar.js'
+import { alias, optionList, refuse, TARGETS } from '../grammar.js'
 import { formatOf, withImage } from '../images.js'
 import { asksForHelp, describeOptions, type OptionValue, parseOptionList } from '../options.js'
 import type { Runner } from '../program.js'
@@ -30,7 +31,7 @@ export function declareCreate(program: Command, run: Runner): void {
     .description('Create a new disk image. An existing file is replaced.')
     .usage('[options] FILENAME [SIZE]')
     .argument('[files...]', 'the image, and its size with an optional suffix k, M, G, T, P or E')
-    .option('-f, --format <fmt>', 'format of the new image: qcow2 or raw', 'raw')
+    .option('-f, --format <fmt>', `format of the new image: ${TARGETS}`, PLAIN_FORMAT)
     .option('-o, --options <list>', 'options of the format: name=value,... ("-o help" lists them)', optionList)
     .option('-b, --backing <file>', 'read what is not written from this image')
     .option('-F, --backing-format <fmt>', 'format of the backing file')
@@ -91,7 +92,7 @@ async function createNamed(
   const shape = toCreateOptions(values, format)
   // A guest's disk has whole sectors.
   const sectors = wholeSectors(size)
-  if (format === 'qcow2') checkDiskSize(shape, sectors)
+  checkDiskSize(format, shape, sectors)
   const image = await create(toName(path), {
     format,
     ...shape,
@@ -111,14 +112,15 @@ export const wholeSectors = (size: number | bigint): bigint => ((BigInt(size) + 
 export function addBacking(
   values: Map<string, OptionValue>,
   { backing, backingFormat }: Pick<CreateArguments, 'backing' | 'backingFormat'>,
-  format: Format,
+  format: TargetFormat,
 ): void {
+  const takesBacking = traitsOf(format).backingFile
   if (backing !== undefined) {
-    if (format === 'raw') throw new CommandFailure("Backing file not supported for file format 'raw'")
+    if (!takesBacking) throw new CommandFailure(`Backing file not supported for file format '${format}'`)
     values.set('backing_file', backing)
   }
   if (backingFormat !== undefined) {
-    if (format === 'raw') throw new CommandFailure("Backing file format not supported for file format 'raw'")
+    if (!takesBacking) throw new CommandFailure(`Backing file format not supported for file format '${format}'`)
     values.set('backing_fmt', backingFormat)
   }
 }
@@ -138,7 +140,7 @@ async function completeBacking(
   }
   const named = values.get('backing_fmt')
   const format = typeof named === 'string' ? named : undefined
-  if (format !== undefined && format !== 'qcow2' && format !== 'raw') {
+  if (format !== undefined && !isFormat(format)) {
     throw new CommandFailure(`Unknown backing file format '${format}'`)
   }
   if (unchecked && format !== undefined) return

@@ -1,10 +1,11 @@
 import type { Command } from 'commander'
-import { convert, type Format } from '../../index.js'
+import { PLAIN_FORMAT } from '../../formats/table.js'
+import { convert, type TargetFormat } from '../../index.js'
 import { targetFormat } from '../create-options.js'
 import { describeError } from '../errors.js'
 import { CommandFailure } from '../failure.js'
 import { imagePath, localPath } from '../filename.js'
-import { alias, refuseDriverSyntax } from '../grammar.js'
+import { alias, refuseDriverSyntax, SOURCES, TARGETS } from '../grammar.js'
 import { formatOf, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
@@ -39,8 +40,8 @@ export function declareDd(program: Command, run: Runner): void {
     )
     .usage('[options] [bs=SIZE] [count=N] [skip=N] if=FILE of=FILE')
     .argument('[operands...]', 'bs=, count=, skip=, if= and of=')
-    .option('-f, --format <fmt>', 'format of the image: qcow2 or raw (default: what it looks like)')
-    .option('-O, --target-format <fmt>', 'format of the target: qcow2 or raw', 'raw')
+    .option('-f, --format <fmt>', `format of the image: ${SOURCES} (default: what it looks like)`)
+    .option('-O, --target-format <fmt>', `format of the target: ${TARGETS}`, PLAIN_FORMAT)
     .option('-U, --force-share', 'open an image that another process uses')
   alias(command, '--target-format', '--output-format')
   refuseDriverSyntax(command)
@@ -75,7 +76,7 @@ function read(list: readonly string[]): Operands {
   return operands
 }
 
-function formatFor(name: string): Format {
+function formatFor(name: string): TargetFormat {
   try {
     return targetFormat(name)
   } catch (error) {

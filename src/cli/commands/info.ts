@@ -1,5 +1,6 @@
 import { stat } from 'node:fs/promises'
 import { type Command, Option } from 'commander'
+import { isFormat, traitsOf } from '../../formats/table.js'
 import { type BlockLimits, type ImageInfo, inspect, probe } from '../../index.js'
 import { exactText } from '../../text.js'
 import { openFailure } from '../errors.js'
@@ -8,7 +9,7 @@ import { argumentOf, imagePath, shownName } from '../filename.js'
 import { formatInfo, type InfoDocument } from '../format/info.js'
 import { toJson } from '../format/json.js'
 import { snapshotDocuments } from '../format/snapshots.js'
-import { cacheMode, later, oneFile, outputOption, refuseDriverSyntax, toCacheMode } from '../grammar.js'
+import { cacheMode, later, oneFile, outputOption, refuseDriverSyntax, SOURCES, toCacheMode } from '../grammar.js'
 import { warnOfDamage, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import type { Session } from '../session.js'
@@ -29,7 +30,7 @@ export function declareInfo(program: Command, run: Runner): void {
     .description('Show the format, sizes, snapshots and features of an image, without opening what it names.')
     .usage('[options] FILENAME')
     .argument('[files...]', 'the image')
-    .option('-f, --format <fmt>', 'format of the image: qcow2 or raw (default: what it looks like)')
+    .option('-f, --format <fmt>', `format of the image: ${SOURCES} (default: what it looks like)`)
     .option('-b, --backing-chain', 'show every image of the backing chain')
     .option('-U, --force-share', 'open an image that another process uses')
     .addOption(outputOption('human', 'json'))
@@ -83,13 +84,13 @@ async function describeOther(
   format: string | undefined,
   session: Session,
 ): Promise<InfoDocument | undefined> {
-  if (filename === '' || format === 'qcow2' || format === 'raw') return undefined
+  if (filename === '' || isFormat(format)) return undefined
   const path = imagePath(filename)
   const { signal } = session
   const looks = await probe(path, { signal }).catch(error => {
     throw signal.aborted ? error : openFailure(filename, error)
   })
-  if (looks === 'qcow2' || looks === 'raw' || (format !== undefined && format !== looks)) return undefined
+  if (isFormat(looks) || (format !== undefined && format !== looks)) return undefined
   const { virtualSize } = await inspect(path, { signal })
   const stats = await stat(path)
   const { size, blocks } = stats
@@ -126,7 +127,7 @@ function infoDocument(filename: string, info: ImageInfo): InfoDocument {
     format: info.format,
     'virtual-size': info.virtualSize,
     'actual-size': info.actualSize,
-    ...(info.clusterSize !== undefined && info.format !== 'raw' && { 'cluster-size': info.clusterSize }),
+    ...(info.clusterSize !== undefined && { 'cluster-size': info.clusterSize }),
     ...(info.encrypted && { encrypted: true }),
     'dirty-flag': info.dirtyFlag,
     ...(info.backingFilename !== undefined && {
@@ -151,10 +152,11 @@ const fullName = (stored: string, info: ImageInfo): string =>
 /** A data file by the name of the file. */
 const dataFileName = (stored: string): string => (stored.startsWith('file:') ? shownName(stored) : stored)
 
-/** With what QEMU calls block limits, of the disk and of its file. A raw disk whose format was guessed takes whole sectors only. */
+/** With what QEMU calls block limits, of the disk and of its file. A disk whose format can only be guessed takes whole sectors then. */
 function withLimits(document: InfoDocument, { format, limits }: ImageInfo, guessed: boolean): InfoDocument {
   const { disk, file } = limits
-  const requestAlignment = format === 'raw' && guessed ? Math.max(512, disk.requestAlignment) : disk.requestAlignment
+  const requestAlignment =
+    guessed && !traitsOf(format).probed ? Math.max(512, disk.requestAlignment) : disk.requestAlignment
   return {
     ...document,
     limits: limitsDocument({ ...disk, requestAlignment }),

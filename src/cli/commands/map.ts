@@ -1,5 +1,6 @@
 import { stat, writeFile } from 'node:fs/promises'
 import { type Command, Option } from 'commander'
+import { isPlain } from '../../formats/table.js'
 import type { Image, ImageInfo } from '../../index.js'
 import { exactText, shownText, toName } from '../../text.js'
 import { CommandFailure } from '../failure.js'
@@ -9,7 +10,7 @@ import { Layout } from '../format/layout.js'
 import { humanMap, jsonMap, type MapWriter } from '../format/map.js'
 import { drawPicture, terminalGrid } from '../format/picture.js'
 import { drawSvg, svgGrid } from '../format/svg.js'
-import { oneFile, outputOption, refuseDriverSyntax } from '../grammar.js'
+import { oneFile, outputOption, refuseDriverSyntax, SOURCES } from '../grammar.js'
 import { withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import type { Session } from '../session.js'
@@ -32,7 +33,7 @@ export function declareMap(program: Command, run: Runner): void {
     .description('Show which parts of the disk hold data, and in which file: as a list or as a picture.')
     .usage('[options] FILENAME')
     .argument('[files...]', 'the image')
-    .option('-f, --format <fmt>', 'format of the image: qcow2 or raw (default: what it looks like)')
+    .option('-f, --format <fmt>', `format of the image: ${SOURCES} (default: what it looks like)`)
     .option('-s, --start-offset <offset>', 'begin here', text => sizeArgument('start offset', text))
     .option('-l, --max-length <length>', 'show no more than this', text => sizeArgument('max length', text))
     .option('-U, --force-share', 'open an image that another process uses')
@@ -122,8 +123,8 @@ async function drawFile(
 ): Promise<void> {
   const allocation = new Allocation(svgGrid(range.start, range.length))
   const { format, fileLength, formatSpecific } = await image.info()
-  // A raw file is its disk; offsets into an external data file say nothing about this one.
-  const own = format === 'qcow2' && formatSpecific?.dataFile === undefined
+  // Offsets into an external data file say nothing about this one.
+  const own = !isPlain(format) && formatSpecific?.dataFile === undefined
   const layout = own ? new Layout(range.start, range.length, fileLength) : undefined
   await survey(image, range, layout ? [allocation, layout] : [allocation], session)
   // An XML document is text.

@@ -1,11 +1,12 @@
 import type { Command } from 'commander'
-import { type LongRunning, type MeasureResult, measure } from '../../index.js'
+import { PLAIN_FORMAT } from '../../formats/table.js'
+import { type LongRunning, type MeasureResult, measure, type TargetFormat } from '../../index.js'
 import { optionSpecs, targetFormat, toCreateOptions } from '../create-options.js'
 import { describeError, openFailure } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
 import { imagePath } from '../filename.js'
 import { formatMeasure, measureJson } from '../format/measure.js'
-import { alias, optionList, outputOption, refuseDriverSyntax } from '../grammar.js'
+import { alias, optionList, outputOption, refuseDriverSyntax, SOURCES, TARGETS } from '../grammar.js'
 import { formatOf, snapshotOf } from '../images.js'
 import { parseOptionList } from '../options.js'
 import type { Runner } from '../program.js'
@@ -30,10 +31,10 @@ export function declareMeasure(program: Command, run: Runner): void {
     .description('Tell the size of the file that an image, or a new disk of a size, needs in a format.')
     .usage('[options] (--size SIZE | FILENAME)')
     .argument('[files...]', 'the image to be converted')
-    .option('-O, --target-format <fmt>', 'format of the planned image: qcow2 or raw', 'raw')
+    .option('-O, --target-format <fmt>', `format of the planned image: ${TARGETS}`, PLAIN_FORMAT)
     .option('-o, --options <list>', 'options of that format: name=value,...', optionList)
     .option('-s, --size <size>', 'a new disk of this size', text => sizeArgument('image size', text))
-    .option('-f, --format <fmt>', 'format of FILENAME: qcow2 or raw (default: what it looks like)')
+    .option('-f, --format <fmt>', `format of FILENAME: ${SOURCES} (default: what it looks like)`)
     .option('-l, --snapshot <snapshot>', 'measure this internal snapshot of FILENAME')
     .option('-U, --force-share', 'open an image that another process uses')
     .addOption(outputOption('human', 'json'))
@@ -77,9 +78,9 @@ async function measureWith(
   const target = targetFormat(options.targetFormat)
   const { preallocation, ...shape } = toCreateOptions(parseShape(options, target), target)
   // Nothing is opened by the name of the backing file, so its format does not matter.
-  const { backingFile, backingFormat = backingFile === undefined ? undefined : 'raw' } = shape
+  const { backingFile, backingFormat = backingFile === undefined ? undefined : PLAIN_FORMAT } = shape
   const create = { ...shape, backingFormat }
-  const plan = { to: target, ...(target === 'qcow2' && { create }), preallocation, ...job }
+  const plan = { to: target, create, preallocation, ...job }
   if (typeof source === 'bigint') {
     return measure({ size: toSize(source) }, plan).catch(error => {
       throw session.signal.aborted ? error : new CommandFailure(describeError(error), { cause: error })
@@ -100,7 +101,7 @@ async function measureWith(
   }
 }
 
-function parseShape({ options }: MeasureArguments, target: 'qcow2' | 'raw') {
+function parseShape({ options }: MeasureArguments, target: TargetFormat) {
   try {
     const values = parseOptionList(options ?? '', optionSpecs(target))
     // Whose bytes the data file has does not matter to the size of the image.

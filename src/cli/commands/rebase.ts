@@ -1,4 +1,5 @@
 import type { Command } from 'commander'
+import { can, isKnown } from '../../formats/table.js'
 import { type CacheMode, Qcow2Error, rebase } from '../../index.js'
 import { toName } from '../../text.js'
 import { describeError, openFailure, openHint, pathOf } from '../errors.js'
@@ -10,11 +11,9 @@ import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
 
-/** Names that QEMU has for what a backing file can be, beside qcow2 and raw. */
-const OTHER_FORMATS: ReadonlySet<string> = new Set(
-  'bochs cloop dmg file ftp ftps host_cdrom host_device http https luks nbd nvme parallels qcow qed rbd ssh vdi vhdx vmdk vpc vvfat'.split(
-    ' ',
-  ),
+/** Names that QEMU has for what a backing file can be, beside formats. */
+const PROTOCOLS: ReadonlySet<string> = new Set(
+  'file ftp ftps host_cdrom host_device http https nbd nvme rbd ssh vvfat'.split(' '),
 )
 
 interface RebaseArguments {
@@ -70,10 +69,10 @@ async function rebaseFile(files: readonly string[], options: RebaseArguments, se
   // Opened once before anything else: what is wrong with the image is said in its name.
   await withImage({ filename, format: options.format, references }, session, async () => undefined)
   const from = await formatOf(filename, options.format, session)
-  if (compress && from !== 'qcow2') throw new CommandFailure('Compression not supported for this file format')
+  if (compress && !can(from, 'compress')) throw new CommandFailure('Compression not supported for this file format')
   const backingFormat = toFormat(options.backingFormat)
   const next = backing === undefined || backing === '' ? null : backing
-  if (from !== 'qcow2') throw changeFailure(next, 'Operation not supported')
+  if (!can(from, 'rebase')) throw changeFailure(next, 'Operation not supported')
   if (next !== null && backingFormat === undefined) throw changeFailure(next, 'backing format must be specified')
   const choice = { progress: options.progress ?? false, quiet, verb: 'Rebasing', step: 2 }
   const cache: CacheMode = toCacheMode(options.cache)
@@ -94,7 +93,7 @@ async function rebaseFile(files: readonly string[], options: RebaseArguments, se
 }
 
 function toFormat(name: string | undefined): string | undefined {
-  if (name === undefined || name === 'qcow2' || name === 'raw' || OTHER_FORMATS.has(name)) return name
+  if (name === undefined || isKnown(name) || PROTOCOLS.has(name)) return name
   throw new CommandFailure(`Invalid format name: '${name}'`)
 }
 

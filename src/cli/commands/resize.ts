@@ -1,9 +1,10 @@
 import type { Command } from 'commander'
+import { isPlain } from '../../formats/table.js'
 import type { Preallocation } from '../../index.js'
 import { describeError } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
 import type { IsOperand } from '../getopt.js'
-import { refuseDriverSyntax } from '../grammar.js'
+import { refuseDriverSyntax, SOURCES } from '../grammar.js'
 import { withImage } from '../images.js'
 import { parseValue } from '../options.js'
 import type { Runner } from '../program.js'
@@ -27,7 +28,7 @@ export function declareResize(program: Command, run: Runner): void {
     )
     .usage('[options] FILENAME [+ | -]SIZE')
     .argument('[files...]', 'the image and the size')
-    .option('-f, --format <fmt>', 'format of the image: qcow2 or raw (default: what it looks like)')
+    .option('-f, --format <fmt>', `format of the image: ${SOURCES} (default: what it looks like)`)
     .option('--shrink', 'allow a smaller size')
     .option('--preallocation <mode>', 'what the new part has: off, metadata, falloc or full', preallocationOf)
     .option('-q, --quiet', 'print nothing but errors')
@@ -45,7 +46,8 @@ async function resize(args: readonly string[], options: ResizeArguments, session
   const sign = /^[+-]/.exec(text)?.[0]
   const { shrink, preallocation } = options
   const amount = BigInt(parseValue({ name: 'size', type: 'size' }, sign === undefined ? text : text.slice(1)))
-  return withImage({ filename, format: options.format, flags: 'r+' }, session, async image => {
+  const unwritable = 'Image format driver does not support resize'
+  return withImage({ filename, format: options.format, flags: 'r+', unwritable }, session, async image => {
     const now = BigInt(image.virtualSize)
     const wanted = sign === '+' ? now + amount : sign === '-' ? now - amount : amount
     if (wanted <= 0n) throw new CommandFailure('New image size must be positive')
@@ -60,7 +62,7 @@ async function resize(args: readonly string[], options: ResizeArguments, session
       )
     }
     // Like qemu-img: a raw disk is filled up to whole sectors, one with metadata has to be told so.
-    if (wanted % 512n !== 0n && (await image.info()).format === 'qcow2') {
+    if (wanted % 512n !== 0n && !isPlain((await image.info()).format)) {
       throw new CommandFailure('The new size must be a multiple of 512')
     }
     const sectors = ((wanted + 511n) / 512n) * 512n

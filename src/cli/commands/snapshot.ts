@@ -62,7 +62,8 @@ async function snapshot(filename: string, options: SnapshotArguments, session: S
     throw new CommandFailure(`Could not open '${filename}': force-share=on can only be used with read-only images`)
   }
   const verb = create !== undefined ? 'create' : apply !== undefined ? 'apply' : 'delete'
-  return withImage({ ...at, flags: 'r+' }, session, async image => {
+  const unwritable = `Could not ${verb} snapshot '${named}': ${UNSUPPORTED[verb]}`
+  return withImage({ ...at, flags: 'r+', unwritable }, session, async image => {
     await change(image, verb, named).catch(error => {
       if (session.signal.aborted || error instanceof CommandFailure) throw error
       throw new CommandFailure(`Could not ${verb} snapshot '${named}': ${describeError(error)}`, { cause: error })
@@ -70,6 +71,13 @@ async function snapshot(filename: string, options: SnapshotArguments, session: S
     return 0
   })
 }
+
+/** What qemu-img says where the format has no snapshots. */
+const UNSUPPORTED = {
+  create: 'Operation not supported',
+  apply: 'Block driver does not support snapshots',
+  delete: 'snapshot not found',
+} as const
 
 async function change(image: Image, verb: 'create' | 'apply' | 'delete', named: string): Promise<void> {
   if (verb === 'create') {

@@ -26,8 +26,8 @@ impl<'a> CopyableBitmaps<'a> {
     /// `UnsupportedFeature` for a raw or version 2 source; `Corrupt` for an inconsistent bitmap without `skip`.
     pub fn of(source: &'a Image, skip: bool) -> Result<Self> {
         let Some(source) = source.top_qcow2() else {
-            return Err(Error::new(ErrorKind::UnsupportedFeature, "a raw source has no bitmaps")
-                .with_field("bitmaps"));
+            let message = format!("a {} source has no bitmaps", source.format());
+            return Err(Error::new(ErrorKind::UnsupportedFeature, message).with_field("bitmaps"));
         };
         refuse_version_2(source)?;
         let (mut names, mut skipped) = (Vec::new(), Vec::new());

@@ -179,8 +179,10 @@ impl Image {
 }
 
 fn qcow2(disk: &Image) -> Result<&Qcow2> {
-    disk.top_qcow2()
-        .ok_or_else(|| Error::new(ErrorKind::UnsupportedFeature, "a raw disk has no persistent bitmaps"))
+    disk.top_qcow2().ok_or_else(|| {
+        let message = format!("a {} disk has no persistent bitmaps", disk.format());
+        Error::new(ErrorKind::UnsupportedFeature, message)
+    })
 }
 
 fn begin(disk: &Image) -> Result<Session<'_>> {

@@ -81,7 +81,13 @@ impl Image {
     /// [`Image::write_at`].
     pub fn compact(&self, options: CompactOptions, job: &Job) -> Result<CompactResult> {
         let Some(image) = self.top_qcow2() else {
-            let message = "a raw disk has no clusters to compact: discard gives its space back";
+            let message = match self.layers().first().and_then(|top| top.unit()) {
+                None => format!(
+                    "a {} disk has no clusters to compact: discard gives its space back",
+                    self.format()
+                ),
+                Some(_) => format!("compacting {} images is not supported", self.format()),
+            };
             return Err(Error::new(ErrorKind::UnsupportedFeature, message));
         };
         if options.dry_run {

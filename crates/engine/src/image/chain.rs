@@ -82,6 +82,11 @@ impl Image {
         self.chain.top().and_then(Layer::as_writable).filter(|layer| layer.is_writable())
     }
 
+    /// QEMU's name of the top layer's format.
+    pub fn format(&self) -> &'static str {
+        self.chain.top().map_or("raw", Layer::format)
+    }
+
     /// Size of the disk in bytes: the top layer's.
     pub fn virtual_size(&self) -> u64 {
         self.chain.virtual_size()

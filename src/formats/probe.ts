@@ -1,0 +1,45 @@
+/** Telling formats by the bytes of a file. */
+
+import { type FileBytes, startsWith } from './sizes.js'
+import { type FormatName, isFormat, type KnownFormat, ROWS } from './table.js'
+
+/**
+ * The format that the first bytes of a file (1024 are enough) have the magic number of. Undefined for everything else: that
+ * is not the same as raw.
+ */
+export function detectFormat(head: Buffer): FormatName | undefined {
+  const found = ROWS.find(
+    ([, { marks }]) =>
+      marks.magics?.some(({ bytes, offset }) => startsWith(head, bytes, offset)) || marks.matches?.(head) === true,
+  )
+  return found?.[0]
+}
+
+/** What a file of a format that is not opened says about itself. */
+export interface KnownImage {
+  readonly format: KnownFormat
+  /** Bytes of the disk; undefined where the file does not say. */
+  readonly virtualSize: number | undefined
+}
+
+/** What a file is of a format that is not opened, by its first bytes or by its last ones; undefined for everything else. */
+export async function describeKnown(file: FileBytes): Promise<KnownImage | undefined> {
+  const format = detectFormat(await file.at(0, 1024)) ?? (await byFooter(file))
+  if (format === undefined || isFormat(format)) return undefined
+  const row = ROWS.find(([name]) => name === format)?.[1]
+  // A file that is cut short has a format, and no size.
+  const size = await row?.virtualSize?.(file).catch((error: unknown) => {
+    if (error instanceof RangeError) return undefined
+    throw error
+  })
+  return { format, virtualSize: Number.isSafeInteger(size) ? size : undefined }
+}
+
+async function byFooter(file: FileBytes): Promise<FormatName | undefined> {
+  for (const [name, { marks }] of ROWS) {
+    if (marks.footer === undefined || file.length === undefined) continue
+    const start = file.length - marks.footer.length
+    if (start > 0 && startsWith(await file.at(start, marks.footer.length), marks.footer.bytes)) return name
+  }
+  return undefined
+}

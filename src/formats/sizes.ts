@@ -1,0 +1,110 @@
+/** How large the disk in a file is that is recognised and not opened: what the file itself says, in bytes. */
+
+/** The bytes of a file, or as many of them as there are. */
+export interface FileBytes {
+  /** Undefined where only its first bytes are known. */
+  readonly length: number | undefined
+  /** The bytes from `position` on: fewer where the file ends before. */
+  at(position: number, length: number): Promise<Buffer>
+}
+
+/** The disk's size in bytes; undefined where the file does not say. Throws a `RangeError` where it is cut short. */
+export type SizeReader = (file: FileBytes) => Promise<number | undefined>
+
+const SECTOR = 512
+
+/** The bytes of a magic number. */
+export const ascii = (text: string): Buffer => Buffer.from(text, 'latin1')
+
+/** Whether a file has these bytes at an offset. */
+export const startsWith = (head: Buffer, bytes: Buffer, offset = 0): boolean =>
+  head.subarray(offset, offset + bytes.length).equals(bytes)
+
+const u64le = (bytes: Buffer, offset: number): number => Number(bytes.readBigUInt64LE(offset))
+const u64be = (bytes: Buffer, offset: number): number => Number(bytes.readBigUInt64BE(offset))
+
+/** A structure of 512 bytes that is at the end of the file, or a copy of it at its start. */
+async function trailer(file: FileBytes, magic: string): Promise<Buffer> {
+  const head = await file.at(0, 512)
+  if (startsWith(head, ascii(magic)) || file.length === undefined) return head
+  return file.at(Math.max(0, file.length - 512), 512)
+}
+
+/** Version 2 has a reserved field in front of the size. */
+export const bochsSize: SizeReader = async file => {
+  const head = await file.at(0, 96)
+  return u64le(head, head.readUInt32LE(64) === 0x20000 ? 88 : 84)
+}
+
+export const cloopSize: SizeReader = async file => {
+  const head = await file.at(128, 8)
+  return head.readUInt32BE(0) * head.readUInt32BE(4)
+}
+
+export const dmgSize: SizeReader = async file => u64be(await trailer(file, 'koly'), 492) * SECTOR
+
+/** Version 1 has no size: it is the rest of the file. Version 2 keeps it in a document. */
+export const luksSize: SizeReader = async file => {
+  const head = await file.at(0, 108)
+  if (file.length === undefined || head.readUInt16BE(6) !== 1) return undefined
+  return Math.max(0, file.length - head.readUInt32BE(104) * SECTOR)
+}
+
+/** The older kind has a size of 32 bits. */
+export const parallelsSize: SizeReader = async file => {
+  const head = await file.at(0, 64)
+  const old = startsWith(head, ascii('WithoutFreeSpace'))
+  return (old ? head.readUInt32LE(36) : u64le(head, 36)) * SECTOR
+}
+
+export const qedSize: SizeReader = async file => u64le(await file.at(0, 56), 48)
+
+export const vdiSize: SizeReader = async file => u64le(await file.at(0, 376), 368)
+
+/** The longest descriptor that is looked at. */
+const DESCRIPTOR = 1 << 20
+
+export const vmdkSize: SizeReader = async file => {
+  const head = await file.at(0, 20)
+  if (startsWith(head, ascii('KDMV'))) return u64le(head, 12) * SECTOR
+  if (startsWith(head, ascii('COWD'))) return head.readUInt32LE(12) * SECTOR
+  const text = (await file.at(0, DESCRIPTOR)).toString('latin1')
+  // One line for each extent: how it is accessed, its sectors, its kind, its file.
+  const extents = text.matchAll(/^(?:RW|RDONLY|NOACCESS)[ \t]+(\d+)[ \t]+[A-Z]/gm)
+  return [...extents].reduce((sum, [, sectors]) => sum + Number(sectors) * SECTOR, 0)
+}
+
+/** Programs whose disks have the size that the footer says, not the one of its geometry. */
+const SIZED_CREATORS: ReadonlySet<string> = new Set(['win ', 'qem2', 'd2v ', 'tap\0', 'wa\0\0', 'CTXS'])
+const LARGEST_GEOMETRY = 65535 * 16 * 255
+
+export const vpcSize: SizeReader = async file => {
+  const footer = await trailer(file, 'conectix')
+  const sectors = footer.readUInt16BE(56) * footer.readUInt8(58) * footer.readUInt8(59)
+  const exact = SIZED_CREATORS.has(footer.toString('latin1', 28, 32)) || sectors >= LARGEST_GEOMETRY
+  return exact ? u64be(footer, 48) : sectors * SECTOR
+}
+
+/** GUIDs as they lie in the file. */
+const VHDX_METADATA = Buffer.from('06a27c8b90479a4bb8fe575f050f886e', 'hex')
+const VHDX_DISK_SIZE = Buffer.from('2442a52f1bcd7648b2115dbed83bf4b8', 'hex')
+const VHDX_REGIONS = 192 << 10
+const VHDX_TABLE = 64 << 10
+
+export const vhdxSize: SizeReader = async file => {
+  const region = findEntry(await file.at(VHDX_REGIONS, VHDX_TABLE), 16, 8, VHDX_METADATA)
+  if (region === undefined) return undefined
+  const start = u64le(region, 16)
+  if (!Number.isSafeInteger(start)) return undefined
+  const item = findEntry(await file.at(start, VHDX_TABLE), 32, 10, VHDX_DISK_SIZE)
+  return item && u64le(await file.at(start + item.readUInt32LE(16), 8), 0)
+}
+
+/** The entry of 32 bytes with this GUID in a table whose entries begin at `first`; their number is at `count`. */
+function findEntry(table: Buffer, first: number, count: number, guid: Buffer): Buffer | undefined {
+  const most = Math.min(table.readUInt16LE(count), Math.floor((table.length - first) / 32))
+  const entries = Array.from({ length: most }, (_, index) =>
+    table.subarray(first + index * 32, first + index * 32 + 32),
+  )
+  return entries.find(entry => startsWith(entry, guid))
+}

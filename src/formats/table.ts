@@ -1,0 +1,243 @@
+/**
+ * The formats of images, in one table: what each is known by, how it is opened, and what can be done with it. Names are QEMU's. A format
+ * that is opened has a row in `crates/node/src/formats.rs`, too; one that is made has its `-o` options in `cli/create-options.ts`.
+ */
+
+import {
+  ascii,
+  bochsSize,
+  cloopSize,
+  dmgSize,
+  luksSize,
+  parallelsSize,
+  qedSize,
+  type SizeReader,
+  startsWith,
+  vdiSize,
+  vhdxSize,
+  vmdkSize,
+  vpcSize,
+} from './sizes.js'
+
+/** Bytes that only files of one format have, at this offset (0 without it). */
+export interface Magic {
+  readonly bytes: Buffer
+  readonly offset?: number
+}
+
+/** What files of a format are known by: one of these. */
+export interface Marks {
+  readonly magics?: readonly Magic[]
+  /** What else its first bytes are. */
+  readonly matches?: (head: Buffer) => boolean
+  /** A structure at the end of the file that makes it one, too: its magic and its length. QEMU does not look for it. */
+  readonly footer?: { readonly bytes: Buffer; readonly length: number }
+}
+
+/** What only some formats can. */
+export type Ability =
+  /** Guest bytes can be changed, and the disk's size. */
+  | 'write'
+  /** Clusters can be written compressed. */
+  | 'compress'
+  | 'snapshots'
+  | 'bitmaps'
+  | 'check'
+  | 'compact'
+  | 'amend'
+  /** It can go into its backing file, and another can come under it. */
+  | 'commit'
+  | 'rebase'
+
+/** How an image of a format is opened, and what it can be: a source, a backing file, and more. */
+export interface Traits {
+  /** Opened without being named. False where a guest can write any bytes in front: then the caller has to say the format. */
+  readonly probed: boolean
+  /** The file is the disk: it has no metadata, and nobody needs to be kept from changing it. */
+  readonly plain: boolean
+  /** What else QEMU calls it where an image names the format of its backing file. */
+  readonly aliases: readonly string[]
+  /** Another image can lie below. */
+  readonly backingFile: boolean
+  /** Multiple in bytes that QEMU takes requests on the disk in. */
+  readonly requestAlignment: number
+  readonly can: readonly Ability[]
+  /** How new ones are made; absent where they are not. */
+  readonly create?: Creation
+}
+
+/** What a new image of a format can be made with. */
+export interface Creation {
+  /** Options of its shape. */
+  readonly shape: readonly string[]
+  readonly preallocation: readonly ('off' | 'metadata' | 'falloc' | 'full')[]
+}
+
+/** One format. It is opened if it has traits; else it is recognised, to be refused and to be told how large it is. */
+interface Row {
+  readonly marks: Marks
+  readonly image?: Traits
+  readonly virtualSize?: SizeReader
+}
+
+const QCOW = ascii('QFI\xfb')
+const QCOW_VERSION_1 = ascii('QFI\xfb\0\0\0\x01')
+
+/** Those that are opened first, in the order in which messages name them. */
+const FORMATS = {
+  qcow2: {
+    // Version 1 is another format of the same magic; an unknown version is this one's to refuse.
+    marks: { matches: head => startsWith(head, QCOW) && !startsWith(head, QCOW_VERSION_1) },
+    image: {
+      probed: true,
+      plain: false,
+      aliases: [],
+      backingFile: true,
+      requestAlignment: 1,
+      can: ['write', 'compress', 'snapshots', 'bitmaps', 'check', 'compact', 'amend', 'commit', 'rebase'],
+      create: {
+        shape: [
+          'version',
+          'clusterSize',
+          'extendedL2',
+          'compressionType',
+          'preallocation',
+          'refcountBits',
+          'lazyRefcounts',
+          'backingFile',
+          'backingFormat',
+          'dataFile',
+          'dataFileRaw',
+          'keepDataFile',
+        ],
+        preallocation: ['off', 'metadata', 'falloc', 'full'],
+      },
+    },
+  },
+  raw: {
+    marks: {},
+    image: {
+      probed: false,
+      plain: true,
+      aliases: ['file', 'host_device'],
+      backingFile: false,
+      requestAlignment: 1,
+      can: ['write'],
+      create: { shape: ['preallocation'], preallocation: ['off', 'falloc', 'full'] },
+    },
+  },
+  qcow: {
+    marks: { magics: [{ bytes: QCOW_VERSION_1 }] },
+    image: { probed: true, plain: false, aliases: [], backingFile: true, requestAlignment: 512, can: [] },
+  },
+  bochs: { marks: { magics: [{ bytes: ascii('Bochs Virtual HD Image') }] }, virtualSize: bochsSize },
+  cloop: { marks: { magics: [{ bytes: ascii('#!/bin/sh\n#V2.0 Format\nmodprobe cloop') }] }, virtualSize: cloopSize },
+  dmg: {
+    marks: { magics: [{ bytes: ascii('koly') }], footer: { bytes: ascii('koly'), length: 512 } },
+    virtualSize: dmgSize,
+  },
+  luks: { marks: { magics: [{ bytes: ascii('LUKS\xba\xbe') }] }, virtualSize: luksSize },
+  parallels: {
+    marks: { magics: [{ bytes: ascii('WithoutFreeSpace') }, { bytes: ascii('WithouFreSpacExt') }] },
+    virtualSize: parallelsSize,
+  },
+  qed: { marks: { magics: [{ bytes: ascii('QED\0') }] }, virtualSize: qedSize },
+  vdi: { marks: { magics: [{ bytes: Buffer.from([0x7f, 0x10, 0xda, 0xbe]), offset: 0x40 }] }, virtualSize: vdiSize },
+  vhdx: { marks: { magics: [{ bytes: ascii('vhdxfile') }] }, virtualSize: vhdxSize },
+  vmdk: {
+    marks: { magics: [{ bytes: ascii('KDMV') }, { bytes: ascii('COWD') }], matches: isVmdkDescriptor },
+    virtualSize: vmdkSize,
+  },
+  vpc: {
+    marks: { magics: [{ bytes: ascii('conectix') }], footer: { bytes: ascii('conectix'), length: 512 } },
+    virtualSize: vpcSize,
+  },
+} as const satisfies Readonly<Record<string, Row>>
+
+/** A VMDK descriptor is a text file: comments and blank lines, then `version=` 1 to 3. */
+function isVmdkDescriptor(head: Buffer): boolean {
+  const text = head.toString('latin1')
+  return /^#\s*Disk DescriptorFile/i.test(text) || /^(?:#[^\n]*\n| *\r?\n)*version=[123]\r?\n/.test(text)
+}
+
+type Table = typeof FORMATS
+/** Every name of the table. */
+export type FormatName = keyof Table
+
+/**
+ * The formats that images are read in, by QEMU's names. `qcow` is version 1 of qcow2.
+ *
+ * @useDeclaredType
+ */
+export type Format = { [N in FormatName]: Table[N] extends { readonly image: Traits } ? N : never }[FormatName]
+
+/**
+ * The formats that new images are made in.
+ *
+ * @useDeclaredType
+ */
+export type TargetFormat = {
+  [N in Format]: Table[N]['image'] extends { readonly create: Creation } ? N : never
+}[Format]
+
+/**
+ * Formats that are recognised in order to refuse them.
+ *
+ * @useDeclaredType
+ */
+export type KnownFormat = Exclude<FormatName, Format>
+
+/** The names of the options that the shape of a new image can have. */
+export type ShapeOption = Table[TargetFormat]['image']['create']['shape'][number]
+
+/** What makes a file one of its format. */
+export const ROWS: readonly (readonly [FormatName, Row])[] = Object.entries(FORMATS) as [FormatName, Row][]
+
+/** What is opened where nothing says otherwise, and what new images are unless the caller says so. */
+export const DEFAULT_FORMAT: Format & TargetFormat = 'qcow2'
+
+/** A file of which nothing else is known: its bytes are the disk. */
+export const PLAIN_FORMAT: Format & TargetFormat = 'raw'
+
+/** Whether there is a format of that name, opened or not. */
+export const isKnown = (name: string): name is FormatName => Object.hasOwn(FORMATS, name)
+
+/** Whether images are opened in the format. */
+export const isFormat = (name: string | undefined): name is Format =>
+  name !== undefined && isKnown(name) && 'image' in FORMATS[name]
+
+/** Whether new images are made in the format. */
+export const isTarget = (name: string): name is TargetFormat => isFormat(name) && 'create' in FORMATS[name].image
+
+/** Formats that are opened. */
+export const SOURCE_FORMATS: readonly Format[] = ROWS.map(([name]) => name).filter(isFormat)
+
+/** Formats that are made. */
+export const TARGET_FORMATS: readonly TargetFormat[] = SOURCE_FORMATS.filter(isTarget)
+
+/** How an image of the format is opened, and what it can be. */
+export const traitsOf = (format: Format): Traits => FORMATS[format].image
+
+/** What a new image of the format can be made with. */
+export const creationOf = (format: TargetFormat): Creation => FORMATS[format].image.create
+
+/** Whether the file is the disk. */
+export const isPlain = (format: Format): boolean => traitsOf(format).plain
+
+/** Whether a format has an ability. */
+export const can = (format: Format, ability: Ability): boolean => traitsOf(format).can.includes(ability)
+
+/** The format that is opened under a name which an image has for its backing file's. */
+export const formatNamed = (name: string): Format | undefined =>
+  SOURCE_FORMATS.find(format => format === name || traitsOf(format).aliases.includes(name))
+
+/** `a, b or c` */
+export const listed = (names: readonly string[], word: 'and' | 'or'): string =>
+  names.length < 2 ? names.join() : `${names.slice(0, -1).join(', ')} ${word} ${names.at(-1)}`
+
+/** `'a', 'b' or 'c'` */
+export const quoted = (names: readonly string[]): string =>
+  listed(
+    names.map(name => `'${name}'`),
+    'or',
+  )
