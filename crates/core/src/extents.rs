@@ -121,7 +121,7 @@ impl Walk<'_> {
                         _ => ExtentKind::Data,
                     };
                     if holes != Holes::Ignored {
-                        return self.host_runs(file, start, place.host, length, depth, kind);
+                        return self.host_runs(file, segment, place, depth, kind);
                     }
                 }
                 (ExtentKind::Data, Some(place))
@@ -136,14 +136,12 @@ impl Walk<'_> {
         Ok(())
     }
 
-    /// Splits a stored range by the holes of its file.
-    #[allow(clippy::too_many_arguments, reason = "one range in two address spaces")]
+    /// Splits a segment, which is stored at `place`, by the holes of its file.
     fn host_runs(
         &mut self,
         storage: &Arc<dyn Storage>,
-        start: u64,
-        host: u64,
-        length: u64,
+        &Segment { start, length, .. }: &Segment,
+        Place { host, .. }: Place,
         depth: usize,
         kind: impl Fn(bool) -> ExtentKind,
     ) -> Result<()> {

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
 
 use proptest::prelude::*;
-use qcow2_format::header::extension::{BitmapsExtension, Extension};
+use qcow2_format::header::extension::{BitmapsExtension, Extension, HEAD_LENGTH, Places};
 use qcow2_format::header::feature::{Autoclear, Compatible, Incompatible};
 use qcow2_format::{CompressionType, CryptMethod, FormatError, Geometry, Header, HostOffset};
 
@@ -55,6 +55,40 @@ fn fields_lie_where_the_specification_puts_them() {
     let name = be(&bytes[8..16]) as usize;
     assert_eq!(be(&bytes[16..20]), 10);
     assert_eq!(&bytes[name..], b"base.qcow2");
+}
+
+#[test]
+fn extensions_are_found_where_they_were_encoded() {
+    let bitmaps =
+        BitmapsExtension { count: 1, reserved: 0, directory_size: 32, directory_offset: HostOffset(0x50000) };
+    let unknown = Extension::Unknown { magic: 0x1234_5678, data: b"odd".to_vec() };
+    for backing_file in [None, Some(b"base".to_vec())] {
+        let mut h = header();
+        h.backing_file = backing_file;
+        h.extensions = vec![unknown.clone()];
+        let without = Places::find(&padded(h.encode().unwrap())).unwrap();
+        assert_eq!(without, Places { bitmaps: None, end: 112 + 16 });
+        h.extensions = vec![unknown.clone(), Extension::Bitmaps(bitmaps), unknown.clone()];
+        let mut bytes = padded(h.encode().unwrap());
+        let with = Places::find(&bytes).unwrap();
+        let at = without.end as usize + HEAD_LENGTH;
+        assert_eq!(
+            with,
+            Places { bitmaps: Some(at as u64), end: (at + BitmapsExtension::LENGTH + 16) as u64 }
+        );
+        assert_eq!(bytes[at - HEAD_LENGTH..at], BitmapsExtension::head());
+        assert_eq!(bytes[at..at + BitmapsExtension::LENGTH], bitmaps.encode());
+        let (field, place) = BitmapsExtension::directory_patch(HostOffset(0x70000));
+        bytes[at + field as usize..][..8].copy_from_slice(&place);
+        let moved = BitmapsExtension { directory_offset: HostOffset(0x70000), ..bitmaps };
+        assert_eq!(Header::parse(&bytes).unwrap().bitmaps(), Some(&moved));
+    }
+    assert!(Places::find(&header().encode().unwrap()[..100]).is_err());
+}
+
+fn padded(mut bytes: Vec<u8>) -> Vec<u8> {
+    bytes.resize(65536, 0);
+    bytes
 }
 
 #[test]

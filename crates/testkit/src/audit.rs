@@ -1,5 +1,6 @@
 //! A second opinion on refcounts, straight from the specification and from bytes in memory: fast enough to judge a
-//! hundred thousand crash states. It reports what a repair could not ignore; leaks are counted, not reported.
+//! hundred thousand crash states. It reports what a repair could not ignore; leaks are counted, not reported. Like the slow
+//! reader it decodes entries by itself, and not by the format crate.
 
 use std::collections::HashMap;
 

@@ -1,5 +1,6 @@
 //! The slow reader: decodes one guest sector at a time, straight from the specification, with no cache and
-//! no plan. It reads sound images only and shares no code with the engine, so the two can be compared.
+//! no plan. It reads sound images only and shares no code with the engine, so the two can be compared. On purpose it has
+//! masks and offsets of its own, those of the forge, and not those of the format crate: a mistake there must show.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;

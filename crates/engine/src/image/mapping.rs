@@ -56,8 +56,8 @@ pub(crate) struct Mapping {
 /// Slices loaded without the lock: one, or those of a piece of a table.
 #[derive(Debug, Default)]
 pub(crate) struct Loaded {
-    /// Host offset of the first one.
-    offset: u64,
+    /// Where the first one is.
+    offset: HostOffset,
     slices: Vec<Slice>,
     generation: u64,
 }
@@ -69,8 +69,8 @@ impl Loaded {
     }
 
     /// The slice at `offset`.
-    fn slice(&self, offset: u64, slice_bytes: u64) -> Option<&Slice> {
-        let index = offset.checked_sub(self.offset)? / slice_bytes;
+    fn slice(&self, offset: HostOffset, slice_bytes: u64) -> Option<&Slice> {
+        let index = offset.0.checked_sub(self.offset.0)? / slice_bytes;
         self.slices.get(usize::try_from(index).ok()?)
     }
 }
@@ -78,10 +78,10 @@ impl Loaded {
 /// A slice that planning needs and memory does not have.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Missing {
-    pub(crate) offset: u64,
+    pub(crate) offset: HostOffset,
     pub(crate) generation: u64,
-    /// Guest offset that needs it.
-    pub(crate) guest: u64,
+    /// What needs it.
+    pub(crate) guest: GuestOffset,
 }
 
 impl Mapping {
@@ -99,11 +99,11 @@ impl Mapping {
     }
 
     /// The slice at `offset`, from memory only.
-    pub(crate) fn slice(&self, cache: &SliceCache, offset: u64, loaded: &Loaded) -> Option<Slice> {
-        if let Some(slice) = self.dirty.get(&offset) {
+    pub(crate) fn slice(&self, cache: &SliceCache, offset: HostOffset, loaded: &Loaded) -> Option<Slice> {
+        if let Some(slice) = self.dirty.get(&offset.0) {
             return Some(Arc::clone(slice));
         }
-        cache.peek(offset).or_else(|| {
+        cache.peek(offset.0).or_else(|| {
             let current = loaded.generation == self.generation;
             loaded.slice(offset, cache.slice_bytes()).filter(|_| current).cloned()
         })
@@ -139,7 +139,7 @@ impl Qcow2 {
         while at < range.end {
             let missing = self.plan_from_memory(&mut at, range.end, &loaded, &mut plan)?;
             let Some(missing) = missing else { break };
-            let pieces = self.pieces(at, range.end, missing.offset);
+            let pieces = self.pieces(at..range.end, missing.offset);
             loaded = match pieces {
                 // What is not kept is not found where the mapping changed meanwhile: the second time it is.
                 2.. if stopped != Some(at) => self.load_slices(missing, pieces)?,
@@ -150,20 +150,19 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// How many slices from the one at host offset `offset`, which maps `at`, are worth reading at once, past the cache:
+    /// How many slices from the one at `offset`, which maps the start of `guest`, are worth reading at once, past the cache:
     /// those of the table, where so much is planned that nobody means to read all of it.
-    fn pieces(&self, at: u64, end: u64, offset: u64) -> u64 {
+    fn pieces(&self, guest: Range<u64>, offset: HostOffset) -> u64 {
         let g = self.geometry();
-        if (end - at) >> g.cluster_bits() < WIDE {
+        if (guest.end - guest.start) >> g.cluster_bits() < WIDE {
             return 1;
         }
-        let table_end = (offset | (g.cluster_size() - 1)) + 1;
-        (table_end - offset).min(MAX_PIECE) / self.slices.slice_bytes()
+        (g.cluster_size() - g.in_cluster(offset.0)).min(MAX_PIECE) / self.slices.slice_bytes()
     }
 
     /// Reads `count` slices of a table at once, without the lock, and keeps them for the caller alone.
     fn load_slices(&self, missing: Missing, count: u64) -> Result<Loaded> {
-        match self.slices.load_uncached(&**self.storage(), missing.offset, count) {
+        match self.slices.load_uncached(&**self.storage(), missing.offset.0, count) {
             Ok(slices) => Ok(Loaded { offset: missing.offset, slices, generation: missing.generation }),
             // A table that the file's end cuts is an error only where it is needed.
             Err(error) if error.kind() == ErrorKind::Corrupt => self.load_slice(missing),
@@ -173,7 +172,7 @@ impl Qcow2 {
 
     /// Reads a slice that was missing, without the lock.
     pub(crate) fn load_slice(&self, missing: Missing) -> Result<Loaded> {
-        let slice = self.slices.load(&**self.storage(), missing.offset);
+        let slice = self.slices.load(&**self.storage(), missing.offset.0);
         let slice = slice.map_err(|e| self.in_table(e, missing.guest))?;
         Ok(Loaded { offset: missing.offset, slices: vec![slice], generation: missing.generation })
     }
@@ -198,9 +197,10 @@ impl Qcow2 {
                 *at = table_end;
                 continue;
             };
-            let (offset, mut index) = self.slices.locate(table.0, g.l2_index(GuestOffset(*at)));
+            let (offset, mut index) = self.slices.locate(table, g.l2_index(GuestOffset(*at)));
             let Some(slice) = mapping.slice(&self.slices, offset, loaded) else {
-                return Ok(Some(Missing { offset, generation: mapping.generation, guest: *at }));
+                let (generation, guest) = (mapping.generation, GuestOffset(*at));
+                return Ok(Some(Missing { offset, generation, guest }));
             };
             while index < self.slices.entries() && *at < end {
                 let cluster = g.cluster_start(*at);
@@ -317,9 +317,9 @@ impl Qcow2 {
     }
 
     /// A table that could not be read, with the guest offset that needed it.
-    fn in_table(&self, error: Error, guest: u64) -> Error {
+    fn in_table(&self, error: Error, guest: GuestOffset) -> Error {
         if error.kind() == ErrorKind::Corrupt {
-            let message = format!("the L2 table for guest offset {guest:#x} lies outside the file");
+            let message = format!("the L2 table for guest offset {guest} lies outside the file");
             let mut e = self.error(ErrorKind::Corrupt, message).with_field("L1 entry");
             if let Some(offset) = error.offset() {
                 e = e.with_offset(offset);

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use qcow2_format::{Geometry, L2Entry, l2, words};
+use qcow2_format::{Geometry, HostOffset, L2Entry, l2, words};
 use quick_cache::sync::{Cache, GuardResult};
 
 use crate::{MemMut, Result, Storage, StorageExt};
@@ -43,10 +43,10 @@ impl SliceCache {
     }
 
     /// Host offset of the slice that holds entry `l2_index` of the L2 table at `table`, and the entry's index in it.
-    pub(crate) fn locate(&self, table: u64, l2_index: u64) -> (u64, u64) {
+    pub(crate) fn locate(&self, table: HostOffset, l2_index: u64) -> (HostOffset, u64) {
         let entries = self.entries();
         // A table offset has at most 56 bits.
-        (table + l2_index / entries * self.bytes, l2_index % entries)
+        (HostOffset(table.0 + l2_index / entries * self.bytes), l2_index % entries)
     }
 
     /// The slice at `offset`, where it is cached.

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use qcow2_format::{HostOffset, L2Mapping, SubclusterKind};
+use qcow2_format::{GuestOffset, HostOffset, L2Mapping, SubclusterKind};
 
 use super::alloc::{Wish, chunk_clusters};
 use super::inflight::Registration;
@@ -103,11 +103,12 @@ impl Writer {
     pub(super) fn plan_write(&self, image: &Qcow2, range: Range<u64>, loaded: &Loaded) -> Result<Step<'_>> {
         let g = image.geometry();
         let mapping = image.mapping.read();
-        let Some(SlicePlace { offset, index }) = exclusive_slice(image, &mapping.l1, range.start)? else {
+        let start = GuestOffset(range.start);
+        let Some(SlicePlace { offset, index }) = exclusive_slice(image, &mapping.l1, start)? else {
             return Ok(Step::NeedsTable);
         };
         let Some(slice) = mapping.slice(&image.slices, offset, loaded) else {
-            return Ok(Step::Missing(Missing { offset, generation: mapping.generation, guest: range.start }));
+            return Ok(Step::Missing(Missing { offset, generation: mapping.generation, guest: start }));
         };
         let guest = g.cluster_start(range.start);
         let mut old = Vec::new();
@@ -166,7 +167,8 @@ impl Writer {
     pub(super) fn plan_change(&self, image: &Qcow2, range: Range<u64>) -> Result<Step<'_>> {
         let g = image.geometry();
         let mapping = image.mapping.read();
-        let Some(SlicePlace { index, .. }) = exclusive_slice(image, &mapping.l1, range.start)? else {
+        let start = GuestOffset(range.start);
+        let Some(SlicePlace { index, .. }) = exclusive_slice(image, &mapping.l1, start)? else {
             return Ok(Step::NeedsTable);
         };
         let first = g.cluster_index(range.start);

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use qcow2_format::L2Mapping;
+use qcow2_format::{GuestOffset, L2Mapping};
 
 use super::quarantine::Unlinked;
 use super::table::{SlicePlace, exclusive_slice};
@@ -49,12 +49,13 @@ impl Writer {
     ) -> Result<Option<Missing>> {
         let g = *image.geometry();
         let mut mapping = image.mapping.write();
-        let place = exclusive_slice(image, &mapping.l1, change.guest)?;
+        let guest = GuestOffset(change.guest);
+        let place = exclusive_slice(image, &mapping.l1, guest)?;
         let Some(SlicePlace { offset, index }) = place else {
             return Err(image.error(ErrorKind::Internal, "the L2 table of a registered run is not exclusive"));
         };
         let Some(mut slice) = mapping.slice(&image.slices, offset, loaded) else {
-            return Ok(Some(Missing { offset, generation: mapping.generation, guest: change.guest }));
+            return Ok(Some(Missing { offset, generation: mapping.generation, guest }));
         };
         let mut updates = Vec::new();
         for number in 0..change.clusters {
@@ -69,7 +70,7 @@ impl Writer {
             return Ok(None);
         }
         // A reader's copy stays as it was; without one the words change in place.
-        mapping.dirty.remove(&offset);
+        mapping.dirty.remove(&offset.0);
         let words = Arc::make_mut(&mut slice);
         for (index, old, new) in updates {
             image.slices.set_entry(words, index, new.encode(&g));
@@ -77,7 +78,7 @@ impl Writer {
                 unlink(&old, &new, change.punch, &g, &mut mapping.unlinked);
             }
         }
-        mapping.dirty.insert(offset, slice);
+        mapping.dirty.insert(offset.0, slice);
         mapping.generation += 1;
         mapping.links_need_barrier |= change.barrier;
         Ok(None)

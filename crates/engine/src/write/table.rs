@@ -13,19 +13,19 @@ use crate::{ErrorKind, Result, StorageExt};
 /// The slice of an exclusive L2 table that maps a guest offset.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct SlicePlace {
-    /// Host offset of the slice.
-    pub(super) offset: u64,
+    /// Where the slice is.
+    pub(super) offset: HostOffset,
     /// Index in it of the entry for the guest offset.
     pub(super) index: u64,
 }
 
 /// Where the slice for a guest offset is, if it can be changed in place.
-pub(super) fn exclusive_slice(image: &Qcow2, l1: &[u64], guest: u64) -> Result<Option<SlicePlace>> {
+pub(super) fn exclusive_slice(image: &Qcow2, l1: &[u64], guest: GuestOffset) -> Result<Option<SlicePlace>> {
     let g = image.geometry();
-    let entry = L1Entry(l1.get(g.l1_index(GuestOffset(guest)) as usize).copied().unwrap_or(0));
-    let table = entry.table(g).map_err(|e| image.corrupt_entry(e, guest))?;
+    let entry = L1Entry(l1.get(g.l1_index(guest) as usize).copied().unwrap_or(0));
+    let table = entry.table(g).map_err(|e| image.corrupt_entry(e, guest.0))?;
     Ok(table.filter(|_| entry.copied()).map(|table| {
-        let (offset, index) = image.slices.locate(table.0, g.l2_index(GuestOffset(guest)));
+        let (offset, index) = image.slices.locate(table, g.l2_index(guest));
         SlicePlace { offset, index }
     }))
 }
@@ -36,17 +36,18 @@ impl Writer {
     pub(super) fn prepare_table(&self, image: &Qcow2, guest: u64) -> Result<()> {
         let _one = self.tables.lock();
         let g = *image.geometry();
-        let index = g.l1_index(GuestOffset(guest)) as usize;
+        let guest = GuestOffset(guest);
+        let index = g.l1_index(guest) as usize;
         let old = {
             let mapping = image.mapping.read();
             if exclusive_slice(image, &mapping.l1, guest)?.is_some() {
                 return Ok(());
             }
             let Some(&entry) = mapping.l1.get(index) else {
-                let message = format!("guest offset {guest:#x} is beyond the L1 table");
+                let message = format!("guest offset {guest} is beyond the L1 table");
                 return Err(image.error(ErrorKind::Corrupt, message).with_field("l1_size"));
             };
-            L1Entry(entry).table(&g).map_err(|e| image.corrupt_entry(e, guest))?
+            L1Entry(entry).table(&g).map_err(|e| image.corrupt_entry(e, guest.0))?
         };
         let slice_bytes = image.slices.slice_bytes();
         let slices = g.cluster_size() / slice_bytes;
@@ -54,7 +55,7 @@ impl Writer {
         for number in 0..slices {
             words.push(match old {
                 // A shared table does not change, and `tables` keeps others from replacing it.
-                Some(table) => self.shared_slice(image, table.0 + number * slice_bytes, guest)?,
+                Some(table) => self.shared_slice(image, HostOffset(table.0 + number * slice_bytes), guest)?,
                 None => vec![0; (slice_bytes / 8) as usize].into(),
             });
         }
@@ -99,7 +100,7 @@ impl Writer {
         storage.reserve(self.l1_offset() + l1_index as u64 * 8, 8)
     }
 
-    fn shared_slice(&self, image: &Qcow2, offset: u64, guest: u64) -> Result<Arc<[u64]>> {
+    fn shared_slice(&self, image: &Qcow2, offset: HostOffset, guest: GuestOffset) -> Result<Arc<[u64]>> {
         let found = image.mapping.read().slice(&image.slices, offset, &Default::default());
         match found {
             Some(slice) => Ok(slice),

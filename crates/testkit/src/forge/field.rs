@@ -1,4 +1,5 @@
-//! Byte offsets of the header's fields, and the numbers that appear in them, from the specification.
+//! Byte offsets of the header's fields, and the numbers that appear in them, from the specification. A second table on
+//! purpose: the format crate's is judged by it.
 
 /// "QFI\xfb".
 pub const MAGIC: u32 = 0x5146_49fb;
