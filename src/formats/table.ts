@@ -73,11 +73,36 @@ export interface Creation {
   readonly preallocation: readonly ('off' | 'metadata' | 'falloc' | 'full')[]
 }
 
-/** One format. It is opened if it has traits; else it is recognised, to be refused and to be told how large it is. */
+/** The formats that images are read in, by QEMU's names. `qcow` is version 1 of qcow2. */
+export type Format = 'qcow2' | 'raw' | 'qcow'
+
+/** The formats that new images are made in. */
+export type TargetFormat = 'qcow2' | 'raw'
+
+/** Formats that are recognised in order to refuse them. */
+export type KnownFormat = 'bochs' | 'cloop' | 'dmg' | 'luks' | 'parallels' | 'qed' | 'vdi' | 'vhdx' | 'vmdk' | 'vpc'
+
+/** Every format of the table. */
+export type FormatName = Format | KnownFormat
+
+/** One format. */
 interface Row {
   readonly marks: Marks
+  /** Of those that are opened. */
   readonly image?: Traits
+  /** Of the others. */
   readonly virtualSize?: SizeReader
+  /** Its disks are encrypted, all of them. */
+  readonly encrypted?: boolean
+}
+
+/** The table has a row for each name of the types above, and no other: the documentation shows those. */
+type Table = {
+  readonly [N in Exclude<Format, TargetFormat>]: Row & { readonly image: Traits & { readonly create?: never } }
+} & {
+  readonly [N in TargetFormat]: Row & { readonly image: Traits & { readonly create: Creation } }
+} & {
+  readonly [N in KnownFormat]: Row & { readonly image?: never; readonly virtualSize: SizeReader }
 }
 
 const QCOW = ascii('QFI\xfb')
@@ -136,7 +161,7 @@ const FORMATS = {
     marks: { magics: [{ bytes: ascii('koly') }], footer: { bytes: ascii('koly'), length: 512 } },
     virtualSize: dmgSize,
   },
-  luks: { marks: { magics: [{ bytes: ascii('LUKS\xba\xbe') }] }, virtualSize: luksSize },
+  luks: { marks: { magics: [{ bytes: ascii('LUKS\xba\xbe') }] }, virtualSize: luksSize, encrypted: true },
   parallels: {
     marks: { magics: [{ bytes: ascii('WithoutFreeSpace') }, { bytes: ascii('WithouFreSpacExt') }] },
     virtualSize: parallelsSize,
@@ -152,7 +177,7 @@ const FORMATS = {
     marks: { magics: [{ bytes: ascii('conectix') }], footer: { bytes: ascii('conectix'), length: 512 } },
     virtualSize: vpcSize,
   },
-} as const satisfies Readonly<Record<string, Row>>
+} as const satisfies Table
 
 /** A VMDK descriptor is a text file: comments and blank lines, then `version=` 1 to 3. */
 function isVmdkDescriptor(head: Buffer): boolean {
@@ -160,35 +185,8 @@ function isVmdkDescriptor(head: Buffer): boolean {
   return /^#\s*Disk DescriptorFile/i.test(text) || /^(?:#[^\n]*\n| *\r?\n)*version=[123]\r?\n/.test(text)
 }
 
-type Table = typeof FORMATS
-/** Every name of the table. */
-export type FormatName = keyof Table
-
-/**
- * The formats that images are read in, by QEMU's names. `qcow` is version 1 of qcow2.
- *
- * @useDeclaredType
- */
-export type Format = { [N in FormatName]: Table[N] extends { readonly image: Traits } ? N : never }[FormatName]
-
-/**
- * The formats that new images are made in.
- *
- * @useDeclaredType
- */
-export type TargetFormat = {
-  [N in Format]: Table[N]['image'] extends { readonly create: Creation } ? N : never
-}[Format]
-
-/**
- * Formats that are recognised in order to refuse them.
- *
- * @useDeclaredType
- */
-export type KnownFormat = Exclude<FormatName, Format>
-
 /** The names of the options that the shape of a new image can have. */
-export type ShapeOption = Table[TargetFormat]['image']['create']['shape'][number]
+export type ShapeOption = (typeof FORMATS)[TargetFormat]['image']['create']['shape'][number]
 
 /** What makes a file one of its format. */
 export const ROWS: readonly (readonly [FormatName, Row])[] = Object.entries(FORMATS) as [FormatName, Row][]
@@ -208,6 +206,9 @@ export const isFormat = (name: string | undefined): name is Format =>
 
 /** Whether new images are made in the format. */
 export const isTarget = (name: string): name is TargetFormat => isFormat(name) && 'create' in FORMATS[name].image
+
+/** Whether all disks of a format are encrypted. */
+export const isEncrypted = (name: FormatName): boolean => ROWS.some(([row, { encrypted }]) => row === name && encrypted)
 
 /** Formats that are opened. */
 export const SOURCE_FORMATS: readonly Format[] = ROWS.map(([name]) => name).filter(isFormat)
