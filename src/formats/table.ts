@@ -66,10 +66,24 @@ export interface Traits {
   readonly create?: Creation
 }
 
+/** Options of the shape of a new image. */
+export type ShapeOption =
+  | 'version'
+  | 'clusterSize'
+  | 'extendedL2'
+  | 'compressionType'
+  | 'preallocation'
+  | 'refcountBits'
+  | 'lazyRefcounts'
+  | 'backingFile'
+  | 'backingFormat'
+  | 'dataFile'
+  | 'dataFileRaw'
+  | 'keepDataFile'
+
 /** What a new image of a format can be made with. */
 export interface Creation {
-  /** Options of its shape. */
-  readonly shape: readonly string[]
+  readonly shape: readonly ShapeOption[]
   readonly preallocation: readonly ('off' | 'metadata' | 'falloc' | 'full')[]
 }
 
@@ -109,7 +123,7 @@ const QCOW = ascii('QFI\xfb')
 const QCOW_VERSION_1 = ascii('QFI\xfb\0\0\0\x01')
 
 /** Those that are opened first, in the order in which messages name them. */
-const FORMATS = {
+const FORMATS: Table = {
   qcow2: {
     // Version 1 is another format of the same magic; an unknown version is this one's to refuse.
     marks: { matches: head => startsWith(head, QCOW) && !startsWith(head, QCOW_VERSION_1) },
@@ -177,16 +191,13 @@ const FORMATS = {
     marks: { magics: [{ bytes: ascii('conectix') }], footer: { bytes: ascii('conectix'), length: 512 } },
     virtualSize: vpcSize,
   },
-} as const satisfies Table
+}
 
 /** A VMDK descriptor is a text file: comments and blank lines, then `version=` 1 to 3. */
 function isVmdkDescriptor(head: Buffer): boolean {
   const text = head.toString('latin1')
   return /^#\s*Disk DescriptorFile/i.test(text) || /^(?:#[^\n]*\n| *\r?\n)*version=[123]\r?\n/.test(text)
 }
-
-/** The names of the options that the shape of a new image can have. */
-export type ShapeOption = (typeof FORMATS)[TargetFormat]['image']['create']['shape'][number]
 
 /** What makes a file one of its format. */
 export const ROWS: readonly (readonly [FormatName, Row])[] = Object.entries(FORMATS) as [FormatName, Row][]
