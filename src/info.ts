@@ -138,7 +138,7 @@ function toImageInfo({ qcow2, filename, backing, encryption, ...layer }: NativeL
     ...layer,
     format,
     ...shown('filename', filename),
-    limits: toLimits(layer, format),
+    limits: toLimits(layer, format, qcow2),
     dirtyFlag: qcow2?.dirty ?? false,
     encrypted: encryption !== undefined,
     snapshots: (qcow2?.snapshots ?? []).map(({ id, name, ...snapshot }) => ({
@@ -160,8 +160,9 @@ const MAX_IOV = 1024
 const SUBCLUSTERS = 32
 
 function toLimits(
-  { limits: file, clusterSize, qcow2 }: Pick<NativeLayerInfo, 'limits' | 'clusterSize' | 'qcow2'>,
+  { limits: file, clusterSize }: Pick<NativeLayerInfo, 'limits' | 'clusterSize'>,
   format: Format,
+  qcow2: NativeQcow2Info | undefined,
 ): ImageInfo['limits'] {
   const { maxTransfer, maxSegments, zeroesAlignment, requestAlignment, memoryAlignment } = file
   // A device's rule can be finer than what a request must be anyway.

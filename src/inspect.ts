@@ -1,9 +1,9 @@
 /** Inspection of untrusted images: looks at the header, opens nothing else, promises nothing. */
 
 import { prefixBytes, withFileBytes } from './backing/file-bytes.js'
-import { describeKnown } from './formats/probe.js'
+import { describeKnown, detectFormat } from './formats/probe.js'
 import type { FileBytes } from './formats/sizes.js'
-import { type Format, isFormat } from './formats/table.js'
+import { DEFAULT_FORMAT, type Format, isFormat } from './formats/table.js'
 import type { NativeInspection } from './native.js'
 import { ABORTABLE, type Abortable, type Limits, limits, readOptions, throwIfAborted } from './options.js'
 import { type ImageSource, openFile, release, toLocated } from './source.js'
@@ -98,29 +98,46 @@ export async function inspect(
     throwIfAborted(read.signal)
     const view = toBytesView(source, 'inspect: source')
     const bytes = Buffer.from(view.buffer, view.byteOffset, Math.min(view.byteLength, LARGEST_CLUSTER))
-    const found = await request<NativeInspection>((number, addon) => addon.inspectPrefix(number, bytes, read.limits))
+    const format = formatOf(bytes)
+    const found = await request<NativeInspection>((number, addon) =>
+      addon.inspectPrefix(number, bytes, format ?? DEFAULT_FORMAT, read.limits),
+    )
     throwIfAborted(read.signal)
-    return toInspection(found, found.header === undefined ? prefixBytes(bytes) : undefined)
+    return toInspection(format, found, found.header === undefined ? prefixBytes(bytes) : undefined)
   }
   const located = toLocated(source, 'source')
   const { signal, limits: bounds } = readOptions(options, 'inspect', INSPECT)
   throwIfAborted(signal)
-  const { file } = await openFile(located)
+  const { file, head } = await openFile(located)
+  const format = formatOf(head)
   try {
-    const found = await request<NativeInspection>((number, addon) => addon.inspectFile(number, file, bounds))
+    // Bytes without the magic of a format are judged as the commonest one's.
+    const found = await request<NativeInspection>((number, addon) =>
+      addon.inspectFile(number, file, format ?? DEFAULT_FORMAT, bounds),
+    )
     throwIfAborted(signal)
-    if (found.header !== undefined) return await toInspection(found)
-    return await withFileBytes(located, bytes => toInspection(found, bytes))
+    if (found.header !== undefined) return await toInspection(format, found)
+    return await withFileBytes(located, bytes => toInspection(format, found, bytes))
   } finally {
     await release(file)
   }
 }
 
-async function toInspection({ format, header, ...found }: NativeInspection, file?: FileBytes): Promise<Inspection> {
+/** The format that the first bytes have the magic of, where it is one that is opened. */
+function formatOf(head: Buffer): Format | undefined {
+  const detected = detectFormat(head)
+  return isFormat(detected) ? detected : undefined
+}
+
+async function toInspection(
+  format: Format | undefined,
+  { header, ...found }: NativeInspection,
+  file?: FileBytes,
+): Promise<Inspection> {
   const known = file && (await describeKnown(file))
   const backingFilename = header?.backingFilename ?? found.backingFilename
   return {
-    format: isFormat(format) ? format : 'unknown',
+    format: format ?? 'unknown',
     ...(known !== undefined && { detected: known.format }),
     virtualSize: header?.virtualSize ?? known?.virtualSize ?? 0,
     ...(backingFilename !== undefined && shown('backingFilename', backingFilename)),

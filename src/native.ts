@@ -145,8 +145,6 @@ export interface NativeLayerInfo {
 }
 
 export interface NativeInspection {
-  /** By its magic, where that is one of a format that is opened. */
-  readonly format?: string
   readonly header?: {
     readonly version?: 2 | 3
     readonly virtualSize: number
@@ -383,8 +381,8 @@ export interface Addon {
   ): void
   extents(request: number, image: number, start: number, length: number, watch: number | undefined): void
   layersInfo(request: number, image: number): void
-  inspectFile(request: number, file: number, limits: NativeLimits | undefined): void
-  inspectPrefix(request: number, bytes: Buffer, limits: NativeLimits | undefined): void
+  inspectFile(request: number, file: number, format: string, limits: NativeLimits | undefined): void
+  inspectPrefix(request: number, bytes: Buffer, format: string, limits: NativeLimits | undefined): void
   amendImage(request: number, job: number, image: number, changes: NativeAmendChanges): void
   createOverlay(request: number, job: number, image: number, path: string, order: NativeOverlayOrder): void
   commitImage(request: number, job: number, above: number, base: number, order: NativeCommitOrder): void

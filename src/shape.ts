@@ -74,7 +74,9 @@ export const shape: Reader<ReadShape> = (value, name) => readOptions(value, name
 export function toNativeShape(owner: string, format: TargetFormat, read: ReadShape): NativeShape {
   const { backingFile, backingFormat, dataFile, dataFileRaw, keepDataFile } = read
   const own = creationOf(format).shape
-  const foreign = Object.entries(read).find(([name, value]) => value !== undefined && !own.includes(name))
+  const foreign = Object.entries(read).find(
+    ([name, value]) => value !== undefined && !own.some(option => option === name),
+  )
   if (foreign !== undefined) throw invalidArgument(foreign[0], `${owner}: a ${format} image has no ${foreign[0]}`)
   if (backingFile !== undefined && backingFormat === undefined) {
     const message = `${owner}: backingFile needs backingFormat: guessing it is not safe`

@@ -1,7 +1,7 @@
 /** Options that several commands share, and how commander is told about qemu-img's habits. */
 
 import { type Command, Option } from 'commander'
-import { listed, SOURCE_FORMATS, TARGET_FORMATS } from '../formats/table.js'
+import { type Ability, can, listed, SOURCE_FORMATS, TARGET_FORMATS } from '../formats/table.js'
 import type { CacheMode } from '../index.js'
 import { CommandFailure, UsageFailure, unsupported } from './failure.js'
 import { joinOptionLists } from './options.js'
@@ -10,6 +10,13 @@ import { sizeArgument, toSize } from './size.js'
 /** The formats that images are read in, and those that they are made in, for help. */
 export const SOURCES = listed(SOURCE_FORMATS, 'or')
 export const TARGETS = listed(TARGET_FORMATS, 'or')
+
+/** Those that have an ability. */
+export const formatsThat = (ability: Ability): string =>
+  listed(
+    SOURCE_FORMATS.filter(format => can(format, ability)),
+    'or',
+  )
 
 /** `-o` lists join up; a list that cannot be joined is refused at once. */
 export const optionList = (list: string, previous: string | undefined): string => joinOptionLists(previous, list)

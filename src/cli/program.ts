@@ -27,13 +27,16 @@ export type Runner = (work: (session: Session) => Promise<number>) => Promise<vo
 /** Commands of qemu-img that this version does not have: known, so that the message can say so. */
 const LATER = ['bench']
 
+const TARGETS = listed(TARGET_FORMATS, 'and')
+const ONLY_READ = SOURCE_FORMATS.filter(format => !isTarget(format)).join(', ')
+
 const VALUES = `
-Sizes take the suffixes k, M, G, T, P and E, powers of 1024. Formats are ${listed(TARGET_FORMATS, 'and')}; only read: ${SOURCE_FORMATS.filter(format => !isTarget(format)).join(', ')}.
+Sizes take the suffixes k, M, G, T, P and E, powers of 1024. Formats are ${TARGETS}; only read: ${ONLY_READ}.
 Backing files are followed by file name only, never json: or a protocol.`
 
 function buildProgram(session: Session, run: Runner): Command {
   const program = new Command(session.program)
-    .description('Create, convert, change, check and inspect qcow2 and raw disk images, with the grammar of qemu-img.')
+    .description(`Create, convert, change, check and inspect ${TARGETS} disk images, with the grammar of qemu-img.`)
     .usage('COMMAND [options] ...')
     .option('-V, --version', 'print the version')
     .on('option:version', () => {

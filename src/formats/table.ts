@@ -66,25 +66,64 @@ export interface Traits {
   readonly create?: Creation
 }
 
+/** Options of the shape of a new image. */
+export type ShapeOption =
+  | 'version'
+  | 'clusterSize'
+  | 'extendedL2'
+  | 'compressionType'
+  | 'preallocation'
+  | 'refcountBits'
+  | 'lazyRefcounts'
+  | 'backingFile'
+  | 'backingFormat'
+  | 'dataFile'
+  | 'dataFileRaw'
+  | 'keepDataFile'
+
 /** What a new image of a format can be made with. */
 export interface Creation {
-  /** Options of its shape. */
-  readonly shape: readonly string[]
+  readonly shape: readonly ShapeOption[]
   readonly preallocation: readonly ('off' | 'metadata' | 'falloc' | 'full')[]
 }
 
-/** One format. It is opened if it has traits; else it is recognised, to be refused and to be told how large it is. */
+/** The formats that images are read in, by QEMU's names. `qcow` is version 1 of qcow2. */
+export type Format = 'qcow2' | 'raw' | 'qcow'
+
+/** The formats that new images are made in. */
+export type TargetFormat = 'qcow2' | 'raw'
+
+/** Formats that are recognised in order to refuse them. */
+export type KnownFormat = 'bochs' | 'cloop' | 'dmg' | 'luks' | 'parallels' | 'qed' | 'vdi' | 'vhdx' | 'vmdk' | 'vpc'
+
+/** Every format of the table. */
+export type FormatName = Format | KnownFormat
+
+/** One format. */
 interface Row {
   readonly marks: Marks
+  /** Of those that are opened. */
   readonly image?: Traits
+  /** Of the others. */
   readonly virtualSize?: SizeReader
+  /** Its disks are encrypted, all of them. */
+  readonly encrypted?: boolean
+}
+
+/** The table has a row for each name of the types above, and no other: the documentation shows those. */
+type Table = {
+  readonly [N in Exclude<Format, TargetFormat>]: Row & { readonly image: Traits & { readonly create?: never } }
+} & {
+  readonly [N in TargetFormat]: Row & { readonly image: Traits & { readonly create: Creation } }
+} & {
+  readonly [N in KnownFormat]: Row & { readonly image?: never; readonly virtualSize: SizeReader }
 }
 
 const QCOW = ascii('QFI\xfb')
 const QCOW_VERSION_1 = ascii('QFI\xfb\0\0\0\x01')
 
 /** Those that are opened first, in the order in which messages name them. */
-const FORMATS = {
+const FORMATS: Table = {
   qcow2: {
     // Version 1 is another format of the same magic; an unknown version is this one's to refuse.
     marks: { matches: head => startsWith(head, QCOW) && !startsWith(head, QCOW_VERSION_1) },
@@ -136,7 +175,7 @@ const FORMATS = {
     marks: { magics: [{ bytes: ascii('koly') }], footer: { bytes: ascii('koly'), length: 512 } },
     virtualSize: dmgSize,
   },
-  luks: { marks: { magics: [{ bytes: ascii('LUKS\xba\xbe') }] }, virtualSize: luksSize },
+  luks: { marks: { magics: [{ bytes: ascii('LUKS\xba\xbe') }] }, virtualSize: luksSize, encrypted: true },
   parallels: {
     marks: { magics: [{ bytes: ascii('WithoutFreeSpace') }, { bytes: ascii('WithouFreSpacExt') }] },
     virtualSize: parallelsSize,
@@ -152,43 +191,13 @@ const FORMATS = {
     marks: { magics: [{ bytes: ascii('conectix') }], footer: { bytes: ascii('conectix'), length: 512 } },
     virtualSize: vpcSize,
   },
-} as const satisfies Readonly<Record<string, Row>>
+}
 
 /** A VMDK descriptor is a text file: comments and blank lines, then `version=` 1 to 3. */
 function isVmdkDescriptor(head: Buffer): boolean {
   const text = head.toString('latin1')
   return /^#\s*Disk DescriptorFile/i.test(text) || /^(?:#[^\n]*\n| *\r?\n)*version=[123]\r?\n/.test(text)
 }
-
-type Table = typeof FORMATS
-/** Every name of the table. */
-export type FormatName = keyof Table
-
-/**
- * The formats that images are read in, by QEMU's names. `qcow` is version 1 of qcow2.
- *
- * @useDeclaredType
- */
-export type Format = { [N in FormatName]: Table[N] extends { readonly image: Traits } ? N : never }[FormatName]
-
-/**
- * The formats that new images are made in.
- *
- * @useDeclaredType
- */
-export type TargetFormat = {
-  [N in Format]: Table[N]['image'] extends { readonly create: Creation } ? N : never
-}[Format]
-
-/**
- * Formats that are recognised in order to refuse them.
- *
- * @useDeclaredType
- */
-export type KnownFormat = Exclude<FormatName, Format>
-
-/** The names of the options that the shape of a new image can have. */
-export type ShapeOption = Table[TargetFormat]['image']['create']['shape'][number]
 
 /** What makes a file one of its format. */
 export const ROWS: readonly (readonly [FormatName, Row])[] = Object.entries(FORMATS) as [FormatName, Row][]
@@ -208,6 +217,9 @@ export const isFormat = (name: string | undefined): name is Format =>
 
 /** Whether new images are made in the format. */
 export const isTarget = (name: string): name is TargetFormat => isFormat(name) && 'create' in FORMATS[name].image
+
+/** Whether all disks of a format are encrypted. */
+export const isEncrypted = (name: FormatName): boolean => ROWS.some(([row, { encrypted }]) => row === name && encrypted)
 
 /** Formats that are opened. */
 export const SOURCE_FORMATS: readonly Format[] = ROWS.map(([name]) => name).filter(isFormat)

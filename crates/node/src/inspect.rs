@@ -8,7 +8,7 @@ use qcow2_engine::format::header::feature::{FeatureSet, Incompatible, names_of};
 use qcow2_engine::inspect::{Finding, Inspection};
 use qcow2_qcow1::format::CryptMethod;
 
-use crate::formats::{Untrusted, inspect_untrusted};
+use crate::formats::{Format, Untrusted};
 use crate::info::{compression_name, encryption_name};
 use crate::open::LimitOptions;
 use crate::runtime::Runtime;
@@ -17,8 +17,6 @@ use crate::text::Text;
 /// What an image says about itself.
 #[napi(object, object_from_js = false)]
 pub struct Inspected {
-    /// By its magic, where that is one of a format that is opened.
-    pub format: Option<String>,
     /// Present where the header could be read.
     pub header: Option<InspectedHeader>,
     /// The backing file's name where the header could not be read as a whole.
@@ -67,36 +65,45 @@ pub struct InspectFinding {
     pub message: String,
 }
 
-/// Inspects an open file.
+/// Inspects an open file as an image of a format, by QEMU's name of it.
 #[napi(catch_unwind)]
-pub fn inspect_file(env: Env, request: u32, file: u32, limits: Option<LimitOptions>) -> napi::Result<()> {
+pub fn inspect_file(
+    env: Env,
+    request: u32,
+    file: u32,
+    format: String,
+    limits: Option<LimitOptions>,
+) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
+    let format = Format::named(&format)?;
     let storage = runtime.storage(file)?;
     let options = OpenOptions { limits: LimitOptions::read(limits.as_ref()), ..OpenOptions::default() };
     runtime.run(
         &env,
         request,
-        move || inspect_untrusted(&Untrusted::File(&*storage), &options),
+        move || format.inspect(&Untrusted::File(&*storage), &options),
         // SAFETY: on the environment's thread, with its own env.
         |_, env, found| unsafe { Inspected::to_napi_value(env.raw(), found) },
     )
 }
 
-/// Inspects the first bytes of an image. The bytes are copied.
+/// Inspects the first bytes of an image of a format. The bytes are copied.
 #[napi(catch_unwind)]
 pub fn inspect_prefix(
     env: Env,
     request: u32,
     bytes: BufferSlice<'_>,
+    format: String,
     limits: Option<LimitOptions>,
 ) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
+    let format = Format::named(&format)?;
     let options = OpenOptions { limits: LimitOptions::read(limits.as_ref()), ..OpenOptions::default() };
     let bytes = bytes.to_vec();
     runtime.run(
         &env,
         request,
-        move || inspect_untrusted(&Untrusted::Bytes(&bytes), &options),
+        move || format.inspect(&Untrusted::Bytes(&bytes), &options),
         // SAFETY: on the environment's thread, with its own env.
         |_, env, found| unsafe { Inspected::to_napi_value(env.raw(), found) },
     )
@@ -106,7 +113,6 @@ impl Inspected {
     /// What a qcow2 image claims.
     pub(crate) fn of_qcow2(found: &Inspection) -> Self {
         Self {
-            format: None,
             header: found.header.as_ref().map(InspectedHeader::from),
             backing_filename: found.backing_file.as_deref().map(Text::from),
             unknown_incompatible: (0..64).filter(|bit| found.unknown_incompatible >> bit & 1 == 1).collect(),
@@ -118,7 +124,6 @@ impl Inspected {
     pub(crate) fn of_qcow(found: &qcow2_qcow1::Inspection) -> Self {
         let backing_filename = found.backing_file.as_deref().map(Text::from);
         Self {
-            format: None,
             header: found.header.as_ref().map(InspectedHeader::from),
             backing_filename,
             unknown_incompatible: Vec::new(),

@@ -281,7 +281,7 @@ pub fn open_layer(
 ) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
     let storage = runtime.storage(file)?;
-    let format = Format::named(&format).ok_or_else(|| unknown("format", &format))?;
+    let format = Format::named(&format)?;
     let lock = LockOptions::read(options.lock.as_ref())?;
     let options = OpenOptions {
         limits: LimitOptions::read(options.limits.as_ref()),

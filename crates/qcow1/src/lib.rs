@@ -1,6 +1,7 @@
 //! The qcow image format, version 1: QEMU's format before qcow2, with the same magic. Images are only read.
 //!
 //! The format has no document of its own: what is said here follows the driver `block/qcow.c` of QEMU, whose limits these are.
+//! A header, a table or a name that the file ends in front of is refused as damage, where QEMU reads zeroes.
 //! The crate stands on `qcow2-core` beside the engine, which does not know it: an image is a [`qcow2_core::Layer`].
 
 #![forbid(unsafe_code)]

@@ -157,3 +157,58 @@ fn limits_of_the_caller_are_kept() {
         assert_eq!(open(options).unwrap_err().kind(), ErrorKind::Limit);
     }
 }
+
+/// Whether QEMU opens a file of these bytes.
+fn opened_by(qemu: &Qemu, fixture: &Fixture, bytes: &[u8]) -> bool {
+    let path = fixture.file("forged", bytes);
+    qemu.img(&["info", "-f", "qcow", path.to_str().unwrap()]).code == 0
+}
+
+#[test]
+fn headers_are_taken_and_refused_as_by_qemu() {
+    let Some(qemu) = Qemu::find() else { return };
+    let fixture = Fixture::new();
+    let header = |at: usize, field: &[u8]| {
+        let mut bytes = Forged::new().0;
+        bytes.resize(8192, 0);
+        bytes[at..at + field.len()].copy_from_slice(field);
+        bytes
+    };
+    let sized = |size: u64, bits: [u8; 2]| {
+        let mut bytes = header(24, &size.to_be_bytes());
+        bytes[32..34].copy_from_slice(&bits);
+        bytes
+    };
+    let named = |length: u32| {
+        let mut bytes = header(8, &1024u64.to_be_bytes());
+        bytes[16..20].copy_from_slice(&length.to_be_bytes());
+        bytes[1024..2048].fill(b'a');
+        bytes
+    };
+    let mut cases = vec![
+        ("version 2", header(4, &2u32.to_be_bytes())),
+        ("magic", header(3, &[0xfa])),
+        ("padding", header(34, &[1, 2])),
+        ("modification time", header(20, &u32::MAX.to_be_bytes())),
+        ("no bytes", Vec::new()),
+        ("a part of a header", header(0, b"")[..24].to_vec()),
+        ("an L1 table anywhere", header(40, &51u64.to_be_bytes())),
+    ];
+    cases.extend([8, 9, 16, 17].map(|bits| ("cluster_bits", header(32, &[bits, 9]))));
+    cases.extend([5, 6, 13, 14].map(|bits| ("l2_bits", header(32, &[12, bits]))));
+    cases.extend([0, 1, 2].map(|method: u32| ("crypt_method", header(36, &method.to_be_bytes()))));
+    cases.extend([0, 1, 2, 511, 512, 513].map(|size| ("size", sized(size, [12, 9]))));
+    cases.extend([1 << 40, 1 << 57, 1 << 62, 1 << 63, u64::MAX].map(|size| ("size", sized(size, [9, 6]))));
+    cases.extend([1022, 1023, 1024, u32::MAX].map(|length| ("backing_file_size", named(length))));
+    for (what, bytes) in cases {
+        let taken = open(Arc::new(MemoryStorage::from_bytes(&bytes)));
+        let same = match &taken {
+            Ok(_) => opened_by(&qemu, &fixture, &bytes),
+            // Tables that would be larger than the file: QEMU reads what is missing as zeroes, or runs out of memory.
+            Err(error) if error.kind() == ErrorKind::Limit && error.field() == Some("L1 table") => true,
+            Err(error) if error.field() == Some("l1_table_offset") => true,
+            Err(_) => !opened_by(&qemu, &fixture, &bytes),
+        };
+        assert!(same, "{what}: {taken:?}");
+    }
+}

@@ -6,7 +6,7 @@ import { isCreateOption, qcow2Options, toRefcountBits, toVersion } from '../crea
 import { describeError, openFailure, openHint } from '../errors.js'
 import { CommandFailure, UsageFailure, unsupported } from '../failure.js'
 import { imagePath } from '../filename.js'
-import { cacheMode, oneFile, refuseDriverSyntax } from '../grammar.js'
+import { cacheMode, formatsThat, oneFile, refuseDriverSyntax } from '../grammar.js'
 import { formatOf } from '../images.js'
 import { asksForHelp, joinOptionLists, type OptionValues, optionHelp, parseOptionList } from '../options.js'
 import type { Runner } from '../program.js'
@@ -33,7 +33,7 @@ export function declareAmend(program: Command, run: Runner): void {
     .description('Change the options of an existing qcow2 image. The contents of the disk stay as they are.')
     .usage('[options] -o OPTIONS FILENAME')
     .argument('[files...]', 'the image')
-    .option('-f, --format <fmt>', 'format of the image: qcow2 (default: what it looks like)')
+    .option('-f, --format <fmt>', `format of the image: ${formatsThat('amend')} (default: what it looks like)`)
     .option(
       '-o, --options <list>',
       'options as name=value,name=value; help lists them',

@@ -3,7 +3,7 @@ import type { Image } from '../../index.js'
 import { toName } from '../../text.js'
 import { describeError } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
-import { later, refuseDriverSyntax } from '../grammar.js'
+import { formatsThat, later, refuseDriverSyntax } from '../grammar.js'
 import { withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import type { Session } from '../session.js'
@@ -32,7 +32,7 @@ export function declareBitmap(program: Command, run: Runner): void {
       '[options] (--add | --remove | --remove-all | --clear | --enable | --disable | --merge SOURCE)... FILENAME [BITMAP]',
     )
     .argument('[files...]', 'the image and the name of the bitmap; --remove-all alone takes no name')
-    .option('-f, --format <fmt>', 'format of the image: qcow2 (default: what it looks like)')
+    .option('-f, --format <fmt>', `format of the image: ${formatsThat('bitmaps')} (default: what it looks like)`)
     .option('-g, --granularity <size>', 'with --add: bytes that one bit stands for (0: as without -g)')
     .option('-b, --source-file <file>', 'with --merge: the image that has the source bitmap')
     .option('-F, --source-format <fmt>', 'format of the source image')

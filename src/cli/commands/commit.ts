@@ -7,7 +7,7 @@ import { exactText, toName } from '../../text.js'
 import { describeError, openFailure } from '../errors.js'
 import { CommandFailure } from '../failure.js'
 import { imagePath, localPath } from '../filename.js'
-import { alias, cacheMode, oneFile, rateLimit, refuseDriverSyntax, toCacheMode } from '../grammar.js'
+import { alias, cacheMode, formatsThat, oneFile, rateLimit, refuseDriverSyntax, toCacheMode } from '../grammar.js'
 import { formatOf, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
@@ -30,7 +30,7 @@ export function declareCommit(program: Command, run: Runner): void {
     .description('Write what an image has into its backing file, which grows if it is smaller, and empty the image.')
     .usage('[options] FILENAME')
     .argument('[files...]', 'the image')
-    .option('-f, --format <fmt>', 'format of the image: qcow2 (default: what it looks like)')
+    .option('-f, --format <fmt>', `format of the image: ${formatsThat('commit')} (default: what it looks like)`)
     .option('-t, --cache <mode>', 'cache mode of the files that are written', cacheMode('cache'), 'writeback')
     .option('-b, --base <file>', 'commit into this file of the backing chain; implies -d')
     .option('-d, --drop', 'leave the image as it is, do not empty it')

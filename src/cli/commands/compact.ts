@@ -5,7 +5,7 @@ import { describeError, failedChanging, openFailure } from '../errors.js'
 import { CommandFailure } from '../failure.js'
 import { imagePath } from '../filename.js'
 import { compactJson, formatCompact } from '../format/compact.js'
-import { oneFile, outputOption, refuseDriverSyntax } from '../grammar.js'
+import { formatsThat, oneFile, outputOption, refuseDriverSyntax } from '../grammar.js'
 import { formatOf, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
@@ -31,7 +31,7 @@ export function declareCompact(program: Command, run: Runner): void {
     )
     .usage('[options] FILENAME')
     .argument('[files...]', 'the image')
-    .option('-f, --format <fmt>', 'format of the image: qcow2')
+    .option('-f, --format <fmt>', `format of the image: ${formatsThat('compact')}`)
     .option('--rewrite', 'also move clusters from the end of the file into free ones, so that it becomes short')
     .option('--zeroes', 'also give up clusters that hold nothing but zeroes: reads all data')
     .option('-n, --dry-run', 'change nothing: tell what would be had')

@@ -1,6 +1,6 @@
 import { stat } from 'node:fs/promises'
 import { type Command, Option } from 'commander'
-import { isFormat, traitsOf } from '../../formats/table.js'
+import { isEncrypted, isFormat, traitsOf } from '../../formats/table.js'
 import { type BlockLimits, type ImageInfo, inspect, probe } from '../../index.js'
 import { exactText } from '../../text.js'
 import { openFailure } from '../errors.js'
@@ -102,7 +102,7 @@ async function describeOther(
     format: looks,
     'virtual-size': virtualSize,
     'actual-size': actualSize,
-    ...(looks === 'luks' && { encrypted: true }),
+    ...(isEncrypted(looks) && { encrypted: true }),
     'dirty-flag': false,
     children: [{ name: 'file', info: fileDocument(name, { fileLength: size, actualSize, protocol }) }],
   }

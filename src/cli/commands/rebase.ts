@@ -5,7 +5,7 @@ import { toName } from '../../text.js'
 import { describeError, openFailure, openHint, pathOf } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
 import { imagePath, localPath } from '../filename.js'
-import { alias, cacheMode, oneFile, refuseDriverSyntax, toCacheMode } from '../grammar.js'
+import { alias, cacheMode, formatsThat, oneFile, refuseDriverSyntax, toCacheMode } from '../grammar.js'
 import { formatOf, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
@@ -37,7 +37,7 @@ export function declareRebase(program: Command, run: Runner): void {
     )
     .usage('[options] -b BACKING -F FMT FILENAME')
     .argument('[files...]', 'the image')
-    .option('-f, --format <fmt>', 'format of the image: qcow2 (default: what it looks like)')
+    .option('-f, --format <fmt>', `format of the image: ${formatsThat('rebase')} (default: what it looks like)`)
     .option('-b, --backing <file>', 'the new backing file, by the name that the image is to store; "" for none')
     .option('-F, --backing-format <fmt>', 'format of the new backing file')
     .option('-u, --unsafe', 'change the name only: for a backing file that was moved')

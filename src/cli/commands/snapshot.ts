@@ -5,7 +5,7 @@ import { describeError } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
 import { formatSnapshots } from '../format/info.js'
 import { snapshotDocuments } from '../format/snapshots.js'
-import { oneFile, refuseDriverSyntax } from '../grammar.js'
+import { formatsThat, oneFile, refuseDriverSyntax } from '../grammar.js'
 import { warnOfDamage, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import type { Session } from '../session.js'
@@ -25,7 +25,7 @@ export function declareSnapshot(program: Command, run: Runner): void {
     .description('List the internal snapshots of an image, or create, apply or delete one.')
     .usage('[options] [-l | -c NAME | -a SNAPSHOT | -d SNAPSHOT] FILENAME')
     .argument('[files...]', 'the image')
-    .option('-f, --format <fmt>', 'format of the image: qcow2 (default: what it looks like)')
+    .option('-f, --format <fmt>', `format of the image: ${formatsThat('snapshots')} (default: what it looks like)`)
     .option('-l, --list', 'list the snapshots (the default)')
     .option('-c, --create <name>', 'create a snapshot of the disk as it is')
     .option('-a, --apply <snapshot>', 'make the disk what the snapshot holds, by id or name')
