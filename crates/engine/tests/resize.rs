@@ -88,6 +88,13 @@ fn no_power_cut_while_a_disk_grows_preallocated_leaves_anything_between() {
     let door = Geometry { door: true, ..plain.clone() };
     for geometry in [
         Geometry { extended_l2: true, size: 40 * 16384, door: true, ..Geometry::plain(16384) },
+        Geometry {
+            extended_l2: true,
+            size: 40 * 16384,
+            door: true,
+            backing: Backing::LongerQcow2,
+            ..Geometry::plain(16384)
+        },
         Geometry { data_file: DataFile::External, ..door.clone() },
         Geometry { backing: Backing::LongerQcow2, ..door.clone() },
         plain,
