@@ -99,5 +99,5 @@ async function lookAtBacking(
 /** What `NativeFile.identity` would be, of a file that is not to be opened; nothing where there is none. */
 async function identityOf(path: string): Promise<readonly string[]> {
   const found = await stat(toName(path), { bigint: true }).catch(() => undefined)
-  return found === undefined || process.platform === 'win32' ? [] : [`${found.dev}:${found.ino}`]
+  return found === undefined || process.platform === 'win32' ? [] : [`file:${found.dev}:${found.ino}`]
 }

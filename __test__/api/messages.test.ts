@@ -37,7 +37,8 @@ const functions = { amend, check, commit, compact, compare, convert, create, ins
 const call = (name: keyof typeof functions, ...values: unknown[]) => (functions[name] as Loose)(...values)
 const truncate = async (options?: object): Promise<unknown> => {
   await using disk = await open(image, { flags: 'r+' })
-  return (disk.truncate as Loose).call(disk, 512, options)
+  // Awaited here: closing comes first otherwise, and nobody handles the rejection meanwhile.
+  return await (disk.truncate as Loose).call(disk, 512, options)
 }
 
 const CASES: readonly [name: string, run: () => Promise<unknown>, said: string][] = [

@@ -265,6 +265,7 @@ fn no_power_cut_past_the_page_cache_loses_or_corrupts() {
         Geometry { extended_l2: true, ..plain(16384) },
         plain(65536),
         Geometry { data_file: DataFile::ExternalRaw, ..plain(4096) },
+        Geometry { door: true, ..plain(4096) },
     ];
     let rounds = (wanted / (250 * geometries.len())).max(1) as u64;
     let cases: Vec<(&Geometry, u64, u32)> = (1..=rounds)

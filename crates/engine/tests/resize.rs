@@ -14,7 +14,7 @@ use qcow2_engine::storage::{Access, FileStorage};
 use qcow2_engine::{ErrorKind, ReadStorage, ResizeOptions, Storage, StorageExt};
 use qcow2_testkit::audit::audit;
 use qcow2_testkit::disk_model::{Rig, open_file};
-use qcow2_testkit::matrix::{DataFile, Geometry};
+use qcow2_testkit::matrix::{Backing, DataFile, Geometry};
 use qcow2_testkit::ops::Target;
 use qcow2_testkit::recorder::RecordingStorage;
 use qcow2_testkit::storage::{Fault, FaultStorage, Hooked, Op};
@@ -77,6 +77,39 @@ fn shrinking_keeps_the_front_and_frees_the_rest() {
                 rig.geometry.data_file == DataFile::Internal || now[1].len() == size,
                 "{what}: data file"
             );
+        }
+    }
+}
+
+/// What is preallocated is there before it is mapped, and reads as zeroes, however the file says so.
+#[test]
+fn no_power_cut_while_a_disk_grows_preallocated_leaves_anything_between() {
+    let plain = Geometry { size: 64 * 4096, ..Geometry::plain(4096) };
+    let door = Geometry { door: true, ..plain.clone() };
+    for geometry in [
+        Geometry { extended_l2: true, size: 40 * 16384, door: true, ..Geometry::plain(16384) },
+        Geometry {
+            extended_l2: true,
+            size: 40 * 16384,
+            door: true,
+            backing: Backing::LongerQcow2,
+            ..Geometry::plain(16384)
+        },
+        Geometry { data_file: DataFile::External, ..door.clone() },
+        Geometry { backing: Backing::LongerQcow2, ..door.clone() },
+        plain,
+        door,
+    ] {
+        let rig = Rig::forge(&geometry, 3);
+        let before = Contents::of(&rig, &rig.files());
+        for preallocation in [Preallocation::Metadata, Preallocation::Falloc, Preallocation::Full] {
+            let what = format!("{} {preallocation:?}", geometry.name());
+            let size = before.active.len() as u64 + 9 * geometry.cluster_size + 512;
+            let options = ResizeOptions { shrink: false, preallocation };
+            let files = explore(&rig, 4, 30, &what, |image| image.resize_with(size, options));
+            let after = Contents::of(&rig, &files);
+            let zero = after.active[before.active.len()..].iter().all(|byte| *byte == 0);
+            assert!(after.active.len() as u64 == size && zero, "{what}");
         }
     }
 }

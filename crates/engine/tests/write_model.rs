@@ -326,7 +326,7 @@ fn behind_a_door_images_keep_to_the_model() {
             cluster_size: geometry.cluster_size,
             extended_l2: geometry.extended_l2,
             preallocation,
-            data_file: external.then(|| create::DataFile { filename: name, raw: false }),
+            data_file: external.then_some(create::DataFile { filename: name, raw: false }),
             data_door: Scrambling::door(),
             ..CreateOptions::default()
         };

@@ -76,7 +76,7 @@ impl Image {
     /// that is open for writing.
     ///
     /// # Errors
-    /// `UnsupportedFeature` for a raw disk; `Corrupt` for an image with errors, which must be repaired first, before
+    /// `UnsupportedFeature` for a raw disk, and for zeroes of what is encrypted; `Corrupt` for an image with errors, which must be repaired first, before
     /// anything is changed; `Limit` when the bookkeeping exceeds the limit on memory; `Aborted`; else as
     /// [`Image::write_at`].
     pub fn compact(&self, options: CompactOptions, job: &Job) -> Result<CompactResult> {

@@ -55,6 +55,8 @@ pub(super) struct Planner {
     pub(super) has_zero_flag: bool,
     /// Every cluster gets its host cluster; the bitmap of those that hold nothing.
     pub(super) map_all: Option<SubclusterBitmap>,
+    /// A flag says that what is mapped and holds nothing reads as zeroes.
+    pub(super) reserve: bool,
     /// What is mapped but holds nothing must be written as zeroes.
     pub(super) fill: bool,
 }
@@ -237,6 +239,7 @@ impl Planner {
         };
         match self.map_all {
             // A raw data file is mapped in full; elsewhere the bits of what is absent stay clear.
+            Some(_) if self.reserve && !any(Unit::Data) => NewCluster::Reserved,
             Some(whole) if whole.has_data() => NewCluster::Data(whole),
             Some(_) => NewCluster::Data(bitmap),
             None if any(Unit::Data) => NewCluster::Data(bitmap),

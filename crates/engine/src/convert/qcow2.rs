@@ -113,6 +113,7 @@ impl Qcow2Sink {
             delta: options.delta,
             has_zero_flag: create.version >= 3,
             map_all: preallocator.as_ref().map(Preallocator::bitmap),
+            reserve: preallocator.as_ref().is_some_and(Preallocator::reserves),
             fill: preallocator.as_ref().is_some_and(Preallocator::zeroes),
         };
         let chunk = match (shared, compression.is_some()) {
@@ -381,7 +382,7 @@ fn packed_runs(clusters: &[NewCluster], places: &[Option<HostOffset>], cluster_s
         let length = match cluster {
             NewCluster::Compressed(length) => *length as usize,
             NewCluster::Data(_) => cluster_size,
-            NewCluster::Zero(_) | NewCluster::Unallocated => continue,
+            NewCluster::Zero(_) | NewCluster::Reserved | NewCluster::Unallocated => continue,
         };
         if let Some(host) = place {
             push_run(&mut runs, from, length, host.get());

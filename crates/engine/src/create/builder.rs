@@ -28,6 +28,8 @@ pub(crate) enum NewCluster {
     Zero(SubclusterBitmap),
     /// A host cluster. The bitmap counts with extended L2 entries only; 0 is a preallocated cluster.
     Data(SubclusterBitmap),
+    /// A host cluster that is not read: its flag says that the guest reads zeroes. Not with extended L2 entries.
+    Reserved,
     /// This many compressed bytes.
     Compressed(u32),
 }
@@ -145,6 +147,7 @@ impl ImageBuilder {
                 }
                 NewCluster::Zero(_) => L2Mapping::Zero { host: None, copied: false },
                 NewCluster::Data(bitmap) => self.data(at, bitmap)?,
+                NewCluster::Reserved => L2Mapping::Zero { host: Some(self.host(at)?), copied: true },
                 NewCluster::Compressed(length) => {
                     L2Mapping::Compressed(self.hosts.compressed(length.into())?)
                 }
@@ -165,9 +168,14 @@ impl ImageBuilder {
         Ok(())
     }
 
-    /// A data cluster: its own host cluster, or its place in the external data file, which is the guest's.
+    /// A host cluster, or the place in the external data file, which is the guest's.
+    fn host(&mut self, at: GuestOffset) -> Result<HostOffset> {
+        if self.header.has_data_file() { Ok(HostOffset(at.get())) } else { self.hosts.cluster() }
+    }
+
+    /// A data cluster.
     fn data(&mut self, at: GuestOffset, bitmap: SubclusterBitmap) -> Result<L2Mapping> {
-        let host = if self.header.has_data_file() { HostOffset(at.get()) } else { self.hosts.cluster()? };
+        let host = self.host(at)?;
         Ok(match self.geometry().extended_l2() {
             true => L2Mapping::Subclusters { host: Some(host), copied: true, bitmap },
             false => L2Mapping::Data { host, copied: true },

@@ -126,6 +126,8 @@ pub(crate) struct Preallocator {
     bitmap: SubclusterBitmap,
     /// Through which the clusters are zeroed by writing; `None` where they read as zeroes already.
     zeroed: Option<Arc<dyn Storage>>,
+    /// What a cluster is that holds nothing.
+    empty: NewCluster,
 }
 
 impl Preallocator {
@@ -138,8 +140,11 @@ impl Preallocator {
         let full = options.effective_preallocation() == Preallocation::Full;
         let stale = storage.traits().block_device;
         let zeroed = data_file.is_none() && (full || stale || options.fills_behind_door());
+        let bitmap = if seen { SubclusterBitmap::ALL_DATA } else { SubclusterBitmap::default() };
+        let reserved = options.reserves_behind_door();
         Self {
-            bitmap: if seen { SubclusterBitmap::ALL_DATA } else { SubclusterBitmap::default() },
+            bitmap,
+            empty: if reserved { NewCluster::Reserved } else { NewCluster::Data(bitmap) },
             zeroed: zeroed.then(|| behind(options.data_door.as_ref(), storage)),
         }
     }
@@ -147,6 +152,11 @@ impl Preallocator {
     /// State of the subclusters of a cluster that holds nothing.
     pub(crate) fn bitmap(&self) -> SubclusterBitmap {
         self.bitmap
+    }
+
+    /// Whether a flag says that clusters which hold nothing read as zeroes.
+    pub(crate) fn reserves(&self) -> bool {
+        self.empty == NewCluster::Reserved
     }
 
     /// Whether clusters that hold nothing are written with zeroes.
@@ -158,7 +168,7 @@ impl Preallocator {
     pub(crate) fn place(&self, builder: &mut ImageBuilder, start: u64, end: u64, job: &Job) -> Result<()> {
         let g = builder.geometry();
         let step = STEP;
-        let clusters = vec![NewCluster::Data(self.bitmap); step as usize];
+        let clusters = vec![self.empty; step as usize];
         let mut places = Vec::new();
         let mut at = start;
         while at < end {

@@ -209,14 +209,20 @@ impl CreateOptions {
     }
 
     /// Whether what is mapped before anything is written to it has to be written as zeroes: those of a new file are none to the
-    /// guest behind a door. Subclusters are mapped as unallocated.
+    /// guest behind a door. Else a flag says that it reads zeroes.
     pub(crate) fn fills_behind_door(&self) -> bool {
         self.data_door.is_some()
             && match self.effective_preallocation() {
                 Preallocation::Off => false,
                 Preallocation::Full => true,
-                Preallocation::Metadata | Preallocation::Falloc => !self.extended_l2,
+                Preallocation::Metadata | Preallocation::Falloc => self.version < 3,
             }
+    }
+
+    /// Whether a flag says that the guest reads zeroes where a host cluster is mapped and not written. Subclusters are unallocated
+    /// there.
+    pub(crate) fn reserves_behind_door(&self) -> bool {
+        self.data_door.is_some() && !self.fills_behind_door() && !self.extended_l2
     }
 
     /// The header of the empty image; the places of its tables are filled in by the builder.

@@ -29,14 +29,17 @@ impl Image {
             return Ok(());
         }
         let backing = self.layers().get(1).map_or(0, |below| below.virtual_size());
-        let bitmap = if raw_data || backing > new.start {
-            SubclusterBitmap::ALL_DATA
-        } else {
-            SubclusterBitmap::default()
+        // Zero bytes of the file are none to the guest behind a door: there, a flag says that it reads zeroes.
+        let flagged = !image.host_is_guest() && image.header().version >= 3 && mode != Preallocation::Full;
+        let bitmap = match raw_data || backing > new.start {
+            true if flagged => SubclusterBitmap::ALL_ZERO,
+            true => SubclusterBitmap::ALL_DATA,
+            false => SubclusterBitmap::default(),
         };
-        let mapped = |host: u64| match g.extended_l2() {
-            true => L2Mapping::Subclusters { host: Some(HostOffset(host)), copied: true, bitmap },
-            false => L2Mapping::Data { host: HostOffset(host), copied: true },
+        let mapped = |host: u64| match (HostOffset(host), g.extended_l2()) {
+            (host, true) => L2Mapping::Subclusters { host: Some(host), copied: true, bitmap },
+            (host, false) if flagged => L2Mapping::Zero { host: Some(host), copied: true },
+            (host, false) => L2Mapping::Data { host, copied: true },
         };
         let end = new.end.next_multiple_of(g.cluster_size());
         let mut at = new.start.next_multiple_of(g.cluster_size());
@@ -46,7 +49,8 @@ impl Image {
             let slice = image.slices.entries() * g.cluster_size();
             let wanted = (slice - at % slice).min(end - at) / g.cluster_size();
             writer.prepare_table(image, at)?;
-            let space = self.space(image, writer, at, wanted, mode, job)?;
+            let wanted = at..at + wanted * g.cluster_size();
+            let space = self.space(image, writer, wanted, (mode, flagged), job)?;
             let barrier = !(space.guest_zero(image) && space.durable);
             let change = Change { guest: at, clusters: space.count, barrier, punch: false };
             let host = space.cluster * g.cluster_size();
@@ -85,17 +89,18 @@ impl Image {
         Ok(())
     }
 
-    /// Clusters for `guest`, at most `count`, that read as zeroes, with their space reserved as `mode` says.
+    /// Clusters for the start of `guest`, with their space reserved as `mode` says. They read as zeroes, unless a flag says
+    /// that the guest does.
     fn space(
         &self,
         image: &Qcow2,
         writer: &Writer,
-        guest: u64,
-        count: u64,
-        mode: Preallocation,
+        guest: Range<u64>,
+        (mode, flagged): (Preallocation, bool),
         job: &Job,
     ) -> Result<Allocation> {
         let g = *image.geometry();
+        let (guest, count) = (guest.start, (guest.end - guest.start) / g.cluster_size());
         let external = image.header().has_data_file();
         let mut space = if external {
             let host_zero = image.data_host()?.size()? <= guest || image.header().data_file_raw();
@@ -106,7 +111,7 @@ impl Image {
             let allocated = alloc.allocate(count, false, wish, &mut writer.metadata.lock());
             allocated.map_err(|e| writer.poison_unless_full(e))?
         };
-        let prepared = prepare(image, &space, mode, job);
+        let prepared = prepare(image, &space, (mode, flagged), job);
         if prepared.is_err() && !external {
             writer.alloc.lock().abandon(space);
         }
@@ -117,16 +122,20 @@ impl Image {
     }
 }
 
-/// Makes the clusters read as zeroes, with their space reserved as `mode` says.
-fn prepare(image: &Qcow2, space: &Allocation, mode: Preallocation, job: &Job) -> Result<()> {
+/// Makes the clusters read as zeroes unless that is `flagged`, with their space reserved as `mode` says.
+fn prepare(
+    image: &Qcow2,
+    space: &Allocation,
+    (mode, flagged): (Preallocation, bool),
+    job: &Job,
+) -> Result<()> {
     let size = image.geometry().cluster_size();
     let (start, length) = (space.cluster * size, space.count * size);
     let (data, host) = (image.data_storage()?, image.data_host()?);
-    // Where zeroes in the file are none to the guest, they are written whatever the mode.
-    if mode == Preallocation::Full || !image.host_is_guest() {
+    if mode == Preallocation::Full || !(flagged || image.host_is_guest()) {
         return write_zero_bytes(&**data, start, length, job);
     }
-    if !space.host_zero {
+    if !(flagged || space.host_zero) {
         data.zero(start, length, true)?;
     }
     match mode {
