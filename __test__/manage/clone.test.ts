@@ -21,7 +21,7 @@ const content = async (image: Image): Promise<Buffer> => {
 
 const contentOf = async (path: string, format: 'qcow2' | 'raw'): Promise<Buffer> => {
   await using image = await open(path, { format, references: 'allow' })
-  return content(image)
+  return await content(image)
 }
 
 /** Bytes that say where they belong and which write made them; write 0 is what was never written. */

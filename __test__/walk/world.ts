@@ -247,7 +247,7 @@ export class World {
   /** The whole disk, as we read it. */
   async read(path: string, format: 'qcow2' | 'raw' = 'qcow2', snapshot?: string): Promise<Buffer> {
     await using image = await open(path, { format, references: 'allow', ...(snapshot !== undefined && { snapshot }) })
-    return readAll(image)
+    return await readAll(image)
   }
 
   /** The whole disk, as QEMU reads it. */

@@ -34,6 +34,13 @@ pub struct WriteTransfer<'a> {
     pub done: io::Result<usize>,
 }
 
+impl<'a> WriteTransfer<'a> {
+    /// Writes `bufs` to `offset`.
+    pub fn new(bufs: &'a [Mem<'a>], offset: u64) -> Self {
+        Self { bufs, offset, done: Ok(0) }
+    }
+}
+
 /// Does the reads of a batch one behind the other.
 pub fn read_each<S: ReadStorage + ?Sized>(storage: &S, batch: &mut [ReadTransfer<'_>]) {
     for transfer in batch {

@@ -3,7 +3,7 @@
 use std::io;
 use std::ops::Range;
 
-use super::{Operation, ReadStorage, ReadTransfer, Run, Storage};
+use super::{Operation, ReadStorage, ReadTransfer, Run, Storage, WriteTransfer};
 use crate::{Error, ErrorKind, Mem, MemMut, Result};
 
 /// Whole transfers with the engine's errors, for every storage.
@@ -122,6 +122,27 @@ pub trait StorageExt: ReadStorage {
         Self: Storage,
     {
         self.discard(offset, length).map_err(|e| self.failure(e, Operation::Space).with_offset(offset))
+    }
+
+    /// Writes all of several ranges at once. After an error, any of them may have been written.
+    fn write_all_batch(&self, batch: &mut [WriteTransfer<'_>]) -> Result<()>
+    where
+        Self: Storage,
+    {
+        self.write_batch(batch);
+        for WriteTransfer { bufs, offset, done } in batch {
+            let done = std::mem::replace(done, Ok(0));
+            let mut done =
+                done.map_err(|e| self.failure(e, Operation::WriteVectored).with_offset(*offset))?;
+            let mut at = *offset;
+            for buf in bufs.iter() {
+                let (written, rest) = buf.split_at(done);
+                done -= written.len();
+                self.write_all_at(rest, at + written.len() as u64)?;
+                at += buf.len() as u64;
+            }
+        }
+        Ok(())
     }
 
     /// Length in bytes.

@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use qcow2_transform::zero;
 
-use crate::convert::{Compression, DEFAULT_SPARSE_SIZE};
+use crate::convert::{Compression, DEFAULT_SPARSE_SIZE, check_compressed};
 use crate::create::{CreateOptions, Preallocation, create_raw, create_withheld, publish};
 use crate::image::{Image, OpenOptions, Qcow2};
-use crate::{Error, ErrorKind, Job, Mem, Result, Storage, StorageExt, WriteOptions};
+use crate::{DiskOptions, Error, ErrorKind, Job, Layer, Mem, Raw, Result, Storage, StorageExt, WriteOptions};
 
 /// Where to clone to. What the target held is lost.
 #[derive(Debug, Clone)]
@@ -39,7 +39,7 @@ impl CloneTarget {
             Self::Raw { storage, preallocation } => {
                 if !storage.traits().block_device {
                     create_raw(&*storage, size, preallocation, job)?;
-                    return Ok(Sink::Raw(storage));
+                    return Sink::raw(storage);
                 }
                 let room = storage.size()?;
                 if room < size {
@@ -47,7 +47,7 @@ impl CloneTarget {
                     return Err(storage.located(Error::new(ErrorKind::InvalidArgument, message)));
                 }
                 storage.zero(0, size, true)?;
-                Ok(Sink::Raw(storage))
+                Sink::raw(storage)
             }
             Self::Qcow2 { storage, data_file, mut create, compression } => {
                 check(&create, compression)?;
@@ -78,11 +78,12 @@ impl CloneTarget {
         };
         qcow2.enable_writing(write)?;
         let unit = if compression.is_some() { g.cluster_size() } else { g.subcluster_size() };
-        Ok(Sink::Qcow2 {
-            image: Box::new(Image::new(vec![Box::new(qcow2)])?),
+        Ok(Sink {
+            image: Image::new(vec![Box::new(qcow2)])?,
             cluster: g.cluster_size(),
             unit: unit as usize,
             compressed: compression.is_some(),
+            withheld: true,
         })
     }
 }
@@ -99,55 +100,44 @@ fn check(create: &CreateOptions, compression: Option<Compression>) -> Result<()>
             "a clone writes the whole disk: the data file cannot keep what it holds",
         );
     }
-    if compression.is_some() && create.data_file.is_some() {
-        return refuse("compress", "an external data file cannot hold compressed clusters");
-    }
-    if compression.is_some() && create.data_door.is_some() {
-        return refuse("compress", "an encrypted target cannot hold compressed clusters");
-    }
-    if compression.is_some() && create.preallocation != Preallocation::Off {
-        return refuse("preallocation", "compressed clusters cannot be preallocated");
-    }
-    Ok(())
+    if compression.is_some() { check_compressed(create) } else { Ok(()) }
 }
 
-/// A target that is ready: it reads as zeroes, and chunks can come in any order.
+/// A target that is ready: a disk that reads as zeroes, and takes chunks in any order.
 #[derive(Debug)]
-pub(super) enum Sink {
-    Raw(Arc<dyn Storage>),
-    Qcow2 {
-        image: Box<Image>,
-        /// Bytes of a cluster.
-        cluster: u64,
-        /// Bytes of what is zero or data as a whole: a cluster or subcluster.
-        unit: usize,
-        compressed: bool,
-    },
+pub(super) struct Sink {
+    image: Image,
+    /// Bytes of a cluster, 1 where there are none.
+    cluster: u64,
+    /// Bytes of what is zero or data as a whole: a cluster or subcluster.
+    unit: usize,
+    compressed: bool,
+    /// Until the end, the file is no image.
+    withheld: bool,
 }
 
 impl Sink {
+    fn raw(storage: Arc<dyn Storage>) -> Result<Self> {
+        let mut raw = Raw::new(storage)?;
+        raw.make_writable(DiskOptions::default())?;
+        let image = Image::new(vec![Box::new(raw)])?;
+        Ok(Self { image, cluster: 1, unit: DEFAULT_SPARSE_SIZE as usize, compressed: false, withheld: false })
+    }
+
     /// Bytes of a cluster, 1 where there are none.
     pub(super) fn cluster_size(&self) -> u64 {
-        match self {
-            Self::Raw(_) => 1,
-            Self::Qcow2 { cluster, .. } => *cluster,
-        }
+        self.cluster
     }
 
     /// Writes what is not zero; returns how many bytes that were.
     pub(super) fn write(&self, bytes: &[u8], offset: u64) -> Result<u64> {
-        let unit = match self {
-            Self::Raw(_) => DEFAULT_SPARSE_SIZE as usize,
-            Self::Qcow2 { unit, .. } => *unit,
-        };
         let mut written = 0;
-        for run in zero::runs(bytes, unit).filter(|run| !run.zero) {
+        for run in zero::runs(bytes, self.unit).filter(|run| !run.zero) {
             let data = Mem::from(bytes.get(run.start..run.start + run.length).unwrap_or_default());
             let at = offset + run.start as u64;
-            match self {
-                Self::Raw(storage) => storage.write_all_at(data, at)?,
-                Self::Qcow2 { image, compressed: true, .. } => image.write_compressed_at(data, at)?,
-                Self::Qcow2 { image, .. } => image.write_at(data, at)?,
+            match self.compressed {
+                true => self.image.write_compressed_at(data, at)?,
+                false => self.image.write_at(data, at)?,
             }
             written += run.length as u64;
         }
@@ -156,13 +146,10 @@ impl Sink {
 
     /// Makes the target complete and durable.
     pub(super) fn finish(&self) -> Result<()> {
-        match self {
-            Self::Raw(storage) => storage.flush(),
-            Self::Qcow2 { image, .. } => {
-                image.close()?;
-                // Until now, the file was no image.
-                image.layers().iter().try_for_each(|layer| publish(&**layer.storage()))
-            }
+        self.image.close()?;
+        match self.withheld {
+            true => self.image.layers().iter().try_for_each(|layer| publish(&**layer.storage())),
+            false => Ok(()),
         }
     }
 }

@@ -104,14 +104,8 @@ fn check(target: &ConvertTarget<'_>, options: &ConvertOptions) -> Result<()> {
             Ok(())
         }
         ConvertTarget::Qcow2 { create, data_file, .. } => {
-            if options.compression.is_some() && create.data_file.is_some() {
-                return refuse("compress", "an external data file cannot hold compressed clusters");
-            }
-            if options.compression.is_some() && create.data_door.is_some() {
-                return refuse("compress", "an encrypted target cannot hold compressed clusters");
-            }
-            if options.compression.is_some() && create.preallocation != Preallocation::Off {
-                return refuse("preallocation", "compressed clusters cannot be preallocated");
+            if options.compression.is_some() {
+                check_compressed(create)?;
             }
             if options.delta.is_none() && create.backing.is_some() {
                 return refuse("backing_file", "a convert onto a backing file needs its base");
@@ -123,4 +117,20 @@ fn check(target: &ConvertTarget<'_>, options: &ConvertOptions) -> Result<()> {
             create.validate()
         }
     }
+}
+
+/// Refuses a new image that cannot hold compressed clusters.
+pub(crate) fn check_compressed(create: &CreateOptions) -> Result<()> {
+    let refuse =
+        |field, message: &str| Err(Error::new(ErrorKind::InvalidArgument, message).with_field(field));
+    if create.data_file.is_some() {
+        return refuse("compress", "an external data file cannot hold compressed clusters");
+    }
+    if create.data_door.is_some() {
+        return refuse("compress", "an encrypted target cannot hold compressed clusters");
+    }
+    if create.preallocation != Preallocation::Off {
+        return refuse("preallocation", "compressed clusters cannot be preallocated");
+    }
+    Ok(())
 }

@@ -14,6 +14,7 @@ use super::inflight::Registration;
 use super::link::Change;
 use super::writer::Writer;
 use crate::image::Qcow2;
+use crate::storage::WriteTransfer;
 use crate::{Mem, Result, StorageExt};
 
 /// Most pieces in one batch.
@@ -125,21 +126,21 @@ impl Writer {
 
 /// Writes pieces in as few calls as their places allow.
 fn write_pieces(image: &Qcow2, pieces: &[(u64, Piece<'_>)]) -> Result<()> {
-    let mut rest = pieces;
-    while let Some((start, _)) = rest.first() {
-        let mut end = *start;
-        let contiguous = rest
-            .iter()
-            .take_while(|(at, piece)| {
-                let follows = *at == end;
-                end = at + piece.mem().len() as u64;
-                follows
-            })
-            .count();
-        let (group, behind) = rest.split_at(contiguous);
-        let mut bufs: Vec<Mem<'_>> = group.iter().map(|(_, piece)| piece.mem()).collect();
-        image.data_storage()?.write_all_vectored_at(&mut bufs, *start)?;
-        rest = behind;
+    let mut groups: Vec<(u64, Vec<Mem<'_>>)> = Vec::with_capacity(1);
+    let mut end = None;
+    for (start, piece) in pieces {
+        match groups.last_mut().filter(|_| end == Some(*start)) {
+            Some((_, bufs)) => bufs.push(piece.mem()),
+            None => groups.push((*start, vec![piece.mem()])),
+        }
+        end = Some(start + piece.mem().len() as u64);
     }
-    Ok(())
+    match groups.as_mut_slice() {
+        [] => Ok(()),
+        [(start, bufs)] => image.data_storage()?.write_all_vectored_at(bufs, *start),
+        several => {
+            let transfers = several.iter().map(|(start, bufs)| WriteTransfer::new(bufs, *start));
+            image.data_storage()?.write_all_batch(&mut transfers.collect::<Vec<_>>())
+        }
+    }
 }

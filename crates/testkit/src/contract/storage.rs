@@ -162,20 +162,20 @@ impl StorageContract<'_> {
     }
 
     fn write_batch(&self, storage: &dyn Storage, model: &mut Model, offset: u64, data: &[u8]) {
-        let pieces: Vec<[Mem<'_>; 1]> = data.chunks(3_001).map(|piece| [Mem::from(piece)]).collect();
+        let pieces: Vec<[Mem<'_>; 2]> = data
+            .chunks(3_001)
+            .map(|piece| piece.split_at(piece.len() / 2))
+            .map(|(a, b)| [Mem::from(a), Mem::from(b)])
+            .collect();
         let mut at = offset;
         let mut batch = Vec::new();
         for piece in &pieces {
-            batch.push(WriteTransfer { bufs: piece, offset: at, done: Ok(0) });
-            at += piece[0].len() as u64;
+            batch.push(WriteTransfer::new(piece, at));
+            at += (piece[0].len() + piece[1].len()) as u64;
         }
         // In any order.
         batch.reverse();
-        storage.write_batch(&mut batch);
-        for WriteTransfer { bufs, offset, done } in batch {
-            let rest = bufs[0].split_at(done.unwrap()).1;
-            storage.write_all_at(rest, offset + (bufs[0].len() - rest.len()) as u64).unwrap();
-        }
+        storage.write_all_batch(&mut batch).unwrap();
         model.write(offset, data);
     }
 
