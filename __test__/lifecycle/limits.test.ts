@@ -5,7 +5,7 @@
 
 import { spawnSync } from 'node:child_process'
 import { chmodSync } from 'node:fs'
-import { join } from 'node:path'
+import { dirname, join } from 'node:path'
 import { convert, create } from 'qcow2'
 import { beforeAll, describe, expect, it } from 'vitest'
 import { temporaryFolder, writeRaw } from '../api/fixtures.js'
@@ -124,6 +124,11 @@ describe('jobs', () => {
   })
 })
 
+/** Exit code of `qemu-img check`: 0 for an image without errors; without QEMU, of our own. */
+const qemuCheck = (path: string): number | null =>
+  spawnSync('qemu-img', ['check', '-q', path]).status ??
+  spawnSync(process.execPath, [join(dirname(library), 'cli.js'), 'check', '-q', path]).status
+
 describe.skipIf(!possible || !isRoot)('a system that starts no more threads', () => {
   const few = (more: number): unknown =>
     run(`
@@ -159,6 +164,27 @@ describe.skipIf(!possible || !isRoot)('a system that starts no more threads', ()
     // The thread that waits for the next job may take what another lane needs.
     expect(Object.values(codes).filter(each => each !== 'ok' && each !== 'EAGAIN')).toEqual([])
     expect(codes).toMatchObject({ compare: 'ok', check: 'ok', convert: 'ok', compress: 'ok', measure: 'ok' })
+  })
+
+  it('keeps what was written to an image that nobody closed', () => {
+    const path = join(folder, 'left.qcow2')
+    run(`
+      await (await qcow2.create(at('left.qcow2'), { size: 1 << 20 })).close()
+      fs.chmodSync(at('left.qcow2'), 0o666)
+      const image = await qcow2.open(at('left.qcow2'), { flags: 'r+' })
+      await image.write(Buffer.alloc(4096, 7), { position: 0 })
+      process.setgid(65534)
+      process.setuid(65534)
+      limit('nproc', 1)
+      out([])
+    `)
+    const [data] = run(`
+      const image = await qcow2.open(at('left.qcow2'))
+      const { buffer } = await image.read(Buffer.alloc(4096), { position: 0 })
+      await image.close()
+      out([buffer.every(byte => byte === 7)])
+    `) as boolean[]
+    expect([data, qemuCheck(path)]).toEqual([true, 0])
   })
 
   it('refuses requests with EAGAIN where not even one thread is there', () => {

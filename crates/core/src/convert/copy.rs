@@ -151,7 +151,7 @@ pub fn shares_blocks(
         return Ok(false);
     }
     let rules = Rules { chunk: 1 << 20, zeroes: Zeroes::Skip, delta };
-    let Some(chunk) = Scanner::new(source, rules, job).next()? else { return Ok(false) };
+    let Some(chunk) = Scanner::new(source, rules, job).next_chunk()? else { return Ok(false) };
     for piece in &chunk.pieces {
         let Content::Stored(from, offset) = &piece.content else { continue };
         let inside = (SHARED_BLOCK - offset % SHARED_BLOCK) % SHARED_BLOCK;

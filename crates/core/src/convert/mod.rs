@@ -241,7 +241,7 @@ impl Run<'_> {
         if self.stop.load(Ordering::Acquire) {
             return Ok(None);
         }
-        self.scanner.lock().next()
+        self.scanner.lock().next_chunk()
     }
 }
 

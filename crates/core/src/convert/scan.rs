@@ -137,7 +137,7 @@ impl<'a> Scanner<'a> {
     ///
     /// # Errors
     /// `Aborted`; what listing extents meets.
-    pub fn next(&mut self) -> Result<Option<Chunk>> {
+    pub fn next_chunk(&mut self) -> Result<Option<Chunk>> {
         self.job.checkpoint()?;
         let mut pieces: Vec<Piece> = Vec::new();
         let (mut start, mut end) = (0, 0);

@@ -53,7 +53,7 @@ pub struct Run {
 }
 
 /// Bytes of one write of the default way to write zeroes.
-const ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
 /// One random-access file, for reading.
 pub trait ReadStorage: Send + Sync + fmt::Debug {
