@@ -25,7 +25,7 @@ use qcow2_testkit::Forge;
 use qcow2_testkit::contract::LayerContract;
 use qcow2_testkit::forge::field;
 use qcow2_testkit::plans::Table;
-use qcow2_testkit::recorder::{Change, Journal, RecordingStorage};
+use qcow2_testkit::recorder::{self, Journal, RecordingStorage};
 use qcow2_testkit::storage::{Hooked, Op, Scrambling, scramble};
 
 use watched::{MIB, REWRITE, Run, Watched, marks};
@@ -50,7 +50,7 @@ fn preallocated_clusters_are_flagged_and_not_written() {
         image.resize_with(128 * MIB, ResizeOptions { shrink: false, preallocation }).unwrap();
         image.close().unwrap();
         let changes = made.journal.take().1.into_iter().map(|entry| match entry.change {
-            Change::Write { data, .. } => data.len() as u64,
+            recorder::Change::Write { data, .. } => data.len() as u64,
             _ => 0,
         });
         let written: u64 = changes.sum();
@@ -132,7 +132,8 @@ fn a_header_keeps_its_encryption_method() {
     disk[3 * CLUSTER as usize..4 * CLUSTER as usize].copy_from_slice(&marks(CLUSTER));
     let mut run = Run { what: "method".to_owned(), image: made.open(), disk };
     run.check("opened");
-    let changes: [(&str, &dyn Fn(&mut Run)); 6] = [
+    type Change<'a> = (&'a str, &'a dyn Fn(&mut Run));
+    let changes: [Change<'_>; 6] = [
         ("create", &|run| run.image.execute(&Table::of(&run.image).create("1", "one")).unwrap()),
         ("grow", &|run| run.resize(1 << 22, Preallocation::Off)),
         ("write", &|run| run.mark(40 * CLUSTER, 600)),
