@@ -107,7 +107,8 @@ fn every_storage_keeps_the_contract() {
         FileStorage::open_cached(&path, Access::ReadWrite, CacheMode::None).map(FileStorage::into_storage)
     };
     let direct_works = direct().is_ok();
-    let kinds: [(&str, &dyn Fn() -> Arc<dyn Storage>); 10] = [
+    type Make<'a> = &'a dyn Fn() -> Arc<dyn Storage>;
+    let kinds: [(&str, Make<'_>); 10] = [
         ("memory", &memory),
         ("the least", &|| Arc::new(Least::default())),
         ("file", &|| file("plain")),
