@@ -126,21 +126,16 @@ impl Writer {
 
 /// Writes pieces in as few calls as their places allow.
 fn write_pieces(image: &Qcow2, pieces: &[(u64, Piece<'_>)]) -> Result<()> {
-    let mut groups: Vec<(u64, Vec<Mem<'_>>)> = Vec::with_capacity(1);
-    let mut end = None;
-    for (start, piece) in pieces {
-        match groups.last_mut().filter(|_| end == Some(*start)) {
-            Some((_, bufs)) => bufs.push(piece.mem()),
-            None => groups.push((*start, vec![piece.mem()])),
-        }
-        end = Some(start + piece.mem().len() as u64);
+    let Some((start, _)) = pieces.first() else { return Ok(()) };
+    let follows = |(a, b): (&(u64, Piece<'_>), &(u64, Piece<'_>))| a.0 + a.1.mem().len() as u64 == b.0;
+    if pieces.iter().zip(pieces.iter().skip(1)).all(follows) {
+        let mut bufs: Vec<Mem<'_>> = pieces.iter().map(|(_, piece)| piece.mem()).collect();
+        return image.data_storage()?.write_all_vectored_at(&mut bufs, *start);
     }
-    match groups.as_mut_slice() {
-        [] => Ok(()),
-        [(start, bufs)] => image.data_storage()?.write_all_vectored_at(bufs, *start),
-        several => {
-            let transfers = several.iter().map(|(start, bufs)| WriteTransfer::new(bufs, *start));
-            image.data_storage()?.write_all_batch(&mut transfers.collect::<Vec<_>>())
-        }
-    }
+    let groups: Vec<(u64, Vec<Mem<'_>>)> = pieces
+        .chunk_by(|a, b| follows((a, b)))
+        .filter_map(|group| Some((group.first()?.0, group.iter().map(|(_, piece)| piece.mem()).collect())))
+        .collect();
+    let transfers = groups.iter().map(|(start, bufs)| WriteTransfer::new(bufs, *start));
+    image.data_storage()?.write_all_batch(&mut transfers.collect::<Vec<_>>())
 }
