@@ -84,13 +84,14 @@ pub fn zero_out(storage: &dyn Storage, range: Range<u64>, unmap: bool, job: &Job
 /// # Errors
 /// `Io`; `Aborted`.
 pub fn write_zero_bytes(storage: &dyn Storage, start: u64, length: u64, job: &Job) -> Result<()> {
-    static ZEROES: [u8; ZERO_WRITE] = [0; ZERO_WRITE];
+    // Not a constant: that would be as large in the binary.
+    let zeroes = vec![0; usize::try_from(length).unwrap_or(usize::MAX).min(ZERO_WRITE)];
     let end = start.saturating_add(length);
     let mut at = start;
     while at < end {
         job.checkpoint()?;
         let n = usize::try_from(end - at).unwrap_or(usize::MAX).min(ZERO_WRITE);
-        storage.write_all_at(Mem::from(ZEROES.get(..n).unwrap_or(&ZEROES)), at)?;
+        storage.write_all_at(Mem::from(zeroes.get(..n).unwrap_or(&zeroes)), at)?;
         at += n as u64;
     }
     Ok(())

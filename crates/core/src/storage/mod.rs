@@ -53,7 +53,7 @@ pub struct Run {
 }
 
 /// Bytes of one write of the default way to write zeroes.
-static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+const ZEROES: usize = 64 << 10;
 
 /// One random-access file, for reading.
 pub trait ReadStorage: Send + Sync + fmt::Debug {
@@ -173,9 +173,10 @@ pub trait Storage: ReadStorage {
     fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
         let _ = unmap;
         let end = offset.checked_add(length).ok_or(io::ErrorKind::InvalidInput)?;
+        let zeroes = vec![0; usize::try_from(length).unwrap_or(usize::MAX).min(ZEROES)];
         let mut at = offset;
         while at < end {
-            let (piece, _) = Mem::from(&ZEROES[..]).split_at(usize::try_from(end - at).unwrap_or(usize::MAX));
+            let (piece, _) = Mem::from(&zeroes[..]).split_at(usize::try_from(end - at).unwrap_or(usize::MAX));
             match self.write_at(piece, at)? {
                 0 => return Err(io::ErrorKind::WriteZero.into()),
                 written => at += written as u64,
