@@ -4,7 +4,7 @@ use parking_lot::RwLockWriteGuard;
 use qcow2_format::Geometry;
 
 use crate::image::{Image, Qcow2};
-use crate::write::{Unlinked, Writer};
+use crate::write::{Active, Unlinked, Writer};
 use crate::{Error, ErrorKind, Job, Mem, MemMut, Result, StorageExt};
 
 /// Bytes of refcount blocks that may wait to be written.
@@ -39,7 +39,7 @@ impl<'a> Session<'a> {
         let writer = image.writer()?;
         let alone = writer.gate.write();
         writer.begin(image)?;
-        disk.flush_metadata(image, writer)?;
+        Active { disk, image, writer }.flush_metadata()?;
         Ok(Self { disk, image, writer, job: None, _alone: alone })
     }
 
@@ -54,6 +54,10 @@ impl<'a> Session<'a> {
         self.job.map_or(Ok(()), Job::checkpoint)
     }
 
+    pub(crate) fn active(&self) -> Active<'a> {
+        Active { disk: self.disk, image: self.image, writer: self.writer }
+    }
+
     pub(crate) fn geometry(&self) -> Geometry {
         *self.image.geometry()
     }
@@ -65,10 +69,10 @@ impl<'a> Session<'a> {
             // because the flush frees what lost its references.
             self.image.storage().flush().map_err(|e| self.writer.poison(e))?;
         }
-        self.disk.flush_metadata(self.image, self.writer)?;
+        self.active().flush_metadata()?;
         self.writer.drain()?;
         if self.writer.with_alloc(|alloc, _| Ok(alloc.refcounts.waiting_bytes()))? > 0 {
-            self.disk.flush_metadata(self.image, self.writer)?;
+            self.active().flush_metadata()?;
         }
         Ok(())
     }
@@ -172,7 +176,7 @@ impl<'a> Session<'a> {
             alloc.refcounts.set(cluster, count)?;
             Ok(alloc.refcounts.waiting_bytes())
         })?;
-        if waiting > WAITING_LIMIT { self.disk.flush_metadata(self.image, self.writer) } else { Ok(()) }
+        if waiting > WAITING_LIMIT { self.active().flush_metadata() } else { Ok(()) }
     }
 
     /// The refcount of a cluster.

@@ -5,6 +5,7 @@ use std::ops::Range;
 use qcow2_format::{CompressedDescriptor, CompressionType, HostOffset, L2Mapping};
 use qcow2_transform::{Codec, CompressOptions, Compressor};
 
+use super::active::Active;
 use super::alloc::Wish;
 use super::cluster::Step;
 use super::link::Change;
@@ -23,28 +24,29 @@ impl Image {
     pub fn write_compressed_at(&self, buf: Mem<'_>, offset: u64) -> Result<()> {
         let range = self.guest_range(offset, buf.len() as u64)?;
         // Before the request begins, which marks bitmaps: what is refused changes nothing.
-        let (image, writer) = self.check_compressed(&range)?;
-        let mut context = Packer::new(image, writer)?;
+        let active = self.check_compressed(&range)?;
+        let mut context = Packer::new(&active)?;
         self.guest_request(&range.clone(), |_| {
-            let size = image.geometry().cluster_size();
+            let size = active.image.geometry().cluster_size();
             let (mut rest, mut at) = (buf, range.start);
             while at < range.end {
                 let part;
                 (part, rest) = rest.split_at(size as usize);
                 context.cluster.fill(0);
                 part.copy_to(&mut context.cluster);
-                self.write_packed(image, writer, &mut context, at, part)?;
+                active.write_packed(&mut context, at, part)?;
                 at += part.len() as u64;
             }
-            self.limit_dirty(image, writer)
+            active.limit_dirty()
         })
     }
 
-    fn check_compressed(&self, range: &Range<u64>) -> Result<(&Qcow2, &Writer)> {
-        let Top::Qcow2(image, writer) = self.top()? else {
+    fn check_compressed(&self, range: &Range<u64>) -> Result<Active<'_>> {
+        let Top::Qcow2(active) = self.top()? else {
             let message = "a raw disk cannot hold compressed clusters";
             return Err(Error::new(ErrorKind::UnsupportedFeature, message));
         };
+        let image = active.image;
         if image.header().has_data_file() {
             let message = "an image with an external data file cannot hold compressed clusters";
             return Err(image.error(ErrorKind::UnsupportedFeature, message));
@@ -62,22 +64,18 @@ impl Image {
                 format!("a compressed write at {} must cover whole clusters of {size} bytes", range.start);
             return Err(image.error(ErrorKind::InvalidArgument, message));
         }
-        Ok((image, writer))
+        Ok(active)
     }
+}
 
-    fn write_packed(
-        &self,
-        image: &Qcow2,
-        writer: &Writer,
-        context: &mut Packer,
-        guest: u64,
-        part: Mem<'_>,
-    ) -> Result<()> {
+impl<'a> Active<'a> {
+    fn write_packed(&self, context: &mut Packer, guest: u64, part: Mem<'_>) -> Result<()> {
+        let Self { image, writer, .. } = *self;
         let packed = context.compressor.compress(&context.cluster, &mut context.packed);
         let packed = packed.map_err(|e| Error::new(ErrorKind::Internal, e.to_string()).with_source(e))?;
         let Some(bytes) = packed.and_then(|length| context.packed.get(..length)) else {
             let end = guest + part.len() as u64;
-            return self.write_range(image, writer, Payload::Bytes(part), guest..end);
+            return self.write_range(Payload::Bytes(part), guest..end);
         };
         let run = loop {
             match writer.plan_change(image, guest..guest + 1)? {
@@ -112,7 +110,7 @@ struct Packer {
 }
 
 impl Packer {
-    fn new(image: &Qcow2, writer: &Writer) -> Result<Self> {
+    fn new(&Active { image, writer, .. }: &Active<'_>) -> Result<Self> {
         let codec = match image.header().compression_type {
             CompressionType::Zlib => Codec::Zlib,
             CompressionType::Zstd => Codec::Zstd,

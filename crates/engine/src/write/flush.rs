@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use qcow2_format::{L1Entry, words};
 
+use super::active::Active;
 use super::quarantine::Unlinked;
 use super::writer::Writer;
 use crate::image::{Image, Qcow2};
@@ -40,7 +41,7 @@ impl Image {
                 let writer = image.writer()?;
                 let _shared = writer.gate.read();
                 writer.check()?;
-                self.flush_guest(image, writer)
+                Active { disk: self, image, writer }.flush_guest()
             }
             (None, Some(layer)) => layer.flush(),
             _ => Ok(()),
@@ -104,25 +105,30 @@ impl Image {
         };
         let _alone = writer.gate.write();
         if writer.begun.get().is_some() && writer.check().is_ok() {
-            self.flush_metadata(image, writer)?;
+            Active { disk: self, image, writer }.flush_metadata()?;
             writer.give_back(image)?;
         }
         look()
     }
+}
 
+impl<'a> Active<'a> {
     /// Writes metadata early when much of it is waiting.
-    pub(super) fn limit_dirty(&self, image: &Qcow2, writer: &Writer) -> Result<()> {
+    pub(super) fn limit_dirty(&self) -> Result<()> {
+        let Self { image, .. } = *self;
         let waiting = image.mapping.read().dirty.len() as u64 * image.slices.slice_bytes();
-        if waiting > DIRTY_BYTES { self.flush_guest(image, writer) } else { Ok(()) }
+        if waiting > DIRTY_BYTES { self.flush_guest() } else { Ok(()) }
     }
 
     /// A guest's flush: refcounts stay behind where they are lazy.
-    pub(super) fn flush_guest(&self, image: &Qcow2, writer: &Writer) -> Result<()> {
+    pub(super) fn flush_guest(&self) -> Result<()> {
+        let Self { image, writer, .. } = *self;
         flush_pending(image, writer, writer.options.lazy_refcounts)
     }
 
     /// Makes everything durable, refcounts too.
-    pub(crate) fn flush_metadata(&self, image: &Qcow2, writer: &Writer) -> Result<()> {
+    pub(crate) fn flush_metadata(&self) -> Result<()> {
+        let Self { image, writer, .. } = *self;
         flush_pending(image, writer, false)
     }
 }

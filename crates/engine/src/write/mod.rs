@@ -14,6 +14,7 @@
 //! a link replaces bytes that are not zeroes, the new bytes are durable before the link. So a crash leaves at worst
 //! leaked clusters: reservations, and clusters between the two steps.
 
+mod active;
 mod alloc;
 mod batch;
 mod cluster;
@@ -42,6 +43,7 @@ mod table;
 mod writer;
 mod zeroes;
 
+pub(crate) use active::Active;
 pub(crate) use header::Places;
 pub(crate) use quarantine::Unlinked;
 pub use resize::ResizeOptions;

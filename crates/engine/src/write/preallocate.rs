@@ -4,23 +4,19 @@ use std::ops::Range;
 
 use qcow2_format::{HostOffset, L2Mapping, SubclusterBitmap};
 
+use super::active::Active;
 use super::alloc::{Allocation, Wish};
 use super::link::Change;
-use super::writer::Writer;
 use crate::create::{Preallocation, write_zero_bytes};
 use crate::image::{Image, Qcow2, SegmentKind};
 use crate::{Job, Result, StorageExt};
 
-impl Image {
+impl Image {}
+
+impl<'a> Active<'a> {
     /// Gives every cluster that `new`, behind the disk's end, touches first a host cluster that reads as zeroes.
-    pub(super) fn preallocate(
-        &self,
-        image: &Qcow2,
-        writer: &Writer,
-        new: Range<u64>,
-        mode: Preallocation,
-        job: &Job,
-    ) -> Result<()> {
+    pub(super) fn preallocate(&self, new: Range<u64>, mode: Preallocation, job: &Job) -> Result<()> {
+        let Self { disk, image, writer } = *self;
         let g = *image.geometry();
         let raw_data = image.header().data_file_raw();
         // Readers of a raw data file's image must see what readers of the raw file see.
@@ -28,7 +24,7 @@ impl Image {
         if mode == Preallocation::Off {
             return Ok(());
         }
-        let backing = self.layers().get(1).map_or(0, |below| below.virtual_size());
+        let backing = disk.layers().get(1).map_or(0, |below| below.virtual_size());
         // Zero bytes of the file are none to the guest behind a door: there, a flag says that it reads zeroes.
         let flagged = !image.host_is_guest() && image.header().version >= 3 && mode != Preallocation::Full;
         let bitmap = match raw_data || backing > new.start {
@@ -50,26 +46,21 @@ impl Image {
             let wanted = (slice - at % slice).min(end - at) / g.cluster_size();
             writer.prepare_table(image, at)?;
             let wanted = at..at + wanted * g.cluster_size();
-            let space = self.space(image, writer, wanted, (mode, flagged), job)?;
+            let space = self.space(wanted, (mode, flagged), job)?;
             let barrier = !(space.guest_zero(image) && space.durable);
             let change = Change { guest: at, clusters: space.count, barrier, punch: false };
             let host = space.cluster * g.cluster_size();
             writer.link(image, change, |n, _| Some(mapped(host + n * g.cluster_size())))?;
             at += space.count * g.cluster_size();
-            self.limit_dirty(image, writer)?;
+            self.limit_dirty()?;
         }
         Ok(())
     }
 
     /// Gives the rest of the cluster in which the disk ended before its space as `mode` says: it is part of what is
     /// preallocated. The cluster is allocated, the image's own, and reads as zeroes behind `old`.
-    pub(super) fn preallocate_tail(
-        &self,
-        image: &Qcow2,
-        old: u64,
-        mode: Preallocation,
-        job: &Job,
-    ) -> Result<()> {
+    pub(super) fn preallocate_tail(&self, old: u64, mode: Preallocation, job: &Job) -> Result<()> {
+        let Self { image, .. } = *self;
         let size = image.geometry().cluster_size();
         if old.is_multiple_of(size) || !matches!(mode, Preallocation::Falloc | Preallocation::Full) {
             return Ok(());
@@ -93,12 +84,11 @@ impl Image {
     /// that the guest does.
     fn space(
         &self,
-        image: &Qcow2,
-        writer: &Writer,
         guest: Range<u64>,
         (mode, flagged): (Preallocation, bool),
         job: &Job,
     ) -> Result<Allocation> {
+        let Self { image, writer, .. } = *self;
         let g = *image.geometry();
         let (guest, count) = (guest.start, (guest.end - guest.start) / g.cluster_size());
         let external = image.header().has_data_file();

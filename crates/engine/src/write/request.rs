@@ -8,6 +8,7 @@ use qcow2_core::disk::WriteLayer;
 use qcow2_format::{L2Mapping, SubclusterBitmap};
 use qcow2_transform::is_zero;
 
+use super::active::Active;
 use super::alloc::Allocation;
 use super::batch::{Batch, NewRun, Piece};
 use super::cluster::{Run, Step};
@@ -43,7 +44,7 @@ impl<'a> Payload<'a> {
 pub(super) enum Top<'a> {
     /// One that nothing shows through.
     Layer(&'a dyn WriteLayer),
-    Qcow2(&'a Qcow2, &'a Writer),
+    Qcow2(Active<'a>),
 }
 
 impl Image {
@@ -63,14 +64,14 @@ impl Image {
                 }
                 _ => layer.write_at(buf, offset),
             },
-            Top::Qcow2(image, writer) => {
+            Top::Qcow2(active) => {
                 let range = range.clone();
-                match writer.options.detect_zeroes {
-                    DetectZeroes::Off => self.write_range(image, writer, Payload::Bytes(buf), range)?,
-                    _ if !buf.is_zero() => self.write_range(image, writer, Payload::Bytes(buf), range)?,
-                    detect => self.zero_range(image, writer, range, detect == DetectZeroes::Unmap)?,
+                match active.writer.options.detect_zeroes {
+                    DetectZeroes::Off => active.write_range(Payload::Bytes(buf), range)?,
+                    _ if !buf.is_zero() => active.write_range(Payload::Bytes(buf), range)?,
+                    detect => active.zero_range(range, detect == DetectZeroes::Unmap)?,
                 }
-                self.limit_dirty(image, writer)
+                active.limit_dirty()
             }
         })
     }
@@ -91,40 +92,28 @@ impl Image {
                 request(Top::Layer(layer))?;
                 if layer.disk_options().flush_each { layer.flush() } else { Ok(()) }
             }
-            Top::Qcow2(image, writer) => {
+            Top::Qcow2(active) => {
+                let Active { image, writer, .. } = active;
                 let _shared = writer.gate.read();
                 self.guest_range(range.start, range.end - range.start)?;
                 writer.begin(image)?;
                 self.preserve(range);
                 writer.bitmaps.mark(range);
-                match request(Top::Qcow2(image, writer)) {
+                match request(Top::Qcow2(active)) {
                     Err(error) if error.is_no_space() => {
-                        self.reclaim(image, writer)?;
-                        request(Top::Qcow2(image, writer))?;
+                        active.reclaim()?;
+                        request(Top::Qcow2(active))?;
                     }
                     done => done?,
                 }
-                if writer.options.flush_each { self.flush_guest(image, writer) } else { Ok(()) }
+                if writer.options.flush_each { active.flush_guest() } else { Ok(()) }
             }
         }
-    }
-
-    /// Makes durable what lost its references, and frees it as soon as no request can reach it. The caller holds no host
-    /// offset that it planned.
-    fn reclaim(&self, image: &Qcow2, writer: &Writer) -> Result<()> {
-        self.flush_guest(image, writer)?;
-        for _ in 0..PATIENCE {
-            if writer.with_alloc(|alloc, _| alloc.drain())? {
-                break;
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        Ok(())
     }
 
     pub(super) fn top(&self) -> Result<Top<'_>> {
         match (self.top_qcow2(), self.top_writable()) {
-            (Some(image), _) => Ok(Top::Qcow2(image, image.writer()?)),
+            (Some(image), _) => Ok(Top::Qcow2(Active { disk: self, image, writer: image.writer()? })),
             (_, Some(layer)) => Ok(Top::Layer(layer)),
             _ => Err(Error::new(ErrorKind::ReadOnly, "the image is open for reading only")),
         }
@@ -140,151 +129,6 @@ impl Image {
                 Err(Error::new(ErrorKind::InvalidArgument, message))
             }
         }
-    }
-
-    /// Writes `payload` to `range`, step by step; steps whose places in the file follow each other share one call.
-    pub(super) fn write_range(
-        &self,
-        image: &Qcow2,
-        writer: &Writer,
-        payload: Payload<'_>,
-        range: Range<u64>,
-    ) -> Result<()> {
-        let mut batch = Batch::default();
-        let steps = self.write_steps(image, writer, payload, range, &mut batch);
-        let written = steps.and_then(|()| writer.issue(image, &mut batch));
-        if written.is_err() {
-            writer.give_up(image, &mut batch);
-        }
-        written
-    }
-
-    fn write_steps<'a>(
-        &self,
-        image: &Qcow2,
-        writer: &'a Writer,
-        mut payload: Payload<'a>,
-        range: Range<u64>,
-        batch: &mut Batch<'a>,
-    ) -> Result<()> {
-        let mut at = range.start;
-        let mut loaded = Loaded::default();
-        while at < range.end {
-            // Held until the step's bytes are written: until then its host offsets stay out of other hands.
-            let pin = image.pin();
-            match writer.plan_write(image, at..range.end, &loaded)? {
-                Step::InPlace { host, length, registration } => {
-                    let (part, rest) = payload.split(length);
-                    writer.check_overlap(image, host, length)?;
-                    match part {
-                        Payload::Bytes(mem) => {
-                            writer.add(image, batch, pin, vec![(host, Piece::Guest(mem))])?;
-                            batch.registrations.extend(registration);
-                        }
-                        Payload::Zeroes => {
-                            writer.issue(image, batch)?;
-                            image.data_storage()?.zero(host, length, false)?;
-                        }
-                    }
-                    payload = rest;
-                    at += length;
-                }
-                Step::Change(run) => {
-                    let room = run.guest + run.clusters * image.geometry().cluster_size();
-                    let range = at..range.end.min(room);
-                    let written = self.write_run(image, writer, run, payload, range, pin, batch)?;
-                    payload = payload.split(written).1;
-                    at += written;
-                }
-                Step::NeedsTable => {
-                    writer.issue(image, batch)?;
-                    writer.prepare_table(image, at)?;
-                }
-                // Nobody waits while registered: who is waited for may wait for this one.
-                Step::Busy(clusters) => {
-                    writer.issue(image, batch)?;
-                    writer.inflight.wait(&clusters);
-                }
-                Step::Missing(missing) => loaded = image.load_slice(missing)?,
-            }
-        }
-        Ok(())
-    }
-
-    /// Takes host clusters for the start of `range`, which lies in the run (or keeps the one that the entry has), and
-    /// adds what is to be written to the batch. Returns how many bytes: fewer than asked where fewer contiguous
-    /// clusters were had.
-    #[allow(clippy::too_many_arguments, reason = "one step of write_steps")]
-    fn write_run<'a>(
-        &self,
-        image: &Qcow2,
-        writer: &'a Writer,
-        run: Run<'a>,
-        payload: Payload<'a>,
-        range: Range<u64>,
-        pin: Option<Arc<()>>,
-        batch: &mut Batch<'a>,
-    ) -> Result<u64> {
-        let g = *image.geometry();
-        let was_zero = run.reuse.is_none() && self.read_zero(image, &run)?;
-        let target = writer.target(image, &run, !was_zero)?;
-        let end = range.end.min(run.guest + target.count * g.cluster_size());
-        let range = range.start..end;
-        let length = end - range.start;
-        let pieces = self.pieces(image, &run, target, was_zero, payload, range.clone());
-        let added = pieces.and_then(|pieces| {
-            writer.check_overlap(
-                image,
-                target.cluster * g.cluster_size(),
-                target.count * g.cluster_size(),
-            )?;
-            writer.add(image, batch, pin, pieces)
-        });
-        // In the batch in any case: that is where it is given up.
-        batch.runs.push_back(NewRun { run, target, was_zero, range });
-        added.map(|()| length)
-    }
-
-    /// COW and data of one run, in the order of their places.
-    fn pieces<'a>(
-        &self,
-        image: &Qcow2,
-        run: &Run<'_>,
-        target: Allocation,
-        was_zero: bool,
-        payload: Payload<'a>,
-        range: Range<u64>,
-    ) -> Result<Vec<(u64, Piece<'a>)>> {
-        let g = *image.geometry();
-        let host = |guest: u64| target.cluster * g.cluster_size() + (guest - run.guest);
-        let last = g.cluster_start(range.end - 1);
-        let mut pieces: Vec<(u64, Piece<'a>)> = Vec::new();
-        for cluster in [run.guest, last].into_iter().take(if last == run.guest { 1 } else { 2 }) {
-            let within =
-                range.start.max(cluster) - cluster..range.end.min(cluster + g.cluster_size()) - cluster;
-            let old = run.old.get(((cluster - run.guest) / g.cluster_size()) as usize);
-            let cow = plan_cow(&g, old.unwrap_or(&L2Mapping::Unallocated), within, run.reuse.is_some());
-            for copy in cow.copy {
-                let copy = cluster + copy.start..cluster + copy.end;
-                let bytes = self.old_bytes(copy.clone(), was_zero)?;
-                if !(target.guest_zero(image) && is_zero(&bytes)) {
-                    pieces.push((host(copy.start), Piece::Owned(bytes)));
-                }
-            }
-        }
-        match payload {
-            Payload::Bytes(mem) => {
-                let part = mem.split_at((range.end - range.start) as usize).0;
-                pieces.push((host(range.start), Piece::Guest(part)));
-            }
-            Payload::Zeroes if target.guest_zero(image) => {}
-            Payload::Zeroes => {
-                let zeroes = vec![0; (range.end - range.start) as usize];
-                pieces.push((host(range.start), Piece::Owned(zeroes)));
-            }
-        }
-        pieces.sort_by_key(|piece| piece.0);
-        Ok(pieces)
     }
 
     /// The guest bytes of `range` before the write; what lies behind the end of the disk is zero.
@@ -315,6 +159,154 @@ impl Image {
         }
         let end = run.guest + run.clusters * image.geometry().cluster_size();
         self.all_extents(run.guest..end, |extent| extent.zero)
+    }
+}
+
+impl<'a> Active<'a> {
+    /// Makes durable what lost its references, and frees it as soon as no request can reach it. The caller holds no host
+    /// offset that it planned.
+    fn reclaim(&self) -> Result<()> {
+        let Self { writer, .. } = *self;
+        self.flush_guest()?;
+        for _ in 0..PATIENCE {
+            if writer.with_alloc(|alloc, _| alloc.drain())? {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
+    /// Writes `payload` to `range`, step by step; steps whose places in the file follow each other share one call.
+    pub(super) fn write_range(&self, payload: Payload<'_>, range: Range<u64>) -> Result<()> {
+        let Self { image, writer, .. } = *self;
+        let mut batch = Batch::default();
+        let steps = self.write_steps(payload, range, &mut batch);
+        let written = steps.and_then(|()| writer.issue(image, &mut batch));
+        if written.is_err() {
+            writer.give_up(image, &mut batch);
+        }
+        written
+    }
+
+    fn write_steps(&self, mut payload: Payload<'a>, range: Range<u64>, batch: &mut Batch<'a>) -> Result<()> {
+        let Self { image, writer, .. } = *self;
+        let mut at = range.start;
+        let mut loaded = Loaded::default();
+        while at < range.end {
+            // Held until the step's bytes are written: until then its host offsets stay out of other hands.
+            let pin = image.pin();
+            match writer.plan_write(image, at..range.end, &loaded)? {
+                Step::InPlace { host, length, registration } => {
+                    let (part, rest) = payload.split(length);
+                    writer.check_overlap(image, host, length)?;
+                    match part {
+                        Payload::Bytes(mem) => {
+                            writer.add(image, batch, pin, vec![(host, Piece::Guest(mem))])?;
+                            batch.registrations.extend(registration);
+                        }
+                        Payload::Zeroes => {
+                            writer.issue(image, batch)?;
+                            image.data_storage()?.zero(host, length, false)?;
+                        }
+                    }
+                    payload = rest;
+                    at += length;
+                }
+                Step::Change(run) => {
+                    let room = run.guest + run.clusters * image.geometry().cluster_size();
+                    let range = at..range.end.min(room);
+                    let written = self.write_run(run, payload, range, pin, batch)?;
+                    payload = payload.split(written).1;
+                    at += written;
+                }
+                Step::NeedsTable => {
+                    writer.issue(image, batch)?;
+                    writer.prepare_table(image, at)?;
+                }
+                // Nobody waits while registered: who is waited for may wait for this one.
+                Step::Busy(clusters) => {
+                    writer.issue(image, batch)?;
+                    writer.inflight.wait(&clusters);
+                }
+                Step::Missing(missing) => loaded = image.load_slice(missing)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes host clusters for the start of `range`, which lies in the run (or keeps the one that the entry has), and
+    /// adds what is to be written to the batch. Returns how many bytes: fewer than asked where fewer contiguous
+    /// clusters were had.
+    fn write_run(
+        &self,
+        run: Run<'a>,
+        payload: Payload<'a>,
+        range: Range<u64>,
+        pin: Option<Arc<()>>,
+        batch: &mut Batch<'a>,
+    ) -> Result<u64> {
+        let Self { disk, image, writer } = *self;
+        let g = *image.geometry();
+        let was_zero = run.reuse.is_none() && disk.read_zero(image, &run)?;
+        let target = writer.target(image, &run, !was_zero)?;
+        let end = range.end.min(run.guest + target.count * g.cluster_size());
+        let range = range.start..end;
+        let length = end - range.start;
+        let pieces = self.pieces(&run, target, was_zero, payload, range.clone());
+        let added = pieces.and_then(|pieces| {
+            writer.check_overlap(
+                image,
+                target.cluster * g.cluster_size(),
+                target.count * g.cluster_size(),
+            )?;
+            writer.add(image, batch, pin, pieces)
+        });
+        // In the batch in any case: that is where it is given up.
+        batch.runs.push_back(NewRun { run, target, was_zero, range });
+        added.map(|()| length)
+    }
+
+    /// COW and data of one run, in the order of their places.
+    fn pieces(
+        &self,
+        run: &Run<'_>,
+        target: Allocation,
+        was_zero: bool,
+        payload: Payload<'a>,
+        range: Range<u64>,
+    ) -> Result<Vec<(u64, Piece<'a>)>> {
+        let Self { disk, image, .. } = *self;
+        let g = *image.geometry();
+        let host = |guest: u64| target.cluster * g.cluster_size() + (guest - run.guest);
+        let last = g.cluster_start(range.end - 1);
+        let mut pieces: Vec<(u64, Piece<'a>)> = Vec::new();
+        for cluster in [run.guest, last].into_iter().take(if last == run.guest { 1 } else { 2 }) {
+            let within =
+                range.start.max(cluster) - cluster..range.end.min(cluster + g.cluster_size()) - cluster;
+            let old = run.old.get(((cluster - run.guest) / g.cluster_size()) as usize);
+            let cow = plan_cow(&g, old.unwrap_or(&L2Mapping::Unallocated), within, run.reuse.is_some());
+            for copy in cow.copy {
+                let copy = cluster + copy.start..cluster + copy.end;
+                let bytes = disk.old_bytes(copy.clone(), was_zero)?;
+                if !(target.guest_zero(image) && is_zero(&bytes)) {
+                    pieces.push((host(copy.start), Piece::Owned(bytes)));
+                }
+            }
+        }
+        match payload {
+            Payload::Bytes(mem) => {
+                let part = mem.split_at((range.end - range.start) as usize).0;
+                pieces.push((host(range.start), Piece::Guest(part)));
+            }
+            Payload::Zeroes if target.guest_zero(image) => {}
+            Payload::Zeroes => {
+                let zeroes = vec![0; (range.end - range.start) as usize];
+                pieces.push((host(range.start), Piece::Owned(zeroes)));
+            }
+        }
+        pieces.sort_by_key(|piece| piece.0);
+        Ok(pieces)
     }
 }
 

@@ -6,6 +6,7 @@ use qcow2_format::bitmap::BitmapFlags;
 use qcow2_format::limits::MAX_L1_BYTES;
 use qcow2_format::{L2Mapping, words};
 
+use super::active::Active;
 use super::alloc::Allocation;
 use super::request::{Payload, Top};
 use super::writer::Writer;
@@ -67,20 +68,20 @@ impl Image {
                 self.preserve(&(size..self.virtual_size()));
                 layer.resize(size, options.preallocation, job)
             }
-            Top::Qcow2(image, writer) => {
+            Top::Qcow2(active) => {
                 // Once before anything is touched, once when nobody else changes it.
                 self.judge_size(size, options, job)?;
-                refuse_resize(image, writer, size)?;
+                refuse_resize(active, size)?;
                 let session = Session::begin_as(self, job)?;
                 self.judge_size(size, options, job)?;
-                refuse_resize(image, writer, size)?;
+                refuse_resize(active, size)?;
                 let old = self.virtual_size();
                 if size < old {
                     self.preserve(&(size..old));
                     session.shrink(size)?;
-                    writer.give_back(image)
+                    active.writer.give_back(active.image)
                 } else {
-                    self.grow(image, writer, old..size, options.preallocation, job)
+                    active.grow(old..size, options.preallocation, job)
                 }
             }
         }
@@ -114,15 +115,11 @@ impl Image {
         })?;
         Ok(stored)
     }
+}
 
-    fn grow(
-        &self,
-        image: &Qcow2,
-        writer: &Writer,
-        new: Range<u64>,
-        mode: Preallocation,
-        job: &Job,
-    ) -> Result<()> {
+impl<'a> Active<'a> {
+    fn grow(&self, new: Range<u64>, mode: Preallocation, job: &Job) -> Result<()> {
+        let Self { image, writer, .. } = *self;
         let Range { start: old, end: size } = new;
         if size == old {
             return Ok(());
@@ -141,23 +138,22 @@ impl Image {
         }
         // Later, it would be too late to refuse: what is written there must be recorded.
         writer.bitmaps.check_size(size, image.limits().max_memory)?;
-        self.drop_behind(image, writer, old)?;
+        self.drop_behind(old)?;
         if entries > image.mapping.read().l1.len() as u64 {
             // What refers to the old table must be in the file before it is copied.
-            self.flush_metadata(image, writer)?;
+            self.flush_metadata()?;
             writer.grow_l1(image, entries)?;
         }
-        self.zero_behind(image, writer, old..size, mode != Preallocation::Off)?;
-        self.grow_data_file(image, old..size)?;
-        let preallocated = self
-            .preallocate_tail(image, old, mode, job)
-            .and_then(|()| self.preallocate(image, writer, old..size, mode, job));
+        self.zero_behind(old..size, mode != Preallocation::Off)?;
+        self.grow_data_file(old..size)?;
+        let preallocated =
+            self.preallocate_tail(old, mode, job).and_then(|()| self.preallocate(old..size, mode, job));
         if let Err(error) = preallocated {
             // Nothing may be mapped behind the end that stays.
-            self.drop_behind(image, writer, old)?;
+            self.drop_behind(old)?;
             return Err(error);
         }
-        self.flush_metadata(image, writer)?;
+        self.flush_metadata()?;
         writer.write_size(image, size)?;
         image.storage().flush().map_err(|e| writer.poison(e))?;
         image.set_virtual_size(size);
@@ -166,20 +162,22 @@ impl Image {
 
     /// Gives up what is mapped behind the end: the state of a virtual machine that a snapshot brought, or what another
     /// program left. It must not become part of the disk.
-    fn drop_behind(&self, image: &Qcow2, writer: &Writer, end: u64) -> Result<()> {
+    fn drop_behind(&self, end: u64) -> Result<()> {
+        let Self { image, .. } = *self;
         let g = image.geometry();
         let mapped = (image.mapping.read().l1.len() as u64).saturating_mul(g.l2_coverage());
         let Some(start) = end.checked_next_multiple_of(g.cluster_size()).filter(|start| *start < mapped)
         else {
             return Ok(());
         };
-        self.change_range(image, writer, start..mapped, !image.header().has_data_file(), &|_, old| {
+        self.change_range(start..mapped, !image.header().has_data_file(), &|_, old| {
             (*old != L2Mapping::Unallocated).then_some(L2Mapping::Unallocated)
         })
     }
 
     /// Extends an external data file that is a raw image by itself: nothing of it may show up behind the old end.
-    fn grow_data_file(&self, image: &Qcow2, new: Range<u64>) -> Result<()> {
+    fn grow_data_file(&self, new: Range<u64>) -> Result<()> {
+        let Self { image, .. } = *self;
         if !image.header().data_file_raw() {
             return Ok(());
         }
@@ -195,11 +193,12 @@ impl Image {
     /// Makes sure that the bytes behind the old end read as zeroes once they are inside: the rest of the last cluster
     /// may hold anything, and a longer backing file would show through. With `allocate`, it is stored in any case: it is
     /// part of what is preallocated.
-    fn zero_behind(&self, image: &Qcow2, writer: &Writer, new: Range<u64>, allocate: bool) -> Result<()> {
+    fn zero_behind(&self, new: Range<u64>, allocate: bool) -> Result<()> {
+        let Self { disk, image, .. } = *self;
         let Range { start: old, end: size } = new;
         let g = image.geometry();
         let cluster_end = old.next_multiple_of(g.cluster_size());
-        let backing = self.layers().get(1).map_or(0, |below| below.virtual_size());
+        let backing = disk.layers().get(1).map_or(0, |below| below.virtual_size());
         let mut segments = Vec::new();
         let head = old..cluster_end.min(size);
         if !head.is_empty() {
@@ -207,13 +206,13 @@ impl Image {
             let stored =
                 segments.iter().any(|s| !matches!(s.kind, crate::image::SegmentKind::Unallocated(_)));
             if stored || backing > old || allocate {
-                self.write_range(image, writer, Payload::Zeroes, head)?;
+                self.write_range(Payload::Zeroes, head)?;
             }
         }
         let end = backing.min(size);
         if end > cluster_end {
             let end = end.next_multiple_of(g.cluster_size()).min(size.next_multiple_of(g.cluster_size()));
-            self.zero_range(image, writer, cluster_end..end, false)?;
+            self.zero_range(cluster_end..end, false)?;
         }
         Ok(())
     }
@@ -267,7 +266,7 @@ impl Writer {
 }
 
 /// Refuses what QEMU refuses, too: what belongs to the disk and cannot follow its size.
-fn refuse_resize(image: &Qcow2, writer: &Writer, size: u64) -> Result<()> {
+fn refuse_resize(Active { image, writer, .. }: Active<'_>, size: u64) -> Result<()> {
     if image.header().version < 3 && !image.snapshots().is_empty() {
         let message = "a version 2 image with snapshots cannot be resized: they do not say their size";
         return Err(image.error(ErrorKind::UnsupportedFeature, message));

@@ -5,10 +5,10 @@ use std::ops::{ControlFlow, Range};
 
 use qcow2_format::{Geometry, L1Entry, L2Mapping, SubclusterBitmap};
 
+use super::active::Active;
 use super::cluster::Step;
 use super::link::Change;
 use super::request::{Payload, Top};
-use super::writer::Writer;
 use crate::image::{Image, Qcow2};
 use crate::walk::{Steps, for_each_extent};
 use crate::{Discard, ErrorKind, Extent, ExtentKind, Job, Result, StorageExt};
@@ -28,9 +28,9 @@ impl Image {
         }
         self.guest_request(&range.clone(), |top| match top {
             Top::Layer(layer) => layer.write_zeroes(offset, length, unmap),
-            Top::Qcow2(image, writer) => {
-                self.zero_range(image, writer, range.clone(), unmap)?;
-                self.limit_dirty(image, writer)
+            Top::Qcow2(active) => {
+                active.zero_range(range.clone(), unmap)?;
+                active.limit_dirty()
             }
         })
     }
@@ -45,93 +45,18 @@ impl Image {
         // What does nothing marks nothing either.
         match self.top()? {
             Top::Layer(layer) if layer.disk_options().discard == Discard::Ignore => return Ok(()),
-            Top::Qcow2(_, writer) if writer.options.discard == Discard::Ignore => return writer.check(),
+            Top::Qcow2(active) if active.writer.options.discard == Discard::Ignore => {
+                return active.writer.check();
+            }
             _ => {}
         }
         self.guest_request(&range.clone(), |top| match top {
             Top::Layer(layer) => layer.discard(offset, length),
-            Top::Qcow2(image, writer) => {
-                self.discard_range(image, writer, range.clone())?;
-                self.limit_dirty(image, writer)
+            Top::Qcow2(active) => {
+                active.discard_range(range.clone())?;
+                active.limit_dirty()
             }
         })
-    }
-
-    pub(super) fn zero_range(
-        &self,
-        image: &Qcow2,
-        writer: &Writer,
-        range: Range<u64>,
-        unmap: bool,
-    ) -> Result<()> {
-        let g = *image.geometry();
-        let raw_data = image.header().data_file_raw();
-        if image.header().version < 3 {
-            // No zero flag: where no backing file can show through, clusters can be given up; else zeroes are data.
-            if !(unmap && self.layers().len() == 1) {
-                return self.write_range(image, writer, Payload::Zeroes, range);
-            }
-            let whole = whole_clusters(&g, &range, self.virtual_size());
-            self.write_edges(image, writer, &range, &whole)?;
-            return self.change_range(image, writer, whole, true, &|_, old| give_up(&g, old, 2, false));
-        }
-        let unit = g.subcluster_size();
-        let whole = whole_units(unit, &range, self.virtual_size());
-        self.write_edges(image, writer, &range, &whole)?;
-        let keep = raw_data || !unmap;
-        // Compressed clusters have no subclusters: a part of one must be written as data.
-        let parts = RefCell::new(Vec::new());
-        self.change_range(image, writer, whole.clone(), unmap, &|cluster, old| {
-            let part = whole.start.max(cluster)..whole.end.min(cluster + g.cluster_size());
-            let within = part.start - cluster..part.end - cluster;
-            if matches!(old, L2Mapping::Compressed(_)) && within != (0..g.cluster_size()) {
-                parts.borrow_mut().push(part);
-                return None;
-            }
-            Some(zeroed(&g, old, &within, !keep))
-        })?;
-        let parts = parts.into_inner();
-        parts.into_iter().try_for_each(|part| self.write_range(image, writer, Payload::Zeroes, part))
-    }
-
-    fn discard_range(&self, image: &Qcow2, writer: &Writer, range: Range<u64>) -> Result<()> {
-        let g = *image.geometry();
-        let header = image.header();
-        let has_backing = self.layers().len() > 1;
-        if header.version < 3 && has_backing {
-            // Without a zero flag, giving clusters up would show the backing file's old bytes.
-            return Ok(());
-        }
-        let whole = whole_clusters(&g, &range, self.virtual_size());
-        if whole.is_empty() {
-            return Ok(());
-        }
-        if header.data_file_raw() {
-            return self.zero_range(image, writer, whole.start..whole.end.min(self.virtual_size()), true);
-        }
-        let version = header.version;
-        self.change_range(image, writer, whole, true, &|_, old| give_up(&g, old, version, has_backing))
-    }
-
-    /// Writes zeroes to what `range` has outside `whole`.
-    fn write_edges(
-        &self,
-        image: &Qcow2,
-        writer: &Writer,
-        range: &Range<u64>,
-        whole: &Range<u64>,
-    ) -> Result<()> {
-        let (head, tail) = if whole.is_empty() {
-            (range.clone(), range.end..range.end)
-        } else {
-            (range.start..whole.start, whole.end.min(range.end)..range.end)
-        };
-        for edge in [head, tail] {
-            if !edge.is_empty() && !self.is_known_zero(edge.clone())? {
-                self.write_range(image, writer, Payload::Zeroes, edge)?;
-            }
-        }
-        Ok(())
     }
 
     fn is_known_zero(&self, range: Range<u64>) -> Result<bool> {
@@ -148,17 +73,86 @@ impl Image {
         })?;
         Ok(all)
     }
+}
+
+impl<'a> Active<'a> {
+    pub(super) fn zero_range(&self, range: Range<u64>, unmap: bool) -> Result<()> {
+        let Self { disk, image, .. } = *self;
+        let g = *image.geometry();
+        let raw_data = image.header().data_file_raw();
+        if image.header().version < 3 {
+            // No zero flag: where no backing file can show through, clusters can be given up; else zeroes are data.
+            if !(unmap && disk.layers().len() == 1) {
+                return self.write_range(Payload::Zeroes, range);
+            }
+            let whole = whole_clusters(&g, &range, disk.virtual_size());
+            self.write_edges(&range, &whole)?;
+            return self.change_range(whole, true, &|_, old| give_up(&g, old, 2, false));
+        }
+        let unit = g.subcluster_size();
+        let whole = whole_units(unit, &range, disk.virtual_size());
+        self.write_edges(&range, &whole)?;
+        let keep = raw_data || !unmap;
+        // Compressed clusters have no subclusters: a part of one must be written as data.
+        let parts = RefCell::new(Vec::new());
+        self.change_range(whole.clone(), unmap, &|cluster, old| {
+            let part = whole.start.max(cluster)..whole.end.min(cluster + g.cluster_size());
+            let within = part.start - cluster..part.end - cluster;
+            if matches!(old, L2Mapping::Compressed(_)) && within != (0..g.cluster_size()) {
+                parts.borrow_mut().push(part);
+                return None;
+            }
+            Some(zeroed(&g, old, &within, !keep))
+        })?;
+        let parts = parts.into_inner();
+        parts.into_iter().try_for_each(|part| self.write_range(Payload::Zeroes, part))
+    }
+
+    fn discard_range(&self, range: Range<u64>) -> Result<()> {
+        let Self { disk, image, .. } = *self;
+        let g = *image.geometry();
+        let header = image.header();
+        let has_backing = disk.layers().len() > 1;
+        if header.version < 3 && has_backing {
+            // Without a zero flag, giving clusters up would show the backing file's old bytes.
+            return Ok(());
+        }
+        let whole = whole_clusters(&g, &range, disk.virtual_size());
+        if whole.is_empty() {
+            return Ok(());
+        }
+        if header.data_file_raw() {
+            return self.zero_range(whole.start..whole.end.min(disk.virtual_size()), true);
+        }
+        let version = header.version;
+        self.change_range(whole, true, &|_, old| give_up(&g, old, version, has_backing))
+    }
+
+    /// Writes zeroes to what `range` has outside `whole`.
+    fn write_edges(&self, range: &Range<u64>, whole: &Range<u64>) -> Result<()> {
+        let Self { disk, .. } = *self;
+        let (head, tail) = if whole.is_empty() {
+            (range.clone(), range.end..range.end)
+        } else {
+            (range.start..whole.start, whole.end.min(range.end)..range.end)
+        };
+        for edge in [head, tail] {
+            if !edge.is_empty() && !disk.is_known_zero(edge.clone())? {
+                self.write_range(Payload::Zeroes, edge)?;
+            }
+        }
+        Ok(())
+    }
 
     /// Replaces the mappings of the clusters that `range` touches, slice by slice. `replace` gets the guest offset of
     /// the cluster. `punch`: the clusters' space is given up. A raw data file becomes zeroes there.
     pub(super) fn change_range(
         &self,
-        image: &Qcow2,
-        writer: &Writer,
         range: Range<u64>,
         punch: bool,
         replace: &dyn Fn(u64, &L2Mapping) -> Option<L2Mapping>,
     ) -> Result<()> {
+        let Self { disk, image, writer } = *self;
         let g = *image.geometry();
         let raw_data = image.header().data_file_raw();
         let mut at = g.cluster_start(range.start);
@@ -180,7 +174,7 @@ impl Image {
                         // A part of a cluster stays when subclusters are given up.
                         let start = pinned.max(range.start);
                         let end =
-                            (pinned + clusters * g.cluster_size()).min(range.end).min(self.virtual_size());
+                            (pinned + clusters * g.cluster_size()).min(range.end).min(disk.virtual_size());
                         if start < end {
                             image.data_storage()?.zero(start, end - start, punch)?;
                         }
@@ -190,7 +184,7 @@ impl Image {
                     at = pinned + clusters * g.cluster_size();
                     drop(run.registration);
                     // A range can need more tables than may wait in memory.
-                    self.limit_dirty(image, writer)?;
+                    self.limit_dirty()?;
                 }
                 Step::Busy(clusters) => writer.inflight.wait(&clusters),
                 Step::NeedsTable => writer.prepare_table(image, at)?,
