@@ -219,20 +219,16 @@ impl Runtime {
                 let _closed = guarded(|| resource.close());
             }
         };
-        let end = Arc::new(Mutex::new(Some(end)));
-        let other = Arc::clone(&end);
-        let run = move || {
-            let work = other.lock().take();
-            work.into_iter().for_each(|work| work());
+        let end = Mutex::new(Some(end));
+        let run = || {
+            let end = end.lock().take();
+            end.into_iter().for_each(|end| end());
         };
-        match thread::Builder::new().name("qcow2-end".to_owned()).spawn(run) {
-            Ok(closing) => drop(closing.join()),
+        thread::scope(|scope| {
+            let closing = thread::Builder::new().name("qcow2-end".to_owned()).spawn_scoped(scope, run);
             // Where the system starts no thread, better here than not at all.
-            Err(_) => {
-                let work = end.lock().take();
-                work.into_iter().for_each(|work| work());
-            }
-        }
+            closing.map_or_else(|_| run(), |closing| drop(closing.join()));
+        });
     }
 
     /// Hands everything that is done to JavaScript.

@@ -2,8 +2,8 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::Context;
 use super::scan::{Chunk, Content, Piece, Rules, Scanner, Zeroes};
-use super::{Context, Delta};
 use crate::{GuestSource, Job, Mem, MemMut, Result, Storage, StorageExt};
 
 /// Bytes moved through the buffer at once: stays in the core's cache between the read and the write.
@@ -141,16 +141,11 @@ impl<'a> Copier<'a> {
 ///
 /// # Errors
 /// `Io`; what reading the source meets.
-pub fn shares_blocks(
-    source: &dyn GuestSource,
-    delta: Option<Delta>,
-    target: &dyn Storage,
-    job: &Job,
-) -> Result<bool> {
+pub fn shares_blocks(source: &dyn GuestSource, target: &dyn Storage, job: &Job) -> Result<bool> {
     if target.traits().block_device {
         return Ok(false);
     }
-    let rules = Rules { chunk: 1 << 20, zeroes: Zeroes::Skip, delta };
+    let rules = Rules { chunk: 1 << 20, zeroes: Zeroes::Skip, delta: None };
     let Some(chunk) = Scanner::new(source, rules, job).next_chunk()? else { return Ok(false) };
     for piece in &chunk.pieces {
         let Content::Stored(from, offset) = &piece.content else { continue };

@@ -55,7 +55,7 @@ impl RawSink {
         let mut shared = false;
         if !fixed {
             empty(&*storage)?;
-            shared = !written && shares_blocks(context.source, None, &*storage, context.job)?;
+            shared = !written && shares_blocks(context.source, &*storage, context.job)?;
             let space = if written { Preallocation::Off } else { preallocation };
             size_raw(&*storage, size, space, context.job)?;
             if written && preallocation == Preallocation::Falloc {

@@ -76,8 +76,8 @@ impl Image {
     /// that is open for writing.
     ///
     /// # Errors
-    /// `UnsupportedFeature` for a raw disk, and for zeroes of what is encrypted; `Corrupt` for an image with errors, which must be repaired first, before
-    /// anything is changed; `Limit` when the bookkeeping exceeds the limit on memory; `Aborted`; else as
+    /// `UnsupportedFeature` for a disk of another format, and for zeroes of what is encrypted; `Corrupt` for an image with
+    /// errors, which must be repaired first, before anything is changed; `Limit` when the bookkeeping exceeds the limit on memory; `Aborted`; else as
     /// [`Image::write_at`].
     pub fn compact(&self, options: CompactOptions, job: &Job) -> Result<CompactResult> {
         let Some(image) = self.top_qcow2() else {

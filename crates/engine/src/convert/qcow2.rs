@@ -101,7 +101,7 @@ impl Qcow2Sink {
             && !has_data_file
             && create.data_door.is_none()
             && geometry.cluster_size() >= SHARED_BLOCK
-            && shares_blocks(context.source, None, &*data, context.job)?;
+            && shares_blocks(context.source, &*data, context.job)?;
         builder.extend();
         let whole_clusters = compression.is_some() || shared;
         let preallocator =
