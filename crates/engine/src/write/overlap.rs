@@ -8,7 +8,7 @@ use qcow2_format::{Geometry, L1Entry, SnapshotRecord};
 use crate::image::Qcow2;
 
 /// Host clusters that hold metadata.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct MetadataMap {
     /// Structures that do not move in single clusters: start and end cluster, and a name for the message.
     fixed: Vec<(u64, u64, &'static str)>,

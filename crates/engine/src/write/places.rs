@@ -128,12 +128,20 @@ impl Allocator {
         if !self.refcounts.is_forked(index) {
             return self.refcounts.fork_block(index, place);
         }
-        // It got one when the place was counted.
-        self.refcounts.set(place, 0)?;
-        if let Some(fork) = &mut self.refcounts.fork {
-            fork.search = fork.search.min(place);
+        // It got one when another place was counted.
+        self.return_beside(place)
+    }
+
+    /// Gives back a cluster that the fork took last, and does not need.
+    fn return_beside(&mut self, place: u64) -> Result<()> {
+        let Some(fork) = &mut self.refcounts.fork else { return Ok(()) };
+        if let Some((place, count)) = fork.taken.pop_if(|taken| *taken == (place, 1)) {
+            // A reservation is counted in the file as well, in a block that may not be the fork's.
+            self.fresh.stale.insert(place, count);
+            return Ok(());
         }
-        Ok(())
+        fork.search = fork.search.min(place);
+        self.refcounts.set(place, 0)
     }
 
     /// Counts free clusters in the fork. False where a block that counts them took a place first, perhaps one of these.
@@ -225,5 +233,46 @@ impl Allocator {
     fn run_at_end(&mut self, count: u64, metadata: &mut MetadataMap) -> Result<u64> {
         let start = self.cover_run(count, metadata)?;
         if start + count > self.room()? { Err(self.no_room()) } else { Ok(start) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use qcow2_format::Geometry;
+
+    use super::*;
+    use crate::Storage;
+    use crate::storage::MemoryStorage;
+
+    /// An allocator of 512-byte clusters, 256 of them in a refcount block, of which the first two are counted in full but for
+    /// `free`.
+    fn allocator(free: u64) -> Allocator {
+        let geometry = Geometry::new(9, 4, false).unwrap();
+        let storage = MemoryStorage::new();
+        storage.resize(512 * geometry.cluster_size()).unwrap();
+        let storage: Arc<dyn Storage> = Arc::new(storage);
+        let mut refcounts = Refcounts::of_blocks(&storage, geometry, 1, [2, 3]);
+        for cluster in (0..512).filter(|cluster| *cluster != free) {
+            refcounts.set(cluster, 1).unwrap();
+        }
+        Allocator::new(&storage, refcounts, geometry).unwrap()
+    }
+
+    #[test]
+    fn a_block_whose_place_forks_it_leaves_a_reservation_that_another_block_counts() {
+        let mut allocator = allocator(100);
+        let metadata = MetadataMap::default();
+        // The only free cluster is counted by the block that wants a place; the reservation by the next one.
+        allocator.ready.stale.insert(400, 1);
+        allocator.fork().unwrap();
+        assert_eq!(allocator.count_beside(10, true, &metadata).unwrap(), 2);
+        assert_eq!(allocator.refcounts.get(100).unwrap(), 1, "the block counts itself");
+        assert!(!allocator.refcounts.is_forked(1), "nothing of the second block has changed");
+        assert_eq!(allocator.allocate_beside(1, &metadata).unwrap(), 400, "the reservation is there still");
+        allocator.undo_fork(true);
+        assert_eq!(allocator.refcounts.get(10).unwrap(), 1);
+        assert_eq!(allocator.refcounts.get(400).unwrap(), 1);
     }
 }

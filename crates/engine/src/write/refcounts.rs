@@ -69,17 +69,47 @@ impl Refcounts {
         storage
             .read_exact_at(MemMut::from(&mut table[..]), header.refcount_table_offset.0)
             .map_err(|e| e.with_field("refcount table"))?;
-        Ok(Self {
+        Ok(Self::new(
+            storage,
+            header.geometry,
+            header.steady(),
+            words::decode(&table),
+            header.refcount_table_offset.0,
+        ))
+    }
+
+    fn new(
+        storage: &Arc<dyn Storage>,
+        geometry: Geometry,
+        steady: Steady,
+        table: Vec<u64>,
+        table_offset: u64,
+    ) -> Self {
+        Self {
             storage: Arc::clone(storage),
-            geometry: header.geometry,
-            steady: header.steady(),
-            table: words::decode(&table),
-            table_offset: header.refcount_table_offset.0,
+            geometry,
+            steady,
+            table,
+            table_offset,
             blocks: HashMap::new(),
             clock: 0,
             waiting: 0,
             fork: None,
-        })
+        }
+    }
+
+    /// Refcounts whose table is in cluster `table`, and its blocks in the clusters `blocks`.
+    #[cfg(test)]
+    pub(super) fn of_blocks(
+        storage: &Arc<dyn Storage>,
+        geometry: Geometry,
+        table: u64,
+        blocks: impl IntoIterator<Item = u64>,
+    ) -> Self {
+        let steady = Steady::new(3, geometry, qcow2_format::CryptMethod::None);
+        let size = geometry.cluster_size();
+        let blocks = blocks.into_iter().map(|cluster| cluster * size).collect();
+        Self::new(storage, geometry, steady, blocks, table * size)
     }
 
     /// Host offsets of all refcount blocks.
@@ -436,28 +466,15 @@ pub(super) struct Moved {
 
 #[cfg(test)]
 mod tests {
-    use qcow2_format::CryptMethod;
-
     use super::*;
     use crate::storage::MemoryStorage;
 
     /// Refcounts in clusters of 1 MiB, of which the cache keeps four, with `blocks` blocks behind the table.
     fn refcounts(blocks: u64) -> Refcounts {
         let geometry = Geometry::new(20, 6, false).unwrap();
-        let size = geometry.cluster_size();
         let storage = MemoryStorage::new();
-        storage.resize((blocks + 2) * size).unwrap();
-        Refcounts {
-            storage: Arc::new(storage),
-            geometry,
-            steady: Steady::new(3, geometry, CryptMethod::None),
-            table: (0..blocks).map(|number| (number + 2) * size).collect(),
-            table_offset: size,
-            blocks: HashMap::new(),
-            clock: 0,
-            waiting: 0,
-            fork: None,
-        }
+        storage.resize((blocks + 2) * geometry.cluster_size()).unwrap();
+        Refcounts::of_blocks(&(Arc::new(storage) as Arc<dyn Storage>), geometry, 1, 2..blocks + 2)
     }
 
     #[test]
