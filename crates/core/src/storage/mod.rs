@@ -22,6 +22,7 @@ mod new_file;
 mod platform;
 mod range_lock;
 mod read_only;
+mod sectors;
 mod traits;
 
 use std::fmt;
@@ -39,6 +40,7 @@ pub use memory::MemoryStorage;
 pub use new_file::{NewFile, Overwrite, Room};
 pub use platform::no_space;
 pub use read_only::ReadOnly;
+pub use sectors::{SectorCodec, Sectors};
 pub use traits::{DeviceLimits, Identity, IoLimits, Operation, Traits};
 
 use crate::{Mem, MemMut, Result};

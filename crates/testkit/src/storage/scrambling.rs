@@ -1,14 +1,10 @@
 //! Guest bytes that are stored as something else: what a cipher does to them, without a key.
 
 use std::collections::BTreeSet;
-use std::io;
-use std::ops::Range;
 use std::sync::Arc;
 
-use parking_lot::RwLock;
-use qcow2_core::forward_storage;
-use qcow2_engine::storage::{ReadStorage, Run, Traits};
-use qcow2_engine::{DataDoor, Mem, MemMut, Storage};
+use qcow2_engine::storage::{SectorCodec, Sectors};
+use qcow2_engine::{DataDoor, Storage};
 
 use crate::Sparse;
 use crate::forge::{COMPRESSED, field};
@@ -17,8 +13,6 @@ use crate::forge::{COMPRESSED, field};
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 /// Bytes that are scrambled as a whole.
 const SECTOR: usize = 512;
-/// Bytes of zeroes written at once.
-const ZEROES: usize = 1 << 20;
 
 /// A door that scrambles each sector by its number in the file. No zero byte of the guest's is one in the file, and the other way
 /// round; a sector that is read at another place, or of which a part was written by itself, is garbage.
@@ -34,7 +28,16 @@ impl Scrambling {
 
 impl DataDoor for Scrambling {
     fn open(&self, host: Arc<dyn Storage>) -> Arc<dyn Storage> {
-        Arc::new(Scrambled { host, whole: RwLock::new(()) })
+        Arc::new(Sectors::new(host, Arc::new(*self)))
+    }
+}
+
+impl SectorCodec for Scrambling {
+    fn encode(&self, sector: u64, data: &mut [u8]) {
+        scramble(data, sector * SECTOR as u64);
+    }
+    fn decode(&self, sector: u64, data: &mut [u8]) {
+        unscramble(data, sector * SECTOR as u64);
     }
 }
 
@@ -110,102 +113,10 @@ fn key(sector: u64) -> [u8; SECTOR] {
     key
 }
 
-/// What is behind the door.
-#[derive(Debug)]
-struct Scrambled {
-    host: Arc<dyn Storage>,
-    /// Shared by reads, exclusive for writes: a part of a sector is written with the rest of it.
-    whole: RwLock<()>,
-}
-
-impl Scrambled {
-    /// The guest bytes of the whole sectors around a range, and how many of them the file has; zeroes behind its end.
-    fn around(&self, offset: u64, length: usize) -> io::Result<(u64, Vec<u8>, usize)> {
-        let start = offset - offset % SECTOR as u64;
-        let end = (offset + length as u64).next_multiple_of(SECTOR as u64);
-        let mut bytes = vec![0; (end - start) as usize];
-        let mut got = 0;
-        while got < bytes.len() {
-            match self.host.read_at(MemMut::from(&mut bytes[got..]), start + got as u64)? {
-                0 => break,
-                n => got += n,
-            }
-        }
-        unscramble(&mut bytes[..got.next_multiple_of(SECTOR)], start);
-        Ok((start, bytes, got))
-    }
-
-    fn write(&self, plain: &[u8], offset: u64) -> io::Result<()> {
-        let _alone = self.whole.write();
-        let aligned = offset.is_multiple_of(SECTOR as u64) && plain.len().is_multiple_of(SECTOR);
-        let (start, mut bytes) = match aligned {
-            true => (offset, plain.to_vec()),
-            false => {
-                let (start, mut bytes, _) = self.around(offset, plain.len())?;
-                let from = (offset - start) as usize;
-                bytes[from..from + plain.len()].copy_from_slice(plain);
-                (start, bytes)
-            }
-        };
-        scramble(&mut bytes, start);
-        let mut done = 0;
-        while done < bytes.len() {
-            match self.host.write_at(Mem::from(&bytes[done..]), start + done as u64)? {
-                0 => return Err(io::ErrorKind::WriteZero.into()),
-                n => done += n,
-            }
-        }
-        Ok(())
-    }
-}
-
-#[deny(clippy::missing_trait_methods, reason = "in front of another storage: a new method must be passed on")]
-impl ReadStorage for Scrambled {
-    fn read_at(&self, mut buf: MemMut<'_>, offset: u64) -> io::Result<usize> {
-        let _shared = self.whole.read();
-        let (start, bytes, got) = self.around(offset, buf.len())?;
-        let from = (offset - start) as usize;
-        let n = got.saturating_sub(from).min(buf.len());
-        buf.copy_from(&bytes[from..from + n]);
-        Ok(n)
-    }
-    fn run_in(&self, range: Range<u64>) -> io::Result<Run> {
-        Ok(Run { end: self.len()?.max(range.start + 1), data: true })
-    }
-    fn traits(&self) -> Traits {
-        Traits { alignment: 1, memory_alignment: 1, ..self.host.traits() }
-    }
-    forward_storage!(host: len is_empty allocated_bytes identity io_limits path operation is_transient lock no_fd read_each);
-}
-
-#[deny(clippy::missing_trait_methods, reason = "in front of another storage: a new method must be passed on")]
-impl Storage for Scrambled {
-    fn write_at(&self, buf: Mem<'_>, offset: u64) -> io::Result<usize> {
-        self.write_vectored_at(&[buf], offset)
-    }
-    fn write_vectored_at(&self, bufs: &[Mem<'_>], offset: u64) -> io::Result<usize> {
-        let mut plain = vec![0; bufs.iter().map(Mem::len).sum()];
-        let mut at = 0;
-        for buf in bufs {
-            at += buf.copy_to(&mut plain[at..]);
-        }
-        self.write(&plain, offset).map(|()| at)
-    }
-    fn write_zeroes(&self, offset: u64, length: u64, _unmap: bool) -> io::Result<()> {
-        let (mut at, end) = (offset, offset + length);
-        while at < end {
-            let n = (ZEROES as u64).min(end - at);
-            self.write(&vec![0; n as usize], at)?;
-            at += n;
-        }
-        Ok(())
-    }
-    forward_storage!(host: set_len sync_data check_close discard allocate never_ahead never_clone write_each);
-}
-
 #[cfg(test)]
 mod tests {
     use qcow2_engine::storage::MemoryStorage;
+    use qcow2_engine::{Mem, MemMut};
 
     use super::*;
 
