@@ -9,7 +9,10 @@ use std::fmt;
 use std::ptr;
 use std::sync::Arc;
 
+use qcow2_core::raw::SECTOR;
+
 use crate::Storage;
+use crate::storage::{SectorCodec, Sectors};
 
 /// How guest bytes are stored where they are not stored as they are: a cipher, say.
 ///
@@ -20,6 +23,17 @@ pub trait DataDoor: fmt::Debug + Send + Sync {
     /// of `host`; its bytes at an offset depend on those of `host` there and on the offset, a sector of 512 bytes at a time. It has
     /// no holes, and `write_zeroes` makes it read as zeroes, whatever it takes. A request need not be whole sectors.
     fn open(&self, host: Arc<dyn Storage>) -> Arc<dyn Storage>;
+
+    /// The encryption header that a new image gets with this door, as it is stored; `None` for a door without one.
+    fn crypto_header(&self) -> Option<&[u8]> {
+        None
+    }
+
+    /// A codec that counts sectors of the guest's disk instead of those of the file, of images that are only read; then `open`
+    /// gives what is stored.
+    fn by_guest(&self) -> Option<&Arc<dyn SectorCodec>> {
+        None
+    }
 }
 
 /// The same door, not one that does the same.
@@ -36,5 +50,33 @@ pub(crate) fn behind(door: Option<&Arc<dyn DataDoor>>, host: &Arc<dyn Storage>) 
     match door {
         Some(door) => door.open(Arc::clone(host)),
         None => Arc::clone(host),
+    }
+}
+
+/// What a codec by guest sectors makes of `data`, whose bytes at `host` are the guest's at `guest`: both begin a sector, or lie as far
+/// in one.
+pub(crate) fn by_guest_sector(
+    data: &Arc<dyn Storage>,
+    codec: &Arc<dyn SectorCodec>,
+    guest: u64,
+    host: u64,
+) -> Arc<dyn Storage> {
+    let shift = (guest / SECTOR).wrapping_sub(host / SECTOR);
+    Arc::new(Sectors::new(Arc::clone(data), Arc::new(Shifted { codec: Arc::clone(codec), shift })))
+}
+
+/// A codec whose sectors have other numbers.
+#[derive(Debug)]
+struct Shifted {
+    codec: Arc<dyn SectorCodec>,
+    shift: u64,
+}
+
+impl SectorCodec for Shifted {
+    fn encode(&self, sector: u64, data: &mut [u8]) {
+        self.codec.encode(sector.wrapping_add(self.shift), data);
+    }
+    fn decode(&self, sector: u64, data: &mut [u8]) {
+        self.codec.decode(sector.wrapping_add(self.shift), data);
     }
 }

@@ -5,6 +5,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use qcow2_format::header::extension::Extension;
 use qcow2_format::header::raw::MAGIC;
 use qcow2_format::{Geometry, GuestOffset, Header, HostOffset, L1Entry, L2Mapping, SubclusterBitmap};
 
@@ -70,7 +71,9 @@ impl ImageBuilder {
         let data = if options.data_file.is_some() { 0 } else { geometry.clusters_for(header.size) };
         // Packing starts a new cluster behind every table: at worst one cluster more each time.
         let packing = if compressed { tables + data / geometry.refcount_block_entries() + 2 } else { 0 };
-        let most = 1 + l1_clusters + tables + data + packing;
+        let crypto = options.crypto_header().unwrap_or_default();
+        let crypto_clusters = geometry.clusters_for(crypto.len() as u64);
+        let most = 1 + l1_clusters + crypto_clusters + tables + data + packing;
         let mut hosts = HostClusters::new(geometry, most)?;
         header.refcount_table_offset = HostOffset(geometry.cluster_size());
         header.refcount_table_clusters = u32::try_from(hosts.table_clusters())
@@ -82,6 +85,15 @@ impl ImageBuilder {
         let fixed = geometry.cluster_index(l1.get()) + l1_clusters;
         let l1_end = l1.get() + l1_bytes;
         prepare(storage.as_ref(), geometry.cluster_size())?;
+        if !crypto.is_empty() {
+            let place = hosts.contiguous(crypto_clusters)?;
+            storage.write_all_at(Mem::from(crypto), place.get())?;
+            for extension in &mut header.extensions {
+                if let Extension::CryptoHeader { offset, .. } = extension {
+                    *offset = place;
+                }
+            }
+        }
         Ok(Self {
             storage,
             header,

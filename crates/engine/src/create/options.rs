@@ -191,6 +191,11 @@ impl CreateOptions {
         }
     }
 
+    /// The encryption header that the image gets.
+    pub(crate) fn crypto_header(&self) -> Option<&[u8]> {
+        self.data_door.as_ref().and_then(|door| door.crypto_header())
+    }
+
     /// Bytes of a data file that are the guest's as they are cannot be behind a door.
     fn check_door(&self) -> Result<()> {
         if self.data_door.is_none() {
@@ -242,7 +247,7 @@ impl CreateOptions {
             version: self.version,
             geometry,
             size,
-            crypt_method: CryptMethod::None,
+            crypt_method: if self.crypto_header().is_some() { CryptMethod::Luks } else { CryptMethod::None },
             l1_size,
             l1_table_offset: HostOffset(0),
             refcount_table_offset: HostOffset(0),
@@ -285,6 +290,11 @@ impl CreateOptions {
         }
         if let Some(data_file) = &self.data_file {
             extensions.push(Extension::DataFile(data_file.filename.clone()));
+        }
+        if let Some(header) = self.crypto_header() {
+            // The builder knows its place.
+            let length = header.len() as u64;
+            extensions.push(Extension::CryptoHeader { offset: HostOffset(0), length });
         }
         if self.version >= 3 && self.cluster_size > SMALLEST_CLUSTER_WITHOUT_NAMES {
             extensions.push(Extension::known_feature_names());

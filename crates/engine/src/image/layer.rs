@@ -58,7 +58,9 @@ impl Layer for Qcow2 {
     fn read_segment(&self, segment: &Segment, buf: MemMut<'_>) -> Result<()> {
         self.require_plain()?;
         match segment.kind {
-            SegmentKind::Data(place) => self.data_storage()?.read_padded_at(buf, place.host),
+            SegmentKind::Data(place) => {
+                self.data_at(segment.start, place.host)?.read_padded_at(buf, place.host)
+            }
             SegmentKind::Opaque(token) => {
                 let descriptor = descriptor(token, self.geometry());
                 self.read_compressed(segment, descriptor, buf)
@@ -71,6 +73,9 @@ impl Layer for Qcow2 {
 
     fn read_segments(&self, parts: Vec<(Segment, MemMut<'_>)>) -> Result<()> {
         self.require_plain()?;
+        if self.is_read_by_guest() {
+            return parts.into_iter().try_for_each(|(segment, buf)| self.read_segment(&segment, buf));
+        }
         let mut batch = Vec::with_capacity(parts.len());
         for (segment, buf) in parts {
             match segment.kind {

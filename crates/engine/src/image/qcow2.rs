@@ -1,5 +1,6 @@
 //! One open qcow2 layer and what its header says.
 
+use std::borrow::Cow;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -14,7 +15,8 @@ use super::inflated::{Inflate, InflatedCache};
 use super::mapping::Mapping;
 use super::open::OpenOptions;
 use super::slices::SliceCache;
-use crate::door::behind;
+use crate::door::{DataDoor, behind, by_guest_sector};
+use crate::storage::SectorCodec;
 use crate::write::Writer;
 use crate::{Error, ErrorKind, Result, Storage};
 
@@ -212,10 +214,35 @@ impl Qcow2 {
             _ if self.options.data_door.is_some() => Ok(()),
             method => {
                 let name = if method == CryptMethod::Luks { "LUKS" } else { "AES" };
-                let message = format!("reading {name}-encrypted images is not supported");
-                Err(self.error(ErrorKind::UnsupportedFeature, message).with_field("crypt_method"))
+                let message = format!("the guest data is encrypted ({name}): give the image's secret");
+                Err(self.error(ErrorKind::BadSecret, message).with_field("secret"))
             }
         }
+    }
+
+    /// Puts a door in front of the guest data, of which nothing was read or written yet; it stays when the image is opened again.
+    pub(crate) fn set_door(&mut self, door: Arc<dyn DataDoor>) {
+        let host = self.data_host().ok().cloned();
+        self.data = host.map(|host| door.open(host));
+        self.options.data_door = Some(door);
+    }
+
+    fn codec_by_guest(&self) -> Option<&Arc<dyn SectorCodec>> {
+        self.options.data_door.as_ref().and_then(|door| door.by_guest())
+    }
+
+    /// Whether what is stored can only be read with its guest offset, and not written.
+    pub(crate) fn is_read_by_guest(&self) -> bool {
+        self.codec_by_guest().is_some()
+    }
+
+    /// Where the guest bytes at `guest` are read, which are stored from `host` on.
+    pub(super) fn data_at(&self, guest: u64, host: u64) -> Result<Cow<'_, Arc<dyn Storage>>> {
+        let data = self.data_storage()?;
+        Ok(match self.codec_by_guest() {
+            None => Cow::Borrowed(data),
+            Some(codec) => Cow::Owned(by_guest_sector(data, codec, guest, host)),
+        })
     }
 
     pub(super) fn inflate(&self, descriptor: qcow2_format::CompressedDescriptor) -> Inflate<'_> {

@@ -24,6 +24,9 @@ impl MetadataMap {
         map.set_l1(&g, header.l1_table_offset.0, u64::from(header.l1_size));
         let table = u64::from(header.refcount_table_clusters) * g.cluster_size();
         map.add_fixed(&g, header.refcount_table_offset.0, table, "refcount table");
+        if let Some((offset, length)) = header.crypto_header() {
+            map.add_fixed(&g, offset.0, length, "encryption header");
+        }
         let snapshots = image.snapshots();
         let table: usize = snapshots.iter().map(SnapshotRecord::encoded_length).sum();
         map.set_snapshots(&g, &snapshots, header.snapshots_offset.0, table as u64);

@@ -84,11 +84,11 @@ impl Writer {
         if image.viewed_snapshot().is_some() {
             return Err(image.error(ErrorKind::InvalidArgument, "a snapshot's view cannot be written to"));
         }
-        if header.crypt_method != CryptMethod::None && image.open_options().data_door.is_none() {
-            return Err(image
-                .error(ErrorKind::UnsupportedFeature, "writing encrypted images is not supported")
-                .with_field("crypt_method"));
+        if header.crypt_method == CryptMethod::Aes || image.is_read_by_guest() {
+            let message = "images with the legacy AES encryption are only read: convert it to one with LUKS";
+            return Err(image.error(ErrorKind::UnsupportedFeature, message).with_field("crypt_method"));
         }
+        image.require_plain()?;
         for (bit, reason) in [
             (Incompatible::CORRUPT, "the image is marked corrupt: repair it before writing"),
             (
