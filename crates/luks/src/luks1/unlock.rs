@@ -1,0 +1,114 @@
+//! From a secret to the volume key.
+
+use qcow2_core::{Error, ErrorKind, Job, Result};
+use subtle::ConstantTimeEq;
+use zeroize::Zeroizing;
+
+use super::header::{DIGEST, Luks1Header};
+use crate::kdf::pbkdf2;
+use crate::{Limits, Read, SectorCipher, Unlocked, VolumeKey, split};
+
+/// Tries the secret on each active key slot. A slot that is damaged or cannot be read is passed over.
+///
+/// # Errors
+/// `BadSecret` where no slot opens; where each one is damaged or unreadable, what became of the first of them. `Limit` for a header
+/// that demands more than `limits`, `Aborted` once the job is cancelled.
+pub fn unlock(
+    header: &Luks1Header,
+    secret: &[u8],
+    read: &Read<'_>,
+    job: &Job,
+    limits: &Limits,
+) -> Result<Unlocked> {
+    check_digest(header, limits)?;
+    let mut passed_over: Option<Error> = None;
+    let mut tried = 0;
+    for (slot, _) in header.slots.iter().enumerate().filter(|(_, slot)| slot.is_active()) {
+        match open_slot(header, slot, secret, read, job, limits) {
+            Ok(Some(key)) => {
+                let cipher = SectorCipher::new(&header.spec, key.bytes())?;
+                return Ok(Unlocked { slot, key, cipher, payload_offset: header.payload_offset });
+            }
+            Ok(None) => tried += 1,
+            Err(e) if e.kind() == ErrorKind::Aborted => return Err(e),
+            Err(e) => passed_over = passed_over.or(Some(e)),
+        }
+    }
+    Err(refused(tried, passed_over))
+}
+
+/// Every active key slot that the secret opens. One that is damaged or cannot be read is passed over.
+///
+/// # Errors
+/// As [`unlock`].
+pub fn slots_of(
+    header: &Luks1Header,
+    secret: &[u8],
+    read: &Read<'_>,
+    job: &Job,
+    limits: &Limits,
+) -> Result<Vec<usize>> {
+    check_digest(header, limits)?;
+    let mut found = Vec::new();
+    for (slot, _) in header.slots.iter().enumerate().filter(|(_, slot)| slot.is_active()) {
+        match open_slot(header, slot, secret, read, job, limits) {
+            Ok(Some(_)) => found.push(slot),
+            Err(e) if e.kind() == ErrorKind::Aborted => return Err(e),
+            Ok(None) | Err(_) => {}
+        }
+    }
+    Ok(found)
+}
+
+/// No secret opens it: why.
+pub(crate) fn refused(tried: usize, passed_over: Option<Error>) -> Error {
+    match (tried, passed_over) {
+        (0, None) => {
+            Error::new(ErrorKind::BadSecret, "no key slot is in use: nothing opens this disk any more")
+        }
+        (0, Some(e)) => e,
+        (_, None) => Error::new(ErrorKind::BadSecret, "the secret opens no key slot"),
+        (_, Some(e)) => Error::new(
+            ErrorKind::BadSecret,
+            format!("the secret opens no key slot that can be read; {}", e.message()),
+        )
+        .with_source(e),
+    }
+}
+
+fn check_digest(header: &Luks1Header, limits: &Limits) -> Result<()> {
+    let (value, most) = (header.mk_digest_iter, limits.max_iterations);
+    if value <= most {
+        return Ok(());
+    }
+    let message =
+        format!("the digest of the volume key demands {value} iterations, above the limit of {most}");
+    Err(Error::new(ErrorKind::Limit, message).with_field("mk-digest-iter"))
+}
+
+/// The volume key of a slot, if the secret is that slot's.
+fn open_slot(
+    header: &Luks1Header,
+    number: usize,
+    secret: &[u8],
+    read: &Read<'_>,
+    job: &Job,
+    limits: &Limits,
+) -> Result<Option<VolumeKey>> {
+    header.check_slot(number, limits)?;
+    let Some(slot) = header.slots.get(number) else { return Ok(None) };
+    let len = header.spec.key_bytes();
+    let mut material = Zeroizing::new(vec![0; header.material_bytes(slot) as usize]);
+    read(slot.key_offset, &mut material)?;
+    let derived = pbkdf2(header.hash, secret, &slot.salt, slot.iterations, len, job)?;
+    SectorCipher::new(&header.spec, &derived)?.decrypt(0, &mut material);
+    material.truncate(len * slot.stripes as usize);
+    let key = split::merge(header.hash, &material, len);
+    Ok(is_volume_key(header, &key, job)?.then(|| VolumeKey::new(key)))
+}
+
+/// Whether this is the key that the header was made with.
+pub(super) fn is_volume_key(header: &Luks1Header, key: &[u8], job: &Job) -> Result<bool> {
+    let digest = pbkdf2(header.hash, key, &header.mk_digest_salt, header.mk_digest_iter, DIGEST, job)?;
+    Ok(bool::from(digest.ct_eq(&header.mk_digest)))
+}
