@@ -15,6 +15,7 @@ import {
   readOptions,
   throwIfAborted,
 } from './options.js'
+import { type Secrets, secrets } from './secret.js'
 import { type ImageSource, type Located, openFile, release, toLocated } from './source.js'
 import { runJob } from './support/jobs.js'
 import type { Size } from './units.js'
@@ -30,6 +31,8 @@ export interface CommitOptions extends LongRunning, Pick<SharingOptions, 'lockin
    * leaves it: the layers between would show through.
    */
   drop?: boolean | undefined
+  /** What opens encrypted layers. */
+  secret?: Secrets | undefined
   /** Default `'writeback'`. */
   cache?: CacheMode | undefined
   /** At most this many bytes a second; 0, the default, for as fast as it goes. */
@@ -41,6 +44,7 @@ const COMMIT = {
   ...LONG_RUNNING,
   locking: SHARING.locking,
   references: referencePolicy,
+  secret: secrets,
   base: toLocated,
   drop: flag,
   cache: ACCESS.cache,
@@ -78,7 +82,7 @@ export async function commit(top: ImageSource, options?: CommitOptions): Promise
   }
   const write = { cache: read.cache }
   const access = { ...toReadAccess(read), cache: read.cache, write }
-  const opening = { ...chainOptions(read), access, base: depth, keepTop: !empty }
+  const opening = { ...chainOptions(read), secret: read.secret, access, base: depth, keepTop: !empty }
   await withChain(located, opening, async ({ image, base }) => {
     if (base === undefined) return
     const { concurrency, rate } = read

@@ -5,16 +5,19 @@ import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
 import { COMPACT, type CompactOptions, type CompactResult } from './compaction.js'
 import { openFor } from './open.js'
 import { type Limits, limits, readOptions } from './options.js'
+import { type Secrets, secrets } from './secret.js'
 import type { ImageSource } from './source.js'
 
 /** Options of {@link compact}. */
 export interface CompactFileOptions extends CompactOptions, SharingOptions {
   /** What the image may pull in. Default `'deny'`. */
   references?: ReferencePolicy | undefined
+  /** What opens the image, if it is encrypted. Only `zeroes` and `rewrite` need it. */
+  secret?: Secrets | undefined
   limits?: Limits | undefined
 }
 
-const COMPACT_FILE = { ...COMPACT, ...SHARING, references: referencePolicy, limits } as const
+const COMPACT_FILE = { ...COMPACT, ...SHARING, references: referencePolicy, secret: secrets, limits } as const
 
 /**
  * Compacts a qcow2 image that nobody else has open: {@link Image.compact}, between opening and closing it. A dry run opens it for
@@ -24,10 +27,13 @@ const COMPACT_FILE = { ...COMPACT, ...SHARING, references: referencePolicy, limi
  */
 export async function compact(source: ImageSource, options?: CompactFileOptions): Promise<CompactResult> {
   const read = readOptions(options, 'compact', COMPACT_FILE)
-  const { references, locking, forceShare, limits: given, ...how } = read
+  const { references, secret: _, locking, forceShare, limits: given, ...how } = read
   const flags = read.dryRun ? 'r' : 'r+'
   const { signal } = read
-  const image = await openFor('compact', source, { flags, references, locking, forceShare, limits: given, signal })
+  // As it was given: opening reads it again.
+  const secret = options?.secret
+  const access = { flags, locking, forceShare } as const
+  const image = await openFor('compact', source, { ...access, references, secret, limits: given, signal })
   try {
     return await image.compact(how)
   } finally {

@@ -6,6 +6,7 @@ import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
 import { type Format, PLAIN_FORMAT } from './formats/table.js'
 import type { NativeCompared } from './native.js'
 import { flag, type Limits, LONG_RUNNING, type LongRunning, limits, readOptions, throwIfAborted } from './options.js'
+import { type Secrets, secrets } from './secret.js'
 import { format, type ImageSource, toLocated } from './source.js'
 import { runJob } from './support/jobs.js'
 
@@ -19,6 +20,10 @@ export interface CompareOptions extends LongRunning, SharingOptions {
   formatB?: Format | undefined
   /** What the two may pull in. Default `'deny'`. */
   references?: ReferencePolicy | undefined
+  /** What opens encrypted layers of the first. */
+  secretA?: Secrets | undefined
+  /** What opens encrypted layers of the second. */
+  secretB?: Secrets | undefined
   limits?: Limits | undefined
 }
 
@@ -40,6 +45,8 @@ const COMPARE = {
   formatA: format,
   formatB: format,
   references: referencePolicy,
+  secretA: secrets,
+  secretB: secrets,
   limits,
 } as const
 
@@ -55,8 +62,10 @@ export async function compare(a: ImageSource, b: ImageSource, options?: CompareO
   throwIfAborted(read.signal)
   const { references, limits, signal } = read
   const chain = { references, limits, signal, access: toReadAccess(read) }
-  return withChain(locatedA, { ...chain, format: read.formatA, sayRaw: `formatA: '${PLAIN_FORMAT}'` }, first =>
-    withChain(locatedB, { ...chain, format: read.formatB, sayRaw: `formatB: '${PLAIN_FORMAT}'` }, async second => {
+  const openingA = { ...chain, secret: read.secretA, format: read.formatA, sayRaw: `formatA: '${PLAIN_FORMAT}'` }
+  const openingB = { ...chain, secret: read.secretB, format: read.formatB, sayRaw: `formatB: '${PLAIN_FORMAT}'` }
+  return withChain(locatedA, openingA, first =>
+    withChain(locatedB, openingB, async second => {
       const compared = await runJob<NativeCompared>('compare', read, (request, job, addon) =>
         addon.compareImages(request, job, first.image, second.image, read.strict ?? false, read.concurrency),
       )

@@ -28,6 +28,7 @@ import {
   readOptions,
   throwIfAborted,
 } from './options.js'
+import { type Secrets, secrets } from './secret.js'
 import {
   type Compression,
   compression,
@@ -54,12 +55,14 @@ import { runJob } from './support/jobs.js'
 import { encodeText, isText, type Name, shownText } from './text.js'
 import type { Size } from './units.js'
 
-/** What `convert` and `measure` read. */
+/** What `convert` and `measure` read. With `existingTarget` the secrets are the target's as well. */
 export interface SourceOptions extends SharingOptions {
   /** Format of the source. Default: by its magic; raw, which has none, must be said. */
   from?: Format | undefined
   /** What the source may pull in. Default `'deny'`. */
   references?: ReferencePolicy | undefined
+  /** What opens encrypted layers of the source. */
+  secret?: Secrets | undefined
   /** Read this internal snapshot, by id or name. */
   snapshot?: Name | undefined
   limits?: Limits | undefined
@@ -70,6 +73,7 @@ export const SOURCE = {
   ...SHARING,
   from: format,
   references: referencePolicy,
+  secret: secrets,
   snapshot: name,
   limits,
 } as const
@@ -240,13 +244,14 @@ function toResult({ skippedBitmaps, ...converted }: NativeConverted): Omit<Conve
 
 /** Opens the sources; their images are added to `images` as they are opened. */
 async function openSources(located: readonly Located[], read: ReadConvert, images: number[]): Promise<Chain[]> {
-  const { from, references, snapshot, limits, signal, salvage } = read
+  const { from, references, secret, snapshot, limits, signal, salvage } = read
   const access = toReadAccess(read)
   const chains: Chain[] = []
   for (const [index, each] of located.entries()) {
     const format = typeof from === 'string' ? from : from?.[index]
     const sayRaw = rawAdvice(from, index, located.length)
-    const chain = await openChain(each, { format, sayRaw, references, snapshot, limits, signal, access, salvage })
+    const opening = { format, sayRaw, references, secret, snapshot, limits, signal, access, salvage }
+    const chain = await openChain(each, opening)
     images.push(chain.image)
     chains.push(chain)
   }
@@ -265,7 +270,7 @@ function rawAdvice(from: ReadConvert['from'], index: number, sources: number): s
 
 /** Opens the target that exists, which is none of the files that are read. */
 async function openTarget(located: Located, inUse: readonly string[], read: ReadConvert): Promise<number> {
-  const { references, limits, signal } = read
+  const { references, secret, limits, signal } = read
   const { file, identity, path } = await openFile(located)
   await release(file)
   if (identity !== undefined && inUse.includes(identity)) {
@@ -273,7 +278,7 @@ async function openTarget(located: Located, inUse: readonly string[], read: Read
     throw new Qcow2Error('ERR_QCOW2_INVALID_ARGUMENT', message, { path, field: 'target' })
   }
   const access = { ...toReadAccess({ locking: read.locking }), write: {} }
-  return (await openChain(located, { format: read.to, references, limits, signal, access })).image
+  return (await openChain(located, { format: read.to, references, secret, limits, signal, access })).image
 }
 
 /** Checks what the options demand of each other; the rules of the format are the engine's. */

@@ -9,6 +9,7 @@ import { AbortError, invalidArgument } from './errors.js'
 import { DEFAULT_FORMAT, type Format, type TargetFormat } from './formats/table.js'
 import { Image } from './image.js'
 import { bytes, flag, LONG_RUNNING, type LongRunning, readOptions, throwIfAborted } from './options.js'
+import { type ReadSecrets, type Secrets, secrets } from './secret.js'
 import { type Qcow2Shape, SHAPE, toNativeShape } from './shape.js'
 import { type PathLike, release, targetFormat, toPath } from './source.js'
 import { runJob } from './support/jobs.js'
@@ -28,6 +29,8 @@ export interface CreateOptions extends Qcow2Shape, LongRunning {
    * `'layer'`, which records the name unchecked and returns the new layer alone, for reading. Default `'deny'`.
    */
   references?: ReferencePolicy | undefined
+  /** What opens encrypted layers below the new image. */
+  secret?: Secrets | undefined
 }
 
 const CREATE = {
@@ -37,6 +40,7 @@ const CREATE = {
   size: bytes,
   overwrite: flag,
   references: referencePolicy,
+  secret: secrets,
 } as const
 
 /**
@@ -49,7 +53,7 @@ const CREATE = {
 export async function create(path: PathLike, options: CreateOptions): Promise<Image> {
   const target = toPath(path, 'path')
   const read = readOptions(options, 'create', CREATE)
-  const { format = DEFAULT_FORMAT, size, overwrite, references = 'deny', ...rest } = read
+  const { format = DEFAULT_FORMAT, size, overwrite, references = 'deny', secret: below, ...rest } = read
   const { signal, onProgress, progressInterval, concurrency, ...shape } = rest
   const wanted = toNativeShape('create', format, shape)
   const { backingFile, dataFile } = shape
@@ -67,7 +71,9 @@ export async function create(path: PathLike, options: CreateOptions): Promise<Im
   // A layer alone cannot be written to: what surrounds a write comes from its backing file.
   const writable = references !== 'layer' || (backingFile === undefined && dataFile === undefined)
   const access = writable ? WRITING : READING
-  const chain = await openChain({ path: target }, { format, references, trustTop: true, signal, access })
+  const own = shape.encrypt?.secret
+  const secret: ReadSecrets = async layer => (layer.depth === 0 ? own : below?.(layer))
+  const chain = await openChain({ path: target }, { format, references, secret, trustTop: true, signal, access })
   if (signal?.aborted) {
     await release(chain.image)
     throw new AbortError(signal.reason)

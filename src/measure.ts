@@ -51,7 +51,7 @@ export async function measure(
   options: MeasureOptions,
 ): Promise<MeasureResult> {
   const read = readOptions(options, 'measure', MEASURE)
-  const { from, references, snapshot, limits, signal } = read
+  const { from, references, secret, snapshot, limits, signal } = read
   const { preallocation = read.create?.preallocation } = read
   if (from !== undefined && snapshot !== undefined && !can(from, 'snapshots')) {
     throw invalidArgument('snapshot', `measure: a ${from} image has no snapshots`)
@@ -71,7 +71,8 @@ export async function measure(
   const located = toLocated(source, 'source')
   throwIfAborted(signal)
   const access = toReadAccess(read)
-  const opening = { format: from, sayRaw: `from: '${PLAIN_FORMAT}'`, references, snapshot, limits, signal, access }
+  const chain = { references, secret, snapshot, limits, signal, access }
+  const opening = { ...chain, format: from, sayRaw: `from: '${PLAIN_FORMAT}'` }
   return withChain(located, opening, ({ image }) => run(image, 0, wanted))
 }
 

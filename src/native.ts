@@ -45,6 +45,7 @@ export interface NativeLayer {
   readonly layer: number
   readonly virtualSize: number
   readonly clusterSize?: number
+  readonly encryption?: 'aes' | 'luks'
   readonly backing?: NativeNamedFile
   readonly dataFile?: NativeNamedFile
 }
@@ -166,6 +167,25 @@ export interface NativeInspection {
 }
 
 /** The shape of a new image; what is absent has the engine's default. */
+/** A secret: its bytes, or the file that has them. */
+export interface NativeSecret {
+  readonly bytes?: Uint8Array | undefined
+  readonly file?: string | undefined
+}
+
+/** How a new image is encrypted; what is absent has the engine's default. */
+export interface NativeEncrypt {
+  readonly secret: NativeSecret
+  readonly cipherAlg?: string | undefined
+  readonly cipherMode?: string | undefined
+  readonly ivgenAlg?: string | undefined
+  readonly ivgenHashAlg?: string | undefined
+  readonly hashAlg?: string | undefined
+  /** Milliseconds. */
+  readonly iterTime?: number | undefined
+  readonly allowWeak?: boolean | undefined
+}
+
 export interface NativeShape {
   format: string
   version?: number | undefined
@@ -182,6 +202,7 @@ export interface NativeShape {
   dataPath?: string | undefined
   dataFileRaw?: boolean | undefined
   keepDataFile?: boolean | undefined
+  encrypt?: NativeEncrypt | undefined
 }
 
 export interface NativeConvertJob {
@@ -335,6 +356,7 @@ export interface Addon {
   openDescriptor?(request: number, descriptor: number, options: NativeFileOptions): void
   /** `format` is QEMU's name of it. */
   openLayer(request: number, file: number, format: string, options: NativeLayerOptions): void
+  unlockLayer(request: number, job: number, layer: number, secret: NativeSecret): void
   setDataFile(request: number, layer: number, file: number, lock: NativeLock | undefined): void
   /** The top layer is read only without `write`. */
   assemble(request: number, layers: readonly number[], write: NativeWriting | undefined): void

@@ -7,6 +7,7 @@ import { AbortError, invalidArgument } from './errors.js'
 import { can, type Format } from './formats/table.js'
 import { Image } from './image.js'
 import { ABORTABLE, type Abortable, bytes, type Limits, limits, name, readOptions, throwIfAborted } from './options.js'
+import { type Secrets, secrets } from './secret.js'
 import { format, type ImageSource, release, toLocated } from './source.js'
 import type { Name } from './text.js'
 import type { Size } from './units.js'
@@ -17,6 +18,8 @@ export interface OpenOptions extends AccessOptions, Abortable {
   format?: Format | undefined
   /** What the image may pull in. Default `'deny'`. */
   references?: ReferencePolicy | undefined
+  /** What opens encrypted layers. */
+  secret?: Secrets | undefined
   /** Id or name of an internal snapshot: the handle is a read-only view of it. */
   snapshot?: Name | undefined
   /** Most bytes of L2 tables kept in memory, for each layer. Default: enough for the whole image, 32 MiB at most. */
@@ -29,6 +32,7 @@ const OPEN = {
   ...ACCESS,
   format,
   references: referencePolicy,
+  secret: secrets,
   snapshot: name,
   l2CacheSize: bytes,
   limits,
@@ -39,6 +43,7 @@ const OPEN = {
  * `references` says what to do about it.
  *
  * @throws {@link Qcow2Error} `ERR_QCOW2_FORMAT_UNKNOWN`, `ERR_QCOW2_INVALID_HEADER`, `ERR_QCOW2_UNSUPPORTED_FEATURE`,
+ *   `ERR_QCOW2_BAD_SECRET` (a secret that does not open the image; for writing also a missing one),
  *   `ERR_QCOW2_CORRUPT`, `ERR_QCOW2_LIMIT`, `ERR_QCOW2_REFERENCE_DENIED`, `ERR_QCOW2_CHAIN`, `ERR_QCOW2_NO_SNAPSHOT`,
  *   `ERR_QCOW2_LOCKED` if another process uses the image in a way that excludes this one, or the system's code (`ENOENT`,
  *   `EACCES`). For writing also `ERR_QCOW2_CORRUPT` for an image that is marked corrupt, or that was not
@@ -60,8 +65,9 @@ export async function openFor(needs: Need | undefined, source: ImageSource, opti
     throw invalidArgument('snapshot', `open: a ${read.format} image has no snapshots`)
   }
   throwIfAborted(read.signal)
-  const { format, references, snapshot, l2CacheSize, limits, signal } = read
-  const chain = await openChain(located, { format, needs, references, snapshot, l2CacheSize, limits, signal, access })
+  const { format, references, secret, snapshot, l2CacheSize, limits, signal } = read
+  const opening = { format, needs, references, secret, snapshot, l2CacheSize, limits, signal, access }
+  const chain = await openChain(located, opening)
   if (read.signal?.aborted) {
     await release(chain.image)
     throw new AbortError(read.signal.reason)

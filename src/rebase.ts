@@ -18,6 +18,7 @@ import {
   text,
   throwIfAborted,
 } from './options.js'
+import { type Secrets, secrets } from './secret.js'
 import { type ImageSource, type Located, openFile, release, toLocated } from './source.js'
 import { runJob } from './support/jobs.js'
 import type { Name } from './text.js'
@@ -34,6 +35,8 @@ export interface RebaseOptions extends LongRunning, Pick<SharingOptions, 'lockin
    * file at all, also not whether the chain would contain itself.
    */
   references?: ReferencePolicy | undefined
+  /** What opens encrypted layers: of the image, its chain and the new one. */
+  secret?: Secrets | undefined
   /** Store the clusters that are copied compressed. */
   compress?: boolean | undefined
   /** What is copied and reads as zeroes becomes zero clusters, the default; `false` stores it as data, as QEMU does. */
@@ -54,6 +57,7 @@ const REBASE = {
   locking: SHARING.locking,
   backingFormat: text,
   references: referencePolicy,
+  secret: secrets,
   compress: flag,
   detectZeroes: flag,
   unsafe: flag,
@@ -121,9 +125,9 @@ async function copyAndSetName(
   named: NativeBacking | undefined,
   read: ReadRebase,
 ): Promise<void> {
-  const { references, limits, signal, cache, concurrency, compress = false, detectZeroes = true } = read
+  const { references, secret, limits, signal, cache, concurrency, compress = false, detectZeroes = true } = read
   const access = { ...toReadAccess(read), cache, write: { cache } }
-  const opening = { needs: 'rebase', references, limits, signal, access } as const
+  const opening = { needs: 'rebase', references, secret, limits, signal, access } as const
   const change = (next?: Chain): Promise<void> =>
     withChain(located, opening, ({ image }) =>
       runJob<void>('rebase', read, (request, job, addon) =>
@@ -135,7 +139,7 @@ async function copyAndSetName(
   if (place === undefined) throw invalidArgument('references', 'rebase: the new backing file is not opened')
   await refuseItself(file, place, named)
   // Before the image is locked: a chain that contains it could not be opened then.
-  return withChain(place, { ...nextOptions(read), access: toReadAccess(read) }, async next => {
+  return withChain(place, { ...nextOptions(read), secret, access: toReadAccess(read) }, async next => {
     refuseInside(file, next, named)
     return change(next)
   })

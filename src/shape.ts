@@ -5,6 +5,7 @@ import { invalidArgument } from './errors.js'
 import { can, creationOf, type Format, type ShapeOption, type TargetFormat } from './formats/table.js'
 import type { NativeCloneOrder, NativeShape } from './native.js'
 import { flag, integer, oneOf, type Read, type Reader, readOptions, storedName } from './options.js'
+import { type Encrypt, encrypt } from './secret.js'
 import { format, toTargetFormat } from './source.js'
 import type { Name } from './text.js'
 import { describe } from './units.js'
@@ -46,6 +47,8 @@ export interface Qcow2Shape {
    * that all of it is mapped. Default false.
    */
   keepDataFile?: boolean | undefined
+  /** Encrypt the guest's data. Compressed clusters cannot be; a raw data file cannot be either. Default: not. */
+  encrypt?: Encrypt | undefined
 }
 
 /** The table entries of {@link Qcow2Shape}. */
@@ -62,6 +65,7 @@ export const SHAPE = {
   dataFile: storedName,
   dataFileRaw: flag,
   keepDataFile: flag,
+  encrypt,
 } as const satisfies Readonly<Record<ShapeOption, Reader<unknown>>>
 
 /** {@link Qcow2Shape}, checked. */

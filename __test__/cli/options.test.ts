@@ -1,6 +1,7 @@
 import { describe, expect, it } from 'vitest'
 import { describeFormat, optionSpecs, targetFormat, toCreateOptions } from '../../src/cli/create-options.js'
 import { asksForHelp, describeOptions, joinOptionLists, parseOptionList } from '../../src/cli/options.js'
+import { Objects } from '../../src/cli/secrets.js'
 
 const qcow2 = optionSpecs('qcow2')
 const parse = (list: string) => Object.fromEntries(parseOptionList(list, qcow2))
@@ -71,7 +72,7 @@ describe('-o lists', () => {
 })
 
 describe('creation options', () => {
-  const convert = (list: string) => toCreateOptions(parseOptionList(list, qcow2), 'qcow2')
+  const convert = (list: string) => toCreateOptions(parseOptionList(list, qcow2), 'qcow2', new Objects())
 
   it('reach the library under its names', () => {
     expect(
@@ -102,7 +103,10 @@ describe('creation options', () => {
     ['cluster_size=3k', 'Cluster size must be a power of two between 512 and 2048k'],
     ['backing_fmt=raw', 'Backing format cannot be used without backing file'],
     ['encryption=on', "Option 'encryption' is not supported"],
-    ['encrypt.format=luks', "Option 'encrypt.format' is not supported"],
+    ['encrypt.format=luks', "Parameter 'encrypt.key-secret' is required for cipher"],
+    ['encrypt.format=luks,encrypt.key-secret=s', "No secret with id 's'"],
+    ['encrypt.format=aes,encrypt.key-secret=s', "Option 'encrypt.format=aes' is not supported"],
+    ['encrypt.iter-time=10', "Parameter 'encrypt.iter-time' needs encrypt.format"],
     ['nocow=on', "Option 'nocow' is not supported"],
     ['extent_size_hint=1M', "Option 'extent_size_hint' is not supported"],
   ])('%s is refused', (list, message) => {

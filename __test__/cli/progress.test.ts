@@ -2,6 +2,7 @@ import { PassThrough } from 'node:stream'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { describe, expect, it } from 'vitest'
 import { type ProgressChoice, withProgress } from '../../src/cli/progress.js'
+import { Objects } from '../../src/cli/secrets.js'
 import { Output, type Session } from '../../src/cli/session.js'
 
 const GIB = 2 ** 30
@@ -19,6 +20,7 @@ function sessionOn(terminals: { stdout: boolean; stderr: boolean }, env: NodeJS.
     stderr: stderr.output,
     env,
     signal: new AbortController().signal,
+    objects: new Objects(),
   }
   return { session, stdout: stdout.text, stderr: stderr.text }
 }

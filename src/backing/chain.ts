@@ -17,9 +17,11 @@ import {
 } from '../formats/table.js'
 import type { NativeFile, NativeLayer, NativeLayerOptions, NativeLock, NativeWriting } from '../native.js'
 import { type ReadLimits, throwIfAborted } from '../options.js'
+import type { ReadSecrets } from '../secret.js'
 import { findSnapshot } from '../snapshot/ids.js'
 import type { SnapshotRecord } from '../snapshot/types.js'
 import { type Located, openFile, release } from '../source.js'
+import { runJob, type StartJob } from '../support/jobs.js'
 import { request } from '../support/requests.js'
 import { canBeInexact, exactName, type Name } from '../text.js'
 import { decide, nameOf, type ReferencePolicy } from './policy.js'
@@ -34,6 +36,8 @@ export interface ChainOptions {
   /** How the caller says that the top file is raw, where that is not `format: 'raw'`. */
   readonly sayRaw?: string | undefined
   readonly references?: ReferencePolicy | undefined
+  /** What opens encrypted layers; without it their data cannot be read. */
+  readonly secret?: ReadSecrets | undefined
   readonly snapshot?: Name | undefined
   readonly l2CacheSize?: number | undefined
   readonly limits?: ReadLimits | undefined
@@ -209,7 +213,7 @@ class Opening {
     const file = await this.#open(located, access)
     this.#refuseLoop(file)
     const format = formatOf(file)
-    const opened = await this.#openLayer(file, format, access)
+    const opened = await this.#unlock(await this.#openLayer(file, format, access), file.path)
     this.#layers.push(opened.layer)
     this.layerIdentities.push(file.identity)
     this.#refuseHalf(opened, file, access)
@@ -274,6 +278,20 @@ class Opening {
     if (!top || snapshot === undefined) return open()
     options.snapshot = canBeInexact(snapshot) ? await idOf(snapshot, await open()) : exactName(snapshot)
     return open()
+  }
+
+  /** Opens the data of an encrypted layer, where there is a secret for it. */
+  async #unlock(opened: NativeLayer, path: string | undefined): Promise<NativeLayer> {
+    const { layer, encryption } = opened
+    const { secret, signal } = this.#options
+    if (encryption === undefined || secret === undefined) return opened
+    const own = await secret({ path, depth: this.#layers.length, encryption }).catch(async (error: unknown) => {
+      await release(layer)
+      throw error
+    })
+    if (own === undefined) return opened
+    const start: StartJob = (number, job, addon) => addon.unlockLayer(number, job, layer, own)
+    return { ...opened, layer: await runJob<number>('open', { signal }, start) }
   }
 
   #refuseLoop({ identity, path }: NativeFile): void {

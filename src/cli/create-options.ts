@@ -1,10 +1,12 @@
 /** The `-o` options of each format: what QEMU knows, what it prints in the "Formatting" line, what the library gets. */
 
+import { CIPHER_ALGS, CIPHER_MODES, HASH_ALGS, IVGEN_ALGS } from '../cipher-names.js'
 import { creationOf, isKnown, isTarget, listed, SOURCE_FORMATS, TARGET_FORMATS } from '../formats/table.js'
-import type { Format, Qcow2Shape, TargetFormat } from '../index.js'
+import type { Encrypt, Format, Qcow2Shape, TargetFormat } from '../index.js'
 import { toName } from '../text.js'
 import { CommandFailure, unsupported } from './failure.js'
 import { type OptionSpec, type OptionValue, type OptionValues, optionHelp } from './options.js'
+import type { Objects } from './secrets.js'
 import { checkShape } from './shape-rules.js'
 import { toSize } from './size.js'
 
@@ -110,9 +112,11 @@ export function describeFormat(format: TargetFormat, filename: string | undefine
 }
 
 /** What the library is told of an `-o` list; the size is the command's own matter. */
-export function toCreateOptions(values: OptionValues, format: TargetFormat): Qcow2Shape {
+export function toCreateOptions(values: OptionValues, format: TargetFormat, objects: Objects): Qcow2Shape {
   refuseUnsupported(values)
   const options: Qcow2Shape = {}
+  const encrypt = toEncrypt(values, objects)
+  if (encrypt !== undefined) options.encrypt = encrypt
   const preallocation = choice(values, 'preallocation', creationOf(format).preallocation)
   if (preallocation) options.preallocation = preallocation
   return OF_FORMAT[format].toShape(values, options)
@@ -180,18 +184,51 @@ export function toRefcountBits(bits: OptionValue): (typeof REFCOUNT_WIDTHS)[numb
   return width
 }
 
-const isEncryption = (name: string): boolean => name.startsWith('encrypt')
-
 /** Options that are understood, so that their harmless settings pass and the others are refused by name. */
-const isRefused = (name: string): boolean => isEncryption(name) || name === 'nocow' || name === 'extent_size_hint'
+const isRefused = (name: string): boolean => name === 'encryption' || name === 'nocow' || name === 'extent_size_hint'
 
 function refuseUnsupported(values: OptionValues): void {
   for (const [name, value] of values) {
     // "Off" and 0 are what is done anyway.
     if (!isRefused(name) || value === false || value === 0n) continue
-    const reason = isEncryption(name) ? 'write encrypted images' : 'set attributes of the file system'
+    const reason = name === 'encryption' ? 'write the legacy AES encryption' : 'set attributes of the file system'
     throw unsupported(`Option '${name}'`, `this version does not ${reason}`)
   }
+}
+
+/** How the new image is encrypted. */
+function toEncrypt(values: OptionValues, objects: Objects): Encrypt | undefined {
+  const format = choice(values, 'encrypt.format', ['luks', 'aes'] as const)
+  if (format === undefined) {
+    const lone = [...values.keys()].find(name => name.startsWith('encrypt.'))
+    if (lone !== undefined) throw new CommandFailure(`Parameter '${lone}' needs encrypt.format`)
+    return undefined
+  }
+  if (format === 'aes') {
+    throw unsupported("Option 'encrypt.format=aes'", 'this version does not write the legacy AES encryption: use luks')
+  }
+  const id = text(values, 'encrypt.key-secret')
+  if (id === undefined) throw new CommandFailure("Parameter 'encrypt.key-secret' is required for cipher")
+  // Whoever names a cipher by qemu-img's options gets what qemu-img makes.
+  const encrypt: Encrypt = { secret: objects.secret(id), allowWeak: true }
+  const cipherAlg = choice(values, 'encrypt.cipher-alg', CIPHER_ALGS)
+  if (cipherAlg !== undefined) encrypt.cipherAlg = cipherAlg
+  const cipherMode = choice(values, 'encrypt.cipher-mode', CIPHER_MODES)
+  if (cipherMode !== undefined) encrypt.cipherMode = cipherMode
+  const ivgenAlg = choice(values, 'encrypt.ivgen-alg', IVGEN_ALGS)
+  if (ivgenAlg !== undefined) encrypt.ivgenAlg = ivgenAlg
+  const ivgenHashAlg = choice(values, 'encrypt.ivgen-hash-alg', HASH_ALGS)
+  if (ivgenHashAlg !== undefined) encrypt.ivgenHashAlg = ivgenHashAlg
+  const hashAlg = choice(values, 'encrypt.hash-alg', HASH_ALGS)
+  if (hashAlg !== undefined) encrypt.hashAlg = hashAlg
+  const iterTime = values.get('encrypt.iter-time')
+  if (typeof iterTime === 'bigint') encrypt.iterTime = toIterTime(iterTime)
+  return encrypt
+}
+
+function toIterTime(milliseconds: bigint): number {
+  if (milliseconds >= 1n && milliseconds <= 60_000n) return Number(milliseconds)
+  throw new CommandFailure(`Parameter 'encrypt.iter-time' must be 1 to 60000 milliseconds, not ${milliseconds}`)
 }
 
 /** The size of the new disk from `-o size=`. */

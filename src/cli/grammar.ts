@@ -41,8 +41,23 @@ export function refuse(command: Command, flags: string, why: string): void {
   })
 }
 
+/** `--object secret,…`, as often as there are secrets. */
+export function takeObjects(command: Command): void {
+  command.addOption(new Option('--object <definition>', 'a secret: secret,id=ID,file=NAME (or data=TEXT)'))
+}
+
+/** `--object` and `--image-opts`: how encrypted images are opened. */
+export function takeDriverSyntax(command: Command): void {
+  takeObjects(command)
+  command.option(
+    '--image-opts',
+    'images are described by options: driver=qcow2,encrypt.key-secret=ID,file.filename=NAME',
+  )
+}
+
+/** What is said where images cannot be described by options. */
 export function refuseDriverSyntax(command: Command): void {
-  refuse(command, '--object <objdef>', 'this version does not open or write encrypted images')
+  takeObjects(command)
   refuse(command, '--image-opts', 'images are given by file name')
 }
 

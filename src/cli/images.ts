@@ -24,7 +24,8 @@ export function namedFormat(filename: string, name: string): Format {
  */
 export async function formatOf(filename: string, requested: string | undefined, session: Session): Promise<Format> {
   if (filename === '') throw new CommandFailure("Could not open '': The 'file' block driver requires a file name")
-  if (requested !== undefined) return namedFormat(filename, requested)
+  const named = requested ?? session.objects.formatOf(filename)
+  if (named !== undefined) return namedFormat(filename, named)
   const format = await probe(imagePath(filename), { signal: session.signal })
   if (isFormat(format)) return format
   throw new CommandFailure(
@@ -76,7 +77,8 @@ async function openImage(
   unwritable: string | undefined,
 ): Promise<Image> {
   const format = await formatOf(filename, requested, session)
-  const opening = { ...options, format, signal: session.signal }
+  const secret = session.objects.secretsOf(filename)
+  const opening = { ...options, format, secret, signal: session.signal }
   if (options.flags !== 'r+' || can(format, 'write')) return open(imagePath(filename), opening)
   // What is wrong with the file itself comes first.
   const image = await open(imagePath(filename), { ...opening, flags: 'r' })

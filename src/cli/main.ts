@@ -5,6 +5,7 @@ import { exactArguments } from './arguments.js'
 import { describeError } from './errors.js'
 import { CommandFailure } from './failure.js'
 import { runProgram } from './program.js'
+import { Objects } from './secrets.js'
 import { Output, type Session } from './session.js'
 
 const SIGNALS = { SIGHUP: 1, SIGINT: 2, SIGTERM: 15 } as const
@@ -29,6 +30,7 @@ export async function main(argv: readonly string[]): Promise<void> {
     stderr,
     env: process.env,
     signal: abort.signal,
+    objects: new Objects(),
   }
   let caught: Signal | undefined
   const onSignal = (signal: Signal): void => {

@@ -18,7 +18,7 @@ export interface OptionSpec {
 export type OptionValue = string | bigint | boolean
 export type OptionValues = ReadonlyMap<string, OptionValue>
 
-interface Setting {
+export interface Setting {
   readonly name: string
   /** Absent where only the name was given. */
   readonly value: string | undefined
@@ -36,7 +36,8 @@ export function joinOptionLists(previous: string | undefined, list: string): str
   return previous === undefined ? list : `${previous},${list}`
 }
 
-function settings(list: string): Setting[] {
+/** The settings of a list, in order. */
+export function settings(list: string): Setting[] {
   const found: Setting[] = []
   let rest = list
   while (rest !== '') {

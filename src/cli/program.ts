@@ -73,7 +73,27 @@ function buildProgram(session: Session, run: Runner): Command {
   ]) {
     declare(program, run)
   }
+  for (const command of program.commands) {
+    command.on('option:object', (definition: string) => session.objects.add(definition))
+    command.hook('preAction', () => describeImages(command, session))
+  }
   return program
+}
+
+/** How many of a command's arguments are images that exist, from the first one on, where that is not one. */
+const IMAGES: Readonly<Record<string, (count: number) => number>> = { convert: count => count - 1, compare: () => 2 }
+
+/** With `--image-opts` the arguments are descriptions; what runs sees the names of the images. */
+function describeImages(command: Command, { objects }: Session): void {
+  const { imageOpts, format, sourceFormat } = command.opts<Record<string, unknown>>()
+  if (imageOpts !== true) return
+  if (format !== undefined || sourceFormat !== undefined) {
+    throw new CommandFailure('--image-opts and --format are mutually exclusive')
+  }
+  const files: unknown = command.processedArgs[0]
+  if (!Array.isArray(files)) return
+  const described = IMAGES[command.name()]?.(files.length) ?? 1
+  for (const [index, file] of files.slice(0, described).entries()) files[index] = objects.describe(String(file))
 }
 
 /** Read when asked for, by the package's own name: from the bundle and from its modules alike. */

@@ -1,6 +1,7 @@
 /** What a command may use of the process: its streams, its environment, and the signal that ends it early. */
 
 import { encodeText, isText } from '../text.js'
+import type { Objects } from './secrets.js'
 
 export interface Session {
   /** The name that messages begin with. */
@@ -10,6 +11,8 @@ export interface Session {
   readonly env: NodeJS.ProcessEnv
   /** Aborted by SIGINT, SIGTERM and SIGHUP. */
   readonly signal: AbortSignal
+  /** What `--object` and `--image-opts` brought. */
+  readonly objects: Objects
 }
 
 /** A stream that may be a terminal. */

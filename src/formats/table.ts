@@ -80,6 +80,7 @@ export type ShapeOption =
   | 'dataFile'
   | 'dataFileRaw'
   | 'keepDataFile'
+  | 'encrypt'
 
 /** What a new image of a format can be made with. */
 export interface Creation {
@@ -148,6 +149,7 @@ const FORMATS: Table = {
           'dataFile',
           'dataFileRaw',
           'keepDataFile',
+          'encrypt',
         ],
         preallocation: ['off', 'metadata', 'falloc', 'full'],
       },

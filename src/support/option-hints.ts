@@ -23,6 +23,7 @@ const MEANT: Readonly<Record<string, Readonly<Record<string, string>>>> = {
     window: "it belongs into 'compress': { window: … }",
     type: "it belongs into 'compress': { type: … }",
     compression: "convert takes 'compress'",
+    encrypt: "it belongs into 'create': { encrypt: … }",
     cache: 'convert reads through the page cache and makes the target durable where it says so',
   },
   'Image.clone': {
@@ -39,6 +40,7 @@ const MEANT: Readonly<Record<string, Readonly<Record<string, string>>>> = {
     compress: 'how far data shrinks is known only when it has been compressed',
   },
   compare: {
+    secret: "compare takes 'secretA' and 'secretB' for the secrets of the two images",
     format: "compare takes 'formatA' and 'formatB' for the formats of the two images",
     from: "compare takes 'formatA' and 'formatB' for the formats of the two images",
     to: "compare takes 'formatA' and 'formatB' for the formats of the two images",
@@ -115,12 +117,16 @@ const TAKEN_BY: Readonly<Record<string, string>> = {
   concurrency: 'calls that can take long',
   references: 'calls that open an image',
   limits: 'calls that open an image',
+  secret: 'calls that read guest data, and encrypt',
+  secretA: 'compare',
+  secretB: 'compare',
+  encrypt: 'the shape of a new image',
 }
 
 /** What belongs into `create`, where a call has that, and what into `limits`. */
 const NESTED: Readonly<Record<string, ReadonlySet<string>>> = {
   create: new Set(
-    'version clusterSize extendedL2 compressionType preallocation refcountBits lazyRefcounts backingFile backingFormat dataFile dataFileRaw'.split(
+    'version clusterSize extendedL2 compressionType preallocation refcountBits lazyRefcounts backingFile backingFormat dataFile dataFileRaw keepDataFile encrypt'.split(
       ' ',
     ),
   ),

@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::disk::{DiskOptions, WriteLayer};
-use crate::{Error, ErrorKind, MemMut, Result, Storage, StorageExt};
+use crate::{Error, ErrorKind, Job, MemMut, Result, Storage, StorageExt};
 
 /// A run of guest bytes that one layer stores in one way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -240,6 +240,21 @@ pub trait Layer: Any + Send + Sync + fmt::Debug {
             }
         }
         if several { self.read_segments(together) } else { Ok(()) }
+    }
+
+    /// How the guest data is encrypted, by QEMU's name (`luks`, `aes`); `None` where it is not.
+    fn encryption(&self) -> Option<&'static str> {
+        None
+    }
+
+    /// Opens the guest data with a secret, before anything of it is read; one that is not encrypted stays what it is. Takes as long as
+    /// the image wants a guess to take, and is cancelled by `job`.
+    ///
+    /// # Errors
+    /// `BadSecret`; `Corrupt`, `Limit` or `UnsupportedFeature` for an encryption header; `Aborted`; `Io`.
+    fn unlock(&mut self, secret: &[u8], job: &Job) -> Result<()> {
+        let _ = (secret, job);
+        Ok(())
     }
 
     /// The layer as one that takes requests; `None` for a format that is only read, or that writes in ways of its own.

@@ -14,6 +14,7 @@ pub mod compact;
 pub mod convert;
 pub mod create;
 mod door;
+pub mod encryption;
 pub mod files;
 pub mod image;
 pub mod inspect;

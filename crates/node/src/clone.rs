@@ -58,18 +58,19 @@ pub fn begin_clone(
     job: u32,
     image: u32,
     path: Text,
-    order: CloneOrder,
+    mut order: CloneOrder,
 ) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
     let handle = runtime.image(image)?;
     let target = target(path, order.overwrite, &order.in_use)?;
+    let encryption = order.shape.take_encryption()?;
     runtime.start_job_in(
         Lane::Brief,
         &env,
         Ticket { request, job },
         move |job| {
             let clone = handle.run(|image| {
-                let disk = order.shape.new_disk(image.virtual_size());
+                let disk = order.shape.new_disk(image.virtual_size(), encryption.as_ref(), job)?;
                 FileClone::begin(image, &target, disk, order.compression(), job)
             })?;
             Ok(Box::new(Begun { handle, clone }))

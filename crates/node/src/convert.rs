@@ -6,6 +6,7 @@ use std::sync::Arc;
 use napi::bindgen_prelude::{Env, ToNapiValue};
 use napi_derive::napi;
 use qcow2_engine::convert::{Compression, ConvertOptions, Delta, Window};
+use qcow2_engine::encryption::Encryption;
 use qcow2_engine::files::{self, Destination, Target};
 use qcow2_engine::salvage::Unreadable;
 use qcow2_engine::{Image, Job, Result};
@@ -100,7 +101,7 @@ pub fn convert_image(
     job: u32,
     images: Vec<u32>,
     path: Text,
-    order: ConvertJob,
+    mut order: ConvertJob,
 ) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
     let sources = images.into_iter().map(|image| runtime.image(image)).collect::<napi::Result<Vec<_>>>()?;
@@ -108,12 +109,13 @@ pub fn convert_image(
         Some(image) => Place::Image(runtime.image(image)?),
         None => Place::File(target(path, order.overwrite, &order.in_use)?),
     };
+    let encryption = order.shape.take_encryption()?;
     let lane = Lane::of_rate(order.rate);
     runtime.start_job_in(
         lane,
         &env,
         Ticket { request, job },
-        move |job| order.run(&sources, &place, job),
+        move |job| order.run(&sources, &place, encryption.as_ref(), job),
         |_, env, converted| {
             // SAFETY: on the environment's thread, with its own env.
             unsafe { Converted::to_napi_value(env.raw(), converted) }
@@ -128,7 +130,13 @@ enum Place {
 }
 
 impl ConvertJob {
-    fn run(&self, sources: &[Arc<Handle>], place: &Place, job: &Arc<Job>) -> Result<Converted> {
+    fn run(
+        &self,
+        sources: &[Arc<Handle>],
+        place: &Place,
+        encryption: Option<&Encryption>,
+        job: &Arc<Job>,
+    ) -> Result<Converted> {
         job.set_rate(self.rate.map_or(0, |rate| rate as u64));
         let images = sources.iter().map(|source| source.image()).collect::<Result<Vec<_>>>()?;
         let images: Vec<&Image> = images.iter().map(|image| &**image).collect();
@@ -146,7 +154,7 @@ impl ConvertJob {
                 order.run(Destination::Over(target, self.shape.preallocation()), job)?
             }
             Place::File(target) => {
-                let disk = self.shape.new_disk(order.virtual_size()?);
+                let disk = self.shape.new_disk(order.virtual_size()?, encryption, job)?;
                 order.run(Destination::New(target, disk), job)?
             }
         };

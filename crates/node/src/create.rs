@@ -29,18 +29,18 @@ pub fn create_image(
     job: u32,
     path: Text,
     size: f64,
-    shape: Shape,
+    mut shape: Shape,
     overwrite: bool,
     in_use: Vec<String>,
 ) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
     let target = target(path, overwrite, &in_use)?;
-    let disk = shape.new_disk(size as u64);
+    let encryption = shape.take_encryption()?;
     runtime.start_job_in(
         Lane::Brief,
         &env,
         Ticket { request, job },
-        move |job| create(&target, &disk, job),
+        move |job| create(&target, &shape.new_disk(size as u64, encryption.as_ref(), job)?, job),
         nothing,
     )
 }

@@ -26,6 +26,7 @@ pub mod convert;
 pub mod create;
 mod crew;
 mod delivery;
+pub mod encryption;
 pub mod failure;
 mod formats;
 mod guard;

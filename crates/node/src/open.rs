@@ -243,6 +243,8 @@ pub struct OpenedLayer {
     pub virtual_size: f64,
     /// Bytes, of a layer that has clusters.
     pub cluster_size: Option<f64>,
+    /// How its guest data is encrypted, by QEMU's name.
+    pub encryption: Option<String>,
     /// The backing file it names.
     pub backing: Option<NamedFile>,
     /// The data file it needs.
@@ -303,6 +305,7 @@ fn hold_layer(runtime: &Runtime, env: &Env, layer: Box<dyn Layer>) -> napi::Resu
     let opened = OpenedLayer {
         virtual_size: layer.virtual_size() as f64,
         cluster_size: layer.unit().map(|unit| unit as f64),
+        encryption: layer.encryption().map(str::to_owned),
         backing: references.backing.map(NamedFile::from),
         data_file: references
             .data_file

@@ -48,7 +48,7 @@ pub fn create_overlay(
     job: u32,
     image: u32,
     path: Text,
-    order: OverlayOrder,
+    mut order: OverlayOrder,
 ) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
     let handle = runtime.image(image)?;
@@ -58,13 +58,14 @@ pub fn create_overlay(
     let l2_cache_bytes = order.l2_cache_size.map(|size| size as u64);
     let write = order.write.read()?;
     let absolute_path = absolute(&target.path);
-    let create = order.shape.options(0);
-    let overlay = Overlay { target, create, cache, lock, l2_cache_bytes, write };
+    let encryption = order.shape.take_encryption()?;
     runtime.start_job_in(
         Lane::Brief,
         &env,
         Ticket { request, job },
         move |job| {
+            let create = order.shape.encrypted(0, encryption.as_ref(), job)?;
+            let overlay = Overlay { target, create, cache, lock, l2_cache_bytes, write };
             handle.replace(|below| overlay.put_on(below, job))?;
             handle.run(|image| overlaid(image, absolute_path))
         },

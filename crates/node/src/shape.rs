@@ -3,12 +3,14 @@
 use std::path::PathBuf;
 
 use napi_derive::napi;
-use qcow2_engine::Result;
 use qcow2_engine::create::{Backing, CreateOptions, DataFile, Preallocation};
+use qcow2_engine::encryption::Encryption;
 use qcow2_engine::files::NewDisk;
 use qcow2_engine::format::CompressionType;
 use qcow2_engine::measure::{MeasureTarget, Qcow2Target};
+use qcow2_engine::{Job, Result};
 
+use crate::encryption::EncryptOptions;
 use crate::text::Text;
 
 /// Options of a new image. Names were checked in TypeScript; what is absent has the engine's default.
@@ -42,15 +44,44 @@ pub struct Shape {
     pub data_file_raw: Option<bool>,
     /// The data file exists, and keeps its bytes.
     pub keep_data_file: Option<bool>,
+    /// Encrypted.
+    pub encrypt: Option<EncryptOptions>,
 }
 
 impl Shape {
-    /// A new disk of `size` bytes.
-    pub(crate) fn new_disk(&self, size: u64) -> NewDisk {
-        match self.is_raw() {
-            true => NewDisk::Raw { size, preallocation: self.preallocation() },
-            false => NewDisk::Qcow2 { create: Box::new(self.options(size)), data_path: self.data_path() },
+    /// Takes what says how the disk is encrypted: its secret is JavaScript's memory.
+    pub(crate) fn take_encryption(&mut self) -> napi::Result<Option<Encryption>> {
+        self.encrypt.take().map(EncryptOptions::into_encryption).transpose()
+    }
+
+    /// A new disk of `size` bytes. Makes its key, see [`Shape::encrypted`].
+    ///
+    /// # Errors
+    /// As [`Shape::encrypted`].
+    pub(crate) fn new_disk(&self, size: u64, encryption: Option<&Encryption>, job: &Job) -> Result<NewDisk> {
+        if self.is_raw() {
+            return Ok(NewDisk::Raw { size, preallocation: self.preallocation() });
         }
+        let create = self.encrypted(size, encryption, job)?;
+        Ok(NewDisk::Qcow2 { create: Box::new(create), data_path: self.data_path() })
+    }
+
+    /// The engine's options for a qcow2 image of `size` bytes, with the key that the encryption makes: that takes as long as a guess of
+    /// the secret shall take.
+    ///
+    /// # Errors
+    /// Those of [`CreateOptions::validate`] and [`Encryption::door`].
+    pub(crate) fn encrypted(
+        &self,
+        size: u64,
+        encryption: Option<&Encryption>,
+        job: &Job,
+    ) -> Result<CreateOptions> {
+        let options = self.options(size);
+        let Some(encryption) = encryption else { return Ok(options) };
+        // What contradicts itself is refused first.
+        options.validate()?;
+        Ok(CreateOptions { data_door: Some(encryption.door(job)?), ..options })
     }
 
     /// Where the external data file goes, if there is to be one.
@@ -69,7 +100,7 @@ impl Shape {
     }
 
     /// The engine's options for a qcow2 image of `size` bytes.
-    pub(crate) fn options(&self, size: u64) -> CreateOptions {
+    fn options(&self, size: u64) -> CreateOptions {
         let defaults = CreateOptions::default();
         CreateOptions {
             size,

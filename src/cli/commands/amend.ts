@@ -6,7 +6,7 @@ import { isCreateOption, qcow2Options, toRefcountBits, toVersion } from '../crea
 import { describeError, openFailure, openHint } from '../errors.js'
 import { CommandFailure, UsageFailure, unsupported } from '../failure.js'
 import { imagePath } from '../filename.js'
-import { cacheMode, formatsThat, oneFile, refuseDriverSyntax } from '../grammar.js'
+import { cacheMode, formatsThat, oneFile, takeDriverSyntax } from '../grammar.js'
 import { formatOf } from '../images.js'
 import { asksForHelp, joinOptionLists, type OptionValues, optionHelp, parseOptionList } from '../options.js'
 import type { Runner } from '../program.js'
@@ -44,7 +44,7 @@ export function declareAmend(program: Command, run: Runner): void {
     .option('-q, --quiet', 'print nothing but errors')
     .option('-t, --cache <mode>', 'cache mode, as qemu-img takes it', cacheMode('cache'))
     .option('--force', 'allow what could make an encrypted image unreadable: nothing in this version')
-  refuseDriverSyntax(command)
+  takeDriverSyntax(command)
   command.action((files: string[], options: AmendArguments) => run(session => amendFile(files, options, session)))
 }
 

@@ -3,7 +3,7 @@ import type { Image } from '../../index.js'
 import { toName } from '../../text.js'
 import { describeError } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
-import { formatsThat, later, refuseDriverSyntax } from '../grammar.js'
+import { formatsThat, later, takeDriverSyntax } from '../grammar.js'
 import { withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import type { Session } from '../session.js'
@@ -52,7 +52,7 @@ export function declareBitmap(program: Command, run: Runner): void {
   command.on('option:remove-all', () => actions.push({ verb: 'remove-all' }))
   command.option('--merge <source>', 'mark in it what is dirty in another bitmap')
   command.on('option:merge', (source: string) => actions.push({ verb: 'merge', source }))
-  refuseDriverSyntax(command)
+  takeDriverSyntax(command)
   command.action((files: string[], options: BitmapArguments) =>
     run(session => bitmap(files, actions, options, session)),
   )

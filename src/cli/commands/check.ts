@@ -5,7 +5,7 @@ import { describeError, failedChanging, openFailure } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
 import { imagePath } from '../filename.js'
 import { checkExitCode, checkJson, formatCheck } from '../format/check.js'
-import { cacheMode, oneFile, outputOption, refuseDriverSyntax, SOURCES } from '../grammar.js'
+import { cacheMode, oneFile, outputOption, SOURCES, takeDriverSyntax } from '../grammar.js'
 import { formatOf, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
@@ -42,7 +42,7 @@ export function declareCheck(program: Command, run: Runner): void {
     .addOption(outputOption('human', 'json'))
     .option('-r, --repair <what>', 'repair leaked clusters (leaks), or all that can be repaired (all)', repairOf)
     .option('-q, --quiet', 'print nothing but errors')
-  refuseDriverSyntax(command)
+  takeDriverSyntax(command)
   command.action((files: string[], options: CheckArguments) =>
     run(session => checkFile(oneFile(files), options, session)),
   )

@@ -7,7 +7,7 @@ import { exactText, toName } from '../../text.js'
 import { describeError, openFailure } from '../errors.js'
 import { CommandFailure } from '../failure.js'
 import { imagePath, localPath } from '../filename.js'
-import { alias, cacheMode, formatsThat, oneFile, rateLimit, refuseDriverSyntax, toCacheMode } from '../grammar.js'
+import { alias, cacheMode, formatsThat, oneFile, rateLimit, takeDriverSyntax, toCacheMode } from '../grammar.js'
 import { formatOf, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
@@ -38,7 +38,7 @@ export function declareCommit(program: Command, run: Runner): void {
     .option('-p, --progress', 'show the progress, also without a terminal')
     .option('-q, --quiet', 'print nothing but errors')
   alias(command, '--rate', '--rate-limit')
-  refuseDriverSyntax(command)
+  takeDriverSyntax(command)
   command.action((files: string[], options: CommitArguments) => run(session => commitFile(files, options, session)))
 }
 
@@ -56,6 +56,7 @@ async function commitFile(files: readonly string[], options: CommitArguments, se
     commit(imagePath(filename), {
       ...job,
       references: 'allow',
+      secret: session.objects.secretsOf(filename),
       cache,
       drop,
       ...(base !== undefined && { base }),

@@ -5,7 +5,7 @@ import { describeError, failedChanging, openFailure } from '../errors.js'
 import { CommandFailure } from '../failure.js'
 import { imagePath } from '../filename.js'
 import { compactJson, formatCompact } from '../format/compact.js'
-import { formatsThat, oneFile, outputOption, refuseDriverSyntax } from '../grammar.js'
+import { formatsThat, oneFile, outputOption, takeDriverSyntax } from '../grammar.js'
 import { formatOf, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
@@ -38,7 +38,7 @@ export function declareCompact(program: Command, run: Runner): void {
     .addOption(outputOption('human', 'json'))
     .option('-p, --progress', 'show the progress, also without a terminal')
     .option('-q, --quiet', 'print nothing but errors')
-  refuseDriverSyntax(command)
+  takeDriverSyntax(command)
   command.action((files: string[], options: CompactArguments) =>
     run(session => compactFile(oneFile(files), options, session)),
   )
@@ -64,10 +64,11 @@ async function compacted(filename: string, options: CompactArguments, session: S
     throw new CommandFailure('This image format does not support compaction')
   }
   const choice = { progress: progress && output !== 'json', quiet, verb: 'Compacting', step: 1 }
+  const secret = session.objects.secretsOf(filename)
   const mode = rewrite ? 'rewrite' : 'in-place'
   try {
     return await withProgress(session, choice, job =>
-      compact(imagePath(filename), { ...job, mode, zeroes, dryRun, references: 'allow' }),
+      compact(imagePath(filename), { ...job, mode, zeroes, dryRun, references: 'allow', secret }),
     )
   } catch (error) {
     if (session.signal.aborted || error instanceof CommandFailure) throw error

@@ -3,7 +3,7 @@ import { type CompareResult, compare } from '../../index.js'
 import { describeError } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
 import { imagePath } from '../filename.js'
-import { cacheMode, refuseDriverSyntax, SOURCES } from '../grammar.js'
+import { cacheMode, SOURCES, takeDriverSyntax } from '../grammar.js'
 import { formatOf, type Request, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
@@ -43,7 +43,7 @@ export function declareCompare(program: Command, run: Runner): void {
     .option('-U, --force-share', 'open images that another process uses')
     .option('-p, --progress', 'show the progress, also without a terminal')
     .option('-q, --quiet', 'print nothing but errors')
-  refuseDriverSyntax(command)
+  takeDriverSyntax(command)
   command.action((files: string[], options: CompareArguments) => run(session => compareFiles(files, options, session)))
 }
 
@@ -63,7 +63,9 @@ async function compareFiles(files: readonly string[], options: CompareArguments,
   const formatA = await formatOf(a, options.aFormat, session)
   const formatB = await formatOf(b, options.bFormat, session)
   const { strict, forceShare } = options
-  const request = { formatA, formatB, strict, forceShare, references: 'allow' } as const
+  const { objects } = session
+  const secrets = { secretA: objects.secretsOf(a), secretB: objects.secretsOf(b) }
+  const request = { formatA, formatB, ...secrets, strict, forceShare, references: 'allow' } as const
   const result = await withProgress(session, choice, job =>
     compare(imagePath(a), imagePath(b), { ...request, ...job }),
   ).catch(error => {

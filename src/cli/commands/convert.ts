@@ -9,6 +9,7 @@ import {
   inspect,
   Qcow2Error,
   type Qcow2SpecificInfo,
+  type Secrets,
   type TargetFormat,
 } from '../../index.js'
 import { exactText } from '../../text.js'
@@ -22,9 +23,9 @@ import {
   optionList,
   rateLimit,
   refuse,
-  refuseDriverSyntax,
   SOURCES,
   TARGETS,
+  takeDriverSyntax,
   wholeNumber,
 } from '../grammar.js'
 import { formatOf, snapshotOf, withImage } from '../images.js'
@@ -119,7 +120,7 @@ export function declareConvert(program: Command, run: Runner): void {
   alias(command, '--source-snapshot', '--snapshot')
   alias(command, '--backing', '-b')
   alias(command, '--rate', '--rate-limit')
-  refuseDriverSyntax(command)
+  takeDriverSyntax(command)
   refuse(command, '--target-image-opts', 'images are given by file name')
   command.action((files: string[], options: ConvertArguments & { concurrency?: number }) =>
     run(session => convertFiles(files, { ...options, ...threads(options) }, session)),
@@ -185,7 +186,7 @@ async function convertNamed(
   const several = sources.length > 1
   const { from, size, snapshot } = await lookAt(sources, given, session)
   const to = targetFormat(given.targetFormat)
-  const parts = given.create ? newTarget(target, to, given, several) : existingTarget(to, given)
+  const parts = given.create ? newTarget(target, to, given, several, session) : existingTarget(to, given)
   if (several && given.bitmaps) throw new CommandFailure('Copying bitmaps only possible with single source')
   if (given.bitmaps) await checkBitmaps(sources[0] ?? target, to, parts, given, session)
   if (!given.create) await checkTarget(target, to, { size, bitmaps: given.bitmaps }, session)
@@ -194,6 +195,7 @@ async function convertNamed(
     ...(given.bitmaps && { bitmaps: { skipBroken: given.skipBrokenBitmaps } }),
     to,
     references: 'allow',
+    secret: secretsOf(sources, session),
     forceShare,
     ...(snapshot !== undefined && { snapshot }),
     ...(given.sparseSize !== undefined && { sparseSize: given.sparseSize }),
@@ -212,6 +214,15 @@ async function convertNamed(
   } catch (error) {
     throw session.signal.aborted || error instanceof CommandFailure ? error : worded(target, to, error)
   }
+}
+
+/** What opens the sources. A layer is asked for by its file, so that each has the secrets of its own image. */
+function secretsOf(sources: readonly string[], { objects }: Session): Secrets | undefined {
+  const [first] = sources
+  if (sources.length > 1 && sources.some(source => objects.secretsOf(source) !== undefined)) {
+    throw unsupported('An encrypted source beside others', 'convert them one by one')
+  }
+  return first === undefined ? undefined : objects.secretsOf(first)
 }
 
 /** What is for new images only in this version. */
@@ -332,6 +343,7 @@ function newTarget(
   to: TargetFormat,
   given: ConvertArguments,
   several: boolean,
+  session: Session,
 ): Partial<ConvertOptions> {
   const values: Map<string, OptionValue> = parseOptionList(given.targetOptions ?? '', optionSpecs(to))
   addBacking(values, given, to)
@@ -344,7 +356,7 @@ function newTarget(
   if (backing !== undefined && !values.has('backing_fmt')) {
     throw new CommandFailure('Use of backing file requires explicit backing format')
   }
-  const { preallocation, ...shape } = shapeOf(target, to, values)
+  const { preallocation, ...shape } = shapeOf(target, to, values, session)
   if (given.compress && !can(to, 'compress')) throw new CommandFailure('Compression not supported for this file format')
   if (given.compress && preallocation !== undefined && preallocation !== 'off') {
     throw new CommandFailure('Compression and preallocation not supported at the same time')
@@ -358,9 +370,9 @@ function newTarget(
   }
 }
 
-function shapeOf(target: string, to: TargetFormat, values: OptionValues) {
+function shapeOf(target: string, to: TargetFormat, values: OptionValues, { objects }: Session) {
   try {
-    return toCreateOptions(values, to)
+    return toCreateOptions(values, to, objects)
   } catch (error) {
     if (!(error instanceof CommandFailure)) throw error
     throw new CommandFailure(`${target}: error while converting ${to}: ${error.message}`, { cause: error })

@@ -7,7 +7,7 @@ import { describeFormat, optionSpecs, sizeOption, targetFormat, toCreateOptions 
 import { describeError } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
 import { argumentOf, localPath } from '../filename.js'
-import { alias, optionList, refuse, TARGETS } from '../grammar.js'
+import { alias, optionList, TARGETS, takeObjects } from '../grammar.js'
 import { formatOf, withImage } from '../images.js'
 import { asksForHelp, describeOptions, type OptionValue, parseOptionList } from '../options.js'
 import type { Runner } from '../program.js'
@@ -38,7 +38,7 @@ export function declareCreate(program: Command, run: Runner): void {
     .option('-u, --backing-unsafe', 'do not open the backing file')
     .option('-q, --quiet', 'print nothing but errors')
   alias(command, '--backing-format', '-B')
-  refuse(command, '--object <objdef>', 'this version does not write encrypted images')
+  takeObjects(command)
   command.action((files: string[], options: CreateArguments) => run(session => createImage(files, options, session)))
 }
 
@@ -89,7 +89,7 @@ async function createNamed(
     session.stdout.write(`Formatting '${filename}', fmt=${format} ${describeOptions(values, specs)}\n`)
     session.stdout.flush()
   }
-  const shape = toCreateOptions(values, format)
+  const shape = toCreateOptions(values, format, session.objects)
   // A guest's disk has whole sectors.
   const sectors = wholeSectors(size)
   checkDiskSize(format, shape, sectors)

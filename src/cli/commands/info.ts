@@ -9,7 +9,7 @@ import { argumentOf, imagePath, shownName } from '../filename.js'
 import { formatInfo, type InfoDocument } from '../format/info.js'
 import { toJson } from '../format/json.js'
 import { snapshotDocuments } from '../format/snapshots.js'
-import { cacheMode, later, oneFile, outputOption, refuseDriverSyntax, SOURCES, toCacheMode } from '../grammar.js'
+import { cacheMode, later, oneFile, outputOption, SOURCES, takeDriverSyntax, toCacheMode } from '../grammar.js'
 import { warnOfDamage, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import type { Session } from '../session.js'
@@ -36,7 +36,7 @@ export function declareInfo(program: Command, run: Runner): void {
     .addOption(outputOption('human', 'json'))
   later(command, new Option('--limits', 'show what requests on the image should look like'))
   later(command, new Option('-t, --cache <mode>', 'cache mode that the limits are for').argParser(cacheMode('cache')))
-  refuseDriverSyntax(command)
+  takeDriverSyntax(command)
   command.action((files: string[], options: InfoArguments) =>
     run(session => showInfo(oneFile(files), options, session)),
   )

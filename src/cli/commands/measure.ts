@@ -6,7 +6,7 @@ import { describeError, openFailure } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
 import { imagePath } from '../filename.js'
 import { formatMeasure, measureJson } from '../format/measure.js'
-import { alias, optionList, outputOption, refuseDriverSyntax, SOURCES, TARGETS } from '../grammar.js'
+import { alias, optionList, outputOption, SOURCES, TARGETS, takeDriverSyntax } from '../grammar.js'
 import { formatOf, snapshotOf } from '../images.js'
 import { parseOptionList } from '../options.js'
 import type { Runner } from '../program.js'
@@ -40,7 +40,7 @@ export function declareMeasure(program: Command, run: Runner): void {
     .addOption(outputOption('human', 'json'))
   alias(command, '--options', '--target-format-options')
   alias(command, '--format', '--source-format')
-  refuseDriverSyntax(command)
+  takeDriverSyntax(command)
   command.action((files: string[], options: MeasureArguments) => run(session => show(files, options, session)))
 }
 
@@ -76,7 +76,7 @@ async function measureWith(
   job: LongRunning,
 ): Promise<MeasureResult> {
   const target = targetFormat(options.targetFormat)
-  const { preallocation, ...shape } = toCreateOptions(parseShape(options, target), target)
+  const { preallocation, ...shape } = toCreateOptions(parseShape(options, target), target, session.objects)
   // Nothing is opened by the name of the backing file, so its format does not matter.
   const { backingFile, backingFormat = backingFile === undefined ? undefined : PLAIN_FORMAT } = shape
   const create = { ...shape, backingFormat }
@@ -94,6 +94,7 @@ async function measureWith(
       from,
       snapshot,
       references: 'allow',
+      secret: session.objects.secretsOf(source),
       forceShare: options.forceShare,
     })
   } catch (error) {

@@ -5,7 +5,7 @@ import { toName } from '../../text.js'
 import { describeError, openFailure, openHint, pathOf } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
 import { imagePath, localPath } from '../filename.js'
-import { alias, cacheMode, formatsThat, oneFile, refuseDriverSyntax, toCacheMode } from '../grammar.js'
+import { alias, cacheMode, formatsThat, oneFile, takeDriverSyntax, toCacheMode } from '../grammar.js'
 import { formatOf, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
@@ -54,7 +54,7 @@ export function declareRebase(program: Command, run: Runner): void {
   alias(command, '--backing-format', '-B')
   alias(command, '--source-cache', '--backing-cache')
   alias(command, '--unsafe', '--backing-unsafe')
-  refuseDriverSyntax(command)
+  takeDriverSyntax(command)
   command.action((files: string[], options: RebaseArguments) => run(session => rebaseFile(files, options, session)))
 }
 
@@ -81,6 +81,7 @@ async function rebaseFile(files: readonly string[], options: RebaseArguments, se
       ...job,
       // Unsafe is unsafe: nothing but the name is looked at.
       references,
+      secret: session.objects.secretsOf(filename),
       cache,
       ...(next !== null && { backingFormat }),
       // What qemu-img allocates is allocated.

@@ -4,7 +4,7 @@ import type { Preallocation } from '../../index.js'
 import { describeError } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
 import type { IsOperand } from '../getopt.js'
-import { refuseDriverSyntax, SOURCES } from '../grammar.js'
+import { SOURCES, takeDriverSyntax } from '../grammar.js'
 import { withImage } from '../images.js'
 import { parseValue } from '../options.js'
 import type { Runner } from '../program.js'
@@ -32,7 +32,7 @@ export function declareResize(program: Command, run: Runner): void {
     .option('--shrink', 'allow a smaller size')
     .option('--preallocation <mode>', 'what the new part has: off, metadata, falloc or full', preallocationOf)
     .option('-q, --quiet', 'print nothing but errors')
-  refuseDriverSyntax(command)
+  takeDriverSyntax(command)
   command.action((files: string[], options: ResizeArguments) => run(session => resize(files, options, session)))
 }
 

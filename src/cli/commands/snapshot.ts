@@ -5,7 +5,7 @@ import { describeError } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
 import { formatSnapshots } from '../format/info.js'
 import { snapshotDocuments } from '../format/snapshots.js'
-import { formatsThat, oneFile, refuseDriverSyntax } from '../grammar.js'
+import { formatsThat, oneFile, takeDriverSyntax } from '../grammar.js'
 import { warnOfDamage, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import type { Session } from '../session.js'
@@ -40,7 +40,7 @@ export function declareSnapshot(program: Command, run: Runner): void {
       if (actions > 1) throw new UsageFailure("Cannot mix '-l', '-a', '-c', '-d'")
     })
   }
-  refuseDriverSyntax(command)
+  takeDriverSyntax(command)
   command.action((files: string[], options: SnapshotArguments) =>
     run(session => snapshot(oneFile(files), options, session)),
   )

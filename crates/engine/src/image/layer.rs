@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use qcow2_core::Layer;
 use qcow2_core::layer::{Holes, Pin, References, Segment, SegmentKind};
-use qcow2_format::CompressedDescriptor;
+use qcow2_format::{CompressedDescriptor, CryptMethod};
 
 use super::mapping::descriptor;
 use super::qcow2::Qcow2;
 use crate::storage::ReadTransfer;
-use crate::{ErrorKind, MemMut, Result, Storage, StorageExt};
+use crate::{ErrorKind, Job, MemMut, Result, Storage, StorageExt, encryption};
 
 impl Layer for Qcow2 {
     fn format(&self) -> &'static str {
@@ -88,6 +88,18 @@ impl Layer for Qcow2 {
 
     fn reopen(&self) -> Result<Box<dyn Layer>> {
         Ok(Box::new(self.reopen()?))
+    }
+
+    fn encryption(&self) -> Option<&'static str> {
+        match self.header().crypt_method {
+            CryptMethod::None => None,
+            CryptMethod::Aes => Some("aes"),
+            CryptMethod::Luks => Some("luks"),
+        }
+    }
+
+    fn unlock(&mut self, secret: &[u8], job: &Job) -> Result<()> {
+        encryption::unlock(self, secret, job)
     }
 
     fn absent_from(&self, at: u64) -> u64 {

@@ -65,7 +65,9 @@ impl Qcow2 {
     ) -> Self {
         let consistent = header.autoclear.contains(Autoclear::BITMAPS);
         let directory = header.bitmaps().filter(|_| consistent).copied();
-        let data = (!header.has_data_file()).then(|| behind(options.data_door.as_ref(), &storage));
+        let readable = header.crypt_method == CryptMethod::None || options.data_door.is_some();
+        let data =
+            (readable && !header.has_data_file()).then(|| behind(options.data_door.as_ref(), &storage));
         Self {
             storage,
             data_file: None,
@@ -102,7 +104,7 @@ impl Qcow2 {
 
     /// Attaches the external data file. Without it, reading stored data fails with `ReferenceDenied`.
     pub fn set_data_file(&mut self, storage: Arc<dyn Storage>) {
-        if self.header.has_data_file() {
+        if self.header.has_data_file() && !self.is_locked() {
             self.data = Some(behind(self.options.data_door.as_ref(), &storage));
         }
         self.data_file = Some(storage);
@@ -180,9 +182,20 @@ impl Qcow2 {
     /// Through which guest bytes are read and written, in both directions and without exception, at their host offsets.
     ///
     /// # Errors
-    /// `ReferenceDenied` for an external data file that is not open.
+    /// `ReferenceDenied` for an external data file that is not open; `BadSecret` for an encrypted image without its secret.
     pub fn data_storage(&self) -> Result<&Arc<dyn Storage>> {
-        self.data.as_ref().ok_or_else(|| self.data_not_open())
+        self.data.as_ref().ok_or_else(|| if self.is_locked() { self.locked() } else { self.data_not_open() })
+    }
+
+    /// Whether guest data is encrypted, and no secret was given.
+    pub(crate) fn is_locked(&self) -> bool {
+        self.header.crypt_method != CryptMethod::None && self.options.data_door.is_none()
+    }
+
+    fn locked(&self) -> Error {
+        let name = if self.header.crypt_method == CryptMethod::Luks { "LUKS" } else { "AES" };
+        let message = format!("the guest data is encrypted ({name}): give the image's secret");
+        self.error(ErrorKind::BadSecret, message).with_field("secret")
     }
 
     /// The file in which guest bytes are stored, for what is about the file: its length, its space, its holes.
@@ -209,15 +222,7 @@ impl Qcow2 {
 
     /// Refuses to hand out ciphertext: there is a door to what is encrypted, or it is not read.
     pub(crate) fn require_plain(&self) -> Result<()> {
-        match self.header.crypt_method {
-            CryptMethod::None => Ok(()),
-            _ if self.options.data_door.is_some() => Ok(()),
-            method => {
-                let name = if method == CryptMethod::Luks { "LUKS" } else { "AES" };
-                let message = format!("the guest data is encrypted ({name}): give the image's secret");
-                Err(self.error(ErrorKind::BadSecret, message).with_field("secret"))
-            }
-        }
+        if self.is_locked() { Err(self.locked()) } else { Ok(()) }
     }
 
     /// Puts a door in front of the guest data, of which nothing was read or written yet; it stays when the image is opened again.

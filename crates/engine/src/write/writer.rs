@@ -88,7 +88,6 @@ impl Writer {
             let message = "images with the legacy AES encryption are only read: convert it to one with LUKS";
             return Err(image.error(ErrorKind::UnsupportedFeature, message).with_field("crypt_method"));
         }
-        image.require_plain()?;
         for (bit, reason) in [
             (Incompatible::CORRUPT, "the image is marked corrupt: repair it before writing"),
             (

@@ -11,6 +11,7 @@ use std::fmt;
 use ::cipher::{KeyInit, consts::U16};
 use aes::{Aes128, Aes192, Aes256};
 use cast5::Cast5;
+use qcow2_core::storage::SectorCodec;
 use qcow2_core::{Error, ErrorKind, Result};
 use serpent::Serpent;
 use twofish::Twofish;
@@ -101,6 +102,15 @@ impl SectorCipher {
     pub fn decrypt(&self, sector: u64, data: &mut [u8]) {
         assert!(data.len().is_multiple_of(self.sector_size), "whole sectors are decrypted");
         self.inner.decrypt(sector.wrapping_add(self.shift), self.sector_size, data);
+    }
+}
+
+impl SectorCodec for SectorCipher {
+    fn encode(&self, sector: u64, data: &mut [u8]) {
+        self.encrypt(sector, data);
+    }
+    fn decode(&self, sector: u64, data: &mut [u8]) {
+        self.decrypt(sector, data);
     }
 }
 

@@ -1,0 +1,210 @@
+//! Encryption of guest data: from a secret to the door that it opens.
+//!
+//! LUKS: the header lies where the extension says, its places are relative to its start, and sectors are counted in the file that holds the
+//! guest data. Legacy AES: there is no header, and sectors are those of the guest. Spec: "Full disk encryption header pointer",
+//! `crypt_method`.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use qcow2_format::CryptMethod;
+use qcow2_luks::{
+    Cipher, CipherSpec, Cost, FormatOptions, Hash, Iv, Limits, Luks1Header, Mode, legacy_aes, luks1,
+};
+use zeroize::Zeroizing;
+
+use crate::door::DataDoor;
+use crate::image::{Qcow2, on_file};
+use crate::storage::{Access, FileStorage, SectorCodec, Sectors};
+use crate::{Error, ErrorKind, Job, MemMut, Result, Storage, StorageExt};
+
+/// Most bytes of a secret in a file: `cryptsetup`'s limit.
+const MAX_SECRET: u64 = 8 << 20;
+
+/// What opens an encrypted image. It is overwritten when it is dropped, and never shown.
+#[derive(Clone)]
+pub struct Secret(Source);
+
+#[derive(Clone)]
+enum Source {
+    Bytes(Zeroizing<Vec<u8>>),
+    File(PathBuf),
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secret")
+    }
+}
+
+impl Secret {
+    /// These bytes.
+    pub fn new(bytes: Vec<u8>) -> Self {
+        Self(Source::Bytes(Zeroizing::new(bytes)))
+    }
+
+    /// All bytes of a file, which is read when it is needed.
+    pub fn in_file(path: PathBuf) -> Self {
+        Self(Source::File(path))
+    }
+
+    /// The secret.
+    ///
+    /// # Errors
+    /// Those of reading the file; `Limit` for one that is longer than 8 MiB.
+    pub fn read(&self) -> Result<Zeroizing<Vec<u8>>> {
+        let path = match &self.0 {
+            Source::Bytes(bytes) => return Ok(bytes.clone()),
+            Source::File(path) => path,
+        };
+        let file = FileStorage::open(path, Access::ReadOnly)?;
+        let length = file.size()?;
+        if length > MAX_SECRET {
+            let message = format!("a secret of {length} bytes is longer than the limit of {MAX_SECRET}");
+            return Err(Error::new(ErrorKind::Limit, message).with_field("secret").with_path(path));
+        }
+        let mut bytes = Zeroizing::new(vec![0; length as usize]);
+        file.read_exact_at(MemMut::from(&mut bytes[..]), 0)?;
+        Ok(bytes)
+    }
+}
+
+/// How a new image is encrypted: LUKS, by QEMU's names. What is absent has QEMU's default.
+#[derive(Debug, Clone)]
+pub struct Encryption {
+    /// What opens the image.
+    pub secret: Secret,
+    /// `aes-256`.
+    pub cipher_alg: Option<String>,
+    /// `xts`.
+    pub cipher_mode: Option<String>,
+    /// `plain64`.
+    pub ivgen_alg: Option<String>,
+    /// Hash of `essiv`: `sha256`.
+    pub ivgen_hash_alg: Option<String>,
+    /// `sha256`.
+    pub hash_alg: Option<String>,
+    /// Milliseconds that a guess of the secret takes: 2000.
+    pub iter_time_ms: Option<u32>,
+    /// Take a combination that is known to be weak.
+    pub allow_weak: bool,
+}
+
+impl Encryption {
+    /// A new key behind a door, with the encryption header of the image that it is for. Takes as long as a guess takes.
+    ///
+    /// # Errors
+    /// `InvalidArgument` or `UnsupportedFeature` for names that do not go together; `Aborted`; those of [`Secret::read`].
+    pub fn door(&self, job: &Job) -> Result<Arc<dyn DataDoor>> {
+        let secret = self.secret.read()?;
+        let mut options = FormatOptions::new(&secret);
+        options.spec = self.spec()?;
+        options.hash = self.hash_alg.as_deref().map_or(Ok(options.hash), |name| hash("hash-alg", name))?;
+        options.allow_weak = self.allow_weak;
+        if let Some(time) = self.iter_time_ms {
+            options.cost = Cost::Time(Duration::from_millis(time.into()));
+        }
+        let formatted = luks1::format(&options, job)?;
+        Ok(Arc::new(LuksDoor { codec: Arc::new(formatted.cipher), header: Some(formatted.bytes) }))
+    }
+
+    fn spec(&self) -> Result<CipherSpec> {
+        let defaults = CipherSpec::default();
+        let cipher = named(self.cipher_alg.as_deref(), "cipher-alg", Cipher::from_name)?;
+        let mode =
+            named(self.cipher_mode.as_deref(), "cipher-mode", Mode::from_name)?.unwrap_or(defaults.mode);
+        // The hash of essiv is the key's, where none is named.
+        let of_essiv =
+            self.ivgen_hash_alg.as_deref().map_or(Ok(Hash::Sha256), |name| hash("ivgen-hash-alg", name))?;
+        let iv = match (self.ivgen_alg.as_deref(), mode) {
+            (_, Mode::Ecb) => Iv::None,
+            (Some("plain"), _) => Iv::Plain,
+            (Some("plain64"), _) => Iv::Plain64,
+            (Some("essiv"), _) => Iv::Essiv(of_essiv),
+            (Some(other), _) => return Err(unknown("ivgen-alg", other)),
+            (None, Mode::Cbc) => Iv::Essiv(of_essiv),
+            (None, _) => defaults.iv,
+        };
+        Ok(CipherSpec { cipher: cipher.unwrap_or(defaults.cipher), mode, iv })
+    }
+}
+
+fn named<T>(name: Option<&str>, field: &'static str, of_name: fn(&str) -> Option<T>) -> Result<Option<T>> {
+    name.map(|name| of_name(name).ok_or_else(|| unknown(field, name))).transpose()
+}
+
+fn hash(field: &'static str, name: &str) -> Result<Hash> {
+    Hash::from_name(name).ok_or_else(|| unknown(field, name))
+}
+
+fn unknown(field: &'static str, name: &str) -> Error {
+    Error::new(ErrorKind::InvalidArgument, format!("'{name}' is not known")).with_field(field)
+}
+
+/// Opens the guest data of `image` with its secret.
+pub(crate) fn unlock(image: &mut Qcow2, secret: &[u8], job: &Job) -> Result<()> {
+    let door: Arc<dyn DataDoor> = match image.header().crypt_method {
+        CryptMethod::None => return Ok(()),
+        CryptMethod::Aes => Arc::new(AesDoor { codec: Arc::new(legacy_aes(secret)?) }),
+        CryptMethod::Luks => {
+            let codec = open_luks(image, secret, job).map_err(|e| on_file(&**image.storage(), e))?;
+            Arc::new(LuksDoor { codec, header: None })
+        }
+    };
+    image.set_door(door);
+    Ok(())
+}
+
+/// The cipher of a LUKS image.
+fn open_luks(image: &Qcow2, secret: &[u8], job: &Job) -> Result<Arc<dyn SectorCodec>> {
+    // The format's header has it where the method is LUKS.
+    let Some((start, length)) = image.header().crypto_header() else { return Err(Error::aborted()) };
+    let read = |offset: u64, bytes: &mut [u8]| {
+        if offset.checked_add(bytes.len() as u64).is_none_or(|end| end > length) {
+            let message =
+                format!("{} bytes at {offset} are behind the end of the encryption header", bytes.len());
+            return Err(Error::new(ErrorKind::Corrupt, message).with_field("encryption header"));
+        }
+        image.storage().read_exact_at(MemMut::from(bytes), start.0 + offset)
+    };
+    let mut header = [0; luks1::HEADER_BYTES];
+    read(0, &mut header)?;
+    let header = Luks1Header::parse(&header)?;
+    Ok(Arc::new(luks1::unlock(&header, secret, &read, job, &Limits::default())?.cipher))
+}
+
+/// Guest data behind the cipher of a LUKS header.
+#[derive(Debug)]
+struct LuksDoor {
+    codec: Arc<dyn SectorCodec>,
+    /// The header of a new image.
+    header: Option<Vec<u8>>,
+}
+
+impl DataDoor for LuksDoor {
+    fn open(&self, host: Arc<dyn Storage>) -> Arc<dyn Storage> {
+        Arc::new(Sectors::new(host, Arc::clone(&self.codec)))
+    }
+
+    fn crypto_header(&self) -> Option<&[u8]> {
+        self.header.as_deref()
+    }
+}
+
+/// Guest data behind legacy AES.
+#[derive(Debug)]
+struct AesDoor {
+    codec: Arc<dyn SectorCodec>,
+}
+
+impl DataDoor for AesDoor {
+    fn open(&self, host: Arc<dyn Storage>) -> Arc<dyn Storage> {
+        host
+    }
+
+    fn by_guest(&self) -> Option<&Arc<dyn SectorCodec>> {
+        Some(&self.codec)
+    }
+}

@@ -1,0 +1,95 @@
+/** Secrets of encrypted images, and how new ones are encrypted. */
+
+import { CIPHER_ALGS, CIPHER_MODES, HASH_ALGS, IVGEN_ALGS } from './cipher-names.js'
+import { invalidArgument } from './errors.js'
+import type { NativeEncrypt, NativeSecret } from './native.js'
+import { flag, integer, oneOf, type Reader, readOptions } from './options.js'
+import { type PathLike, toPath } from './source.js'
+import { describe } from './units.js'
+
+/**
+ * What opens an encrypted image: a string, whose UTF-8 bytes are the secret, bytes, or a file, all of whose bytes are the secret (a line's
+ * end in it too).
+ */
+export type Secret = string | Uint8Array | { readonly file: PathLike }
+
+/** A layer that is encrypted. */
+export interface EncryptedLayer {
+  /** Its file; undefined where only a descriptor is known. */
+  readonly path: string | undefined
+  /** How many layers lie above it in its image: 0 for the top. */
+  readonly depth: number
+  readonly encryption: 'aes' | 'luks'
+}
+
+/**
+ * The secret of every encrypted layer, or a function that is asked for each of them. Without one (`undefined`) a layer stays closed: it
+ * can be looked at, and reading its data is refused.
+ */
+export type Secrets = Secret | ((layer: EncryptedLayer) => Secret | undefined | Promise<Secret | undefined>)
+
+/** How a new image is encrypted. Names and defaults are QEMU's. */
+export interface Encrypt {
+  /** Default `'luks'`: LUKS version 1. */
+  format?: 'luks' | undefined
+  /** What opens the image. */
+  secret: Secret
+  /** How long a guess of the secret takes on this machine, in milliseconds: 1 to 60000. Default 2000. */
+  iterTime?: number | undefined
+  /** Default `'aes-256'`. */
+  cipherAlg?: (typeof CIPHER_ALGS)[number] | undefined
+  /** Default `'xts'`. */
+  cipherMode?: (typeof CIPHER_MODES)[number] | undefined
+  /** Default `'plain64'`; `'essiv'` for `cbc` where nothing else is said. */
+  ivgenAlg?: (typeof IVGEN_ALGS)[number] | undefined
+  /** The hash of `essiv`. Default `'sha256'`. */
+  ivgenHashAlg?: (typeof HASH_ALGS)[number] | undefined
+  /** Take a combination that is known to be weak; it is refused otherwise. Default false. */
+  allowWeak?: boolean | undefined
+  /** Default `'sha256'`. */
+  hashAlg?: (typeof HASH_ALGS)[number] | undefined
+}
+
+/** Reads a {@link Secret}. The bytes are copied: what the caller does with its own does not matter. */
+export const secret: Reader<NativeSecret> = (value, name) => {
+  if (typeof value === 'string') return { bytes: new TextEncoder().encode(value) }
+  if (value instanceof Uint8Array) return { bytes: Uint8Array.from(value) }
+  if (typeof value === 'object' && value !== null && 'file' in value) {
+    return { file: toPath(value.file, `${name}.file`) }
+  }
+  throw invalidArgument(name, `${name} must be a string, a Uint8Array or { file }, not ${describe(typeof value)}`)
+}
+
+/** Secrets that were checked: one for all, or a function to ask. */
+export type ReadSecrets = (layer: EncryptedLayer) => Promise<NativeSecret | undefined>
+
+/** Reads {@link Secrets}. */
+export const secrets: Reader<ReadSecrets> = (value, name) => {
+  if (typeof value !== 'function') {
+    const one = secret(value, name)
+    return () => Promise.resolve(one)
+  }
+  return async layer => {
+    const given: unknown = await Reflect.apply(value, undefined, [layer])
+    return given === undefined ? undefined : secret(given, name)
+  }
+}
+
+const ENCRYPT = {
+  format: oneOf('luks'),
+  secret,
+  iterTime: integer(1, 60_000),
+  allowWeak: flag,
+  cipherAlg: oneOf(...CIPHER_ALGS),
+  cipherMode: oneOf(...CIPHER_MODES),
+  ivgenAlg: oneOf(...IVGEN_ALGS),
+  ivgenHashAlg: oneOf(...HASH_ALGS),
+  hashAlg: oneOf(...HASH_ALGS),
+} as const
+
+/** Reads an {@link Encrypt}. */
+export const encrypt: Reader<NativeEncrypt> = (value, name) => {
+  const { format: _, secret, ...options } = readOptions(value, name, ENCRYPT)
+  if (secret === undefined) throw invalidArgument('secret', `${name}: the option secret is needed`)
+  return { ...options, secret }
+}
