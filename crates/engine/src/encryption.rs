@@ -9,14 +9,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use qcow2_format::CryptMethod;
+use qcow2_format::{CryptMethod, Header, HostOffset};
 use qcow2_luks::{
     Cipher, CipherSpec, Cost, FormatOptions, Hash, Iv, Limits, Luks1Header, Mode, legacy_aes, luks1,
 };
 use zeroize::Zeroizing;
 
 use crate::door::DataDoor;
-use crate::image::{Qcow2, on_file};
 use crate::storage::{Access, FileStorage, SectorCodec, Sectors};
 use crate::{Error, ErrorKind, Job, MemMut, Result, Storage, StorageExt};
 
@@ -143,31 +142,43 @@ fn unknown(field: &'static str, name: &str) -> Error {
     Error::new(ErrorKind::InvalidArgument, format!("'{name}' is not known")).with_field(field)
 }
 
-/// Opens the guest data of `image` with its secret.
-pub(crate) fn unlock(image: &mut Qcow2, secret: &[u8], job: &Job) -> Result<()> {
-    let door: Arc<dyn DataDoor> = match image.header().crypt_method {
-        CryptMethod::None => return Ok(()),
-        CryptMethod::Aes => Arc::new(AesDoor { codec: Arc::new(legacy_aes(secret)?) }),
-        CryptMethod::Luks => {
-            let codec = open_luks(image, secret, job).map_err(|e| on_file(&**image.storage(), e))?;
-            Arc::new(LuksDoor { codec, header: None })
+/// The door to the guest data of the image in `storage`; `None` where that is not encrypted.
+///
+/// # Errors
+/// As [`Layer::unlock`](crate::Layer::unlock).
+pub(crate) fn door_of(
+    storage: &Arc<dyn Storage>,
+    header: &Header,
+    secret: &[u8],
+    job: &Job,
+) -> Result<Option<Arc<dyn DataDoor>>> {
+    Ok(match (header.crypt_method, header.crypto_header()) {
+        (CryptMethod::Aes, _) => Some(Arc::new(AesDoor { codec: Arc::new(legacy_aes(secret)?) })),
+        (CryptMethod::Luks, Some((start, length))) => {
+            let codec = open_luks(&**storage, start, length, secret, job).map_err(|e| storage.located(e))?;
+            Some(Arc::new(LuksDoor { codec, header: None }))
         }
-    };
-    image.set_door(door);
-    Ok(())
+        // A header is refused that has no place of the encryption header for LUKS.
+        (CryptMethod::None | CryptMethod::Luks, _) => None,
+    })
 }
 
-/// The cipher of a LUKS image.
-fn open_luks(image: &Qcow2, secret: &[u8], job: &Job) -> Result<Arc<dyn SectorCodec>> {
-    // The format's header has it where the method is LUKS.
-    let Some((start, length)) = image.header().crypto_header() else { return Err(Error::aborted()) };
+/// The cipher behind the LUKS header at `start`.
+fn open_luks(
+    storage: &dyn Storage,
+    start: HostOffset,
+    length: u64,
+    secret: &[u8],
+    job: &Job,
+) -> Result<Arc<dyn SectorCodec>> {
     let read = |offset: u64, bytes: &mut [u8]| {
-        if offset.checked_add(bytes.len() as u64).is_none_or(|end| end > length) {
+        let end = offset.checked_add(bytes.len() as u64).filter(|end| *end <= length);
+        let place = end.and(start.get().checked_add(offset)).ok_or_else(|| {
             let message =
                 format!("{} bytes at {offset} are behind the end of the encryption header", bytes.len());
-            return Err(Error::new(ErrorKind::Corrupt, message).with_field("encryption header"));
-        }
-        image.storage().read_exact_at(MemMut::from(bytes), start.0 + offset)
+            Error::new(ErrorKind::Corrupt, message).with_field("encryption header")
+        })?;
+        storage.read_exact_at(MemMut::from(bytes), place)
     };
     let mut header = [0; luks1::HEADER_BYTES];
     read(0, &mut header)?;

@@ -5,6 +5,7 @@
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods))]
 
+mod alloc;
 pub mod amend;
 pub mod backing;
 pub mod bitmap;
@@ -13,6 +14,7 @@ pub mod clone;
 pub mod compact;
 pub mod convert;
 pub mod create;
+mod disk;
 mod door;
 pub mod encryption;
 pub mod files;
@@ -21,10 +23,15 @@ pub mod inspect;
 mod invalid;
 pub mod maintenance;
 pub mod measure;
+mod patch;
+mod tracker;
 mod write;
+mod writer;
 
+pub use disk::LayerExt;
 pub use door::DataDoor;
-pub use image::{Image, LayerExt, OpenOptions, Qcow2};
+pub use image::{Image, OpenOptions, Qcow2};
+pub use maintenance::ResizeOptions;
 pub use qcow2_core::{
     DetectZeroes, Discard, DiskOptions, Error, ErrorKind, Extent, ExtentKind, GuestSource, Job, Layer, Mem,
     MemMut, Raw, ReadStorage, Result, Storage, StorageExt,
@@ -32,4 +39,4 @@ pub use qcow2_core::{
 pub use qcow2_core::{compare, error, job, memory, salvage, source, splice, storage};
 use qcow2_core::{walk, workers};
 pub use qcow2_format as format;
-pub use write::{ResizeOptions, WriteOptions};
+pub use writer::WriteOptions;

@@ -49,7 +49,7 @@ mod sync {
     }
 }
 
-#[path = "../src/write/inflight.rs"]
+#[path = "../src/writer/inflight.rs"]
 mod inflight;
 
 use std::ops::Range;

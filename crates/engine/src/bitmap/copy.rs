@@ -4,17 +4,15 @@ use std::sync::Arc;
 
 use qcow2_format::bitmap::BitmapFlags;
 
-use super::stored;
-use crate::image::{Image, OpenOptions, Qcow2};
-use crate::write::WriteOptions;
-use crate::{DataDoor, Error, ErrorKind, Result, Storage};
+use crate::image::{Image, Qcow2};
+use crate::{Error, ErrorKind, Result};
 
 /// The persistent bitmaps of an image that can be copied.
 #[derive(Debug)]
 pub struct CopyableBitmaps<'a> {
-    source: &'a Qcow2,
+    pub(crate) source: &'a Qcow2,
     /// Names in the directory's order.
-    names: Vec<Vec<u8>>,
+    pub(crate) names: Vec<Vec<u8>>,
     /// Names of inconsistent ones, which are left out.
     pub skipped: Vec<Vec<u8>>,
 }
@@ -46,31 +44,6 @@ impl<'a> CopyableBitmaps<'a> {
         Ok(Self { source, names, skipped })
     }
 
-    /// Adds the bitmaps to the complete image in `target`, whose disk has the same size and whose guest data is behind
-    /// `data_door`; one at a time is in memory.
-    ///
-    /// # Errors
-    /// `UnsupportedFeature` for a version 2 target; `InvalidArgument` for a disk of another size; `Io`.
-    pub fn copy_to(
-        &self,
-        target: Arc<dyn Storage>,
-        data_file: Option<Arc<dyn Storage>>,
-        data_door: Option<Arc<dyn DataDoor>>,
-    ) -> Result<()> {
-        if self.names.is_empty() {
-            return Ok(());
-        }
-        let options = OpenOptions { data_door, ..self.source.open_options().for_another() };
-        let mut qcow2 = Qcow2::open(target, &options)?;
-        if let Some(data_file) = data_file {
-            qcow2.set_data_file(data_file);
-        }
-        qcow2.enable_writing(WriteOptions::default())?;
-        let target = Image::new(vec![Box::new(qcow2)])?;
-        self.add_to(&target)?;
-        target.close()
-    }
-
     /// Refuses a target that cannot have bitmaps, before anything is written to it, whether there are any or not.
     ///
     /// # Errors
@@ -86,15 +59,15 @@ impl<'a> CopyableBitmaps<'a> {
     /// Adds the bitmaps to an image that is open for writing.
     ///
     /// # Errors
-    /// As [`CopyableBitmaps::copy_to`]; `InvalidArgument` for a name that the target has.
+    /// As [`CopyableBitmaps::refuse_target`]; `InvalidArgument` for a disk of another size and for a name that the target has; `Io`.
     pub fn add_to(&self, target: &Image) -> Result<()> {
         let records = self.source.bitmaps()?;
         for name in &self.names {
-            let tracked = self.source.writer.as_ref().and_then(|writer| writer.bitmaps.find(name));
+            let tracked = self.source.open_writer().and_then(|writer| writer.bitmaps.find(name));
             let (bits, enabled) = match (tracked, records.iter().find(|r| r.entry.name == *name)) {
                 (Some(tracked), _) => (tracked.bits, tracked.enabled),
                 (None, Some(record)) => {
-                    let bits = stored::load(self.source, &record.entry)?;
+                    let bits = self.source.stored_bits(&record.entry)?;
                     (Arc::new(bits), record.entry.flags.contains(BitmapFlags::AUTO))
                 }
                 // Removed meanwhile.

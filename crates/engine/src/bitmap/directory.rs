@@ -8,9 +8,9 @@ use qcow2_format::header::extension::BitmapsExtension;
 use qcow2_format::header::feature::Autoclear;
 use qcow2_format::limits::{MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAPS};
 
-use super::bits::Bits;
 use crate::image::read_header;
 use crate::maintenance::{SECTOR, Session};
+use crate::tracker::Bits;
 use crate::{ErrorKind, Result};
 
 /// One entry of a directory to write.

@@ -7,8 +7,8 @@
 use qcow2_format::header::extension::{BitmapsExtension, HEAD_LENGTH, Places};
 use qcow2_format::header::field::{BACKING_FILE_OFFSET, Patch};
 
-use crate::image::encode_patch;
 use crate::maintenance::Session;
+use crate::patch::encode_patch;
 use crate::{ErrorKind, Result};
 
 /// Bytes of an extension's type and length.

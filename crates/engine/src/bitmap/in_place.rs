@@ -6,10 +6,8 @@ use qcow2_format::HostOffset;
 use qcow2_format::bitmap::BitmapDirectoryEntry;
 use qcow2_format::header::extension::BitmapsExtension;
 
-use super::bits::Bits;
-use super::stored::read_table;
-use super::tracked::Tracked;
 use crate::maintenance::{SECTOR, Session};
+use crate::tracker::{Bits, Tracked};
 use crate::{Error, Result};
 
 impl Session<'_> {
@@ -63,7 +61,7 @@ impl Session<'_> {
                 full.because("the bitmap's table is too long to be cleared where it is: remove the bitmap")
             );
         }
-        let table = read_table(self.image, &record.entry)?;
+        let table = self.image.bitmap_table(&record.entry)?;
         let place = record.entry.table_offset.0;
         let mut old = vec![0u8; bytes];
         self.read(place, &mut old)?;

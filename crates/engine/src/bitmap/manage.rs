@@ -7,12 +7,10 @@ use qcow2_format::HostOffset;
 use qcow2_format::bitmap::{BitmapDirectoryEntry, BitmapFlags, DIRTY_TRACKING};
 use qcow2_format::limits::{BITMAP_GRANULARITY_BITS, MAX_BITMAP_NAME};
 
-use super::bits::Bits;
 use super::directory::NewEntry;
-use super::stored;
-use super::tracked::Tracked;
 use crate::image::{Image, Qcow2};
 use crate::maintenance::Session;
+use crate::tracker::{Bits, Tracked};
 use crate::{Error, ErrorKind, Job, Result};
 
 impl Image {
@@ -162,8 +160,8 @@ impl Image {
         let name = name.as_ref();
         let image = qcow2(self)?;
         // Nobody frees what is read, nor gives it to others.
-        let _shared = image.writer.as_ref().map(|writer| writer.gate.read());
-        if let Some(tracked) = image.writer.as_ref().and_then(|w| w.bitmaps.find(name)) {
+        let _shared = image.open_writer().map(|writer| writer.gate.read());
+        if let Some(tracked) = image.open_writer().and_then(|w| w.bitmaps.find(name)) {
             return tracked.bits.resized(tracked.bits.size(), image.limits().max_memory);
         }
         load_consistent(image, name).map(|(bits, _)| bits)
@@ -211,7 +209,7 @@ fn load_consistent(image: &Qcow2, name: &[u8]) -> Result<(Bits, bool)> {
         let message = format!("the bitmap '{name}' is inconsistent: it can only be removed");
         return Err(image.error(ErrorKind::Corrupt, message));
     }
-    Ok((stored::load(image, entry)?, entry.flags.contains(BitmapFlags::AUTO)))
+    Ok((image.stored_bits(entry)?, entry.flags.contains(BitmapFlags::AUTO)))
 }
 
 impl Session<'_> {

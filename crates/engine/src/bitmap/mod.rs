@@ -4,7 +4,6 @@
 //! closing stores it and clears the mark. A crash leaves the mark: the bitmap is then inconsistent and good for nothing
 //! but to be removed, never silently stale. Changes of the set of bitmaps write a new directory and switch to it.
 
-mod bits;
 mod copy;
 mod directory;
 mod extension;
@@ -14,6 +13,5 @@ mod relocate;
 mod stored;
 mod tracked;
 
-pub use bits::Bits;
+pub use crate::tracker::Bits;
 pub use copy::CopyableBitmaps;
-pub(crate) use tracked::Tracker;

@@ -7,7 +7,6 @@ use qcow2_format::HostOffset;
 use qcow2_format::bitmap::{BitmapCluster, BitmapDirectoryEntry};
 use qcow2_format::header::extension::BitmapsExtension;
 
-use super::stored::read_table;
 use crate::Result;
 use crate::maintenance::Session;
 
@@ -23,7 +22,7 @@ impl Session<'_> {
             let entry = &record.entry;
             let bytes = u64::from(entry.table_size) * 8;
             if bytes > 0 {
-                moved += self.move_bits(&read_table(self.image, entry)?, entry.table_offset.0, bound)?;
+                moved += self.move_bits(&self.image.bitmap_table(entry)?, entry.table_offset.0, bound)?;
             }
             if bytes > 0
                 && high(entry.table_offset.0, bytes)

@@ -1,53 +1,11 @@
 //! Bitmaps in the file: table and data clusters (sections "Bitmap table" and "Bitmap data").
 
 use qcow2_format::HostOffset;
-use qcow2_format::bitmap::{BitmapCluster, BitmapDirectoryEntry, BitmapTableEntry};
+use qcow2_format::bitmap::{BitmapCluster, BitmapDirectoryEntry};
 
-use super::bits::Bits;
-use crate::image::{Qcow2, on_file};
-use crate::invalid::invalid;
+use crate::Result;
 use crate::maintenance::Session;
-use crate::{ErrorKind, MemMut, Result, StorageExt};
-
-/// Reads the table of a bitmap whose directory entry is validated.
-pub(super) fn read_table(image: &Qcow2, entry: &BitmapDirectoryEntry) -> Result<Vec<BitmapCluster>> {
-    let bytes = u64::from(entry.table_size) * 8;
-    let end = entry.table_offset.0.saturating_add(bytes);
-    if bytes > image.limits().max_metadata_bytes || end > image.storage().size()? {
-        let message = format!(
-            "the bitmap table at {} with {bytes} bytes is too large or outside the file",
-            entry.table_offset
-        );
-        return Err(image.error(ErrorKind::Corrupt, message).with_field("bitmap_table_offset"));
-    }
-    let mut table = vec![0u8; bytes as usize];
-    image.storage().read_exact_at(MemMut::from(&mut table[..]), entry.table_offset.0)?;
-    let entries = BitmapTableEntry::entries(&table).map(|entry| entry.decode(image.geometry()));
-    let table: std::result::Result<_, _> = entries.collect();
-    table.map_err(|e| on_file(&**image.storage(), invalid(e, ErrorKind::Corrupt)))
-}
-
-/// Loads the bits of a bitmap.
-pub(super) fn load(image: &Qcow2, entry: &BitmapDirectoryEntry) -> Result<Bits> {
-    let size = image.virtual_size();
-    let bits = Bits::new(size, entry.granularity_bits, image.limits().max_memory)?;
-    let cluster_size = image.geometry().cluster_size();
-    let mut bytes = vec![0u8; image.geometry().cluster_len()];
-    for (index, cluster) in read_table(image, entry)?.into_iter().enumerate() {
-        let start = index as u64 * cluster_size;
-        match cluster {
-            BitmapCluster::Zeroes => {}
-            BitmapCluster::Ones => bits.set_bits(start * 8, (start + cluster_size) * 8),
-            BitmapCluster::Data(host) => {
-                image.storage().read_exact_at(MemMut::from(&mut bytes[..]), host.0)?;
-                bits.take_stored(start, &bytes);
-            }
-        }
-    }
-    bits.trim();
-    bits.note_stored();
-    Ok(bits)
-}
+use crate::tracker::Bits;
 
 impl Session<'_> {
     /// Writes bits to new clusters and a new table; returns the table's offset and entries. What was written goes to `fresh`.
@@ -83,7 +41,7 @@ impl Session<'_> {
 
     /// Frees the clusters of a stored bitmap that nothing refers to any more. Damage is left to a check.
     pub(super) fn free_stored(&self, entry: &BitmapDirectoryEntry) -> Result<()> {
-        let table = read_table(self.image, entry)?;
+        let table = self.image.bitmap_table(entry)?;
         self.unlink(entry.table_offset.0, u64::from(entry.table_size) * 8);
         self.free_bits(&table)
     }

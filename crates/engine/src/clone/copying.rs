@@ -7,11 +7,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::{Condvar, Mutex};
 
-use super::CloneResult;
 use super::scan::{Piece, Scan};
 use super::target::Sink;
-use crate::image::Image;
-use crate::{Error, ErrorKind, Job, MemMut, Result};
+use crate::image::LiveCopy;
+use crate::{Error, ErrorKind, GuestSource, Job, MemMut, Result};
 
 /// Bytes of a chunk at least: less is not worth a claim of its own.
 const MIN_CHUNK: u64 = 64 << 10;
@@ -19,6 +18,17 @@ const MIN_CHUNK: u64 = 64 << 10;
 const MAX_CHUNKS: u64 = 1 << 28;
 /// Bytes that are moved at once, unless a chunk is larger than that and a cluster of the target as large.
 const STEP: u64 = 1 << 20;
+
+/// What a clone did.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CloneResult {
+    /// Size of the disk in bytes.
+    pub virtual_size: u64,
+    /// Guest bytes read.
+    pub bytes_read: u64,
+    /// Guest bytes written to the target, zeroes left out.
+    pub bytes_written: u64,
+}
 
 /// One clone, shared by its workers and the requests on the image.
 #[derive(Debug)]
@@ -119,15 +129,6 @@ impl Copying {
         self.claims.lock().over
     }
 
-    /// Ends the clone; the first reason is the one to report.
-    pub(super) fn fail(&self, error: Error) {
-        let mut claims = self.claims.lock();
-        claims.over = true;
-        claims.failure.get_or_insert(error);
-        drop(claims);
-        self.moved.notify_all();
-    }
-
     /// Waits until nobody copies.
     pub(super) fn wait_idle(&self) {
         let mut claims = self.claims.lock();
@@ -152,51 +153,34 @@ impl Copying {
         })
     }
 
-    /// Copies what is not copied of the chunks that `range` touches, and waits for what others are copying.
-    pub(super) fn preserve(&self, image: &Image, range: &Range<u64>) {
-        let chunks = range.start / self.chunk..range.end.min(self.size).div_ceil(self.chunk);
-        if chunks.is_empty() {
-            return;
-        }
-        let untaken = {
-            let claims = self.claims.lock();
-            if claims.over { None } else { claims.untaken(chunks.clone()) }
-        };
-        if let Some(first) = untaken {
-            let rest = first.start * self.chunk..chunks.end.saturating_mul(self.chunk).min(self.size);
-            if let Err(error) = self.copy_range(image, rest) {
-                self.fail(error);
-            }
-        }
-        let mut claims = self.claims.lock();
-        while !claims.over && claims.is_active(&chunks) {
-            self.moved.wait(&mut claims);
-        }
-    }
-
-    fn copy_range(&self, image: &Image, range: Range<u64>) -> Result<()> {
+    fn copy_range(&self, disk: &dyn GuestSource, range: Range<u64>) -> Result<()> {
         // A guest's request cannot be cancelled.
         let job = Job::new();
         let mut buffer = Vec::new();
         let mut scan = self.scan(range);
-        while let Some(piece) = scan.next(image, &job)? {
+        while let Some(piece) = scan.next(disk, &job)? {
             if self.is_over() {
                 return Ok(());
             }
-            self.copy_piece(image, &piece, &mut buffer)?;
+            self.copy_piece(disk, &piece, &mut buffer)?;
         }
         Ok(())
     }
 
     /// Copies those chunks of a piece that nobody took.
-    pub(super) fn copy_piece(&self, image: &Image, piece: &Piece, buffer: &mut Vec<u8>) -> Result<()> {
+    pub(super) fn copy_piece(
+        &self,
+        disk: &dyn GuestSource,
+        piece: &Piece,
+        buffer: &mut Vec<u8>,
+    ) -> Result<()> {
         let zero = piece.from / self.chunk..piece.data.start.div_ceil(self.chunk);
         // What nobody took has not changed since it was seen to be zero.
         self.claims.lock().take(zero);
         let chunks = piece.data.start / self.chunk..piece.data.end.div_ceil(self.chunk);
         while let Some(claim) = self.claim(chunks.clone()) {
             // A panic is a bug, of this copy alone: the request that came by to change the chunk goes on.
-            let copied = catch_unwind(AssertUnwindSafe(|| self.copy(image, &claim.chunks, buffer)));
+            let copied = catch_unwind(AssertUnwindSafe(|| self.copy(disk, &claim.chunks, buffer)));
             match copied {
                 Ok(Ok(())) => {}
                 // An error ends the clone before anyone relies on the chunk.
@@ -219,20 +203,52 @@ impl Copying {
         Some(Claim { copying: self, chunks: run })
     }
 
-    fn copy(&self, image: &Image, chunks: &Range<u64>, buffer: &mut Vec<u8>) -> Result<()> {
+    fn copy(&self, disk: &dyn GuestSource, chunks: &Range<u64>, buffer: &mut Vec<u8>) -> Result<()> {
         let end = chunks.end.saturating_mul(self.chunk).min(self.size);
         let step = STEP.max(self.sink.cluster_size());
         let mut at = chunks.start * self.chunk;
         while at < end {
             let length = step.min(end - at);
             buffer.resize(length as usize, 0);
-            image.read_at(MemMut::from(buffer.as_mut_slice()), at)?;
+            disk.read_at(MemMut::from(buffer.as_mut_slice()), at)?;
             self.read.fetch_add(length, Ordering::Relaxed);
             let written = self.sink.write(buffer, at)?;
             self.written.fetch_add(written, Ordering::Relaxed);
             at += length;
         }
         Ok(())
+    }
+}
+
+impl LiveCopy for Copying {
+    /// Copies what is not copied of the chunks that `range` touches, and waits for what others are copying.
+    fn preserve(&self, disk: &dyn GuestSource, range: &Range<u64>) {
+        let chunks = range.start / self.chunk..range.end.min(self.size).div_ceil(self.chunk);
+        if chunks.is_empty() {
+            return;
+        }
+        let untaken = {
+            let claims = self.claims.lock();
+            if claims.over { None } else { claims.untaken(chunks.clone()) }
+        };
+        if let Some(first) = untaken {
+            let rest = first.start * self.chunk..chunks.end.saturating_mul(self.chunk).min(self.size);
+            if let Err(error) = self.copy_range(disk, rest) {
+                self.fail(error);
+            }
+        }
+        let mut claims = self.claims.lock();
+        while !claims.over && claims.is_active(&chunks) {
+            self.moved.wait(&mut claims);
+        }
+    }
+
+    fn fail(&self, error: Error) {
+        let mut claims = self.claims.lock();
+        claims.over = true;
+        claims.failure.get_or_insert(error);
+        drop(claims);
+        self.moved.notify_all();
     }
 }
 

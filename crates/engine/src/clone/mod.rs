@@ -25,57 +25,15 @@ mod target;
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use parking_lot::{Mutex, RwLock};
+use parking_lot::Mutex;
 
+pub use self::copying::CloneResult;
 use self::copying::Copying;
 use self::scan::Scan;
 pub use self::target::CloneTarget;
-use crate::image::Image;
+use crate::image::{Clones, Image, LiveCopy};
 use crate::{Error, ErrorKind, Job, Result, workers};
-
-/// The clones of one image that are under way.
-#[derive(Debug, Default)]
-pub(crate) struct Clones {
-    /// Whether there are any: requests look here first.
-    any: AtomicBool,
-    /// Changed only while no request is in flight, but to end a clone.
-    list: RwLock<Vec<Arc<Copying>>>,
-    /// The gate of a disk of another format, which has no writer's: requests share it, a point in time has it alone.
-    pub(crate) layer_gate: RwLock<()>,
-}
-
-impl Clones {
-    fn add(&self, copying: &Arc<Copying>) {
-        self.list.write().push(Arc::clone(copying));
-        self.any.store(true, Ordering::Release);
-    }
-
-    fn remove(&self, copying: &Arc<Copying>) {
-        let mut list = self.list.write();
-        list.retain(|other| !Arc::ptr_eq(other, copying));
-        self.any.store(!list.is_empty(), Ordering::Release);
-    }
-
-    /// Ends all clones: the image is closing.
-    pub(crate) fn end(&self) {
-        for copying in self.list.read().iter() {
-            copying.fail(Error::new(ErrorKind::Closed, "the image was closed before its clone was complete"));
-        }
-    }
-}
-
-/// What a clone did.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct CloneResult {
-    /// Size of the disk in bytes.
-    pub virtual_size: u64,
-    /// Guest bytes read.
-    pub bytes_read: u64,
-    /// Guest bytes written to the target, zeroes left out.
-    pub bytes_written: u64,
-}
 
 /// A clone whose point in time has passed. Dropped before it is complete, it ends.
 #[derive(Debug)]
@@ -102,7 +60,7 @@ impl Image {
                 let message = "the size of the disk changed while the clone's target was made: clone again";
                 return Err(Error::new(ErrorKind::InvalidArgument, message));
             }
-            self.clones.add(&copying);
+            self.clones.add(Arc::clone(&copying) as Arc<_>);
             Ok(())
         })?;
         Ok(LiveClone { clones: Arc::clone(&self.clones), copying })
@@ -111,7 +69,7 @@ impl Image {
     /// Runs `act` while no request is in flight that changes the disk.
     fn at_rest<T>(&self, act: impl FnOnce() -> Result<T>) -> Result<T> {
         match self.top_qcow2() {
-            Some(image) => match &image.writer {
+            Some(image) => match image.open_writer() {
                 Some(writer) => {
                     let _alone = writer.gate.write();
                     // A poisoned image is still read, so it can be cloned; one that is closed is not.
@@ -126,18 +84,6 @@ impl Image {
                 let _alone = self.clones.layer_gate.write();
                 act()
             }
-        }
-    }
-
-    /// Copies what clones under way still need of `range`, which the caller is about to change. It holds the gate,
-    /// shared or alone. Never fails: an error ends the clone.
-    pub(crate) fn preserve(&self, range: &std::ops::Range<u64>) {
-        if !self.clones.any.load(Ordering::Acquire) {
-            return;
-        }
-        let clones = self.clones.list.read().clone();
-        for copying in clones {
-            copying.preserve(self, range);
         }
     }
 }
@@ -161,7 +107,7 @@ impl LiveClone {
             copying.fail(Error::new(ErrorKind::Internal, "a clone worker panicked"));
         }
         copying.wait_idle();
-        self.clones.remove(&self.copying);
+        self.clones.remove(&*self.copying);
         copying.finish()
     }
 
@@ -174,7 +120,7 @@ impl LiveClone {
 impl Drop for LiveClone {
     fn drop(&mut self) {
         self.copying.fail(Error::aborted());
-        self.clones.remove(&self.copying);
+        self.clones.remove(&*self.copying);
     }
 }
 

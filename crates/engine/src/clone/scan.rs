@@ -3,9 +3,8 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
-use crate::image::Image;
 use crate::walk::{Step, Steps, Walk};
-use crate::{Job, Result};
+use crate::{GuestSource, Job, Result};
 
 /// How much is asked for at once.
 const STEPS: Steps = Steps::of(64 << 30, 4096);
@@ -38,7 +37,7 @@ impl Scan {
     }
 
     /// The next piece, `None` when the range is done.
-    pub(super) fn next(&mut self, image: &Image, job: &Job) -> Result<Option<Piece>> {
+    pub(super) fn next(&mut self, disk: &dyn GuestSource, job: &Job) -> Result<Option<Piece>> {
         if self.at >= self.end {
             return Ok(None);
         }
@@ -51,7 +50,7 @@ impl Scan {
             if !self.data.is_empty() || self.walk.is_done() {
                 break;
             }
-            self.ask(image, job)?;
+            self.ask(disk, job)?;
         }
         let data = match self.data.front() {
             Some(run) => {
@@ -65,8 +64,8 @@ impl Scan {
         Ok(Some(Piece { from, data }))
     }
 
-    fn ask(&mut self, image: &Image, job: &Job) -> Result<()> {
-        let Some(Step { extents: [extents], .. }) = self.walk.next([Some(image)], job)? else {
+    fn ask(&mut self, disk: &dyn GuestSource, job: &Job) -> Result<()> {
+        let Some(Step { extents: [extents], .. }) = self.walk.next([Some(disk)], job)? else {
             return Ok(());
         };
         for extent in extents.iter().filter(|extent| !extent.zero) {

@@ -4,6 +4,7 @@
 //! For a new qcow2 image, host clusters are allocated strictly in the order of the chunks, and written by whichever worker is there:
 //! the target's bytes do not depend on the number of workers. The header comes last: a target that was not finished is no image.
 
+mod bitmaps;
 mod prepare;
 mod qcow2;
 

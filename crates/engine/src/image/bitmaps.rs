@@ -1,9 +1,10 @@
-//! Reading the bitmap directory.
+//! Reading bitmaps: directory, tables and bits.
 
-use qcow2_format::bitmap::BitmapDirectoryEntry;
+use qcow2_format::bitmap::{BitmapCluster, BitmapDirectoryEntry, BitmapTableEntry};
 
 use super::qcow2::Qcow2;
 use crate::invalid::invalid;
+use crate::tracker::Bits;
 use crate::{Error, ErrorKind, MemMut, Result, StorageExt};
 
 /// One persistent bitmap of an image.
@@ -50,8 +51,8 @@ impl Qcow2 {
         // A viewed snapshot may have another size than the disk that the bitmaps are about.
         let size = if self.viewed_snapshot().is_some() { header.size } else { self.virtual_size() };
         let corrupt = |e| {
-            super::open::on_file(&**self.storage(), invalid(e, ErrorKind::Corrupt))
-                .with_offset(extension.directory_offset.0)
+            let error = self.storage().located(invalid(e, ErrorKind::Corrupt));
+            error.with_offset(extension.directory_offset.0)
         };
         extension.validate(self.geometry().cluster_size()).map_err(corrupt)?;
         let limit = |field: &'static str, value: u64, limit: u64| {
@@ -94,5 +95,44 @@ impl Qcow2 {
             return Err(self.error(ErrorKind::Corrupt, message).with_field("bitmap_directory_size"));
         }
         Ok(records)
+    }
+    /// Reads the table of a bitmap whose directory entry is validated.
+    pub(crate) fn bitmap_table(&self, entry: &BitmapDirectoryEntry) -> Result<Vec<BitmapCluster>> {
+        let bytes = u64::from(entry.table_size) * 8;
+        let end = entry.table_offset.0.saturating_add(bytes);
+        if bytes > self.limits().max_metadata_bytes || end > self.storage().size()? {
+            let message = format!(
+                "the bitmap table at {} with {bytes} bytes is too large or outside the file",
+                entry.table_offset
+            );
+            return Err(self.error(ErrorKind::Corrupt, message).with_field("bitmap_table_offset"));
+        }
+        let mut table = vec![0u8; bytes as usize];
+        self.storage().read_exact_at(MemMut::from(&mut table[..]), entry.table_offset.0)?;
+        let entries = BitmapTableEntry::entries(&table).map(|entry| entry.decode(self.geometry()));
+        let table: std::result::Result<_, _> = entries.collect();
+        table.map_err(|e| self.storage().located(invalid(e, ErrorKind::Corrupt)))
+    }
+
+    /// Loads the bits of a bitmap.
+    pub(crate) fn stored_bits(&self, entry: &BitmapDirectoryEntry) -> Result<Bits> {
+        let size = self.virtual_size();
+        let bits = Bits::new(size, entry.granularity_bits, self.limits().max_memory)?;
+        let cluster_size = self.geometry().cluster_size();
+        let mut bytes = vec![0u8; self.geometry().cluster_len()];
+        for (index, cluster) in self.bitmap_table(entry)?.into_iter().enumerate() {
+            let start = index as u64 * cluster_size;
+            match cluster {
+                BitmapCluster::Zeroes => {}
+                BitmapCluster::Ones => bits.set_bits(start * 8, (start + cluster_size) * 8),
+                BitmapCluster::Data(host) => {
+                    self.storage().read_exact_at(MemMut::from(&mut bytes[..]), host.0)?;
+                    bits.take_stored(start, &bytes);
+                }
+            }
+        }
+        bits.trim();
+        bits.note_stored();
+        Ok(bits)
     }
 }

@@ -1,52 +1,21 @@
 //! An open disk: a chain whose top may be open for writing.
 
 use std::any::Any;
+use std::ops::Range;
 use std::sync::Arc;
 
-use qcow2_core::disk::{Disk, Durability, WriteLayer};
+use qcow2_core::disk::WriteLayer;
 use qcow2_core::{Chain, Layer};
 
+use super::clones::Clones;
 use super::qcow2::Qcow2;
-use crate::clone::Clones;
 use crate::source::{Extent, GuestSource};
-use crate::write::WriteOptions;
-use crate::{Error, ErrorKind, Job, Mem, MemMut, Result, StorageExt};
+use crate::{Job, MemMut, Result};
 
-/// What this crate knows of a layer beyond what every format has: the one table of formats.
-pub trait LayerExt {
+impl Qcow2 {
     /// The qcow2 image, if the layer is one.
-    fn as_qcow2(&self) -> Option<&Qcow2>;
-
-    /// As [`LayerExt::as_qcow2`], to prepare it.
-    fn as_qcow2_mut(&mut self) -> Option<&mut Qcow2>;
-
-    /// Makes the layer writable: as the top of a chain.
-    ///
-    /// # Errors
-    /// As [`Qcow2::enable_writing`]; `ReadOnly` for a raw file that is open for reading only; `UnsupportedFeature` for a
-    /// format that is only read.
-    fn enable_writing(&mut self, options: WriteOptions) -> Result<()>;
-}
-
-impl LayerExt for dyn Layer {
-    fn as_qcow2(&self) -> Option<&Qcow2> {
-        (self as &dyn Any).downcast_ref()
-    }
-
-    fn as_qcow2_mut(&mut self) -> Option<&mut Qcow2> {
-        (self as &mut dyn Any).downcast_mut()
-    }
-
-    fn enable_writing(&mut self, options: WriteOptions) -> Result<()> {
-        if let Some(qcow2) = self.as_qcow2_mut() {
-            return qcow2.enable_writing(options);
-        }
-        if options.lazy_refcounts {
-            let message = format!("a {} disk has no refcounts", self.format());
-            let error = Error::new(ErrorKind::InvalidArgument, message).with_field("lazy_refcounts");
-            return Err(self.storage().located(error));
-        }
-        self.make_writable((&options).into())
+    pub(crate) fn of(layer: &dyn Layer) -> Option<&Self> {
+        (layer as &dyn Any).downcast_ref()
     }
 }
 
@@ -74,7 +43,7 @@ impl Image {
 
     /// The top layer where that is qcow2.
     pub fn top_qcow2(&self) -> Option<&Qcow2> {
-        self.chain.top().and_then(LayerExt::as_qcow2)
+        self.chain.top().and_then(Qcow2::of)
     }
 
     /// The top layer where others than qcow2 take requests.
@@ -92,13 +61,6 @@ impl Image {
         self.chain.virtual_size()
     }
 
-    fn made_durable(&self, durability: Durability) -> Result<()> {
-        match durability {
-            Durability::AtFlush => Ok(()),
-            Durability::Now => self.flush(),
-        }
-    }
-
     /// Fills `buf` with the guest bytes at `offset`.
     ///
     /// # Errors
@@ -106,34 +68,11 @@ impl Image {
     pub fn read_at(&self, buf: MemMut<'_>, offset: u64) -> Result<()> {
         self.chain.read_at(buf, offset)
     }
-}
 
-impl Disk for Image {
-    fn write_at(&self, buf: Mem<'_>, offset: u64, durability: Durability) -> Result<()> {
-        self.write_at(buf, offset)?;
-        self.made_durable(durability)
-    }
-
-    fn write_zeroes(&self, offset: u64, length: u64, unmap: bool, durability: Durability) -> Result<()> {
-        self.write_zeroes(offset, length, unmap)?;
-        self.made_durable(durability)
-    }
-
-    fn discard(&self, offset: u64, length: u64, durability: Durability) -> Result<()> {
-        self.discard(offset, length)?;
-        self.made_durable(durability)
-    }
-
-    fn flush(&self) -> Result<()> {
-        self.flush()
-    }
-
-    fn grow(&self, size: u64) -> Result<()> {
-        self.resize(size)
-    }
-
-    fn write_compressed_at(&self, buf: Mem<'_>, offset: u64) -> Result<()> {
-        self.write_compressed_at(buf, offset)
+    /// Copies what clones under way still need of `range`, which the caller is about to change. It holds the gate,
+    /// shared or alone. Never fails: an error ends the clone.
+    pub(crate) fn preserve(&self, range: &Range<u64>) {
+        self.clones.preserve(self, range);
     }
 }
 

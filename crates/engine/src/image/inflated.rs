@@ -8,7 +8,6 @@ use qcow2_format::{CompressedDescriptor, CompressionType, Geometry};
 use qcow2_transform::{Codec, Decompressor};
 use quick_cache::sync::{Cache, GuardResult};
 
-use super::open::on_file;
 use crate::{Error, ErrorKind, MemMut, Result, Storage, StorageExt};
 
 const DEFAULT_BYTES: u64 = 16 << 20;
@@ -85,7 +84,7 @@ impl Inflate<'_> {
             context.decompress(input, cluster).map_err(|e| {
                 let message = format!("a compressed cluster cannot be decompressed: {e}");
                 let error = Error::new(ErrorKind::Corrupt, message).with_source(e);
-                on_file(self.storage, error).with_offset(self.descriptor.offset.0)
+                self.storage.located(error).with_offset(self.descriptor.offset.0)
             })
         })
     }

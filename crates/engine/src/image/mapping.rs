@@ -12,7 +12,7 @@ use qcow2_format::{
 
 use super::qcow2::Qcow2;
 use super::slices::{Slice, SliceCache};
-use crate::write::Unlinked;
+use crate::alloc::Unlinked;
 use crate::{Error, ErrorKind, Result};
 
 /// Clusters in one plan from which on it reads tables in larger pieces than slices.

@@ -5,22 +5,22 @@
 
 mod bitmaps;
 mod chain;
+mod clones;
 mod inflated;
 mod layer;
 mod mapping;
 mod open;
-mod patch;
 mod preallocation;
 mod qcow2;
 mod slices;
 mod snapshots;
+mod writing;
 
 pub use bitmaps::BitmapRecord;
-pub use chain::{Image, LayerExt};
+pub use chain::Image;
+pub(crate) use clones::{Clones, LiveCopy};
 pub(crate) use mapping::{Loaded, Missing};
-pub(crate) use open::on_file;
 pub use open::{OpenOptions, read_header, read_header_for_check};
-pub(crate) use patch::{encode_patch, write_patch};
 pub use qcow2::{BackingReference, DataFileReference, Qcow2, References};
 pub use qcow2_core::layer::{Segment, SegmentKind};
 pub use qcow2_core::{Layer, Raw};

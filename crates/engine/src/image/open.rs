@@ -56,7 +56,7 @@ pub fn read_header_for_check(storage: &dyn Storage) -> Result<Header> {
 }
 
 fn header_by(storage: &dyn Storage, parse: impl Fn(&[u8]) -> FormatResult<Header>) -> Result<Header> {
-    let fail = |e| on_file(storage, invalid(e, ErrorKind::InvalidHeader));
+    let fail = |e| storage.located(invalid(e, ErrorKind::InvalidHeader));
     let mut start = [0u8; PREAMBLE_LENGTH];
     let got = storage.read_up_to_at(MemMut::from(&mut start[..]), 0)?;
     let preamble = Header::preamble(start.get(..got).unwrap_or_default()).map_err(fail)?;
@@ -84,7 +84,7 @@ impl Qcow2 {
         header: Header,
         options: &OpenOptions,
     ) -> Result<Self> {
-        let fail = |e: Error| on_file(&*storage, e);
+        let fail = |e: Error| storage.located(e);
         check_limits(&header, &options.limits).map_err(fail)?;
         if options.data_door.is_some() && header.data_file_raw() {
             let message =
@@ -160,14 +160,6 @@ impl Qcow2 {
         fresh.slices.clear();
         *self = fresh;
         Ok(())
-    }
-}
-
-/// Adds the file's path, where there is one.
-pub(crate) fn on_file(storage: &dyn Storage, error: Error) -> Error {
-    match storage.path() {
-        Some(path) => error.with_path(path),
-        None => error,
     }
 }
 

@@ -17,8 +17,8 @@ use super::open::OpenOptions;
 use super::slices::SliceCache;
 use crate::door::{DataDoor, behind, by_guest_sector};
 use crate::storage::SectorCodec;
-use crate::write::Writer;
-use crate::{Error, ErrorKind, Result, Storage};
+use crate::writer::Writer;
+use crate::{Error, ErrorKind, Result, Storage, StorageExt};
 
 /// One qcow2 image file, without its backing file.
 #[derive(Debug)]
@@ -39,7 +39,7 @@ pub struct Qcow2 {
     pub(crate) slices: SliceCache,
     pub(crate) inflated: InflatedCache,
     /// Present when the image is open for writing.
-    pub(crate) writer: Option<Writer>,
+    pub(super) writer: Option<Writer>,
     pub(crate) metadata_preallocated: OnceLock<bool>,
 }
 
@@ -266,6 +266,6 @@ impl Qcow2 {
 
     /// An error in this image's file.
     pub(crate) fn error(&self, kind: ErrorKind, message: impl Into<String>) -> Error {
-        super::open::on_file(&*self.storage, Error::new(kind, message))
+        self.storage.located(Error::new(kind, message))
     }
 }

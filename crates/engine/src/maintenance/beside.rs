@@ -8,7 +8,7 @@ use std::ops::Range;
 use qcow2_format::{HostOffset, L1Entry, L2Entry};
 
 use super::session::{Session, WAITING_LIMIT};
-use crate::write::Unlinked;
+use crate::alloc::Unlinked;
 use crate::{Mem, Result, StorageExt};
 
 impl Session<'_> {

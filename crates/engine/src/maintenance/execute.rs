@@ -8,8 +8,9 @@ use qcow2_format::{HostOffset, SnapshotRecord, words};
 
 use super::plan::{NewSnapshot, Plan, Record, Step, Tree};
 use super::session::Session;
+use crate::alloc::Unlinked;
 use crate::image::{Image, read_header};
-use crate::write::{Places, Unlinked};
+use crate::write::Places;
 use crate::{Error, ErrorKind, Job, Result};
 
 /// What the steps made so far.
@@ -167,7 +168,7 @@ impl Session<'_> {
         // Bitmaps of a disk of another size change with it: they are in use, durably, before.
         if size != now {
             self.image.refuse_empty_disk(size)?;
-            self.writer.bitmaps.load(self.image, true)?;
+            self.writer.load_bitmaps(self.image, true)?;
         }
         let entries = self.share(&self.l1_of(tree, made)?)?;
         self.write_new_l1(entries, size, Some(tree), made)

@@ -11,9 +11,11 @@ mod empty;
 mod execute;
 mod in_place;
 mod plan;
+mod resize;
 mod session;
 mod shrink;
 mod tree;
 
 pub use plan::{NewSnapshot, Plan, Record, Step, Tree};
+pub use resize::ResizeOptions;
 pub(crate) use session::{SECTOR, Session};

@@ -3,8 +3,10 @@
 use parking_lot::RwLockWriteGuard;
 use qcow2_format::Geometry;
 
+use crate::alloc::Unlinked;
 use crate::image::{Image, Qcow2};
-use crate::write::{Active, Unlinked, Writer};
+use crate::write::Active;
+use crate::writer::Writer;
 use crate::{Error, ErrorKind, Job, Mem, MemMut, Result, StorageExt};
 
 /// Bytes of refcount blocks that may wait to be written.

@@ -46,7 +46,7 @@ impl Session<'_> {
         let cut = self.cut_table(&old_l1, size)?;
         // All that will be freed is looked at before anything is changed.
         self.for_references(&gone, |_| self.checkpoint())?;
-        if self.writer.bitmaps.load(self.image, true)? {
+        if self.writer.load_bitmaps(self.image, true)? {
             self.barrier()?;
         }
         let mut l1 = old_l1.clone();

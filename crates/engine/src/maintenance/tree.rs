@@ -6,7 +6,7 @@ use qcow2_format::{Geometry, HostOffset, L1Entry, L2Entry, L2Mapping, SnapshotRe
 
 use super::session::Session;
 use crate::invalid::invalid;
-use crate::{ErrorKind, Result};
+use crate::{ErrorKind, Result, StorageExt};
 
 /// References dropped between two looks at how many wait.
 const LOOK_EVERY: u64 = 4096;
@@ -166,8 +166,7 @@ impl Session<'_> {
     /// Reads a snapshot's L1 table, within the format's limits.
     pub(super) fn snapshot_l1(&self, record: &SnapshotRecord) -> Result<Vec<u64>> {
         let checked = record.check_l1(&self.geometry(), self.image.virtual_size());
-        checked
-            .map_err(|e| crate::image::on_file(&**self.image.storage(), invalid(e, ErrorKind::Corrupt)))?;
+        checked.map_err(|e| self.image.storage().located(invalid(e, ErrorKind::Corrupt)))?;
         let mut bytes = vec![0u8; record.l1_size as usize * 8];
         self.read(record.l1_table_offset.0, &mut bytes)?;
         Ok(words::decode(&bytes))

@@ -1,7 +1,7 @@
 //! What a change of a disk needs.
 
-use super::writer::Writer;
 use crate::image::{Image, Qcow2};
+use crate::writer::Writer;
 
 /// A disk whose top is open for writing: the whole of it, that top, and what writing needs beside its mapping.
 #[derive(Debug, Clone, Copy)]

@@ -7,18 +7,25 @@ use std::sync::Arc;
 
 use qcow2_format::{HostOffset, L2Mapping};
 
-use super::alloc::Allocation;
 use super::cluster::Run;
 use super::cow::plan_cow;
-use super::inflight::Registration;
 use super::link::Change;
-use super::writer::Writer;
+use crate::alloc::Allocation;
 use crate::image::Qcow2;
 use crate::storage::WriteTransfer;
+use crate::writer::Registration;
+use crate::writer::Writer;
 use crate::{Mem, Result, StorageExt};
 
 /// Most pieces in one batch.
 const PIECES: usize = 64;
+
+impl Allocation {
+    /// Whether the guest is known to read zeroes there: zero bytes of the file are none to it behind a door.
+    pub(super) fn guest_zero(&self, image: &Qcow2) -> bool {
+        self.host_zero && image.host_is_guest()
+    }
+}
 
 /// Bytes for one place of the data file.
 #[derive(Debug)]

@@ -4,12 +4,12 @@ use std::ops::Range;
 
 use qcow2_format::{GuestOffset, HostOffset, L2Mapping, SubclusterKind};
 
-use super::alloc::{Wish, chunk_clusters};
-use super::inflight::Registration;
 use super::table::{SlicePlace, exclusive_slice};
-use super::writer::Writer;
 use crate::Result;
+use crate::alloc::{Wish, chunk_clusters};
 use crate::image::{Loaded, Missing, Qcow2, Slice};
+use crate::writer::Registration;
+use crate::writer::Writer;
 
 /// Most guest bytes that one run of new clusters covers.
 const RUN_BYTES: u64 = 8 << 20;

@@ -6,13 +6,13 @@ use qcow2_format::{CompressedDescriptor, CompressionType, HostOffset, L2Mapping}
 use qcow2_transform::{Codec, CompressOptions, Compressor};
 
 use super::active::Active;
-use super::alloc::Wish;
 use super::cluster::Step;
 use super::link::Change;
-use super::quarantine::Unlinked;
 use super::request::{Payload, Top};
-use super::writer::Writer;
+use crate::alloc::Unlinked;
+use crate::alloc::Wish;
 use crate::image::{Image, Qcow2};
+use crate::writer::Writer;
 use crate::{Error, ErrorKind, Mem, Result, StorageExt};
 
 impl Image {

@@ -1,4 +1,4 @@
-//! Flushing and closing: which bytes reach the file, in which order, with how few syncs.
+//! Flushing: which bytes reach the file, in which order, with how few syncs.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -7,11 +7,10 @@ use std::time::Duration;
 use qcow2_format::{L1Entry, words};
 
 use super::active::Active;
-use super::quarantine::Unlinked;
-use super::writer::Writer;
+use crate::alloc::Unlinked;
 use crate::image::{Image, Qcow2};
-use crate::maintenance::Session;
-use crate::{ErrorKind, Mem, Result, StorageExt};
+use crate::writer::Writer;
+use crate::{Mem, Result, StorageExt};
 
 /// Bytes of changed L2 slices that a request may leave behind; more are written without waiting for a flush.
 const DIRTY_BYTES: u64 = 8 << 20;
@@ -48,51 +47,6 @@ impl Image {
         }
     }
 
-    /// Flushes, gives reservations back and cuts the file to what it uses. Later writes fail with `Closed`. Closing an
-    /// image that refuses writes changes nothing: what was written since its last flush may be lost, as the error said
-    /// that led there.
-    ///
-    /// # Errors
-    /// As [`Image::flush`], and what the system reports when the files are closed.
-    pub fn close(&self) -> Result<()> {
-        self.clones.end();
-        self.seal().inspect_err(|_| self.rescue_bitmaps())?;
-        // Some file systems tell only now that a write failed.
-        self.layers().iter().flat_map(|layer| layer.files()).try_for_each(|file| file.report_close())
-    }
-
-    /// Closes the image but for its clones: what they read does not change any more.
-    pub(crate) fn seal(&self) -> Result<()> {
-        match (self.top_qcow2(), self.top_writable()) {
-            (Some(image), _) => {
-                let Some(writer) = &image.writer else { return Ok(()) };
-                if writer.check().is_err() {
-                    return Ok(());
-                }
-                {
-                    let _alone = writer.gate.write();
-                    // The first request may have been under way.
-                    if writer.begun.get().is_none() {
-                        writer.close();
-                        return Ok(());
-                    }
-                }
-                let session = match Session::begin(self) {
-                    // Somebody else closed it meanwhile.
-                    Err(error) if error.kind() == ErrorKind::Closed => return Ok(()),
-                    begun => begun?,
-                };
-                self.store_bitmaps(&session)?;
-                writer.give_back(image)?;
-                writer.mark_clean(image)?;
-                writer.close();
-                Ok(())
-            }
-            (_, Some(layer)) => layer.flush(),
-            _ => Ok(()),
-        }
-    }
-
     /// Runs `look` while the file is complete by itself: everything that was written is in it, nothing is reserved, and
     /// no request changes it. For a check of an image that is open for writing.
     ///
@@ -100,7 +54,7 @@ impl Image {
     /// As [`Image::flush`], and those of `look`.
     pub fn settled<T>(&self, look: impl FnOnce() -> Result<T>) -> Result<T> {
         let writable = self.top_qcow2();
-        let Some((image, writer)) = writable.and_then(|image| Some((image, image.writer.as_ref()?))) else {
+        let Some((image, writer)) = writable.and_then(|image| Some((image, image.open_writer()?))) else {
             return look();
         };
         let _alone = writer.gate.write();

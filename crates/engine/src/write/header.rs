@@ -4,8 +4,9 @@ use qcow2_format::HostOffset;
 use qcow2_format::header::feature::{Autoclear, Incompatible};
 use qcow2_format::header::field::{self, Patch};
 
-use super::writer::Writer;
-use crate::image::{Qcow2, write_patch};
+use crate::image::Qcow2;
+use crate::patch::write_patch;
+use crate::writer::Writer;
 use crate::{Result, StorageExt};
 
 /// What one write of the header switches: fields that lie in one sector.
@@ -34,7 +35,7 @@ impl Writer {
         }
         let header = image.header();
         let keep = header.autoclear & Autoclear::SUPPORTED;
-        let mut changed = self.bitmaps.load(image, false)?;
+        let mut changed = self.load_bitmaps(image, false)?;
         if header.version >= 3 && header.autoclear != keep {
             self.write_autoclear(image, keep)?;
             changed = true;
@@ -68,7 +69,7 @@ impl Writer {
     }
 
     /// Everything is in the file and durable: the image is no longer dirty.
-    pub(super) fn mark_clean(&self, image: &Qcow2) -> Result<()> {
+    pub(crate) fn mark_clean(&self, image: &Qcow2) -> Result<()> {
         if !self.options.lazy_refcounts {
             return Ok(());
         }
@@ -103,7 +104,7 @@ impl Writer {
     }
 
     /// Sets the virtual size.
-    pub(super) fn write_size(&self, image: &Qcow2, size: u64) -> Result<()> {
+    pub(crate) fn write_size(&self, image: &Qcow2, size: u64) -> Result<()> {
         self.write_fields(image, Patch::new().set(field::SIZE, size))
     }
 

@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use qcow2_format::{GuestOffset, L2Mapping};
 
-use super::quarantine::Unlinked;
 use super::table::{SlicePlace, exclusive_slice};
-use super::writer::Writer;
+use crate::alloc::Unlinked;
 use crate::image::{Loaded, Missing, Qcow2};
+use crate::writer::Writer;
 use crate::{ErrorKind, Result};
 
 /// Entries to change, in one slice.

@@ -5,8 +5,8 @@ use std::ops::Range;
 use qcow2_format::{HostOffset, L2Mapping, SubclusterBitmap};
 
 use super::active::Active;
-use super::alloc::{Allocation, Wish};
 use super::link::Change;
+use crate::alloc::{Allocation, Wish};
 use crate::create::{Preallocation, write_zero_bytes};
 use crate::image::{Image, Qcow2, SegmentKind};
 use crate::{Job, Result, StorageExt};
@@ -15,7 +15,7 @@ impl Image {}
 
 impl<'a> Active<'a> {
     /// Gives every cluster that `new`, behind the disk's end, touches first a host cluster that reads as zeroes.
-    pub(super) fn preallocate(&self, new: Range<u64>, mode: Preallocation, job: &Job) -> Result<()> {
+    pub(crate) fn preallocate(&self, new: Range<u64>, mode: Preallocation, job: &Job) -> Result<()> {
         let Self { disk, image, writer } = *self;
         let g = *image.geometry();
         let raw_data = image.header().data_file_raw();
@@ -59,7 +59,7 @@ impl<'a> Active<'a> {
 
     /// Gives the rest of the cluster in which the disk ended before its space as `mode` says: it is part of what is
     /// preallocated. The cluster is allocated, the image's own, and reads as zeroes behind `old`.
-    pub(super) fn preallocate_tail(&self, old: u64, mode: Preallocation, job: &Job) -> Result<()> {
+    pub(crate) fn preallocate_tail(&self, old: u64, mode: Preallocation, job: &Job) -> Result<()> {
         let Self { image, .. } = *self;
         let size = image.geometry().cluster_size();
         if old.is_multiple_of(size) || !matches!(mode, Preallocation::Falloc | Preallocation::Full) {

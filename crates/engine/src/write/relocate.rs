@@ -1,92 +1,13 @@
-//! Places for clusters that move, and moving the refcount structures themselves: for a compaction, which has the image
-//! to itself.
+//! Moving the refcount structures: for a compaction, which has the image to itself.
 //!
 //! Order of moving a block or the table: the new place is counted and durable, the copy is durable, then one write of
 //! the word that refers to it (a table entry, or the header's field) switches. The old place is freed behind the sync.
 
-use std::collections::BTreeSet;
-
-use qcow2_format::refcount::RefcountTableEntry;
-use qcow2_format::words;
-
-use super::alloc::Allocator;
-use super::refcounts::{Refcounts, header_fields};
-use super::writer::Writer;
-use crate::image::{Qcow2, write_patch};
+use crate::alloc::header_fields;
+use crate::image::Qcow2;
+use crate::patch::write_patch;
+use crate::writer::Writer;
 use crate::{Mem, Result, StorageExt};
-
-impl Allocator {
-    /// The lowest `count` contiguous free clusters at or behind `from` that end at or before `limit`. They stay free until a
-    /// refcount is set. Nothing may be reserved.
-    pub(crate) fn lowest_free(&mut self, count: u64, from: u64, limit: u64) -> Result<Option<u64>> {
-        let mut at = from;
-        while at.saturating_add(count) <= limit {
-            let (found, next) = self.refcounts.find_free(at, limit, count, u64::MAX)?;
-            let Some((start, length)) = found else { return Ok(None) };
-            // What no block counts is left alone.
-            if length == count && (start..start + count).all(|c| self.refcounts.is_covered(c)) {
-                return Ok(Some(start));
-            }
-            at = next.max(start + length);
-        }
-        Ok(None)
-    }
-
-    /// First cluster behind everything in use.
-    pub(crate) fn end(&self) -> u64 {
-        self.end
-    }
-}
-
-impl Refcounts {
-    /// Index in the table and host offset of every block.
-    pub(crate) fn blocks(&self) -> Vec<(u64, u64)> {
-        let blocks = (0u64..).zip(&self.table);
-        blocks.map(|(index, &e)| (index, RefcountTableEntry(e).offset_bits())).filter(|b| b.1 != 0).collect()
-    }
-
-    /// Writes the block with this index, as it is in memory, to host offset `to` as well.
-    fn copy_block(&mut self, index: u64, to: u64) -> Result<()> {
-        let first = index * self.geometry.refcount_block_entries();
-        let bytes = self.block(first)?.map(|block| block.bytes.clone()).unwrap_or_default();
-        self.storage.write_all_at(Mem::from(bytes.as_slice()), to)
-    }
-
-    /// Writes the table entry of a block: `to` is its copy, or 0 for none.
-    fn switch_block(&mut self, index: u64, to: u64) -> Result<()> {
-        self.write_entry(index, to)?;
-        if let Some(entry) = self.table.get_mut(index as usize) {
-            *entry = to;
-        }
-        if to == 0 {
-            self.blocks.remove(&index);
-        } else if let Some(block) = self.blocks.get_mut(&index) {
-            block.offset = to;
-            // The copy has them.
-            block.dirty = BTreeSet::new();
-        }
-        Ok(())
-    }
-
-    /// Whether the block counts nothing, but for itself.
-    fn counts_nothing(&mut self, index: u64, offset: u64) -> Result<bool> {
-        let g = self.geometry;
-        let own = g.cluster_index(offset);
-        let first = index * g.refcount_block_entries();
-        for cluster in first..first + g.refcount_block_entries() {
-            if cluster != own && self.get(cluster)? != 0 {
-                return Ok(false);
-            }
-        }
-        Ok(true)
-    }
-
-    /// Bytes of the table up to its last entry in use.
-    fn used_table(&self) -> Vec<u8> {
-        let used = self.table.iter().rposition(|e| *e != 0).map_or(1, |last| last + 1);
-        words::encode(self.table.get(..used).unwrap_or_default())
-    }
-}
 
 impl Writer {
     /// Moves refcount blocks: each by its index, the old and the new host offset, which is counted durably.
@@ -154,8 +75,7 @@ impl Writer {
             image.storage().flush()?;
             write_patch(&**image.storage(), &image.header().steady(), &header_fields(to, clusters))?;
             image.storage().flush()?;
-            refcounts.table_offset = to;
-            refcounts.table.resize(bytes.len() / 8, 0);
+            refcounts.note_table(to, bytes.len());
             metadata.set_refcount_table(&g, to, clusters);
             (old.0..old.0 + old.1).try_for_each(|cluster| refcounts.set(cluster, 0))
         })

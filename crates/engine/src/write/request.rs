@@ -9,12 +9,12 @@ use qcow2_format::{L2Mapping, SubclusterBitmap};
 use qcow2_transform::is_zero;
 
 use super::active::Active;
-use super::alloc::Allocation;
 use super::batch::{Batch, NewRun, Piece};
 use super::cluster::{Run, Step};
 use super::cow::plan_cow;
-use super::writer::Writer;
+use crate::alloc::Allocation;
 use crate::image::{Image, Loaded, Qcow2};
+use crate::writer::Writer;
 use crate::{DetectZeroes, Error, ErrorKind, Mem, MemMut, Result, StorageExt};
 
 /// Milliseconds that a request without space waits for those that still use what is free otherwise.
@@ -22,7 +22,7 @@ const PATIENCE: u32 = 2000;
 
 /// What a request writes.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Payload<'a> {
+pub(crate) enum Payload<'a> {
     Bytes(Mem<'a>),
     Zeroes,
 }
@@ -41,7 +41,7 @@ impl<'a> Payload<'a> {
 }
 
 /// The top layer of a writable image.
-pub(super) enum Top<'a> {
+pub(crate) enum Top<'a> {
     /// One that nothing shows through.
     Layer(&'a dyn WriteLayer),
     Qcow2(Active<'a>),
@@ -111,7 +111,7 @@ impl Image {
         }
     }
 
-    pub(super) fn top(&self) -> Result<Top<'_>> {
+    pub(crate) fn top(&self) -> Result<Top<'_>> {
         match (self.top_qcow2(), self.top_writable()) {
             (Some(image), _) => Ok(Top::Qcow2(Active { disk: self, image, writer: image.writer()? })),
             (_, Some(layer)) => Ok(Top::Layer(layer)),
@@ -178,7 +178,7 @@ impl<'a> Active<'a> {
     }
 
     /// Writes `payload` to `range`, step by step; steps whose places in the file follow each other share one call.
-    pub(super) fn write_range(&self, payload: Payload<'_>, range: Range<u64>) -> Result<()> {
+    pub(crate) fn write_range(&self, payload: Payload<'_>, range: Range<u64>) -> Result<()> {
         let Self { image, writer, .. } = *self;
         let mut batch = Batch::default();
         let steps = self.write_steps(payload, range, &mut batch);
@@ -332,11 +332,5 @@ impl Writer {
         let mut alloc = self.alloc.lock();
         let allocation = alloc.allocate(run.clusters, covered, run.wish, &mut self.metadata.lock());
         allocation.map_err(|e| self.poison_unless_full(e))
-    }
-
-    /// A full file system, or a number beyond a limit, harms nothing: the image goes on with what it has. A failure to
-    /// read or write metadata poisons.
-    pub(crate) fn poison_unless_full(&self, error: Error) -> Error {
-        if error.is_no_room() { error } else { self.poison(error) }
     }
 }

@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use qcow2_format::{GuestOffset, HostOffset, L1Entry};
 
-use super::alloc::{Allocation, Wish};
-use super::quarantine::Unlinked;
-use super::writer::Writer;
+use crate::alloc::Unlinked;
+use crate::alloc::{Allocation, Wish};
 use crate::image::{Missing, Qcow2};
+use crate::writer::Writer;
 use crate::{ErrorKind, Result, StorageExt};
 
 /// The slice of an exclusive L2 table that maps a guest offset.

@@ -76,7 +76,7 @@ impl Image {
 }
 
 impl<'a> Active<'a> {
-    pub(super) fn zero_range(&self, range: Range<u64>, unmap: bool) -> Result<()> {
+    pub(crate) fn zero_range(&self, range: Range<u64>, unmap: bool) -> Result<()> {
         let Self { disk, image, .. } = *self;
         let g = *image.geometry();
         let raw_data = image.header().data_file_raw();
@@ -146,7 +146,7 @@ impl<'a> Active<'a> {
 
     /// Replaces the mappings of the clusters that `range` touches, slice by slice. `replace` gets the guest offset of
     /// the cluster. `punch`: the clusters' space is given up. A raw data file becomes zeroes there.
-    pub(super) fn change_range(
+    pub(crate) fn change_range(
         &self,
         range: Range<u64>,
         punch: bool,

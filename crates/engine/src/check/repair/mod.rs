@@ -37,7 +37,8 @@ use super::snapshots::{self, SnapshotTable};
 use super::stored::StoredRefcounts;
 use super::walk::Walked;
 use super::{CheckOptions, File, Stop, Target, conclude, describe, short_l1, walk_all};
-use crate::image::{read_header_for_check, write_patch};
+use crate::image::read_header_for_check;
+use crate::patch::write_patch;
 use crate::{Error, ErrorKind, Job, Mem, Result, Storage, StorageExt};
 
 /// What to repair.

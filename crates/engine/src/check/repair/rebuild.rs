@@ -19,8 +19,8 @@ use super::super::stored::StoredRefcounts;
 use super::super::uncounted::Uncounted;
 use super::super::walk::Walked;
 use super::super::{Stop, Target};
-use crate::image::write_patch;
 use crate::invalid::invalid;
+use crate::patch::write_patch;
 use crate::{Error, ErrorKind, StorageExt};
 
 /// Extra data of an entry that is written anew.

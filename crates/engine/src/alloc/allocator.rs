@@ -14,7 +14,6 @@ use super::overlap::MetadataMap;
 use super::quarantine::{Quarantine, Unlinked};
 use super::ranges::Ranges;
 use super::refcounts::{Moved, Refcounts, Write};
-use crate::image::{Qcow2, on_file};
 use crate::storage::{Operation, no_space};
 use crate::{Error, ErrorKind, Result, Storage, StorageExt};
 
@@ -45,42 +44,35 @@ impl Pool {
 
 /// Where new clusters should be: neighbours of the guest as neighbours of the host, so that one call writes both.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Wish {
+pub(crate) struct Wish {
     /// Host clusters that continue the guest's neighbours, the better one first.
-    pub(super) near: [Option<u64>; 2],
+    pub(crate) near: [Option<u64>; 2],
     /// Else: place of the first cluster in a chunk of guest clusters. A chunk of host clusters that is free as a whole
     /// keeps room for the neighbours to come. `None`: anywhere.
-    pub(super) within: Option<u64>,
+    pub(crate) within: Option<u64>,
     /// They are mapped and not written to: nothing asks for their space.
-    pub(super) sparse: bool,
+    pub(crate) sparse: bool,
 }
 
 /// Guest bytes that get neighbouring host clusters where that costs nothing.
 const CHUNK_BYTES: u64 = 512 << 10;
 
 /// Clusters in a chunk.
-pub(super) fn chunk_clusters(g: &Geometry) -> u64 {
+pub(crate) fn chunk_clusters(g: &Geometry) -> u64 {
     (CHUNK_BYTES / g.cluster_size()).clamp(1, 8)
 }
 
 /// Contiguous clusters handed out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Allocation {
+pub(crate) struct Allocation {
     /// First host cluster.
-    pub(super) cluster: u64,
+    pub(crate) cluster: u64,
     /// Number of clusters.
-    pub(super) count: u64,
+    pub(crate) count: u64,
     /// Their bytes in the file are known to be zero.
-    pub(super) host_zero: bool,
+    pub(crate) host_zero: bool,
     /// Their refcount, and that their bytes are zero, is durable.
-    pub(super) durable: bool,
-}
-
-impl Allocation {
-    /// Whether the guest is known to read zeroes there: zero bytes of the file are none to it behind a door.
-    pub(super) fn guest_zero(&self, image: &Qcow2) -> bool {
-        self.host_zero && image.host_is_guest()
-    }
+    pub(crate) durable: bool,
 }
 
 #[derive(Debug)]
@@ -102,7 +94,7 @@ pub(crate) struct Allocator {
     /// Clusters handed out since the last flush, to be written to.
     pub(super) recent: u64,
     /// Host cluster that takes the next compressed data, and the bytes used in it.
-    pub(super) packing: Option<(u64, u64)>,
+    pub(crate) packing: Option<(u64, u64)>,
 }
 
 /// Takes from one set what comes nearest to the wish.
@@ -117,7 +109,7 @@ fn take(ranges: &mut Ranges, count: u64, wish: Wish, chunk: u64, next: u64) -> O
 }
 
 impl Allocator {
-    pub(super) fn new(
+    pub(crate) fn new(
         storage: &Arc<dyn Storage>,
         mut refcounts: Refcounts,
         geometry: Geometry,
@@ -144,7 +136,7 @@ impl Allocator {
 
     /// Takes at least 1 and at most `count` contiguous clusters. `covered` says that every byte of them will be written
     /// and synced before it is linked: then clusters of former use do as well as clean ones, and are taken first.
-    pub(super) fn allocate(
+    pub(crate) fn allocate(
         &mut self,
         count: u64,
         covered: bool,
@@ -208,7 +200,7 @@ impl Allocator {
     }
 
     /// Gives back clusters that were handed out and not linked. Their contents are unknown now.
-    pub(super) fn abandon(&mut self, allocation: Allocation) {
+    pub(crate) fn abandon(&mut self, allocation: Allocation) {
         let pool = if allocation.durable { &mut self.ready } else { &mut self.fresh };
         pool.stale.insert(allocation.cluster, allocation.count);
     }
@@ -232,7 +224,8 @@ impl Allocator {
             if let Some(name) = metadata.hit(start, start + usable) {
                 let message = format!("the {name} has a refcount of 0");
                 let error = Error::new(ErrorKind::Corrupt, message);
-                return Err(on_file(&*self.storage, error).with_offset(start * self.geometry.cluster_size()));
+                let error = self.storage.located(error);
+                return Err(error.with_offset(start * self.geometry.cluster_size()));
             }
             for cluster in start..start + usable {
                 self.refcounts.set(cluster, 1)?;
@@ -338,7 +331,7 @@ impl Allocator {
     }
 
     /// Tops up the reservations and takes the refcounts to write: the first step of a flush. `lazy`: none, unless many wait.
-    pub(super) fn begin_flush(&mut self, metadata: &mut MetadataMap, lazy: bool) -> Result<Vec<Write>> {
+    pub(crate) fn begin_flush(&mut self, metadata: &mut MetadataMap, lazy: bool) -> Result<Vec<Write>> {
         let target = self.batch();
         if self.recent > 0 && self.ready.clean.total() + self.fresh.clean.total() < target / 2 {
             match self.reserve(target, metadata) {
@@ -359,7 +352,7 @@ impl Allocator {
 
     /// The flush is done: its reservations are durable, its unlinked clusters are in quarantine, and what no request
     /// can reach is reused.
-    pub(super) fn end_flush(&mut self, epoch: Arc<()>, unlinked: Vec<Unlinked>) -> Result<()> {
+    pub(crate) fn end_flush(&mut self, epoch: Arc<()>, unlinked: Vec<Unlinked>) -> Result<()> {
         self.refcounts.note_written();
         for clean in [true, false] {
             for (start, count) in self.settling.of(clean).drain() {
@@ -388,7 +381,7 @@ impl Allocator {
     }
 
     /// As `drain`; true when every request is over that planned before the last flush.
-    pub(super) fn drain_requests(&mut self) -> Result<bool> {
+    pub(crate) fn drain_requests(&mut self) -> Result<bool> {
         self.drain()?;
         Ok(self.quarantine.is_past())
     }

@@ -1,4 +1,4 @@
-//! Growing the virtual disk, and the rules of resizing it. Shrinking is `maintenance::shrink`.
+//! Growing the virtual disk, and the rules of resizing it. Shrinking is in `shrink.rs`.
 
 use std::ops::{ControlFlow, Range};
 
@@ -6,14 +6,13 @@ use qcow2_format::bitmap::BitmapFlags;
 use qcow2_format::limits::MAX_L1_BYTES;
 use qcow2_format::{L2Mapping, words};
 
-use super::active::Active;
-use super::alloc::Allocation;
-use super::request::{Payload, Top};
-use super::writer::Writer;
+use super::session::Session;
+use crate::alloc::Allocation;
 use crate::create::Preallocation;
-use crate::image::{Image, Qcow2};
-use crate::maintenance::Session;
+use crate::image::{Image, Qcow2, SegmentKind};
 use crate::walk::{Steps, for_each_extent};
+use crate::write::{Active, Payload, Top};
+use crate::writer::Writer;
 use crate::{Error, ErrorKind, Job, Mem, Result, StorageExt};
 
 /// How many extents are looked at together.
@@ -133,7 +132,7 @@ impl<'a> Active<'a> {
             );
             return Err(image.error(ErrorKind::Limit, message).with_field("size"));
         }
-        if writer.bitmaps.load(image, true)? {
+        if writer.load_bitmaps(image, true)? {
             image.storage().flush().map_err(|e| writer.poison(e))?;
         }
         // Later, it would be too late to refuse: what is written there must be recorded.
@@ -203,8 +202,7 @@ impl<'a> Active<'a> {
         let head = old..cluster_end.min(size);
         if !head.is_empty() {
             image.plan_read(head.clone(), &mut segments)?;
-            let stored =
-                segments.iter().any(|s| !matches!(s.kind, crate::image::SegmentKind::Unallocated(_)));
+            let stored = segments.iter().any(|s| !matches!(s.kind, SegmentKind::Unallocated(_)));
             if stored || backing > old || allocate {
                 self.write_range(Payload::Zeroes, head)?;
             }

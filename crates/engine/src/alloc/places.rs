@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::alloc::Allocator;
+use super::allocator::Allocator;
 use super::overlap::MetadataMap;
 use super::refcounts::Refcounts;
 use crate::{MemMut, Result, StorageExt};

@@ -1,6 +1,6 @@
 //! Free clusters that have space in the file system: what is written there needs none.
 
-use super::alloc::Allocator;
+use super::allocator::Allocator;
 use super::overlap::MetadataMap;
 use crate::{Result, StorageExt};
 

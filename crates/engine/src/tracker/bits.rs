@@ -30,7 +30,7 @@ impl Bits {
     ///
     /// # Errors
     /// As [`Bits::new`].
-    pub(super) fn words_for(size: u64, granularity_bits: u8, max_memory: u64) -> Result<u64> {
+    pub(crate) fn words_for(size: u64, granularity_bits: u8, max_memory: u64) -> Result<u64> {
         let words = size.div_ceil(1 << granularity_bits).div_ceil(64);
         if words.saturating_mul(8) > max_memory {
             let message = format!("a bitmap of {} bytes exceeds the limit of {max_memory}", words * 8);
@@ -61,7 +61,7 @@ impl Bits {
     }
 
     /// Sets bits `first..end`.
-    pub(super) fn set_bits(&self, first: u64, end: u64) {
+    pub(crate) fn set_bits(&self, first: u64, end: u64) {
         let mut at = first;
         while at < end {
             let in_word = at % 64;
@@ -79,17 +79,17 @@ impl Bits {
     }
 
     /// Whether the bits differ from the stored ones: from those that were loaded, or stored last.
-    pub(super) fn is_changed(&self) -> bool {
+    pub(crate) fn is_changed(&self) -> bool {
         self.changed.load(Ordering::Acquire)
     }
 
     /// The stored bits are these.
-    pub(super) fn note_stored(&self) {
+    pub(crate) fn note_stored(&self) {
         self.changed.store(false, Ordering::Release);
     }
 
     /// The same bits for a disk of another size; what is new is clean.
-    pub(super) fn resized(&self, size: u64, max_memory: u64) -> Result<Self> {
+    pub(crate) fn resized(&self, size: u64, max_memory: u64) -> Result<Self> {
         let new = Self::new(size, self.granularity_bits, max_memory)?;
         for (to, from) in new.words.iter().zip(&self.words) {
             to.store(from.load(Ordering::Relaxed), Ordering::Relaxed);
@@ -100,7 +100,7 @@ impl Bits {
     }
 
     /// Clears what lies behind the last bit.
-    pub(super) fn trim(&self) {
+    pub(crate) fn trim(&self) {
         let used = self.count() % 64;
         if let Some(last) = self.words.last().filter(|_| used != 0) {
             last.fetch_and(u64::MAX >> (64 - used), Ordering::Relaxed);
@@ -140,7 +140,7 @@ impl Bits {
     }
 
     /// The bytes `range` of the stored form (section "Bitmap data"): bit n is bit n % 8 of byte n / 8.
-    pub(super) fn stored(&self, range: Range<u64>) -> Vec<u8> {
+    pub(crate) fn stored(&self, range: Range<u64>) -> Vec<u8> {
         let words = self.words.get((range.start / 8) as usize..).unwrap_or_default();
         let mut bytes: Vec<u8> = words
             .iter()
@@ -152,7 +152,7 @@ impl Bits {
     }
 
     /// Takes over stored bytes from byte `start` on, a multiple of 8.
-    pub(super) fn take_stored(&self, start: u64, bytes: &[u8]) {
+    pub(crate) fn take_stored(&self, start: u64, bytes: &[u8]) {
         let words = self.words.get((start / 8) as usize..).unwrap_or_default();
         for (word, chunk) in words.iter().zip(bytes.chunks(8)) {
             let mut le = [0u8; 8];
@@ -162,7 +162,7 @@ impl Bits {
     }
 
     /// Bytes of the stored form.
-    pub(super) fn stored_length(&self) -> u64 {
+    pub(crate) fn stored_length(&self) -> u64 {
         self.count().div_ceil(8)
     }
 }

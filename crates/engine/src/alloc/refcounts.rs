@@ -8,9 +8,9 @@ use qcow2_format::limits::MAX_REFCOUNT_TABLE_BYTES;
 use qcow2_format::refcount::{self, RefcountTableEntry};
 use qcow2_format::{Geometry, Header, HostOffset, words};
 
-use super::fork::Fork;
-use crate::image::{on_file, write_patch};
+use super::forked::Fork;
 use crate::invalid::invalid;
+use crate::patch::write_patch;
 use crate::{Error, ErrorKind, Mem, MemMut, Result, Storage, StorageExt};
 
 /// Bytes of blocks that the cache keeps, beyond changed ones.
@@ -46,7 +46,7 @@ pub(super) struct Block {
 }
 
 impl Block {
-    pub(super) fn new(offset: u64, bytes: Vec<u8>, used: u64) -> Self {
+    pub(crate) fn new(offset: u64, bytes: Vec<u8>, used: u64) -> Self {
         Self { offset, bytes, dirty: BTreeSet::new(), writing: false, used }
     }
     fn is_in_file(&self) -> bool {
@@ -62,7 +62,7 @@ impl Block {
 pub(crate) type Write = (u64, Vec<u8>);
 
 impl Refcounts {
-    pub(super) fn load(storage: &Arc<dyn Storage>, header: &Header) -> Result<Self> {
+    pub(crate) fn load(storage: &Arc<dyn Storage>, header: &Header) -> Result<Self> {
         let bytes = u64::from(header.refcount_table_clusters) * header.geometry.cluster_size();
         // The header's check limits the table to 8 MiB.
         let mut table = vec![0u8; bytes as usize];
@@ -113,12 +113,12 @@ impl Refcounts {
     }
 
     /// Host offsets of all refcount blocks.
-    pub(super) fn block_offsets(&self) -> impl Iterator<Item = u64> {
+    pub(crate) fn block_offsets(&self) -> impl Iterator<Item = u64> {
         self.table.iter().map(|&e| RefcountTableEntry(e).offset_bits()).filter(|&o| o != 0)
     }
 
     /// First and number of clusters of the refcount table.
-    pub(super) fn table_clusters(&self) -> (u64, u64) {
+    pub(crate) fn table_clusters(&self) -> (u64, u64) {
         let g = &self.geometry;
         (g.cluster_index(self.table_offset), g.clusters_for(self.table.len() as u64 * 8))
     }
@@ -202,7 +202,7 @@ impl Refcounts {
     }
 
     fn corrupt(&self, message: String) -> Error {
-        on_file(&*self.storage, Error::new(ErrorKind::Corrupt, message)).with_field("refcount")
+        self.storage.located(Error::new(ErrorKind::Corrupt, message)).with_field("refcount")
     }
 
     /// The block that counts `cluster`, or `None` where there is none.
@@ -213,7 +213,8 @@ impl Refcounts {
         if !self.blocks.contains_key(&index) {
             let entry = RefcountTableEntry(self.table.get(index as usize).copied().unwrap_or(0));
             let offset = entry.block(&self.geometry).map_err(|e| {
-                on_file(&*self.storage, invalid(e, ErrorKind::Corrupt))
+                self.storage
+                    .located(invalid(e, ErrorKind::Corrupt))
                     .with_offset(self.table_offset + index * 8)
             })?;
             let Some(offset) = offset else { return Ok(None) };
@@ -310,7 +311,7 @@ impl Refcounts {
     }
 
     /// Whether `cluster` has a refcount block.
-    pub(super) fn is_covered(&self, cluster: u64) -> bool {
+    pub(crate) fn is_covered(&self, cluster: u64) -> bool {
         self.has_block(self.geometry.refcount_table_index(cluster))
     }
 
@@ -403,7 +404,7 @@ impl Refcounts {
         };
         if table_clusters * g.cluster_size() > MAX_REFCOUNT_TABLE_BYTES {
             let message = "the image is at its largest size: the refcount table cannot grow".to_owned();
-            return Err(on_file(&*self.storage, Error::new(ErrorKind::Limit, message)));
+            return Err(self.storage.located(Error::new(ErrorKind::Limit, message)));
         }
         let mut table = self.table.clone();
         table.resize(entries as usize, 0);
@@ -440,7 +441,7 @@ impl Refcounts {
 }
 
 /// What names a refcount table in the header.
-pub(super) fn header_fields(offset: u64, clusters: u64) -> Patch {
+pub(crate) fn header_fields(offset: u64, clusters: u64) -> Patch {
     let patch = Patch::new().set(field::REFCOUNT_TABLE_OFFSET, HostOffset(offset));
     // The table has at most 8 MiB.
     patch.set(field::REFCOUNT_TABLE_CLUSTERS, clusters as u32)

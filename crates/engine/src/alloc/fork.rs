@@ -10,39 +10,12 @@
 use qcow2_format::limits::MAX_REFCOUNT_TABLE_BYTES;
 use qcow2_format::words;
 
-use super::alloc::Allocator;
+use super::allocator::Allocator;
+use super::forked::Fork;
 use super::overlap::MetadataMap;
 use super::quarantine::Unlinked;
 use super::refcounts::{Block, PIECE, Refcounts, Write};
-use crate::image::on_file;
 use crate::{Error, ErrorKind, Result, StorageExt};
-
-/// What a fork needs to become the image's refcounts, or to be forgotten.
-#[derive(Debug)]
-pub(super) struct Fork {
-    /// The refcount table in the file.
-    former: Vec<u64>,
-    /// Behind everything in use, and the length of the file, when the fork began.
-    pub(super) end: u64,
-    length: u64,
-    /// Reservations that were taken: first and number of clusters.
-    pub(super) taken: Vec<(u64, u64)>,
-    /// Free clusters inside the file that were taken, and had no space.
-    pub(super) holes: Vec<u64>,
-    /// No cluster below is free both in the file and in the fork.
-    pub(super) search: u64,
-    /// The block of the file that was looked at last, with its index.
-    pub(super) looked_at: Option<(u64, Vec<u8>)>,
-    /// First and number of clusters of the new table.
-    table: Option<(u64, u64)>,
-}
-
-impl Fork {
-    /// Host offset of the block with this index in the file; 0 if there is none.
-    pub(super) fn former(&self, index: u64) -> u64 {
-        self.former.get(index as usize).copied().unwrap_or(0)
-    }
-}
 
 impl Refcounts {
     /// Whether the block with this index may change: outside a fork always, inside one if its place is the fork's.
@@ -92,7 +65,7 @@ impl Refcounts {
         let entries = (needed + needed / 2).min(most.max(needed)).next_multiple_of(per_cluster);
         if entries > most {
             let message = "the image is at its largest size: the refcount table cannot grow";
-            return Err(on_file(&*self.storage, Error::new(ErrorKind::Limit, message)));
+            return Err(self.storage.located(Error::new(ErrorKind::Limit, message)));
         }
         self.table.resize(entries as usize, 0);
         Ok(())
