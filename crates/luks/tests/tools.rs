@@ -1,4 +1,5 @@
 //! Headers that other tools make, opened here, and ours, opened by them.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic, reason = "tests")]
 
 mod support;
 

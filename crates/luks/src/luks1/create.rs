@@ -1,5 +1,7 @@
 //! A new header, with one key slot in use.
 
+use std::fmt;
+
 use qcow2_core::{Error, ErrorKind, Job, Result};
 use zeroize::Zeroizing;
 
@@ -65,8 +67,13 @@ impl<'a> FormatOptions<'a> {
     }
 }
 
+impl fmt::Debug for FormatOptions<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "FormatOptions({}, {}, {:?})", self.spec, self.hash.name(), self.cost)
+    }
+}
+
 /// A new header.
-#[derive(Debug)]
 pub struct Formatted {
     /// The header as structure.
     pub header: Luks1Header,
@@ -76,6 +83,12 @@ pub struct Formatted {
     pub cipher: SectorCipher,
     /// The key of the data.
     pub key: VolumeKey,
+}
+
+impl fmt::Debug for Formatted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Formatted({:?}, {} bytes)", self.cipher, self.bytes.len())
+    }
 }
 
 /// Bytes from one slot's key material to the next one's.

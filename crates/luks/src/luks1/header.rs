@@ -214,16 +214,25 @@ impl Luks1Header {
                 "key-material-offset",
             );
         }
+        Ok(())
+    }
+
+    /// Whether a slot's key material may be written: it lies over that of no slot in use. For reading it matters not: one of the two
+    /// may be sound, and its digest tells.
+    ///
+    /// # Errors
+    /// As [`Self::check_slot`], and `Corrupt`.
+    pub fn check_place(&self, slot: usize, limits: &Limits) -> Result<()> {
+        self.check_slot(slot, limits)?;
+        let place = |this: &KeySlot| (this.key_offset, this.key_offset + self.material_bytes(this));
+        let (begin, end) = self.slots.get(slot).map(place).unwrap_or_default();
         for (other, that) in self.slots.iter().enumerate() {
-            if other != slot
-                && that.is_active()
-                && begin < that.key_offset + self.material_bytes(that)
-                && that.key_offset < end
-            {
-                return corrupt(
-                    format!("its key material lies over that of slot {other}"),
-                    "key-material-offset",
-                );
+            let (from, to) = place(that);
+            if other != slot && that.is_active() && begin < to && from < end {
+                let message =
+                    format!("key slot {slot} is damaged: its key material lies over that of slot {other}");
+                let error = Error::new(ErrorKind::Corrupt, message).with_field("key-material-offset");
+                return Err(error.with_offset(Self::slot_at(slot)));
             }
         }
         Ok(())

@@ -102,7 +102,7 @@ pub fn erase_slot(header: &Luks1Header, slot: usize, force: bool) -> Result<Plan
         return Err(Error::new(ErrorKind::DataLoss, message).with_field("slot"));
     }
     let mut writes = Vec::new();
-    if sound(slot) {
+    if header.check_place(slot, &limits).is_ok() {
         let mut bytes = vec![0; header.material_bytes(this) as usize];
         random(&mut bytes)?;
         writes.push(Write { offset: this.key_offset, bytes });
@@ -122,7 +122,7 @@ fn not_in_use(slot: usize) -> Error {
 
 /// The slot that was asked for, or the first that is free and has a place.
 fn free_slot(header: &Luks1Header, wanted: Option<usize>) -> Result<usize> {
-    let place = |slot: usize| with_stripes(header, slot).check_slot(slot, &Limits::default());
+    let place = |slot: usize| with_stripes(header, slot).check_place(slot, &Limits::default());
     if let Some(slot) = wanted {
         if header.slots.get(slot).ok_or_else(|| no_such_slot(slot))?.is_active() {
             let message = format!("key slot {slot} is in use: remove its key first");
