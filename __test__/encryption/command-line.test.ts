@@ -81,6 +81,16 @@ describeWithQemu('encryption on the command line', () => {
     expect(ours.stderr).not.toContain('hunter2')
   })
 
+  it.each(['', ',cluster_size=4k', ',encrypt.cipher-alg=aes-128', ',preallocation=full', ',compat=0.10'])(
+    'measures as qemu-img does: %s',
+    async more => {
+      for (const source of ['--size 1G', '-f raw disk.raw']) {
+        const line = `measure ${OBJECT} -O qcow2 ${LUKS}${more} ${source}`
+        expect(await done('ours', line), line).toBe(await done('theirs', line))
+      }
+    },
+  )
+
   it('tells a wrong secret, and keeps the target away', async () => {
     const wrong = `convert --object secret,id=s,data=nope ${opts('made.qcow2')} -O raw wrong.raw`
     const [ours, theirs] = await Promise.all([tools.ours(wrong), tools.theirs(wrong)])

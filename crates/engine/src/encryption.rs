@@ -109,6 +109,14 @@ impl Encryption {
         Ok(Arc::new(LuksDoor { codec: Arc::new(formatted.cipher), header: Some(formatted.bytes) }))
     }
 
+    /// Bytes of the encryption header. The secret does not matter.
+    ///
+    /// # Errors
+    /// As [`Encryption::door`], for names.
+    pub fn header_length(&self) -> Result<u64> {
+        Ok(FormatOptions { spec: self.spec()?, ..FormatOptions::new(&[]) }.length())
+    }
+
     fn spec(&self) -> Result<CipherSpec> {
         let defaults = CipherSpec::default();
         let cipher = named(self.cipher_alg.as_deref(), "cipher-alg", Cipher::from_name)?;

@@ -39,6 +39,8 @@ pub struct Qcow2Target {
     pub has_backing_file: bool,
     /// Its data clusters are preallocated (`falloc` or `full`; not `metadata`, which always counts).
     pub preallocated: bool,
+    /// Bytes of its encryption header; 0 without one.
+    pub crypto_header: u64,
 }
 
 impl Qcow2Target {
@@ -52,6 +54,7 @@ impl Qcow2Target {
             geometry: options.geometry()?,
             has_backing_file: options.backing.is_some(),
             preallocated: matches!(options.preallocation, Preallocation::Falloc | Preallocation::Full),
+            crypto_header: 0,
         })
     }
 }
@@ -136,7 +139,11 @@ fn measured(size: u64, data: u64, target: &Qcow2Target) -> Result<Measurement> {
     let l1_clusters = (l2_tables * TABLE_ENTRY).div_ceil(geometry.cluster_size());
     let counted = 1 + l1_clusters + l2_tables + all;
     let metadata = counted - all + refcount_clusters(counted, geometry);
-    let bytes = |clusters: u64| clusters.checked_mul(geometry.cluster_size()).ok_or_else(|| too_large(size));
+    // What QEMU counts: the header, and no refcounts for it.
+    let header = geometry.clusters_for(target.crypto_header);
+    let bytes = |clusters: u64| {
+        (clusters + header).checked_mul(geometry.cluster_size()).ok_or_else(|| too_large(size))
+    };
     Ok(Measurement {
         required: bytes(metadata + data)?,
         fully_allocated: bytes(metadata + all)?,

@@ -155,9 +155,9 @@ fn a_header_keeps_its_encryption_method() {
     let plain = Image::new(vec![Box::new(plain)]).unwrap();
     let mut bytes = [0; 512];
     let error = plain.read_at(MemMut::from(&mut bytes[..]), 3 * CLUSTER).unwrap_err();
-    assert_eq!((error.kind(), error.field()), (ErrorKind::UnsupportedFeature, Some("crypt_method")));
+    assert_eq!((error.kind(), error.field()), (ErrorKind::BadSecret, Some("secret")));
     let error = plain.compact(CompactOptions { dry_run: true, ..REWRITE }, &Job::new()).unwrap_err();
-    assert_eq!(error.field(), Some("crypt_method"));
+    assert_eq!(error.field(), Some("secret"));
 }
 
 #[test]

@@ -87,15 +87,16 @@ pub fn measure_image(
     job: u32,
     image: Option<u32>,
     size: f64,
-    shape: Shape,
+    mut shape: Shape,
 ) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
     let image = image.map(|image| runtime.image(image)).transpose()?;
+    let encryption = shape.take_encryption()?;
     runtime.start_job(
         &env,
         Ticket { request, job },
         move |job| {
-            let target = shape.measure_target()?;
+            let target = shape.measure_target(encryption.as_ref())?;
             match image {
                 Some(image) => image.run(|image| measure(image, &target, job)),
                 None => measure_size(size as u64, &target),

@@ -131,13 +131,14 @@ impl Shape {
     ///
     /// # Errors
     /// As `CreateOptions::validate`.
-    pub(crate) fn measure_target(&self) -> Result<MeasureTarget> {
+    pub(crate) fn measure_target(&self, encryption: Option<&Encryption>) -> Result<MeasureTarget> {
         if self.is_raw() {
             return Ok(MeasureTarget::Raw);
         }
         let options = self.options(0);
         options.validate()?;
-        Ok(MeasureTarget::Qcow2(Qcow2Target::from_options(&options)?))
+        let crypto_header = encryption.map_or(Ok(0), Encryption::header_length)?;
+        Ok(MeasureTarget::Qcow2(Qcow2Target { crypto_header, ..Qcow2Target::from_options(&options)? }))
     }
 }
 

@@ -23,7 +23,7 @@ impl Writer {
         if image.viewed_snapshot().is_some() {
             return Err(image.error(ErrorKind::InvalidArgument, "a snapshot's view cannot be written to"));
         }
-        if header.crypt_method == CryptMethod::Aes || image.is_read_by_guest() {
+        if (header.crypt_method == CryptMethod::Aes && image.is_locked()) || image.is_read_by_guest() {
             let message = "images with the legacy AES encryption are only read: convert it to one with LUKS";
             return Err(image.error(ErrorKind::UnsupportedFeature, message).with_field("crypt_method"));
         }
