@@ -4,9 +4,10 @@ use std::ops::Range;
 
 use qcow2_format::Geometry;
 
-use super::survey::{Table, ZeroScan, tables};
+use super::options::{CompactOptions, CompactResult};
+use super::survey::ZeroScan;
 use super::table_edit::TableEdit;
-use super::{CompactOptions, CompactResult};
+use super::tables::{Table, tables};
 use crate::check::References;
 use crate::maintenance::Session;
 use crate::{Job, Result, StorageExt};

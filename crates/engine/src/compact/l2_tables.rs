@@ -2,7 +2,7 @@
 
 use qcow2_format::{HostOffset, L1Entry, words};
 
-use super::survey::{Table, entry_at, read_words, tables};
+use super::tables::{Table, entry_at, read_words, tables};
 use crate::maintenance::Session;
 use crate::{Job, MemMut, Result, StorageExt};
 

@@ -2,7 +2,7 @@
 
 use qcow2_format::L2Mapping;
 
-use super::survey::{Table, entry_at, guest_of, read_words};
+use super::tables::{Table, entry_at, guest_of, read_words};
 use crate::Result;
 use crate::image::Qcow2;
 

@@ -12,7 +12,7 @@ use qcow2_format::{CryptMethod, Geometry, Header, Limits, SnapshotRecord};
 
 use super::inflated::{Inflate, InflatedCache};
 use super::mapping::Mapping;
-use super::open::OpenOptions;
+use super::options::OpenOptions;
 use super::slices::SliceCache;
 use crate::door::behind;
 use crate::writer::Writer;
