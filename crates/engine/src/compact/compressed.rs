@@ -62,7 +62,7 @@ impl Sweep<'_, '_> {
                 let Some(new) = self.place(length, weight)? else { return Ok(None) };
                 let data = self.packing.data.get(..length as usize).unwrap_or_default();
                 self.session.image.storage().write_all_at(Mem::from(data), new.offset.0)?;
-                self.session.image.inflated.remove(&new);
+                self.session.image.forget_inflated(&new);
                 self.copied += length;
                 if self.packing.shared {
                     self.packing.moved.insert(old.offset, new);

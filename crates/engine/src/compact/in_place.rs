@@ -113,13 +113,7 @@ impl Session<'_> {
         let Edits { slices, unlinked, .. } = edits;
         let external = self.image.header().has_data_file();
         let size = self.geometry().cluster_size();
-        {
-            let mut mapping = self.image.mapping.write();
-            for (offset, words) in slices {
-                mapping.dirty.insert(offset, words.into());
-            }
-            mapping.generation += 1;
-        }
+        self.image.changing().put_slices(slices.into_iter().map(|(offset, words)| (offset, words.into())));
         if external {
             self.barrier()?;
             self.end_reads()?;

@@ -40,7 +40,7 @@ pub(super) fn tables(image: &Qcow2) -> Result<Vec<Table>> {
         }
         Ok(())
     };
-    add(&image.mapping.read().l1)?;
+    add(image.mapping().l1())?;
     for snapshot in image.snapshots().iter() {
         let mut bytes = vec![0u8; snapshot.l1_size as usize * 8];
         image.storage().read_exact_at(MemMut::from(&mut bytes[..]), snapshot.l1_table_offset.0)?;

@@ -13,22 +13,22 @@ use crate::alloc::Unlinked;
 #[derive(Debug)]
 pub(crate) struct Mapping {
     /// The L1 table.
-    pub(crate) l1: Vec<u64>,
+    pub(super) l1: Vec<u64>,
     /// L2 slices that differ from the file, by host offset; they win over the cache.
-    pub(crate) dirty: BTreeMap<u64, Slice>,
+    pub(super) dirty: BTreeMap<u64, Slice>,
     /// Indices of L1 entries that differ from the file.
-    pub(crate) dirty_l1: BTreeSet<usize>,
+    pub(super) dirty_l1: BTreeSet<usize>,
     /// Counts changes of slices: a slice loaded without the lock is only good while this stands still.
-    pub(crate) generation: u64,
-    /// Held by requests while they may still use host offsets that they planned: see `write::quarantine`.
-    pub(crate) epoch: Arc<()>,
+    pub(super) generation: u64,
+    /// Held by requests while they may still use host offsets that they planned: see `alloc/quarantine.rs`.
+    pub(super) epoch: Arc<()>,
     /// Host clusters that lost a reference since the last flush.
-    pub(crate) unlinked: Vec<Unlinked>,
+    pub(super) unlinked: Vec<Unlinked>,
     /// A link since the last flush refers to bytes that must be durable before it: copied data, reused clusters, or
     /// refcounts that are not durable yet.
-    pub(crate) links_need_barrier: bool,
+    pub(super) links_need_barrier: bool,
     /// An L1 entry since the last flush refers to a table that must be durable before it.
-    pub(crate) tables_need_barrier: bool,
+    pub(super) tables_need_barrier: bool,
 }
 
 /// Slices loaded without the lock: one, or those of a piece of a table.
@@ -63,7 +63,7 @@ pub(crate) struct Missing {
 }
 
 impl Mapping {
-    pub(crate) fn new(l1: Vec<u64>) -> Self {
+    pub(super) fn new(l1: Vec<u64>) -> Self {
         Self {
             l1,
             dirty: BTreeMap::new(),
@@ -74,6 +74,26 @@ impl Mapping {
             links_need_barrier: false,
             tables_need_barrier: false,
         }
+    }
+
+    /// The L1 table.
+    pub(crate) fn l1(&self) -> &[u64] {
+        &self.l1
+    }
+
+    /// How many L2 slices differ from the file.
+    pub(crate) fn dirty_slices(&self) -> u64 {
+        self.dirty.len() as u64
+    }
+
+    /// How many runs of host clusters lost a reference since the last flush.
+    pub(crate) fn unlinked(&self) -> usize {
+        self.unlinked.len()
+    }
+
+    /// That the slice at `offset`, which `guest` needs, is not in memory.
+    pub(crate) fn missing(&self, offset: HostOffset, guest: GuestOffset) -> Missing {
+        Missing { offset, generation: self.generation, guest }
     }
 
     /// The slice at `offset`, from memory only.

@@ -16,6 +16,7 @@ mod preallocation;
 mod qcow2;
 mod slices;
 mod snapshots;
+mod tables;
 mod writing;
 
 pub use bitmaps::BitmapRecord;
@@ -29,3 +30,4 @@ pub use qcow2_core::layer::{Segment, SegmentKind};
 pub use qcow2_core::{Layer, Raw};
 pub(crate) use slices::Slice;
 pub(crate) use snapshots::{l1_damage, load as load_snapshots};
+pub(crate) use tables::Pending;

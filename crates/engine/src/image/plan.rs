@@ -116,8 +116,7 @@ impl Qcow2 {
             };
             let (offset, mut index) = self.slices.locate(table, g.l2_index(GuestOffset(*at)));
             let Some(slice) = mapping.slice(&self.slices, offset, loaded) else {
-                let (generation, guest) = (mapping.generation, GuestOffset(*at));
-                return Ok(Some(Missing { offset, generation, guest }));
+                return Ok(Some(mapping.missing(offset, GuestOffset(*at))));
             };
             while index < self.slices.entries() && *at < end {
                 let cluster = g.cluster_start(*at);

@@ -33,12 +33,12 @@ pub struct Qcow2 {
     bitmap_directory: RwLock<Option<BitmapsExtension>>,
     snapshot_error: Option<Error>,
     options: OpenOptions,
-    pub(crate) mapping: RwLock<Mapping>,
-    pub(crate) slices: SliceCache,
-    pub(crate) inflated: InflatedCache,
+    pub(super) mapping: RwLock<Mapping>,
+    pub(super) slices: SliceCache,
+    pub(super) inflated: InflatedCache,
     /// Present when the image is open for writing.
     pub(super) writer: Option<Writer>,
-    pub(crate) metadata_preallocated: OnceLock<bool>,
+    pub(super) metadata_preallocated: OnceLock<bool>,
 }
 
 /// The disk that is read: the active one or an internal snapshot's.
