@@ -38,6 +38,17 @@ fn imports_between_modules_point_one_way() {
 }
 
 #[test]
+fn imports_between_files_point_one_way() {
+    let edges = Sources::read().edges();
+    let mut files: BTreeMap<&str, BTreeMap<&str, BTreeSet<&str>>> = BTreeMap::new();
+    for (from, to) in edges.iter().filter(|(from, to)| from != to) {
+        files.entry(from).or_default().entry(to).or_default().insert(from);
+    }
+    let circles = circles(&files);
+    assert!(circles.is_empty(), "files that import each other:\n{circles}");
+}
+
+#[test]
 fn what_is_read_of_a_source() {
     let text = r##"
         use super::{a::B as C, d::{self, E}};

@@ -11,6 +11,7 @@ use qcow2_format::header::extension::Extension;
 use qcow2_format::header::feature::{Autoclear, Compatible, Incompatible};
 use qcow2_format::{Geometry, Header};
 
+use self::version::refused;
 use crate::check::{self, CheckOptions, Repair, restructure};
 use crate::image::read_header;
 use crate::invalid::invalid;
@@ -182,8 +183,4 @@ fn change_width(storage: &dyn Storage, bits: u32, limits: &CheckOptions, job: &J
     new.geometry = Geometry::new(g.cluster_bits(), bits.trailing_zeros(), g.extended_l2())
         .map_err(|e| invalid(e, ErrorKind::InvalidArgument))?;
     restructure(storage, &new, false, limits, job, |new| publish::header(storage, &old, new))
-}
-
-fn refused(field: &'static str, message: impl Into<String>) -> Error {
-    Error::new(ErrorKind::InvalidArgument, message).with_field(field)
 }

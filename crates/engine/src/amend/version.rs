@@ -5,10 +5,10 @@ use qcow2_format::header::feature::{Autoclear, Compatible, Incompatible};
 use qcow2_format::snapshot::V3_EXTRA_DATA;
 use qcow2_format::{CryptMethod, Header};
 
-use super::{publish, refused};
+use super::publish;
 use crate::check::{CheckOptions, expand_zeroes, restructure};
 use crate::image::{load_snapshots, read_header};
-use crate::{Job, Result, Storage, StorageExt};
+use crate::{Error, ErrorKind, Job, Result, Storage, StorageExt};
 
 /// Makes a version 3 image of a version 2 image. Its snapshots get the fields that version 3 requires.
 pub(super) fn upgrade(storage: &dyn Storage, limits: &CheckOptions, job: &Job) -> Result<()> {
@@ -83,4 +83,8 @@ pub(super) fn downgrade(
     new.unknown_fields.clear();
     new.extensions.retain(|e| !matches!(e, Extension::FeatureNames(_) | Extension::Bitmaps(_)));
     publish::header(storage, &old, &new)
+}
+
+pub(super) fn refused(field: &'static str, message: impl Into<String>) -> Error {
+    Error::new(ErrorKind::InvalidArgument, message).with_field(field)
 }

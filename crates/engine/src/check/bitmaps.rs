@@ -4,8 +4,8 @@ use qcow2_format::bitmap::{BitmapCluster, BitmapDirectoryEntry, BitmapTableEntry
 use qcow2_format::header::feature::Autoclear;
 
 use super::report::FindingCode;
+use super::target::{Repair, Stop, Target};
 use super::walk::Walk;
-use super::{Repair, Stop, Target};
 use crate::{Error, ErrorKind, MemMut, StorageExt};
 
 /// Largest bitmap, in bytes of its clusters: QEMU's limit.

@@ -5,7 +5,7 @@ use qcow2_format::refcount;
 use super::counts::{PAGE, Page, ReferenceCounts};
 use super::report::{FindingCode, Tally};
 use super::stored::{Block, StoredRefcounts};
-use super::{Stop, Target};
+use super::target::{Stop, Target};
 
 /// Which differences a repair removes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -5,9 +5,10 @@
 use qcow2_format::limits::MAX_HOST_OFFSET;
 use qcow2_format::{CompressedDescriptor, Geometry, Header, L2Entry, L2Mapping};
 
+use super::read_ahead;
 use super::report::FindingCode;
+use super::target::{Repair, Stop};
 use super::walk::Walk;
-use super::{Repair, Stop, read_ahead};
 use crate::{Error, ErrorKind};
 
 /// Bytes of memory per entry that waits to be written.

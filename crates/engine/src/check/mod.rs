@@ -1,12 +1,12 @@
 //! Checking the metadata of one image: what every structure refers to, against what the refcounts say.
 //!
-//! Three steps, each of its own file, so that a repair can run between them: the walk ([`walk`]) visits every
+//! Three steps, each of its own file, so that a repair can run between them: the walk ([`visit`]) visits every
 //! structure and counts references ([`counts`]), the comparison ([`compare`]) holds the counts against the stored
 //! refcounts ([`stored`]), and the COPIED flags are judged by the stored refcounts. A check that only reads judges the
 //! flags during the walk, so that each L2 table is read once.
 //!
 //! What counts as an error, a leak or a failure is what QEMU's own check counts, so that both report the same numbers
-//! for the same image. Memory is bounded by [`Limits::max_memory`], not by what the image claims.
+//! for the same image. Memory is bounded by [`qcow2_format::Limits::max_memory`], not by what the image claims.
 
 mod bitmaps;
 mod compare;
@@ -17,47 +17,29 @@ mod repair;
 mod report;
 mod snapshots;
 mod stored;
+mod target;
 mod uncounted;
+mod visit;
 mod walk;
 
-use qcow2_format::{Header, Limits};
+use qcow2_format::Header;
 
-pub use repair::{Repair, repair};
+pub use repair::repair;
 pub(crate) use repair::{expand_zeroes, restructure};
 pub use report::{CheckReport, Finding, FindingCode, Severity};
+pub use target::{CheckOptions, Repair};
 
-use crate::{Error, ErrorKind, Job, Result, Storage, StorageExt};
+use crate::{Job, Result, Storage};
 use compare::Fix;
 use report::Tally;
-
-/// Bytes of a sector: lengths are counted in whole sectors.
-const SECTOR: u64 = 512;
-
-/// Most clusters in an image file that can be checked; QEMU's limit as well.
-const MAX_CLUSTERS: u64 = i32::MAX as u64;
-
-/// How to check.
-#[derive(Debug, Clone, Copy)]
-pub struct CheckOptions {
-    /// Limits on memory and on metadata.
-    pub limits: Limits,
-    /// Most findings that are kept with their message; all are counted.
-    pub max_findings: usize,
-    /// Threads that read L2 tables ahead of the walk; 0 reads in the walk itself.
-    pub readers: usize,
-}
-
-impl Default for CheckOptions {
-    fn default() -> Self {
-        Self { limits: Limits::default(), max_findings: 10_000, readers: 2 }
-    }
-}
+use target::{File, SECTOR, Stop, Target};
+use visit::walk_all;
 
 /// Checks the image in `storage`, whose header is `header`, without changing it. Neither a backing file nor an external
 /// data file is looked at. Progress is told in guest bytes, those of each snapshot included.
 ///
 /// # Errors
-/// `Aborted` through `job`; `Limit` where the counters would exceed [`Limits::max_memory`]; `Io`. Metadata so damaged
+/// `Aborted` through `job`; `Limit` where the counters would exceed [`qcow2_format::Limits::max_memory`]; `Io`. Metadata so damaged
 /// that the check cannot go on is no error of this call but [`CheckReport::failure`].
 pub fn check(
     storage: &dyn Storage,
@@ -139,36 +121,6 @@ fn conclude(outcome: Result<(), Stop>, mut tally: Tally, mut report: CheckReport
     Ok(report)
 }
 
-/// What is checked, and under which rules.
-struct Target<'a> {
-    storage: &'a dyn Storage,
-    header: &'a Header,
-    options: &'a CheckOptions,
-    job: &'a Job,
-    /// What a repair may change; `None` for a check that only reads.
-    repair: Option<Repair>,
-}
-
-/// Why a check ends early.
-enum Stop {
-    /// The image is too damaged to go on: part of the result.
-    Failed(Error),
-    /// The caller, the system or a limit ends the call.
-    Error(Error),
-}
-
-impl From<Error> for Stop {
-    fn from(error: Error) -> Self {
-        Self::Error(error)
-    }
-}
-
-impl Stop {
-    fn corrupt(message: impl Into<String>, offset: u64) -> Self {
-        Self::Failed(Error::new(ErrorKind::Corrupt, message).with_offset(offset))
-    }
-}
-
 fn run(target: &Target<'_>, tally: &mut Tally, report: &mut CheckReport) -> Result<(), Stop> {
     let snapshots = snapshots::read(target, tally)?;
     tally.corruptions += snapshots.corruptions();
@@ -181,44 +133,6 @@ fn run(target: &Target<'_>, tally: &mut Tally, report: &mut CheckReport) -> Resu
     tally.append(copied);
     report.image_end_offset = Some((compared.highest + 1) << target.header.geometry.cluster_bits());
     Ok(())
-}
-
-/// The size of the image file.
-struct File {
-    /// Bytes, in whole sectors.
-    length: u64,
-    clusters: u64,
-}
-
-impl File {
-    fn measure(target: &Target<'_>) -> Result<Self, Stop> {
-        let length = target.storage.size()?.next_multiple_of(SECTOR);
-        let clusters = target.header.geometry.clusters_for(length);
-        if clusters > MAX_CLUSTERS {
-            let message = format!("an image file of {clusters} clusters is too large to check");
-            return Err(Stop::Failed(Error::new(ErrorKind::Limit, message)));
-        }
-        Ok(Self { length, clusters })
-    }
-}
-
-/// Whether the file ends inside the active L1 table.
-fn short_l1(storage: &dyn Storage, header: &Header) -> Result<bool> {
-    let bytes = u64::from(header.l1_size) * 8;
-    Ok(bytes > 0 && header.l1_table_offset.get().saturating_add(bytes) > storage.size()?)
-}
-
-fn walk_all<'a>(
-    target: &'a Target<'_>,
-    file: &File,
-    snapshots: &snapshots::SnapshotTable,
-    stored: &mut stored::StoredRefcounts<'a>,
-    tally: &mut Tally,
-    copied: &mut Tally,
-) -> Result<walk::Walked, Stop> {
-    let mut walk = walk::Walk::new(target, stored, file.clusters, file.length, tally, copied);
-    walk.all(snapshots)?;
-    Ok(walk.finish())
 }
 
 /// What a walk says about the active disk.

@@ -9,7 +9,7 @@ use qcow2_format::snapshot::{
 use qcow2_format::{FormatError, SnapshotRecord};
 
 use super::report::{FindingCode, Severity, Tally};
-use super::{Repair, Stop, Target};
+use super::target::{Repair, SECTOR, Stop, Target};
 use crate::image::l1_damage;
 use crate::{Error, ErrorKind, MemMut, StorageExt};
 
@@ -75,7 +75,7 @@ pub(super) fn read(target: &Target<'_>, tally: &mut Tally) -> Result<SnapshotTab
     let mut table = SnapshotTable::default();
     let count = entries_to_read(target, repair, &mut table, tally)?;
     let length = target.storage.size()?;
-    let file_length = length.next_multiple_of(super::SECTOR);
+    let file_length = length.next_multiple_of(SECTOR);
     let mut incomplete = Vec::new();
     // What a repaired table takes: extra data beyond the limit is cut off.
     let mut kept = 0;

@@ -4,8 +4,8 @@ use qcow2_format::limits::MAX_CLUSTER_BITS;
 use qcow2_format::refcount::{self, RefcountTableEntry};
 use qcow2_format::{Geometry, HostOffset};
 
-use super::Target;
 use super::read_ahead::{Source, Table, for_each_table};
+use super::target::Target;
 use crate::{Error, ErrorKind, MemMut, Result, Storage, StorageExt};
 
 /// Clusters whose bits share an allocation.

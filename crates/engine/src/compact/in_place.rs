@@ -4,9 +4,10 @@ use std::ops::Range;
 
 use qcow2_format::Geometry;
 
-use super::survey::{Table, ZeroScan, tables};
+use super::options::{CompactOptions, CompactResult};
+use super::survey::ZeroScan;
 use super::table_edit::TableEdit;
-use super::{CompactOptions, CompactResult};
+use super::tables::{Table, tables};
 use crate::check::References;
 use crate::maintenance::Session;
 use crate::{Job, Result, StorageExt};
@@ -112,13 +113,7 @@ impl Session<'_> {
         let Edits { slices, unlinked, .. } = edits;
         let external = self.image.header().has_data_file();
         let size = self.geometry().cluster_size();
-        {
-            let mut mapping = self.image.mapping.write();
-            for (offset, words) in slices {
-                mapping.dirty.insert(offset, words.into());
-            }
-            mapping.generation += 1;
-        }
+        self.image.changing().put_slices(slices.into_iter().map(|(offset, words)| (offset, words.into())));
         if external {
             self.barrier()?;
             self.end_reads()?;

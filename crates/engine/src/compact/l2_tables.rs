@@ -2,7 +2,7 @@
 
 use qcow2_format::{HostOffset, L1Entry, words};
 
-use super::survey::{Table, entry_at, read_words, tables};
+use super::tables::{Table, entry_at, read_words, tables};
 use crate::maintenance::Session;
 use crate::{Job, MemMut, Result, StorageExt};
 
@@ -98,7 +98,7 @@ impl Session<'_> {
         }
         self.barrier()?;
         for &(table, to) in &moves {
-            self.image.slices.remove_table(to, g.cluster_size());
+            self.image.forget_slices(to, g.cluster_size());
             self.writer.with_alloc(|_, metadata| {
                 metadata.add(g.cluster_index(to));
                 Ok(())
@@ -122,12 +122,7 @@ impl Session<'_> {
                 self.write(l1.0 + place.index as u64 * 8, &new.to_bytes())
             }
             None => {
-                let mut mapping = self.image.mapping.write();
-                if let Some(entry) = mapping.l1.get_mut(place.index) {
-                    *entry = new.0;
-                }
-                mapping.dirty_l1.insert(place.index);
-                mapping.generation += 1;
+                self.image.changing().set_l1_entry(place.index, new, false);
                 Ok(())
             }
         }
@@ -145,7 +140,7 @@ impl Session<'_> {
                 }
             }
         };
-        add(&self.image.mapping.read().l1, None);
+        add(self.image.mapping().l1(), None);
         for (number, record) in self.image.snapshots().iter().enumerate() {
             let mut bytes = vec![0u8; record.l1_size as usize * 8];
             self.image.storage().read_exact_at(MemMut::from(&mut bytes[..]), record.l1_table_offset.0)?;

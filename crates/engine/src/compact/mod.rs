@@ -16,59 +16,26 @@
 //!
 //! Guest writes wait, guest reads go on: clusters are given up once no read can reach them.
 
+mod compressed;
 mod data_file;
 mod holes;
 mod in_place;
 mod l2_tables;
+mod options;
 mod packing;
 mod rewrite;
 mod structures;
 mod survey;
 mod sweep;
 mod table_edit;
+mod tables;
 
+use self::options::measure;
+pub use self::options::{CompactOptions, CompactResult};
 use crate::check::{CheckOptions, References, count_references};
 use crate::image::{Image, Qcow2, read_header};
 use crate::maintenance::Session;
-use crate::{Error, ErrorKind, Job, Result, StorageExt};
-
-/// How to compact.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct CompactOptions {
-    /// Move clusters from the end of the file into free ones.
-    pub rewrite: bool,
-    /// Give clusters up that hold nothing but zeroes: all data is read.
-    pub zeroes: bool,
-    /// Change nothing; tell what would be had.
-    pub dry_run: bool,
-}
-
-/// What a compaction did, or would do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct CompactResult {
-    /// Length of the image file before, in bytes.
-    pub length_before: u64,
-    /// Length of the image file afterwards, in bytes.
-    pub length_after: u64,
-    /// Bytes that the image file, and an external data file, took on the disk before.
-    pub allocated_before: u64,
-    /// The same afterwards.
-    pub allocated_after: u64,
-    /// Clusters that nothing referred to.
-    pub leaked_clusters: u64,
-    /// Clusters given up because they held nothing but zeroes, compressed ones among them.
-    pub zero_clusters: u64,
-    /// Host clusters that moved.
-    pub moved_clusters: u64,
-}
-
-impl CompactResult {
-    /// Bytes given back to the file system. A file on a system without holes, or whose clusters had none, gives
-    /// back what it became shorter.
-    pub fn reclaimed(&self) -> u64 {
-        self.allocated_before.saturating_sub(self.allocated_after)
-    }
-}
+use crate::{Error, ErrorKind, Job, Result};
 
 impl Image {
     /// Compacts the top layer. What the disk and its snapshots read as stays. Cancelled through `job`, it leaves a
@@ -124,20 +91,4 @@ fn references(image: &Qcow2, job: &Job) -> Result<References> {
     }
     let message = format!("the image has {} errors: repair it before it is compacted", references.errors);
     Err(image.error(ErrorKind::Corrupt, message))
-}
-
-/// The sizes as they are, as those before a compaction.
-fn measure(image: &Qcow2) -> Result<CompactResult> {
-    let mut allocated = 0;
-    for storage in [Some(image.storage()), image.data_file()].into_iter().flatten() {
-        allocated += storage.space_in_use()?;
-    }
-    let length = image.storage().size()?;
-    Ok(CompactResult {
-        length_before: length,
-        length_after: length,
-        allocated_before: allocated,
-        allocated_after: allocated,
-        ..CompactResult::default()
-    })
 }

@@ -8,7 +8,7 @@
 //! A cluster that several entries refer to moves once; its new place is remembered until the last of them was seen.
 //! Everything else is known from one entry: memory is bounded by what is shared, and by one batch.
 
-use super::CompactResult;
+use super::options::CompactResult;
 use super::sweep::Sweep;
 use crate::maintenance::Session;
 use crate::{Job, Result};

@@ -33,7 +33,7 @@ impl Session<'_> {
     pub(super) fn move_structures(&self, bound: u64, job: &Job) -> Result<u64> {
         let g = self.geometry();
         let mut moved = 0;
-        let l1_bytes = self.image.mapping.read().l1.len() as u64 * 8;
+        let l1_bytes = self.image.mapping().l1().len() as u64 * 8;
         if self.behind(self.writer.l1_offset(), l1_bytes, bound) {
             moved += self.move_active_l1(bound)?;
         }

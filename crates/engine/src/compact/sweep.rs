@@ -6,8 +6,8 @@ use qcow2_format::{HostOffset, L2Mapping};
 
 use super::in_place::{BATCH_SLICES, Edits};
 use super::packing::Packing;
-use super::survey::{Table, most_remembered, tables};
 use super::table_edit::TableEdit;
+use super::tables::{Table, most_remembered, tables};
 use crate::maintenance::Session;
 use crate::storage::Run;
 use crate::{ErrorKind, Job, Mem, MemMut, Result, StorageExt};

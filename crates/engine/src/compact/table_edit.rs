@@ -2,7 +2,7 @@
 
 use qcow2_format::L2Mapping;
 
-use super::survey::{Table, entry_at, guest_of, read_words};
+use super::tables::{Table, entry_at, guest_of, read_words};
 use crate::Result;
 use crate::image::Qcow2;
 
@@ -23,7 +23,7 @@ impl<'a> TableEdit<'a> {
 
     /// The first entry of each slice.
     pub(super) fn slices(&self) -> impl Iterator<Item = usize> + use<> {
-        (0..self.image.geometry().l2_entries() as usize).step_by(self.image.slices.entries() as usize)
+        (0..self.image.geometry().l2_entries() as usize).step_by(self.image.slices().entries() as usize)
     }
 
     /// Replaces the entries of the slice that begins with entry `first` by what `change` makes of them: `None` keeps one.
@@ -35,7 +35,7 @@ impl<'a> TableEdit<'a> {
     ) -> Result<Option<Slice>> {
         let Self { image, table, words } = self;
         let g = image.geometry();
-        let per_slice = image.slices.entries() as usize;
+        let per_slice = image.slices().entries() as usize;
         let mut changed = false;
         for number in first..first + per_slice {
             let entry = entry_at(image, words, number);
@@ -44,11 +44,11 @@ impl<'a> TableEdit<'a> {
             }
             let old = image.decode_entry(entry, guest_of(image, table.l1_index, number))?;
             if let Some(new) = change(&old)?.filter(|new| *new != old) {
-                image.slices.set_entry(words, number as u64, new.encode(g));
+                image.slices().set_entry(words, number as u64, new.encode(g));
                 changed = true;
             }
         }
-        let length = (image.slices.slice_bytes() / 8) as usize;
+        let length = (image.slices().slice_bytes() / 8) as usize;
         let start = first / per_slice * length;
         let slice = words.get(start..start + length).filter(|_| changed);
         Ok(slice.map(|slice| (table.offset + start as u64 * 8, slice.to_vec())))

@@ -13,7 +13,7 @@ use crate::{Error, ErrorKind, MemMut, Result, Storage, StorageExt};
 const DEFAULT_BYTES: u64 = 16 << 20;
 
 #[derive(Debug)]
-pub(crate) struct InflatedCache {
+pub(super) struct InflatedCache {
     clusters: Cache<CompressedDescriptor, Arc<[u8]>>,
 }
 
@@ -30,18 +30,18 @@ thread_local! {
 }
 
 impl InflatedCache {
-    pub(crate) fn new(geometry: &Geometry, limit: Option<u64>) -> Self {
+    pub(super) fn new(geometry: &Geometry, limit: Option<u64>) -> Self {
         let clusters = (limit.unwrap_or(DEFAULT_BYTES) / geometry.cluster_size()).max(4);
         Self { clusters: Cache::new(clusters as usize) }
     }
 
     /// Forgets a cluster: other data is now stored there.
-    pub(crate) fn remove(&self, descriptor: &CompressedDescriptor) {
+    pub(super) fn remove(&self, descriptor: &CompressedDescriptor) {
         self.clusters.remove(descriptor);
     }
 
     /// The inflated cluster, from the cache or inflated now, by one thread only.
-    pub(crate) fn get(&self, inflate: &Inflate<'_>) -> Result<Arc<[u8]>> {
+    pub(super) fn get(&self, inflate: &Inflate<'_>) -> Result<Arc<[u8]>> {
         match self.clusters.get_value_or_guard(&inflate.descriptor, None) {
             GuardResult::Value(cluster) => Ok(cluster),
             GuardResult::Guard(guard) => {
@@ -55,11 +55,11 @@ impl InflatedCache {
 }
 
 /// One compressed cluster and all that is needed to inflate it.
-pub(crate) struct Inflate<'a> {
-    pub(crate) storage: &'a dyn Storage,
-    pub(crate) descriptor: CompressedDescriptor,
-    pub(crate) compression: CompressionType,
-    pub(crate) cluster_size: usize,
+pub(super) struct Inflate<'a> {
+    pub(super) storage: &'a dyn Storage,
+    pub(super) descriptor: CompressedDescriptor,
+    pub(super) compression: CompressionType,
+    pub(super) cluster_size: usize,
 }
 
 impl Inflate<'_> {
@@ -70,7 +70,7 @@ impl Inflate<'_> {
     }
 
     /// Inflates into `cluster`, exactly one cluster.
-    pub(crate) fn run(&self, cluster: &mut [u8]) -> Result<()> {
+    pub(super) fn run(&self, cluster: &mut [u8]) -> Result<()> {
         SCRATCH.with_borrow_mut(|scratch| {
             let length = self.descriptor.max_length() as usize;
             scratch.input.resize(length.max(scratch.input.len()), 0);

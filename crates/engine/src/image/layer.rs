@@ -7,7 +7,7 @@ use qcow2_core::Layer;
 use qcow2_core::layer::{Holes, Pin, References, Segment, SegmentKind};
 use qcow2_format::{CompressedDescriptor, CryptMethod};
 
-use super::mapping::descriptor;
+use super::plan::descriptor;
 use super::qcow2::Qcow2;
 use crate::storage::ReadTransfer;
 use crate::{ErrorKind, Job, MemMut, Result, Storage, StorageExt, encryption};

@@ -1,6 +1,6 @@
 //! An open disk image: a chain of layers, top first, read as one disk.
 //!
-//! Reading is plan, then execute: a layer turns a guest range into segments ([`mapping`]), then the bytes are read or
+//! Reading is plan, then execute: a layer turns a guest range into segments ([`plan`]), then the bytes are read or
 //! inflated straight into the caller's buffer ([`Image::read_at`]). No lock is held across data I/O.
 
 mod bitmaps;
@@ -10,19 +10,24 @@ mod inflated;
 mod layer;
 mod mapping;
 mod open;
+mod options;
+mod plan;
 mod preallocation;
 mod qcow2;
 mod slices;
 mod snapshots;
+mod tables;
 mod writing;
 
 pub use bitmaps::BitmapRecord;
 pub use chain::Image;
 pub(crate) use clones::{Clones, LiveCopy};
 pub(crate) use mapping::{Loaded, Missing};
-pub use open::{OpenOptions, read_header, read_header_for_check};
+pub use open::{read_header, read_header_for_check};
+pub use options::OpenOptions;
 pub use qcow2::{BackingReference, DataFileReference, Qcow2, References};
 pub use qcow2_core::layer::{Segment, SegmentKind};
 pub use qcow2_core::{Layer, Raw};
 pub(crate) use slices::Slice;
 pub(crate) use snapshots::{l1_damage, load as load_snapshots};
+pub(crate) use tables::Pending;

@@ -13,7 +13,7 @@ use qcow2_format::{CryptMethod, Geometry, Header, Limits, SnapshotRecord};
 
 use super::inflated::{Inflate, InflatedCache};
 use super::mapping::Mapping;
-use super::open::OpenOptions;
+use super::options::OpenOptions;
 use super::slices::SliceCache;
 use crate::door::{DataDoor, behind, by_guest_sector};
 use crate::storage::SectorCodec;
@@ -35,12 +35,12 @@ pub struct Qcow2 {
     bitmap_directory: RwLock<Option<BitmapsExtension>>,
     snapshot_error: Option<Error>,
     options: OpenOptions,
-    pub(crate) mapping: RwLock<Mapping>,
-    pub(crate) slices: SliceCache,
-    pub(crate) inflated: InflatedCache,
+    pub(super) mapping: RwLock<Mapping>,
+    pub(super) slices: SliceCache,
+    pub(super) inflated: InflatedCache,
     /// Present when the image is open for writing.
     pub(super) writer: Option<Writer>,
-    pub(crate) metadata_preallocated: OnceLock<bool>,
+    pub(super) metadata_preallocated: OnceLock<bool>,
 }
 
 /// The disk that is read: the active one or an internal snapshot's.

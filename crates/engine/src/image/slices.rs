@@ -25,7 +25,7 @@ pub(crate) struct SliceCache {
 }
 
 impl SliceCache {
-    pub(crate) fn new(geometry: &Geometry, disk_size: u64, limit: Option<u64>) -> Self {
+    pub(super) fn new(geometry: &Geometry, disk_size: u64, limit: Option<u64>) -> Self {
         let bytes = SLICE_BYTES.min(geometry.cluster_size());
         let whole = geometry.clusters_for(disk_size).saturating_mul(geometry.l2_entry_size());
         let capacity = limit.unwrap_or(DEFAULT_MAX_BYTES).min(whole).div_ceil(bytes).max(2);
@@ -50,12 +50,12 @@ impl SliceCache {
     }
 
     /// The slice at `offset`, where it is cached.
-    pub(crate) fn peek(&self, offset: u64) -> Option<Slice> {
+    pub(super) fn peek(&self, offset: u64) -> Option<Slice> {
         self.cache.get(&offset)
     }
 
     /// The slice at `offset`, read if it is not cached. One thread reads, others that want it wait.
-    pub(crate) fn load(&self, storage: &dyn Storage, offset: u64) -> Result<Slice> {
+    pub(super) fn load(&self, storage: &dyn Storage, offset: u64) -> Result<Slice> {
         match self.cache.get_value_or_guard(&offset, None) {
             GuardResult::Value(slice) => Ok(slice),
             GuardResult::Guard(guard) => {
@@ -69,14 +69,14 @@ impl SliceCache {
     }
 
     /// `count` slices from `offset` on, read in one transfer and not kept.
-    pub(crate) fn load_uncached(&self, storage: &dyn Storage, offset: u64, count: u64) -> Result<Vec<Slice>> {
+    pub(super) fn load_uncached(&self, storage: &dyn Storage, offset: u64, count: u64) -> Result<Vec<Slice>> {
         let mut buf = vec![0u8; (count * self.bytes) as usize];
         storage.read_exact_at(MemMut::from(&mut buf[..]), offset).map_err(|e| e.with_field("L2 table"))?;
         Ok(buf.chunks_exact(self.bytes as usize).map(|bytes| words::decode(bytes).into()).collect())
     }
 
     /// How many entries from `index` on, at most `limit`, say the same: see [`l2::run_length`].
-    pub(crate) fn run(&self, slice: &[u64], index: u64, limit: u64) -> u64 {
+    pub(super) fn run(&self, slice: &[u64], index: u64, limit: u64) -> u64 {
         l2::run_length(slice, index as usize, limit, &self.geometry)
     }
 
@@ -86,12 +86,12 @@ impl SliceCache {
     }
 
     /// Replaces the slice at `offset` by what was just written there.
-    pub(crate) fn insert(&self, offset: u64, slice: Slice) {
+    pub(super) fn insert(&self, offset: u64, slice: Slice) {
         self.cache.insert(offset, slice);
     }
 
     /// Forgets the slices of a table: its cluster was freed or changes outside the cache.
-    pub(crate) fn remove_table(&self, table: u64, table_bytes: u64) {
+    pub(super) fn remove_table(&self, table: u64, table_bytes: u64) {
         for offset in (table..table + table_bytes).step_by(self.bytes as usize) {
             self.cache.remove(&offset);
         }

@@ -47,7 +47,7 @@ impl Session<'_> {
         let place = place * g.cluster_size();
         bytes.resize((clusters * g.cluster_size()) as usize, 0);
         // It may have been an L2 table in another life.
-        self.image.slices.remove_table(place, clusters * g.cluster_size());
+        self.image.forget_slices(place, clusters * g.cluster_size());
         self.write_beside(place, &bytes)?;
         Ok(place)
     }
@@ -166,7 +166,7 @@ impl Session<'_> {
                 }
             }
             Unlinked { cluster: own, count: 1, punch: true }.push_to(&mut free);
-            self.image.slices.remove_table(offset.0, g.cluster_size());
+            self.image.forget_slices(offset.0, g.cluster_size());
             let mut alloc = self.writer.alloc();
             free.into_iter().for_each(|run| alloc.give_up(run));
             Ok(())

@@ -20,7 +20,7 @@ impl Image {
         }
         let zeroes = vec![0u8; l1.len() * 8];
         session.write_changed(session.writer.l1_offset(), &words::encode(&l1), &zeroes)?;
-        session.image.mapping.write().l1.fill(0);
+        session.image.changing().replace_l1(vec![0; l1.len()]);
         // References go before refcounts: the loss must be durable before anything is used again.
         session.barrier()?;
         session.drop_references(&l1)?;

@@ -8,7 +8,6 @@ use qcow2_format::{HostOffset, SnapshotRecord, words};
 
 use super::plan::{NewSnapshot, Plan, Record, Step, Tree};
 use super::session::Session;
-use crate::alloc::Unlinked;
 use crate::image::{Image, read_header};
 use crate::write::Places;
 use crate::{Error, ErrorKind, Job, Result};
@@ -258,7 +257,7 @@ impl Session<'_> {
         SnapshotRecord {
             l1_table_offset: HostOffset(self.writer.l1_offset()),
             // At most 4 Mi entries: the format's limit.
-            l1_size: self.image.mapping.read().l1.len() as u32,
+            l1_size: self.image.mapping().l1().len() as u32,
             id: new.id.clone(),
             name: new.name.clone(),
             date_sec: new.date_sec,
@@ -310,8 +309,8 @@ impl Session<'_> {
         self.writer.write_places(self.image, &places)?;
         if made.forked {
             let former = self.writer.with_alloc(|alloc, metadata| Ok(alloc.adopt_fork(metadata)))?;
-            let mut mapping = self.image.mapping.write();
-            former.into_iter().for_each(|run: Unlinked| run.push_to(&mut mapping.unlinked));
+            let mut mapping = self.image.changing();
+            former.into_iter().for_each(|run| mapping.unlink(run));
         }
         if let Some(list) = bitmaps {
             self.writer.bitmaps.replace(list);
@@ -333,11 +332,7 @@ impl Session<'_> {
             // First: who finds nothing mapped behind the new end sees that it is the end.
             self.image.set_virtual_size(l1.size);
         }
-        let former = {
-            let mut mapping = self.image.mapping.write();
-            mapping.generation += 1;
-            std::mem::replace(&mut mapping.l1, l1.entries.clone())
-        };
+        let former = self.image.changing().replace_l1(l1.entries.clone());
         self.writer.forget_l2_tables(self.image, &former);
         self.writer.note_active(self.image, &l1.entries, l1.offset);
         self.image.set_virtual_size(l1.size);

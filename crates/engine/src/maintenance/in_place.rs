@@ -48,7 +48,7 @@ impl Session<'_> {
         // No more than that: what follows in the last cluster may have no space.
         match self.image.storage().write_all_at(Mem::from(bytes), offset) {
             Ok(()) => {
-                self.image.slices.remove_table(offset, g.clusters_for(length) * g.cluster_size());
+                self.image.forget_slices(offset, g.clusters_for(length) * g.cluster_size());
                 self.barrier().map(|()| Some(offset))
             }
             // A file system that writes nothing in place.
@@ -106,7 +106,7 @@ impl Session<'_> {
         let size = self.geometry().cluster_size();
         for (index, &entry) in l1.iter().enumerate() {
             if let Some(table) = self.table_of(entry, index)? {
-                self.image.slices.remove_table(table.0, size);
+                self.image.forget_slices(table.0, size);
             }
         }
         if !self.writer.mark_dirty(self.image)? {

@@ -138,7 +138,7 @@ impl<'a> Active<'a> {
         // Later, it would be too late to refuse: what is written there must be recorded.
         writer.bitmaps.check_size(size, image.limits().max_memory)?;
         self.drop_behind(old)?;
-        if entries > image.mapping.read().l1.len() as u64 {
+        if entries > image.mapping().l1().len() as u64 {
             // What refers to the old table must be in the file before it is copied.
             self.flush_metadata()?;
             writer.grow_l1(image, entries)?;
@@ -164,7 +164,7 @@ impl<'a> Active<'a> {
     fn drop_behind(&self, end: u64) -> Result<()> {
         let Self { image, .. } = *self;
         let g = image.geometry();
-        let mapped = (image.mapping.read().l1.len() as u64).saturating_mul(g.l2_coverage());
+        let mapped = (image.mapping().l1().len() as u64).saturating_mul(g.l2_coverage());
         let Some(start) = end.checked_next_multiple_of(g.cluster_size()).filter(|start| *start < mapped)
         else {
             return Ok(());
@@ -230,7 +230,7 @@ impl Writer {
             self.write_l1_place(image, entries as u32, offset).and_then(|()| image.storage().flush());
         switched.map_err(|e| self.poison(e))?;
         self.metadata.lock().set_l1(&g, offset, entries);
-        let (old, old_offset) = (std::mem::replace(&mut image.mapping.write().l1, l1), self.l1_offset());
+        let (old, old_offset) = (image.changing().replace_l1(l1), self.l1_offset());
         self.set_l1_offset(offset);
         let mut alloc = self.alloc.lock();
         for cluster in 0..g.clusters_for(old.len() as u64 * 8) {

@@ -121,7 +121,7 @@ impl<'a> Session<'a> {
             self.writer.poison_unless_full(error)
         })?;
         // A read that was slow may remember an L2 table that was there.
-        self.image.slices.remove_table(offset, whole);
+        self.image.forget_slices(offset, whole);
         Ok(())
     }
 
@@ -161,14 +161,14 @@ impl<'a> Session<'a> {
         let g = self.geometry();
         let count = g.clusters_for(bytes);
         if count > 0 {
-            let mut mapping = self.image.mapping.write();
-            Unlinked { cluster: g.cluster_index(offset), count, punch: true }.push_to(&mut mapping.unlinked);
+            let run = Unlinked { cluster: g.cluster_index(offset), count, punch: true };
+            self.image.changing().unlink(run);
         }
     }
 
     /// Frees what waits when that is much.
     pub(crate) fn limit_unlinked(&self) -> Result<()> {
-        let waiting = self.image.mapping.read().unlinked.len();
+        let waiting = self.image.mapping().unlinked();
         if waiting > UNLINKED_LIMIT { self.barrier() } else { Ok(()) }
     }
 

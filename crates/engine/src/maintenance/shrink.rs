@@ -65,7 +65,7 @@ impl Session<'_> {
         self.writer.note_active(self.image, &l1, offset);
         // The size first: who finds nothing mapped behind the end sees that it is the end.
         self.image.set_virtual_size(size);
-        self.image.mapping.write().l1.clone_from(&l1);
+        self.image.changing().replace_l1(l1.clone());
         self.image.next_generation();
         self.writer.bitmaps.resize(size, self.image.limits().max_memory)?;
         let Some(beside) = beside else {
@@ -131,7 +131,7 @@ impl Session<'_> {
         if let Some(cut) = cut.filter(|_| own) {
             let behind = cut.bytes.get(cut.kept..).unwrap_or_default();
             self.write_changed(cut.former.0 + cut.kept as u64, behind, &vec![0; behind.len()])?;
-            self.image.slices.remove_table(cut.former.0, g.cluster_size());
+            self.image.forget_slices(cut.former.0, g.cluster_size());
         }
         self.barrier()?;
         if let Some(cut) = cut.filter(|_| own) {
@@ -154,10 +154,12 @@ impl Session<'_> {
         self.barrier()?;
         let entry = L1Entry::new(HostOffset(offset), true);
         self.write(self.writer.l1_offset() + cut.l1_index as u64 * 8, &entry.to_bytes())?;
-        if let Some(place) = self.image.mapping.write().l1.get_mut(cut.l1_index) {
+        let mut l1 = self.image.l1();
+        if let Some(place) = l1.get_mut(cut.l1_index) {
             *place = entry.0;
         }
-        self.writer.note_active(self.image, &self.image.l1(), self.writer.l1_offset());
+        self.writer.note_active(self.image, &l1, self.writer.l1_offset());
+        self.image.changing().replace_l1(l1);
         self.barrier()?;
         self.for_cut(cut, |cluster| self.unlink(cluster * size, size))?;
         self.unlink(cut.former.0, size);

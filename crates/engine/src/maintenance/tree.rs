@@ -132,12 +132,12 @@ impl Session<'_> {
             let exclusive = self.refcount(g.cluster_index(offset.0))? == 1;
             if self.rewrite_table(&mut table, index, exclusive)? {
                 self.write_changed(offset.0, &old, &table)?;
-                self.image.slices.remove_table(offset.0, g.cluster_size());
+                self.image.forget_slices(offset.0, g.cluster_size());
             }
             *entry = L1Entry::new(offset, exclusive).0;
         }
         self.write_changed(self.writer.l1_offset(), &old_l1, &words::encode(&l1))?;
-        self.image.mapping.write().l1 = l1;
+        self.image.changing().replace_l1(l1);
         self.barrier()
     }
 

@@ -81,7 +81,7 @@ fn wish(image: &Qcow2, slice: &Slice, index: u64, first: u64, count: u64) -> Wis
     let g = image.geometry();
     let chunk = chunk_clusters(g);
     let host = |index: u64| {
-        let entry = image.slices.entry(slice, index);
+        let entry = image.slices().entry(slice, index);
         match entry.decode(g, image.header().version, false) {
             Ok(L2Mapping::Data { host, .. } | L2Mapping::Subclusters { host: Some(host), .. }) => {
                 Some(g.cluster_index(host.0))
@@ -93,7 +93,8 @@ fn wish(image: &Qcow2, slice: &Slice, index: u64, first: u64, count: u64) -> Wis
     let before = (first % chunk).max(1).min(index);
     let left = (1..=before).find_map(|d| Some(host(index - d)? + d));
     let end = first + count;
-    let after = (end.next_multiple_of(chunk) - end).min(image.slices.entries().saturating_sub(index + count));
+    let after =
+        (end.next_multiple_of(chunk) - end).min(image.slices().entries().saturating_sub(index + count));
     let right = (0..after).find_map(|d| host(index + count + d)?.checked_sub(count + d));
     Wish { near: [left, right], within: Some(first % chunk), sparse: false }
 }
@@ -102,24 +103,24 @@ impl Writer {
     /// Plans the start of `range` (not empty). Everything in the result was true at one moment under the lock.
     pub(super) fn plan_write(&self, image: &Qcow2, range: Range<u64>, loaded: &Loaded) -> Result<Step<'_>> {
         let g = image.geometry();
-        let mapping = image.mapping.read();
+        let mapping = image.mapping();
         let start = GuestOffset(range.start);
-        let Some(SlicePlace { offset, index }) = exclusive_slice(image, &mapping.l1, start)? else {
+        let Some(SlicePlace { offset, index }) = exclusive_slice(image, mapping.l1(), start)? else {
             return Ok(Step::NeedsTable);
         };
-        let Some(slice) = mapping.slice(&image.slices, offset, loaded) else {
-            return Ok(Step::Missing(Missing { offset, generation: mapping.generation, guest: start }));
+        let Some(slice) = mapping.slice(image.slices(), offset, loaded) else {
+            return Ok(Step::Missing(mapping.missing(offset, start)));
         };
         let guest = g.cluster_start(range.start);
         let mut old = Vec::new();
         let mut run: Option<(u64, u64)> = None;
         let mut reuse = None;
-        for (number, index) in (index..image.slices.entries()).enumerate() {
+        for (number, index) in (index..image.slices().entries()).enumerate() {
             let cluster = guest + number as u64 * g.cluster_size();
             if cluster >= range.end {
                 break;
             }
-            let entry = image.decode_entry(image.slices.entry(&slice, index), cluster)?;
+            let entry = image.decode_entry(image.slices().entry(&slice, index), cluster)?;
             let (start, end) = (range.start.max(cluster), range.end.min(cluster + g.cluster_size()));
             let within = start - cluster..end - cluster;
             match (in_place(image, &entry, &within), run) {
@@ -166,13 +167,13 @@ impl Writer {
     /// Registers the clusters of `range` (not empty) that one exclusive slice maps, for a change of their mapping.
     pub(super) fn plan_change(&self, image: &Qcow2, range: Range<u64>) -> Result<Step<'_>> {
         let g = image.geometry();
-        let mapping = image.mapping.read();
+        let mapping = image.mapping();
         let start = GuestOffset(range.start);
-        let Some(SlicePlace { index, .. }) = exclusive_slice(image, &mapping.l1, start)? else {
+        let Some(SlicePlace { index, .. }) = exclusive_slice(image, mapping.l1(), start)? else {
             return Ok(Step::NeedsTable);
         };
         let first = g.cluster_index(range.start);
-        let left = image.slices.entries() - index;
+        let left = image.slices().entries() - index;
         let clusters = first..(g.clusters_for(range.end)).min(first + left);
         Ok(match self.inflight.try_register(clusters.clone()) {
             Some(registration) => Step::Change(Run {

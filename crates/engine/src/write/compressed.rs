@@ -94,9 +94,9 @@ impl<'a> Active<'a> {
         writer.check_overlap(image, offset, bytes.len() as u64)?;
         image.storage().write_all_at(Mem::from(bytes), offset).inspect_err(|_| {
             let unlinked = Unlinked { cluster: g.cluster_index(offset), count: 1, punch: false };
-            unlinked.push_to(&mut image.mapping.write().unlinked);
+            image.changing().unlink(unlinked);
         })?;
-        image.inflated.remove(&descriptor);
+        image.forget_inflated(&descriptor);
         let change = Change { guest: run.guest, clusters: 1, barrier: true, punch: false };
         writer.link(image, change, |_, _| Some(L2Mapping::Compressed(descriptor)))
     }

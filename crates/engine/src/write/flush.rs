@@ -1,33 +1,18 @@
 //! Flushing: which bytes reach the file, in which order, with how few syncs.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 use std::time::Duration;
 
 use qcow2_format::{L1Entry, words};
 
 use super::active::Active;
 use crate::alloc::Unlinked;
-use crate::image::{Image, Qcow2};
+use crate::image::{Image, Pending, Qcow2, Slice};
 use crate::writer::Writer;
 use crate::{Mem, Result, StorageExt};
 
 /// Bytes of changed L2 slices that a request may leave behind; more are written without waiting for a flush.
 const DIRTY_BYTES: u64 = 8 << 20;
-
-/// L1 entries in the unit that is written at once: a sector.
-const L1_UNIT: usize = 64;
-
-/// What one flush writes.
-struct Pending {
-    slices: BTreeMap<u64, Arc<[u64]>>,
-    /// Start entry and the entries of each changed unit of the L1 table.
-    l1: Vec<(usize, Vec<u64>)>,
-    unlinked: Vec<Unlinked>,
-    epoch: Arc<()>,
-    links_need_barrier: bool,
-    tables_need_barrier: bool,
-}
 
 impl Image {
     /// Makes everything durable that was written before. In the common case this is one `fdatasync`.
@@ -70,7 +55,7 @@ impl<'a> Active<'a> {
     /// Writes metadata early when much of it is waiting.
     pub(super) fn limit_dirty(&self) -> Result<()> {
         let Self { image, .. } = *self;
-        let waiting = image.mapping.read().dirty.len() as u64 * image.slices.slice_bytes();
+        let waiting = image.mapping().dirty_slices() * image.slices().slice_bytes();
         if waiting > DIRTY_BYTES { self.flush_guest() } else { Ok(()) }
     }
 
@@ -90,30 +75,8 @@ impl<'a> Active<'a> {
 fn flush_pending(image: &Qcow2, writer: &Writer, lazy: bool) -> Result<()> {
     let _one = writer.flushing.lock();
     writer.check()?;
-    let pending = take_pending(image);
+    let pending = image.changing().take_pending();
     writer.write_pending(image, pending, lazy).map_err(|e| writer.poison(e))
-}
-
-/// Takes what is waiting and begins a new epoch, at one moment. The slices stay where readers find them.
-fn take_pending(image: &Qcow2) -> Pending {
-    let mut mapping = image.mapping.write();
-    let units: BTreeSet<usize> =
-        std::mem::take(&mut mapping.dirty_l1).into_iter().map(|index| index / L1_UNIT * L1_UNIT).collect();
-    let l1 = units
-        .into_iter()
-        .map(|start| {
-            let end = (start + L1_UNIT).min(mapping.l1.len());
-            (start, mapping.l1.get(start..end).unwrap_or_default().to_vec())
-        })
-        .collect();
-    Pending {
-        slices: mapping.dirty.clone(),
-        l1,
-        unlinked: std::mem::take(&mut mapping.unlinked),
-        epoch: std::mem::replace(&mut mapping.epoch, Arc::new(())),
-        links_need_barrier: std::mem::take(&mut mapping.links_need_barrier),
-        tables_need_barrier: std::mem::take(&mut mapping.tables_need_barrier),
-    }
 }
 
 impl Writer {
@@ -146,7 +109,7 @@ impl Writer {
         if data.is_none() || !unchanged {
             storage.flush()?;
         }
-        settle(image, &pending.slices);
+        image.changing().settle(&pending.slices);
         self.forget_tables(image, &pending.unlinked);
         self.alloc.lock().end_flush(pending.epoch, pending.unlinked)
     }
@@ -163,14 +126,14 @@ impl Writer {
         if gone.is_empty() {
             return;
         }
-        let mapping = image.mapping.read();
-        for entry in &mapping.l1 {
+        let mapping = image.mapping();
+        for entry in mapping.l1() {
             gone.remove(&g.cluster_index(L1Entry(*entry).offset_bits()));
         }
         let mut metadata = self.metadata.lock();
         for cluster in gone {
             metadata.remove(cluster);
-            image.slices.remove_table(cluster * g.cluster_size(), g.cluster_size());
+            image.forget_slices(cluster * g.cluster_size(), g.cluster_size());
         }
     }
 
@@ -223,7 +186,7 @@ impl Writer {
 }
 
 /// Writes slices in the order of their places, neighbours in one request.
-fn write_slices(image: &Qcow2, slices: &BTreeMap<u64, Arc<[u64]>>) -> Result<()> {
+fn write_slices(image: &Qcow2, slices: &BTreeMap<u64, Slice>) -> Result<()> {
     let mut run: Option<(u64, Vec<u8>)> = None;
     for (&offset, slice) in slices {
         match &mut run {
@@ -238,16 +201,5 @@ fn write_slices(image: &Qcow2, slices: &BTreeMap<u64, Arc<[u64]>>) -> Result<()>
     match run {
         Some((start, data)) => image.storage().write_all_at(Mem::from(data.as_slice()), start),
         None => Ok(()),
-    }
-}
-
-/// Moves written slices to the cache, unless they changed again meanwhile.
-fn settle(image: &Qcow2, slices: &BTreeMap<u64, Arc<[u64]>>) {
-    let mut mapping = image.mapping.write();
-    for (offset, slice) in slices {
-        if mapping.dirty.get(offset).is_some_and(|now| Arc::ptr_eq(now, slice)) {
-            mapping.dirty.remove(offset);
-            image.slices.insert(*offset, Arc::clone(slice));
-        }
     }
 }

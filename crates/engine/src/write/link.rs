@@ -1,8 +1,6 @@
 //! Publishing: the one place where L2 entries change.
 
-use std::sync::Arc;
-
-use qcow2_format::{GuestOffset, L2Mapping};
+use qcow2_format::{Geometry, GuestOffset, L2Mapping};
 
 use super::table::{SlicePlace, exclusive_slice};
 use crate::alloc::Unlinked;
@@ -48,19 +46,19 @@ impl Writer {
         loaded: &Loaded,
     ) -> Result<Option<Missing>> {
         let g = *image.geometry();
-        let mut mapping = image.mapping.write();
+        let mut mapping = image.changing();
         let guest = GuestOffset(change.guest);
-        let place = exclusive_slice(image, &mapping.l1, guest)?;
+        let place = exclusive_slice(image, mapping.l1(), guest)?;
         let Some(SlicePlace { offset, index }) = place else {
             return Err(image.error(ErrorKind::Internal, "the L2 table of a registered run is not exclusive"));
         };
-        let Some(mut slice) = mapping.slice(&image.slices, offset, loaded) else {
-            return Ok(Some(Missing { offset, generation: mapping.generation, guest }));
+        let Some(slice) = mapping.slice(image.slices(), offset, loaded) else {
+            return Ok(Some(mapping.missing(offset, guest)));
         };
         let mut updates = Vec::new();
         for number in 0..change.clusters {
             let cluster = change.guest + number * g.cluster_size();
-            let entry = image.slices.entry(&slice, index + number);
+            let entry = image.slices().entry(&slice, index + number);
             let old = image.decode_entry(entry, cluster)?;
             if let Some(new) = replace(number, &old).filter(|new| new != &old) {
                 updates.push((index + number, old, new));
@@ -69,39 +67,31 @@ impl Writer {
         if updates.is_empty() {
             return Ok(None);
         }
-        // A reader's copy stays as it was; without one the words change in place.
-        mapping.dirty.remove(&offset.0);
-        let words = Arc::make_mut(&mut slice);
-        for (index, old, new) in updates {
-            image.slices.set_entry(words, index, new.encode(&g));
-            if !image.header().has_data_file() {
-                unlink(&old, &new, change.punch, &g, &mut mapping.unlinked);
+        if !image.header().has_data_file() {
+            for (_, old, new) in &updates {
+                if let Some(run) = unlink(old, new, change.punch, &g) {
+                    mapping.unlink(run);
+                }
             }
         }
-        mapping.dirty.insert(offset.0, slice);
-        mapping.generation += 1;
-        mapping.links_need_barrier |= change.barrier;
+        mapping.change_slice(offset, slice, change.barrier, |words| {
+            for (index, _, new) in updates {
+                image.slices().set_entry(words, index, new.encode(&g));
+            }
+        });
         Ok(None)
     }
 }
 
-/// Records the host clusters that `old` refers to and `new` does not.
-fn unlink(
-    old: &L2Mapping,
-    new: &L2Mapping,
-    punch: bool,
-    g: &qcow2_format::Geometry,
-    list: &mut Vec<Unlinked>,
-) {
+/// The host clusters that `old` refers to and `new` does not.
+fn unlink(old: &L2Mapping, new: &L2Mapping, punch: bool, g: &Geometry) -> Option<Unlinked> {
     if let L2Mapping::Compressed(descriptor) = old {
         let (first, last) = descriptor.host_clusters(g);
         // Neighbours share these clusters: their space is not the guest's to give up.
-        Unlinked { cluster: first, count: last - first + 1, punch: false }.push_to(list);
-        return;
+        return Some(Unlinked { cluster: first, count: last - first + 1, punch: false });
     }
-    if let Some(host) = host_of(old).filter(|&host| host_of(new) != Some(host)) {
-        Unlinked { cluster: g.cluster_index(host), count: 1, punch }.push_to(list);
-    }
+    let host = host_of(old).filter(|&host| host_of(new) != Some(host))?;
+    Some(Unlinked { cluster: g.cluster_index(host), count: 1, punch })
 }
 
 /// The host cluster of a standard mapping.

@@ -22,8 +22,8 @@ impl MetadataMap {
         map.set_snapshots(&g, &snapshots, header.snapshots_offset.0, table as u64);
         map.set_bitmaps(&g, image.bitmap_directory().as_ref());
         refcount_blocks.for_each(|o| map.add(g.cluster_index(o)));
-        let tables = image.mapping.read();
-        let offsets = tables.l1.iter().map(|&e| L1Entry(e).offset_bits()).filter(|&o| o != 0);
+        let tables = image.mapping();
+        let offsets = tables.l1().iter().map(|&e| L1Entry(e).offset_bits()).filter(|&o| o != 0);
         offsets.for_each(|o| map.add(g.cluster_index(o)));
         map
     }

@@ -42,7 +42,7 @@ impl<'a> Active<'a> {
         while at < end {
             job.checkpoint()?;
             // One slice of one table at a time.
-            let slice = image.slices.entries() * g.cluster_size();
+            let slice = image.slices().entries() * g.cluster_size();
             let wanted = (slice - at % slice).min(end - at) / g.cluster_size();
             writer.prepare_table(image, at)?;
             let wanted = at..at + wanted * g.cluster_size();

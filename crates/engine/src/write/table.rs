@@ -25,7 +25,7 @@ pub(super) fn exclusive_slice(image: &Qcow2, l1: &[u64], guest: GuestOffset) -> 
     let entry = L1Entry(l1.get(g.l1_index(guest) as usize).copied().unwrap_or(0));
     let table = entry.table(g).map_err(|e| image.corrupt_entry(e, guest.0))?;
     Ok(table.filter(|_| entry.copied()).map(|table| {
-        let (offset, index) = image.slices.locate(table, g.l2_index(guest));
+        let (offset, index) = image.slices().locate(table, g.l2_index(guest));
         SlicePlace { offset, index }
     }))
 }
@@ -39,17 +39,17 @@ impl Writer {
         let guest = GuestOffset(guest);
         let index = g.l1_index(guest) as usize;
         let old = {
-            let mapping = image.mapping.read();
-            if exclusive_slice(image, &mapping.l1, guest)?.is_some() {
+            let mapping = image.mapping();
+            if exclusive_slice(image, mapping.l1(), guest)?.is_some() {
                 return Ok(());
             }
-            let Some(&entry) = mapping.l1.get(index) else {
+            let Some(&entry) = mapping.l1().get(index) else {
                 let message = format!("guest offset {guest} is beyond the L1 table");
                 return Err(image.error(ErrorKind::Corrupt, message).with_field("l1_size"));
             };
             L1Entry(entry).table(&g).map_err(|e| image.corrupt_entry(e, guest.0))?
         };
-        let slice_bytes = image.slices.slice_bytes();
+        let slice_bytes = image.slices().slice_bytes();
         let slices = g.cluster_size() / slice_bytes;
         let mut words: Vec<Arc<[u64]>> = Vec::with_capacity(slices as usize);
         for number in 0..slices {
@@ -70,21 +70,12 @@ impl Writer {
             return Err(error);
         }
         let table = allocation.cluster * g.cluster_size();
-        let mut mapping = image.mapping.write();
-        for (number, slice) in words.into_iter().enumerate() {
-            mapping.dirty.insert(table + number as u64 * slice_bytes, slice);
-        }
-        mapping.generation += 1;
-        if let Some(entry) = mapping.l1.get_mut(index) {
-            *entry = L1Entry::new(HostOffset(table), true).0;
-        }
-        mapping.dirty_l1.insert(index);
-        if old.is_some() || !allocation.host_zero || !allocation.durable {
-            mapping.tables_need_barrier = true;
-        }
+        let mut mapping = image.changing();
+        mapping.put_slices((0u64..).zip(words).map(|(number, slice)| (table + number * slice_bytes, slice)));
+        let barrier = old.is_some() || !allocation.host_zero || !allocation.durable;
+        mapping.set_l1_entry(index, L1Entry::new(HostOffset(table), true), barrier);
         if let Some(old) = old {
-            let cluster = g.cluster_index(old.0);
-            Unlinked { cluster, count: 1, punch: false }.push_to(&mut mapping.unlinked);
+            mapping.unlink(Unlinked { cluster: g.cluster_index(old.0), count: 1, punch: false });
         }
         let mut metadata = self.metadata.lock();
         metadata.add(allocation.cluster);
@@ -101,7 +92,7 @@ impl Writer {
     }
 
     fn shared_slice(&self, image: &Qcow2, offset: HostOffset, guest: GuestOffset) -> Result<Arc<[u64]>> {
-        let found = image.mapping.read().slice(&image.slices, offset, &Default::default());
+        let found = image.mapping().slice(image.slices(), offset, &Default::default());
         match found {
             Some(slice) => Ok(slice),
             None => {

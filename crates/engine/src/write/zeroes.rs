@@ -200,8 +200,8 @@ impl<'a> Active<'a> {
 /// The end of the L2 table's range if `at` has no L2 table.
 fn unmapped_until(image: &Qcow2, at: u64) -> Result<Option<u64>> {
     let g = image.geometry();
-    let mapping = image.mapping.read();
-    let entry = L1Entry(mapping.l1.get((at / g.l2_coverage()) as usize).copied().unwrap_or(0));
+    let mapping = image.mapping();
+    let entry = L1Entry(mapping.l1().get((at / g.l2_coverage()) as usize).copied().unwrap_or(0));
     let table = entry.table(g).map_err(|e| image.corrupt_entry(e, at))?;
     Ok(table.is_none().then(|| (at - at % g.l2_coverage()).saturating_add(g.l2_coverage())))
 }

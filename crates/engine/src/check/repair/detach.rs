@@ -3,9 +3,10 @@
 
 use qcow2_format::{HostOffset, L1Entry};
 
-use super::super::Stop;
 use super::super::stored::Block;
-use super::flags::Flags;
+use super::super::target::Stop;
+use super::bytes::write;
+use super::judge::Flags;
 use super::refcounts;
 use crate::{MemMut, StorageExt};
 
@@ -31,7 +32,7 @@ pub(super) fn detach(flags: &mut Flags<'_, '_, '_>, entry: L1Entry) -> Result<Op
     let mut bytes = vec![0; geometry.cluster_len()];
     storage.read_padded_at(MemMut::from(&mut bytes[..]), old)?;
     let new = free << geometry.cluster_bits();
-    super::write(storage, &bytes, new)?;
+    write(storage, &bytes, new)?;
     refcounts::set(flags.target, flags.stored, free, 1)?;
     storage.flush()?;
     flags.walked.move_table(cluster, free)?;

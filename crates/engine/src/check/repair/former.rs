@@ -5,8 +5,8 @@ use std::ops::Range;
 use super::super::report::Tally;
 use super::super::snapshots::SnapshotTable;
 use super::super::stored::StoredRefcounts;
+use super::super::target::{Stop, Target};
 use super::super::walk::Walked;
-use super::super::{Stop, Target};
 use super::refcounts;
 use crate::StorageExt;
 

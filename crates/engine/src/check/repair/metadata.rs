@@ -5,9 +5,9 @@ use std::ops::Range;
 use qcow2_format::header::feature::Autoclear;
 use qcow2_format::limits::MAX_L1_BYTES;
 
-use super::super::Target;
 use super::super::snapshots::SnapshotTable;
 use super::super::stored::StoredRefcounts;
+use super::super::target::Target;
 use crate::Result;
 
 /// Clusters of the header, the L1 tables, the refcount structures, the snapshot table, the bitmap directory and the

@@ -16,9 +16,11 @@
 //! references: what looks like leaked clusters may be what a damaged entry pointed to. What a rebuild replaced is freed in
 //! any case ([`former`]).
 
+mod bytes;
 mod detach;
 mod flags;
 mod former;
+mod judge;
 mod metadata;
 mod rebuild;
 mod refcounts;
@@ -28,27 +30,22 @@ use qcow2_format::Header;
 use qcow2_format::header::feature::{Autoclear, Incompatible};
 use qcow2_format::header::field::{self, Patch};
 
+use self::bytes::write;
 use self::former::Former;
+use self::judge::Flags;
 use self::metadata::Metadata;
 pub(crate) use self::restructure::{expand_zeroes, restructure};
 use super::compare::{self, Compared, Fix};
 use super::report::{CheckReport, FindingCode, Severity, Tally};
 use super::snapshots::{self, SnapshotTable};
 use super::stored::StoredRefcounts;
+use super::target::{CheckOptions, File, Repair, Stop, Target, short_l1};
+use super::visit::walk_all;
 use super::walk::Walked;
-use super::{CheckOptions, File, Stop, Target, conclude, describe, short_l1, walk_all};
+use super::{conclude, describe};
 use crate::image::read_header_for_check;
 use crate::patch::write_patch;
-use crate::{Error, ErrorKind, Job, Mem, Result, Storage, StorageExt};
-
-/// What to repair.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Repair {
-    /// Leaked clusters.
-    Leaks,
-    /// Everything that can be.
-    All,
-}
+use crate::{Error, ErrorKind, Job, Result, Storage, StorageExt};
 
 /// Checks the image in `storage` and repairs what `repair` allows. The caller has the file to itself: no other user,
 /// in this process or another. The report counts what is left, and what was repaired; check again to be sure.
@@ -83,10 +80,6 @@ fn clear_autoclear(storage: &dyn Storage, header: &mut Header) -> Result<()> {
     header.autoclear = keep;
     write_patch(storage, &header.steady(), &Patch::new().set(field::AUTOCLEAR_FEATURES, keep))?;
     storage.flush()
-}
-
-fn write(storage: &dyn Storage, bytes: &[u8], offset: u64) -> Result<()> {
-    storage.write_all_at(Mem::from(bytes), offset)
 }
 
 fn run(target: &Target<'_>, repair: Repair, tally: &mut Tally, report: &mut CheckReport) -> Result<(), Stop> {
@@ -273,7 +266,7 @@ fn settle(
     let sure = tally.corruptions == 0 && tally.leaks == 0 && tally.check_errors == 0;
     let mut flags = Tally::new(target.options.max_findings);
     flags::check(
-        &mut flags::Flags { target, stored, walked, fix, metadata, tally: &mut flags },
+        &mut Flags { target, stored, walked, fix, metadata, tally: &mut flags },
         fix.errors || sure,
     )?;
     tally.append(flags);

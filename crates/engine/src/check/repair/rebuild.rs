@@ -16,9 +16,10 @@ use super::super::compare::Fix;
 use super::super::counts::ReferenceCounts;
 use super::super::snapshots::SnapshotTable;
 use super::super::stored::StoredRefcounts;
+use super::super::target::{Stop, Target};
 use super::super::uncounted::Uncounted;
 use super::super::walk::Walked;
-use super::super::{Stop, Target};
+use super::bytes;
 use crate::invalid::invalid;
 use crate::patch::write_patch;
 use crate::{Error, ErrorKind, StorageExt};
@@ -197,7 +198,7 @@ impl<'a, 'b, 'c> Builder<'a, 'b, 'c> {
             let clusters = geometry.clusters_for(bytes.len() as u64);
             bytes.resize((clusters << geometry.cluster_bits()) as usize, 0);
             let offset = self.take(clusters)? << geometry.cluster_bits();
-            super::write(self.target.storage, &bytes, offset)?;
+            bytes::write(self.target.storage, &bytes, offset)?;
             header.snapshots_offset = HostOffset(offset);
         }
         Ok(())
@@ -264,12 +265,12 @@ impl<'a, 'b, 'c> Builder<'a, 'b, 'c> {
                     return Err(too_wide(counted << bits, value, geometry.refcount_bits()));
                 }
             }
-            super::write(self.target.storage, &block, cluster << bits)?;
+            bytes::write(self.target.storage, &block, cluster << bits)?;
             if let Some(word) = words.get_mut(index as usize * 8..index as usize * 8 + 8) {
                 word.copy_from_slice(&RefcountTableEntry::new(HostOffset(cluster << bits)).to_bytes());
             }
         }
-        super::write(self.target.storage, &words, table << bits)?;
+        bytes::write(self.target.storage, &words, table << bits)?;
         Ok(())
     }
 }

@@ -5,7 +5,8 @@ use qcow2_format::refcount;
 use super::super::compare::Fix;
 use super::super::counts::ReferenceCounts;
 use super::super::stored::{Block, StoredRefcounts};
-use super::super::{Stop, Target};
+use super::super::target::{Stop, Target};
+use super::bytes;
 use crate::StorageExt;
 
 /// Gives every cluster whose block exists the refcount that `fix` allows, and makes that durable.
@@ -35,7 +36,7 @@ pub(super) fn write(
             }
         }
         if let (Some(bytes), Some(offset)) = (changed, stored.block_offset(index)) {
-            super::write(target.storage, &bytes, offset)?;
+            bytes::write(target.storage, &bytes, offset)?;
             stored.forget_block();
             written = true;
         }
@@ -61,7 +62,7 @@ pub(super) fn set(
     let mut bytes = block.to_vec();
     let _ = refcount::set(&mut bytes, geometry.refcount_block_index(cluster) as usize, order, refcount);
     if let Some(offset) = stored.block_offset(index) {
-        super::write(target.storage, &bytes, offset)?;
+        bytes::write(target.storage, &bytes, offset)?;
         stored.forget_block();
     }
     Ok(())

@@ -5,15 +5,18 @@ use std::collections::BTreeMap;
 
 use qcow2_format::{CryptMethod, Header, HostOffset, L1Entry, L2Entry, L2Mapping};
 
+use super::super::check;
 use super::super::compare::{self, Fix};
 use super::super::counts::ReferenceCounts;
 use super::super::report::{FindingCode, Tally};
 use super::super::snapshots::{self, SnapshotTable};
 use super::super::stored::StoredRefcounts;
+use super::super::target::{CheckOptions, File, Repair, Stop, Target};
+use super::super::visit::walk_all;
 use super::super::walk::Walked;
-use super::super::{CheckOptions, File, Stop, Target, check, walk_all};
+use super::bytes;
 use super::rebuild::{Builder, switch};
-use super::{Repair, refcounts};
+use super::refcounts;
 use crate::{Error, ErrorKind, Job, MemMut, Result, Storage, StorageExt};
 
 /// Only what is counted matters: the image is sound, but for leaks.
@@ -171,7 +174,7 @@ pub(crate) fn expand_zeroes(
     for (at, entry) in entries {
         let mut bytes = [0; 8];
         entry.write(&mut bytes);
-        super::write(storage, &bytes, at)?;
+        bytes::write(storage, &bytes, at)?;
     }
     storage.flush()?;
     free_leaks(storage, options, job)
