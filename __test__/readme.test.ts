@@ -1,7 +1,7 @@
 /** The examples of the README do what they say: each runs as it stands there, in a folder with the files that it names. */
 
 import { spawnSync } from 'node:child_process'
-import { cpSync, mkdirSync, readFileSync } from 'node:fs'
+import { cpSync, mkdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { fileURLToPath, pathToFileURL } from 'node:url'
 import { commit, convert, create, open } from 'qcow2'
@@ -30,6 +30,7 @@ const GIVEN: Readonly<Record<string, string>> = {
   onProgress: '() => {}',
   thawTheGuest: '() => {}',
   save: '() => Promise.resolve()',
+  passphrase: "() => Promise.resolve('correct horse battery staple')",
   firstBytes: "readFileSync('disk.qcow2').subarray(0, 4096)",
   known: "new Map([['base.qcow2', 'base.qcow2']])",
 }
@@ -57,6 +58,7 @@ const writeDisk = (path: string): string =>
 
 beforeAll(async () => {
   mkdirSync(files)
+  writeFileSync(join(files, 'key.txt'), 'correct horse battery staple')
   const at = (name: string): string => join(files, name)
   const disk = writeDisk(join(folder, 'disk.raw'))
   writeRaw(at('b.raw'), 4 * MIB, [[0, MIB]])
