@@ -1,7 +1,8 @@
 //! The image engine: storage, backing chains, mapping, reading, checking and converting qcow2 images.
 //!
 //! Layering (imports point down only): `node -> engine -> core -> transform`, and `engine -> format`. Nothing here knows of
-//! JavaScript; nothing below here does I/O.
+//! JavaScript; nothing below here does I/O. Inside, imports between modules and between files point one way as well
+//! (`tests/modules.rs`).
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods))]
 

@@ -131,7 +131,7 @@ impl Qcow2 {
     }
 
     /// Plans a range that begins in the cluster at guest offset `cluster`, whose entry is given. What goes on behind that
-    /// cluster is a run, see [`SliceCache::run`].
+    /// cluster is a run, see `SliceCache::run`.
     fn plan_cluster(
         &self,
         entry: L2Entry,

@@ -8,10 +8,8 @@ use super::active::Active;
 use super::link::Change;
 use crate::alloc::{Allocation, Wish};
 use crate::create::{Preallocation, write_zero_bytes};
-use crate::image::{Image, Qcow2, SegmentKind};
+use crate::image::{Qcow2, SegmentKind};
 use crate::{Job, Result, StorageExt};
-
-impl Image {}
 
 impl<'a> Active<'a> {
     /// Gives every cluster that `new`, behind the disk's end, touches first a host cluster that reads as zeroes.
