@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use argon2::{Algorithm, Argon2, Params, Version};
 use digest::{KeyInit, Mac};
 use hmac::{EagerHash, Hmac};
 use qcow2_core::{Error, ErrorKind, Job, Result};
@@ -80,6 +81,31 @@ pub(crate) fn pbkdf2(
 ) -> Result<Zeroizing<Vec<u8>>> {
     let mut out = Zeroizing::new(vec![0; len]);
     with_hash!(hash, D => derive::<D>(secret, salt, iterations, &mut out, job)?);
+    Ok(out)
+}
+
+/// `len` bytes derived from `secret` by argon2 (RFC 9106). `memory` is in KiB.
+///
+/// # Errors
+/// `Corrupt` for parameters that cannot be, `Limit` where the memory is not to be had.
+pub(crate) fn argon2(
+    algorithm: Algorithm,
+    secret: &[u8],
+    salt: &[u8],
+    [time, memory, lanes]: [u32; 3],
+    len: usize,
+) -> Result<Zeroizing<Vec<u8>>> {
+    let corrupt = |e: argon2::Error| match e {
+        argon2::Error::OutOfMemory => {
+            Error::new(ErrorKind::Limit, format!("no {memory} KiB of memory for argon2")).with_field("memory")
+        }
+        e => Error::new(ErrorKind::Corrupt, format!("argon2 cannot be asked this: {e}")).with_field("kdf"),
+    };
+    let params = Params::new(memory, time, lanes, Some(len)).map_err(corrupt)?;
+    let mut out = Zeroizing::new(vec![0; len]);
+    Argon2::new(algorithm, Version::V0x13, params)
+        .hash_password_into(secret, salt, &mut out)
+        .map_err(corrupt)?;
     Ok(out)
 }
 

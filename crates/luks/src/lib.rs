@@ -13,6 +13,7 @@ mod hash;
 mod kdf;
 mod limits;
 pub mod luks1;
+pub mod luks2;
 mod secret;
 mod split;
 
@@ -21,9 +22,10 @@ pub use hash::Hash;
 pub use kdf::Cost;
 pub use limits::Limits;
 pub use luks1::{FormatOptions, Formatted, KeySlot, Luks1Header, Plan, Write};
+pub use luks2::Luks2Header;
 pub use secret::VolumeKey;
 
-use qcow2_core::Result;
+use qcow2_core::{Error, ErrorKind, Result};
 
 /// Reads bytes of the LUKS header and its key material: fills the buffer from the offset, which counts from the header's start.
 pub type Read<'a> = dyn Fn(u64, &mut [u8]) -> Result<()> + 'a;
@@ -39,4 +41,29 @@ pub struct Unlocked {
     pub cipher: SectorCipher,
     /// Where the data begins, in bytes from the header's start; 0 where the header is detached from its data.
     pub payload_offset: u64,
+    /// Bytes of the data; nothing where it ends with the file, as always in version 1.
+    pub payload_size: Option<u64>,
+}
+
+/// The version of the LUKS header that the bytes begin with: 1 and 2 are known.
+pub fn version(bytes: &[u8]) -> Option<u16> {
+    let (magic, rest) = bytes.split_first_chunk()?;
+    (*magic == MAGIC).then(|| rest.first_chunk().copied().map(u16::from_be_bytes))?
+}
+
+const MAGIC: [u8; 6] = *b"LUKS\xba\xbe";
+
+/// No key slot opens: why.
+fn refused(tried: usize, passed_over: Option<Error>) -> Error {
+    match (tried, passed_over) {
+        (0, None) => {
+            Error::new(ErrorKind::BadSecret, "no key slot is in use: nothing opens this disk any more")
+        }
+        (0, Some(e)) => e,
+        (_, None) => Error::new(ErrorKind::BadSecret, "the secret opens no key slot"),
+        (_, Some(e)) => {
+            let message = format!("the secret opens no key slot that can be read; {}", e.message());
+            Error::new(ErrorKind::BadSecret, message).with_source(e)
+        }
+    }
 }

@@ -157,3 +157,14 @@ fn the_password_of_legacy_aes_is_cut_or_filled_up() {
     assert_eq!(zeroes(b"abc"), zeroes(b"abc\0\0"));
     assert_ne!(zeroes(b"abc"), zeroes(b"abd"));
 }
+
+/// Two sectors of 4096 bytes, numbered as sectors of 512 bytes are, as OpenSSL encrypts them.
+#[test]
+fn large_sectors_are_encrypted_as_one_and_count_512_bytes() {
+    let key: Vec<u8> = (0..64).collect();
+    let cipher = SectorCipher::new(&CipherSpec::default(), &key).unwrap().with_sectors(4096, 600).unwrap();
+    let mut data: Vec<u8> = (0..2 * 4096).map(|at| ((at % 4096) * 7 + at / 4096) as u8).collect();
+    cipher.encrypt(400, &mut data);
+    assert_eq!(data[..16], unhex("da2869b463abb4d62b6d576295bd008b"));
+    assert_eq!(data[8192 - 16..], unhex("d4e1e756ed5786fd2622e9866694c637"));
+}

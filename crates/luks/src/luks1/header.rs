@@ -2,14 +2,13 @@
 
 use qcow2_core::{Error, ErrorKind, Result};
 
-use crate::{CipherSpec, Hash, Limits, cipher::SECTOR};
+use crate::{CipherSpec, Hash, Limits, MAGIC, cipher::SECTOR, version};
 
 /// Bytes of the header, without key material.
 pub const HEADER_BYTES: usize = 592;
 /// Key slots of a header.
 pub const SLOTS: usize = 8;
 
-const MAGIC: [u8; 6] = *b"LUKS\xba\xbe";
 const VERSION: u16 = 1;
 const ACTIVE: u32 = 0x00ac_71f3;
 const INACTIVE: u32 = 0x0000_dead;
@@ -93,12 +92,6 @@ impl KeySlot {
 }
 
 impl Luks1Header {
-    /// Whether the bytes begin as a LUKS header of any version, and of which.
-    pub fn probe(bytes: &[u8]) -> Option<u16> {
-        let mut bytes = Reader(bytes);
-        (bytes.array()? == MAGIC).then(|| bytes.u16())?
-    }
-
     /// The header in the first [`HEADER_BYTES`] of `bytes`. What the key slots say is judged by [`Self::check_slot`].
     ///
     /// # Errors
@@ -107,7 +100,7 @@ impl Luks1Header {
         let invalid = |why: &str, field: &'static str| {
             Error::new(ErrorKind::InvalidHeader, why.to_owned()).with_field(field)
         };
-        match Self::probe(bytes) {
+        match version(bytes) {
             Some(VERSION) => {}
             Some(version) => {
                 let message = format!("LUKS version {version} is not version 1");

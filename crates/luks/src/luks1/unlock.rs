@@ -6,7 +6,7 @@ use zeroize::Zeroizing;
 
 use super::header::{DIGEST, Luks1Header};
 use crate::kdf::pbkdf2;
-use crate::{Limits, Read, SectorCipher, Unlocked, VolumeKey, split};
+use crate::{Limits, Read, SectorCipher, Unlocked, VolumeKey, refused, split};
 
 /// Tries the secret on each active key slot. A slot that is damaged or cannot be read is passed over.
 ///
@@ -27,7 +27,13 @@ pub fn unlock(
         match open_slot(header, slot, secret, read, job, limits) {
             Ok(Some(key)) => {
                 let cipher = SectorCipher::new(&header.spec, key.bytes())?;
-                return Ok(Unlocked { slot, key, cipher, payload_offset: header.payload_offset });
+                return Ok(Unlocked {
+                    slot,
+                    key,
+                    cipher,
+                    payload_offset: header.payload_offset,
+                    payload_size: None,
+                });
             }
             Ok(None) => tried += 1,
             Err(e) if e.kind() == ErrorKind::Aborted => return Err(e),
@@ -58,22 +64,6 @@ pub fn slots_of(
         }
     }
     Ok(found)
-}
-
-/// No secret opens it: why.
-pub(crate) fn refused(tried: usize, passed_over: Option<Error>) -> Error {
-    match (tried, passed_over) {
-        (0, None) => {
-            Error::new(ErrorKind::BadSecret, "no key slot is in use: nothing opens this disk any more")
-        }
-        (0, Some(e)) => e,
-        (_, None) => Error::new(ErrorKind::BadSecret, "the secret opens no key slot"),
-        (_, Some(e)) => Error::new(
-            ErrorKind::BadSecret,
-            format!("the secret opens no key slot that can be read; {}", e.message()),
-        )
-        .with_source(e),
-    }
 }
 
 fn check_digest(header: &Luks1Header, limits: &Limits) -> Result<()> {
