@@ -263,7 +263,7 @@ fn holes_of_what_moves_stay_holes() {
 #[test]
 fn no_power_cut_during_a_compaction_changes_what_is_read() {
     for (number, geometry) in geometries().into_iter().enumerate() {
-        let random = if geometry.cluster_size > 65536 { 3 } else { 15 };
+        let random = if geometry.cluster_size > 65536 { 3 } else { 10 };
         let rig = used(&geometry, number as u64);
         if number % 4 == 0 {
             let what = format!("{} in place", geometry.name());

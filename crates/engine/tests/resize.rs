@@ -143,7 +143,7 @@ fn no_power_cut_during_a_shrink_leaves_anything_between() {
             continue;
         }
         let sizes = sizes(&geometry);
-        let random = if geometry.cluster_size > 65536 { 10 } else { 60 };
+        let random = if geometry.cluster_size > 65536 { 8 } else { 30 };
         for size in [sizes[0], sizes[1]] {
             let what = format!("{} to {size}", geometry.name());
             let files = explore(&rig, 1, random, &what, |image| image.resize_with(size, SHRINK));
