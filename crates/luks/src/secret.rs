@@ -5,7 +5,7 @@ use std::fmt;
 use zeroize::Zeroizing;
 
 /// The key that encrypts a disk's data. It is overwritten when dropped, and never printed.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone)]
 pub struct VolumeKey(Zeroizing<Vec<u8>>);
 
 impl VolumeKey {

@@ -6,9 +6,7 @@ mod support;
 use qcow2_core::Job;
 use qcow2_luks::luks1::format;
 use qcow2_luks::{Cipher, CipherSpec, Cost, FormatOptions, Hash, Iv, Mode};
-use support::{
-    Folder, SECRET, cryptsetup_tries, data, open, qemu_create, qemu_takes, qemu_to_raw, qemu_write,
-};
+use support::{Folder, SECRET, cryptsetup_tries, data, open, qemu_create, qemu_to_raw, qemu_write};
 
 const LEN: usize = 64 << 10;
 
@@ -38,7 +36,6 @@ fn combinations() -> Vec<(CipherSpec, Hash)> {
 fn qemu_reads_and_writes_what_is_made_here() {
     let Some(folder) = Folder::new() else { return };
     let plain = folder.write("plain", &data(LEN));
-    let mut refused = Vec::new();
     for (spec, hash) in combinations() {
         let options = FormatOptions {
             spec,
@@ -51,10 +48,6 @@ fn qemu_reads_and_writes_what_is_made_here() {
         let mut payload: Vec<u8> = data(LEN).into_iter().rev().collect();
         made.cipher.encrypt(0, &mut payload);
         let image = folder.write("ours", &[made.bytes, payload].concat());
-        if !qemu_takes(&image) {
-            refused.push(format!("{spec} {}", hash.name()));
-            continue;
-        }
         let read = qemu_to_raw(&image, &folder.path("raw"));
         assert!(read.iter().rev().eq(&data(LEN)), "{spec} {}: QEMU reads something else", hash.name());
         qemu_write(&plain, &image);
@@ -63,7 +56,6 @@ fn qemu_reads_and_writes_what_is_made_here() {
         opened.cipher.decrypt(0, payload);
         assert!(payload == data(LEN), "{spec} {}: QEMU writes something else", hash.name());
     }
-    assert_eq!(refused, [""; 0], "QEMU does not open these");
 }
 
 #[test]

@@ -5,11 +5,11 @@ use cipher::KeyInit;
 use digest::Digest;
 use qcow2_core::{Error, ErrorKind, Result};
 use serpent::Serpent;
-use twofish::Twofish;
 use zeroize::Zeroizing;
 
 use super::blocks::BlockCipher;
 use super::spec::{Cipher, CipherSpec, Iv};
+use super::twofish::Twofish;
 use crate::hash::with_hash;
 
 /// Makes the vectors of sectors.

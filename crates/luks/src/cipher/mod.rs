@@ -4,6 +4,7 @@ mod blocks;
 mod iv;
 mod modes;
 mod spec;
+mod twofish;
 mod xts;
 
 use std::fmt;
@@ -14,13 +15,13 @@ use cast5::Cast5;
 use qcow2_core::storage::SectorCodec;
 use qcow2_core::{Error, ErrorKind, Result};
 use serpent::Serpent;
-use twofish::Twofish;
 use zeroize::Zeroizing;
 
 use self::blocks::BlockCipher;
 use self::iv::IvSource;
 use self::modes::{Cbc, Ctr, Ecb, Sectors};
 pub use self::spec::{Cipher, CipherSpec, Iv, Mode};
+use self::twofish::Twofish;
 use self::xts::Xts;
 
 /// Bytes of what sector numbers count.

@@ -22,9 +22,24 @@ pub(super) struct Xts<C> {
 }
 
 impl<C: BlockCipher<BlockSize = U16>> Xts<C> {
-    fn run(&self, mut sector: u64, size: usize, data: &mut [u8], pass: impl Fn(Pass<'_>)) {
+    fn run(&self, sector: u64, size: usize, data: &mut [u8], pass: impl Fn(Pass<'_>)) {
+        if data.len() <= SECTOR {
+            self.groups::<SECTOR>(sector, size, data, pass);
+        } else {
+            self.groups::<GROUP>(sector, size, data, pass);
+        }
+    }
+
+    #[inline]
+    fn groups<const GROUP: usize>(
+        &self,
+        mut sector: u64,
+        size: usize,
+        data: &mut [u8],
+        pass: impl Fn(Pass<'_>),
+    ) {
         let mut tweaks = [0; GROUP];
-        let mut ivs = [0; GROUP / SECTOR * BLOCK];
+        let mut ivs = [0; MAX_SECTOR / SECTOR * BLOCK];
         for data in data.chunks_mut(GROUP / size * size) {
             let count = data.len() / size;
             let (ivs, _) = ivs.split_at_mut(count * BLOCK);

@@ -93,11 +93,17 @@ impl Luks2Header {
                     .unwrap_or_else(|| crate::refused(0, None)));
             }
         };
+        let sector_size = segment.u32("sector_size")?;
+        let is_whole =
+            |bytes: u64| bytes.is_multiple_of(u64::from(sector_size.max(1))) && bytes <= i64::MAX as u64;
+        let size = if segment.text("size")? == "dynamic" { None } else { Some(segment.u64("size")?) };
         Ok(Self {
             uuid,
-            payload_offset: segment.u64("offset")?,
-            payload_size: if segment.text("size")? == "dynamic" { None } else { Some(segment.u64("size")?) },
-            sector_size: segment.u32("sector_size")? as usize,
+            payload_offset: Some(segment.u64("offset")?)
+                .filter(|offset| is_whole(*offset))
+                .ok_or_else(|| damaged("offset"))?,
+            payload_size: if size.is_none_or(is_whole) { size } else { return Err(damaged("size")) },
+            sector_size: sector_size as usize,
             iv_tweak: segment.u64("iv_tweak")?,
             spec,
             slots,
@@ -165,7 +171,7 @@ impl Slot {
         if !(1..=64).contains(&parsed.key_bytes) || parsed.stripes == 0 || parsed.digest.iterations == 0 {
             return Err(damaged("keyslots"));
         }
-        if parsed.material_bytes() > area.u64("size")? {
+        if parsed.material_bytes() > area.u64("size")? || parsed.offset > i64::MAX as u64 {
             return Err(damaged("area"));
         }
         Ok(parsed)

@@ -94,14 +94,6 @@ pub(crate) fn qemu_write(plain: &Path, image: &Path) {
     succeed(command.arg(plain).arg(luks_opts(image)), b"");
 }
 
-/// Whether QEMU opens it.
-pub(crate) fn qemu_takes(image: &Path) -> bool {
-    let mut command = Command::new(qemu_img());
-    run(command.args(["info", "--object", &secret(), "--image-opts", &luks_opts(image)]), b"")
-        .status
-        .success()
-}
-
 /// What QEMU reads.
 pub(crate) fn qemu_to_raw(image: &Path, raw: &Path) -> Vec<u8> {
     let mut command = Command::new(qemu_img());
