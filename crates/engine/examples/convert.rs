@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use qcow2_engine::convert::{Compression, ConvertOptions, ConvertTarget, Window, convert};
-use qcow2_engine::create::{CreateOptions, Preallocation};
+use qcow2_engine::create::{CreateOptions, NewTarget, Preallocation};
 use qcow2_engine::format::CompressionType;
 use qcow2_engine::storage::{Access, FileStorage, NewFile, Overwrite};
 use qcow2_engine::{Error, ErrorKind, Image, Job, Layer, OpenOptions, Qcow2, Raw, Result};
@@ -47,14 +47,16 @@ fn run() -> Result<()> {
     };
     let level = argument(5).and_then(|l| l.parse().ok()).filter(|l| *l > 0);
     let target = match to_format {
-        "raw" => {
-            ConvertTarget::Raw { storage: new.storage(), preallocation: Preallocation::Off, keep: false }
-        }
-        _ => ConvertTarget::Qcow2 {
+        "raw" => ConvertTarget::New(NewTarget::Raw {
+            storage: new.storage(),
+            preallocation: Preallocation::Off,
+            keep: false,
+        }),
+        _ => ConvertTarget::New(NewTarget::Qcow2 {
             storage: new.storage(),
             data_file: None,
             create: Box::new(CreateOptions { compression_type, ..Default::default() }),
-        },
+        }),
     };
     let options = ConvertOptions {
         compression: matches!(argument(4), Some("zlib" | "zstd"))

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use qcow2_engine::clone::CloneTarget;
 use qcow2_engine::compact::CompactOptions;
 use qcow2_engine::convert::Compression;
-use qcow2_engine::create::{CreateOptions, DataFile as NamedData, Preallocation};
+use qcow2_engine::create::{CreateOptions, DataFile as NamedData, NewTarget, Preallocation};
 use qcow2_engine::format::CompressionType;
 use qcow2_engine::{Discard, ErrorKind, Image, Job, Raw, ResizeOptions, Storage, WriteOptions};
 use qcow2_testkit::audit::audit;
@@ -91,7 +91,13 @@ impl Made {
         let storage = self.file.clone();
         let defaults = CreateOptions::default();
         let create = match self.kind {
-            Kind::Raw => return CloneTarget::Raw { storage, preallocation: Preallocation::Off },
+            Kind::Raw => {
+                return CloneTarget::from(NewTarget::Raw {
+                    storage,
+                    preallocation: Preallocation::Off,
+                    keep: false,
+                });
+            }
             Kind::Qcow2 => defaults,
             Kind::SmallClusters => CreateOptions { cluster_size: 512, refcount_bits: 1, ..defaults },
             Kind::Subclusters => CreateOptions { extended_l2: true, cluster_size: 2 << 20, ..defaults },
@@ -107,10 +113,12 @@ impl Made {
                 CreateOptions { data_door: Scrambling::door(), preallocation, ..defaults }
             }
         };
-        CloneTarget::Qcow2 {
-            storage,
-            data_file: self.data.clone().map(|data| data as Arc<dyn Storage>),
-            create: Box::new(create),
+        CloneTarget {
+            disk: NewTarget::Qcow2 {
+                storage,
+                data_file: self.data.clone().map(|data| data as Arc<dyn Storage>),
+                create: Box::new(create),
+            },
             compression: (self.kind == Kind::Compressed).then(Compression::default),
         }
     }
@@ -462,11 +470,13 @@ fn a_failing_target_never_fails_the_guest() {
                 let fault = Fault { ops: vec![call], after, once: false, errno };
                 let storage: Arc<dyn Storage> = Arc::new(FaultStorage::new(file, fault));
                 let target = match kind {
-                    Kind::Raw => CloneTarget::Raw { storage, preallocation: Preallocation::Off },
-                    _ => CloneTarget::Qcow2 {
+                    Kind::Raw => CloneTarget::from(NewTarget::Raw {
                         storage,
-                        data_file: None,
-                        create: Box::default(),
+                        preallocation: Preallocation::Off,
+                        keep: false,
+                    }),
+                    _ => CloneTarget {
+                        disk: NewTarget::Qcow2 { storage, data_file: None, create: Box::default() },
                         compression: None,
                     },
                 };
@@ -523,10 +533,8 @@ fn a_clone_that_is_cancelled_dropped_or_closed_over_lets_requests_go_on() {
 #[test]
 fn options_that_contradict_each_other_are_refused() {
     let image = open_raw(&stamped(0, 1 << 16, 9));
-    let make = |create: CreateOptions, compression| CloneTarget::Qcow2 {
-        storage: empty(),
-        data_file: None,
-        create: Box::new(create),
+    let make = |create: CreateOptions, compression| CloneTarget {
+        disk: NewTarget::Qcow2 { storage: empty(), data_file: None, create: Box::new(create) },
         compression,
     };
     let backing = qcow2_engine::create::Backing { filename: b"base".to_vec(), format: Some(b"raw".to_vec()) };
@@ -545,7 +553,11 @@ fn options_that_contradict_each_other_are_refused() {
             compressed,
         ),
         make(CreateOptions { cluster_size: 1000, ..CreateOptions::default() }, None),
-        CloneTarget::Raw { storage: empty(), preallocation: Preallocation::Metadata },
+        CloneTarget::from(NewTarget::Raw {
+            storage: empty(),
+            preallocation: Preallocation::Metadata,
+            keep: false,
+        }),
     ];
     for target in refused {
         let what = format!("{target:?}");

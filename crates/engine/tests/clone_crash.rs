@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use qcow2_engine::clone::CloneTarget;
 use qcow2_engine::compact::CompactOptions;
 use qcow2_engine::convert::Compression;
-use qcow2_engine::create::CreateOptions;
+use qcow2_engine::create::{CreateOptions, NewTarget};
 use qcow2_engine::{Discard, Job, Storage, WriteOptions};
 use qcow2_testkit::audit::audit;
 use qcow2_testkit::contents::disk;
@@ -74,10 +74,8 @@ fn explore(geometry: &Geometry, seed: u64, compacts: bool) -> usize {
     };
     play(menu.sequence(seed, 8), FIRST_GENERATION);
     let create = CreateOptions { cluster_size: 4096, ..CreateOptions::default() };
-    let target = CloneTarget::Qcow2 {
-        storage: files[own].clone(),
-        data_file: None,
-        create: Box::new(create),
+    let target = CloneTarget {
+        disk: NewTarget::Qcow2 { storage: files[own].clone(), data_file: None, create: Box::new(create) },
         compression: seed.is_multiple_of(2).then(Compression::default),
     };
     let moment = disk(&image).unwrap();

@@ -14,7 +14,7 @@ use std::time::Duration;
 use contents::{Contents, KEPT, assert_clean, explore, geometries, snapshot_of, writable};
 use qcow2_engine::compact::{CompactOptions, CompactResult};
 use qcow2_engine::convert::{Compression, ConvertOptions, ConvertTarget, convert};
-use qcow2_engine::create::CreateOptions;
+use qcow2_engine::create::{CreateOptions, NewTarget};
 use qcow2_engine::storage::MemoryStorage;
 use qcow2_engine::{Image, Job, Mem, MemMut, Raw, Storage};
 use qcow2_testkit::audit::audit;
@@ -169,7 +169,11 @@ fn packed(geometry: &Geometry, seed: u64) -> Rig {
     let source = Image::new(vec![Box::new(raw)]).unwrap();
     let storage = Arc::new(RecordingStorage::plain(Sparse::new(0)));
     let create = CreateOptions { cluster_size: geometry.cluster_size, ..CreateOptions::default() };
-    let target = ConvertTarget::Qcow2 { storage: storage.clone(), data_file: None, create: Box::new(create) };
+    let target = ConvertTarget::New(NewTarget::Qcow2 {
+        storage: storage.clone(),
+        data_file: None,
+        create: Box::new(create),
+    });
     let options = ConvertOptions { compression: Some(Compression::default()), ..ConvertOptions::default() };
     convert(&source, target, &options, &Job::new()).unwrap();
     Rig { geometry: geometry.clone(), image: snapshot_of(&*storage), data_file: None, backing: None }

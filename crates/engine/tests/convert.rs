@@ -8,7 +8,7 @@ use std::sync::Arc;
 use qcow2_engine::convert::{
     Compression, ConvertOptions, ConvertResult, ConvertTarget, Delta, Window, convert,
 };
-use qcow2_engine::create::{Backing, CreateOptions, DataFile, Preallocation};
+use qcow2_engine::create::{Backing, CreateOptions, DataFile, NewTarget, Preallocation};
 use qcow2_engine::format::CompressionType;
 use qcow2_engine::storage::{MemoryStorage, NewFile, Overwrite};
 use qcow2_engine::{
@@ -51,8 +51,11 @@ fn disk(size: usize, seed: u64) -> (Vec<u8>, Arc<MemoryStorage>) {
 
 fn to_raw(source: &dyn GuestSource, options: &ConvertOptions) -> Result<(Vec<u8>, ConvertResult)> {
     let storage = Arc::new(MemoryStorage::new());
-    let target =
-        ConvertTarget::Raw { storage: storage.clone(), preallocation: Preallocation::Off, keep: false };
+    let target = ConvertTarget::New(NewTarget::Raw {
+        storage: storage.clone(),
+        preallocation: Preallocation::Off,
+        keep: false,
+    });
     let result = convert(source, target, options, &Job::new())?;
     Ok((storage.to_vec(), result))
 }
@@ -71,11 +74,11 @@ fn to_qcow2(
         }
         None => None,
     };
-    let target = ConvertTarget::Qcow2 {
+    let target = ConvertTarget::New(NewTarget::Qcow2 {
         storage: new.storage(),
         data_file: data.as_ref().map(NewFile::storage),
         create: Box::new(create.clone()),
-    };
+    });
     let result = convert(source, target, options, &Job::new())?;
     data.map_or(Ok(()), NewFile::commit)?;
     new.commit()?;
@@ -210,8 +213,11 @@ fn qcow2_bytes(
     workers: usize,
 ) -> Vec<u8> {
     let storage = Arc::new(MemoryStorage::new());
-    let target =
-        ConvertTarget::Qcow2 { storage: storage.clone(), data_file: None, create: Box::new(create.clone()) };
+    let target = ConvertTarget::New(NewTarget::Qcow2 {
+        storage: storage.clone(),
+        data_file: None,
+        create: Box::new(create.clone()),
+    });
     let options = ConvertOptions { concurrency: NonZeroUsize::new(workers), ..options.clone() };
     convert(source, target, &options, &Job::new()).unwrap();
     storage.to_vec()
@@ -252,7 +258,8 @@ fn raw_targets_are_sparse_as_asked() {
     let used = |sparse_size, preallocation| {
         use std::os::unix::fs::MetadataExt;
         let new = NewFile::create(dir.path("raw"), Overwrite::Replace, &[]).unwrap();
-        let target = ConvertTarget::Raw { storage: new.storage(), preallocation, keep: false };
+        let target =
+            ConvertTarget::New(NewTarget::Raw { storage: new.storage(), preallocation, keep: false });
         let options = ConvertOptions { sparse_size, ..Default::default() };
         convert(&source, target, &options, &Job::new()).unwrap();
         new.commit().unwrap();
@@ -361,10 +368,12 @@ fn devices_are_zeroed_where_the_disk_is_zero() {
     let (bytes, storage) = disk(6 << 20, 23);
     let source = raw_image(storage);
     let device = Device::new((6 << 20) + 4096);
-    let target = |device: &Arc<Device>| ConvertTarget::Raw {
-        storage: device.clone(),
-        preallocation: Preallocation::Off,
-        keep: false,
+    let target = |device: &Arc<Device>| {
+        ConvertTarget::New(NewTarget::Raw {
+            storage: device.clone(),
+            preallocation: Preallocation::Off,
+            keep: false,
+        })
     };
     convert(&source, target(&device), &ConvertOptions::default(), &Job::new()).unwrap();
     let after = device.to_vec();
@@ -388,7 +397,8 @@ fn devices_are_zeroed_where_the_disk_is_zero() {
             let device = Device::new(24 << 20);
             let create =
                 Box::new(CreateOptions { cluster_size, extended_l2, preallocation, ..Default::default() });
-            let target = ConvertTarget::Qcow2 { storage: device.clone(), data_file: None, create };
+            let target =
+                ConvertTarget::New(NewTarget::Qcow2 { storage: device.clone(), data_file: None, create });
             convert(&source, target, &ConvertOptions::default(), &Job::new()).unwrap();
             let file = dir.file("image", &device.to_vec());
             assert_same(&bytes, &qemu.guest_bytes(&file, "qcow2", &[]), 0, "qcow2 on a device");
@@ -403,7 +413,8 @@ fn contradictions_are_refused_before_anything_is_written() {
     let source = raw_image(Arc::new(MemoryStorage::from_bytes(&[1; 4096])));
     let refused = |target: ConvertTarget, options: &ConvertOptions| {
         let storage = match &target {
-            ConvertTarget::Raw { storage, .. } | ConvertTarget::Qcow2 { storage, .. } => storage.clone(),
+            ConvertTarget::New(NewTarget::Raw { storage, .. })
+            | ConvertTarget::New(NewTarget::Qcow2 { storage, .. }) => storage.clone(),
             ConvertTarget::Existing(image) => image.layers()[0].storage().clone(),
         };
         storage.write_all_at(Mem::from(&b"precious"[..]), 0).unwrap();
@@ -412,15 +423,19 @@ fn contradictions_are_refused_before_anything_is_written() {
         assert_eq!(storage.size().unwrap(), 8);
         error.field().unwrap()
     };
-    let raw = |preallocation| ConvertTarget::Raw {
-        storage: Arc::new(MemoryStorage::new()),
-        preallocation,
-        keep: false,
+    let raw = |preallocation| {
+        ConvertTarget::New(NewTarget::Raw {
+            storage: Arc::new(MemoryStorage::new()),
+            preallocation,
+            keep: false,
+        })
     };
-    let qcow2 = |create: CreateOptions| ConvertTarget::Qcow2 {
-        storage: Arc::new(MemoryStorage::new()),
-        data_file: None,
-        create: Box::new(create),
+    let qcow2 = |create: CreateOptions| {
+        ConvertTarget::New(NewTarget::Qcow2 {
+            storage: Arc::new(MemoryStorage::new()),
+            data_file: None,
+            create: Box::new(create),
+        })
     };
     let delta = ConvertOptions { delta: Some(Delta { layers: 1, base_size: 0 }), ..Default::default() };
     let plain = ConvertOptions::default();
@@ -456,7 +471,7 @@ fn short_transfers_change_nothing() {
         let target = Arc::new(MemoryStorage::new());
         let short: Arc<dyn Storage> = Arc::new(ShortIo::new(target.clone(), 3000));
         let create = Box::default();
-        let to = ConvertTarget::Qcow2 { storage: short, data_file: None, create };
+        let to = ConvertTarget::New(NewTarget::Qcow2 { storage: short, data_file: None, create });
         convert(&source, to, &options, &Job::new()).unwrap();
         assert!(whole == target.to_vec());
     }
@@ -472,14 +487,21 @@ fn every_fault_is_reported_and_leaves_no_image() {
             let source = raw_image(Arc::new(FaultStorage::new(storage.clone(), Fault::nth(n, 5))));
             let options = ConvertOptions { concurrency: NonZeroUsize::new(workers), ..compressed() };
             let target = Arc::new(MemoryStorage::new());
-            let to =
-                ConvertTarget::Qcow2 { storage: target.clone(), data_file: None, create: Box::default() };
+            let to = ConvertTarget::New(NewTarget::Qcow2 {
+                storage: target.clone(),
+                data_file: None,
+                create: Box::default(),
+            });
             let read = convert(&source, to, &options, &Job::new());
             assert_eq!(read.is_ok(), target.to_vec().starts_with(b"QFI"));
 
             let full: Arc<dyn Storage> =
                 Arc::new(FaultStorage::new(target.clone(), Fault::from(Op::Write, n, 28)));
-            let to = ConvertTarget::Qcow2 { storage: full, data_file: None, create: Box::default() };
+            let to = ConvertTarget::New(NewTarget::Qcow2 {
+                storage: full,
+                data_file: None,
+                create: Box::default(),
+            });
             let write = convert(&raw_image(storage.clone()), to, &options, &Job::new());
             assert_eq!(write.is_ok(), target.to_vec().starts_with(b"QFI"));
             let errno = |r: &Result<ConvertResult>| r.as_ref().err().map(|e| (e.kind(), e.errno().unwrap()));
@@ -501,7 +523,8 @@ fn a_full_disk_leaves_nothing() {
     let path = dir.path("out");
     let new = NewFile::create(&path, Overwrite::Refuse, &[]).unwrap();
     let full: Arc<dyn Storage> = Arc::new(FaultStorage::new(new.storage(), Fault::from(Op::Write, 3, 28)));
-    let target = ConvertTarget::Raw { storage: full, preallocation: Preallocation::Off, keep: false };
+    let target =
+        ConvertTarget::New(NewTarget::Raw { storage: full, preallocation: Preallocation::Off, keep: false });
     let error = convert(&raw_image(storage), target, &ConvertOptions::default(), &Job::new()).unwrap_err();
     assert_eq!((error.errno(), error.path()), (Some(28), Some(path.as_path())));
     drop(new);
@@ -559,14 +582,16 @@ fn cancelling_stops_at_the_next_chunk() {
             let source = Cancelling { inner: &image, job: &job, calls: 0.into(), at };
             let storage = Arc::new(MemoryStorage::new());
             let target = match to_raw {
-                true => ConvertTarget::Raw {
+                true => ConvertTarget::New(NewTarget::Raw {
                     storage: storage.clone(),
                     preallocation: Preallocation::Off,
                     keep: false,
-                },
-                false => {
-                    ConvertTarget::Qcow2 { storage: storage.clone(), data_file: None, create: Box::default() }
-                }
+                }),
+                false => ConvertTarget::New(NewTarget::Qcow2 {
+                    storage: storage.clone(),
+                    data_file: None,
+                    create: Box::default(),
+                }),
             };
             let options = ConvertOptions { concurrency: NonZeroUsize::new(4), ..Default::default() };
             let error = convert(&source, target, &options, &job).unwrap_err();
@@ -581,11 +606,11 @@ fn progress_ends_at_the_whole_disk() {
     let (_, storage) = disk((4 << 20) + 512, 43);
     for options in [ConvertOptions::default(), compressed()] {
         let job = Job::new();
-        let to = ConvertTarget::Qcow2 {
+        let to = ConvertTarget::New(NewTarget::Qcow2 {
             storage: Arc::new(MemoryStorage::new()),
             data_file: None,
             create: Box::default(),
-        };
+        });
         convert(&raw_image(storage.clone()), to, &options, &job).unwrap();
         assert_eq!(job.progress(), ((4 << 20) + 512, (4 << 20) + 512));
     }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use qcow2_engine::convert::{Compression, ConvertOptions, ConvertTarget, convert};
-use qcow2_engine::create::{CreateOptions, Preallocation, create};
+use qcow2_engine::create::{CreateOptions, NewTarget, Preallocation, create};
 use qcow2_engine::storage::{Access, FileStorage, NewFile, Overwrite, Traits};
 use qcow2_engine::{
     Extent, ExtentKind, GuestSource, Image, Job, Mem, MemMut, Raw, ReadStorage, Result, Storage, StorageExt,
@@ -105,8 +105,11 @@ fn peaks() {
     ] {
         let create = Box::new(CreateOptions { cluster_size, ..Default::default() });
         let used = peak(|| {
-            let target =
-                ConvertTarget::Qcow2 { storage: Arc::<Forgetful>::default(), data_file: None, create };
+            let target = ConvertTarget::New(NewTarget::Qcow2 {
+                storage: Arc::<Forgetful>::default(),
+                data_file: None,
+                create,
+            });
             let options = ConvertOptions { concurrency: two, compression, ..Default::default() };
             let result = convert(&Endless(size), target, &options, &Job::new()).unwrap();
             assert_eq!(result.bytes_read, size);
@@ -140,7 +143,11 @@ fn peaks() {
     let out = dir.path("out");
     let used = peak(|| {
         let new = NewFile::create(&out, Overwrite::Refuse, &[]).unwrap();
-        let target = ConvertTarget::Qcow2 { storage: new.storage(), data_file: None, create: Box::default() };
+        let target = ConvertTarget::New(NewTarget::Qcow2 {
+            storage: new.storage(),
+            data_file: None,
+            create: Box::default(),
+        });
         let options = ConvertOptions { concurrency: two, ..Default::default() };
         convert(&source, target, &options, &Job::new()).unwrap();
         new.commit().unwrap();

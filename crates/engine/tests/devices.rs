@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use qcow2_engine::clone::CloneTarget;
 use qcow2_engine::convert::{Compression, ConvertOptions, ConvertTarget, convert};
-use qcow2_engine::create::{CreateOptions, DataFile, Preallocation};
+use qcow2_engine::create::{CreateOptions, DataFile, NewTarget, Preallocation};
 use qcow2_engine::measure::{MeasureTarget, Qcow2Target, measure};
 use qcow2_engine::storage::{Access, CacheMode, FileStorage, MemoryStorage};
 use qcow2_engine::{
@@ -90,10 +90,12 @@ fn clone_to(image: &Image, target: CloneTarget) -> qcow2_engine::Result<()> {
 
 fn qcow2(storage: &Arc<dyn Storage>, create: &CreateOptions, compress: bool) -> CloneTarget {
     let compression = compress.then(Compression::default);
-    CloneTarget::Qcow2 {
-        storage: storage.clone(),
-        data_file: None,
-        create: Box::new(create.clone()),
+    CloneTarget {
+        disk: NewTarget::Qcow2 {
+            storage: storage.clone(),
+            data_file: None,
+            create: Box::new(create.clone()),
+        },
         compression,
     }
 }
@@ -104,7 +106,11 @@ fn clones(device: impl Fn(u64) -> Option<Arc<dyn Storage>>) {
     for length in [SIZE - 512, SIZE, SIZE + 4096] {
         let Some(storage) = device(length) else { return };
         let before = on(&*storage);
-        let target = CloneTarget::Raw { storage: storage.clone(), preallocation: Preallocation::Off };
+        let target = CloneTarget::from(NewTarget::Raw {
+            storage: storage.clone(),
+            preallocation: Preallocation::Off,
+            keep: false,
+        });
         let cloned = clone_to(&image, target);
         let after = on(&*storage);
         if length < SIZE {
@@ -141,11 +147,11 @@ fn clones(device: impl Fn(u64) -> Option<Arc<dyn Storage>>) {
                         assert_eq!(error.kind(), ErrorKind::InvalidHeader, "{what}: half a clone");
                     }
                 }
-                let target = ConvertTarget::Qcow2 {
+                let target = ConvertTarget::New(NewTarget::Qcow2 {
                     storage: storage.clone(),
                     data_file: None,
                     create: Box::new(create.clone()),
-                };
+                });
                 let compression = compress.then(Compression::default);
                 let options = ConvertOptions { compression, ..ConvertOptions::default() };
                 match convert(&image, target, &options, &Job::new()) {

@@ -11,7 +11,7 @@ use qcow2_engine::check::{CheckOptions, Repair, repair};
 use qcow2_engine::clone::CloneTarget;
 use qcow2_engine::compact::CompactOptions;
 use qcow2_engine::convert::{Compression, ConvertOptions, ConvertTarget, convert};
-use qcow2_engine::create::{CreateOptions, DataFile, Preallocation, create};
+use qcow2_engine::create::{CreateOptions, DataFile, NewTarget, Preallocation, create};
 use qcow2_engine::image::{SegmentKind, read_header};
 use qcow2_engine::storage::MemoryStorage;
 use qcow2_engine::{
@@ -133,10 +133,12 @@ fn seen_behind_the_end(made: &Watched, run: &Run) {
 fn cloned_and_converted(made: &Watched, options: &CreateOptions, run: &Run) -> bool {
     let what = format!("{}, cloned", run.what);
     let target = Watched::files(options);
-    let to = CloneTarget::Qcow2 {
-        storage: target.storage(),
-        data_file: target.data_file(),
-        create: Box::new(options.clone()),
+    let to = CloneTarget {
+        disk: NewTarget::Qcow2 {
+            storage: target.storage(),
+            data_file: target.data_file(),
+            create: Box::new(options.clone()),
+        },
         compression: None,
     };
     let image = made.open();
@@ -145,11 +147,11 @@ fn cloned_and_converted(made: &Watched, options: &CreateOptions, run: &Run) -> b
     let mut seen = target.has_marks();
     for sparse_size in [0, 4096] {
         let target = Watched::files(options);
-        let to = ConvertTarget::Qcow2 {
+        let to = ConvertTarget::New(NewTarget::Qcow2 {
             storage: target.storage(),
             data_file: target.data_file(),
             create: Box::new(options.clone()),
-        };
+        });
         let convert_options = ConvertOptions { sparse_size, ..ConvertOptions::default() };
         convert(&image, to, &convert_options, &Job::new()).unwrap();
         target.assert_holds(&run.disk, &format!("{}, converted, sparse {sparse_size}", run.what));
@@ -163,12 +165,16 @@ fn cloned_and_converted(made: &Watched, options: &CreateOptions, run: &Run) -> b
     for compression in [None, Some(Compression::default())] {
         let (target, data) = (Arc::new(MemoryStorage::new()), compression.is_none());
         let to = match data {
-            true => {
-                ConvertTarget::Raw { storage: target.clone(), preallocation: Preallocation::Off, keep: false }
-            }
-            false => {
-                ConvertTarget::Qcow2 { storage: target.clone(), data_file: None, create: Box::default() }
-            }
+            true => ConvertTarget::New(NewTarget::Raw {
+                storage: target.clone(),
+                preallocation: Preallocation::Off,
+                keep: false,
+            }),
+            false => ConvertTarget::New(NewTarget::Qcow2 {
+                storage: target.clone(),
+                data_file: None,
+                create: Box::default(),
+            }),
         };
         convert(&image, to, &ConvertOptions { compression, ..Default::default() }, &Job::new()).unwrap();
         let layer: Box<dyn Layer> = match data {

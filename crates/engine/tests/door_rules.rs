@@ -15,7 +15,7 @@ use qcow2_engine::check::CheckOptions;
 use qcow2_engine::clone::CloneTarget;
 use qcow2_engine::compact::CompactOptions;
 use qcow2_engine::convert::{Compression, ConvertOptions, ConvertTarget, convert};
-use qcow2_engine::create::{CreateOptions, DataFile, Preallocation};
+use qcow2_engine::create::{CreateOptions, DataFile, NewTarget, Preallocation};
 use qcow2_engine::image::SegmentKind;
 use qcow2_engine::{
     Discard, ErrorKind, ExtentKind, GuestSource, Image, Job, Layer, Mem, MemMut, OpenOptions, Qcow2, Raw,
@@ -204,15 +204,17 @@ fn what_cannot_be_behind_a_door_is_refused() {
         ConvertOptions { compression: Some(Compression::default()), ..ConvertOptions::default() };
     for target in [
         ConvertTarget::Existing(&image),
-        ConvertTarget::Qcow2 { storage: made.storage(), data_file: None, create: Box::new(create.clone()) },
+        ConvertTarget::New(NewTarget::Qcow2 {
+            storage: made.storage(),
+            data_file: None,
+            create: Box::new(create.clone()),
+        }),
     ] {
         let error = convert(&source, target, &compressed, &Job::new()).unwrap_err();
         assert_eq!((error.kind(), error.field()), (ErrorKind::InvalidArgument, Some("compress")));
     }
-    let target = CloneTarget::Qcow2 {
-        storage: made.storage(),
-        data_file: None,
-        create: Box::new(create),
+    let target = CloneTarget {
+        disk: NewTarget::Qcow2 { storage: made.storage(), data_file: None, create: Box::new(create) },
         compression: Some(Compression::default()),
     };
     assert_eq!(image.begin_clone(target, &Job::new()).unwrap_err().field(), Some("compress"));

@@ -7,7 +7,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 use qcow2_engine::convert::{ConvertOptions, ConvertTarget, convert};
-use qcow2_engine::create::CreateOptions;
+use qcow2_engine::create::{CreateOptions, NewTarget};
 use qcow2_engine::storage::naming::{Place, give_name};
 use qcow2_engine::storage::{MemoryStorage, NewFile, Overwrite};
 use qcow2_engine::{Image, Job, Mem, OpenOptions, Qcow2, Raw, StorageExt};
@@ -48,11 +48,11 @@ fn play(place: Place, forgetful: bool, durable: bool) -> Vec<String> {
     let [names, _, file] = storages.try_into().unwrap();
     let source = Image::new(vec![Box::new(Raw::new(Arc::new(MemoryStorage::from_bytes(&disk()))).unwrap())]);
     let visible = matches!(place, Place::Named | Place::InPlace);
-    let target = ConvertTarget::Qcow2 {
+    let target = ConvertTarget::New(NewTarget::Qcow2 {
         storage: file.clone(),
         data_file: None,
         create: Box::new(CreateOptions { cluster_size: 4096, ..CreateOptions::default() }),
-    };
+    });
     let options = ConvertOptions { durable: durable && visible, ..ConvertOptions::default() };
     convert(&source.unwrap(), target, &options, &Job::new()).unwrap();
     give_name(&mut Folder { names, file, number: NEW, forgetful }, place, durable).unwrap();

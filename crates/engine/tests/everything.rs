@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use qcow2_engine::clone::CloneTarget;
 use qcow2_engine::compact::CompactOptions;
-use qcow2_engine::create::{CreateOptions, Preallocation};
+use qcow2_engine::create::{CreateOptions, NewTarget, Preallocation};
 use qcow2_engine::{Discard, Image, Job, ResizeOptions, Storage, WriteOptions};
 use qcow2_testkit::audit::{Findings, audit};
 use qcow2_testkit::disk_model::{Opening, Rig};
@@ -190,11 +190,17 @@ impl World<'_> {
             let storage = Arc::new(RecordingStorage::plain(Sparse::new(0)));
             let raw = rng.below(2) == 0;
             let target = match raw {
-                true => CloneTarget::Raw { storage: storage.clone(), preallocation: Preallocation::Off },
-                false => CloneTarget::Qcow2 {
+                true => CloneTarget::from(NewTarget::Raw {
                     storage: storage.clone(),
-                    data_file: None,
-                    create: Box::new(CreateOptions::default()),
+                    preallocation: Preallocation::Off,
+                    keep: false,
+                }),
+                false => CloneTarget {
+                    disk: NewTarget::Qcow2 {
+                        storage: storage.clone(),
+                        data_file: None,
+                        create: Box::new(CreateOptions::default()),
+                    },
                     compression: None,
                 },
             };

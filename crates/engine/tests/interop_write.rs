@@ -6,7 +6,7 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use qcow2_engine::convert::{Compression, ConvertOptions, ConvertResult, ConvertTarget, Delta, convert};
-use qcow2_engine::create::{Backing, CreateOptions, DataFile, Preallocation};
+use qcow2_engine::create::{Backing, CreateOptions, DataFile, NewTarget, Preallocation};
 use qcow2_engine::format::CompressionType;
 use qcow2_engine::storage::{NewFile, Overwrite};
 use qcow2_engine::{ErrorKind, Image, Job, OpenOptions, Qcow2, Result};
@@ -47,11 +47,11 @@ fn to_qcow2(
         Some(_) => Some(NewFile::create(data_path(path), Overwrite::Replace, &[])?),
         None => None,
     };
-    let target = ConvertTarget::Qcow2 {
+    let target = ConvertTarget::New(NewTarget::Qcow2 {
         storage: new.storage(),
         data_file: data.as_ref().map(NewFile::storage),
         create: Box::new(create),
-    };
+    });
     let result = convert(source, target, options, &Job::new())?;
     data.map_or(Ok(()), NewFile::commit)?;
     new.commit()?;
@@ -61,7 +61,8 @@ fn to_qcow2(
 fn to_raw(source: &Image, path: &Path, options: &ConvertOptions) -> Result<ConvertResult> {
     let new = NewFile::create(path, Overwrite::Replace, &[])?;
     let storage = new.storage();
-    let target = ConvertTarget::Raw { storage, preallocation: Preallocation::Off, keep: false };
+    let target =
+        ConvertTarget::New(NewTarget::Raw { storage, preallocation: Preallocation::Off, keep: false });
     let result = convert(source, target, options, &Job::new())?;
     new.commit()?;
     Ok(result)

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use guard::guarded;
 use qcow2_engine::clone::CloneTarget;
 use qcow2_engine::convert::{ConvertOptions, ConvertTarget, convert};
-use qcow2_engine::create::Preallocation;
+use qcow2_engine::create::{NewTarget, Preallocation};
 use qcow2_engine::{Error, ErrorKind, Image, Job, OpenOptions, Qcow2, Storage, WriteOptions};
 use qcow2_testkit::disk_model::Rig;
 use qcow2_testkit::matrix::Geometry;
@@ -117,9 +117,14 @@ fn a_request_that_panics_fails_alone() {
 fn a_job_whose_worker_panics_fails() {
     let (source, reading) = image(Op::Read);
     let target = || -> Arc<dyn Storage> { Arc::new(RecordingStorage::plain(qcow2_testkit::Sparse::new(0))) };
-    let raw = |storage| ConvertTarget::Raw { storage, preallocation: Preallocation::Off, keep: false };
+    let raw = |storage| {
+        ConvertTarget::New(NewTarget::Raw { storage, preallocation: Preallocation::Off, keep: false })
+    };
     let clone = |storage| {
-        source.begin_clone(CloneTarget::Raw { storage, preallocation: Preallocation::Off }, &Job::new())
+        source.begin_clone(
+            CloneTarget::from(NewTarget::Raw { storage, preallocation: Preallocation::Off, keep: false }),
+            &Job::new(),
+        )
     };
     reading.armed.store(true, Ordering::Relaxed);
     let options = ConvertOptions::default();

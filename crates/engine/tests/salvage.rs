@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use qcow2_engine::convert::{ConvertOptions, ConvertTarget, convert};
-use qcow2_engine::create::Preallocation;
+use qcow2_engine::create::{NewTarget, Preallocation};
 use qcow2_engine::salvage::Salvage;
 use qcow2_engine::storage::MemoryStorage;
 use qcow2_engine::{ErrorKind, GuestSource, Image, Job, Mem, MemMut, Raw, Storage, StorageExt};
@@ -43,10 +43,12 @@ fn bad_sectors_become_zeroes_and_are_told() {
     }
     let target: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
     let options = ConvertOptions { concurrency: NonZeroUsize::new(3), ..ConvertOptions::default() };
-    let to = |storage: &Arc<dyn Storage>| ConvertTarget::Raw {
-        storage: Arc::clone(storage),
-        preallocation: Preallocation::Off,
-        keep: false,
+    let to = |storage: &Arc<dyn Storage>| {
+        ConvertTarget::New(NewTarget::Raw {
+            storage: Arc::clone(storage),
+            preallocation: Preallocation::Off,
+            keep: false,
+        })
     };
     assert_eq!(convert(&image, to(&target), &options, &Job::new()).unwrap_err().kind(), ErrorKind::Io);
     let salvage = Salvage::new(&image);

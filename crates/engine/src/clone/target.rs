@@ -5,39 +5,36 @@ use std::sync::Arc;
 use qcow2_transform::zero;
 
 use crate::convert::{Compression, DEFAULT_SPARSE_SIZE, check_compressed};
-use crate::create::{CreateOptions, Preallocation, create_raw, create_withheld, publish};
+use crate::create::{CreateOptions, NewTarget, create_raw, create_withheld, publish};
 use crate::image::{Image, OpenOptions, Qcow2};
 use crate::{DiskOptions, Error, ErrorKind, Job, Layer, Mem, Raw, Result, Storage, StorageExt, WriteOptions};
 
-/// Where to clone to. What the target held is lost.
+/// Where to clone to.
 #[derive(Debug, Clone)]
-pub enum CloneTarget {
-    /// A raw disk. What is zero becomes a hole.
-    Raw {
-        /// File or device; a device must be large enough.
-        storage: Arc<dyn Storage>,
-        /// Space to take for a file.
-        preallocation: Preallocation,
-    },
-    /// A new qcow2 image without a backing file.
-    Qcow2 {
-        /// File or device.
-        storage: Arc<dyn Storage>,
-        /// The external data file that `create` names.
-        data_file: Option<Arc<dyn Storage>>,
-        /// Options of the image; its size is the disk's.
-        create: Box<CreateOptions>,
-        /// Compress the clusters that shrink.
-        compression: Option<Compression>,
-    },
+pub struct CloneTarget {
+    /// What is made. A raw disk's zeroes become holes; a device must be large enough; a qcow2 image has no backing file.
+    pub disk: NewTarget,
+    /// Compress the clusters that shrink: of a qcow2 image.
+    pub compression: Option<Compression>,
+}
+
+impl From<NewTarget> for CloneTarget {
+    /// Without compression.
+    fn from(disk: NewTarget) -> Self {
+        Self { disk, compression: None }
+    }
 }
 
 impl CloneTarget {
     /// Makes the target, which reads as zeroes then.
     pub(super) fn prepare(self, size: u64, job: &Job) -> Result<Sink> {
-        match self {
-            Self::Raw { storage, preallocation } => {
-                if !storage.traits().block_device {
+        match self.disk {
+            NewTarget::Raw { .. } if self.compression.is_some() => {
+                let message = "a raw target cannot be compressed";
+                Err(Error::new(ErrorKind::InvalidArgument, message).with_field("compress"))
+            }
+            NewTarget::Raw { storage, preallocation, keep } => {
+                if !keep && !storage.traits().block_device {
                     create_raw(&*storage, size, preallocation, job)?;
                     return Sink::raw(storage);
                 }
@@ -49,10 +46,10 @@ impl CloneTarget {
                 storage.zero(0, size, true)?;
                 Sink::raw(storage)
             }
-            Self::Qcow2 { storage, data_file, mut create, compression } => {
-                check(&create, compression)?;
+            NewTarget::Qcow2 { storage, data_file, mut create } => {
+                check(&create, self.compression)?;
                 create.size = size;
-                Self::make_qcow2(storage, data_file, &create, compression, job)
+                Self::make_qcow2(storage, data_file, &create, self.compression, job)
             }
         }
     }

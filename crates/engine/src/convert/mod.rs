@@ -8,38 +8,20 @@ mod bitmaps;
 mod prepare;
 mod qcow2;
 
-use std::sync::Arc;
-
 pub use qcow2_core::convert::{
     Compression, ConvertOptions, ConvertResult, DEFAULT_SPARSE_SIZE, Delta, Window, data_bytes,
 };
 use qcow2_core::convert::{DiskSink, RawSink, Sink, copy_disk};
 
 use self::qcow2::Qcow2Sink;
-use crate::create::{CreateOptions, Preallocation, check_data_file};
-use crate::{Error, ErrorKind, GuestSource, Image, Job, Qcow2, Result, Storage};
+use crate::create::{CreateOptions, NewTarget, Preallocation, check_data_file};
+use crate::{Error, ErrorKind, GuestSource, Image, Job, Qcow2, Result};
 
-/// Where to convert to. What the target held is lost.
+/// Where to convert to.
 #[derive(Debug, Clone)]
 pub enum ConvertTarget<'a> {
-    /// A raw disk.
-    Raw {
-        /// File or device.
-        storage: Arc<dyn Storage>,
-        /// Space to take for a file.
-        preallocation: Preallocation,
-        /// Keep the file's length and zero it explicitly, as a device: it must be large enough.
-        keep: bool,
-    },
-    /// A new qcow2 image.
-    Qcow2 {
-        /// File or device.
-        storage: Arc<dyn Storage>,
-        /// The external data file that `create` names.
-        data_file: Option<Arc<dyn Storage>>,
-        /// Options of the image; its size is the source's.
-        create: Box<CreateOptions>,
-    },
+    /// A new disk; of a qcow2 image the source's size is the size.
+    New(NewTarget),
     /// An image that is open for writing, at least as large as the source. What its disk has behind the source's end stays; closing it
     /// is the caller's. An error leaves part of the source there.
     Existing(&'a Image),
@@ -59,10 +41,10 @@ pub fn convert(
     check(&target, options)?;
     copy_disk(source, options, job, |context, workers| {
         let sink: Box<dyn Sink + '_> = match target {
-            ConvertTarget::Raw { storage, preallocation, keep } => {
+            ConvertTarget::New(NewTarget::Raw { storage, preallocation, keep }) => {
                 Box::new(RawSink::new(context, storage, preallocation, keep)?)
             }
-            ConvertTarget::Qcow2 { storage, data_file, mut create } => {
+            ConvertTarget::New(NewTarget::Qcow2 { storage, data_file, mut create }) => {
                 create.size = source.virtual_size();
                 Box::new(Qcow2Sink::new(context, storage, data_file, *create, workers)?)
             }
@@ -79,16 +61,16 @@ fn check(target: &ConvertTarget<'_>, options: &ConvertOptions) -> Result<()> {
     let refuse =
         |field, message: &str| Err(Error::new(ErrorKind::InvalidArgument, message).with_field(field));
     match target {
-        ConvertTarget::Raw { .. } if options.compression.is_some() => {
+        ConvertTarget::New(NewTarget::Raw { .. }) if options.compression.is_some() => {
             refuse("compress", "a raw target cannot be compressed")
         }
-        ConvertTarget::Raw { .. } if options.delta.is_some() => {
+        ConvertTarget::New(NewTarget::Raw { .. }) if options.delta.is_some() => {
             refuse("base", "a raw target cannot have a backing file")
         }
-        ConvertTarget::Raw { preallocation: Preallocation::Metadata, .. } => {
+        ConvertTarget::New(NewTarget::Raw { preallocation: Preallocation::Metadata, .. }) => {
             refuse("preallocation", "a raw target has no metadata to preallocate")
         }
-        ConvertTarget::Raw { .. } => Ok(()),
+        ConvertTarget::New(NewTarget::Raw { .. }) => Ok(()),
         ConvertTarget::Existing(_) if options.delta.is_some() && options.target_is_zero => {
             refuse("target_is_zero", "a target that is zero everywhere lacks what the base has")
         }
@@ -104,7 +86,7 @@ fn check(target: &ConvertTarget<'_>, options: &ConvertOptions) -> Result<()> {
             }
             Ok(())
         }
-        ConvertTarget::Qcow2 { create, data_file, .. } => {
+        ConvertTarget::New(NewTarget::Qcow2 { create, data_file, .. }) => {
             if options.compression.is_some() {
                 check_compressed(create)?;
             }

@@ -7,6 +7,7 @@
 mod builder;
 mod hosts;
 mod options;
+mod target;
 
 use std::sync::Arc;
 
@@ -16,6 +17,7 @@ pub use qcow2_core::space::Preallocation;
 pub(crate) use qcow2_core::space::{empty, lengthen, size_raw, write_zero_bytes, zero_out};
 use qcow2_format::limits::MAX_VIRTUAL_SIZE;
 use qcow2_format::{Header, HostOffset, SubclusterBitmap};
+pub use target::NewTarget;
 
 pub(crate) use builder::{ImageBuilder, NewCluster, publish};
 

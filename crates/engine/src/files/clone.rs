@@ -27,13 +27,7 @@ impl FileClone {
         job: &Job,
     ) -> Result<Self> {
         let files = disk.start(target, Some(image), job)?;
-        let storage = files.storage();
-        let target = match disk {
-            NewDisk::Raw { preallocation, .. } => CloneTarget::Raw { storage, preallocation },
-            NewDisk::Qcow2 { create, .. } => {
-                CloneTarget::Qcow2 { storage, data_file: files.data_file(), create, compression }
-            }
-        };
+        let target = CloneTarget { disk: files.target(disk), compression };
         Ok(Self { clone: image.begin_clone(target, job)?, files })
     }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::{NewDisk, Target};
 use crate::bitmap::CopyableBitmaps;
 use crate::convert::{ConvertOptions, ConvertResult, ConvertTarget, convert};
-use crate::create::Preallocation;
+use crate::create::{NewTarget, Preallocation};
 use crate::salvage::{Salvage, Unreadable};
 use crate::splice::Splice;
 use crate::storage::{Access, Claim, FileStorage, Locking};
@@ -122,25 +122,19 @@ impl ConvertJob<'_> {
         job: &Job,
     ) -> Result<ConvertResult> {
         let files = disk.start(target, Some(source), job)?;
-        let (storage, data_file) = (files.storage(), files.data_file());
-        let mut door = None;
-        let (target, durable) = match disk {
-            NewDisk::Raw { preallocation, .. } => {
-                let keep = storage.traits().block_device;
-                // Synced with its name.
-                (ConvertTarget::Raw { storage, preallocation, keep }, false)
-            }
+        let (door, durable) = match &disk {
+            // Synced with its name.
+            NewDisk::Raw { .. } => (None, false),
+            // What others see becomes an image when all else is there.
             NewDisk::Qcow2 { create, .. } => {
-                // What others see becomes an image when all else is there.
-                door = create.data_door.clone();
-                let durable = self.options.durable && files.disk().is_visible();
-                (ConvertTarget::Qcow2 { storage, data_file: data_file.clone(), create }, durable)
+                (create.data_door.clone(), self.options.durable && files.disk().is_visible())
             }
         };
+        let target = ConvertTarget::New(files.target(disk));
         let options = ConvertOptions { durable, ..self.options.clone() };
         let result = convert(source, target, &options, job)?;
         if let Some(bitmaps) = bitmaps {
-            bitmaps.copy_to(files.storage(), data_file, door)?;
+            bitmaps.copy_to(files.storage(), files.data_file(), door)?;
         }
         files.commit(self.options.durable)?;
         Ok(result)
@@ -160,7 +154,7 @@ impl ConvertJob<'_> {
         }
         storage.lock(Claim::WRITER, Locking::Auto)?;
         let storage = Arc::new(storage);
-        let raw = ConvertTarget::Raw { storage: storage.clone(), preallocation, keep: true };
+        let raw = ConvertTarget::New(NewTarget::Raw { storage: storage.clone(), preallocation, keep: true });
         let result = convert(source, raw, &self.options, job)?;
         storage.report_close().map(|()| result)
     }

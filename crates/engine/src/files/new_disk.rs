@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::Target;
 use crate::convert::data_bytes;
-use crate::create::{self, CreateOptions, Preallocation, create_raw};
+use crate::create::{self, CreateOptions, NewTarget, Preallocation, create_raw};
 use crate::storage::{NewFile, Overwrite, Room};
 use crate::{Error, ErrorKind, GuestSource, Job, Result, Storage};
 
@@ -120,6 +120,20 @@ impl NewFiles {
     /// Where the external data file is written.
     pub fn data_file(&self) -> Option<Arc<dyn Storage>> {
         self.data.as_ref().map(NewFile::storage)
+    }
+
+    /// What is made in them: the disk that they were started for.
+    pub(super) fn target(&self, disk: NewDisk) -> NewTarget {
+        let storage = self.storage();
+        match disk {
+            NewDisk::Raw { preallocation, .. } => {
+                let keep = storage.traits().block_device;
+                NewTarget::Raw { storage, preallocation, keep }
+            }
+            NewDisk::Qcow2 { create, .. } => {
+                NewTarget::Qcow2 { storage, data_file: self.data_file(), create }
+            }
+        }
     }
 
     /// Gives the files their names; `durable`: on stable storage. The image last: it is not there without its data.

@@ -1,0 +1,29 @@
+//! Where a new disk is made.
+
+use std::sync::Arc;
+
+use super::{CreateOptions, Preallocation};
+use crate::Storage;
+
+/// Where a new disk is made, and as what. What the target held is lost.
+#[derive(Debug, Clone)]
+pub enum NewTarget {
+    /// A raw disk.
+    Raw {
+        /// File or device.
+        storage: Arc<dyn Storage>,
+        /// Space to take for a file.
+        preallocation: Preallocation,
+        /// Keep the file's length and zero it explicitly, as a device's: it must be large enough.
+        keep: bool,
+    },
+    /// A new qcow2 image.
+    Qcow2 {
+        /// File or device.
+        storage: Arc<dyn Storage>,
+        /// The external data file that `create` names.
+        data_file: Option<Arc<dyn Storage>>,
+        /// Options of the image; its size is that of the disk that goes into it.
+        create: Box<CreateOptions>,
+    },
+}
