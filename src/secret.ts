@@ -36,7 +36,7 @@ export interface Encrypt {
   secret: Secret
   /** How long a guess of the secret takes on this machine, in milliseconds: 1 to 60000. Default 2000. */
   iterTime?: number | undefined
-  /** Default `'aes-256'`. */
+  /** Default `'aes-256'`. QEMU 10 cannot read keys of 192 bits in another mode than `xts`. */
   cipherAlg?: (typeof CIPHER_ALGS)[number] | undefined
   /** Default `'xts'`. */
   cipherMode?: (typeof CIPHER_MODES)[number] | undefined
