@@ -91,6 +91,16 @@ describeWithQemu('encryption on the command line', () => {
     },
   )
 
+  it('ignores nothing that is said of a backing file', async () => {
+    for (const option of ['backing.file.filename=disk.raw', 'backing.driver=raw']) {
+      const { code, stderr } = await tools.ours(`info ${OBJECT} ${opts('made.qcow2', `,${option}`)}`)
+      expect([code, stderr]).toEqual([
+        1,
+        expect.stringContaining(`does not support the option '${option.split('=')[0]}'`),
+      ])
+    }
+  })
+
   it('tells a wrong secret, and keeps the target away', async () => {
     const wrong = `convert --object secret,id=s,data=nope ${opts('made.qcow2')} -O raw wrong.raw`
     const [ours, theirs] = await Promise.all([tools.ours(wrong), tools.theirs(wrong)])

@@ -59,7 +59,7 @@ export class Objects {
       if (rest === 'encrypt.key-secret' || rest === 'key-secret') {
         this.secret(value)
         secrets[depth] = value
-      } else if (!isHarmless(rest, value)) {
+      } else if (!isHarmless(rest, value, depth)) {
         throw new CommandFailure(`Could not open '${options}': Block format does not support the option '${name}'`)
       }
     }
@@ -90,10 +90,10 @@ function withoutBacking(name: string): { depth: number; rest: string } {
   return { depth: backing.length / 'backing.'.length, rest: name.slice(backing.length) }
 }
 
-/** What says what is so anyway. */
-const isHarmless = (name: string, value: string): boolean =>
-  ['driver', 'filename', 'file.filename'].includes(name) ||
-  (name === 'file.driver' && ['file', 'host_device'].includes(value)) ||
+/** What was read already, or says what is so anyway. Which file lies below, and in what format, is the image's to say. */
+const isHarmless = (name: string, value: string, depth: number): boolean =>
+  (depth === 0 && ['driver', 'filename', 'file.filename'].includes(name)) ||
+  (depth === 0 && name === 'file.driver' && ['file', 'host_device'].includes(value)) ||
   (name === 'encrypt.format' && ['luks', 'aes'].includes(value))
 
 function toSecret(values: ReadonlyMap<string, string>): Secret {

@@ -31,6 +31,7 @@ pub struct Malformed {
 
 const HEADER: &str = "ERR_QCOW2_INVALID_HEADER";
 const FEATURE: &str = "ERR_QCOW2_UNSUPPORTED_FEATURE";
+const SECRET: &str = "ERR_QCOW2_BAD_SECRET";
 const CORRUPT: &str = "ERR_QCOW2_CORRUPT";
 const LIMIT: &str = "ERR_QCOW2_LIMIT";
 
@@ -123,12 +124,12 @@ impl List {
         self.open("incompatible-bit-with-a-name", FEATURE, named);
         self.open("crypt-method-3", HEADER, base().with_u32(field::CRYPT_METHOD, 3));
         self.open("luks-without-header", HEADER, forge(3).crypt_method(2).build());
-        self.read("aes-is-not-plain-text", FEATURE, forge(3).crypt_method(1).build());
+        self.read("aes-is-not-plain-text", SECRET, forge(3).crypt_method(1).build());
         let mut luks = Forge::new(3, BITS, 10 * CLUSTER).crypt_method(2);
         let header = luks.alloc(1);
         luks.data(0, b"ciphertext");
         let pointer = [header.to_be_bytes(), 592u64.to_be_bytes()].concat();
-        self.read("luks-is-not-plain-text", FEATURE, luks.extension(field::EXT_CRYPTO, &pointer).build());
+        self.read("luks-is-not-plain-text", SECRET, luks.extension(field::EXT_CRYPTO, &pointer).build());
         self.open("compression-type-without-bit", HEADER, base().with_bytes(field::COMPRESSION_TYPE, &[1]));
         let unknown = forge(3).zstd().build().with_bytes(field::COMPRESSION_TYPE, &[2]);
         self.open("compression-type-2", HEADER, unknown);
