@@ -55,8 +55,8 @@ describe('a wrong command line', () => {
 
   it.concurrent.each([
     [['bench', 'a'], 'Command not supported in this version: bench (ERR_QCOW2_UNSUPPORTED_COMMAND)'],
-    [['info', '--image-opts', 'driver=qcow2'], "Option '--image-opts' is not supported"],
-    [['info', '--object', 'secret,id=s', 'a'], "Option '--object' is not supported"],
+    [['info', '--image-opts', 'driver=qcow2'], 'an image is described by its file.filename'],
+    [['info', '--object', 'secret,id=s', 'a'], "Must provide 'file' or 'data' property"],
     [['convert', '--target-image-opts', 'a', 'b'], "Option '--target-image-opts' is not supported"],
     [['convert', '-m', '17', 'a', 'b'], "specified: '17'. Must be between 1 and 16."],
     [['convert', '-O', 'qcow2', '-c', '--level', '50', 'a', 'b'], "specified: '50'. Must be between 1 and 22."],
