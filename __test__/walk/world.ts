@@ -220,6 +220,7 @@ export class World {
   /** Runs our command line in this process. */
   async cli(...args: string[]): Promise<string> {
     const { runProgram } = require('../../dist/cli/program.js')
+    const { Objects } = require('../../dist/cli/secrets.js')
     const { Output } = require('../../dist/cli/session.js')
     const [out, err] = [new PassThrough(), new PassThrough()]
     const [stdout, stderr] = [new Output(out), new Output(err)]
@@ -234,6 +235,7 @@ export class World {
       stderr,
       env: {},
       signal: new AbortController().signal,
+      objects: new Objects(),
     })
     stdout.flush()
     stderr.flush()
