@@ -81,15 +81,12 @@ describeWithQemu('encryption on the command line', () => {
     expect(ours.stderr).not.toContain('hunter2')
   })
 
-  it.each(['', ',cluster_size=4k', ',encrypt.cipher-alg=aes-128', ',preallocation=full', ',compat=0.10'])(
-    'measures as qemu-img does: %s',
-    async more => {
-      for (const source of ['--size 1G', '-f raw disk.raw']) {
-        const line = `measure ${OBJECT} -O qcow2 ${LUKS}${more} ${source}`
-        expect(await done('ours', line), line).toBe(await done('theirs', line))
-      }
-    },
-  )
+  it.each(['', ',cluster_size=4k,encrypt.cipher-alg=aes-128'])('measures as qemu-img does: %s', async more => {
+    for (const source of ['--size 1G', '-f raw disk.raw']) {
+      const line = `measure ${OBJECT} -O qcow2 ${LUKS}${more} ${source}`
+      expect(await done('ours', line), line).toBe(await done('theirs', line))
+    }
+  })
 
   it('ignores nothing that is said of a backing file', async () => {
     for (const option of ['backing.file.filename=disk.raw', 'backing.driver=raw']) {
