@@ -55,13 +55,13 @@ import { runJob } from './support/jobs.js'
 import { encodeText, isText, type Name, shownText } from './text.js'
 import type { Size } from './units.js'
 
-/** What `convert` and `measure` read. With `existingTarget` the secrets are the target's as well. */
+/** What `convert` and `measure` read. */
 export interface SourceOptions extends SharingOptions {
   /** Format of the source. Default: by its magic; raw, which has none, must be said. */
   from?: Format | undefined
   /** What the source may pull in. Default `'deny'`. */
   references?: ReferencePolicy | undefined
-  /** What opens encrypted layers of the source. */
+  /** What opens encrypted layers of the source; of a convert with `existingTarget`, of the target too. */
   secret?: Secrets | undefined
   /** Read this internal snapshot, by id or name. */
   snapshot?: Name | undefined

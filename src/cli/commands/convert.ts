@@ -216,7 +216,7 @@ async function convertNamed(
   }
 }
 
-/** What opens the sources. A layer is asked for by its file, so that each has the secrets of its own image. */
+/** What opens the source. Layers are told apart by their depth alone, so that several images cannot have secrets of their own. */
 function secretsOf(sources: readonly string[], { objects }: Session): Secrets | undefined {
   const [first] = sources
   if (sources.length > 1 && sources.some(source => objects.secretsOf(source) !== undefined)) {
