@@ -1,3 +1,4 @@
+import { availableParallelism } from 'node:os'
 import { fileURLToPath } from 'node:url'
 import { defineConfig } from 'vitest/config'
 
@@ -12,7 +13,8 @@ export default defineConfig({
     server: { deps: { external: [/\/dist\//] } },
     testTimeout: 60_000,
     hookTimeout: 60_000,
-    // The tests share two cores with the addon's own workers, in CI at least.
     pool: 'forks',
+    // Vitest leaves one core free, which is half of a small machine; most tests wait for a tool or a disk half of their time.
+    maxWorkers: Math.max(2, availableParallelism() - 1),
   },
 })
