@@ -58,7 +58,9 @@ for (const { name, version, license, source } of crates) {
   if (source && !source.startsWith('registry+')) problems.push(`crate ${name} ${version} comes from ${source}`)
 }
 
-const waiting = Object.keys(manifest.dependencies)
+// The command line's own are in its bundle.
+const BUNDLED = ['cli-progress', 'commander']
+const waiting = [...BUNDLED, ...Object.keys(manifest.dependencies ?? {})]
 const seen = new Set()
 while (waiting.length > 0) {
   const name = waiting.pop()

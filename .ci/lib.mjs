@@ -159,6 +159,6 @@ export async function prepare() {
   checkTools()
   await install()
   await build('engine', 'build:native', ['Cargo.toml', 'Cargo.lock', 'crates'])
-  const typescript = ['src', 'tsconfig.json', 'tsconfig.build.json', 'package-lock.json']
+  const typescript = ['src', 'tsconfig.json', 'tsconfig.build.json', 'package-lock.json', '.ci/build-cli.mjs']
   await build('library', 'build:ts', typescript, dropOldTypeScriptOutput)
 }

@@ -60,7 +60,7 @@ export function problemsOf(folder, wanted = platforms) {
   const root = read(join(folder, 'root', 'package.json'))
   const version = root?.version
   if (root && version !== manifest.version) problems.push(`${root.name} is version ${version}, not ${manifest.version}`)
-  for (const file of ['dist/index.js', 'dist/index.mjs', 'dist/index.d.ts', 'dist/cli.js']) {
+  for (const file of ['dist/index.js', 'dist/index.mjs', 'dist/index.d.ts', 'dist/cli.js', 'dist/command-line.js']) {
     if (root && !existsSync(join(folder, 'root', file))) problems.push(`${root.name} has no ${file}`)
   }
   for (const platform of platforms) {

@@ -56,7 +56,7 @@ beforeEach(() => {
   folder = mkdtempSync(join(tmpdir(), 'qcow2-release-'))
   const optionalDependencies = Object.fromEntries(PLATFORMS.map(name => [`qcow2-${name}`, version]))
   file('root/package.json', JSON.stringify({ name: 'qcow2', version, optionalDependencies }))
-  for (const name of ['index.js', 'index.mjs', 'index.d.ts', 'cli.js']) file(`root/dist/${name}`, '')
+  for (const name of ['index.js', 'index.mjs', 'index.d.ts', 'cli.js', 'command-line.js']) file(`root/dist/${name}`, '')
   for (const platform of PLATFORMS) {
     file(`npm/${platform}/package.json`, JSON.stringify({ name: `qcow2-${platform}`, version }))
     file(binary(platform), binaryFor(platform))

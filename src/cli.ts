@@ -1,4 +1,3 @@
-#!/usr/bin/env node
 import './cli/status-signals.js'
 import { main } from './cli/main.js'
 

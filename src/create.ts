@@ -1,6 +1,5 @@
 /** Creating images. */
 
-import { stat } from 'node:fs/promises'
 import { READING, WRITING } from './access.js'
 import { lookAtChain, openChain } from './backing/chain.js'
 import { readFileName } from './backing/filename.js'
@@ -12,6 +11,7 @@ import { bytes, flag, LONG_RUNNING, type LongRunning, readOptions, throwIfAborte
 import { type ReadSecrets, type Secrets, secrets } from './secret.js'
 import { type Qcow2Shape, SHAPE, toNativeShape } from './shape.js'
 import { type PathLike, release, targetFormat, toPath } from './source.js'
+import { exactStat } from './support/files.js'
 import { runJob } from './support/jobs.js'
 import { toName } from './text.js'
 import type { Size } from './units.js'
@@ -104,6 +104,6 @@ async function lookAtBacking(
 
 /** What `NativeFile.identity` would be, of a file that is not to be opened; nothing where there is none. */
 async function identityOf(path: string): Promise<readonly string[]> {
-  const found = await stat(toName(path), { bigint: true }).catch(() => undefined)
+  const found = await exactStat(toName(path)).catch(() => undefined)
   return found === undefined || process.platform === 'win32' ? [] : [`file:${found.dev}:${found.ino}`]
 }

@@ -1,10 +1,11 @@
 /** Streams of guest bytes. */
 
-import { Readable } from 'node:stream'
+import type { Readable } from 'node:stream'
 import type { ReadableStream } from 'node:stream/web'
 import { invalidArgument } from './errors.js'
 import type { MapEntry, MapOptions } from './map.js'
 import { ABORTABLE, type Abortable, bytes, flag, integer, readOptions } from './options.js'
+import { nodeStream } from './support/node-stream.js'
 import type { Size } from './units.js'
 
 /** Options of {@link Image.readableWebStream}. */
@@ -62,7 +63,7 @@ export function openReadStream(image: Guest, options: ReadStreamOptions | undefi
   const { start, end, highWaterMark = CHUNK, sparse, signal } = readOptions(options, 'Image.createReadStream', NODE)
   const range = toRange(image.virtualSize, start, end)
   const chunks = sparse ? sparseChunks(image, range, highWaterMark) : denseChunks(image, range, highWaterMark)
-  return Readable.from(chunks, {
+  return nodeStream().Readable.from(chunks, {
     objectMode: sparse === true,
     highWaterMark: sparse ? 1 : highWaterMark,
     ...(signal && { signal }),

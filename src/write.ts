@@ -1,10 +1,11 @@
 /** Writing guest bytes: its options, the requests that it becomes, and the stream of guest bytes into an image. */
 
-import { Writable } from 'node:stream'
+import type { Writable } from 'node:stream'
 import type { Chain } from './backing/chain.js'
 import { AbortError, invalidArgument, Qcow2Error } from './errors.js'
 import { can } from './formats/table.js'
 import { ABORTABLE, type Abortable, bytes, flag, integer, readOptions } from './options.js'
+import { nodeStream } from './support/node-stream.js'
 import { requestWatched, type StartWatched, submitWrite, toError, watchLook } from './support/requests.js'
 import { type Size, toBytes } from './units.js'
 
@@ -74,7 +75,7 @@ export function openWriteStream(disk: Disk, options: WriteStreamOptions | undefi
     for (const buffer of buffers) position += buffer.length
     disk.writev(buffers, at).then(() => done(), done)
   }
-  return new Writable({
+  return new (nodeStream().Writable)({
     highWaterMark,
     ...(signal && { signal }),
     write: (chunk: Uint8Array, _, done) => write([chunk], done),

@@ -34,7 +34,27 @@ const VALUES = `
 Sizes take the suffixes k, M, G, T, P and E, powers of 1024. Formats are ${TARGETS}; only read: ${ONLY_READ}.
 Backing files are followed by file name only, never json: or a protocol.`
 
-function buildProgram(session: Session, run: Runner): Command {
+/** What each command is declared by, in the order of the help. */
+const COMMANDS: Readonly<Record<string, (program: Command, run: Runner) => void>> = {
+  create: declareCreate,
+  convert: declareConvert,
+  info: declareInfo,
+  map: declareMap,
+  check: declareCheck,
+  measure: declareMeasure,
+  compare: declareCompare,
+  snapshot: declareSnapshot,
+  bitmap: declareBitmap,
+  resize: declareResize,
+  amend: declareAmend,
+  commit: declareCommit,
+  rebase: declareRebase,
+  compact: declareCompact,
+  dd: declareDd,
+}
+
+/** The whole program, or what it is with one command only: declaring all of them takes longer than a short command. */
+function buildProgram(session: Session, run: Runner, only?: string): Command {
   const program = new Command(session.program)
     .description(`Create, convert, change, check and inspect ${TARGETS} disk images, with the grammar of qemu-img.`)
     .usage('COMMAND [options] ...')
@@ -54,24 +74,8 @@ function buildProgram(session: Session, run: Runner): Command {
       // Errors are thrown too, and worded in one place.
       writeErr: () => undefined,
     })
-  for (const declare of [
-    declareCreate,
-    declareConvert,
-    declareInfo,
-    declareMap,
-    declareCheck,
-    declareMeasure,
-    declareCompare,
-    declareSnapshot,
-    declareBitmap,
-    declareResize,
-    declareAmend,
-    declareCommit,
-    declareRebase,
-    declareCompact,
-    declareDd,
-  ]) {
-    declare(program, run)
+  for (const [name, declare] of Object.entries(COMMANDS)) {
+    if (only === undefined || name === only) declare(program, run)
   }
   for (const command of program.commands) {
     command.on('option:object', (definition: string) => session.objects.add(definition))
@@ -105,15 +109,16 @@ function packageVersion(): string {
 /** Understands a command line and runs it. Resolves to the exit code; rejects with what `main` is to report. */
 export async function runProgram(args: readonly string[], session: Session): Promise<number> {
   let exitCode = 0
-  const program = buildProgram(session, async work => {
-    exitCode = await work(session)
-  })
   const [first] = args
+  const command = first !== undefined && Object.hasOwn(COMMANDS, first) ? first : undefined
+  const run: Runner = async work => {
+    exitCode = await work(session)
+  }
+  const program = buildProgram(session, run, command)
   const hint = (command?: string) =>
     `Try '${[session.program, command].filter(Boolean).join(' ')} --help' for more information`
   if (first === undefined) throw new CommandFailure('Not enough arguments', { hint: hint() })
-  const chosen = program.commands.find(candidate => candidate.name() === first)
-  const command = chosen?.name()
+  const chosen = command === undefined ? undefined : program.commands[0]
   if (command === undefined && !first.startsWith('-')) throw unknownCommand(first, hint())
   try {
     if (chosen === undefined) await program.parseAsync(arrange([...args], program), { from: 'user' })

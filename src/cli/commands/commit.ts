@@ -1,8 +1,8 @@
-import { realpath } from 'node:fs/promises'
 import { isAbsolute } from 'node:path'
 import type { Command } from 'commander'
 import { can } from '../../formats/table.js'
 import { type CacheMode, commit, type ImageInfo } from '../../index.js'
+import { realPath } from '../../support/files.js'
 import { exactText, toName } from '../../text.js'
 import { describeError, openFailure } from '../errors.js'
 import { CommandFailure } from '../failure.js'
@@ -95,8 +95,7 @@ async function baseOf(
 const nameOf = (layer: ImageInfo | undefined): string | undefined =>
   layer && exactText(layer.filename, layer.filenameBytes)
 
-const realOf = (path: string): Promise<Buffer | undefined> =>
-  realpath(toName(path), { encoding: 'buffer' }).catch(() => undefined)
+const realOf = (path: string): Promise<Buffer | undefined> => realPath(toName(path)).catch(() => undefined)
 
 const notFound = (base: string, filename: string): CommandFailure =>
   new CommandFailure(`Did not find '${base}' in the backing chain of '${filename}'`)

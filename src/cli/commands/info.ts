@@ -1,7 +1,7 @@
-import { stat } from 'node:fs/promises'
 import { type Command, Option } from 'commander'
 import { isEncrypted, isFormat, traitsOf } from '../../formats/table.js'
 import { type BlockLimits, type ImageInfo, inspect, probe } from '../../index.js'
+import { fileStat } from '../../support/files.js'
 import { exactText } from '../../text.js'
 import { openFailure } from '../errors.js'
 import { CommandFailure } from '../failure.js'
@@ -92,7 +92,7 @@ async function describeOther(
   })
   if (isFormat(looks) || (format !== undefined && format !== looks)) return undefined
   const { virtualSize } = await inspect(path, { signal })
-  const stats = await stat(path)
+  const stats = await fileStat(path)
   const { size, blocks } = stats
   const protocol = stats.isBlockDevice() ? 'host_device' : 'file'
   const name = shownName(filename)

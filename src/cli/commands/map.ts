@@ -1,7 +1,7 @@
-import { stat, writeFile } from 'node:fs/promises'
 import { type Command, Option } from 'commander'
 import { isPlain } from '../../formats/table.js'
 import type { Image, ImageInfo } from '../../index.js'
+import { exactStat, writeWhole } from '../../support/files.js'
 import { exactText, shownText, toName } from '../../text.js'
 import { CommandFailure } from '../failure.js'
 import { Allocation, type DiskCaption } from '../format/allocation.js'
@@ -131,13 +131,13 @@ async function drawFile(
   const svg = shownText(drawSvg(allocation, await captionOf(filename, image), layout))
   if (path === undefined) return session.stdout.write(svg)
   await refuseFilesOf(image, path)
-  await writeFile(toName(path), svg)
+  await writeWhole(toName(path), svg)
 }
 
 /** The picture is not written over what it is of. */
 async function refuseFilesOf(image: Image, path: string): Promise<void> {
   const identity = async (name: string | Buffer): Promise<string | undefined> => {
-    const found = await stat(name, { bigint: true }).catch(() => undefined)
+    const found = await exactStat(name).catch(() => undefined)
     return found && `${found.dev}:${found.ino}`
   }
   const written = await identity(toName(path))

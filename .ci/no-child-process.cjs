@@ -1,0 +1,1 @@
+// Stands in the bundle for the module that nothing in it calls.
