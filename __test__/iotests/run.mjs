@@ -1,0 +1,134 @@
+// npm run iotests [-- [-o OPTIONS] [--matrix] [--all-options] [-j JOBS] [--timeout SECONDS] [--diffs FOLDER] [--update] TEST...]
+//
+// QEMU's own suite on this command line: every test of the list that needs no virtual machine, in the standing of qemu-img. Prints a table
+// and a score; ends with 1 if a test fails that expected.json says to pass, and says so if one passes that it does not know of.
+//   --matrix       the cells too in which one of the tools is QEMU's own
+//   --all-options  with each set of options of expected.json
+//   --update       writes expected.json from what passed
+import { spawn } from 'node:child_process'
+import { cpSync, existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { availableParallelism, tmpdir } from 'node:os'
+import { dirname, join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { parseArgs } from 'node:util'
+import { suiteFolder } from './suite.mjs'
+import { makeTools } from './tools.mjs'
+
+const here = dirname(fileURLToPath(import.meta.url))
+const EXPECTED = join(here, 'expected.json')
+const expected = JSON.parse(readFileSync(EXPECTED, 'utf8'))
+
+const { values, positionals } = parseArgs({
+  allowPositionals: true,
+  options: {
+    options: { type: 'string', short: 'o' },
+    matrix: { type: 'boolean', default: false },
+    'all-options': { type: 'boolean', default: false },
+    jobs: { type: 'string', short: 'j', default: String(availableParallelism()) },
+    timeout: { type: 'string', default: '120' },
+    diffs: { type: 'string' },
+    update: { type: 'boolean', default: false },
+  },
+})
+
+/** Who each tool is, by the name of the cell. */
+const CELLS = {
+  ours: { 'qemu-img': 'ours', 'qemu-io': 'ours', 'qemu-nbd': 'ours' },
+  'ours with their qemu-io': { 'qemu-img': 'ours', 'qemu-io': 'qemu', 'qemu-nbd': 'qemu' },
+  'theirs with our qemu-io': { 'qemu-img': 'qemu', 'qemu-io': 'ours', 'qemu-nbd': 'qemu' },
+}
+
+/** Runs one test in folders of its own; resolves to `passed`, `failed`, `not run` or `timed out`, and what it printed. */
+function runTest(suite, test, options, tools, timeout) {
+  const work = mkdtempSync(join(tmpdir(), 'qcow2-io-'))
+  const env = { ...process.env, ...tools, TEST_DIR: join(work, 't'), SOCK_DIR: join(work, 's') }
+  mkdirSync(env.TEST_DIR)
+  mkdirSync(env.SOCK_DIR)
+  return new Promise(resolve => {
+    const child = spawn('./check', ['-qcow2', ...options, test], {
+      cwd: suite,
+      env,
+      detached: true,
+      stdio: ['ignore', 'pipe', 'pipe'],
+    })
+    let output = ''
+    child.stdout.on('data', bytes => (output += bytes))
+    child.stderr.on('data', bytes => (output += bytes))
+    let late = false
+    const timer = setTimeout(() => {
+      late = true
+      process.kill(-child.pid, 'SIGKILL')
+    }, timeout * 1000)
+    child.on('close', code => {
+      clearTimeout(timer)
+      rmSync(work, { recursive: true, force: true })
+      const notRun = /^Not run: /m.test(output)
+      resolve({ state: late ? 'timed out' : notRun ? 'not run' : code === 0 ? 'passed' : 'failed', output })
+    })
+  })
+}
+
+/** `-o X` of the suite, or another of its own switches. */
+const switches = name => (name === '' ? [] : name.startsWith('-') ? [name] : ['-o', name])
+
+async function runAll(suite, cell, name, tests, diffs) {
+  const folder = mkdtempSync(join(tmpdir(), 'qcow2-tools-'))
+  const tools = makeTools(folder, CELLS[cell])
+  const waiting = [...tests]
+  const results = new Map()
+  const worker = async () => {
+    for (let test = waiting.shift(); test !== undefined; test = waiting.shift()) {
+      const { state, output } = await runTest(suite, test, switches(name), tools, Number(values.timeout))
+      results.set(test, state)
+      if (state !== 'passed' && diffs !== undefined) {
+        mkdirSync(diffs, { recursive: true })
+        writeFileSync(join(diffs, `${test}${name === '' ? '' : ` ${name.replaceAll('/', '_')}`}.txt`), output)
+      }
+    }
+  }
+  await Promise.all(Array.from({ length: Number(values.jobs) }, worker))
+  rmSync(folder, { recursive: true })
+  return results
+}
+
+const suite = suiteFolder()
+// The suite writes into its own folder.
+const scratch = mkdtempSync(join(tmpdir(), 'qcow2-suite-'))
+cpSync(join(suite, '..', '..'), scratch, { recursive: true })
+const copy = join(scratch, 'tests', 'qemu-iotests')
+
+let broken = 0
+try {
+  const cells = values.matrix ? Object.keys(CELLS) : ['ours']
+  const sets = values['all-options'] ? Object.keys(expected.options) : [values.options ?? '']
+  for (const cell of cells) {
+    for (const name of sets) {
+      const wanted = expected.options[name] ?? expected.options['']
+      const tests = positionals.length > 0 ? positionals : wanted.tests
+      const started = Date.now()
+      const results = await runAll(copy, cell, name, tests, values.diffs)
+      const passed = tests.filter(test => results.get(test) === 'passed')
+      const failing = wanted.failing ?? {}
+      const fresh = tests.filter(test => results.get(test) !== 'passed' && !(test in failing))
+      const better = passed.filter(test => test in failing)
+      const seconds = Math.round((Date.now() - started) / 1000)
+      process.stdout.write(`${cell}${name === '' ? '' : `, ${name}`}: ${passed.length} of ${tests.length} pass (${seconds} s)\n`)
+      for (const test of tests) {
+        const state = results.get(test)
+        if (state !== 'passed') process.stdout.write(`  ${test} ${state}${test in failing ? `: ${failing[test]}` : ' (NEW)'}\n`)
+      }
+      if (better.length > 0) process.stdout.write(`  passes now, and expected.json does not know it: ${better.join(' ')}\n`)
+      if (cell === 'ours') broken += fresh.length
+      if (values.update && cell === 'ours' && positionals.length === 0) {
+        wanted.failing = Object.fromEntries(
+          tests.filter(test => results.get(test) !== 'passed').map(test => [test, failing[test] ?? results.get(test)]),
+        )
+      }
+    }
+  }
+  if (values.update) writeFileSync(EXPECTED, `${JSON.stringify(expected, null, 2)}\n`)
+} finally {
+  rmSync(scratch, { recursive: true, force: true })
+}
+if (broken > 0) process.stdout.write(`${broken} tests fail that should pass\n`)
+process.exitCode = broken > 0 && !values.update ? 1 : 0
