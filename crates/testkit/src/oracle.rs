@@ -135,6 +135,14 @@ impl Qemu {
         Self::run(&self.img, &args.iter().map(AsRef::as_ref).collect::<Vec<_>>())
     }
 
+    /// Runs qemu-io with these arguments; fails the test if a command fails.
+    #[track_caller]
+    pub fn io_with<A: AsRef<OsStr>>(&self, args: &[A]) -> String {
+        let out = Self::run(&self.io, &args.iter().map(AsRef::as_ref).collect::<Vec<_>>());
+        assert!(!out.stdout.contains("failed"), "`{}`\n{}", out.command, out.stdout);
+        out.ok()
+    }
+
     /// Runs qemu-nbd.
     pub fn nbd<A: AsRef<OsStr>>(&self, args: &[A]) -> Output {
         Self::run(&self.nbd, &args.iter().map(AsRef::as_ref).collect::<Vec<_>>())
