@@ -101,7 +101,8 @@ fn an_encrypted_image_keeps_the_contract_of_layers() {
     write.extend(["--image-opts", &image]);
     qemu.io_with(&write);
     let raw = fixture.path("raw");
-    qemu.img(&["convert", "--object", secret, "--image-opts", &image, "-O", "raw", raw.to_str().unwrap()]).ok();
+    qemu.img(&["convert", "--object", secret, "--image-opts", &image, "-O", "raw", raw.to_str().unwrap()])
+        .ok();
     let expected = std::fs::read(&raw).unwrap();
     let unlocked = |secret: &'static [u8]| {
         move |storage: Arc<dyn Storage>| -> Result<Box<dyn Layer>> {

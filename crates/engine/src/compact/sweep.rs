@@ -112,6 +112,8 @@ impl<'s, 'a> Sweep<'s, 'a> {
         let mut new = *mapping;
         let host = match &mut new {
             L2Mapping::Unallocated => return Ok(None),
+            // Compressed data is in clear: behind a door it is not written, not even at another place.
+            L2Mapping::Compressed(_) if !self.session.image.host_is_guest() => return Ok(None),
             L2Mapping::Compressed(descriptor) => {
                 let moved = self.move_compressed(descriptor, weight)?;
                 return Ok(moved.map(L2Mapping::Compressed));

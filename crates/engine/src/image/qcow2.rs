@@ -65,8 +65,8 @@ impl Qcow2 {
         let consistent = header.autoclear.contains(Autoclear::BITMAPS);
         let directory = header.bitmaps().filter(|_| consistent).copied();
         let readable = header.crypt_method == CryptMethod::None || options.data_door.is_some();
-        let data =
-            (readable && !header.has_data_file()).then(|| GuestData::behind(options.data_door.as_ref(), &storage));
+        let data = (readable && !header.has_data_file())
+            .then(|| GuestData::behind(options.data_door.as_ref(), &storage));
         Self {
             storage,
             data_file: None,
