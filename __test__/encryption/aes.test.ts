@@ -4,7 +4,7 @@ import { readFileSync, writeFileSync } from 'node:fs'
 import { expect, it } from 'vitest'
 import { commit, compact, convert, create, measure, open, rebase } from '../../dist/index.js'
 import { failure, pattern } from '../api/fixtures.js'
-import { asQemuImg } from '../cli/run.js'
+import { qcow2 } from '../cli/run.js'
 import { describeWithQemu, ok, qemuImg, qemuIo } from '../interop/qemu.js'
 import { encryptedDisks, hasMark, MIB, marked, object, put, SECRET } from './disks.js'
 
@@ -70,7 +70,7 @@ describeWithQemu('legacy AES in qcow2', () => {
     }
     expect(readFileSync(at('theirs.qcow2')).equals(before)).toBe(true)
     {
-      await using image = await open(at('theirs.qcow2'), { flags: 'r+', secret })
+      await using image = await open(at('theirs.qcow2'), { flags: 'r+', discard: 'unmap', secret })
       await put(image, disk, 2 * MIB + 700, marked(100_000))
       await put(image, disk, 5, marked(3))
       // Parts of one sector at the same time.
@@ -147,11 +147,11 @@ describeWithQemu('legacy AES in qcow2', () => {
     marked(100_000).copy(disk, 4000)
     writeFileSync(at('disk.raw'), disk)
     const run = async (...words: string[]): Promise<string> => {
-      const { code, stdout, stderr } = await asQemuImg(words, folder)
+      const { code, stdout, stderr } = await qcow2(words, folder)
       expect({ code, stderr }, words.join(' ')).toEqual({ code: 0, stderr: '' })
       return stdout
     }
-    const made = await asQemuImg(['create', ...object(), '-f', 'qcow2', '-o', OPTIONS, 'cli.qcow2', '1M'], folder)
+    const made = await qcow2(['create', ...object(), '-f', 'qcow2', '-o', OPTIONS, 'cli.qcow2', '1M'], folder)
     expect([made.code, made.stderr]).toEqual([1, expect.stringContaining('add encrypt.allow-weak=on')])
     const options = `${OPTIONS},encrypt.allow-weak=on`
     expect(await run('create', ...object(), '-f', 'qcow2', '-o', options, 'cli.qcow2', '1M')).toContain(
@@ -167,7 +167,7 @@ describeWithQemu('legacy AES in qcow2', () => {
       await using image = await open(at('over.qcow2'), { flags: 'r+', references: 'allow', secret: SECRET })
       await put(image, disk, MIB, Buffer.alloc(3000, 5))
     }
-    const refused = await asQemuImg(['commit', ...object(), '--image-opts', over('')], folder)
+    const refused = await qcow2(['commit', ...object(), '--image-opts', over('')], folder)
     expect([refused.code, refused.stderr]).toEqual([1, expect.stringContaining('allowWeak')])
     await run('commit', ...object(), '--image-opts', over(',backing.encrypt.allow-weak=on'))
     await holds('cli.qcow2', disk)

@@ -120,10 +120,11 @@ function toSecret(values: ReadonlyMap<string, string>): SecretBytes {
 }
 
 /** How a secret is read that is given in an argument, and one in a file. */
-const READERS: Readonly<Record<string, { text: (text: string) => SecretBytes; file: (name: string) => SecretBytes }>> = {
-  raw: { text: toBytes, file: name => reading(name, path => readFileSync(path)) },
-  base64: { text: decoded, file: name => decoded(reading(name, path => readFileSync(path, 'latin1'))) },
-}
+const READERS: Readonly<Record<string, { text: (text: string) => SecretBytes; file: (name: string) => SecretBytes }>> =
+  {
+    raw: { text: toBytes, file: name => reading(name, path => readFileSync(path)) },
+    base64: { text: decoded, file: name => decoded(reading(name, path => readFileSync(path, 'latin1'))) },
+  }
 
 function toBytes(text: string): Uint8Array {
   const name = toName(text)
