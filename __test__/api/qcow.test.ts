@@ -19,6 +19,7 @@ import {
   rebase,
 } from 'qcow2'
 import { beforeAll, describe, expect, it } from 'vitest'
+import { qcow2 } from '../cli/run.js'
 import { assertSameBytes, describeWithQemu, ok, qemuImg, qemuIo } from '../interop/qemu.js'
 import { failure, pattern, temporaryFolder, writeRaw } from './fixtures.js'
 
@@ -352,6 +353,9 @@ describeWithQemu('an image of version 1', () => {
       assertSameBytes(expected, await bytesOf(chain), 'on-aes.qcow2')
       await convert(at('aes.qcow'), target, { to: 'qcow2', secret: SECRET, overwrite: true })
       assertSameBytes(expected, qemuBytes('target', 'qcow2'), 'converted')
+      const line = ['convert', ...object, '--image-opts', described('aes.qcow'), '-O', 'raw', at('cli.raw')]
+      expect(await qcow2(line, folder)).toMatchObject({ code: 0, stderr: '' })
+      assertSameBytes(expected, readFileSync(at('cli.raw')), 'by the command line')
       const encrypt = { secret: 'another', iterTime: 5 }
       await convert(at('aes.qcow'), at('luks.qcow2'), { to: 'qcow2', secret: SECRET, create: { encrypt } })
       const compared = await compare(at('aes.qcow'), at('luks.qcow2'), { secretA: SECRET, secretB: 'another' })

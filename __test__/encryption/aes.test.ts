@@ -81,6 +81,23 @@ describeWithQemu('legacy AES in qcow2', () => {
     await holds('theirs.qcow2', disk)
   })
 
+  it('moves VM state as it is stored', async () => {
+    ok(qemuImg('create', '-q', ...object(), '-f', 'qcow2', '-o', `${OPTIONS},cluster_size=4k`, at('vm.qcow2'), '1M'))
+    const io = (...commands: string[]): string =>
+      ok(qemuIo(...object(), ...commands.flatMap(each => ['-c', each]), '--image-opts', described('vm.qcow2')))
+    io('write -P 7 0 200k', 'write -b -P 9 0 40k')
+    const disk = theirs('vm.qcow2')
+    {
+      await using image = await open(at('vm.qcow2'), { flags: 'r+', discard: 'unmap', secret })
+      await image.discard(0, 160 * 1024)
+      disk.fill(0, 0, 160 * 1024)
+    }
+    const { movedClusters } = await compact(at('vm.qcow2'), { mode: 'rewrite', secret })
+    expect(movedClusters).toBeGreaterThan(10)
+    expect(io('read -b -P 9 0 40k')).not.toMatch(/failed/)
+    await holds('vm.qcow2', disk)
+  })
+
   it('needs no secret where no guest data is touched', async () => {
     ok(qemuImg('create', '-q', ...object(), '-f', 'qcow2', '-o', OPTIONS, at('locked.qcow2'), '1M'))
     await using image = await open(at('locked.qcow2'), { flags: 'r+' })
