@@ -169,6 +169,7 @@ export interface NativeInspection {
 /** The shape of a new image; what is absent has the engine's default. */
 /** A secret: its bytes, or the file that has them. */
 export interface NativeSecret {
+  readonly allowWeak?: boolean | undefined
   readonly bytes?: Uint8Array | undefined
   readonly file?: string | undefined
 }
@@ -176,6 +177,7 @@ export interface NativeSecret {
 /** How a new image is encrypted; what is absent has the engine's default. */
 export interface NativeEncrypt {
   readonly secret: NativeSecret
+  readonly format?: string | undefined
   readonly cipherAlg?: string | undefined
   readonly cipherMode?: string | undefined
   readonly ivgenAlg?: string | undefined

@@ -7,11 +7,14 @@ import { flag, integer, oneOf, type Reader, readOptions } from './options.js'
 import { type PathLike, toPath } from './source.js'
 import { describe } from './units.js'
 
+/** A secret: a string, whose UTF-8 bytes are the secret, bytes, or a file, all of whose bytes are the secret (a line's end in it too). */
+export type SecretBytes = string | Uint8Array | { readonly file: PathLike }
+
 /**
- * What opens an encrypted image: a string, whose UTF-8 bytes are the secret, bytes, or a file, all of whose bytes are the secret (a line's
- * end in it too).
+ * What opens an encrypted image. With `allowWeak`, the image can be written to also where its encryption is weak, as legacy AES is;
+ * `ERR_QCOW2_UNSUPPORTED_FEATURE` without it.
  */
-export type Secret = string | Uint8Array | { readonly file: PathLike }
+export type Secret = SecretBytes | { readonly secret: SecretBytes; readonly allowWeak: boolean }
 
 /** A layer that is encrypted. */
 export interface EncryptedLayer {
@@ -30,10 +33,13 @@ export type Secrets = Secret | ((layer: EncryptedLayer) => Secret | undefined | 
 
 /** How a new image is encrypted. Names and defaults are QEMU's. */
 export interface Encrypt {
-  /** Default `'luks'`: LUKS version 1. */
-  format?: 'luks' | undefined
+  /**
+   * Default `'luks'`: LUKS version 1. `'aes'` is the legacy AES encryption of QEMU, for readers that know no other: the first 16 bytes of
+   * the secret are its key, nothing else can be chosen, and it is refused without `allowWeak`.
+   */
+  format?: 'luks' | 'aes' | undefined
   /** What opens the image. */
-  secret: Secret
+  secret: SecretBytes
   /** How long a guess of the secret takes on this machine, in milliseconds: 1 to 60000. Default 2000. */
   iterTime?: number | undefined
   /** Default `'aes-256'`. QEMU 10 cannot read keys of 192 bits in another mode than `xts`. */
@@ -44,20 +50,30 @@ export interface Encrypt {
   ivgenAlg?: (typeof IVGEN_ALGS)[number] | undefined
   /** The hash of `essiv`. Default `'sha256'`. */
   ivgenHashAlg?: (typeof HASH_ALGS)[number] | undefined
-  /** Take a combination that is known to be weak; it is refused otherwise. Default false. */
+  /** Take a format or a combination that is known to be weak; it is refused otherwise. Default false. */
   allowWeak?: boolean | undefined
   /** Default `'sha256'`. */
   hashAlg?: (typeof HASH_ALGS)[number] | undefined
 }
 
-/** Reads a {@link Secret}. The bytes are copied: what the caller does with its own does not matter. */
-export const secret: Reader<NativeSecret> = (value, name) => {
+/** Reads {@link SecretBytes}. They are copied: what the caller does with its own does not matter. */
+const secretBytes: Reader<NativeSecret> = (value, name) => {
   if (typeof value === 'string') return { bytes: new TextEncoder().encode(value) }
   if (value instanceof Uint8Array) return { bytes: Uint8Array.from(value) }
   if (typeof value === 'object' && value !== null && 'file' in value) {
     return { file: toPath(value.file, `${name}.file`) }
   }
   throw invalidArgument(name, `${name} must be a string, a Uint8Array or { file }, not ${describe(typeof value)}`)
+}
+
+const WEAK_SECRET = { secret: secretBytes, allowWeak: flag } as const
+
+/** Reads a {@link Secret}. */
+export const secret: Reader<NativeSecret> = (value, name) => {
+  if (typeof value !== 'object' || value === null || !('secret' in value)) return secretBytes(value, name)
+  const { secret, allowWeak } = readOptions(value, name, WEAK_SECRET)
+  if (secret === undefined) throw invalidArgument('secret', `${name}: the option secret is needed`)
+  return { ...secret, allowWeak }
 }
 
 /** Secrets that were checked: one for all, or a function to ask. */
@@ -76,8 +92,8 @@ export const secrets: Reader<ReadSecrets> = (value, name) => {
 }
 
 const ENCRYPT = {
-  format: oneOf('luks'),
-  secret,
+  format: oneOf('luks', 'aes'),
+  secret: secretBytes,
   iterTime: integer(1, 60_000),
   allowWeak: flag,
   cipherAlg: oneOf(...CIPHER_ALGS),
@@ -89,7 +105,7 @@ const ENCRYPT = {
 
 /** Reads an {@link Encrypt}. */
 export const encrypt: Reader<NativeEncrypt> = (value, name) => {
-  const { format: _, secret, ...options } = readOptions(value, name, ENCRYPT)
+  const { secret, ...options } = readOptions(value, name, ENCRYPT)
   if (secret === undefined) throw invalidArgument('secret', `${name}: the option secret is needed`)
-  return { ...options, secret }
+  return { ...options, secret: { ...secret, allowWeak: options.allowWeak } }
 }

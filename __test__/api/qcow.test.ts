@@ -18,7 +18,8 @@ import {
   probe,
   rebase,
 } from 'qcow2'
-import { beforeAll, expect, it } from 'vitest'
+import { beforeAll, describe, expect, it } from 'vitest'
+import { qcow2 } from '../cli/run.js'
 import { assertSameBytes, describeWithQemu, ok, qemuImg, qemuIo } from '../interop/qemu.js'
 import { failure, pattern, temporaryFolder, writeRaw } from './fixtures.js'
 
@@ -311,19 +312,54 @@ describeWithQemu('an image of version 1', () => {
     }
   })
 
-  it('that is encrypted opens, and gives no guest data', async () => {
-    const secret = ['--object', 'secret,id=s,data=x', '-o', 'encrypt.format=aes,encrypt.key-secret=s']
-    ok(qemuImg('convert', ...secret, '-f', 'raw', '-O', 'qcow', at('disk.raw'), at('encrypted.qcow')))
-    expect(await inspect(at('encrypted.qcow'))).toMatchObject({ format: 'qcow', encryption: 'aes' })
-    await using image = await open(at('encrypted.qcow'))
-    expect(await image.info()).toMatchObject({ encrypted: true })
-    const unsupported = { code: 'ERR_QCOW2_UNSUPPORTED_FEATURE', field: 'crypt_method' }
-    expect(await failure(() => image.read(Buffer.alloc(512), { position: 0 }))).toMatchObject(unsupported)
-    for (const to of ['raw', 'qcow2'] as const) {
-      expect(await failure(() => convert(at('encrypted.qcow'), target, { to }))).toMatchObject(unsupported)
-      expect(existsSync(target)).toBe(false)
-    }
-    const both = () => compare(at('encrypted.qcow'), at('disk.raw'), { formatB: 'raw' })
-    expect(await failure(both)).toMatchObject(unsupported)
+  describe('with legacy AES', () => {
+    const SECRET = 'the first sixteen bytes count'
+    const object = ['--object', `secret,id=s,data=${SECRET}`]
+    const described = (name: string): string => `driver=qcow,encrypt.key-secret=s,file.filename=${at(name)}`
+
+    beforeAll(() => {
+      const options = 'encrypt.format=aes,encrypt.key-secret=s'
+      ok(qemuImg('convert', ...object, '-f', 'raw', '-O', 'qcow', '-o', options, at('disk.raw'), at('aes.qcow')))
+      // Compressed clusters are stored in clear.
+      const writes = ['write -c -P 6 8192 4096', 'write -P 3 12290 700', 'write -c -P 8 3145728 4096']
+      ok(qemuIo(...object, ...writes.flatMap(each => ['-c', each]), '--image-opts', described('aes.qcow')))
+      const top = 'backing_file=aes.qcow,backing_fmt=qcow'
+      ok(qemuImg('create', '-q', '-u', '-f', 'qcow2', '-o', top, at('on-aes.qcow2'), String(SIZE)))
+    })
+
+    it('opens without its secret, and gives no guest data', async () => {
+      expect(await inspect(at('aes.qcow'))).toMatchObject({ format: 'qcow', encryption: 'aes' })
+      await using image = await open(at('aes.qcow'))
+      expect(await image.info()).toMatchObject({ encrypted: true })
+      const locked = { code: 'ERR_QCOW2_BAD_SECRET', field: 'secret', path: at('aes.qcow') }
+      expect(await failure(() => image.read(Buffer.alloc(512), { position: 0 }))).toMatchObject(locked)
+      expect(await failure(() => image.read(Buffer.alloc(512), { position: 8192 }))).toMatchObject(locked)
+      for (const to of ['raw', 'qcow2'] as const) {
+        expect(await failure(() => convert(at('aes.qcow'), target, { to }))).toMatchObject(locked)
+        expect(existsSync(target)).toBe(false)
+      }
+      const both = () => compare(at('aes.qcow'), at('disk.raw'), { formatB: 'raw' })
+      expect(await failure(both)).toMatchObject(locked)
+    })
+
+    it('reads with it, and is converted away from', async () => {
+      ok(qemuImg('convert', ...object, '--image-opts', described('aes.qcow'), '-O', 'raw', at('qemu.raw')))
+      const expected = readFileSync(at('qemu.raw'))
+      await using image = await open(at('aes.qcow'), { secret: SECRET })
+      assertSameBytes(expected, await bytesOf(image), 'aes.qcow')
+      const middle = await image.read(Buffer.alloc(5001), { position: 11_111 })
+      assertSameBytes(expected.subarray(11_111, 16_112), middle.buffer, 'in the middle')
+      await using chain = await open(at('on-aes.qcow2'), { references: 'allow', secret: SECRET })
+      assertSameBytes(expected, await bytesOf(chain), 'on-aes.qcow2')
+      await convert(at('aes.qcow'), target, { to: 'qcow2', secret: SECRET, overwrite: true })
+      assertSameBytes(expected, qemuBytes('target', 'qcow2'), 'converted')
+      const line = ['convert', ...object, '--image-opts', described('aes.qcow'), '-O', 'raw', at('cli.raw')]
+      expect(await qcow2(line, folder)).toMatchObject({ code: 0, stderr: '' })
+      assertSameBytes(expected, readFileSync(at('cli.raw')), 'by the command line')
+      const encrypt = { secret: 'another', iterTime: 5 }
+      await convert(at('aes.qcow'), at('luks.qcow2'), { to: 'qcow2', secret: SECRET, create: { encrypt } })
+      const compared = await compare(at('aes.qcow'), at('luks.qcow2'), { secretA: SECRET, secretB: 'another' })
+      expect(compared.identical).toBe(true)
+    })
   })
 })

@@ -294,19 +294,4 @@ describeWithQemu('LUKS in qcow2', () => {
     expect(await making).toMatchObject({ name: 'AbortError' })
     expect(performance.now() - begin).toBeLessThan(10_000)
   })
-
-  it('reads legacy AES, and writes none', async () => {
-    const disk = Buffer.alloc(MIB)
-    marked(200_000).copy(disk, 100_000)
-    writeFileSync(at('plain.raw'), disk)
-    const options = 'encrypt.format=aes,encrypt.key-secret=s'
-    ok(qemuImg('convert', ...object(), '-f', 'raw', '-O', 'qcow2', '-o', options, at('plain.raw'), at('aes.qcow2')))
-    expect((await ours(at('aes.qcow2'))).equals(disk)).toBe(true)
-    await convert(at('aes.qcow2'), at('luks.qcow2'), { to: 'qcow2', secret: SECRET, create: { encrypt } })
-    await holds('luks.qcow2', disk)
-    expect(await failure(() => open(at('aes.qcow2'), { flags: 'r+', secret: SECRET }))).toMatchObject({
-      code: 'ERR_QCOW2_UNSUPPORTED_FEATURE',
-      field: 'crypt_method',
-    })
-  })
 })

@@ -25,6 +25,7 @@ const QCOW2_OPTIONS: readonly OptionSpec[] = [
   { name: 'encrypt.ivgen-hash-alg', type: 'string', help: 'Name of IV generator hash algorithm' },
   { name: 'encrypt.hash-alg', type: 'string', help: 'Name of encryption hash algorithm' },
   { name: 'encrypt.iter-time', type: 'number', help: 'Time to spend in PBKDF in milliseconds' },
+  { name: 'encrypt.allow-weak', type: 'bool', help: "Take format 'aes', which is weak" },
   { name: 'cluster_size', type: 'size', help: 'qcow2 cluster size', fallback: '65536' },
   { name: 'extended_l2', type: 'bool', help: 'Extended L2 tables', fallback: 'off' },
   {
@@ -204,13 +205,14 @@ function toEncrypt(values: OptionValues, objects: Objects): Encrypt | undefined 
     if (lone !== undefined) throw new CommandFailure(`Parameter '${lone}' needs encrypt.format`)
     return undefined
   }
-  if (format === 'aes') {
-    throw unsupported("Option 'encrypt.format=aes'", 'this version does not write the legacy AES encryption: use luks')
+  if (format === 'aes' && values.get('encrypt.allow-weak') !== true) {
+    const reason = 'the legacy AES encryption is weak: use luks, or add encrypt.allow-weak=on'
+    throw unsupported("Option 'encrypt.format=aes'", reason)
   }
   const id = text(values, 'encrypt.key-secret')
   if (id === undefined) throw new CommandFailure("Parameter 'encrypt.key-secret' is required for cipher")
   // Whoever names a cipher by qemu-img's options gets what qemu-img makes.
-  const encrypt: Encrypt = { secret: objects.secret(id), allowWeak: true }
+  const encrypt: Encrypt = { format, secret: objects.secret(id), allowWeak: true }
   const cipherAlg = choice(values, 'encrypt.cipher-alg', CIPHER_ALGS)
   if (cipherAlg !== undefined) encrypt.cipherAlg = cipherAlg
   const cipherMode = choice(values, 'encrypt.cipher-mode', CIPHER_MODES)

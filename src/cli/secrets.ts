@@ -2,7 +2,7 @@
 
 import { readFileSync } from 'node:fs'
 import { isFormat } from '../formats/table.js'
-import type { EncryptedLayer, Format, Secret, Secrets } from '../index.js'
+import type { EncryptedLayer, Format, SecretBytes, Secrets } from '../index.js'
 import { toName } from '../text.js'
 import { CommandFailure, unsupported } from './failure.js'
 import { argumentOf } from './filename.js'
@@ -13,11 +13,13 @@ interface Described {
   readonly format: Format | undefined
   /** Ids of the secrets of its layers, top first. */
   readonly secrets: readonly (string | undefined)[]
+  /** Which of them may be written to although their encryption is weak. */
+  readonly weak: readonly boolean[]
 }
 
 /** The objects of a command line. */
 export class Objects {
-  readonly #secrets = new Map<string, Secret>()
+  readonly #secrets = new Map<string, SecretBytes>()
   readonly #images = new Map<string, Described>()
 
   /** Takes an object as qemu-img does: `secret,id=ID` with `data=TEXT` or `file=NAME`, and `format=base64`. */
@@ -36,7 +38,7 @@ export class Objects {
   }
 
   /** The secret with an id. */
-  secret(id: string): Secret {
+  secret(id: string): SecretBytes {
     const found = this.#secrets.get(id)
     if (found === undefined) throw new CommandFailure(`No secret with id '${id}'`)
     return found
@@ -54,17 +56,20 @@ export class Objects {
       throw new CommandFailure(`Could not open '${options}': Unknown driver '${driver}'`)
     }
     const secrets: (string | undefined)[] = []
+    const weak: boolean[] = []
     for (const [name, value] of values) {
       const { depth, rest } = withoutBacking(name)
       if (rest === 'encrypt.key-secret' || rest === 'key-secret') {
         this.secret(value)
         secrets[depth] = value
+      } else if (rest === 'encrypt.allow-weak' && ['on', 'off'].includes(value)) {
+        weak[depth] = value === 'on'
       } else if (!isHarmless(rest, value, depth)) {
         throw new CommandFailure(`Could not open '${options}': Block format does not support the option '${name}'`)
       }
     }
     const name = argumentOf(filename)
-    this.#images.set(name, { format: driver, secrets })
+    this.#images.set(name, { format: driver, secrets, weak })
     return name
   }
 
@@ -75,11 +80,12 @@ export class Objects {
 
   /** What opens the layers of an image. */
   secretsOf(filename: string): Secrets | undefined {
-    const ids = this.#images.get(filename)?.secrets
-    if (ids === undefined) return undefined
+    const image = this.#images.get(filename)
+    if (image === undefined) return undefined
     return ({ depth }: EncryptedLayer) => {
-      const id = ids[depth]
-      return id === undefined ? undefined : this.secret(id)
+      const id = image.secrets[depth]
+      if (id === undefined) return undefined
+      return { secret: this.secret(id), allowWeak: image.weak[depth] === true }
     }
   }
 }
@@ -96,7 +102,7 @@ const isHarmless = (name: string, value: string, depth: number): boolean =>
   (depth === 0 && name === 'file.driver' && ['file', 'host_device'].includes(value)) ||
   (name === 'encrypt.format' && ['luks', 'aes'].includes(value))
 
-function toSecret(values: ReadonlyMap<string, string>): Secret {
+function toSecret(values: ReadonlyMap<string, string>): SecretBytes {
   const known = ['id', 'data', 'file', 'format']
   const other = [...values.keys()].find(name => !known.includes(name))
   if (other === 'keyid' || other === 'iv') throw unsupported(`Parameter '${other}'`, 'secrets are given as they are')
@@ -114,10 +120,11 @@ function toSecret(values: ReadonlyMap<string, string>): Secret {
 }
 
 /** How a secret is read that is given in an argument, and one in a file. */
-const READERS: Readonly<Record<string, { text: (text: string) => Secret; file: (name: string) => Secret }>> = {
-  raw: { text: toBytes, file: name => reading(name, path => readFileSync(path)) },
-  base64: { text: decoded, file: name => decoded(reading(name, path => readFileSync(path, 'latin1'))) },
-}
+const READERS: Readonly<Record<string, { text: (text: string) => SecretBytes; file: (name: string) => SecretBytes }>> =
+  {
+    raw: { text: toBytes, file: name => reading(name, path => readFileSync(path)) },
+    base64: { text: decoded, file: name => decoded(reading(name, path => readFileSync(path, 'latin1'))) },
+  }
 
 function toBytes(text: string): Uint8Array {
   const name = toName(text)

@@ -1,15 +1,14 @@
 //! The door to guest data: what stands between the guest's bytes and those of the file.
 //!
 //! An image has two kinds of bytes in its file: its own structures, which are what they are, and the guest's. The guest's go
-//! through one storage in both directions (`Qcow2::data_storage`), which is the file itself unless the image was opened with a
-//! door: then it is what the door makes of the file. Behind a door the two meanings of "zero" part: that the host's
+//! through `GuestData` in both directions, which is the file itself unless the image was opened with a door: then it is what the
+//! door makes of the file. Behind a door the two meanings of "zero" part: that the host's
 //! bytes are zero (a hole, a new cluster), and that the guest reads zeroes.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::ptr;
 use std::sync::Arc;
-
-use qcow2_core::raw::SECTOR;
 
 use crate::Storage;
 use crate::storage::{SectorCodec, Sectors};
@@ -29,8 +28,8 @@ pub trait DataDoor: fmt::Debug + Send + Sync {
         None
     }
 
-    /// A codec that counts sectors of the guest's disk instead of those of the file, of images that are only read; then `open`
-    /// gives what is stored.
+    /// A codec that counts sectors of the guest's disk instead of those of the file: then it is used, and `open` is not. Images say
+    /// `crypt_method` 1.
     fn by_guest(&self) -> Option<&Arc<dyn SectorCodec>> {
         None
     }
@@ -45,38 +44,42 @@ impl PartialEq for dyn DataDoor {
 
 impl Eq for dyn DataDoor {}
 
-/// Where the guest bytes of `host` are read and written: `host` itself, without a door.
-pub(crate) fn behind(door: Option<&Arc<dyn DataDoor>>, host: &Arc<dyn Storage>) -> Arc<dyn Storage> {
-    match door {
-        Some(door) => door.open(Arc::clone(host)),
-        None => Arc::clone(host),
+/// Where the guest bytes of a file are read and written.
+#[derive(Debug, Clone)]
+pub(crate) enum GuestData {
+    /// At their host offsets: in the file itself, or in what a door makes of it.
+    ByHost(Arc<dyn Storage>),
+    /// At their host offsets as well, but what is stored depends on their guest offsets.
+    ByGuest(Arc<Sectors>),
+}
+
+impl GuestData {
+    /// Those of `host` behind `door`, or in `host` itself without one.
+    pub(crate) fn behind(door: Option<&Arc<dyn DataDoor>>, host: &Arc<dyn Storage>) -> Self {
+        let host = Arc::clone(host);
+        match door.map(|door| (door, door.by_guest())) {
+            None => Self::ByHost(host),
+            Some((door, None)) => Self::ByHost(door.open(host)),
+            Some((_, Some(codec))) => Self::ByGuest(Arc::new(Sectors::new(host, Arc::clone(codec)))),
+        }
     }
-}
 
-/// What a codec by guest sectors makes of `data`, whose bytes at `host` are the guest's at `guest`: both begin a sector, or lie as far
-/// in one.
-pub(crate) fn by_guest_sector(
-    data: &Arc<dyn Storage>,
-    codec: &Arc<dyn SectorCodec>,
-    guest: u64,
-    host: u64,
-) -> Arc<dyn Storage> {
-    let shift = (guest / SECTOR).wrapping_sub(host / SECTOR);
-    Arc::new(Sectors::new(Arc::clone(data), Arc::new(Shifted { codec: Arc::clone(codec), shift })))
-}
-
-/// A codec whose sectors have other numbers.
-#[derive(Debug)]
-struct Shifted {
-    codec: Arc<dyn SectorCodec>,
-    shift: u64,
-}
-
-impl SectorCodec for Shifted {
-    fn encode(&self, sector: u64, data: &mut [u8]) {
-        self.codec.encode(sector.wrapping_add(self.shift), data);
+    /// Through which bytes are read and written at `host`, and behind it, that are the guest's at `guest`, and behind it.
+    pub(crate) fn at(&self, guest: u64, host: u64) -> Cow<'_, Arc<dyn Storage>> {
+        match self {
+            Self::ByHost(data) => Cow::Borrowed(data),
+            Self::ByGuest(sectors) => {
+                let counted: Arc<dyn Storage> = Arc::new(sectors.counted(guest, host));
+                Cow::Owned(counted)
+            }
+        }
     }
-    fn decode(&self, sector: u64, data: &mut [u8]) {
-        self.codec.decode(sector.wrapping_add(self.shift), data);
+
+    /// Through which bytes come to another place of the file: to the guest, they stay where they are.
+    pub(crate) fn moving(&self) -> &Arc<dyn Storage> {
+        match self {
+            Self::ByHost(data) => data,
+            Self::ByGuest(sectors) => sectors.host(),
+        }
     }
 }

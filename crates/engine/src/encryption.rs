@@ -70,11 +70,13 @@ impl Secret {
     }
 }
 
-/// How a new image is encrypted: LUKS, by QEMU's names. What is absent has QEMU's default.
+/// How a new image is encrypted, by QEMU's names. What is absent has QEMU's default.
 #[derive(Debug, Clone)]
 pub struct Encryption {
     /// What opens the image.
     pub secret: Secret,
+    /// Legacy AES instead of LUKS. It is weak, and nothing of the rest can be chosen.
+    pub legacy_aes: bool,
     /// `aes-256`.
     pub cipher_alg: Option<String>,
     /// `xts`.
@@ -97,6 +99,9 @@ impl Encryption {
     /// # Errors
     /// `InvalidArgument` or `UnsupportedFeature` for names that do not go together; `Aborted`; those of [`Secret::read`].
     pub fn door(&self, job: &Job) -> Result<Arc<dyn DataDoor>> {
+        if self.legacy_aes {
+            return self.aes_door();
+        }
         let secret = self.secret.read()?;
         let mut options = FormatOptions::new(&secret);
         options.spec = self.spec()?;
@@ -109,11 +114,28 @@ impl Encryption {
         Ok(Arc::new(LuksDoor { codec: Arc::new(formatted.cipher), header: Some(formatted.bytes) }))
     }
 
+    fn aes_door(&self) -> Result<Arc<dyn DataDoor>> {
+        if !self.allow_weak {
+            let message = "legacy AES is weak, its key is the secret itself: take luks, or allow weak encryption (allowWeak)";
+            return Err(Error::new(ErrorKind::InvalidArgument, message).with_field("encrypt.format"));
+        }
+        let names =
+            [&self.cipher_alg, &self.cipher_mode, &self.ivgen_alg, &self.ivgen_hash_alg, &self.hash_alg];
+        if names.iter().any(|name| name.is_some()) || self.iter_time_ms.is_some() {
+            let message = "ciphers, hashes and iteration times are those of luks: legacy AES has one of each";
+            return Err(Error::new(ErrorKind::InvalidArgument, message).with_field("encrypt.format"));
+        }
+        Ok(Arc::new(AesDoor { codec: Arc::new(legacy_aes(&self.secret.read()?)?) }))
+    }
+
     /// Bytes of the encryption header. The secret does not matter.
     ///
     /// # Errors
     /// As [`Encryption::door`], for names.
     pub fn header_length(&self) -> Result<u64> {
+        if self.legacy_aes {
+            return Ok(0);
+        }
         Ok(FormatOptions { spec: self.spec()?, ..FormatOptions::new(&[]) }.length())
     }
 
@@ -219,8 +241,9 @@ struct AesDoor {
 }
 
 impl DataDoor for AesDoor {
+    /// The guest's sectors are the file's in an external data file.
     fn open(&self, host: Arc<dyn Storage>) -> Arc<dyn Storage> {
-        host
+        Arc::new(Sectors::new(host, Arc::clone(&self.codec)))
     }
 
     fn by_guest(&self) -> Option<&Arc<dyn SectorCodec>> {

@@ -18,7 +18,7 @@ use qcow2_testkit::matrix::{Backing, DataFile, Geometry};
 use qcow2_testkit::ops::{Found, SECTOR, Target, Value, identify, stamped};
 use qcow2_testkit::plans::Table;
 use qcow2_testkit::recorder::RecordingStorage;
-use qcow2_testkit::storage::{Fault, FaultStorage, Op as Call, Scrambling};
+use qcow2_testkit::storage::{Door, Fault, FaultStorage, Op as Call, Scrambling};
 use qcow2_testkit::{Fixture, Qemu, Rng, Sparse};
 
 const THREADS: u64 = 5;
@@ -133,7 +133,10 @@ impl Made {
         assert!(findings.is_clean(), "{what}: {findings:#?}");
         let rig = Rig {
             geometry: Geometry {
-                door: matches!(self.kind, Kind::Door | Kind::PreallocatedDoor),
+                door: match self.kind {
+                    Kind::Door | Kind::PreallocatedDoor => Door::Scrambling,
+                    _ => Door::None,
+                },
                 ..Geometry::plain(65536)
             },
             image: file,
@@ -331,7 +334,8 @@ fn a_clone_is_the_disk_at_one_moment() {
         Geometry { extended_l2: true, backing: Backing::ShorterRaw, ..plain(16384, (2 << 20) + 1536) },
         plain(2 << 20, 20 << 20),
         Geometry { data_file: DataFile::ExternalRaw, ..plain(4096, 2 << 20) },
-        Geometry { door: true, ..plain(4096, 2 << 20) },
+        Geometry { door: Door::Xts, ..plain(4096, 2 << 20) },
+        Geometry { door: Door::LegacyAes, ..plain(4096, 2 << 20) },
     ];
     for (seed, geometry) in (1..).zip(&geometries) {
         let rig = Rig::forge(geometry, seed);

@@ -16,6 +16,7 @@ use qcow2_testkit::crash::{Durability, Scope, Session};
 use qcow2_testkit::disk_model::{Opening, Rig};
 use qcow2_testkit::matrix::{Backing, DataFile, Geometry};
 use qcow2_testkit::ops::Op;
+use qcow2_testkit::storage::Door;
 use qcow2_testkit::{Sparse, crash::FIRST_GENERATION};
 
 /// Most compactions beside a clone.
@@ -37,7 +38,7 @@ fn geometries() -> Vec<Geometry> {
         Geometry { extended_l2: true, ..small(16384, 40) },
         Geometry { zstd: true, refcount_bits: 64, ..small(1024, 200) },
         Geometry { data_file: DataFile::External, ..small(4096, 100) },
-        Geometry { door: true, ..small(4096, 80) },
+        Geometry { door: Door::Xts, ..small(4096, 80) },
     ]
 }
 

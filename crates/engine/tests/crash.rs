@@ -16,6 +16,7 @@ use qcow2_testkit::disk_model::{Opening, Rig};
 use qcow2_testkit::matrix::{Backing, DataFile, Geometry};
 use qcow2_testkit::ops::{Op, Target};
 use qcow2_testkit::recorder::RecordingStorage;
+use qcow2_testkit::storage::Door;
 use qcow2_testkit::{Fixture, Qemu, Sparse, trace};
 
 fn writable(flush_each: bool) -> Opening {
@@ -41,10 +42,10 @@ fn geometries() -> Vec<Geometry> {
         Geometry { data_file: DataFile::External, backing: Backing::EqualQcow2, ..plain(4096) },
         Geometry { data_file: DataFile::ExternalRaw, ..plain(65536) },
         Geometry { data_file: DataFile::External, extended_l2: true, ..plain(16384) },
-        Geometry { door: true, ..plain(4096) },
-        Geometry { door: true, extended_l2: true, backing: Backing::EqualQcow2, ..plain(16384) },
-        Geometry { door: true, data_file: DataFile::External, ..plain(65536) },
-        Geometry { door: true, version: 2, backing: Backing::LongerQcow2, ..plain(4096) },
+        Geometry { door: Door::Scrambling, ..plain(4096) },
+        Geometry { door: Door::LegacyAes, extended_l2: true, backing: Backing::EqualQcow2, ..plain(16384) },
+        Geometry { door: Door::Xts, data_file: DataFile::External, ..plain(65536) },
+        Geometry { door: Door::Xts, version: 2, backing: Backing::LongerQcow2, ..plain(4096) },
     ]
 }
 
@@ -265,7 +266,7 @@ fn no_power_cut_past_the_page_cache_loses_or_corrupts() {
         Geometry { extended_l2: true, ..plain(16384) },
         plain(65536),
         Geometry { data_file: DataFile::ExternalRaw, ..plain(4096) },
-        Geometry { door: true, ..plain(4096) },
+        Geometry { door: Door::Scrambling, ..plain(4096) },
     ];
     let rounds = (wanted / (250 * geometries.len())).max(1) as u64;
     let cases: Vec<(&Geometry, u64, u32)> = (1..=rounds)

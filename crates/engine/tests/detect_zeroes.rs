@@ -10,6 +10,7 @@ use qcow2_testkit::matrix::{Backing, DataFile, Geometry};
 use qcow2_testkit::ops::{Target, stamped};
 use qcow2_testkit::plans::Table;
 use qcow2_testkit::recorder::RecordingStorage;
+use qcow2_testkit::storage::Door;
 use qcow2_testkit::{Fixture, Qemu, Rng};
 
 fn geometries() -> Vec<Geometry> {
@@ -25,9 +26,14 @@ fn geometries() -> Vec<Geometry> {
         Geometry { extended_l2: true, ..small(16384, 10) },
         Geometry { extended_l2: true, backing: Backing::EqualQcow2, ..small(16384, 10) },
         Geometry { data_file: DataFile::ExternalRaw, ..small(4096, 20) },
-        Geometry { door: true, ..small(4096, 20) },
-        Geometry { door: true, extended_l2: true, backing: Backing::ShorterRaw, ..small(16384, 10) },
-        Geometry { door: true, data_file: DataFile::External, ..small(4096, 20) },
+        Geometry { door: Door::LegacyAes, ..small(4096, 20) },
+        Geometry {
+            door: Door::Scrambling,
+            extended_l2: true,
+            backing: Backing::ShorterRaw,
+            ..small(16384, 10)
+        },
+        Geometry { door: Door::Xts, data_file: DataFile::External, ..small(4096, 20) },
     ]
 }
 

@@ -26,7 +26,7 @@ use qcow2_testkit::contract::LayerContract;
 use qcow2_testkit::forge::field;
 use qcow2_testkit::plans::Table;
 use qcow2_testkit::recorder::{self, Journal, RecordingStorage};
-use qcow2_testkit::storage::{Hooked, Op, Scrambling, scramble};
+use qcow2_testkit::storage::{Door, Hooked, Op, Scrambling, scramble};
 
 use watched::{MIB, REWRITE, Run, Watched, marks};
 
@@ -120,12 +120,12 @@ fn a_layer_behind_a_door_hands_out_no_file() {
 #[test]
 fn a_header_keeps_its_encryption_method() {
     const CLUSTER: u64 = 4096;
-    let mut forge = Forge::new(3, 12, 64 * CLUSTER).crypt_method(1).scrambled();
+    let mut forge = Forge::new(3, 12, 64 * CLUSTER).crypt_method(1).behind(Door::LegacyAes);
     forge.data(3, &marks(CLUSTER));
     let made = Watched {
         journal: Journal::new(),
         files: vec![Arc::new(RecordingStorage::plain(forge.build().bytes))],
-        door: Scrambling::door(),
+        door: Door::LegacyAes.open(),
     };
     let method = || made.files[0].snapshot().u32(field::CRYPT_METHOD);
     let mut disk = vec![0; 64 * CLUSTER as usize];
@@ -149,10 +149,24 @@ fn a_header_keeps_its_encryption_method() {
     }
     run.image.close().unwrap();
     assert_eq!(method(), 1);
-    // Without a door it is not read, not written to, and not judged by its bytes.
+    // Behind a weak door it is only written to where that is allowed.
+    let open = OpenOptions { data_door: Door::LegacyAes.open(), ..OpenOptions::default() };
+    let mut weak = Qcow2::open(made.storage(), &open).unwrap();
+    let error = weak.enable_writing(WriteOptions::default()).unwrap_err();
+    assert_eq!((error.kind(), error.field()), (ErrorKind::UnsupportedFeature, Some("crypt_method")));
+    weak.allow_weak();
+    weak.enable_writing(WriteOptions::default()).unwrap();
+    drop(weak);
+    // Without a door its data is not read, not written to, and not judged by its bytes.
     let mut plain = Qcow2::open(made.storage(), &OpenOptions::default()).unwrap();
-    assert_eq!(plain.enable_writing(WriteOptions::default()).unwrap_err().field(), Some("crypt_method"));
+    plain.enable_writing(WriteOptions::default()).unwrap();
     let plain = Image::new(vec![Box::new(plain)]).unwrap();
+    for write in
+        [plain.write_at(Mem::from(&[1; 512][..]), 3 * CLUSTER), plain.write_zeroes(3 * CLUSTER + 5, 5, false)]
+    {
+        let error = write.unwrap_err();
+        assert_eq!((error.kind(), error.field()), (ErrorKind::BadSecret, Some("secret")));
+    }
     let mut bytes = [0; 512];
     let error = plain.read_at(MemMut::from(&mut bytes[..]), 3 * CLUSTER).unwrap_err();
     assert_eq!((error.kind(), error.field()), (ErrorKind::BadSecret, Some("secret")));

@@ -20,7 +20,7 @@ use qcow2_testkit::matrix::{Backing, DataFile, Geometry};
 use qcow2_testkit::ops::{Found, SECTOR, Target, Value, identify, stamped};
 use qcow2_testkit::plans::Table;
 use qcow2_testkit::recorder::RecordingStorage;
-use qcow2_testkit::storage::{Hooked, Op};
+use qcow2_testkit::storage::{Door, Hooked, Op};
 use qcow2_testkit::{Rng, Sparse};
 
 const THREADS: u64 = 4;
@@ -48,8 +48,8 @@ fn geometries() -> Vec<Geometry> {
         Geometry { zstd: true, refcount_bits: 64, ..small(1024, 400) },
         Geometry { data_file: DataFile::External, ..small(4096, 200) },
         Geometry { data_file: DataFile::ExternalRaw, extended_l2: true, ..small(16384, 40) },
-        Geometry { door: true, ..small(4096, 200) },
-        Geometry { door: true, data_file: DataFile::External, ..small(4096, 200) },
+        Geometry { door: Door::LegacyAes, ..small(4096, 200) },
+        Geometry { door: Door::Xts, data_file: DataFile::External, ..small(4096, 200) },
     ]
 }
 

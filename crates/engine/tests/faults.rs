@@ -10,7 +10,7 @@ use qcow2_testkit::crash::{Durability, FIRST_GENERATION, Scope, Session};
 use qcow2_testkit::disk_model::{Opening, Rig};
 use qcow2_testkit::matrix::{Backing, DataFile, Geometry};
 use qcow2_testkit::ops::{Op, Target};
-use qcow2_testkit::storage::{Fault, FaultStorage, Op as Call, ShortIo};
+use qcow2_testkit::storage::{Door, Fault, FaultStorage, Op as Call, ShortIo};
 
 const EIO: i32 = 5;
 const ENOSPC: i32 = 28;
@@ -28,7 +28,8 @@ fn geometries() -> Vec<Geometry> {
         Geometry { backing: Backing::ShorterRaw, ..plain(4096) },
         Geometry { extended_l2: true, ..plain(16384) },
         Geometry { data_file: DataFile::External, ..plain(65536) },
-        Geometry { door: true, backing: Backing::ShorterRaw, ..plain(4096) },
+        Geometry { door: Door::Xts, backing: Backing::ShorterRaw, ..plain(4096) },
+        Geometry { door: Door::LegacyAes, ..plain(4096) },
     ]
 }
 

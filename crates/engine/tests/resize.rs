@@ -17,7 +17,7 @@ use qcow2_testkit::disk_model::{Rig, open_file};
 use qcow2_testkit::matrix::{Backing, DataFile, Geometry};
 use qcow2_testkit::ops::Target;
 use qcow2_testkit::recorder::RecordingStorage;
-use qcow2_testkit::storage::{Fault, FaultStorage, Hooked, Op};
+use qcow2_testkit::storage::{Door, Fault, FaultStorage, Hooked, Op};
 use qcow2_testkit::{Fixture, Qemu, Sparse};
 
 const SHRINK: ResizeOptions = ResizeOptions { shrink: true, preallocation: Preallocation::Off };
@@ -85,13 +85,13 @@ fn shrinking_keeps_the_front_and_frees_the_rest() {
 #[test]
 fn no_power_cut_while_a_disk_grows_preallocated_leaves_anything_between() {
     let plain = Geometry { size: 64 * 4096, ..Geometry::plain(4096) };
-    let door = Geometry { door: true, ..plain.clone() };
+    let door = Geometry { door: Door::Xts, ..plain.clone() };
     for geometry in [
-        Geometry { extended_l2: true, size: 40 * 16384, door: true, ..Geometry::plain(16384) },
+        Geometry { extended_l2: true, size: 40 * 16384, door: Door::Scrambling, ..Geometry::plain(16384) },
         Geometry {
             extended_l2: true,
             size: 40 * 16384,
-            door: true,
+            door: Door::LegacyAes,
             backing: Backing::LongerQcow2,
             ..Geometry::plain(16384)
         },

@@ -3,7 +3,7 @@
 use napi::bindgen_prelude::{Env, ToNapiValue, Uint8Array};
 use napi_derive::napi;
 use qcow2_engine::encryption::{Encryption, Secret};
-use qcow2_engine::{Layer, Result};
+use qcow2_engine::{Layer, LayerExt, Result};
 
 use crate::job::{Lane, Ticket};
 use crate::resource::Resource;
@@ -17,6 +17,8 @@ pub struct SecretSource {
     pub bytes: Option<Uint8Array>,
     /// A file whose bytes are the secret, all of them.
     pub file: Option<Text>,
+    /// Guest data may be written also where its encryption is weak.
+    pub allow_weak: Option<bool>,
 }
 
 impl SecretSource {
@@ -35,6 +37,8 @@ impl SecretSource {
 pub struct EncryptOptions {
     /// What opens the image.
     pub secret: SecretSource,
+    /// `luks` (the default) or `aes`.
+    pub format: Option<String>,
     /// QEMU's name: `aes-256`.
     pub cipher_alg: Option<String>,
     /// QEMU's name: `xts`.
@@ -56,6 +60,7 @@ impl EncryptOptions {
     pub(crate) fn into_encryption(self) -> napi::Result<Encryption> {
         Ok(Encryption {
             secret: self.secret.into_secret()?,
+            legacy_aes: self.format.as_deref() == Some("aes"),
             cipher_alg: self.cipher_alg,
             cipher_mode: self.cipher_mode,
             ivgen_alg: self.ivgen_alg,
@@ -71,6 +76,7 @@ impl EncryptOptions {
 #[napi(catch_unwind)]
 pub fn unlock_layer(env: Env, request: u32, job: u32, layer: u32, secret: SecretSource) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
+    let allow_weak = secret.allow_weak == Some(true);
     let secret = secret.into_secret()?;
     let Some(Resource::Layer(layer)) = runtime.release(layer) else {
         return Err(napi::Error::from_reason("no such layer"));
@@ -82,6 +88,9 @@ pub fn unlock_layer(env: Env, request: u32, job: u32, layer: u32, secret: Secret
         move |job| -> Result<Box<dyn Layer>> {
             let mut layer = layer;
             layer.unlock(&secret.read()?, job)?;
+            if let Some(qcow2) = layer.as_qcow2_mut().filter(|_| allow_weak) {
+                qcow2.allow_weak();
+            }
             Ok(layer)
         },
         |runtime, env, layer| {

@@ -1,14 +1,11 @@
 //! The formats that layers are opened in, in one table. What each can do besides is `src/formats/table.ts`.
 
-use std::any::Any;
 use std::sync::Arc;
 
 use qcow2_engine::inspect::{inspect, inspect_bytes};
-use qcow2_engine::{Layer, LayerExt, OpenOptions, Qcow2, Raw, Result, Storage};
+use qcow2_engine::{Layer, OpenOptions, Qcow2, Raw, Result, Storage};
 use qcow2_qcow1::Qcow1;
-use qcow2_qcow1::format::CryptMethod;
 
-use crate::info::encryption_name;
 use crate::inspect::Inspected;
 
 /// Opens a layer on a file.
@@ -100,13 +97,4 @@ impl Format {
     pub(crate) fn inspect(&self, image: &Untrusted<'_>, options: &OpenOptions) -> Result<Inspected> {
         (self.inspect)(image, options)
     }
-}
-
-/// How the guest data of a layer is encrypted, by QEMU's name.
-pub(crate) fn encryption(layer: &dyn Layer) -> Option<&'static str> {
-    if let Some(qcow2) = layer.as_qcow2() {
-        return encryption_name(qcow2.header().crypt_method);
-    }
-    let qcow: &Qcow1 = (layer as &dyn Any).downcast_ref()?;
-    (qcow.header().crypt_method == CryptMethod::Aes).then_some("aes")
 }

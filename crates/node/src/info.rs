@@ -11,7 +11,6 @@ use qcow2_engine::storage::IoLimits;
 use qcow2_engine::{ErrorKind, Layer, LayerExt, Qcow2, Result, StorageExt};
 
 use crate::failure::Failure;
-use crate::formats::encryption;
 use crate::open::NamedFile;
 use crate::runtime::Runtime;
 use crate::text::{Text, path_text};
@@ -169,7 +168,7 @@ impl LayerInfo {
             limits: storage.io_limits().into(),
             protocol: if storage.traits().block_device { "host_device" } else { "file" }.to_owned(),
             cluster_size: layer.unit().map(|unit| unit as f64),
-            encryption: encryption(layer).map(str::to_owned),
+            encryption: layer.encryption().map(str::to_owned),
             backing: layer.references().backing.map(NamedFile::from),
             qcow2: layer.as_qcow2().map(Qcow2Info::new).transpose()?,
         })

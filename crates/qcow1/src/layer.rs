@@ -6,7 +6,9 @@ use std::sync::Arc;
 use qcow2_core::layer::{
     BackingReference, Layer, Place, PlanBuilder, References, Segment, SegmentKind, Token,
 };
-use qcow2_core::{Error, ErrorKind, MemMut, Result, Storage, StorageExt};
+use qcow2_core::storage::Sectors;
+use qcow2_core::{Error, ErrorKind, Job, MemMut, Result, Storage, StorageExt};
+use qcow2_luks::legacy_aes;
 use quick_cache::sync::{Cache, GuardResult};
 
 use crate::format::{CryptMethod, HEADER_LENGTH, Header, L2Entry};
@@ -32,10 +34,14 @@ impl Default for OpenOptions {
     }
 }
 
-/// An image of version 1, without its backing file. Of an encrypted one everything but guest data can be read.
+/// An image of version 1, without its backing file. Of an encrypted one everything but guest data can be read before its secret is
+/// given.
 #[derive(Debug)]
 pub struct Qcow1 {
     storage: Arc<dyn Storage>,
+    /// Through which the data of an encrypted image is read, once there is a secret. Sectors are those of the guest; compressed
+    /// clusters are stored in clear.
+    unlocked: Option<Arc<Sectors>>,
     header: Header,
     backing_file: Option<Vec<u8>>,
     l1: Vec<u64>,
@@ -71,6 +77,7 @@ impl Qcow1 {
             backing_file: (!name.is_empty()).then_some(name),
             header,
             storage,
+            unlocked: None,
             options: options.clone(),
         })
     }
@@ -87,6 +94,18 @@ impl Qcow1 {
 
     fn is_encrypted(&self) -> bool {
         self.header.crypt_method != CryptMethod::None
+    }
+
+    fn is_locked(&self) -> bool {
+        self.is_encrypted() && self.unlocked.is_none()
+    }
+
+    /// Fills `buf` with the guest bytes at `start`, which are stored from `host` on.
+    fn read_data(&self, start: u64, host: u64, buf: MemMut<'_>) -> Result<()> {
+        match &self.unlocked {
+            Some(sectors) => sectors.counted(start, host).read_padded_at(buf, host),
+            None => self.storage.read_padded_at(buf, host),
+        }
     }
 
     /// The L2 table that maps the guest byte `at`, if there is one. One thread reads it, others that want it wait.
@@ -206,13 +225,13 @@ impl Layer for Qcow1 {
     }
 
     fn read_segment(&self, segment: &Segment, buf: MemMut<'_>) -> Result<()> {
-        if self.is_encrypted() {
-            let error =
-                Error::new(ErrorKind::UnsupportedFeature, "reading aes-encrypted images is not supported");
-            return Err(self.storage.located(error.with_field("crypt_method")));
+        if self.is_locked() {
+            let message = "the guest data is encrypted (AES): give the image's secret";
+            let error = Error::new(ErrorKind::BadSecret, message).with_field("secret");
+            return Err(self.storage.located(error));
         }
         match segment.kind {
-            SegmentKind::Data(place) => self.storage.read_padded_at(buf, place.host),
+            SegmentKind::Data(place) => self.read_data(segment.start, place.host, buf),
             SegmentKind::Opaque(token) => self.read_compressed(segment.start, token.0, buf),
             SegmentKind::Zero(_) | SegmentKind::Unallocated(_) => {
                 Err(Error::new(ErrorKind::Internal, "a segment without bytes was read"))
@@ -220,8 +239,22 @@ impl Layer for Qcow1 {
         }
     }
 
+    fn encryption(&self) -> Option<&'static str> {
+        self.is_encrypted().then_some("aes")
+    }
+
+    /// Any secret opens it: nothing in the file tells a wrong one.
+    fn unlock(&mut self, secret: &[u8], _job: &Job) -> Result<()> {
+        if self.is_encrypted() {
+            let codec = Arc::new(legacy_aes(secret)?);
+            self.unlocked = Some(Arc::new(Sectors::new(Arc::clone(&self.storage), codec)));
+        }
+        Ok(())
+    }
+
     fn reopen(&self) -> Result<Box<dyn Layer>> {
-        Ok(Box::new(Self::open(Arc::clone(&self.storage), &self.options)?))
+        let again = Self::open(Arc::clone(&self.storage), &self.options)?;
+        Ok(Box::new(Self { unlocked: self.unlocked.clone(), ..again }))
     }
 
     fn absent_from(&self, at: u64) -> u64 {

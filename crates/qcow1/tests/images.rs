@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use qcow2_core::storage::MemoryStorage;
-use qcow2_core::{Chain, ErrorKind, Layer, MemMut, Result, Storage};
+use qcow2_core::{Chain, ErrorKind, Job, Layer, MemMut, Raw, Result, Storage};
 use qcow2_qcow1::{OpenOptions, Qcow1};
 use qcow2_testkit::contract::LayerContract;
 use qcow2_testkit::{Fixture, Qemu, Rng};
@@ -73,6 +73,56 @@ fn an_overlay_keeps_the_contract_of_layers() {
     assert_eq!((layer.format(), layer.unit()), ("qcow", Some(512)));
 }
 
+/// Data counts the guest's sectors, and compressed clusters are stored in clear, as `write -c` of qemu-io makes them.
+#[test]
+fn an_encrypted_image_keeps_the_contract_of_layers() {
+    let Some(qemu) = Qemu::find() else { return };
+    let fixture = Fixture::new();
+    let below = disk(3);
+    let base = fixture.file("base.raw", &below);
+    let path = fixture.path("encrypted");
+    let (name, secret) = (path.to_str().unwrap(), "secret,id=s,data=more than sixteen bytes");
+    let options = "encrypt.format=aes,encrypt.key-secret=s";
+    let base = base.to_str().unwrap();
+    let create =
+        ["create", "-q", "--object", secret, "-f", "qcow", "-o", options, "-b", base, "-F", "raw", name];
+    qemu.img(&create).ok();
+    let image = format!("driver=qcow,encrypt.key-secret=s,file.filename={name}");
+    let mut write = vec!["--object", secret];
+    for command in [
+        "write -P 7 1000 3000",
+        "write -c -P 6 8192 512",
+        "write -P 9 2097152 66000",
+        "write -P 1 0 1",
+        "write -c -P 5 2097664 512",
+    ] {
+        write.extend(["-c", command]);
+    }
+    write.extend(["--image-opts", &image]);
+    qemu.io_with(&write);
+    let raw = fixture.path("raw");
+    qemu.img(&["convert", "--object", secret, "--image-opts", &image, "-O", "raw", raw.to_str().unwrap()])
+        .ok();
+    let expected = std::fs::read(&raw).unwrap();
+    let unlocked = |secret: &'static [u8]| {
+        move |storage: Arc<dyn Storage>| -> Result<Box<dyn Layer>> {
+            let mut layer = open(storage)?;
+            assert_eq!(layer.encryption(), Some("aes"));
+            layer.unlock(secret, &Job::new())?;
+            Ok(layer)
+        }
+    };
+    let file = std::fs::read(&path).unwrap();
+    let open = &unlocked(b"more than sixteen bytes");
+    LayerContract { name: "encrypted", file: &file, open, expected: &expected, below: Some(&below) }.check();
+    // Nothing tells a wrong secret: it reads something else.
+    let other = unlocked(b"another secret")(Arc::new(MemoryStorage::from_bytes(&file))).unwrap();
+    let below = Raw::new(Arc::new(MemoryStorage::from_bytes(&below))).unwrap();
+    let mut bytes = vec![0; SIZE as usize];
+    Chain::new(vec![other, Box::new(below)]).unwrap().read_at(MemMut::from(&mut bytes[..]), 0).unwrap();
+    assert!(bytes[1000..4000] != expected[1000..4000] && bytes[8192..8704] == expected[8192..8704]);
+}
+
 /// An image of 512-byte clusters and two L2 tables of 64 entries, without data.
 struct Forged(Vec<u8>);
 
@@ -123,7 +173,7 @@ fn damage_is_named() {
     let mut encrypted = Forged::new().with(Forged::L2, 1024);
     encrypted.0[39] = 1;
     let error = encrypted.read().unwrap_err();
-    assert_eq!((error.kind(), error.field()), (ErrorKind::UnsupportedFeature, Some("crypt_method")));
+    assert_eq!((error.kind(), error.field()), (ErrorKind::BadSecret, Some("secret")));
     assert!(encrypted.open().unwrap().file(0).is_none());
     let outside = [(40, "l1_table_offset"), (8, "backing_file_offset")];
     for (at, field) in outside {

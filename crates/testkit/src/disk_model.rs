@@ -10,7 +10,6 @@ use crate::forge::codec;
 use crate::matrix::{Backing, DataFile, Geometry};
 use crate::ops::{Menu, SECTOR, Target, stamped};
 use crate::recorder::RecordingStorage;
-use crate::storage::Scrambling;
 use crate::{Forge, Rng, Sparse};
 
 impl Target for Image {
@@ -76,7 +75,8 @@ impl Geometry {
     /// The operations that an image of this geometry has.
     pub fn menu(&self) -> Menu {
         let mut menu = Menu::new(self.cluster_size, self.size / SECTOR * SECTOR);
-        menu.compression = self.data_file == DataFile::Internal && self.refcount_bits >= 8 && !self.door;
+        menu.compression =
+            self.data_file == DataFile::Internal && self.refcount_bits >= 8 && !self.door.is_some();
         // Snapshots of version 2 do not say the size of their disk.
         menu.grow = self.version >= 3 || !self.snapshots();
         menu
@@ -96,9 +96,7 @@ impl Rig {
         if geometry.zstd {
             forge = forge.zstd();
         }
-        if geometry.door {
-            forge = forge.scrambled();
-        }
+        forge = forge.behind(geometry.door);
         match geometry.data_file {
             DataFile::Internal => {}
             DataFile::External => forge = forge.external("data.raw", false),
@@ -134,8 +132,8 @@ impl Rig {
     /// # Errors
     /// The engine's.
     pub fn open(&self, files: &[Arc<dyn Storage>], opening: &Opening) -> Result<Image> {
-        let data_door = if self.geometry.door { Scrambling::door() } else { opening.read.data_door.clone() };
-        let read = OpenOptions { data_door, ..opening.read.clone() };
+        let data_door = self.geometry.door.open().or_else(|| opening.read.data_door.clone());
+        let read = OpenOptions { data_door, allow_weak: true, ..opening.read.clone() };
         let mut qcow2 = Qcow2::open(files[0].clone(), &read)?;
         if let Some(data_file) = files.get(1) {
             qcow2.set_data_file(data_file.clone());

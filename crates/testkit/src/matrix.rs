@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use crate::storage::Door;
 use crate::{Disk, Fixture, Qemu, Rng};
 
 /// The backing file of a geometry, by its size relative to the overlay.
@@ -51,8 +52,8 @@ pub struct Geometry {
     pub size: u64,
     /// What lies under it.
     pub backing: Backing,
-    /// Guest data is behind the door that scrambles it ([`crate::storage::Scrambling`]).
-    pub door: bool,
+    /// What guest data is behind.
+    pub door: Door,
 }
 
 impl Geometry {
@@ -72,7 +73,7 @@ impl Geometry {
                 _ => 14 * cluster_size + 512 * 3,
             },
             backing: Backing::None,
-            door: false,
+            door: Door::None,
         }
     }
 
@@ -91,7 +92,9 @@ impl Geometry {
             Backing::None => {}
             other => name += &format!("-{other:?}"),
         }
-        name += if self.door { "-door" } else { "" };
+        if self.door.is_some() {
+            name += &format!("-{}", self.door.name());
+        }
         name
     }
 
@@ -294,7 +297,7 @@ impl Case {
 
     /// As `build`, in a folder of the caller's.
     pub fn build_in(&self, qemu: &Qemu, fixture: Fixture) -> Image {
-        assert!(!self.geometry.door, "QEMU knows no such door");
+        assert!(!self.geometry.door.is_some(), "QEMU knows no such door");
         let path = fixture.path(&format!("{}.qcow2", self.geometry.name()));
         let mut options = self.geometry.options();
         let mut disk = Disk::new(self.geometry.size);

@@ -135,6 +135,26 @@ impl Qemu {
         Self::run(&self.img, &args.iter().map(AsRef::as_ref).collect::<Vec<_>>())
     }
 
+    /// Runs qemu-io with these arguments; fails the test if a command fails.
+    #[track_caller]
+    pub fn io_with<A: AsRef<OsStr>>(&self, args: &[A]) -> String {
+        let out = Self::run(&self.io, &args.iter().map(AsRef::as_ref).collect::<Vec<_>>());
+        assert!(!out.stdout.contains("failed"), "`{}`\n{}", out.command, out.stdout);
+        out.ok()
+    }
+
+    /// The guest bytes of an encrypted qcow2 image that QEMU finds nothing wrong with.
+    #[track_caller]
+    pub fn decrypted(&self, path: &Path, secret: &str) -> Vec<u8> {
+        let object = format!("secret,id=s,data={secret}");
+        let image = format!("driver=qcow2,encrypt.key-secret=s,file.filename={}", path.display());
+        let raw = path.with_extension("decrypted");
+        let to = raw.display().to_string();
+        self.img(&["check", "-q", "--object", &object, "--image-opts", &image]).ok();
+        self.img(&["convert", "--object", &object, "--image-opts", &image, "-O", "raw", &to]).ok();
+        std::fs::read(raw).expect("the converted disk")
+    }
+
     /// Runs qemu-nbd.
     pub fn nbd<A: AsRef<OsStr>>(&self, args: &[A]) -> Output {
         Self::run(&self.nbd, &args.iter().map(AsRef::as_ref).collect::<Vec<_>>())

@@ -36,14 +36,39 @@ pub trait SectorCodec: fmt::Debug + Send + Sync {
 pub struct Sectors {
     host: Arc<dyn Storage>,
     codec: Arc<dyn SectorCodec>,
+    /// Added to the number of a sector of the host before the codec gets it.
+    shift: u64,
     /// Exclusive for a write of a part of a sector, which writes the rest of it as it was.
-    parts: RwLock<()>,
+    parts: Arc<RwLock<()>>,
 }
 
 impl Sectors {
     /// What is kept in `host` behind `codec`.
     pub fn new(host: Arc<dyn Storage>, codec: Arc<dyn SectorCodec>) -> Self {
-        Self { host, codec, parts: RwLock::new(()) }
+        Self { host, codec, shift: 0, parts: Arc::default() }
+    }
+
+    /// What it is kept in.
+    pub fn host(&self) -> &Arc<dyn Storage> {
+        &self.host
+    }
+
+    /// The same bytes for a codec that counts other sectors: the one at `host` has the number of the one at `guest`. Both begin a
+    /// sector, or lie as far in one. Writes of parts of sectors exclude each other through both.
+    #[must_use]
+    pub fn counted(&self, guest: u64, host: u64) -> Self {
+        let sector = |offset: u64| offset / SECTOR as u64;
+        Self {
+            host: Arc::clone(&self.host),
+            codec: Arc::clone(&self.codec),
+            shift: sector(guest).wrapping_sub(sector(host)),
+            parts: Arc::clone(&self.parts),
+        }
+    }
+
+    /// The number of the sector at `start` of the host.
+    fn number(&self, start: u64) -> u64 {
+        (start / SECTOR as u64).wrapping_add(self.shift)
     }
 
     /// Reads whole sectors as they are stored, as many as there are, and decodes them; returns how many bytes there were. Of a
@@ -61,14 +86,14 @@ impl Sectors {
             missing.fill(0);
         }
         if let Some(read) = sectors.get_mut(..whole) {
-            self.codec.decode(start / SECTOR as u64, read);
+            self.codec.decode(self.number(start), read);
         }
         Ok(got)
     }
 
     /// Encodes whole sectors and writes them.
     fn put(&self, sectors: &mut [u8], start: u64) -> io::Result<()> {
-        self.codec.encode(start / SECTOR as u64, sectors);
+        self.codec.encode(self.number(start), sectors);
         let mut done = 0;
         while let Some(rest) = sectors.get(done..).filter(|rest| !rest.is_empty()) {
             match self.host.write_at(Mem::from(rest), start + done as u64)? {
@@ -272,6 +297,23 @@ mod tests {
         assert!(stored != plain);
         Sums.decode(0, &mut stored);
         assert!(stored == plain);
+    }
+
+    #[test]
+    fn a_sector_is_counted_where_the_guest_has_it() {
+        let host = Arc::new(MemoryStorage::new());
+        let door = Sectors::new(host.clone(), Arc::new(Sums));
+        let (guest, place) = (7 * 512, 3 * 512);
+        door.counted(guest + 100, place + 100).write_at(Mem::from(&pattern(900)[..]), place + 100).unwrap();
+        // Moved as it is stored: the guest's sectors are the same at another place.
+        let stored = host.to_vec();
+        host.write_at(Mem::from(&stored[place as usize..]), 64 * 512).unwrap();
+        for place in [place, 64 * 512] {
+            let mut read = vec![1; 900];
+            door.counted(guest, place).read_at(MemMut::from(&mut read[..]), place + 100).unwrap();
+            assert!(read == pattern(900));
+        }
+        assert!(stored[place as usize + 100..][..900] != pattern(900));
     }
 
     #[test]

@@ -61,6 +61,11 @@ pub fn rebase(
     let storage = layer.storage();
     check_backing(&**storage, backing)?;
     refuse_loop(layer, new)?;
+    if options.compress && !layer.host_is_guest() {
+        let message =
+            "an image whose data is encrypted cannot hold compressed clusters: rebase it without compressing";
+        return Err(layer.error(ErrorKind::UnsupportedFeature, message).with_field("compress"));
+    }
     let size = top.virtual_size();
     job.set_total(size);
     let unit =

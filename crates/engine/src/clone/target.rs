@@ -62,7 +62,12 @@ impl CloneTarget {
         job: &Job,
     ) -> Result<Sink> {
         let header = create_withheld(Arc::clone(&storage), data_file.clone(), options, job)?;
-        let open = OpenOptions { data_door: options.data_door.clone(), ..OpenOptions::default() };
+        let open = OpenOptions {
+            data_door: options.data_door.clone(),
+            // Who made the door was asked.
+            allow_weak: true,
+            ..OpenOptions::default()
+        };
         let mut qcow2 = Qcow2::open_with(storage, header, &open)?;
         if let Some(data_file) = data_file {
             qcow2.set_data_file(data_file);

@@ -96,8 +96,8 @@ impl Session<'_> {
             job.checkpoint()?;
             // Kept apart until the slice is complete: an error leaves it as it is.
             let mut freed = Vec::new();
-            let slice = edit.slice(first, |mapping| {
-                let Some(emptied) = scan.look(mapping)? else { return Ok(None) };
+            let slice = edit.slice(first, |guest, mapping| {
+                let Some(emptied) = scan.look(guest, mapping)? else { return Ok(None) };
                 freed.extend(emptied.freed);
                 Ok(Some(emptied.new))
             })?;

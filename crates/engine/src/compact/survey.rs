@@ -10,6 +10,7 @@ use super::data_file::{has_stale_data, stale_data};
 use super::options::{CompactOptions, CompactResult, measure};
 use super::tables::{entry_at, guest_of, most_remembered, read_words, tables};
 use crate::check::References;
+use crate::door::GuestData;
 use crate::image::Qcow2;
 use crate::write::give_up;
 use crate::{Job, MemMut, Result, Storage, StorageExt};
@@ -17,8 +18,10 @@ use crate::{Job, MemMut, Result, Storage, StorageExt};
 /// Finds clusters that hold nothing but zeroes.
 pub(super) struct ZeroScan<'a> {
     image: &'a Qcow2,
-    /// What the guest reads, at host offsets.
-    data: &'a dyn Storage,
+    /// What the guest reads.
+    data: &'a GuestData,
+    /// The file that it is in.
+    host: &'a dyn Storage,
     /// Reading a deeper layer would show something else than zeroes.
     has_backing: bool,
     buffer: Vec<u8>,
@@ -42,10 +45,10 @@ impl<'a> ZeroScan<'a> {
     pub(super) fn new(image: &'a Qcow2, deeper: bool) -> Result<Self> {
         image.require_plain()?;
         let has_backing = deeper || image.header().backing_file.is_some();
-        let data = &**image.data_storage()?;
+        let (data, host) = (image.guest_data()?, &**image.data_host()?);
         let buffer = vec![0; image.geometry().cluster_len()];
         let compressed = Vec::new();
-        Ok(Self { image, data, has_backing, buffer, compressed, end: data.size()?, hole: 0..0 })
+        Ok(Self { image, data, host, has_backing, buffer, compressed, end: host.size()?, hole: 0..0 })
     }
 
     /// Whether unallocated clusters read as zeroes, as zero clusters do.
@@ -53,8 +56,8 @@ impl<'a> ZeroScan<'a> {
         !self.has_backing && !self.image.header().data_file_raw()
     }
 
-    /// What the entry can be instead; `None` where it holds data, or nothing to give up.
-    pub(super) fn look(&mut self, mapping: &L2Mapping) -> Result<Option<Emptied>> {
+    /// What the entry of the cluster at `guest` can be instead; `None` where it holds data, or nothing to give up.
+    pub(super) fn look(&mut self, guest: u64, mapping: &L2Mapping) -> Result<Option<Emptied>> {
         let g = *self.image.geometry();
         let version = self.image.header().version;
         let raw = self.image.header().data_file_raw();
@@ -66,10 +69,10 @@ impl<'a> ZeroScan<'a> {
             }
             L2Mapping::Data { host, .. } => {
                 // Without a zero flag, nothing but data hides a backing file.
-                if (version < 3 && self.has_backing) || !self.holds_zeroes(host.0, g.cluster_size())? {
+                if (version < 3 && self.has_backing) || !self.holds_zeroes(guest, host.0, g.cluster_size())? {
                     return Ok(None);
                 }
-                if raw && allocated(self.data, host.0, g.cluster_size())? == 0 {
+                if raw && allocated(self.host, host.0, g.cluster_size())? == 0 {
                     return Ok(None);
                 }
                 let new = if raw { Some(*mapping) } else { give_up(&g, mapping, version, self.has_backing) };
@@ -84,7 +87,7 @@ impl<'a> ZeroScan<'a> {
                 new.map(|new| Emptied { new, freed: Some(first..last + 1) })
             }
             L2Mapping::Subclusters { host: Some(host), copied, bitmap } => {
-                let kept = self.without_zeroes(host, bitmap)?;
+                let kept = self.without_zeroes(guest, host, bitmap)?;
                 let keeps_host = kept.has_data() || raw;
                 let new = match keeps_host {
                     true => L2Mapping::Subclusters { host: Some(host), copied, bitmap: kept },
@@ -98,15 +101,21 @@ impl<'a> ZeroScan<'a> {
     }
 
     /// The bitmap with the zero flag for the data subclusters that hold zeroes.
-    fn without_zeroes(&mut self, host: HostOffset, bitmap: SubclusterBitmap) -> Result<SubclusterBitmap> {
+    fn without_zeroes(
+        &mut self,
+        guest: u64,
+        host: HostOffset,
+        bitmap: SubclusterBitmap,
+    ) -> Result<SubclusterBitmap> {
         let unit = self.image.geometry().subcluster_size();
         let mut kept = bitmap;
         if self.image.header().data_file_raw() {
             return Ok(kept);
         }
         for index in 0..32 {
+            let inside = u64::from(index) * unit;
             if bitmap.kind(index) == SubclusterKind::Data
-                && self.holds_zeroes(host.0 + u64::from(index) * unit, unit)?
+                && self.holds_zeroes(guest + inside, host.0 + inside, unit)?
             {
                 kept = kept.with_zero(index, index + 1);
             }
@@ -121,12 +130,13 @@ impl<'a> ZeroScan<'a> {
         Ok(self.image.inflates(&self.compressed, &mut self.buffer) && is_zero(&self.buffer))
     }
 
-    fn holds_zeroes(&mut self, offset: u64, length: u64) -> Result<bool> {
+    fn holds_zeroes(&mut self, guest: u64, offset: u64, length: u64) -> Result<bool> {
         let stop = (offset + length).min(self.end);
         if offset >= self.end || (self.hole.contains(&offset) && self.hole.end >= stop) {
             return Ok(true);
         }
-        let run = self.data.run(offset..stop)?;
+        let data = self.data.at(guest, offset);
+        let run = data.run(offset..stop)?;
         if !run.data {
             self.hole = offset..run.end;
             if run.end >= stop {
@@ -134,7 +144,7 @@ impl<'a> ZeroScan<'a> {
             }
         }
         let bytes = self.buffer.get_mut(..length as usize).unwrap_or_default();
-        self.data.read_padded_at(MemMut::from(&mut *bytes), offset)?;
+        data.read_padded_at(MemMut::from(&mut *bytes), offset)?;
         Ok(is_zero(bytes))
     }
 }
@@ -232,9 +242,9 @@ fn zero_clusters(image: &Qcow2, references: &References, has_backing: bool, job:
     for table in tables(image)? {
         let words = read_words(image, table.offset)?;
         for number in 0..g.l2_entries() as usize {
-            let mapping = image
-                .decode_entry(entry_at(image, &words, number), guest_of(image, table.l1_index, number))?;
-            let Some(Emptied { freed: Some(hosts), .. }) = scan.look(&mapping)? else { continue };
+            let guest = guest_of(image, table.l1_index, number);
+            let mapping = image.decode_entry(entry_at(image, &words, number), guest)?;
+            let Some(Emptied { freed: Some(hosts), .. }) = scan.look(guest, &mapping)? else { continue };
             job.checkpoint()?;
             zeroes.entries += 1;
             for host in hosts {

@@ -97,7 +97,7 @@ impl<'s, 'a> Sweep<'s, 'a> {
         let mut edit = TableEdit::read(self.session.image, table)?;
         for first in edit.slices() {
             job.checkpoint()?;
-            let slice = edit.slice(first, |mapping| self.relocate(mapping, table.weight))?;
+            let slice = edit.slice(first, |_, mapping| self.relocate(mapping, table.weight))?;
             self.edits.slices.extend(slice);
             if self.copied >= BATCH_BYTES || self.edits.slices.len() >= BATCH_SLICES || self.edits.are_many()
             {
@@ -112,6 +112,8 @@ impl<'s, 'a> Sweep<'s, 'a> {
         let mut new = *mapping;
         let host = match &mut new {
             L2Mapping::Unallocated => return Ok(None),
+            // Compressed data is in clear: behind a door it is not written, not even at another place.
+            L2Mapping::Compressed(_) if !self.session.image.host_is_guest() => return Ok(None),
             L2Mapping::Compressed(descriptor) => {
                 let moved = self.move_compressed(descriptor, weight)?;
                 return Ok(moved.map(L2Mapping::Compressed));
@@ -191,7 +193,7 @@ impl<'s, 'a> Sweep<'s, 'a> {
     /// Copies what waits: holes stay holes. Guest bytes, so that a door to them sees where they were and where they will be.
     fn copy_waiting(&mut self) -> Result<()> {
         let Some((from, to, count)) = self.waiting.take() else { return Ok(()) };
-        let storage = self.session.image.data_storage()?;
+        let storage = self.session.image.guest_data()?.moving();
         let size = self.session.geometry().cluster_size();
         let (from, to, length) = (from * size, to * size, count * size);
         let file_end = storage.size()?;

@@ -26,12 +26,13 @@ impl<'a> TableEdit<'a> {
         (0..self.image.geometry().l2_entries() as usize).step_by(self.image.slices().entries() as usize)
     }
 
-    /// Replaces the entries of the slice that begins with entry `first` by what `change` makes of them: `None` keeps one.
+    /// Replaces the entries of the slice that begins with entry `first` by what `change` makes of them, which gets the guest offset,
+    /// too: `None` keeps one.
     /// Gives the slice if it changed; after an error, nothing of it is to be written.
     pub(super) fn slice(
         &mut self,
         first: usize,
-        mut change: impl FnMut(&L2Mapping) -> Result<Option<L2Mapping>>,
+        mut change: impl FnMut(u64, &L2Mapping) -> Result<Option<L2Mapping>>,
     ) -> Result<Option<Slice>> {
         let Self { image, table, words } = self;
         let g = image.geometry();
@@ -42,8 +43,9 @@ impl<'a> TableEdit<'a> {
             if entry.word == 0 {
                 continue;
             }
-            let old = image.decode_entry(entry, guest_of(image, table.l1_index, number))?;
-            if let Some(new) = change(&old)?.filter(|new| *new != old) {
+            let guest = guest_of(image, table.l1_index, number);
+            let old = image.decode_entry(entry, guest)?;
+            if let Some(new) = change(guest, &old)?.filter(|new| *new != old) {
                 image.slices().set_entry(words, number as u64, new.encode(g));
                 changed = true;
             }

@@ -17,7 +17,7 @@ use super::{Compression, ConvertOptions};
 use crate::create::{
     CreateOptions, ImageBuilder, NewCluster, Preallocation, Preallocator, lengthen, size_data_file, zero_out,
 };
-use crate::door::behind;
+use crate::door::GuestData;
 use crate::{Job, Mem, Result, Storage, StorageExt};
 
 /// Bytes of a chunk: small enough to stay in the core's cache between its read and its write.
@@ -30,8 +30,10 @@ const AHEAD: std::ops::RangeInclusive<u64> = 1 << 20..=64 << 20;
 const LONG_CHUNK_CLUSTERS: u64 = 8192;
 
 pub(super) struct Qcow2Sink {
-    /// Where data goes: the image, or its external data file, behind the door if there is one.
-    data: Arc<dyn Storage>,
+    /// Where data goes: the image, or its external data file.
+    host: Arc<dyn Storage>,
+    /// What it goes through: the same, behind the door if there is one.
+    data: GuestData,
     has_data_file: bool,
     planner: Planner,
     shared: bool,
@@ -92,7 +94,8 @@ impl Qcow2Sink {
             }
         }
         let has_data_file = data_file.is_some();
-        let data = behind(create.data_door.as_ref(), data_file.as_ref().unwrap_or(&storage));
+        let host = Arc::clone(data_file.as_ref().unwrap_or(&storage));
+        let data = GuestData::behind(create.data_door.as_ref(), &host);
         // With a data file, this would be tried out on what size_raw made.
         let shared = compression.is_none()
             && options.delta.is_none()
@@ -101,7 +104,7 @@ impl Qcow2Sink {
             && !has_data_file
             && create.data_door.is_none()
             && geometry.cluster_size() >= SHARED_BLOCK
-            && shares_blocks(context.source, &*data, context.job)?;
+            && shares_blocks(context.source, &*host, context.job)?;
         builder.extend();
         let whole_clusters = compression.is_some() || shared;
         let preallocator =
@@ -122,6 +125,7 @@ impl Qcow2Sink {
             (_, false) => CHUNK.max(geometry.cluster_size()),
         };
         Ok(Self {
+            host,
             data,
             has_data_file,
             planner,
@@ -200,7 +204,7 @@ impl Qcow2Sink {
         let end = state.builder.end();
         if end > state.taken {
             let more = end.clamp(*AHEAD.start(), *AHEAD.end());
-            self.space.take(&*self.data, state.taken, end - state.taken + more);
+            self.space.take(&*self.host, state.taken, end - state.taken + more);
             state.taken = end + more;
         }
         if !placed.is_empty() {
@@ -219,14 +223,15 @@ impl Qcow2Sink {
             Payload::Plain(buffer) => {
                 let length = (prepared.end - prepared.start) as usize;
                 for run in plain_runs(&self.planner, &prepared.units, places, length) {
-                    self.put(copier, buffer.get(run.from..run.from + run.length), run.host)?;
+                    let data = self.data.at(prepared.start + run.from as u64, run.host);
+                    put(copier, &data, buffer.get(run.from..run.from + run.length), run.host)?;
                 }
                 self.give_back(buffer);
             }
             Payload::Packed(buffer) => {
                 let size = self.planner.geometry.cluster_len();
                 for run in packed_runs(&prepared.clusters, places, size) {
-                    self.put(copier, buffer.get(run.from..run.from + run.length), run.host)?;
+                    put(copier, &self.host, buffer.get(run.from..run.from + run.length), run.host)?;
                 }
                 self.give_back(buffer);
             }
@@ -237,12 +242,6 @@ impl Qcow2Sink {
             }
         }
         Ok(())
-    }
-
-    fn put(&self, copier: &Copier<'_>, bytes: Option<&[u8]>, host: u64) -> Result<()> {
-        let bytes = bytes.unwrap_or_default();
-        copier.context.count_written(bytes.len() as u64);
-        self.data.write_all_at(Mem::from(bytes), host)
     }
 
     /// Shares a piece, host run by host run.
@@ -266,7 +265,7 @@ impl Qcow2Sink {
             let length = end.min(piece.end()) - start;
             if let Some(Some(host)) = run.first() {
                 let part = piece.part(start - piece.start, length);
-                copier.share(&part, &*self.data, host.get() + g.in_cluster(start))?;
+                copier.share(&part, &*self.host, host.get() + g.in_cluster(start))?;
             }
             start += length;
         }
@@ -315,7 +314,7 @@ impl Sink for Qcow2Sink {
     }
 
     fn finish(self: Box<Self>, options: &ConvertOptions, job: &Job) -> Result<()> {
-        let Self { state, preallocator, preallocation, has_data_file, data, .. } = *self;
+        let Self { state, preallocator, preallocation, has_data_file, host, .. } = *self;
         let State { mut builder, placed, .. } = state.into_inner();
         if let Some(preallocator) = &preallocator {
             let size = builder.size();
@@ -323,10 +322,16 @@ impl Sink for Qcow2Sink {
         }
         job.checkpoint()?;
         if options.durable && has_data_file {
-            data.flush()?;
+            host.flush()?;
         }
         builder.finish(preallocation, options.durable).map(drop)
     }
+}
+
+fn put(copier: &Copier<'_>, data: &Arc<dyn Storage>, bytes: Option<&[u8]>, host: u64) -> Result<()> {
+    let bytes = bytes.unwrap_or_default();
+    copier.context.count_written(bytes.len() as u64);
+    data.write_all_at(Mem::from(bytes), host)
 }
 
 fn compress_options(create: &CreateOptions, compression: Compression) -> CompressOptions {

@@ -21,7 +21,7 @@ pub use target::NewTarget;
 
 pub(crate) use builder::{ImageBuilder, NewCluster, publish};
 
-use crate::door::behind;
+use crate::door::GuestData;
 use crate::{Error, ErrorKind, Job, Result, Storage, StorageExt};
 
 /// Guest clusters that are placed in one step.
@@ -119,7 +119,8 @@ pub(crate) fn size_data_file(
     }
     let space = if preallocation == Preallocation::Full { Preallocation::Off } else { preallocation };
     size_raw(&**data_file, size, space, job)?;
-    write_zero_bytes(&*behind(options.data_door.as_ref(), data_file), 0, size, job)
+    // In an external data file, host offsets are guest offsets.
+    write_zero_bytes(&**GuestData::behind(options.data_door.as_ref(), data_file).at(0, 0), 0, size, job)
 }
 
 /// Maps guest clusters to host clusters that hold nothing yet.
@@ -127,7 +128,7 @@ pub(crate) struct Preallocator {
     /// State of the 32 subclusters, with extended L2 entries.
     bitmap: SubclusterBitmap,
     /// Through which the clusters are zeroed by writing; `None` where they read as zeroes already.
-    zeroed: Option<Arc<dyn Storage>>,
+    zeroed: Option<GuestData>,
     /// What a cluster is that holds nothing.
     empty: NewCluster,
 }
@@ -147,7 +148,7 @@ impl Preallocator {
         Self {
             bitmap,
             empty: if reserved { NewCluster::Reserved } else { NewCluster::Data(bitmap) },
-            zeroed: zeroed.then(|| behind(options.data_door.as_ref(), storage)),
+            zeroed: zeroed.then(|| GuestData::behind(options.data_door.as_ref(), storage)),
         }
     }
 
@@ -177,9 +178,9 @@ impl Preallocator {
             job.checkpoint()?;
             let count = g.clusters_for(end - at).min(step);
             builder.place(at, clusters.get(..count as usize).unwrap_or_default(), &mut places)?;
-            if let Some(storage) = &self.zeroed {
-                for run in contiguous_runs(&places, g.cluster_size()) {
-                    write_zero_bytes(storage.as_ref(), run.0.get(), run.1, job)?;
+            if let Some(data) = &self.zeroed {
+                for Run { guest, host, length } in contiguous_runs(at, &places, g.cluster_size()) {
+                    write_zero_bytes(&**data.at(guest, host), host, length, job)?;
                 }
             }
             at += count << g.cluster_bits();
@@ -188,13 +189,23 @@ impl Preallocator {
     }
 }
 
-/// Merges neighbouring host clusters into `(start, length)`.
-fn contiguous_runs(places: &[Option<HostOffset>], cluster_size: u64) -> Vec<(HostOffset, u64)> {
-    let mut runs: Vec<(HostOffset, u64)> = Vec::new();
-    for place in places.iter().flatten() {
+/// Bytes that lie together for the guest and in the file.
+struct Run {
+    guest: u64,
+    host: u64,
+    length: u64,
+}
+
+/// The clusters from `guest` on that have places, neighbours together.
+fn contiguous_runs(guest: u64, places: &[Option<HostOffset>], cluster_size: u64) -> Vec<Run> {
+    let mut runs: Vec<Run> = Vec::new();
+    let clusters = (guest..).step_by(cluster_size as usize).zip(places);
+    for (guest, host) in clusters.filter_map(|(guest, place)| Some((guest, place.as_ref()?.get()))) {
         match runs.last_mut() {
-            Some((start, length)) if start.get() + *length == place.get() => *length += cluster_size,
-            _ => runs.push((*place, cluster_size)),
+            Some(run) if run.guest + run.length == guest && run.host + run.length == host => {
+                run.length += cluster_size;
+            }
+            _ => runs.push(Run { guest, host, length: cluster_size }),
         }
     }
     runs

@@ -196,6 +196,14 @@ impl CreateOptions {
         self.data_door.as_ref().and_then(|door| door.crypto_header())
     }
 
+    fn crypt_method(&self) -> CryptMethod {
+        match &self.data_door {
+            Some(door) if door.by_guest().is_some() => CryptMethod::Aes,
+            Some(door) if door.crypto_header().is_some() => CryptMethod::Luks,
+            _ => CryptMethod::None,
+        }
+    }
+
     /// Bytes of a data file that are the guest's as they are cannot be behind a door.
     fn check_door(&self) -> Result<()> {
         if self.data_door.is_none() {
@@ -247,7 +255,7 @@ impl CreateOptions {
             version: self.version,
             geometry,
             size,
-            crypt_method: if self.crypto_header().is_some() { CryptMethod::Luks } else { CryptMethod::None },
+            crypt_method: self.crypt_method(),
             l1_size,
             l1_table_offset: HostOffset(0),
             refcount_table_offset: HostOffset(0),

@@ -58,7 +58,8 @@ impl Overlay {
         self.lock.for_writing(true).claim(&*storage, true)?;
         let cache = OpenOptions { l2_cache_bytes: self.l2_cache_bytes, ..OpenOptions::default() };
         let options = below.top_qcow2().map_or(cache, |top| top.open_options().for_another());
-        let options = OpenOptions { data_door: self.create.data_door.clone(), ..options };
+        // Who made the door was asked whether it may be weak.
+        let options = OpenOptions { data_door: self.create.data_door.clone(), allow_weak: true, ..options };
         let mut layer = Qcow2::open(storage, &options)?;
         layer.enable_writing(self.write)?;
         Ok(Box::new(layer))

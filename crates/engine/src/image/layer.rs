@@ -9,6 +9,7 @@ use qcow2_format::{CompressedDescriptor, CryptMethod};
 
 use super::plan::descriptor;
 use super::qcow2::Qcow2;
+use crate::door::GuestData;
 use crate::storage::ReadTransfer;
 use crate::{ErrorKind, Job, MemMut, Result, Storage, StorageExt, encryption};
 
@@ -73,9 +74,9 @@ impl Layer for Qcow2 {
 
     fn read_segments(&self, parts: Vec<(Segment, MemMut<'_>)>) -> Result<()> {
         self.require_plain()?;
-        if self.is_read_by_guest() {
+        let GuestData::ByHost(data) = self.guest_data()? else {
             return parts.into_iter().try_for_each(|(segment, buf)| self.read_segment(&segment, buf));
-        }
+        };
         let mut batch = Vec::with_capacity(parts.len());
         for (segment, buf) in parts {
             match segment.kind {
@@ -83,7 +84,7 @@ impl Layer for Qcow2 {
                 _ => self.read_segment(&segment, buf)?,
             }
         }
-        self.data_storage()?.read_padded_batch(&mut batch)
+        data.read_padded_batch(&mut batch)
     }
 
     fn reopen(&self) -> Result<Box<dyn Layer>> {

@@ -22,12 +22,14 @@ pub struct OpenOptions {
     pub salvage: bool,
     /// What stands between the guest's bytes and the file's: guest bytes are the file's without it.
     pub data_door: Option<Arc<dyn DataDoor>>,
+    /// Write guest data also where its encryption is weak: legacy AES.
+    pub allow_weak: bool,
 }
 
 impl OpenOptions {
     /// How another image is opened in the same way: with its active disk, and with a door of its own.
     #[must_use]
     pub fn for_another(&self) -> Self {
-        Self { snapshot: None, data_door: None, ..self.clone() }
+        Self { snapshot: None, data_door: None, allow_weak: false, ..self.clone() }
     }
 }

@@ -15,8 +15,7 @@ use super::inflated::{Inflate, InflatedCache};
 use super::mapping::Mapping;
 use super::options::OpenOptions;
 use super::slices::SliceCache;
-use crate::door::{DataDoor, behind, by_guest_sector};
-use crate::storage::SectorCodec;
+use crate::door::{DataDoor, GuestData};
 use crate::writer::Writer;
 use crate::{Error, ErrorKind, Result, Storage, StorageExt};
 
@@ -26,7 +25,7 @@ pub struct Qcow2 {
     storage: Arc<dyn Storage>,
     data_file: Option<Arc<dyn Storage>>,
     /// Where guest bytes are read and written; `None` while the external data file is not open.
-    data: Option<Arc<dyn Storage>>,
+    data: Option<GuestData>,
     header: Header,
     size: AtomicU64,
     viewed: Option<usize>,
@@ -66,8 +65,8 @@ impl Qcow2 {
         let consistent = header.autoclear.contains(Autoclear::BITMAPS);
         let directory = header.bitmaps().filter(|_| consistent).copied();
         let readable = header.crypt_method == CryptMethod::None || options.data_door.is_some();
-        let data =
-            (readable && !header.has_data_file()).then(|| behind(options.data_door.as_ref(), &storage));
+        let data = (readable && !header.has_data_file())
+            .then(|| GuestData::behind(options.data_door.as_ref(), &storage));
         Self {
             storage,
             data_file: None,
@@ -105,7 +104,7 @@ impl Qcow2 {
     /// Attaches the external data file. Without it, reading stored data fails with `ReferenceDenied`.
     pub fn set_data_file(&mut self, storage: Arc<dyn Storage>) {
         if self.header.has_data_file() && !self.is_locked() {
-            self.data = Some(behind(self.options.data_door.as_ref(), &storage));
+            self.data = Some(GuestData::behind(self.options.data_door.as_ref(), &storage));
         }
         self.data_file = Some(storage);
     }
@@ -179,11 +178,11 @@ impl Qcow2 {
         self.mapping.read().l1.clone()
     }
 
-    /// Through which guest bytes are read and written, in both directions and without exception, at their host offsets.
+    /// Through which guest bytes are read and written, in both directions and without exception.
     ///
     /// # Errors
     /// `ReferenceDenied` for an external data file that is not open; `BadSecret` for an encrypted image without its secret.
-    pub fn data_storage(&self) -> Result<&Arc<dyn Storage>> {
+    pub(crate) fn guest_data(&self) -> Result<&GuestData> {
         self.data.as_ref().ok_or_else(|| if self.is_locked() { self.locked() } else { self.data_not_open() })
     }
 
@@ -228,26 +227,26 @@ impl Qcow2 {
     /// Puts a door in front of the guest data, of which nothing was read or written yet; it stays when the image is opened again.
     pub(crate) fn set_door(&mut self, door: Arc<dyn DataDoor>) {
         let host = self.data_host().ok().cloned();
-        self.data = host.map(|host| door.open(host));
+        self.data = host.map(|host| GuestData::behind(Some(&door), &host));
         self.options.data_door = Some(door);
     }
 
-    fn codec_by_guest(&self) -> Option<&Arc<dyn SectorCodec>> {
-        self.options.data_door.as_ref().and_then(|door| door.by_guest())
+    /// Lets guest data be written although its encryption is weak, see [`OpenOptions::allow_weak`].
+    pub fn allow_weak(&mut self) {
+        self.options.allow_weak = true;
     }
 
-    /// Whether what is stored can only be read with its guest offset, and not written.
-    pub(crate) fn is_read_by_guest(&self) -> bool {
-        self.codec_by_guest().is_some()
+    /// Whether guest data is encrypted in a way that is weak: legacy AES, whose secret was given.
+    pub(crate) fn is_weak(&self) -> bool {
+        self.options.data_door.as_ref().is_some_and(|door| door.by_guest().is_some())
     }
 
-    /// Where the guest bytes at `guest` are read, which are stored from `host` on.
-    pub(super) fn data_at(&self, guest: u64, host: u64) -> Result<Cow<'_, Arc<dyn Storage>>> {
-        let data = self.data_storage()?;
-        Ok(match self.codec_by_guest() {
-            None => Cow::Borrowed(data),
-            Some(codec) => Cow::Owned(by_guest_sector(data, codec, guest, host)),
-        })
+    /// Through which the guest bytes at `guest`, and behind it, are read and written that are stored from `host` on.
+    ///
+    /// # Errors
+    /// As [`Qcow2::guest_data`].
+    pub(crate) fn data_at(&self, guest: u64, host: u64) -> Result<Cow<'_, Arc<dyn Storage>>> {
+        Ok(self.guest_data()?.at(guest, host))
     }
 
     pub(super) fn inflate(&self, descriptor: qcow2_format::CompressedDescriptor) -> Inflate<'_> {

@@ -234,7 +234,7 @@ impl Session<'_> {
             if let SegmentKind::Data(Place { host, .. }) = segment.kind
                 && self.refcount(g.cluster_index(host))? == 1
             {
-                let (data, length) = (self.image.data_storage()?, segment.length);
+                let (data, length) = (self.image.data_at(segment.start, host)?, segment.length);
                 match data.zero(host, length, false) {
                     // A hole needs none.
                     Err(error) if error.is_no_space() => data.zero(host, length, true)?,

@@ -11,6 +11,7 @@ use super::cluster::Run;
 use super::cow::plan_cow;
 use super::link::Change;
 use crate::alloc::Allocation;
+use crate::door::GuestData;
 use crate::image::Qcow2;
 use crate::storage::WriteTransfer;
 use crate::writer::Registration;
@@ -29,17 +30,31 @@ impl Allocation {
 
 /// Bytes for one place of the data file.
 #[derive(Debug)]
-pub(super) enum Piece<'a> {
+pub(super) struct Piece<'a> {
+    /// Where the guest has them.
+    pub(super) guest: u64,
+    /// Where the file gets them.
+    pub(super) host: u64,
+    pub(super) bytes: Bytes<'a>,
+}
+
+#[derive(Debug)]
+pub(super) enum Bytes<'a> {
     Guest(Mem<'a>),
     Owned(Vec<u8>),
 }
 
 impl Piece<'_> {
     fn mem(&self) -> Mem<'_> {
-        match self {
-            Self::Guest(mem) => *mem,
-            Self::Owned(bytes) => Mem::from(bytes.as_slice()),
+        match &self.bytes {
+            Bytes::Guest(mem) => *mem,
+            Bytes::Owned(bytes) => Mem::from(bytes.as_slice()),
         }
+    }
+
+    /// Whether `next` lies right behind it in the file.
+    fn precedes(&self, next: &Self) -> bool {
+        self.host + self.mem().len() as u64 == next.host
     }
 }
 
@@ -59,7 +74,7 @@ pub(super) struct NewRun<'a> {
 pub(super) struct Batch<'a> {
     /// Of the first step: it keeps the host offsets of all later ones out of other hands as well.
     pin: Option<Arc<()>>,
-    pieces: Vec<(u64, Piece<'a>)>,
+    pieces: Vec<Piece<'a>>,
     /// Behind the last piece.
     end: u64,
     pub(super) runs: VecDeque<NewRun<'a>>,
@@ -74,17 +89,17 @@ impl Writer {
         image: &Qcow2,
         batch: &mut Batch<'a>,
         pin: Option<Arc<()>>,
-        pieces: Vec<(u64, Piece<'a>)>,
+        pieces: Vec<Piece<'a>>,
     ) -> Result<()> {
-        let follows = pieces.first().is_none_or(|(start, _)| *start == batch.end);
+        let follows = pieces.first().is_none_or(|piece| piece.host == batch.end);
         if !follows || batch.pieces.len() >= PIECES {
             self.issue(image, batch)?;
         }
         if batch.pieces.is_empty() && batch.runs.is_empty() {
             batch.pin = pin;
         }
-        if let Some((start, piece)) = pieces.last() {
-            batch.end = start + piece.mem().len() as u64;
+        if let Some(piece) = pieces.last() {
+            batch.end = piece.host + piece.mem().len() as u64;
         }
         batch.pieces.extend(pieces);
         Ok(())
@@ -132,17 +147,29 @@ impl Writer {
 }
 
 /// Writes pieces in as few calls as their places allow.
-fn write_pieces(image: &Qcow2, pieces: &[(u64, Piece<'_>)]) -> Result<()> {
-    let Some((start, _)) = pieces.first() else { return Ok(()) };
-    let follows = |(a, b): (&(u64, Piece<'_>), &(u64, Piece<'_>))| a.0 + a.1.mem().len() as u64 == b.0;
-    if pieces.iter().zip(pieces.iter().skip(1)).all(follows) {
-        let mut bufs: Vec<Mem<'_>> = pieces.iter().map(|(_, piece)| piece.mem()).collect();
-        return image.data_storage()?.write_all_vectored_at(&mut bufs, *start);
+fn write_pieces(image: &Qcow2, pieces: &[Piece<'_>]) -> Result<()> {
+    let Some(first) = pieces.first() else { return Ok(()) };
+    let guest_data = image.guest_data()?;
+    let GuestData::ByHost(data) = guest_data else { return write_by_guest(guest_data, pieces) };
+    if pieces.iter().zip(pieces.iter().skip(1)).all(|(a, b)| a.precedes(b)) {
+        let mut bufs: Vec<Mem<'_>> = pieces.iter().map(Piece::mem).collect();
+        return data.write_all_vectored_at(&mut bufs, first.host);
     }
     let groups: Vec<(u64, Vec<Mem<'_>>)> = pieces
-        .chunk_by(|a, b| follows((a, b)))
-        .filter_map(|group| Some((group.first()?.0, group.iter().map(|(_, piece)| piece.mem()).collect())))
+        .chunk_by(Piece::precedes)
+        .filter_map(|group| Some((group.first()?.host, group.iter().map(Piece::mem).collect())))
         .collect();
     let transfers = groups.iter().map(|(start, bufs)| WriteTransfer::new(bufs, *start));
-    image.data_storage()?.write_all_batch(&mut transfers.collect::<Vec<_>>())
+    data.write_all_batch(&mut transfers.collect::<Vec<_>>())
+}
+
+/// As [`write_pieces`], each with its guest offset: those together that lie so in both.
+fn write_by_guest(data: &GuestData, pieces: &[Piece<'_>]) -> Result<()> {
+    let apart = |piece: &Piece<'_>| piece.guest.wrapping_sub(piece.host);
+    for group in pieces.chunk_by(|a, b| a.precedes(b) && apart(a) == apart(b)) {
+        let Some(first) = group.first() else { continue };
+        let mut bufs: Vec<Mem<'_>> = group.iter().map(Piece::mem).collect();
+        data.at(first.guest, first.host).write_all_vectored_at(&mut bufs, first.host)?;
+    }
+    Ok(())
 }

@@ -73,7 +73,7 @@ impl<'a> Active<'a> {
         let start = host - old % size;
         image.data_host()?.reserve(start, size)?;
         if mode == Preallocation::Full {
-            write_zero_bytes(&**image.data_storage()?, host, start + size - host, job)?;
+            write_zero_bytes(&**image.data_at(old, host)?, host, start + size - host, job)?;
         }
         Ok(())
     }
@@ -99,7 +99,7 @@ impl<'a> Active<'a> {
             let allocated = alloc.allocate(count, false, wish, &mut writer.metadata.lock());
             allocated.map_err(|e| writer.poison_unless_full(e))?
         };
-        let prepared = prepare(image, &space, (mode, flagged), job);
+        let prepared = prepare(image, guest, &space, (mode, flagged), job);
         if prepared.is_err() && !external {
             writer.alloc.lock().abandon(space);
         }
@@ -110,16 +110,17 @@ impl<'a> Active<'a> {
     }
 }
 
-/// Makes the clusters read as zeroes unless that is `flagged`, with their space reserved as `mode` says.
+/// Makes the clusters of `guest`, and behind it, read as zeroes unless that is `flagged`, with their space reserved as `mode` says.
 fn prepare(
     image: &Qcow2,
+    guest: u64,
     space: &Allocation,
     (mode, flagged): (Preallocation, bool),
     job: &Job,
 ) -> Result<()> {
     let size = image.geometry().cluster_size();
     let (start, length) = (space.cluster * size, space.count * size);
-    let (data, host) = (image.data_storage()?, image.data_host()?);
+    let (data, host) = (image.data_at(guest, start)?, image.data_host()?);
     if mode == Preallocation::Full || !(flagged || image.host_is_guest()) {
         return write_zero_bytes(&**data, start, length, job);
     }

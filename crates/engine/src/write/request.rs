@@ -9,7 +9,7 @@ use qcow2_format::{L2Mapping, SubclusterBitmap};
 use qcow2_transform::is_zero;
 
 use super::active::Active;
-use super::batch::{Batch, NewRun, Piece};
+use super::batch::{Batch, Bytes, NewRun, Piece};
 use super::cluster::{Run, Step};
 use super::cow::plan_cow;
 use crate::alloc::Allocation;
@@ -202,12 +202,13 @@ impl<'a> Active<'a> {
                     writer.check_overlap(image, host, length)?;
                     match part {
                         Payload::Bytes(mem) => {
-                            writer.add(image, batch, pin, vec![(host, Piece::Guest(mem))])?;
+                            let piece = Piece { guest: at, host, bytes: Bytes::Guest(mem) };
+                            writer.add(image, batch, pin, vec![piece])?;
                             batch.registrations.extend(registration);
                         }
                         Payload::Zeroes => {
                             writer.issue(image, batch)?;
-                            image.data_storage()?.zero(host, length, false)?;
+                            image.data_at(at, host)?.zero(host, length, false)?;
                         }
                     }
                     payload = rest;
@@ -275,12 +276,15 @@ impl<'a> Active<'a> {
         was_zero: bool,
         payload: Payload<'a>,
         range: Range<u64>,
-    ) -> Result<Vec<(u64, Piece<'a>)>> {
+    ) -> Result<Vec<Piece<'a>>> {
         let Self { disk, image, .. } = *self;
         let g = *image.geometry();
-        let host = |guest: u64| target.cluster * g.cluster_size() + (guest - run.guest);
+        let piece = |guest: u64, bytes| {
+            let host = target.cluster * g.cluster_size() + (guest - run.guest);
+            Piece { guest, host, bytes }
+        };
         let last = g.cluster_start(range.end - 1);
-        let mut pieces: Vec<(u64, Piece<'a>)> = Vec::new();
+        let mut pieces: Vec<Piece<'a>> = Vec::new();
         for cluster in [run.guest, last].into_iter().take(if last == run.guest { 1 } else { 2 }) {
             let within =
                 range.start.max(cluster) - cluster..range.end.min(cluster + g.cluster_size()) - cluster;
@@ -290,22 +294,22 @@ impl<'a> Active<'a> {
                 let copy = cluster + copy.start..cluster + copy.end;
                 let bytes = disk.old_bytes(copy.clone(), was_zero)?;
                 if !(target.guest_zero(image) && is_zero(&bytes)) {
-                    pieces.push((host(copy.start), Piece::Owned(bytes)));
+                    pieces.push(piece(copy.start, Bytes::Owned(bytes)));
                 }
             }
         }
         match payload {
             Payload::Bytes(mem) => {
                 let part = mem.split_at((range.end - range.start) as usize).0;
-                pieces.push((host(range.start), Piece::Guest(part)));
+                pieces.push(piece(range.start, Bytes::Guest(part)));
             }
             Payload::Zeroes if target.guest_zero(image) => {}
             Payload::Zeroes => {
                 let zeroes = vec![0; (range.end - range.start) as usize];
-                pieces.push((host(range.start), Piece::Owned(zeroes)));
+                pieces.push(piece(range.start, Bytes::Owned(zeroes)));
             }
         }
-        pieces.sort_by_key(|piece| piece.0);
+        pieces.sort_by_key(|piece| piece.host);
         Ok(pieces)
     }
 }

@@ -2,7 +2,7 @@
 
 use qcow2_format::header::extension::BitmapsExtension;
 use qcow2_format::header::feature::Incompatible;
-use qcow2_format::{CryptMethod, Geometry, L1Entry, SnapshotRecord};
+use qcow2_format::{Geometry, L1Entry, SnapshotRecord};
 
 use crate::alloc::{Allocator, MetadataMap, Refcounts};
 use crate::image::Qcow2;
@@ -13,7 +13,7 @@ impl Writer {
     /// Prepares `image` for writing. Changes nothing in the file.
     ///
     /// # Errors
-    /// `ReadOnly`, `UnsupportedFeature` (encryption), `Corrupt` (the corrupt or the dirty bit, no refcount table),
+    /// `ReadOnly`, `UnsupportedFeature` (weak encryption), `Corrupt` (the corrupt or the dirty bit, no refcount table),
     /// `InvalidArgument` (a snapshot is viewed; lazy refcounts in version 2).
     pub(crate) fn new(image: &Qcow2, options: WriteOptions) -> Result<Self> {
         let header = image.header();
@@ -23,8 +23,9 @@ impl Writer {
         if image.viewed_snapshot().is_some() {
             return Err(image.error(ErrorKind::InvalidArgument, "a snapshot's view cannot be written to"));
         }
-        if (header.crypt_method == CryptMethod::Aes && image.is_locked()) || image.is_read_by_guest() {
-            let message = "images with the legacy AES encryption are only read: convert it to one with LUKS";
+        if image.is_weak() && !image.open_options().allow_weak {
+            let message = "the legacy AES encryption is weak, and written only where that is allowed (allowWeak): convert the \
+                           image to one with LUKS";
             return Err(image.error(ErrorKind::UnsupportedFeature, message).with_field("crypt_method"));
         }
         for (bit, reason) in [

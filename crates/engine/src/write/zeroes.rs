@@ -176,7 +176,7 @@ impl<'a> Active<'a> {
                         let end =
                             (pinned + clusters * g.cluster_size()).min(range.end).min(disk.virtual_size());
                         if start < end {
-                            image.data_storage()?.zero(start, end - start, punch)?;
+                            image.data_at(start, start)?.zero(start, end - start, punch)?;
                         }
                     }
                     let change = Change { guest: pinned, clusters, barrier: false, punch };

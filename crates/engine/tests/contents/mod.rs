@@ -10,6 +10,7 @@ use qcow2_testkit::audit::audit;
 use qcow2_testkit::crash::{Durability, Session};
 use qcow2_testkit::disk_model::{Opening, Rig};
 use qcow2_testkit::matrix::{Backing, DataFile, Geometry};
+use qcow2_testkit::storage::Door;
 
 /// The guest bytes of the active disk and of each snapshot.
 #[derive(Clone, PartialEq, Eq)]
@@ -92,9 +93,9 @@ pub(crate) fn geometries() -> Vec<Geometry> {
         Geometry { data_file: DataFile::External, ..plain(4096) },
         Geometry { data_file: DataFile::ExternalRaw, ..plain(65536) },
         Geometry { data_file: DataFile::External, extended_l2: true, ..plain(16384) },
-        Geometry { door: true, ..plain(4096) },
-        Geometry { door: true, extended_l2: true, backing: Backing::ShorterRaw, ..plain(16384) },
-        Geometry { door: true, data_file: DataFile::External, ..plain(4096) },
+        Geometry { door: Door::Scrambling, ..plain(4096) },
+        Geometry { door: Door::LegacyAes, extended_l2: true, backing: Backing::ShorterRaw, ..plain(16384) },
+        Geometry { door: Door::Xts, data_file: DataFile::External, ..plain(4096) },
     ]
 }
 

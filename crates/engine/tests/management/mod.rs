@@ -7,7 +7,7 @@ use std::sync::Arc;
 use qcow2_engine::amend::{AmendOptions, amend_through};
 use qcow2_engine::check::{CheckOptions, check};
 use qcow2_engine::image::read_header;
-use qcow2_engine::{DataDoor, Discard, Image, Job, ResizeOptions, Result, Storage, WriteOptions};
+use qcow2_engine::{Discard, Image, Job, ResizeOptions, Result, Storage, WriteOptions};
 use qcow2_testkit::audit::audit;
 use qcow2_testkit::contents::{Contents, Marked, Shot};
 use qcow2_testkit::disk_model::{Opening, Rig};
@@ -15,7 +15,7 @@ use qcow2_testkit::matrix::{Backing, DataFile, Geometry};
 use qcow2_testkit::ops::{Op, Target, stamped};
 use qcow2_testkit::plans::Table;
 use qcow2_testkit::recorder::RecordingStorage;
-use qcow2_testkit::storage::Scrambling;
+use qcow2_testkit::storage::Door;
 use qcow2_testkit::{Fixture, Qemu, Rng, Sparse};
 
 /// Bytes that a disk grows by: some clusters, and far enough for another L1 table.
@@ -42,7 +42,8 @@ pub(crate) fn geometries() -> Vec<Geometry> {
         Geometry { refcount_bits: 8, ..small(512, 200) },
         Geometry { extended_l2: true, backing: Backing::EqualQcow2, ..small(16384, 20) },
         Geometry { data_file: DataFile::External, ..small(4096, 45) },
-        Geometry { door: true, backing: Backing::LongerQcow2, ..small(4096, 30) },
+        Geometry { door: Door::Xts, backing: Backing::LongerQcow2, ..small(4096, 30) },
+        Geometry { door: Door::LegacyAes, ..small(4096, 30) },
         Geometry { data_file: DataFile::ExternalRaw, extended_l2: true, ..small(16384, 20) },
     ]
 }
@@ -336,7 +337,7 @@ pub(crate) fn amendments(geometry: &Geometry) -> Vec<AmendOptions> {
     if geometry.data_file != DataFile::Internal {
         all.push(AmendOptions { data_file: Some(b"another name".to_vec()), ..none() });
         all.push(AmendOptions { data_file_raw: Some(false), ..none() });
-    } else if !geometry.extended_l2 && !geometry.zstd {
+    } else if !geometry.extended_l2 && !geometry.zstd && geometry.door != Door::LegacyAes {
         all.push(AmendOptions { version: Some(2), refcount_bits: Some(16), ..none() });
     }
     all
@@ -347,7 +348,7 @@ pub(crate) fn run_amend(
     geometry: &Geometry,
     options: &AmendOptions,
 ) -> Result<()> {
-    let data = geometry.door.then(|| Scrambling.open(Arc::clone(&storage)));
+    let data = geometry.door.open().map(|door| door.open(Arc::clone(&storage)));
     let check = CheckOptions { readers: 0, ..CheckOptions::default() };
     amend_through(&*storage, data.as_deref(), options, &check, &Job::new())
 }

@@ -61,7 +61,8 @@ impl Watched {
     }
 
     pub(crate) fn layer(&self, writable: bool) -> Box<dyn Layer> {
-        let options = OpenOptions { data_door: self.door.clone(), ..OpenOptions::default() };
+        let options =
+            OpenOptions { data_door: self.door.clone(), allow_weak: true, ..OpenOptions::default() };
         let mut qcow2 = Qcow2::open(self.storage(), &options).unwrap();
         if let Some(data_file) = self.data_file() {
             qcow2.set_data_file(data_file);

@@ -11,7 +11,7 @@ pub mod field;
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::Sparse;
-use crate::storage::scramble;
+use crate::storage::Door;
 
 /// L1 and L2: the cluster's refcount is exactly one.
 pub const COPIED: u64 = 1 << 63;
@@ -140,7 +140,7 @@ pub struct Forge {
     extended: bool,
     zstd: bool,
     external: bool,
-    scrambled: bool,
+    door: Door,
     features: [u64; 3],
     crypt_method: u32,
     extensions: Vec<(u32, Vec<u8>)>,
@@ -167,7 +167,7 @@ impl Forge {
             extended: false,
             zstd: false,
             external: false,
-            scrambled: false,
+            door: Door::None,
             features: [0; 3],
             crypt_method: 0,
             extensions: Vec::new(),
@@ -221,10 +221,10 @@ impl Forge {
         if name.is_empty() { self } else { self.extension(field::EXT_DATA_FILE, name.as_bytes()) }
     }
 
-    /// Guest data is behind the door that scrambles it. Call it before adding clusters.
+    /// Guest data is behind a door. Call it before adding clusters.
     #[must_use]
-    pub fn scrambled(mut self) -> Self {
-        self.scrambled = true;
+    pub fn behind(mut self, door: Door) -> Self {
+        self.door = door;
         self
     }
 
@@ -313,8 +313,8 @@ impl Forge {
         assert!(bytes.len() as u64 <= self.cluster_size());
         let mut padded = bytes.to_vec();
         padded.resize(self.cluster_size() as usize, 0);
-        if self.scrambled {
-            scramble(&mut padded, host);
+        if self.door.is_some() {
+            self.door.store(guest_cluster << self.cluster_bits, host, &mut padded);
             let file = if self.external { &mut self.data_file } else { &mut self.file };
             file.write(host, &padded);
         } else if self.external {

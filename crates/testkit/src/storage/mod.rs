@@ -6,6 +6,7 @@
 mod aligned_only;
 mod counting;
 mod device;
+mod door;
 mod fault;
 mod hooked;
 mod scrambling;
@@ -15,6 +16,7 @@ mod space;
 pub use aligned_only::AlignedOnly;
 pub use counting::{CountingStorage, Counts};
 pub use device::Device;
+pub use door::Door;
 pub use fault::{Failing, Fault, FaultStorage};
 pub use hooked::{Before, Hooked};
 pub use scrambling::{Scrambling, scramble, scrambled_image, unscramble};
