@@ -73,6 +73,9 @@ struct Shifted {
 }
 
 impl SectorCodec for Shifted {
+    fn sector_size(&self) -> usize {
+        self.codec.sector_size()
+    }
     fn encode(&self, sector: u64, data: &mut [u8]) {
         self.codec.encode(sector.wrapping_add(self.shift), data);
     }
