@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use qcow2_format::{CryptMethod, Header, HostOffset};
 use qcow2_luks::{
-    Cipher, CipherSpec, Cost, FormatOptions, Hash, Iv, Limits, Luks1Header, Mode, legacy_aes, luks1,
+    Cipher, CipherSpec, Cost, FormatOptions, Formatted, Hash, Iv, Limits, Luks1Header, Mode, NewLuks,
+    legacy_aes, luks1,
 };
 use zeroize::Zeroizing;
 
@@ -97,6 +98,19 @@ impl Encryption {
     /// # Errors
     /// `InvalidArgument` or `UnsupportedFeature` for names that do not go together; `Aborted`; those of [`Secret::read`].
     pub fn door(&self, job: &Job) -> Result<Arc<dyn DataDoor>> {
+        let formatted = self.format(job)?;
+        Ok(Arc::new(LuksDoor { codec: Arc::new(formatted.cipher), header: Some(formatted.bytes) }))
+    }
+
+    /// A new key, with the header of the LUKS file that it is for. Takes as long as a guess takes.
+    ///
+    /// # Errors
+    /// As [`Encryption::door`].
+    pub fn new_luks(&self, job: &Job) -> Result<NewLuks> {
+        self.format(job).map(NewLuks::from)
+    }
+
+    fn format(&self, job: &Job) -> Result<Formatted> {
         let secret = self.secret.read()?;
         let mut options = FormatOptions::new(&secret);
         options.spec = self.spec()?;
@@ -105,8 +119,7 @@ impl Encryption {
         if let Some(time) = self.iter_time_ms {
             options.cost = Cost::Time(Duration::from_millis(time.into()));
         }
-        let formatted = luks1::format(&options, job)?;
-        Ok(Arc::new(LuksDoor { codec: Arc::new(formatted.cipher), header: Some(formatted.bytes) }))
+        luks1::format(&options, job)
     }
 
     /// Bytes of the encryption header. The secret does not matter.
