@@ -16,6 +16,7 @@ use qcow2_luks::layer::{inspect, inspect_bytes};
 use qcow2_luks::luks1::format;
 use qcow2_luks::{Cost, Details, FormatOptions, Header, Luks, NewLuks, OpenOptions};
 use qcow2_testkit::contract::{DiskContract, LayerContract};
+use qcow2_testkit::storage::Device;
 use support::{Folder, SECRET, cryptsetup, data, qemu_create, qemu_to_raw, qemu_write};
 
 const SIZE: usize = 1 << 20;
@@ -125,10 +126,9 @@ fn version_2_with_argon2_keeps_the_contract_of_layers() {
 
 #[test]
 fn a_disk_without_its_secret_has_all_but_its_data() {
-    let Some(folder) = Folder::new() else { return };
-    let image = folder.path("qemu.luks");
-    qemu_create(&image, "1M", "iter-time=10");
-    let mut layer = Luks::open(file(&image), &OpenOptions::default()).unwrap();
+    let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
+    made().create(&storage, SIZE as u64, Preallocation::Off, &Job::new()).unwrap();
+    let mut layer = Luks::open(storage, &OpenOptions::default()).unwrap();
     assert_eq!((layer.virtual_size(), layer.encryption()), (SIZE as u64, Some("luks")));
     assert!(!layer.is_detached() && layer.file(0).is_none());
     let Header::Luks1(header) = layer.header() else { panic!("version 2") };
@@ -232,12 +232,33 @@ fn new_files_are_for_other_tools_too() {
 }
 
 #[test]
+fn a_device_is_as_long_as_it_is() {
+    let new = made();
+    let device: Arc<dyn Storage> = Device::new(4 << 20);
+    device.write_all_at(Mem::from(&[5; 4096][..]), 0).unwrap();
+    let error = new.create(&device, 4 << 20, Preallocation::Off, &Job::new()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+    let mut start = [0; 4096];
+    device.read_exact_at(MemMut::from(&mut start[..]), 0).unwrap();
+    assert!(start == [5; 4096], "it was left alone");
+    new.create(&device, SIZE as u64, Preallocation::Full, &Job::new()).unwrap();
+    let mut layer = open(device).unwrap();
+    let size = (4 << 20) - new.header_length();
+    assert_eq!(layer.virtual_size(), size);
+    layer.make_writable(DiskOptions::default()).unwrap();
+    let writable = layer.as_writable().unwrap();
+    writable.resize(size, Preallocation::Off, &Job::new()).unwrap();
+    let error = writable.resize(size - 512, Preallocation::Off, &Job::new()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+}
+
+#[test]
 fn a_file_is_no_image_before_its_header_is_complete() {
     let new = made();
     let storage = Arc::new(MemoryStorage::new());
     let host: Arc<dyn Storage> = storage.clone();
     host.write_all_at(Mem::from(&b"LUKS\xba\xbe\0\x01"[..]), 0).unwrap();
-    new.begin(&*host, &Job::new()).unwrap();
+    new.begin(&*host, SIZE as u64, &Job::new()).unwrap();
     new.data(Arc::clone(&host)).write_all_at(Mem::from(&data(SIZE)[..]), 0).unwrap();
     assert_eq!(
         Luks::open(Arc::clone(&host), &OpenOptions::default()).unwrap_err().kind(),
@@ -250,8 +271,8 @@ fn a_file_is_no_image_before_its_header_is_complete() {
 #[test]
 fn sizes_that_change() {
     let Some(folder) = Folder::new() else { return };
-    let path = folder.path("qemu.luks");
-    qemu_create(&path, "1M", "iter-time=10");
+    let path = folder.write("ours.luks", b"");
+    made().create(&file(&path), SIZE as u64, Preallocation::Off, &Job::new()).unwrap();
     qemu_write(&folder.write("plain", &data(SIZE)), &path);
     let mut layer = open(file(&path)).unwrap();
     layer.make_writable(DiskOptions::default()).unwrap();

@@ -72,13 +72,8 @@ impl CloneTarget {
         preallocation: Preallocation,
         job: &Job,
     ) -> Result<Sink> {
-        luks.begin(&*storage, job)?;
+        luks.begin(&*storage, size, job)?;
         let data = luks.data(Arc::clone(&storage));
-        let room = data.size()?;
-        if storage.traits().block_device && room < size {
-            let message = format!("the target holds {room} bytes, the disk has {size}");
-            return Err(storage.located(Error::new(ErrorKind::InvalidArgument, message)));
-        }
         if preallocation == Preallocation::Falloc && !storage.traits().block_device {
             data.reserve(0, size)?;
         }

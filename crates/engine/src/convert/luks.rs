@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use qcow2_core::convert::{Context, RawSink, Rules, Sink, Worker};
 use qcow2_luks::NewLuks;
+use qcow2_luks::layer::space_of;
 
 use super::ConvertOptions;
 use crate::create::Preallocation;
@@ -20,16 +21,15 @@ impl LuksSink {
     /// Makes the target ready, which is no image then.
     ///
     /// # Errors
-    /// As [`RawSink::new`].
+    /// As [`NewLuks::begin`] and [`RawSink::new`].
     pub(super) fn new(
         context: &Context<'_>,
         host: Arc<dyn Storage>,
         luks: NewLuks,
         preallocation: Preallocation,
     ) -> Result<Self> {
-        luks.begin(&*host, context.job)?;
-        // There is no metadata.
-        let space = if preallocation == Preallocation::Metadata { Preallocation::Off } else { preallocation };
+        luks.begin(&*host, context.source.virtual_size(), context.job)?;
+        let space = space_of(preallocation);
         let data = RawSink::new(context, luks.data(Arc::clone(&host)), space, false)?.over_noise();
         Ok(Self { data, luks, host })
     }

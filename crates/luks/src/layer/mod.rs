@@ -21,7 +21,7 @@ use crate::luks1::HEADER_BYTES;
 use crate::{Limits, Luks1Header, Luks2Header, Unlocked, luks1, luks2, version};
 
 pub use inspect::{Inspection, inspect, inspect_bytes};
-pub use new::NewLuks;
+pub use new::{NewLuks, space_of};
 
 /// How to open a disk.
 #[derive(Debug, Clone)]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use qcow2_core::space::{Preallocation, empty, size_raw, write_zero_bytes};
 use qcow2_core::storage::{SectorCodec, Sectors, Tail};
-use qcow2_core::{Job, Mem, Result, Storage, StorageExt};
+use qcow2_core::{Error, ErrorKind, Job, Mem, Result, Storage, StorageExt};
 
 use crate::Formatted;
 use crate::cipher::SECTOR;
@@ -35,17 +35,23 @@ impl NewLuks {
         self.header.len() as u64
     }
 
-    /// Makes `host` no image: a file is emptied, a device keeps nothing where headers lie.
+    /// Makes `host`, which is to hold a disk of `size` bytes, no image: a file is emptied, a device keeps nothing where headers lie.
     ///
     /// # Errors
-    /// `Io`; `Aborted`.
-    pub fn begin(&self, host: &dyn Storage, job: &Job) -> Result<()> {
-        empty(host)?;
-        if host.traits().block_device {
-            write_zero_bytes(host, 0, self.header_length(), job)?;
-            host.flush()?;
+    /// `InvalidArgument` for a device that is too small, which is left alone; `Io`; `Aborted`.
+    pub fn begin(&self, host: &dyn Storage, size: u64, job: &Job) -> Result<()> {
+        if !host.traits().block_device {
+            return empty(host);
         }
-        Ok(())
+        let (room, header) = (host.size()?, self.header_length());
+        if room.checked_sub(header).is_none_or(|room| room < size) {
+            let message = format!(
+                "the target holds {room} bytes, of which the header takes {header}; the disk has {size}"
+            );
+            return Err(host.located(Error::new(ErrorKind::InvalidArgument, message)));
+        }
+        write_zero_bytes(host, 0, header, job)?;
+        host.flush()
     }
 
     /// The place of the data, as it is stored.
@@ -69,16 +75,10 @@ impl NewLuks {
         preallocation: Preallocation,
         job: &Job,
     ) -> Result<()> {
-        self.begin(&**host, job)?;
-        let place = self.place(Arc::clone(host));
-        // There is no metadata, and a device has the space that it has.
-        let device = host.traits().block_device;
-        let space = if device || preallocation == Preallocation::Metadata {
-            Preallocation::Off
-        } else {
-            preallocation
-        };
-        size_raw(&*place, size, space, job)?;
+        self.begin(&**host, size, job)?;
+        if !host.traits().block_device {
+            size_raw(&*self.place(Arc::clone(host)), size, space_of(preallocation), job)?;
+        }
         self.publish(&**host, true)
     }
 
@@ -95,4 +95,9 @@ impl NewLuks {
         host.write_all_at(Mem::from(first), 0)?;
         sync()
     }
+}
+
+/// What is allocated of a file whose disk has no metadata.
+pub fn space_of(preallocation: Preallocation) -> Preallocation {
+    if preallocation == Preallocation::Metadata { Preallocation::Off } else { preallocation }
 }
