@@ -10,12 +10,16 @@ use std::sync::Arc;
 use qcow2_core::disk::DiskOptions;
 use qcow2_core::space::Preallocation;
 use qcow2_core::storage::{Access, FileStorage, MemoryStorage};
-use qcow2_core::{ErrorKind, Job, Layer, Mem, MemMut, Result, Storage, StorageExt};
+use qcow2_core::{ErrorKind, Job, Layer, Mem, MemMut, Raw, Result, Storage, StorageExt};
+use qcow2_engine::convert::{ConvertOptions, ConvertTarget, convert};
+use qcow2_engine::create::NewTarget;
 use qcow2_engine::{Image, LayerExt, WriteOptions};
 use qcow2_luks::layer::{inspect, inspect_bytes};
 use qcow2_luks::luks1::format;
 use qcow2_luks::{Cost, Details, FormatOptions, Header, Luks, NewLuks, OpenOptions};
+use qcow2_testkit::Sparse;
 use qcow2_testkit::contract::{DiskContract, LayerContract};
+use qcow2_testkit::crash::{Durability, Session};
 use qcow2_testkit::storage::Device;
 use support::{Folder, SECRET, cryptsetup, data, qemu_create, qemu_to_raw, qemu_write};
 
@@ -229,6 +233,30 @@ fn new_files_are_for_other_tools_too() {
         assert_eq!(theirs.len(), SIZE);
         assert!(theirs == read(&*open(file(&path)).unwrap()), "{mode:?}");
     }
+}
+
+#[test]
+fn no_power_cut_leaves_half_of_a_converted_file() {
+    let (mut session, storages) = Session::new(vec![Sparse::new(0)], Durability::Flush);
+    // Zeroes between data.
+    let mut disk = data(300_032);
+    disk[50_000..200_000].fill(0);
+    let source = Image::new(vec![Box::new(Raw::new(memory(&disk)).unwrap())]).unwrap();
+    let storage: Arc<dyn Storage> = storages[0].clone();
+    let target =
+        ConvertTarget::New(NewTarget::Luks { storage, luks: made(), preallocation: Preallocation::Off });
+    let options = ConvertOptions { durable: true, ..ConvertOptions::default() };
+    convert(&source, target, &options, &Job::new()).unwrap();
+    let (mut images, mut judged) = (0, 0);
+    for state in session.states(1, 100) {
+        let bytes = state.files[0].to_vec();
+        judged += 1;
+        if bytes.starts_with(b"LUKS") {
+            assert!(read(&*open(memory(&bytes)).unwrap()) == disk, "cut {}, {:?}", state.cut, state.shape);
+            images += 1;
+        }
+    }
+    assert!(images > 0 && images < judged, "{images} of {judged} files are complete");
 }
 
 #[test]
