@@ -19,7 +19,10 @@ export type PathLike = string | Buffer | URL
  */
 export type ImageSource = PathLike | FileHandle | DetachedImage
 
-/** A LUKS disk whose header lies in another file: `cryptsetup luksFormat --header`. The header's file is only read. */
+/**
+ * A LUKS disk whose header lies in another file: `cryptsetup luksFormat --header`. The header's file is only read. An overlay stores the name
+ * of `file` alone: a function for `references` gives both.
+ */
 export interface DetachedImage {
   /** The file with the data. */
   readonly file: PathLike

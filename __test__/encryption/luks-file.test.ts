@@ -241,6 +241,17 @@ describeWithQemu('LUKS files', () => {
     await holds('base.luks', expected)
   })
 
+  it('gets an overlay while it is in use', async () => {
+    made('running.luks')
+    const expected = Buffer.concat([Buffer.alloc(5000, 3), disk.subarray(5000)])
+    await using image = await open(at('running.luks'), { flags: 'r+', secret: SECRET })
+    await image.createOverlay(at('running.qcow2'))
+    await image.write(expected.subarray(0, 5000), { position: 0 })
+    await image.close()
+    await holds('running.luks', disk)
+    expect((await ours(at('running.qcow2'))).equals(expected)).toBe(true)
+  })
+
   it('is cloned to while it is in use', async () => {
     made('live.luks')
     await using image = await open(at('live.luks'), { flags: 'r+', secret: SECRET })
