@@ -97,7 +97,7 @@ export interface ConvertOptions extends Omit<SourceOptions, 'from'>, LongRunning
   to: TargetFormat
   /** Compress every cluster that shrinks. qcow2 targets only. */
   compress?: boolean | Compression | undefined
-  /** Shape of a qcow2 target. */
+  /** Shape of a qcow2 target; of a luks target `encrypt`, which it needs. Of that every byte is written, zeroes too. */
   create?: Qcow2Shape | undefined
   /** The same as `create.preallocation`, and for raw targets too. */
   preallocation?: Preallocation | undefined
@@ -316,7 +316,7 @@ function toOrder(read: ReadConvert, sources: number): Omit<NativeConvertJob, 'in
     throw invalidArgument('snapshot', `convert: a ${from} image has no snapshots`)
   }
   return {
-    ...toTarget('convert', to, toShape(read), compress),
+    ...toTarget('convert', to, toShape(read), compress, existingTarget),
     sparseSize: read.sparseSize,
     concurrency: read.concurrency,
     existing: existingTarget,

@@ -18,7 +18,10 @@ import type { Size } from './units.js'
 
 /** Options of {@link create}. */
 export interface CreateOptions extends Qcow2Shape, LongRunning {
-  /** Default `'qcow2'`. A raw image takes only `size`, and `preallocation` other than `'metadata'`. */
+  /**
+   * Default `'qcow2'`. A raw image takes only `size`, and `preallocation` other than `'metadata'`. A luks image takes `size`, `encrypt`, which it
+   * needs, and `preallocation`; as QEMU makes it, nothing is written to its disk, which reads as noise until a guest writes to it.
+   */
   format?: TargetFormat | undefined
   /** Virtual size in bytes, rounded up to a multiple of 512. Default: the backing file's. */
   size?: Size | undefined

@@ -241,7 +241,8 @@ export class Image implements AsyncDisposable {
 
   /**
    * Gives up the contents of guest bytes. With `discard: 'unmap'`, whole clusters read as zeroes afterwards and their space is
-   * free; parts of clusters stay as they are. With `discard: 'ignore'`, the default of `open`, nothing happens.
+   * free; parts of clusters stay as they are. With `discard: 'ignore'`, the default of `open`, nothing happens; nor does it
+   * to a luks image, whose free space would tell what is in use.
    *
    * @throws {@link Qcow2Error} as {@link Image.write}
    */
@@ -269,7 +270,7 @@ export class Image implements AsyncDisposable {
 
   /**
    * Gives the disk `size` bytes, a multiple of 512. Durable when it is done; a crash meanwhile leaves the old size or the new one. A
-   * new part reads as zeroes. What lies behind a smaller size is lost, so that needs `shrink: true`. Snapshots keep their size.
+   * new part reads as zeroes: of a luks image they are written, and a crash meanwhile leaves a size between. What lies behind a smaller size is lost, so that needs `shrink: true`. Snapshots keep their size.
    *
    * @throws {@link Qcow2Error} as {@link Image.write}; with nothing changed `ERR_QCOW2_DATA_LOSS` for a smaller size without `shrink`,
    *   `ERR_QCOW2_LIMIT`, `ERR_QCOW2_UNSUPPORTED_FEATURE` (version 2 with snapshots; 0 bytes with bitmaps), `ERR_QCOW2_CORRUPT` (an inconsistent bitmap)

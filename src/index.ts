@@ -16,7 +16,15 @@ export { type CreateOptions, create } from './create.js'
 export { AbortError, type ErrorPlace, Qcow2Error, type Qcow2ErrorCode, type SystemErrorCode } from './errors.js'
 export type { Format, KnownFormat, TargetFormat } from './formats/table.js'
 export { Image } from './image.js'
-export type { BitmapInfo, BlockLimits, ImageInfo, Qcow2SpecificInfo, SnapshotInfo } from './info.js'
+export type {
+  BitmapInfo,
+  BlockLimits,
+  ImageInfo,
+  LuksSlotInfo,
+  LuksSpecificInfo,
+  Qcow2SpecificInfo,
+  SnapshotInfo,
+} from './info.js'
 export { type Finding, type FindingCode, type Inspection, type InspectOptions, inspect } from './inspect.js'
 export type { MapEntry, MapOptions } from './map.js'
 export { type MeasureOptions, type MeasureResult, measure } from './measure.js'
@@ -30,7 +38,7 @@ export type { TruncateOptions } from './resize.js'
 export type { Encrypt, EncryptedLayer, Secret, SecretBytes, Secrets } from './secret.js'
 export type { Compression, Preallocation, Qcow2Shape } from './shape.js'
 export type { Snapshots } from './snapshot/snapshots.js'
-export type { ImageSource, PathLike } from './source.js'
+export type { DetachedImage, ImageSource, PathLike } from './source.js'
 export type { ReadStreamOptions, SparseChunk, WebStreamOptions } from './stream.js'
 export type { Name } from './text.js'
 export type { Size } from './units.js'

@@ -61,6 +61,43 @@ export interface Qcow2SpecificInfo {
   readonly bitmaps?: readonly BitmapInfo[]
 }
 
+/** A key slot of a LUKS file, as QAPI's `QCryptoBlockInfoLUKSSlot`. */
+export interface LuksSlotInfo {
+  /** From 0 on. */
+  readonly number: number
+  readonly active: boolean
+  /** Of one that is in use: iterations of PBKDF2; absent for argon2. */
+  readonly iters?: number
+  /** Of one that is in use. */
+  readonly stripes?: number
+  /** Where its key material lies, in bytes. */
+  readonly keyOffset: number
+}
+
+/** What only LUKS files have, as QAPI's `QCryptoBlockInfoLUKS`. */
+export interface LuksSpecificInfo {
+  readonly version: 1 | 2
+  /** Whether the header lies in another file than the data. */
+  readonly detachedHeader: boolean
+  readonly cipherAlg: string
+  readonly cipherMode: string
+  /** Absent for a mode that goes without. */
+  readonly ivgenAlg?: string
+  /** The hash of `essiv`. */
+  readonly ivgenHashAlg?: string
+  /** Of version 1. */
+  readonly hashAlg?: string
+  readonly uuid: string
+  /** Where the data begins, in bytes. */
+  readonly payloadOffset: number
+  /** Of version 1. */
+  readonly masterKeyIters?: number
+  /** Bytes that are encrypted as one. */
+  readonly sectorSize: number
+  /** Of version 1 all eight, of version 2 those in use. */
+  readonly slots: readonly LuksSlotInfo[]
+}
+
 /** What requests should look like, as QAPI's `BlockLimitsInfo`: bytes, absent where there is no such limit. */
 export interface BlockLimits {
   /** Multiple that offsets and lengths must be of. */
@@ -119,6 +156,8 @@ export interface ImageInfo {
   readonly damaged?: readonly Qcow2Error[]
   /** Of qcow2 images. */
   readonly formatSpecific?: Qcow2SpecificInfo
+  /** Of LUKS files. */
+  readonly luks?: LuksSpecificInfo
   /** What requests on the disk should look like, and those on its file. They depend on how the image is opened: `cache`. */
   readonly limits: { readonly disk: BlockLimits; readonly file: BlockLimits }
 }
@@ -131,7 +170,7 @@ export async function layersInfo(image: number): Promise<ImageInfo[]> {
   return layers.map(toImageInfo)
 }
 
-function toImageInfo({ qcow2, filename, backing, encryption, ...layer }: NativeLayerInfo): ImageInfo {
+function toImageInfo({ qcow2, luks, filename, backing, encryption, ...layer }: NativeLayerInfo): ImageInfo {
   // The addon opens no others.
   const format = layer.format as Format
   return {
@@ -147,6 +186,7 @@ function toImageInfo({ qcow2, filename, backing, encryption, ...layer }: NativeL
       ...snapshot,
     })),
     ...(backing && backingInfo(backing, filename)),
+    ...(luks && { luks: { ...luks, uuid: shownText(luks.uuid) } }),
     ...(qcow2 && {
       formatSpecific: specificInfo(qcow2, encryption),
       ...(qcow2.damaged.length > 0 && { damaged: qcow2.damaged.map(failure => toError(failure) as Qcow2Error) }),

@@ -42,7 +42,7 @@ export interface Finding {
 export interface Inspection {
   /** By its magic, where that is one of a format that is opened; `'unknown'` otherwise: raw is never guessed. */
   readonly format: Format | 'unknown'
-  /** Another format that the file has the structures of (`'vmdk'`, `'luks'`), if any: at its start, or (`'vpc'`, `'dmg'`) at its end. */
+  /** Another format that the file has the structures of (`'vmdk'`), if any: at its start, or (`'vpc'`, `'dmg'`) at its end. */
   readonly detected?: string
   /** Bytes, also of a detected format; 0 where the header does not say. */
   readonly virtualSize: number
@@ -108,7 +108,7 @@ export async function inspect(
   const located = toLocated(source, 'source')
   const { signal, limits: bounds } = readOptions(options, 'inspect', INSPECT)
   throwIfAborted(signal)
-  const { file, head } = await openFile(located)
+  const { file, head } = await openFile(located.header ?? located)
   const format = formatOf(head)
   try {
     // Bytes without the magic of a format are judged as the commonest one's.
@@ -142,7 +142,7 @@ async function toInspection(
     virtualSize: header?.virtualSize ?? known?.virtualSize ?? 0,
     ...(backingFilename !== undefined && shown('backingFilename', backingFilename)),
     ...(header && {
-      clusterSize: header.clusterSize,
+      ...(header.clusterSize !== undefined && { clusterSize: header.clusterSize }),
       ...(header.version !== undefined && { version: header.version }),
       ...(header.compressionType !== undefined && { compressionType: header.compressionType }),
       ...(header.extendedL2 !== undefined && { extendedL2: header.extendedL2 }),

@@ -16,7 +16,7 @@ import { type Size, toBytes } from './units.js'
 export interface MeasureOptions extends SourceOptions, LongRunning {
   /** Format of the planned target. */
   to: TargetFormat
-  /** Shape of a planned qcow2 target. */
+  /** Shape of a planned qcow2 target; of a luks target `encrypt`, which it needs. */
   create?: Qcow2Shape | undefined
   preallocation?: Preallocation | undefined
 }

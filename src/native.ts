@@ -88,6 +88,8 @@ export interface NativeLayerOptions {
   /** Open an image whose active L1 table is not whole. */
   salvage?: boolean | undefined
   limits?: NativeLimits | undefined
+  /** Number of the file with the header, where that is another one. */
+  header?: number | undefined
 }
 
 /** Seven numbers for each extent: see `crates/node/src/map.rs`. */
@@ -143,13 +145,33 @@ export interface NativeLayerInfo {
     }[]
     readonly damaged: readonly NativeFailure[]
   }
+  readonly luks?: {
+    readonly version: 1 | 2
+    readonly detachedHeader: boolean
+    readonly cipherAlg: string
+    readonly cipherMode: string
+    readonly ivgenAlg?: string
+    readonly ivgenHashAlg?: string
+    readonly hashAlg?: string
+    readonly uuid: string
+    readonly payloadOffset: number
+    readonly masterKeyIters?: number
+    readonly sectorSize: number
+    readonly slots: readonly {
+      readonly number: number
+      readonly active: boolean
+      readonly iters?: number
+      readonly stripes?: number
+      readonly keyOffset: number
+    }[]
+  }
 }
 
 export interface NativeInspection {
   readonly header?: {
     readonly version?: 2 | 3
     readonly virtualSize: number
-    readonly clusterSize: number
+    readonly clusterSize?: number
     readonly backingFilename?: string
     readonly backingFormat?: string
     readonly dataFile?: string

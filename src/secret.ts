@@ -27,7 +27,9 @@ export interface EncryptedLayer {
 
 /**
  * The secret of every encrypted layer, or a function that is asked for each of them. Without one (`undefined`) a layer stays closed: it
- * can be looked at, and reading its data is refused.
+ * can be looked at, and reading its data is refused. A secret is tried on each key slot, which takes as long as the image wants a guess to
+ * take, about a minute for each at most, and can be aborted; of a slot with argon2 (LUKS version 2), which may want 4 GiB of memory, only
+ * when it has been tried.
  */
 export type Secrets = Secret | ((layer: EncryptedLayer) => Secret | undefined | Promise<Secret | undefined>)
 

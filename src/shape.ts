@@ -47,7 +47,10 @@ export interface Qcow2Shape {
    * that all of it is mapped. Default false.
    */
   keepDataFile?: boolean | undefined
-  /** Encrypt the guest's data. Compressed clusters cannot be; a raw data file cannot be either. Default: not. */
+  /**
+   * Encrypt the guest's data. Compressed clusters cannot be; a raw data file cannot be either. Default: not. An image of format `'luks'` has
+   * this option and `preallocation` alone, and is not made without it.
+   */
   encrypt?: Encrypt | undefined
 }
 
@@ -74,14 +77,18 @@ export type ReadShape = Omit<NativeShape, 'format'>
 /** Reads a {@link Qcow2Shape} that is an option of its own. */
 export const shape: Reader<ReadShape> = (value, name) => readOptions(value, name, SHAPE)
 
-/** Checks what the options of a shape demand of each other; the rules of the format are the engine's. */
-export function toNativeShape(owner: string, format: TargetFormat, read: ReadShape): NativeShape {
+/** Checks what the options of a shape demand of each other; the rules of the format are the engine's. `exists`: nothing is made. */
+export function toNativeShape(owner: string, format: TargetFormat, read: ReadShape, exists = false): NativeShape {
   const { backingFile, backingFormat, dataFile, dataFileRaw, keepDataFile } = read
   const own = creationOf(format).shape
   const foreign = Object.entries(read).find(
     ([name, value]) => value !== undefined && !own.some(option => option === name),
   )
   if (foreign !== undefined) throw invalidArgument(foreign[0], `${owner}: a ${format} image has no ${foreign[0]}`)
+  const { needs } = creationOf(format)
+  if (!exists && needs !== undefined && read[needs] === undefined) {
+    throw invalidArgument(needs, `${owner}: a ${format} image needs the option ${needs}`)
+  }
   if (backingFile !== undefined && backingFormat === undefined) {
     const message = `${owner}: backingFile needs backingFormat: guessing it is not safe`
     throw invalidArgument('backingFormat', message)
@@ -156,12 +163,13 @@ export const compression: Reader<Read<typeof COMPRESSION> | undefined> = (value,
 /** How a new image is made, and what is written to it. */
 export type Target = Pick<NativeCloneOrder, 'shape' | 'compress' | 'level' | 'smallWindow'>
 
-/** Checks what format, shape and compression of a new image demand of each other. */
+/** Checks what format, shape and compression of an image demand of each other, which is made unless it `exists`. */
 export function toTarget(
   owner: string,
   to: TargetFormat | undefined,
   create: ReadShape | undefined,
   compress: Read<typeof COMPRESSION> | undefined,
+  exists = false,
 ): Target {
   const made = toTargetFormat(owner, to)
   if (compress && !can(made, 'compress')) {
@@ -174,7 +182,7 @@ export function toTarget(
   }
   if (compress?.level !== undefined) checkLevel(owner, compress.level, type ?? create?.compressionType ?? 'zlib')
   return {
-    shape: toNativeShape(owner, made, { ...create, ...(type !== undefined && { compressionType: type }) }),
+    shape: toNativeShape(owner, made, { ...create, ...(type !== undefined && { compressionType: type }) }, exists),
     compress: compress !== undefined,
     level: compress?.level,
     smallWindow: compress?.window === 'small',

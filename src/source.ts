@@ -17,7 +17,18 @@ export type PathLike = string | Buffer | URL
  * What can be opened: a file name, or a `FileHandle` of Node's. A handle stays the caller's: the library reads through a
  * descriptor of its own and leaves the handle, its cursor and its closing alone.
  */
-export type ImageSource = PathLike | FileHandle
+export type ImageSource = PathLike | FileHandle | DetachedImage
+
+/**
+ * A LUKS disk whose header lies in another file: `cryptsetup luksFormat --header`. The header's file is only read. An overlay stores the name
+ * of `file` alone: a function for `references` gives both.
+ */
+export interface DetachedImage {
+  /** The file with the data. */
+  readonly file: PathLike
+  /** The file with the header. */
+  readonly header: PathLike
+}
 
 /** Reads a {@link Format}. */
 export const format: Reader<Format> = oneOf(...SOURCE_FORMATS)
@@ -32,7 +43,10 @@ export function toTargetFormat(owner: string, to: TargetFormat | undefined): Tar
 }
 
 /** A source that was checked: a path with all its bytes (see `text.ts`), or a handle's descriptor. */
-export type Located = { readonly path: string } | { readonly descriptor: number }
+export type Located = ({ readonly path: string } | { readonly descriptor: number }) & {
+  /** Where its header is, if that is another file. */
+  readonly header?: { readonly path: string }
+}
 
 const NO_DESCRIPTOR = -1
 
@@ -45,6 +59,12 @@ export function toLocated(source: unknown, name: string): Located {
         field: name,
         syscall: 'open',
       })
+    }
+    if ('file' in source && 'header' in source) {
+      return {
+        path: toPath(source.file, `${name}.file`),
+        header: { path: toPath(source.header, `${name}.header`) },
+      }
     }
   }
   return { path: toPath(source, name, 'a string, Buffer, file: URL or FileHandle') }

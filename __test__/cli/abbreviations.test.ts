@@ -23,7 +23,7 @@ const worded = (text: string): string =>
   text
     .replace(/^\S*qemu-img \w+:/, 'qemu-img:')
     .replace(/\nTry .*/s, '\n')
-    .replace('The formats are qcow2, raw and qcow.\n', '')
+    .replace('The formats are qcow2, raw, qcow and luks.\n', '')
 
 describeWithQemu('long options by their first letters, and file: names, as qemu-img takes them', () => {
   it.each([

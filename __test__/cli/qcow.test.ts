@@ -120,11 +120,14 @@ convert --bitmaps -O qcow2 plain.qcow out`
   })
 
   it.each([
-    ['convert -O qcow disk.raw out', "Format driver 'qcow' is not supported: formats are qcow2 and raw"],
-    ['create -f qcow out 1M', "Format driver 'qcow' is not supported: formats are qcow2 and raw"],
-    ['dd -O qcow if=plain.qcow of=out', "Format driver 'qcow' is not supported: formats are qcow2 and raw"],
-    ['measure -O qcow --size 1M', "Format driver 'qcow' is not supported: formats are qcow2 and raw"],
-    ['convert -n -O qcow disk.raw plain.qcow', "Format driver 'qcow' is not supported: formats are qcow2 and raw"],
+    ['convert -O qcow disk.raw out', "Format driver 'qcow' is not supported: formats are qcow2, raw and luks"],
+    ['create -f qcow out 1M', "Format driver 'qcow' is not supported: formats are qcow2, raw and luks"],
+    ['dd -O qcow if=plain.qcow of=out', "Format driver 'qcow' is not supported: formats are qcow2, raw and luks"],
+    ['measure -O qcow --size 1M', "Format driver 'qcow' is not supported: formats are qcow2, raw and luks"],
+    [
+      'convert -n -O qcow disk.raw plain.qcow',
+      "Format driver 'qcow' is not supported: formats are qcow2, raw and luks",
+    ],
     ['bitmap --add plain.qcow b', 'Operation add on bitmap b failed: Operation not supported'],
     ['bitmap --remove-all plain.qcow', 'Operation remove-all failed: Operation not supported'],
     ['compact plain.qcow', 'This image format does not support compaction'],

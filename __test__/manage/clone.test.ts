@@ -2,7 +2,7 @@
 
 import { existsSync, readdirSync, readFileSync, statSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
-import { type CloneOptions, check, convert, create, type Image, open } from 'qcow2'
+import { type CloneOptions, check, convert, create, type Image, open, type TargetFormat } from 'qcow2'
 import { describe, expect, it } from 'vitest'
 import { failure, pattern, temporaryFolder, writeRaw } from '../api/fixtures.js'
 import { describeWithQemu, ok, qemuImg } from '../interop/qemu.js'
@@ -19,7 +19,7 @@ const content = async (image: Image): Promise<Buffer> => {
   return buffer
 }
 
-const contentOf = async (path: string, format: 'qcow2' | 'raw'): Promise<Buffer> => {
+const contentOf = async (path: string, format: TargetFormat): Promise<Buffer> => {
   await using image = await open(path, { format, references: 'allow' })
   return await content(image)
 }

@@ -10,6 +10,7 @@ import {
   type Ability,
   can,
   DEFAULT_FORMAT,
+  DETACHABLE_FORMAT,
   type Format,
   formatNamed,
   isFormat,
@@ -212,8 +213,9 @@ class Opening {
     const access: Access = written ? this.#access : { ...this.#access, write: undefined }
     const file = await this.#open(located, access)
     this.#refuseLoop(file)
-    const format = formatOf(file)
-    const opened = await this.#unlock(await this.#openLayer(file, format, access), file.path)
+    const header = located.header && (await this.#openHeader(located.header))
+    const format = header === undefined ? formatOf(file) : DETACHABLE_FORMAT
+    const opened = await this.#unlock(await this.#openLayer(file, format, access, header), file.path)
     this.#layers.push(opened.layer)
     this.layerIdentities.push(file.identity)
     this.#refuseHalf(opened, file, access)
@@ -266,12 +268,24 @@ class Opening {
     return file
   }
 
-  async #openLayer(file: NativeFile, format: Format, access: Access): Promise<NativeLayer> {
+  /** Opens the file with a layer's header, which is not written to. */
+  async #openHeader(located: Located): Promise<number> {
+    const { format } = this.#options
+    if (this.#layers.length === 0 && format !== undefined && format !== DETACHABLE_FORMAT) {
+      const message = `a ${format} image has no header in a file of its own: ${DETACHABLE_FORMAT} images have`
+      throw new Qcow2Error('ERR_QCOW2_INVALID_ARGUMENT', message, { field: 'header' })
+    }
+    const file = await this.#open(located, { ...this.#access, write: undefined })
+    this.#refuseLoop(file)
+    return file.file
+  }
+
+  async #openLayer(file: NativeFile, format: Format, access: Access, header: number | undefined): Promise<NativeLayer> {
     const lock = lockFor(access)
     const { snapshot, l2CacheSize, limits, salvage } = this.#options
     const top = this.#layers.length === 0
     if (top && snapshot !== undefined && !can(format, 'snapshots')) throw withoutSnapshots(file, format)
-    const options: NativeLayerOptions = { l2CacheSize, salvage, lock }
+    const options: NativeLayerOptions = { l2CacheSize, salvage, lock, header }
     if (limits !== undefined) options.limits = limits
     const open = (): Promise<NativeLayer> =>
       request((number, addon) => addon.openLayer(number, file.file, format, options))

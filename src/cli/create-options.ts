@@ -54,6 +54,17 @@ const QCOW2_OPTIONS: readonly OptionSpec[] = [
   { name: 'refcount_bits', type: 'number', help: 'Width of a reference count entry in bits', fallback: '16' },
 ]
 
+/** How an image is encrypted, without the name of the group. */
+const LUKS_OPTIONS: readonly OptionSpec[] = [
+  ...QCOW2_OPTIONS.filter(({ name }) => name === 'size'),
+  { name: 'key-secret', type: 'string', help: 'ID of the secret that provides the keyslot passphrase' },
+  ...QCOW2_OPTIONS.flatMap(({ name, ...spec }) => {
+    const own = /^encrypt\.((?:cipher|ivgen|hash|iter)-.*)$/.exec(name)?.[1]
+    return own === undefined ? [] : [{ ...spec, name: own }]
+  }),
+  { name: 'detached-header', type: 'bool', help: 'Create a detached LUKS header' },
+]
+
 /** Some of them, for an image that exists: what is not given stays as it is. */
 export const qcow2Options = (...names: readonly string[]): readonly OptionSpec[] =>
   QCOW2_OPTIONS.filter(({ name }) => names.includes(name)).map(({ name, type, help }) => ({ name, type, help }))
@@ -74,12 +85,13 @@ const OF_FORMAT: Readonly<
     TargetFormat,
     {
       readonly options: readonly OptionSpec[]
-      readonly toShape: (values: OptionValues, options: Qcow2Shape) => Qcow2Shape
+      readonly toShape: (values: OptionValues, options: Qcow2Shape, objects: Objects) => Qcow2Shape
     }
   >
 > = {
   qcow2: { options: QCOW2_OPTIONS, toShape: toQcow2Shape },
   raw: { options: SIZE_OPTIONS, toShape: (_, options) => options },
+  luks: { options: LUKS_OPTIONS, toShape: toLuksShape },
 }
 
 export function targetFormat(name: string): TargetFormat {
@@ -116,14 +128,21 @@ export function describeFormat(format: TargetFormat, filename: string | undefine
 export function toCreateOptions(values: OptionValues, format: TargetFormat, objects: Objects): Qcow2Shape {
   refuseUnsupported(values)
   const options: Qcow2Shape = {}
-  const encrypt = toEncrypt(values, objects)
-  if (encrypt !== undefined) options.encrypt = encrypt
   const preallocation = choice(values, 'preallocation', creationOf(format).preallocation)
   if (preallocation) options.preallocation = preallocation
-  return OF_FORMAT[format].toShape(values, options)
+  return OF_FORMAT[format].toShape(values, options, objects)
 }
 
-function toQcow2Shape(values: OptionValues, options: Qcow2Shape): Qcow2Shape {
+function toLuksShape(values: OptionValues, options: Qcow2Shape, objects: Objects): Qcow2Shape {
+  if (values.get('detached-header') === true) {
+    throw unsupported("Option 'detached-header'", 'this version writes the header in front of the data')
+  }
+  return { ...options, encrypt: toEncryption('luks', values, '', objects) }
+}
+
+function toQcow2Shape(values: OptionValues, options: Qcow2Shape, objects: Objects): Qcow2Shape {
+  const encrypt = toEncrypt(values, objects)
+  if (encrypt !== undefined) options.encrypt = encrypt
   const compat = text(values, 'compat')
   const version = compat === undefined ? undefined : toVersion(compat)
   if (compat !== undefined && version === undefined) {
@@ -209,28 +228,38 @@ function toEncrypt(values: OptionValues, objects: Objects): Encrypt | undefined 
     const reason = 'the legacy AES encryption is weak: use luks, or add encrypt.allow-weak=on'
     throw unsupported("Option 'encrypt.format=aes'", reason)
   }
-  const id = text(values, 'encrypt.key-secret')
-  if (id === undefined) throw new CommandFailure("Parameter 'encrypt.key-secret' is required for cipher")
+  return toEncryption(format, values, 'encrypt.', objects)
+}
+
+/** By options whose names begin with `prefix`. */
+function toEncryption(
+  format: 'luks' | 'aes',
+  values: OptionValues,
+  prefix: 'encrypt.' | '',
+  objects: Objects,
+): Encrypt {
+  const id = text(values, `${prefix}key-secret`)
+  if (id === undefined) throw new CommandFailure(`Parameter '${prefix}key-secret' is required for cipher`)
   // Whoever names a cipher by qemu-img's options gets what qemu-img makes.
   const encrypt: Encrypt = { format, secret: objects.secret(id), allowWeak: true }
-  const cipherAlg = choice(values, 'encrypt.cipher-alg', CIPHER_ALGS)
+  const cipherAlg = choice(values, `${prefix}cipher-alg`, CIPHER_ALGS)
   if (cipherAlg !== undefined) encrypt.cipherAlg = cipherAlg
-  const cipherMode = choice(values, 'encrypt.cipher-mode', CIPHER_MODES)
+  const cipherMode = choice(values, `${prefix}cipher-mode`, CIPHER_MODES)
   if (cipherMode !== undefined) encrypt.cipherMode = cipherMode
-  const ivgenAlg = choice(values, 'encrypt.ivgen-alg', IVGEN_ALGS)
+  const ivgenAlg = choice(values, `${prefix}ivgen-alg`, IVGEN_ALGS)
   if (ivgenAlg !== undefined) encrypt.ivgenAlg = ivgenAlg
-  const ivgenHashAlg = choice(values, 'encrypt.ivgen-hash-alg', HASH_ALGS)
+  const ivgenHashAlg = choice(values, `${prefix}ivgen-hash-alg`, HASH_ALGS)
   if (ivgenHashAlg !== undefined) encrypt.ivgenHashAlg = ivgenHashAlg
-  const hashAlg = choice(values, 'encrypt.hash-alg', HASH_ALGS)
+  const hashAlg = choice(values, `${prefix}hash-alg`, HASH_ALGS)
   if (hashAlg !== undefined) encrypt.hashAlg = hashAlg
-  const iterTime = values.get('encrypt.iter-time')
-  if (typeof iterTime === 'bigint') encrypt.iterTime = toIterTime(iterTime)
+  const iterTime = values.get(`${prefix}iter-time`)
+  if (typeof iterTime === 'bigint') encrypt.iterTime = toIterTime(iterTime, prefix)
   return encrypt
 }
 
-function toIterTime(milliseconds: bigint): number {
+function toIterTime(milliseconds: bigint, prefix: string): number {
   if (milliseconds >= 1n && milliseconds <= 60_000n) return Number(milliseconds)
-  throw new CommandFailure(`Parameter 'encrypt.iter-time' must be 1 to 60000 milliseconds, not ${milliseconds}`)
+  throw new CommandFailure(`Parameter '${prefix}iter-time' must be 1 to 60000 milliseconds, not ${milliseconds}`)
 }
 
 /** The size of the new disk from `-o size=`. */

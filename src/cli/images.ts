@@ -79,9 +79,9 @@ async function openImage(
   const format = await formatOf(filename, requested, session)
   const secret = session.objects.secretsOf(filename)
   const opening = { ...options, format, secret, signal: session.signal }
-  if (options.flags !== 'r+' || can(format, 'write')) return open(imagePath(filename), opening)
+  if (options.flags !== 'r+' || can(format, 'write')) return open(session.objects.sourceOf(filename), opening)
   // What is wrong with the file itself comes first.
-  const image = await open(imagePath(filename), { ...opening, flags: 'r' })
+  const image = await open(session.objects.sourceOf(filename), { ...opening, flags: 'r' })
   await image.close()
   const why = `writing ${format} images is not supported (ERR_QCOW2_UNSUPPORTED_FEATURE)`
   throw new CommandFailure(unwritable ?? `Could not open '${filename}': ${why}`)

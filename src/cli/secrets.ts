@@ -2,15 +2,17 @@
 
 import { readFileSync } from 'node:fs'
 import { isFormat } from '../formats/table.js'
-import type { EncryptedLayer, Format, SecretBytes, Secrets } from '../index.js'
+import type { DetachedImage, EncryptedLayer, Format, SecretBytes, Secrets } from '../index.js'
 import { toName } from '../text.js'
 import { CommandFailure, unsupported } from './failure.js'
-import { argumentOf } from './filename.js'
+import { argumentOf, imagePath } from './filename.js'
 import { settings } from './options.js'
 
 /** An image that was described by options. */
 interface Described {
   readonly format: Format | undefined
+  /** The file with its header, where that is another one. */
+  readonly header: string | undefined
   /** Ids of the secrets of its layers, top first. */
   readonly secrets: readonly (string | undefined)[]
   /** Which of them may be written to although their encryption is weak. */
@@ -69,13 +71,20 @@ export class Objects {
       }
     }
     const name = argumentOf(filename)
-    this.#images.set(name, { format: driver, secrets, weak })
+    this.#images.set(name, { format: driver, header: values.get('header.filename'), secrets, weak })
     return name
   }
 
   /** The format that the description of an image says. */
   formatOf(filename: string): Format | undefined {
     return this.#images.get(filename)?.format
+  }
+
+  /** What an image is opened by: its name, and that of its header where its description has one. */
+  sourceOf(filename: string): string | Buffer | DetachedImage {
+    const header = this.#images.get(filename)?.header
+    if (header === undefined) return imagePath(filename)
+    return { file: imagePath(filename), header: imagePath(header) }
   }
 
   /** What opens the layers of an image. */
@@ -99,7 +108,8 @@ function withoutBacking(name: string): { depth: number; rest: string } {
 /** What was read already, or says what is so anyway. Which file lies below, and in what format, is the image's to say. */
 const isHarmless = (name: string, value: string, depth: number): boolean =>
   (depth === 0 && ['driver', 'filename', 'file.filename'].includes(name)) ||
-  (depth === 0 && name === 'file.driver' && ['file', 'host_device'].includes(value)) ||
+  (depth === 0 && name === 'header.filename') ||
+  (depth === 0 && /^(?:file|header)\.driver$/.test(name) && ['file', 'host_device'].includes(value)) ||
   (name === 'encrypt.format' && ['luks', 'aes'].includes(value))
 
 function toSecret(values: ReadonlyMap<string, string>): SecretBytes {

@@ -43,13 +43,6 @@ export const cloopSize: SizeReader = async file => {
 
 export const dmgSize: SizeReader = async file => u64be(await trailer(file, 'koly'), 492) * SECTOR
 
-/** Version 1 has no size: it is the rest of the file. Version 2 keeps it in a document. */
-export const luksSize: SizeReader = async file => {
-  const head = await file.at(0, 108)
-  if (file.length === undefined || head.readUInt16BE(6) !== 1) return undefined
-  return Math.max(0, file.length - head.readUInt32BE(104) * SECTOR)
-}
-
 /** The older kind has a size of 32 bits. */
 export const parallelsSize: SizeReader = async file => {
   const head = await file.at(0, 64)

@@ -8,7 +8,6 @@ import {
   bochsSize,
   cloopSize,
   dmgSize,
-  luksSize,
   parallelsSize,
   qedSize,
   type SizeReader,
@@ -86,16 +85,18 @@ export type ShapeOption =
 export interface Creation {
   readonly shape: readonly ShapeOption[]
   readonly preallocation: readonly ('off' | 'metadata' | 'falloc' | 'full')[]
+  /** What it is not made without. */
+  readonly needs?: ShapeOption
 }
 
-/** The formats that images are read in, by QEMU's names. `qcow` is version 1 of qcow2. */
-export type Format = 'qcow2' | 'raw' | 'qcow'
+/** The formats that images are read in, by QEMU's names. `qcow` is version 1 of qcow2, `luks` is LUKS of both versions. */
+export type Format = 'qcow2' | 'raw' | 'qcow' | 'luks'
 
-/** The formats that new images are made in. */
-export type TargetFormat = 'qcow2' | 'raw'
+/** The formats that new images are made in. `luks` is LUKS of version 1 then. */
+export type TargetFormat = 'qcow2' | 'raw' | 'luks'
 
 /** Formats that are recognised in order to refuse them. */
-export type KnownFormat = 'bochs' | 'cloop' | 'dmg' | 'luks' | 'parallels' | 'qed' | 'vdi' | 'vhdx' | 'vmdk' | 'vpc'
+export type KnownFormat = 'bochs' | 'cloop' | 'dmg' | 'parallels' | 'qed' | 'vdi' | 'vhdx' | 'vmdk' | 'vpc'
 
 /** Every format of the table. */
 export type FormatName = Format | KnownFormat
@@ -107,8 +108,6 @@ interface Row {
   readonly image?: Traits
   /** Of the others. */
   readonly virtualSize?: SizeReader
-  /** Its disks are encrypted, all of them. */
-  readonly encrypted?: boolean
 }
 
 /** The table has a row for each name of the types above, and no other: the documentation shows those. */
@@ -171,13 +170,28 @@ const FORMATS: Table = {
     marks: { magics: [{ bytes: QCOW_VERSION_1 }] },
     image: { probed: true, plain: false, aliases: [], backingFile: true, requestAlignment: 512, can: [] },
   },
+  luks: {
+    marks: { magics: [{ bytes: ascii('LUKS\xba\xbe') }] },
+    image: {
+      probed: true,
+      plain: false,
+      aliases: [],
+      backingFile: false,
+      requestAlignment: 512,
+      can: ['write'],
+      create: {
+        shape: ['preallocation', 'encrypt'],
+        preallocation: ['off', 'metadata', 'falloc', 'full'],
+        needs: 'encrypt',
+      },
+    },
+  },
   bochs: { marks: { magics: [{ bytes: ascii('Bochs Virtual HD Image') }] }, virtualSize: bochsSize },
   cloop: { marks: { magics: [{ bytes: ascii('#!/bin/sh\n#V2.0 Format\nmodprobe cloop') }] }, virtualSize: cloopSize },
   dmg: {
     marks: { magics: [{ bytes: ascii('koly') }], footer: { bytes: ascii('koly'), length: 512 } },
     virtualSize: dmgSize,
   },
-  luks: { marks: { magics: [{ bytes: ascii('LUKS\xba\xbe') }] }, virtualSize: luksSize, encrypted: true },
   parallels: {
     marks: { magics: [{ bytes: ascii('WithoutFreeSpace') }, { bytes: ascii('WithouFreSpacExt') }] },
     virtualSize: parallelsSize,
@@ -220,8 +234,8 @@ export const isFormat = (name: string | undefined): name is Format =>
 /** Whether new images are made in the format. */
 export const isTarget = (name: string): name is TargetFormat => isFormat(name) && 'create' in FORMATS[name].image
 
-/** Whether all disks of a format are encrypted. */
-export const isEncrypted = (name: FormatName): boolean => ROWS.some(([row, { encrypted }]) => row === name && encrypted)
+/** The format whose header can lie in another file than its data. */
+export const DETACHABLE_FORMAT: Format = 'luks'
 
 /** Formats that are opened. */
 export const SOURCE_FORMATS: readonly Format[] = ROWS.map(([name]) => name).filter(isFormat)

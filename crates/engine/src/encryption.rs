@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use qcow2_format::{CryptMethod, Header, HostOffset};
 use qcow2_luks::{
-    Cipher, CipherSpec, Cost, FormatOptions, Hash, Iv, Limits, Luks1Header, Mode, legacy_aes, luks1,
+    Cipher, CipherSpec, Cost, FormatOptions, Formatted, Hash, Iv, Limits, Luks1Header, Mode, NewLuks,
+    legacy_aes, luks1,
 };
 use zeroize::Zeroizing;
 
@@ -102,6 +103,19 @@ impl Encryption {
         if self.legacy_aes {
             return self.aes_door();
         }
+        let formatted = self.format(job)?;
+        Ok(Arc::new(LuksDoor { codec: Arc::new(formatted.cipher), header: Some(formatted.bytes) }))
+    }
+
+    /// A new key, with the header of the LUKS file that it is for. Takes as long as a guess takes.
+    ///
+    /// # Errors
+    /// As [`Encryption::door`].
+    pub fn new_luks(&self, job: &Job) -> Result<NewLuks> {
+        self.format(job).map(NewLuks::from)
+    }
+
+    fn format(&self, job: &Job) -> Result<Formatted> {
         let secret = self.secret.read()?;
         let mut options = FormatOptions::new(&secret);
         options.spec = self.spec()?;
@@ -110,8 +124,7 @@ impl Encryption {
         if let Some(time) = self.iter_time_ms {
             options.cost = Cost::Time(Duration::from_millis(time.into()));
         }
-        let formatted = luks1::format(&options, job)?;
-        Ok(Arc::new(LuksDoor { codec: Arc::new(formatted.cipher), header: Some(formatted.bytes) }))
+        luks1::format(&options, job)
     }
 
     fn aes_door(&self) -> Result<Arc<dyn DataDoor>> {

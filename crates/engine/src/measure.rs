@@ -24,6 +24,8 @@ const STEPS: Steps = Steps::of(1 << 30, 16 << 10);
 pub enum MeasureTarget {
     /// A raw image.
     Raw,
+    /// A LUKS file, with a header of so many bytes.
+    Luks(u64),
     /// A qcow2 image.
     Qcow2(Qcow2Target),
 }
@@ -75,10 +77,7 @@ pub struct Measurement {
 /// # Errors
 /// `Limit` for a disk that is too large for the geometry.
 pub fn measure_size(size: u64, target: &MeasureTarget) -> Result<Measurement> {
-    let MeasureTarget::Qcow2(qcow2) = target else {
-        let size = size.checked_next_multiple_of(SECTOR).ok_or_else(|| too_large(size))?;
-        return Ok(Measurement { required: size, fully_allocated: size, bitmaps: None });
-    };
+    let MeasureTarget::Qcow2(qcow2) = target else { return plain(size, target) };
     if qcow2.geometry.l1_entries_for(size) > MAX_L1_BYTES / TABLE_ENTRY {
         return Err(too_large(size));
     }
@@ -94,8 +93,7 @@ pub fn measure(image: &Image, target: &MeasureTarget, job: &Job) -> Result<Measu
     job.set_total(size);
     let MeasureTarget::Qcow2(qcow2) = target else {
         job.advance(size);
-        let size = size.checked_next_multiple_of(SECTOR).ok_or_else(|| too_large(size))?;
-        return Ok(Measurement { required: size, fully_allocated: size, bitmaps: None });
+        return plain(size, target);
     };
     let data = if qcow2.has_backing_file {
         job.advance(size);
@@ -111,6 +109,16 @@ pub fn measure(image: &Image, target: &MeasureTarget, job: &Job) -> Result<Measu
         measurement.bitmaps = Some(bitmap_bytes(size, sizes, &qcow2.geometry));
     }
     Ok(measurement)
+}
+
+/// Of a target whose disk lies in its file as it is. A LUKS file has the size that is asked for, to the byte.
+fn plain(size: u64, target: &MeasureTarget) -> Result<Measurement> {
+    let bytes = match target {
+        MeasureTarget::Luks(header) => size.checked_add(*header),
+        MeasureTarget::Raw | MeasureTarget::Qcow2(_) => size.checked_next_multiple_of(SECTOR),
+    };
+    let bytes = bytes.ok_or_else(|| too_large(size))?;
+    Ok(Measurement { required: bytes, fully_allocated: bytes, bitmaps: None })
 }
 
 /// Clusters of the target that hold data of `source`: not known to read as zeroes.

@@ -9,6 +9,7 @@ use qcow2_engine::convert::{
     Compression, ConvertOptions, ConvertResult, ConvertTarget, Delta, Window, convert,
 };
 use qcow2_engine::create::{Backing, CreateOptions, DataFile, NewTarget, Preallocation};
+use qcow2_engine::encryption::{Encryption, Secret};
 use qcow2_engine::format::CompressionType;
 use qcow2_engine::storage::{MemoryStorage, NewFile, Overwrite};
 use qcow2_engine::{
@@ -18,6 +19,20 @@ use qcow2_testkit::matrix::{self, Case, Geometry, geometries};
 use qcow2_testkit::model::assert_same;
 use qcow2_testkit::storage::{Device, Fault, FaultStorage, Op, ShortIo};
 use qcow2_testkit::{Fixture, Qemu, Rng, chain};
+
+/// LUKS that takes no time to open.
+fn encryption() -> Encryption {
+    Encryption {
+        secret: Secret::new(b"secret".to_vec()),
+        cipher_alg: None,
+        cipher_mode: None,
+        ivgen_alg: None,
+        ivgen_hash_alg: None,
+        hash_alg: None,
+        iter_time_ms: Some(1),
+        allow_weak: false,
+    }
+}
 
 fn raw_image(storage: Arc<dyn Storage>) -> Image {
     Image::new(vec![Box::new(Raw::new(storage).unwrap())]).unwrap()
@@ -414,6 +429,7 @@ fn contradictions_are_refused_before_anything_is_written() {
     let refused = |target: ConvertTarget, options: &ConvertOptions| {
         let storage = match &target {
             ConvertTarget::New(NewTarget::Raw { storage, .. })
+            | ConvertTarget::New(NewTarget::Luks { storage, .. })
             | ConvertTarget::New(NewTarget::Qcow2 { storage, .. }) => storage.clone(),
             ConvertTarget::Existing(image) => image.layers()[0].storage().clone(),
         };
@@ -437,6 +453,13 @@ fn contradictions_are_refused_before_anything_is_written() {
             create: Box::new(create),
         })
     };
+    let luks = || {
+        ConvertTarget::New(NewTarget::Luks {
+            storage: Arc::new(MemoryStorage::new()),
+            luks: encryption().new_luks(&Job::new()).unwrap(),
+            preallocation: Preallocation::Off,
+        })
+    };
     let delta = ConvertOptions { delta: Some(Delta { layers: 1, base_size: 0 }), ..Default::default() };
     let plain = ConvertOptions::default();
     let backing = Some(Backing { filename: b"x".to_vec(), format: None });
@@ -444,6 +467,8 @@ fn contradictions_are_refused_before_anything_is_written() {
     assert_eq!(refused(raw(Preallocation::Off), &sparse), "sparse_size");
     assert_eq!(refused(raw(Preallocation::Off), &compressed()), "compress");
     assert_eq!(refused(raw(Preallocation::Off), &delta), "base");
+    assert_eq!(refused(luks(), &compressed()), "compress");
+    assert_eq!(refused(luks(), &delta), "base");
     assert_eq!(refused(raw(Preallocation::Metadata), &plain), "preallocation");
     assert_eq!(refused(qcow2(CreateOptions { backing, ..Default::default() }), &plain), "backing_file");
     assert_eq!(refused(qcow2(CreateOptions::default()), &delta), "base");

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use qcow2_core::forward_storage;
 use qcow2_engine::storage::{
     Access, CacheMode, FileStorage, Identity, MemoryStorage, NewFile, Operation, Overwrite, ReadOnly, Run,
-    Traits,
+    Tail, Traits,
 };
 use qcow2_engine::{ErrorKind, Mem, MemMut, ReadStorage, Storage, StorageExt};
 use qcow2_testkit::contract::{StorageContract, check_read_only};
@@ -108,7 +108,7 @@ fn every_storage_keeps_the_contract() {
     };
     let direct_works = direct().is_ok();
     type Make<'a> = &'a dyn Fn() -> Arc<dyn Storage>;
-    let kinds: [(&str, Make<'_>); 10] = [
+    let kinds: [(&str, Make<'_>); 11] = [
         ("memory", &memory),
         ("the least", &|| Arc::new(Least::default())),
         ("file", &|| file("plain")),
@@ -119,6 +119,7 @@ fn every_storage_keeps_the_contract() {
         ("hooked", &|| Arc::new(Hooked::with(memory(), |_: Op, _: Range<u64>| Ok(())))),
         ("recorded", &|| Arc::new(RecordingStorage::plain(Sparse::new(0)))),
         ("device", &|| Device::new(1 << 20)),
+        ("the rest of another one", &|| Arc::new(Tail::new(memory(), 5000))),
     ];
     for (name, make) in kinds {
         StorageContract { name, make }.check();

@@ -1,7 +1,8 @@
-//! Encryption of disks: the headers and key slots of LUKS, and ciphers over sectors.
+//! Encryption of disks: the headers and key slots of LUKS, ciphers over sectors, and LUKS files as layers.
 //!
-//! Structures and cryptography only. What is read comes through a closure, what is to be written is handed out as bytes with their
-//! offsets, in the order that a power cut may interrupt. Offsets are bytes from the start of the LUKS header, wherever it lies.
+//! Headers, slots and ciphers are structures and cryptography only. What is read comes through a closure, what is to be written is
+//! handed out as bytes with their offsets, in the order that a power cut may interrupt. Offsets are bytes from the start of the LUKS
+//! header, wherever it lies. The layer alone knows files.
 //!
 //! No error, debug print or message holds a secret or a key, and what holds one is overwritten when it is dropped.
 
@@ -9,8 +10,10 @@
 #![cfg_attr(not(test), deny(clippy::disallowed_methods))]
 
 pub mod cipher;
+mod details;
 mod hash;
 mod kdf;
+pub mod layer;
 mod limits;
 pub mod luks1;
 pub mod luks2;
@@ -18,8 +21,10 @@ mod secret;
 mod split;
 
 pub use cipher::{Cipher, CipherSpec, Iv, Mode, SectorCipher, legacy_aes};
+pub use details::{Details, SlotDetails};
 pub use hash::Hash;
 pub use kdf::Cost;
+pub use layer::{Header, Luks, NewLuks, OpenOptions};
 pub use limits::Limits;
 pub use luks1::{FormatOptions, Formatted, KeySlot, Luks1Header, Plan, Write};
 pub use luks2::Luks2Header;

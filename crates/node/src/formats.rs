@@ -1,15 +1,25 @@
 //! The formats that layers are opened in, in one table. What each can do besides is `src/formats/table.ts`.
 
+use std::any::Any;
 use std::sync::Arc;
 
 use qcow2_engine::inspect::{inspect, inspect_bytes};
 use qcow2_engine::{Layer, OpenOptions, Qcow2, Raw, Result, Storage};
+use qcow2_luks::Luks;
 use qcow2_qcow1::Qcow1;
 
 use crate::inspect::Inspected;
 
-/// Opens a layer on a file.
-type Opener = fn(Arc<dyn Storage>, &OpenOptions) -> Result<Box<dyn Layer>>;
+/// The files that a layer is opened on.
+pub(crate) struct Files {
+    /// Its own.
+    pub(crate) own: Arc<dyn Storage>,
+    /// The one with its header, where that is another one: of LUKS.
+    pub(crate) header: Option<Arc<dyn Storage>>,
+}
+
+/// Opens a layer on its files.
+type Opener = fn(Files, &OpenOptions) -> Result<Box<dyn Layer>>;
 
 /// One format.
 pub(crate) struct Format {
@@ -23,12 +33,12 @@ pub(crate) struct Format {
     inspect: fn(&Untrusted<'_>, &OpenOptions) -> Result<Inspected>,
 }
 
-static FORMATS: [Format; 3] = [QCOW2, RAW, QCOW];
+static FORMATS: [Format; 4] = [QCOW2, RAW, QCOW, LUKS];
 
 const QCOW2: Format = Format {
     name: "qcow2",
     plain: false,
-    open: |storage, options| Ok(Box::new(Qcow2::open(storage, options)?)),
+    open: |files, options| Ok(Box::new(Qcow2::open(files.own, options)?)),
     inspect: |image, OpenOptions { limits, .. }| {
         let found = match image {
             Untrusted::File(storage) => inspect(*storage, limits)?,
@@ -41,14 +51,14 @@ const QCOW2: Format = Format {
 const RAW: Format = Format {
     name: "raw",
     plain: true,
-    open: |storage, _| Ok(Box::new(Raw::new(storage)?)),
+    open: |files, _| Ok(Box::new(Raw::new(files.own)?)),
     inspect: QCOW2.inspect,
 };
 
 const QCOW: Format = Format {
     name: "qcow",
     plain: false,
-    open: |storage, options| Ok(Box::new(Qcow1::open(storage, &qcow_options(options))?)),
+    open: |files, options| Ok(Box::new(Qcow1::open(files.own, &qcow_options(options))?)),
     inspect: |image, options| {
         let options = qcow_options(options);
         let found = match image {
@@ -58,6 +68,24 @@ const QCOW: Format = Format {
         Ok(Inspected::of_qcow(&found))
     },
 };
+
+const LUKS: Format = Format {
+    name: "luks",
+    plain: false,
+    open: |files, options| Ok(Box::new(Luks::open(files.own, &luks_options(options, files.header))?)),
+    inspect: |image, options| {
+        let options = luks_options(options, None);
+        let found = match image {
+            Untrusted::File(storage) => qcow2_luks::layer::inspect(*storage, &options)?,
+            Untrusted::Bytes(bytes) => qcow2_luks::layer::inspect_bytes(bytes, None, &options),
+        };
+        Ok(Inspected::of_luks(&found))
+    },
+};
+
+fn luks_options(options: &OpenOptions, header: Option<Arc<dyn Storage>>) -> qcow2_luks::OpenOptions {
+    qcow2_luks::OpenOptions { max_virtual_size: options.limits.max_virtual_size, header }
+}
 
 fn qcow_options(options: &OpenOptions) -> qcow2_qcow1::OpenOptions {
     qcow2_qcow1::OpenOptions {
@@ -86,8 +114,8 @@ impl Format {
     ///
     /// # Errors
     /// As the format's own type.
-    pub(crate) fn open(&self, storage: Arc<dyn Storage>, options: &OpenOptions) -> Result<Box<dyn Layer>> {
-        (self.open)(storage, options)
+    pub(crate) fn open(&self, files: Files, options: &OpenOptions) -> Result<Box<dyn Layer>> {
+        (self.open)(files, options)
     }
 
     /// Says what an image claims that is judged as one of this format.
@@ -97,4 +125,9 @@ impl Format {
     pub(crate) fn inspect(&self, image: &Untrusted<'_>, options: &OpenOptions) -> Result<Inspected> {
         (self.inspect)(image, options)
     }
+}
+
+/// The LUKS file, if the layer is one.
+pub(crate) fn luks(layer: &dyn Layer) -> Option<&Luks> {
+    (layer as &dyn Any).downcast_ref()
 }

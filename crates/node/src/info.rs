@@ -9,8 +9,10 @@ use qcow2_engine::format::{Header, SnapshotRecord};
 use qcow2_engine::image::BitmapRecord;
 use qcow2_engine::storage::IoLimits;
 use qcow2_engine::{ErrorKind, Layer, LayerExt, Qcow2, Result, StorageExt};
+use qcow2_luks::{Details, Header as LuksHeader, Luks, SlotDetails};
 
 use crate::failure::Failure;
+use crate::formats::luks;
 use crate::open::NamedFile;
 use crate::runtime::Runtime;
 use crate::text::{Text, path_text};
@@ -40,6 +42,52 @@ pub struct LayerInfo {
     pub backing: Option<NamedFile>,
     /// What only qcow2 has.
     pub qcow2: Option<Qcow2Info>,
+    /// What only LUKS files have.
+    pub luks: Option<LuksInfo>,
+}
+
+/// What the header of a LUKS file says.
+#[napi(object, object_from_js = false)]
+pub struct LuksInfo {
+    /// 1 or 2.
+    pub version: u32,
+    /// Whether the header lies in a file of its own.
+    pub detached_header: bool,
+    /// QEMU's name.
+    pub cipher_alg: String,
+    /// QEMU's name.
+    pub cipher_mode: String,
+    /// QEMU's name.
+    pub ivgen_alg: Option<String>,
+    /// QEMU's name.
+    pub ivgen_hash_alg: Option<String>,
+    /// QEMU's name, of version 1.
+    pub hash_alg: Option<String>,
+    /// Text.
+    pub uuid: Text,
+    /// Bytes.
+    pub payload_offset: f64,
+    /// Of version 1.
+    pub master_key_iters: Option<u32>,
+    /// Bytes.
+    pub sector_size: u32,
+    /// In the order of their numbers.
+    pub slots: Vec<LuksSlotInfo>,
+}
+
+/// A key slot.
+#[napi(object, object_from_js = false)]
+pub struct LuksSlotInfo {
+    /// From 0 on.
+    pub number: u32,
+    /// In use.
+    pub active: bool,
+    /// Of one in use.
+    pub iters: Option<u32>,
+    /// Of one in use.
+    pub stripes: Option<u32>,
+    /// Bytes.
+    pub key_offset: f64,
 }
 
 /// What requests on a file should look like, in bytes.
@@ -171,7 +219,44 @@ impl LayerInfo {
             encryption: layer.encryption().map(str::to_owned),
             backing: layer.references().backing.map(NamedFile::from),
             qcow2: layer.as_qcow2().map(Qcow2Info::new).transpose()?,
+            luks: luks(layer).map(LuksInfo::new),
         })
+    }
+}
+
+impl LuksInfo {
+    fn new(luks: &Luks) -> Self {
+        let details = match luks.header() {
+            LuksHeader::Luks1(header) => Details::from(&**header),
+            LuksHeader::Luks2(header) => Details::from(header),
+        };
+        let owned = |name: Option<&'static str>| name.map(str::to_owned);
+        Self {
+            version: details.version.into(),
+            detached_header: luks.is_detached(),
+            cipher_alg: details.cipher_alg.to_owned(),
+            cipher_mode: details.cipher_mode.to_owned(),
+            ivgen_alg: owned(details.ivgen_alg),
+            ivgen_hash_alg: owned(details.ivgen_hash_alg),
+            hash_alg: owned(details.hash_alg),
+            uuid: details.uuid.as_bytes().into(),
+            payload_offset: details.payload_offset as f64,
+            master_key_iters: details.master_key_iters,
+            sector_size: details.sector_size,
+            slots: details.slots.iter().map(LuksSlotInfo::from).collect(),
+        }
+    }
+}
+
+impl From<&SlotDetails> for LuksSlotInfo {
+    fn from(slot: &SlotDetails) -> Self {
+        Self {
+            number: slot.number as u32,
+            active: slot.active,
+            iters: slot.iters,
+            stripes: slot.stripes,
+            key_offset: slot.key_offset as f64,
+        }
     }
 }
 

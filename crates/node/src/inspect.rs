@@ -34,8 +34,8 @@ pub struct InspectedHeader {
     pub version: Option<u32>,
     /// Bytes.
     pub virtual_size: f64,
-    /// Bytes.
-    pub cluster_size: f64,
+    /// Bytes, of a format that has clusters.
+    pub cluster_size: Option<f64>,
     /// The name that the image stores.
     pub backing_filename: Option<Text>,
     /// The format that the image stores.
@@ -132,6 +132,28 @@ impl Inspected {
     }
 }
 
+impl Inspected {
+    /// What a LUKS file claims. The disk's size is 0 where the first bytes do not say it.
+    pub(crate) fn of_luks(found: &qcow2_luks::layer::Inspection) -> Self {
+        let header = found.header.as_ref().map(|_| InspectedHeader {
+            version: None,
+            virtual_size: found.virtual_size.unwrap_or_default() as f64,
+            cluster_size: None,
+            backing_filename: None,
+            backing_format: None,
+            data_file: None,
+            encryption: Some("luks".to_owned()),
+            compression_type: None,
+            extended_l2: None,
+            incompatible: Vec::new(),
+            compatible: Vec::new(),
+            autoclear: Vec::new(),
+        });
+        let findings = to_findings(&found.findings);
+        Self { header, backing_filename: None, unknown_incompatible: Vec::new(), findings }
+    }
+}
+
 fn to_findings(findings: &[Finding]) -> Vec<InspectFinding> {
     let findings = findings.iter().map(|finding| InspectFinding {
         code: finding.code.as_str().to_owned(),
@@ -145,7 +167,7 @@ impl From<&qcow2_qcow1::format::Header> for InspectedHeader {
         Self {
             version: None,
             virtual_size: header.virtual_size() as f64,
-            cluster_size: header.cluster_size() as f64,
+            cluster_size: Some(header.cluster_size() as f64),
             backing_filename: None,
             backing_format: None,
             data_file: None,
@@ -165,7 +187,7 @@ impl From<&Header> for InspectedHeader {
         Self {
             version: Some(header.version),
             virtual_size: header.size as f64,
-            cluster_size: header.geometry.cluster_size() as f64,
+            cluster_size: Some(header.geometry.cluster_size() as f64),
             backing_filename: header.backing_file.as_deref().map(Text::from),
             backing_format: header.backing_format().map(Text::from),
             data_file: header.data_file().map(Text::from),

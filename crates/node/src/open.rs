@@ -14,7 +14,7 @@ use qcow2_engine::{
     DetectZeroes, Discard, Image, Layer, LayerExt, MemMut, OpenOptions, Result, StorageExt, WriteOptions,
 };
 
-use crate::formats::Format;
+use crate::formats::{Files, Format};
 use crate::resource::{Handle, Resource};
 use crate::runtime::Runtime;
 use crate::text::Text;
@@ -135,7 +135,9 @@ pub struct LayerOptions {
     pub salvage: Option<bool>,
     /// Safety limits.
     pub limits: Option<LimitOptions>,
-    /// How to lock the file; not at all without it.
+    /// Number of the file with the header, where that is another one: of LUKS.
+    pub header: Option<u32>,
+    /// How to lock the files; not at all without it.
     pub lock: Option<LockOptions>,
 }
 
@@ -285,6 +287,7 @@ pub fn open_layer(
     let storage = runtime.storage(file)?;
     let format = Format::named(&format)?;
     let lock = LockOptions::read(options.lock.as_ref())?;
+    let header = options.header.map(|header| runtime.storage(header)).transpose()?;
     let options = OpenOptions {
         limits: LimitOptions::read(options.limits.as_ref()),
         snapshot: options.snapshot.map(Text::into_bytes),
@@ -295,7 +298,10 @@ pub fn open_layer(
     let work = move || {
         // Before anything of the image is believed.
         lock.claim(&*storage, !format.plain)?;
-        format.open(storage, &options)
+        if let Some(header) = &header {
+            lock.for_writing(false).claim(&**header, true)?;
+        }
+        format.open(Files { own: storage, header }, &options)
     };
     runtime.run(&env, request, work, hold_layer)
 }

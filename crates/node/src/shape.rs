@@ -8,7 +8,7 @@ use qcow2_engine::encryption::Encryption;
 use qcow2_engine::files::NewDisk;
 use qcow2_engine::format::CompressionType;
 use qcow2_engine::measure::{MeasureTarget, Qcow2Target};
-use qcow2_engine::{Job, Result};
+use qcow2_engine::{Error, ErrorKind, Job, Result};
 
 use crate::encryption::EncryptOptions;
 use crate::text::Text;
@@ -16,7 +16,7 @@ use crate::text::Text;
 /// Options of a new image. Names were checked in TypeScript; what is absent has the engine's default.
 #[napi(object, object_to_js = false)]
 pub struct Shape {
-    /// `qcow2` or `raw`.
+    /// `qcow2`, `raw` or `luks`.
     pub format: String,
     /// 2 or 3.
     pub version: Option<u32>,
@@ -62,6 +62,10 @@ impl Shape {
         if self.is_raw() {
             return Ok(NewDisk::Raw { size, preallocation: self.preallocation() });
         }
+        if self.is_luks() {
+            let luks = required(encryption)?.new_luks(job)?;
+            return Ok(NewDisk::Luks { size, luks, preallocation: self.preallocation() });
+        }
         let create = self.encrypted(size, encryption, job)?;
         Ok(NewDisk::Qcow2 { create: Box::new(create), data_path: self.data_path() })
     }
@@ -92,6 +96,11 @@ impl Shape {
     /// Whether a raw image is wanted.
     pub(crate) fn is_raw(&self) -> bool {
         self.format == "raw"
+    }
+
+    /// Whether a LUKS file is wanted.
+    fn is_luks(&self) -> bool {
+        self.format == "luks"
     }
 
     /// What to allocate.
@@ -135,11 +144,22 @@ impl Shape {
         if self.is_raw() {
             return Ok(MeasureTarget::Raw);
         }
+        if self.is_luks() {
+            return Ok(MeasureTarget::Luks(required(encryption)?.header_length()?));
+        }
         let options = self.options(0);
         options.validate()?;
         let crypto_header = encryption.map_or(Ok(0), Encryption::header_length)?;
         Ok(MeasureTarget::Qcow2(Qcow2Target { crypto_header, ..Qcow2Target::from_options(&options)? }))
     }
+}
+
+/// What a format does not go without; TypeScript has checked it.
+fn required(encryption: Option<&Encryption>) -> Result<&Encryption> {
+    encryption.ok_or_else(|| {
+        let message = "a luks image needs the option encrypt";
+        Error::new(ErrorKind::InvalidArgument, message).with_field("encrypt")
+    })
 }
 
 /// A preallocation mode by its name; TypeScript has checked it.

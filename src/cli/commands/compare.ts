@@ -2,7 +2,6 @@ import type { Command } from 'commander'
 import { type CompareResult, compare } from '../../index.js'
 import { describeError } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
-import { imagePath } from '../filename.js'
 import { cacheMode, SOURCES, takeDriverSyntax } from '../grammar.js'
 import { formatOf, type Request, withImage } from '../images.js'
 import type { Runner } from '../program.js'
@@ -67,7 +66,7 @@ async function compareFiles(files: readonly string[], options: CompareArguments,
   const secrets = { secretA: objects.secretsOf(a), secretB: objects.secretsOf(b) }
   const request = { formatA, formatB, ...secrets, strict, forceShare, references: 'allow' } as const
   const result = await withProgress(session, choice, job =>
-    compare(imagePath(a), imagePath(b), { ...request, ...job }),
+    compare(objects.sourceOf(a), objects.sourceOf(b), { ...request, ...job }),
   ).catch(error => {
     throw session.signal.aborted
       ? error

@@ -208,7 +208,11 @@ async function convertNamed(
   const choice = { progress: given.progress ?? false, quiet: given.quiet ?? false, verb: 'Converting', step: 1 }
   try {
     const converted = await withProgress(session, choice, job =>
-      convert(sources.map(imagePath), imagePath(target), { ...options, ...job }),
+      convert(
+        sources.map(name => session.objects.sourceOf(name)),
+        imagePath(target),
+        { ...options, ...job },
+      ),
     )
     if (!given.quiet) warn(converted, session)
   } catch (error) {

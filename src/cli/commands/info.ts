@@ -1,6 +1,6 @@
 import { type Command, Option } from 'commander'
-import { isEncrypted, isFormat, traitsOf } from '../../formats/table.js'
-import { type BlockLimits, type ImageInfo, inspect, probe } from '../../index.js'
+import { isFormat, traitsOf } from '../../formats/table.js'
+import { type BlockLimits, type ImageInfo, inspect, type LuksSpecificInfo, probe } from '../../index.js'
 import { fileStat } from '../../support/files.js'
 import { exactText } from '../../text.js'
 import { openFailure } from '../errors.js'
@@ -102,7 +102,6 @@ async function describeOther(
     format: looks,
     'virtual-size': virtualSize,
     'actual-size': actualSize,
-    ...(isEncrypted(looks) && { encrypted: true }),
     'dirty-flag': false,
     children: [{ name: 'file', info: fileDocument(name, { fileLength: size, actualSize, protocol }) }],
   }
@@ -139,6 +138,7 @@ function infoDocument(filename: string, info: ImageInfo): InfoDocument {
     ...(info.backingFilenameFormat !== undefined && { 'backing-filename-format': info.backingFilenameFormat }),
     ...(info.snapshots.length > 0 && { snapshots: snapshotDocuments(info.snapshots) }),
     ...(specific && { 'format-specific': { type: specific.type, data: specificData(specific) } }),
+    ...(info.luks && { 'format-specific': { type: 'luks', data: luksData(info.luks) } }),
     children: [{ name: 'file', info: fileDocument(filename, info) }],
   }
 }
@@ -191,6 +191,26 @@ const specificData = (specific: NonNullable<ImageInfo['formatSpecific']>) => ({
     granularity,
     flags,
   })),
+})
+
+/** What version 2 has besides is told as QEMU would name it. */
+const luksData = (luks: LuksSpecificInfo) => ({
+  ...(luks.version !== 1 && { version: luks.version, 'sector-size': luks.sectorSize }),
+  'ivgen-alg': luks.ivgenAlg,
+  'ivgen-hash-alg': luks.ivgenHashAlg,
+  'detached-header': luks.detachedHeader,
+  'hash-alg': luks.hashAlg,
+  'cipher-alg': luks.cipherAlg,
+  uuid: luks.uuid,
+  'cipher-mode': luks.cipherMode,
+  slots: luks.slots.map(({ active, iters, stripes, keyOffset }) => ({
+    active,
+    iters,
+    stripes,
+    'key-offset': keyOffset,
+  })),
+  'payload-offset': luks.payloadOffset,
+  'master-key-iters': luks.masterKeyIters,
 })
 
 const fileDocument = (

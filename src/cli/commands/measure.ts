@@ -4,7 +4,6 @@ import { type LongRunning, type MeasureResult, measure, type TargetFormat } from
 import { optionSpecs, targetFormat, toCreateOptions } from '../create-options.js'
 import { describeError, openFailure } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
-import { imagePath } from '../filename.js'
 import { formatMeasure, measureJson } from '../format/measure.js'
 import { alias, optionList, outputOption, SOURCES, TARGETS, takeDriverSyntax } from '../grammar.js'
 import { formatOf, snapshotOf } from '../images.js'
@@ -89,7 +88,7 @@ async function measureWith(
   try {
     const from = await formatOf(source, options.format, session)
     const snapshot = await snapshotOf(source, from, options.snapshot, options.forceShare, session)
-    return await measure(imagePath(source), {
+    return await measure(session.objects.sourceOf(source), {
       ...plan,
       from,
       snapshot,

@@ -68,6 +68,12 @@ impl RawSink {
         Ok(Self { storage, sparse_size, stale: fixed && !context.options.target_is_zero, shared, ahead })
     }
 
+    /// The same, where the target reads as noise unless something was written: what is zero is written, too.
+    #[must_use]
+    pub fn over_noise(self) -> Self {
+        Self { stale: true, ..self }
+    }
+
     fn write(&self, copier: &mut Copier<'_>, chunk: &Chunk) -> Result<()> {
         if self.sparse_size != 0 && chunk.is_zero() {
             return self.storage.zero(chunk.start, chunk.length(), true);

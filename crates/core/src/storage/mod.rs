@@ -23,6 +23,7 @@ mod platform;
 mod range_lock;
 mod read_only;
 mod sectors;
+mod tail;
 mod traits;
 
 use std::fmt;
@@ -41,6 +42,7 @@ pub use new_file::{NewFile, Overwrite, Room};
 pub use platform::no_space;
 pub use read_only::ReadOnly;
 pub use sectors::{SectorCodec, Sectors};
+pub use tail::Tail;
 pub use traits::{DeviceLimits, Identity, IoLimits, Operation, Traits};
 
 use crate::{Mem, MemMut, Result};

@@ -11,9 +11,9 @@ use parking_lot::RwLock;
 use super::{ReadStorage, Run, Storage, Traits};
 use crate::{Mem, MemMut, forward_storage};
 
-/// Bytes of a sector: what a [`SectorCodec`] turns as a whole.
+/// Bytes that sector numbers count, and of most codecs' sectors.
 const SECTOR: usize = 512;
-/// Most bytes of one request to the host.
+/// Most bytes of one request to the host: whole sectors of any codec.
 const PIECE: usize = 1 << 20;
 
 thread_local! {
@@ -21,10 +21,13 @@ thread_local! {
     static SCRATCH: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
 }
 
-/// Turns sectors of 512 bytes into what is stored of them, and back, in place. What it does depends on a sector's bytes and number
-/// alone.
+/// Turns sectors into what is stored of them, and back, in place. What it does depends on a sector's bytes and number alone.
 pub trait SectorCodec: fmt::Debug + Send + Sync {
-    /// Turns what is read into what is stored. `data` is whole sectors, of which the first has number `sector`.
+    /// Bytes of a sector, which is turned as a whole: a power of two of 512 to 4096.
+    fn sector_size(&self) -> usize {
+        SECTOR
+    }
+    /// Turns what is read into what is stored. `data` is whole sectors, of which the first begins at `sector` times 512 bytes.
     fn encode(&self, sector: u64, data: &mut [u8]);
     /// Turns what is stored into what is read.
     fn decode(&self, sector: u64, data: &mut [u8]);
@@ -38,6 +41,8 @@ pub struct Sectors {
     codec: Arc<dyn SectorCodec>,
     /// Added to the number of a sector of the host before the codec gets it.
     shift: u64,
+    /// Bytes of a sector of the codec.
+    sector: usize,
     /// Exclusive for a write of a part of a sector, which writes the rest of it as it was.
     parts: Arc<RwLock<()>>,
 }
@@ -45,7 +50,8 @@ pub struct Sectors {
 impl Sectors {
     /// What is kept in `host` behind `codec`.
     pub fn new(host: Arc<dyn Storage>, codec: Arc<dyn SectorCodec>) -> Self {
-        Self { host, codec, shift: 0, parts: Arc::default() }
+        let sector = codec.sector_size();
+        Self { host, codec, shift: 0, sector, parts: Arc::default() }
     }
 
     /// What it is kept in.
@@ -62,6 +68,7 @@ impl Sectors {
             host: Arc::clone(&self.host),
             codec: Arc::clone(&self.codec),
             shift: sector(guest).wrapping_sub(sector(host)),
+            sector: self.sector,
             parts: Arc::clone(&self.parts),
         }
     }
@@ -81,7 +88,7 @@ impl Sectors {
                 n => got += n,
             }
         }
-        let whole = got.next_multiple_of(SECTOR);
+        let whole = got.next_multiple_of(self.sector);
         if let Some(missing) = sectors.get_mut(got..whole) {
             missing.fill(0);
         }
@@ -107,7 +114,7 @@ impl Sectors {
     /// Writes `length` bytes at `offset`, which `source` copies piece by piece into memory that it gets.
     fn write_pieces(&self, offset: u64, length: u64, mut source: impl FnMut(&mut [u8])) -> io::Result<()> {
         let end = offset.checked_add(length).ok_or(io::ErrorKind::InvalidInput)?;
-        let parted = !is_whole(offset) || !is_whole(end);
+        let parted = !self.is_whole(offset) || !self.is_whole(end);
         let (_shared, _alone) = match parted {
             true => (None, Some(self.parts.write())),
             false => (Some(self.parts.read()), None),
@@ -115,9 +122,9 @@ impl Sectors {
         with_scratch(|scratch| {
             let mut at = offset;
             while at < end {
-                let start = at - at % SECTOR as u64;
+                let start = at - at % self.sector as u64;
                 let stop = end.min(start + PIECE as u64);
-                let sectors = take_front(scratch, stop.next_multiple_of(SECTOR as u64) - start);
+                let sectors = take_front(scratch, stop.next_multiple_of(self.sector as u64) - start);
                 self.keep_edges(sectors, start, at..stop)?;
                 let front = (at - start) as usize;
                 if let Some(piece) = sectors.get_mut(front..front + (stop - at) as usize) {
@@ -132,20 +139,20 @@ impl Sectors {
 
     /// Reads the first and the last of the sectors at `start` where `range` covers a part of them only; zeroes behind the end.
     fn keep_edges(&self, sectors: &mut [u8], start: u64, range: Range<u64>) -> io::Result<()> {
-        let last = sectors.len() - SECTOR;
-        let edges = [(0, is_whole(range.start)), (last, is_whole(range.end))];
+        let last = sectors.len() - self.sector;
+        let edges = [(0, self.is_whole(range.start)), (last, self.is_whole(range.end))];
         for (at, _) in edges.into_iter().filter(|(_, whole)| !whole) {
-            let Some(edge) = sectors.get_mut(at..at + SECTOR) else { continue };
-            if self.fill(edge, start + at as u64)? < SECTOR {
+            let Some(edge) = sectors.get_mut(at..at + self.sector) else { continue };
+            if self.fill(edge, start + at as u64)? < self.sector {
                 edge.fill(0);
             }
         }
         Ok(())
     }
-}
 
-fn is_whole(offset: u64) -> bool {
-    offset.is_multiple_of(SECTOR as u64)
+    fn is_whole(&self, offset: u64) -> bool {
+        offset.is_multiple_of(self.sector as u64)
+    }
 }
 
 /// The first `length` bytes, at most [`PIECE`] and a sector, of memory that is made as long as that.
@@ -168,8 +175,8 @@ fn with_scratch<T>(work: impl FnOnce(&mut Vec<u8>) -> T) -> T {
 impl ReadStorage for Sectors {
     fn read_at(&self, mut buf: MemMut<'_>, offset: u64) -> io::Result<usize> {
         let _shared = self.parts.read();
-        if is_whole(offset)
-            && let Some(own) = buf.exclusive().filter(|own| own.len().is_multiple_of(SECTOR))
+        if self.is_whole(offset)
+            && let Some(own) = buf.exclusive().filter(|own| own.len().is_multiple_of(self.sector))
         {
             return self.fill(own, offset);
         }
@@ -177,10 +184,10 @@ impl ReadStorage for Sectors {
             let mut done = 0;
             while !buf.is_empty() {
                 let at = offset + done as u64;
-                let start = at - at % SECTOR as u64;
+                let start = at - at % self.sector as u64;
                 let front = (at - start) as usize;
                 let wanted = buf.len().min(PIECE - front);
-                let sectors = take_front(scratch, (front + wanted).next_multiple_of(SECTOR) as u64);
+                let sectors = take_front(scratch, (front + wanted).next_multiple_of(self.sector) as u64);
                 let got = self.fill(sectors, start)?.saturating_sub(front).min(wanted);
                 buf.take_front(got).copy_from(sectors.get(front..front + got).unwrap_or_default());
                 done += got;
@@ -233,13 +240,14 @@ mod tests {
     use super::*;
     use crate::storage::MemoryStorage;
 
-    /// Each byte is stored as the sum of it and its sector's number and place.
+    /// Each byte is stored as the sum of it and its sector's number and place. Its sectors have so many bytes.
     #[derive(Debug)]
-    struct Sums;
+    struct Sums(usize);
 
     impl Sums {
-        fn each(sector: u64, data: &mut [u8], change: impl Fn(u8, u8) -> u8) {
-            for (number, sector) in (sector..).zip(data.chunks_exact_mut(SECTOR)) {
+        fn each(&self, sector: u64, data: &mut [u8], change: impl Fn(u8, u8) -> u8) {
+            assert!(data.len().is_multiple_of(self.0) && sector.is_multiple_of(self.0 as u64 / 512));
+            for (number, sector) in (sector..).step_by(self.0 / SECTOR).zip(data.chunks_exact_mut(self.0)) {
                 let mut key = number as u8 ^ 0xa5;
                 for byte in sector {
                     *byte = change(*byte, key);
@@ -250,11 +258,14 @@ mod tests {
     }
 
     impl SectorCodec for Sums {
+        fn sector_size(&self) -> usize {
+            self.0
+        }
         fn encode(&self, sector: u64, data: &mut [u8]) {
-            Self::each(sector, data, u8::wrapping_add);
+            self.each(sector, data, u8::wrapping_add);
         }
         fn decode(&self, sector: u64, data: &mut [u8]) {
-            Self::each(sector, data, u8::wrapping_sub);
+            self.each(sector, data, u8::wrapping_sub);
         }
     }
 
@@ -264,8 +275,12 @@ mod tests {
 
     #[test]
     fn requests_of_any_shape_are_as_without_a_codec() {
+        [512, 1024, 4096].into_iter().for_each(requests_of_any_shape);
+    }
+
+    fn requests_of_any_shape(sector: usize) {
         let host = Arc::new(MemoryStorage::new());
-        let door = Sectors::new(host.clone(), Arc::new(Sums));
+        let door = Sectors::new(host.clone(), Arc::new(Sums(sector)));
         let mut plain = vec![0; 3 * PIECE];
         // The whole of it first: nothing is a hole.
         door.write_zeroes(0, plain.len() as u64, true).unwrap();
@@ -295,7 +310,7 @@ mod tests {
         }
         let mut stored = host.to_vec();
         assert!(stored != plain);
-        Sums.decode(0, &mut stored);
+        Sums(sector).decode(0, &mut stored);
         assert!(stored == plain);
     }
 
@@ -319,7 +334,7 @@ mod tests {
     #[test]
     fn a_read_ends_with_the_file_and_a_part_of_a_sector_behind_it_brings_zeroes() {
         let host = Arc::new(MemoryStorage::new());
-        let door = Sectors::new(host.clone(), Arc::new(Sums));
+        let door = Sectors::new(host.clone(), Arc::new(Sums(512)));
         door.write_at(Mem::from(&pattern(10)[..]), 600).unwrap();
         assert_eq!(host.len().unwrap(), 1024);
         let mut read = vec![1; 2000];

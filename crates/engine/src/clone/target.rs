@@ -2,10 +2,13 @@
 
 use std::sync::Arc;
 
+use qcow2_luks::NewLuks;
 use qcow2_transform::zero;
 
 use crate::convert::{Compression, DEFAULT_SPARSE_SIZE, check_compressed};
-use crate::create::{CreateOptions, NewTarget, create_raw, create_withheld, publish};
+use crate::create::{
+    CreateOptions, NewTarget, Preallocation, create_raw, create_withheld, publish, write_zero_bytes,
+};
 use crate::image::{Image, OpenOptions, Qcow2};
 use crate::{DiskOptions, Error, ErrorKind, Job, Layer, Mem, Raw, Result, Storage, StorageExt, WriteOptions};
 
@@ -46,12 +49,36 @@ impl CloneTarget {
                 storage.zero(0, size, true)?;
                 Sink::raw(storage)
             }
+            NewTarget::Luks { .. } if self.compression.is_some() => {
+                let message = "a luks target cannot be compressed";
+                Err(Error::new(ErrorKind::InvalidArgument, message).with_field("compress"))
+            }
+            NewTarget::Luks { storage, luks, preallocation } => {
+                Self::make_luks(storage, luks, size, preallocation, job)
+            }
             NewTarget::Qcow2 { storage, data_file, mut create } => {
                 check(&create, self.compression)?;
                 create.size = size;
                 Self::make_qcow2(storage, data_file, &create, self.compression, job)
             }
         }
+    }
+
+    /// Zeroes are written to all of it first: without them, it reads as noise.
+    fn make_luks(
+        storage: Arc<dyn Storage>,
+        luks: NewLuks,
+        size: u64,
+        preallocation: Preallocation,
+        job: &Job,
+    ) -> Result<Sink> {
+        luks.begin(&*storage, size, job)?;
+        let data = luks.data(Arc::clone(&storage));
+        if preallocation == Preallocation::Falloc && !storage.traits().block_device {
+            data.reserve(0, size)?;
+        }
+        write_zero_bytes(&*data, 0, size, job)?;
+        Ok(Sink { withheld: Withheld::Luks(luks, storage), ..Sink::raw(data)? })
     }
 
     fn make_qcow2(
@@ -85,7 +112,7 @@ impl CloneTarget {
             cluster: g.cluster_size(),
             unit: unit as usize,
             compressed: compression.is_some(),
-            withheld: true,
+            withheld: Withheld::Qcow2,
         })
     }
 }
@@ -114,8 +141,17 @@ pub(super) struct Sink {
     /// Bytes of what is zero or data as a whole: a cluster or subcluster.
     unit: usize,
     compressed: bool,
-    /// Until the end, the file is no image.
-    withheld: bool,
+    withheld: Withheld,
+}
+
+/// What makes the file an image, at the end.
+#[derive(Debug)]
+enum Withheld {
+    Nothing,
+    /// The image's own header.
+    Qcow2,
+    /// The header in front of the data in this file.
+    Luks(NewLuks, Arc<dyn Storage>),
 }
 
 impl Sink {
@@ -123,7 +159,13 @@ impl Sink {
         let mut raw = Raw::new(storage)?;
         raw.make_writable(DiskOptions::default())?;
         let image = Image::new(vec![Box::new(raw)])?;
-        Ok(Self { image, cluster: 1, unit: DEFAULT_SPARSE_SIZE as usize, compressed: false, withheld: false })
+        Ok(Self {
+            image,
+            cluster: 1,
+            unit: DEFAULT_SPARSE_SIZE as usize,
+            compressed: false,
+            withheld: Withheld::Nothing,
+        })
     }
 
     /// Bytes of a cluster, 1 where there are none.
@@ -149,9 +191,10 @@ impl Sink {
     /// Makes the target complete and durable.
     pub(super) fn finish(&self) -> Result<()> {
         self.image.close()?;
-        match self.withheld {
-            true => self.image.layers().iter().try_for_each(|layer| publish(&**layer.storage())),
-            false => Ok(()),
+        match &self.withheld {
+            Withheld::Nothing => Ok(()),
+            Withheld::Qcow2 => self.image.layers().iter().try_for_each(|layer| publish(&**layer.storage())),
+            Withheld::Luks(luks, host) => luks.publish(&**host, true),
         }
     }
 }

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use qcow2_luks::NewLuks;
+
 use super::{CreateOptions, Preallocation};
 use crate::Storage;
 
@@ -16,6 +18,15 @@ pub enum NewTarget {
         preallocation: Preallocation,
         /// Keep the file's length and zero it explicitly, as a device's: it must be large enough.
         keep: bool,
+    },
+    /// A new LUKS file.
+    Luks {
+        /// File or device.
+        storage: Arc<dyn Storage>,
+        /// Its header and its cipher.
+        luks: NewLuks,
+        /// Space to take for a file.
+        preallocation: Preallocation,
     },
     /// A new qcow2 image.
     Qcow2 {

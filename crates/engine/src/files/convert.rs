@@ -125,6 +125,7 @@ impl ConvertJob<'_> {
         let (door, durable) = match &disk {
             // Synced with its name.
             NewDisk::Raw { .. } => (None, false),
+            NewDisk::Luks { .. } => (None, self.options.durable && files.disk().is_visible()),
             // What others see becomes an image when all else is there.
             NewDisk::Qcow2 { create, .. } => {
                 (create.data_door.clone(), self.options.durable && files.disk().is_visible())

@@ -3,9 +3,11 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use qcow2_luks::NewLuks;
+
 use super::Target;
 use crate::convert::data_bytes;
-use crate::create::{self, CreateOptions, NewTarget, Preallocation, create_raw};
+use crate::create::{self, CreateOptions, NewTarget, Preallocation, create_luks, create_raw};
 use crate::storage::{NewFile, Overwrite, Room};
 use crate::{Error, ErrorKind, GuestSource, Job, Result, Storage};
 
@@ -16,6 +18,15 @@ pub enum NewDisk {
     Raw {
         /// Size of the disk in bytes.
         size: u64,
+        /// Space to take.
+        preallocation: Preallocation,
+    },
+    /// A LUKS file.
+    Luks {
+        /// Size of the disk in bytes.
+        size: u64,
+        /// Its header and its cipher.
+        luks: NewLuks,
         /// Space to take.
         preallocation: Preallocation,
     },
@@ -40,7 +51,9 @@ impl NewDisk {
             |room: &Room<'_>| NewFile::create_with_room(&target.path, target.overwrite, &target.in_use, room);
         let (create, data_path) = match self {
             Self::Qcow2 { create, data_path } => (create, data_path),
-            Self::Raw { .. } => return Ok(NewFiles { disk: content.with_room(start)?, data: None }),
+            Self::Raw { .. } | Self::Luks { .. } => {
+                return Ok(NewFiles { disk: content.with_room(start)?, data: None });
+            }
         };
         create.validate()?;
         let Some(path) = data_path else {
@@ -61,6 +74,11 @@ impl NewDisk {
     fn content<'a>(&self, source: Option<&'a dyn GuestSource>, job: &'a Job) -> Content<'a> {
         let (size, preallocation, cluster_size) = match self {
             Self::Raw { size, preallocation } => (*size, *preallocation, 1),
+            // What is copied to it takes all of its space: zeroes are written, too.
+            Self::Luks { size, luks, preallocation } => {
+                let space = if source.is_some() { Preallocation::Full } else { *preallocation };
+                (size.saturating_add(luks.header_length()), space, 1)
+            }
             Self::Qcow2 { create, .. } => (create.size, create.preallocation, create.cluster_size),
         };
         Content { size, preallocation, cluster_size, source, job }
@@ -130,6 +148,7 @@ impl NewFiles {
                 let keep = storage.traits().block_device;
                 NewTarget::Raw { storage, preallocation, keep }
             }
+            NewDisk::Luks { luks, preallocation, .. } => NewTarget::Luks { storage, luks, preallocation },
             NewDisk::Qcow2 { create, .. } => {
                 NewTarget::Qcow2 { storage, data_file: self.data_file(), create }
             }
@@ -155,6 +174,9 @@ pub fn create(target: &Target, disk: &NewDisk, job: &Job) -> Result<()> {
     let files = disk.start(target, None, job)?;
     match disk {
         NewDisk::Raw { size, preallocation } => create_raw(&*files.storage(), *size, *preallocation, job)?,
+        NewDisk::Luks { size, luks, preallocation } => {
+            create_luks(&files.storage(), luks, *size, *preallocation, job)?;
+        }
         NewDisk::Qcow2 { create, .. } => create::create(files.storage(), files.data_file(), create, job)?,
     }
     files.commit(true)

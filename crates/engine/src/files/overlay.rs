@@ -69,7 +69,8 @@ impl Overlay {
     fn claim_for_reading(&self, below: &Image) -> Result<()> {
         let Some(top) = below.layers().first() else { return Ok(()) };
         let lock = self.lock.for_writing(false);
-        lock.claim(&**top.storage(), top.as_qcow2().is_some())?;
+        let image = top.as_qcow2().is_some() || top.encryption().is_some();
+        lock.claim(&**top.storage(), image)?;
         match top.as_qcow2().and_then(Qcow2::data_file) {
             Some(data) => lock.claim(&**data, true),
             None => Ok(()),

@@ -107,6 +107,9 @@ impl SectorCipher {
 }
 
 impl SectorCodec for SectorCipher {
+    fn sector_size(&self) -> usize {
+        self.sector_size
+    }
     fn encode(&self, sector: u64, data: &mut [u8]) {
         self.encrypt(sector, data);
     }

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::json::{Object, damaged, unsupported};
 use crate::cipher::SECTOR;
-use crate::{CipherSpec, Hash, Limits};
+use crate::{CipherSpec, Hash, Limits, SlotDetails};
 
 /// A header of LUKS version 2, as far as it takes to open it.
 #[derive(Debug)]
@@ -108,6 +108,24 @@ impl Luks2Header {
             spec,
             slots,
         })
+    }
+}
+
+impl Luks2Header {
+    /// The slots that can be read.
+    pub(crate) fn slot_details(&self) -> Vec<SlotDetails> {
+        let readable = self.slots.iter().filter_map(|(number, slot)| Some((*number, slot.as_ref().ok()?)));
+        let details = readable.map(|(number, slot)| SlotDetails {
+            number,
+            active: true,
+            iters: match slot.kdf {
+                Kdf::Pbkdf2(_, iterations) => Some(iterations),
+                Kdf::Argon2(..) => None,
+            },
+            stripes: Some(slot.stripes),
+            key_offset: slot.offset,
+        });
+        details.collect()
     }
 }
 

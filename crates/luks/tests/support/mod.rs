@@ -96,8 +96,13 @@ pub(crate) fn qemu_write(plain: &Path, image: &Path) {
 
 /// What QEMU reads.
 pub(crate) fn qemu_to_raw(image: &Path, raw: &Path) -> Vec<u8> {
+    qemu_opts_to_raw(&luks_opts(image), raw)
+}
+
+/// What QEMU reads of an image that is described so.
+pub(crate) fn qemu_opts_to_raw(options: &str, raw: &Path) -> Vec<u8> {
     let mut command = Command::new(qemu_img());
-    command.args(["convert", "--object", &secret(), "--image-opts", &luks_opts(image), "-O", "raw"]);
+    command.args(["convert", "--object", &secret(), "--image-opts", options, "-O", "raw"]);
     succeed(command.arg(raw), b"");
     fs::read(raw).unwrap()
 }
