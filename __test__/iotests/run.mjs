@@ -6,7 +6,7 @@
 //   --all-options  with each set of options of expected.json
 //   --update       writes expected.json from what passed
 import { spawn } from 'node:child_process'
-import { cpSync, existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { cpSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { availableParallelism, tmpdir } from 'node:os'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -104,7 +104,7 @@ try {
   for (const cell of cells) {
     for (const name of sets) {
       const wanted = expected.options[name] ?? expected.options['']
-      const tests = positionals.length > 0 ? positionals : wanted.tests
+      const tests = positionals.length > 0 ? positionals : wanted.tests.split(' ')
       const started = Date.now()
       const results = await runAll(copy, cell, name, tests, values.diffs)
       const passed = tests.filter(test => results.get(test) === 'passed')

@@ -31,6 +31,7 @@ fn encryption() -> Encryption {
         hash_alg: None,
         iter_time_ms: Some(1),
         allow_weak: false,
+        legacy_aes: false,
     }
 }
 
