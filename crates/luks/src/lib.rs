@@ -21,7 +21,7 @@ pub use cipher::{Cipher, CipherSpec, Iv, Mode, SectorCipher, legacy_aes};
 pub use hash::Hash;
 pub use kdf::Cost;
 pub use limits::Limits;
-pub use luks1::{FormatOptions, Formatted, KeySlot, Luks1Header, Plan, Write};
+pub use luks1::{Details, FormatOptions, Formatted, KeySlot, Luks1Header, Plan, SlotDetails, Write};
 pub use luks2::Luks2Header;
 pub use secret::VolumeKey;
 
