@@ -9,6 +9,7 @@ import { type CloneOptions, type CloneResult, Clones, readCloneOptions } from '.
 import { COMPACT, type CompactOptions, type CompactResult, compactImage } from './compaction.js'
 import { AbortError, invalidArgument, Qcow2Error } from './errors.js'
 import { type ImageInfo, layersInfo } from './info.js'
+import { Keys } from './keys.js'
 import { type MapEntry, type MapOptions, readMapOptions, walkMap } from './map.js'
 import { native } from './native.js'
 import { ABORTABLE, type Abortable, type LongRunning, readOptions, throwIfAborted } from './options.js'
@@ -104,12 +105,15 @@ export class Image implements AsyncDisposable {
       },
     })
     this.bitmaps = new Bitmaps({ ...owner, infos: async () => (await top())?.formatSpecific?.bitmaps ?? [] })
+    this.keys = new Keys({ ...owner, top })
   }
 
   /** The internal snapshots. */
   readonly snapshots: Snapshots
   /** The persistent bitmaps. */
   readonly bitmaps: Bitmaps
+  /** The key slots of the top layer, where that is encrypted with LUKS. */
+  readonly keys: Keys
 
   /** Size of the disk in bytes. */
   get virtualSize(): number {

@@ -16,8 +16,18 @@ export { type CreateOptions, create } from './create.js'
 export { AbortError, type ErrorPlace, Qcow2Error, type Qcow2ErrorCode, type SystemErrorCode } from './errors.js'
 export type { Format, KnownFormat, TargetFormat } from './formats/table.js'
 export { Image } from './image.js'
-export type { BitmapInfo, BlockLimits, ImageInfo, Qcow2SpecificInfo, SnapshotInfo } from './info.js'
+export type {
+  BitmapInfo,
+  BlockLimits,
+  EncryptInfo,
+  ImageInfo,
+  LuksInfo,
+  LuksSlotInfo,
+  Qcow2SpecificInfo,
+  SnapshotInfo,
+} from './info.js'
 export { type Finding, type FindingCode, type Inspection, type InspectOptions, inspect } from './inspect.js'
+export type { AddKeyOptions, ChangeKeyOptions, KeySlot, Keys, RemoveKeyOptions } from './keys.js'
 export type { MapEntry, MapOptions } from './map.js'
 export { type MeasureOptions, type MeasureResult, measure } from './measure.js'
 export { type OpenOptions, open } from './open.js'

@@ -37,6 +37,47 @@ export interface BitmapInfo {
   readonly flags: readonly ('in-use' | 'auto')[]
 }
 
+/** A key slot of a LUKS header, as QAPI's `QCryptoBlockInfoLUKSSlot`. */
+export interface LuksSlotInfo {
+  /** Whether a secret opens it. */
+  readonly active: boolean
+  /** Of an active slot: iterations from the secret to its key. */
+  readonly iters?: number
+  /** Of an active slot: stripes of the key material. */
+  readonly stripes?: number
+  /** Where the key material lies, in bytes from the LUKS header's start. */
+  readonly keyOffset: number
+}
+
+/** What a LUKS header says, as QAPI's `QCryptoBlockInfoLUKS`. No secret is needed for it. */
+export interface LuksInfo {
+  /** As `aes-256`. */
+  readonly cipherAlg: string
+  /** As `xts`. */
+  readonly cipherMode: string
+  /** As `plain64`; `none` where every sector begins alike. */
+  readonly ivgenAlg: string
+  /** The hash of `essiv`. */
+  readonly ivgenHashAlg?: string
+  /** As `sha256`. */
+  readonly hashAlg: string
+  /** The header lies in a file of its own. */
+  readonly detachedHeader: boolean
+  readonly uuid: string
+  /** Where data would begin, in bytes from the header's start: a qcow2 image says itself where its data is. */
+  readonly payloadOffset: number
+  /** Iterations of the digest by which the key of the data is known. */
+  readonly masterKeyIters: number
+  /** All eight. */
+  readonly slots: readonly LuksSlotInfo[]
+}
+
+/** How guest data is encrypted. `damaged` says why there is nothing about a LUKS header: then no secret opens the image. */
+export type EncryptInfo =
+  | { readonly format: 'aes'; readonly slots?: never; readonly damaged?: never }
+  | ({ readonly format: 'luks'; readonly damaged?: never } & LuksInfo)
+  | { readonly format: 'luks'; readonly slots?: never; readonly damaged: Qcow2Error }
+
 /** What only qcow2 images have, as QAPI's `ImageInfoSpecificQCow2`. Spec: "Header". */
 export interface Qcow2SpecificInfo {
   readonly type: 'qcow2'
@@ -56,7 +97,7 @@ export interface Qcow2SpecificInfo {
   readonly lazyRefcounts?: boolean
   /** Version 3 only: the image is marked corrupt. */
   readonly corrupt?: boolean
-  readonly encrypt?: { readonly format: 'aes' | 'luks' }
+  readonly encrypt?: EncryptInfo
   /** Present where there is at least one. */
   readonly bitmaps?: readonly BitmapInfo[]
 }
@@ -213,9 +254,16 @@ function specificInfo(qcow2: NativeQcow2Info, encryption: NativeLayerInfo['encry
     ...(qcow2.version > 2 && { extendedL2, lazyRefcounts, corrupt }),
     ...(hasDataFile && { dataFileRaw }),
     ...(dataFile !== undefined && shown('dataFile', dataFile)),
-    ...(encryption !== undefined && { encrypt: { format: encryption } }),
+    ...(encryption !== undefined && { encrypt: encryptInfo(encryption, qcow2) }),
     ...(bitmaps.length > 0 && {
       bitmaps: bitmaps.map(({ name, ...bitmap }) => ({ ...shown('name', name), ...bitmap })),
     }),
   }
+}
+
+function encryptInfo(format: 'aes' | 'luks', { luks, luksDamage }: NativeQcow2Info): EncryptInfo {
+  if (format === 'aes') return { format }
+  // One of the two is there.
+  if (luks === undefined) return { format, damaged: toError(luksDamage) as Qcow2Error }
+  return { format, ...luks }
 }

@@ -75,10 +75,13 @@ export const secrets: Reader<ReadSecrets> = (value, name) => {
   }
 }
 
+/** Milliseconds that a guess of a secret takes. */
+export const ITER_TIME = integer(1, 60_000)
+
 const ENCRYPT = {
   format: oneOf('luks'),
   secret,
-  iterTime: integer(1, 60_000),
+  iterTime: ITER_TIME,
   allowWeak: flag,
   cipherAlg: oneOf(...CIPHER_ALGS),
   cipherMode: oneOf(...CIPHER_MODES),

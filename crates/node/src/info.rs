@@ -7,6 +7,7 @@ use qcow2_engine::format::header::feature::{Compatible, Incompatible};
 use qcow2_engine::format::header::{CompressionType, CryptMethod};
 use qcow2_engine::format::{Header, SnapshotRecord};
 use qcow2_engine::image::BitmapRecord;
+use qcow2_engine::keys::Details;
 use qcow2_engine::storage::IoLimits;
 use qcow2_engine::{ErrorKind, Layer, LayerExt, Qcow2, Result, StorageExt};
 
@@ -106,6 +107,48 @@ pub struct Qcow2Info {
     pub bitmaps: Vec<BitmapInfo>,
     /// Why there are no more snapshots, or no bitmaps: what is wrong with their tables.
     pub damaged: Vec<Failure>,
+    /// What the LUKS header says.
+    pub luks: Option<LuksInfo>,
+    /// Why it cannot be read.
+    pub luks_damage: Option<Failure>,
+}
+
+/// A LUKS header, as QAPI's `QCryptoBlockInfoLUKS`.
+#[napi(object, object_from_js = false)]
+pub struct LuksInfo {
+    /// `aes-256`.
+    pub cipher_alg: String,
+    /// `xts`.
+    pub cipher_mode: String,
+    /// `plain64`.
+    pub ivgen_alg: String,
+    /// The hash of `essiv`.
+    pub ivgen_hash_alg: Option<String>,
+    /// `sha256`.
+    pub hash_alg: String,
+    /// The header lies in a file of its own.
+    pub detached_header: bool,
+    /// As text.
+    pub uuid: Text,
+    /// Bytes from the header's start.
+    pub payload_offset: f64,
+    /// Iterations of the volume key's digest.
+    pub master_key_iters: u32,
+    /// The first one first.
+    pub slots: Vec<KeySlotInfo>,
+}
+
+/// A key slot.
+#[napi(object, object_from_js = false)]
+pub struct KeySlotInfo {
+    /// Whether a secret opens it.
+    pub active: bool,
+    /// Of an active one.
+    pub iters: Option<u32>,
+    /// Of an active one.
+    pub stripes: Option<u32>,
+    /// Bytes from the header's start.
+    pub key_offset: f64,
 }
 
 /// An internal snapshot.
@@ -184,6 +227,11 @@ impl Qcow2Info {
             Err(error) if error.kind() == ErrorKind::Io => return Err(error),
             Err(error) => (Vec::new(), Some(error)),
         };
+        let (luks, luks_damage) = match qcow2.luks_details() {
+            Ok(luks) => (luks, None),
+            Err(error) if error.kind() == ErrorKind::Io => return Err(error),
+            Err(error) => (None, Some(error)),
+        };
         Ok(Self {
             version: header.version,
             refcount_bits: 1 << header.geometry.refcount_order(),
@@ -198,7 +246,32 @@ impl Qcow2Info {
             snapshots: qcow2.snapshots().iter().map(SnapshotInfo::new).collect(),
             damaged: qcow2.snapshot_error().into_iter().chain(&bitmap_error).map(Failure::from).collect(),
             bitmaps: bitmaps.iter().map(|record| BitmapInfo::new(qcow2, record)).collect(),
+            luks: luks.map(LuksInfo::from),
+            luks_damage: luks_damage.as_ref().map(Failure::from),
         })
+    }
+}
+
+impl From<Details> for LuksInfo {
+    fn from(luks: Details) -> Self {
+        let slots = luks.slots.iter().map(|slot| KeySlotInfo {
+            active: slot.active,
+            iters: slot.iters,
+            stripes: slot.stripes,
+            key_offset: slot.key_offset as f64,
+        });
+        Self {
+            slots: slots.collect(),
+            cipher_alg: luks.cipher_alg.to_owned(),
+            cipher_mode: luks.cipher_mode.to_owned(),
+            ivgen_alg: luks.ivgen_alg.to_owned(),
+            ivgen_hash_alg: luks.ivgen_hash_alg.map(str::to_owned),
+            hash_alg: luks.hash_alg.to_owned(),
+            detached_header: luks.detached_header,
+            uuid: luks.uuid.as_bytes().into(),
+            payload_offset: luks.payload_offset as f64,
+            master_key_iters: luks.master_key_iters,
+        }
     }
 }
 
