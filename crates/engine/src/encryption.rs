@@ -165,7 +165,7 @@ pub(crate) fn door_of(
     }
     let Some(area) = LuksArea::of(&**storage, header) else { return Ok(None) };
     let open = || luks1::unlock(&area.header()?, secret, &area.reader(), job, &Limits::default());
-    let codec = Arc::new(open().map_err(|e| storage.located(e))?.cipher);
+    let codec = Arc::new(open().map_err(|e| area.located(e))?.cipher);
     Ok(Some(Arc::new(LuksDoor { codec, header: None })))
 }
 
@@ -188,14 +188,19 @@ impl<'a> LuksArea<'a> {
     /// Where `length` bytes at an offset from the LUKS header's start lie in the file.
     ///
     /// # Errors
-    /// `Corrupt` for what is not inside.
+    /// `Corrupt` for what is not inside: see [`Self::located`].
     pub(crate) fn place(&self, offset: u64, length: u64) -> Result<u64> {
         let end = offset.checked_add(length).filter(|end| *end <= self.length);
         end.and(self.start.get().checked_add(offset)).ok_or_else(|| {
             let message = format!("{length} bytes at {offset} are behind the end of the encryption header");
-            let error = Error::new(ErrorKind::Corrupt, message).with_field("encryption header");
-            error.with_offset(self.start.get())
+            Error::new(ErrorKind::Corrupt, message).with_field("encryption header").with_offset(offset)
         })
+    }
+
+    /// An error whose offset counts from the LUKS header's start, unless it is of reading the file, as one of the file.
+    pub(crate) fn located(&self, error: Error) -> Error {
+        let own = error.path().is_none() && error.kind() != ErrorKind::Io;
+        self.storage.located(if own { error.offset_from(self.start.get()) } else { error })
     }
 
     fn read(&self, offset: u64, bytes: &mut [u8]) -> Result<()> {
@@ -211,14 +216,14 @@ impl<'a> LuksArea<'a> {
     /// The LUKS header as it is in the file now.
     ///
     /// # Errors
-    /// As [`Luks1Header::parse`], and those of reading.
+    /// As [`Luks1Header::parse`], and those of reading: see [`Self::located`].
     pub(crate) fn header(&self) -> Result<Luks1Header> {
         let mut header = [0; luks1::HEADER_BYTES];
         self.read(0, &mut header)?;
-        Luks1Header::parse(&header).map_err(|e| {
-            let e = e.with_offset(self.start.get());
-            // It is not the image's own.
-            if e.field() == Some("magic") { e.with_field("encryption header") } else { e }
+        Luks1Header::parse(&header).map_err(|e| match e.field() {
+            // The image has a field of that name, which is not meant.
+            Some("magic") => Error::new(e.kind(), e.message()).with_field("encryption header").with_offset(0),
+            _ => e.with_offset(0),
         })
     }
 }

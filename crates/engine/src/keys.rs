@@ -52,7 +52,7 @@ impl Qcow2 {
     /// As [`Luks1Header::parse`]; those of reading.
     pub fn luks_details(&self) -> Result<Option<Details>> {
         let Some(area) = LuksArea::of(&**self.storage(), self.header()) else { return Ok(None) };
-        let header = area.header().map_err(|e| self.storage().located(e))?;
+        let header = area.header().map_err(|e| area.located(e))?;
         Ok(Some(header.details()))
     }
 
@@ -148,7 +148,7 @@ impl Image {
         };
         let area = image.luks_area()?;
         image.writer()?.check()?;
-        let located = |e| image.storage().located(e);
+        let located = |e| area.located(e);
         loop {
             let before = area.header().map_err(located)?;
             let plan = plan(&area, &before).map_err(located)?;
@@ -165,8 +165,8 @@ impl Image {
 impl Session<'_> {
     /// Each write is durable before the next one.
     fn write_keys(&self, area: &LuksArea<'_>, writes: &[Write]) -> Result<()> {
-        let located = |e| self.image.storage().located(e);
-        let place = |write: &Write| area.place(write.offset, write.bytes.len() as u64).map_err(located);
+        let place =
+            |write: &Write| area.place(write.offset, write.bytes.len() as u64).map_err(|e| area.located(e));
         for write in writes {
             self.refuse_shared(place(write)?, write.bytes.len() as u64)?;
         }

@@ -319,6 +319,20 @@ fn a_forged_header_is_a_finding() {
 }
 
 #[test]
+fn an_error_of_the_header_names_its_place_in_the_file() {
+    let mut file = made(&["one"]);
+    let luks = luks_at(&file);
+    file.put_u32(luks + 208 + 4, u32::MAX);
+    let unlock =
+        |file: &Sparse| open(Arc::new(RecordingStorage::plain(file.clone())), Some("one")).unwrap_err();
+    let error = unlock(&file);
+    assert_eq!((error.kind(), error.offset()), (ErrorKind::Limit, Some(luks + 208)), "{error}");
+    file.write(luks, &[0; 6]);
+    let error = unlock(&file);
+    assert_eq!((error.field(), error.offset()), (Some("encryption header"), Some(luks)), "{error}");
+}
+
+#[test]
 fn a_header_that_is_cut_off_is_a_finding() {
     let sound = made(&["one"]);
     let luks = luks_at(&sound);
