@@ -226,7 +226,8 @@ function toEncrypt(values: OptionValues, objects: Objects): Encrypt | undefined 
   return encrypt
 }
 
-function toIterTime(milliseconds: bigint): number {
+/** Milliseconds that a guess of a secret takes. */
+export function toIterTime(milliseconds: bigint): number {
   if (milliseconds >= 1n && milliseconds <= 60_000n) return Number(milliseconds)
   throw new CommandFailure(`Parameter 'encrypt.iter-time' must be 1 to 60000 milliseconds, not ${milliseconds}`)
 }

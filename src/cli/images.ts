@@ -34,12 +34,14 @@ export async function formatOf(filename: string, requested: string | undefined, 
   )
 }
 
-/** Says what of an image is not shown because its tables are damaged. */
-export function warnOfDamage(filename: string, { damaged = [] }: ImageInfo, session: Session): void {
+/** Says what of an image is not shown because its tables, or its LUKS header, are damaged. */
+export function warnOfDamage(filename: string, { damaged = [], formatSpecific }: ImageInfo, session: Session): void {
+  const warn = (error: Error): string => `${session.program}: warning: ${filename}: ${describeError(error)}`
   for (const error of damaged) {
-    const what = `${session.program}: warning: ${filename}: ${describeError(error)}`
-    session.stderr.write(`${what}: '${session.program} check -r all' keeps what is left of it\n`)
+    session.stderr.write(`${warn(error)}: '${session.program} check -r all' keeps what is left of it\n`)
   }
+  const header = formatSpecific?.encrypt?.damaged
+  if (header !== undefined) session.stderr.write(`${warn(header)}: no secret opens the image\n`)
 }
 
 export interface Request extends Pick<OpenOptions, 'snapshot' | 'references' | 'forceShare' | 'flags' | 'cache'> {

@@ -73,6 +73,12 @@ export class Objects {
     return this.#images.get(filename)?.format
   }
 
+  /** What opens the top layer of an image. */
+  secretOf(filename: string): Secret | undefined {
+    const id = this.#images.get(filename)?.secrets[0]
+    return id === undefined ? undefined : this.secret(id)
+  }
+
   /** What opens the layers of an image. */
   secretsOf(filename: string): Secrets | undefined {
     const ids = this.#images.get(filename)?.secrets

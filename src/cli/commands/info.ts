@@ -1,13 +1,13 @@
 import { stat } from 'node:fs/promises'
 import { type Command, Option } from 'commander'
 import { isEncrypted, isFormat, traitsOf } from '../../formats/table.js'
-import { type BlockLimits, type ImageInfo, inspect, probe } from '../../index.js'
+import { type BlockLimits, type EncryptInfo, type ImageInfo, inspect, probe } from '../../index.js'
 import { exactText } from '../../text.js'
 import { openFailure } from '../errors.js'
 import { CommandFailure } from '../failure.js'
 import { argumentOf, imagePath, shownName } from '../filename.js'
 import { formatInfo, type InfoDocument } from '../format/info.js'
-import { toJson } from '../format/json.js'
+import { type Json, toJson } from '../format/json.js'
 import { snapshotDocuments } from '../format/snapshots.js'
 import { cacheMode, later, oneFile, outputOption, SOURCES, takeDriverSyntax, toCacheMode } from '../grammar.js'
 import { warnOfDamage, withImage } from '../images.js'
@@ -185,13 +185,37 @@ const specificData = (specific: NonNullable<ImageInfo['formatSpecific']>) => ({
   'data-file':
     specific.dataFile === undefined ? undefined : dataFileName(exactText(specific.dataFile, specific.dataFileBytes)),
   'data-file-raw': specific.dataFileRaw,
-  encrypt: specific.encrypt && { format: specific.encrypt.format },
+  encrypt: specific.encrypt && encryptDocument(specific.encrypt),
   bitmaps: specific.bitmaps?.map(({ name, nameBytes, granularity, flags }) => ({
     name: exactText(name, nameBytes),
     granularity,
     flags,
   })),
 })
+
+/** Of a LUKS header that cannot be read, only that there is one. */
+function encryptDocument(encrypt: EncryptInfo): { readonly [key: string]: Json | undefined } {
+  const { format } = encrypt
+  if (encrypt.slots === undefined) return { format }
+  return {
+    format,
+    'cipher-alg': encrypt.cipherAlg,
+    'cipher-mode': encrypt.cipherMode,
+    'ivgen-alg': encrypt.ivgenAlg,
+    'ivgen-hash-alg': encrypt.ivgenHashAlg,
+    'hash-alg': encrypt.hashAlg,
+    'detached-header': encrypt.detachedHeader,
+    uuid: encrypt.uuid,
+    'payload-offset': encrypt.payloadOffset,
+    'master-key-iters': encrypt.masterKeyIters,
+    slots: encrypt.slots.map(({ active, iters, stripes, keyOffset }) => ({
+      active,
+      iters,
+      stripes,
+      'key-offset': keyOffset,
+    })),
+  }
+}
 
 const fileDocument = (
   filename: string,
