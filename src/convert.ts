@@ -250,7 +250,7 @@ async function openSources(located: readonly Located[], read: ReadConvert, image
   for (const [index, each] of located.entries()) {
     const format = typeof from === 'string' ? from : from?.[index]
     const sayRaw = rawAdvice(from, index, located.length)
-    const opening = { format, sayRaw, references, secret, snapshot, limits, signal, access, salvage }
+    const opening = { format, sayRaw, references, secret, source: index, snapshot, limits, signal, access, salvage }
     const chain = await openChain(each, opening)
     images.push(chain.image)
     chains.push(chain)

@@ -19,6 +19,8 @@ export interface EncryptedLayer {
   readonly path: string | undefined
   /** How many layers lie above it in its image: 0 for the top. */
   readonly depth: number
+  /** Of `convert`: which of the sources its image is, from 0; absent for a target that exists. */
+  readonly source?: number
   readonly encryption: 'aes' | 'luks'
 }
 

@@ -199,6 +199,59 @@ describeWithQemu('encryption on the command line', () => {
     expect(stderr).toMatch(/^qemu-img: warning: damaged.qcow2: not a LUKS header .*: no secret opens the image\n$/)
   })
 
+  it('copies a part of an encrypted image as qemu-img does', async () => {
+    await done('ours', `convert ${OBJECT} -f raw -O qcow2 ${LUKS} disk.raw part.qcow2`)
+    const line = (secret: string, target: string): string =>
+      `dd --object secret,id=s,data=${secret} --image-opts -O raw bs=64k skip=1 count=6 if=${opts('part.qcow2').slice(13)} of=${target}`
+    expect(await done('ours', line('hunter2', 'ours.raw'))).toBe(await done('theirs', line('hunter2', 'theirs.raw')))
+    expect(readFileSync(join(folder, 'ours.raw')).equals(readFileSync(join(folder, 'theirs.raw')))).toBe(true)
+    const wrong = await tools.ours(line('nope', 'wrong.raw'))
+    expect([wrong.code, wrong.stderr]).toEqual([1, expect.stringMatching(/Could not open 'part.qcow2': the secret/)])
+    expect(() => readFileSync(join(folder, 'wrong.raw'))).toThrow('ENOENT')
+  })
+
+  it('joins several encrypted images, each with its own secret', async () => {
+    for (const id of ['s', 'n']) {
+      const options = `-o encrypt.format=luks,encrypt.key-secret=${id},encrypt.iter-time=10`
+      await done('ours', `convert ${KEYS} -f raw -O qcow2 ${options} disk.raw of-${id}.qcow2`)
+    }
+    const source = (id: string): string => `driver=qcow2,encrypt.key-secret=${id},file.filename=of-${id}.qcow2`
+    const line = (target: string): string =>
+      `convert ${KEYS} --image-opts ${source('s')} ${source('n')} -O raw ${target}`
+    await done('ours', line('ours.raw'))
+    await done('theirs', line('theirs.raw'))
+    expect(readFileSync(join(folder, 'ours.raw')).equals(readFileSync(join(folder, 'theirs.raw')))).toBe(true)
+    const wrong = `convert ${KEYS} --image-opts ${source('s')} ${source('n').replace('secret=n', 'secret=x')} -O raw x.raw`
+    const { code, stderr } = await tools.ours(wrong)
+    expect([code, stderr]).toEqual([
+      1,
+      expect.stringMatching(/Could not open 'of-n.qcow2': the secret opens no key slot/),
+    ])
+  })
+
+  it('needs no secret to look at an image, nor derives a key for it', async () => {
+    await done('ours', `create -q ${OBJECT} -f qcow2 ${LUKS} look.qcow2 1M`)
+    const line = `info --object secret,id=s,data=nope ${opts('look.qcow2')}`
+    const [ours, theirs] = await Promise.all([tools.ours(line), tools.theirs(line)])
+    expect([ours.code, ours.stderr]).toEqual([theirs.code, theirs.stderr])
+    expect(ours.code).toBe(0)
+  })
+
+  it('tells a wrong secret of either image of a comparison', async () => {
+    await done('ours', `convert ${OBJECT} -f raw -O qcow2 ${LUKS} disk.raw made.qcow2`)
+    const raw = 'driver=raw,file.filename=disk.raw'
+    const image = opts('made.qcow2').slice(13)
+    for (const [a, b] of [
+      [image, raw],
+      [raw, image],
+    ]) {
+      const line = `compare --object secret,id=s,data=nope --image-opts ${a} ${b}`
+      const [ours, theirs] = await Promise.all([tools.ours(line), tools.theirs(line)])
+      expect(ours.code).toBe(theirs.code)
+      expect(ours.stderr).toMatch(/Could not open 'made.qcow2': the secret opens no key slot/)
+    }
+  })
+
   it('tells a wrong secret, and keeps the target away', async () => {
     const wrong = `convert --object secret,id=s,data=nope ${opts('made.qcow2')} -O raw wrong.raw`
     const [ours, theirs] = await Promise.all([tools.ours(wrong), tools.theirs(wrong)])

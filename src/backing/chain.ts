@@ -38,6 +38,8 @@ export interface ChainOptions {
   readonly references?: ReferencePolicy | undefined
   /** What opens encrypted layers; without it their data cannot be read. */
   readonly secret?: ReadSecrets | undefined
+  /** Which of several images it is, for who gives the secrets. */
+  readonly source?: number | undefined
   readonly snapshot?: Name | undefined
   readonly l2CacheSize?: number | undefined
   readonly limits?: ReadLimits | undefined
@@ -283,9 +285,10 @@ class Opening {
   /** Opens the data of an encrypted layer, where there is a secret for it. */
   async #unlock(opened: NativeLayer, path: string | undefined): Promise<NativeLayer> {
     const { layer, encryption } = opened
-    const { secret, signal } = this.#options
+    const { secret, source, signal } = this.#options
     if (encryption === undefined || secret === undefined) return opened
-    const own = await secret({ path, depth: this.#layers.length, encryption }).catch(async (error: unknown) => {
+    const asked = { path, depth: this.#layers.length, encryption, ...(source !== undefined && { source }) }
+    const own = await secret(asked).catch(async (error: unknown) => {
       await release(layer)
       throw error
     })

@@ -73,20 +73,16 @@ export class Objects {
     return this.#images.get(filename)?.format
   }
 
-  /** What opens the top layer of an image. */
-  secretOf(filename: string): Secret | undefined {
-    const id = this.#images.get(filename)?.secrets[0]
+  /** What opens a layer of an image. */
+  secretOfLayer(filename: string, depth: number): Secret | undefined {
+    const id = this.#images.get(filename)?.secrets[depth]
     return id === undefined ? undefined : this.secret(id)
   }
 
   /** What opens the layers of an image. */
   secretsOf(filename: string): Secrets | undefined {
-    const ids = this.#images.get(filename)?.secrets
-    if (ids === undefined) return undefined
-    return ({ depth }: EncryptedLayer) => {
-      const id = ids[depth]
-      return id === undefined ? undefined : this.secret(id)
-    }
+    if (!this.#images.has(filename)) return undefined
+    return ({ depth }: EncryptedLayer) => this.secretOfLayer(filename, depth)
   }
 }
 

@@ -77,7 +77,7 @@ async function amendFile(files: readonly string[], options: AmendArguments, sess
   const values = parse(list)
   const changes = toAmendOptions(values)
   const { objects } = session
-  const keys = toKeyChange(values, objects, objects.secretOf(filename), options.force ?? false)
+  const keys = toKeyChange(values, objects, objects.secretOfLayer(filename, 0), options.force ?? false)
   const choice = { progress: progress && !quiet, quiet, verb: 'Amending', step: 1 }
   await withProgress(session, choice, async job => {
     if (keys === undefined || Object.keys(changes).length > 0) {

@@ -66,7 +66,7 @@ async function collect(top: string, options: InfoArguments, session: Session): P
       return documents
     }
     const info: ImageInfo = await withImage(
-      { filename, format, references: 'layer', forceShare, cache },
+      { filename, format, references: 'layer', forceShare, cache, closed: true },
       session,
       image => image.info(),
     )
