@@ -28,7 +28,7 @@ import {
   readOptions,
   throwIfAborted,
 } from './options.js'
-import { type Secrets, secrets } from './secret.js'
+import { forgetting, type Secrets, secrets } from './secret.js'
 import {
   type Compression,
   compression,
@@ -196,6 +196,14 @@ type ReadConvert = Read<typeof CONVERT>
  *   is too small
  */
 export async function convert(
+  source: ImageSource | readonly ImageSource[],
+  target: PathLike,
+  options: ConvertOptions,
+): Promise<ConvertResult> {
+  return await forgetting(() => convertImages(source, target, options))
+}
+
+async function convertImages(
   source: ImageSource | readonly ImageSource[],
   target: PathLike,
   options: ConvertOptions,

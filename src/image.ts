@@ -16,6 +16,7 @@ import { ABORTABLE, type Abortable, type LongRunning, readOptions, throwIfAborte
 import { type OverlayOptions, putOverlay, readOverlayOptions } from './overlay.js'
 import { fill, fillAll, READ, type ReadOptions } from './read.js'
 import { resizeDisk, TRUNCATE, type TruncateOptions } from './resize.js'
+import { forgetting } from './secret.js'
 import { Snapshots } from './snapshot/snapshots.js'
 import { type PathLike, release } from './source.js'
 import { openReadStream, openWebStream, type ReadStreamOptions, type WebStreamOptions } from './stream.js'
@@ -354,9 +355,11 @@ export class Image implements AsyncDisposable {
    *   image is closed first; the system's code (`ENOSPC`, `EIO`)
    */
   async clone(target: PathLike, options: CloneOptions): Promise<CloneResult> {
-    const { path, options: read } = readCloneOptions(target, options)
-    throwIfAborted(read.signal)
-    return this.#lifetime.run(() => this.#clones.make(path, read))
+    return await forgetting(async () => {
+      const { path, options: read } = readCloneOptions(target, options)
+      throwIfAborted(read.signal)
+      return this.#lifetime.run(() => this.#clones.make(path, read))
+    })
   }
 
   /**
@@ -368,13 +371,15 @@ export class Image implements AsyncDisposable {
    * @throws {@link Qcow2Error} as `create`; `ERR_QCOW2_READ_ONLY`; `ERR_QCOW2_INVALID_ARGUMENT` for a `backingFile` that is not the image
    */
   async createOverlay(path: PathLike, options?: OverlayOptions): Promise<void> {
-    const read = readOverlayOptions(path, options)
-    await this.#change('Image.createOverlay', read.signal, () => {
-      const put = this.#overlays.then(async () => {
-        this.#chain = await putOverlay(this.#chain, read)
+    await forgetting(async () => {
+      const read = readOverlayOptions(path, options)
+      await this.#change('Image.createOverlay', read.signal, () => {
+        const put = this.#overlays.then(async () => {
+          this.#chain = await putOverlay(this.#chain, read)
+        })
+        this.#overlays = put.catch(() => undefined)
+        return put
       })
-      this.#overlays = put.catch(() => undefined)
-      return put
     })
   }
 

@@ -4,7 +4,7 @@ import { invalidArgument, Qcow2Error } from './errors.js'
 import type { ImageInfo, LuksSlotInfo } from './info.js'
 import type { NativeKeyOrder } from './native.js'
 import { ABORTABLE, type Abortable, flag, integer, type Read, readOptions, throwIfAborted } from './options.js'
-import { ITER_TIME, type Secret, secret } from './secret.js'
+import { forgetting, ITER_TIME, type Secret, secret } from './secret.js'
 import { runJob } from './support/jobs.js'
 import type { ImageOwner } from './support/owner.js'
 
@@ -96,7 +96,7 @@ export class Keys {
    *   system's code: `secret` still opens the image
    */
   async add(options: AddKeyOptions): Promise<number> {
-    return this.#put('Keys.add', readOptions(options, 'Keys.add', ADD), false)
+    return await forgetting(async () => this.#put('Keys.add', readOptions(options, 'Keys.add', ADD), false))
   }
 
   /**
@@ -106,7 +106,7 @@ export class Keys {
    * @throws {@link Qcow2Error} as {@link Keys.add}. After the system's code one of the two secrets opens the image, or both
    */
   async change(options: ChangeKeyOptions): Promise<number> {
-    return this.#put('Keys.change', readOptions(options, 'Keys.change', CHANGE), true)
+    return await forgetting(async () => this.#put('Keys.change', readOptions(options, 'Keys.change', CHANGE), true))
   }
 
   /**
@@ -116,6 +116,10 @@ export class Keys {
    *   `ERR_QCOW2_INVALID_ARGUMENT` for a slot that is not in use; else as {@link Keys.add}
    */
   async remove(options: RemoveKeyOptions): Promise<readonly number[]> {
+    return await forgetting(() => this.#remove(options))
+  }
+
+  async #remove(options: RemoveKeyOptions): Promise<readonly number[]> {
     const { signal, ...order } = readOptions(options, 'Keys.remove', REMOVE)
     if (order.slot === undefined && order.secret === undefined) {
       throw invalidArgument('slot', 'Keys.remove: say which key is to go: by its slot, or by its secret')
