@@ -79,12 +79,10 @@ export class Keys {
     throwIfAborted(signal)
     const top = await this.#owner.read(() => this.#owner.top())
     const encrypt = top?.formatSpecific?.encrypt
-    if (encrypt?.format !== 'luks') {
-      const message = 'Keys.list: only images that are encrypted with LUKS have key slots'
-      throw new Qcow2Error('ERR_QCOW2_UNSUPPORTED_FEATURE', message, { path: top?.filename, field: 'crypt_method' })
-    }
-    if (encrypt.slots === undefined) throw encrypt.damaged
-    return encrypt.slots.map((info, slot) => ({ slot, ...info }))
+    if (encrypt?.slots !== undefined) return encrypt.slots.map((info, slot) => ({ slot, ...info }))
+    if (encrypt?.damaged !== undefined) throw encrypt.damaged
+    const message = 'Keys.list: only images that are encrypted with LUKS have key slots'
+    throw new Qcow2Error('ERR_QCOW2_UNSUPPORTED_FEATURE', message, { path: top?.filename, field: 'crypt_method' })
   }
 
   /**
