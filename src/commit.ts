@@ -15,7 +15,7 @@ import {
   readOptions,
   throwIfAborted,
 } from './options.js'
-import { type Secrets, secrets } from './secret.js'
+import { forgetting, type Secrets, secrets } from './secret.js'
 import { type ImageSource, type Located, openFile, release, toLocated } from './source.js'
 import { runJob } from './support/jobs.js'
 import type { Size } from './units.js'
@@ -64,6 +64,10 @@ type ReadCommit = Read<typeof COMMIT>
  *   that is not in its chain; `ERR_QCOW2_LOCKED` while somebody else uses a file of the chain
  */
 export async function commit(top: ImageSource, options?: CommitOptions): Promise<void> {
+  return await forgetting(() => commitImage(top, options))
+}
+
+async function commitImage(top: ImageSource, options?: CommitOptions): Promise<void> {
   const located = toLocated(top, 'top')
   const read = readOptions(options, 'commit', COMMIT)
   if (read.references === 'layer') {

@@ -5,7 +5,7 @@ import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
 import { COMPACT, type CompactOptions, type CompactResult } from './compaction.js'
 import { openFor } from './open.js'
 import { type Limits, limits, readOptions } from './options.js'
-import { type Secrets, secrets } from './secret.js'
+import { forgetting, type Secrets, secrets } from './secret.js'
 import type { ImageSource } from './source.js'
 
 /** Options of {@link compact}. */
@@ -26,6 +26,10 @@ const COMPACT_FILE = { ...COMPACT, ...SHARING, references: referencePolicy, secr
  * @throws {@link Qcow2Error} as `open` and {@link Image.compact}
  */
 export async function compact(source: ImageSource, options?: CompactFileOptions): Promise<CompactResult> {
+  return await forgetting(() => compactFile(source, options))
+}
+
+async function compactFile(source: ImageSource, options?: CompactFileOptions): Promise<CompactResult> {
   const read = readOptions(options, 'compact', COMPACT_FILE)
   const { references, secret: _, locking, forceShare, limits: given, ...how } = read
   const flags = read.dryRun ? 'r' : 'r+'

@@ -6,7 +6,7 @@ import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
 import { type Format, PLAIN_FORMAT } from './formats/table.js'
 import type { NativeCompared } from './native.js'
 import { flag, type Limits, LONG_RUNNING, type LongRunning, limits, readOptions, throwIfAborted } from './options.js'
-import { type Secrets, secrets } from './secret.js'
+import { forgetting, type Secrets, secrets } from './secret.js'
 import { format, type ImageSource, toLocated } from './source.js'
 import { runJob } from './support/jobs.js'
 
@@ -56,6 +56,10 @@ const COMPARE = {
  * @throws {@link Qcow2Error} as `open`, and as reading does where it fails before the first difference
  */
 export async function compare(a: ImageSource, b: ImageSource, options?: CompareOptions): Promise<CompareResult> {
+  return await forgetting(() => compareImages(a, b, options))
+}
+
+async function compareImages(a: ImageSource, b: ImageSource, options?: CompareOptions): Promise<CompareResult> {
   const locatedA = toLocated(a, 'a')
   const locatedB = toLocated(b, 'b')
   const read = readOptions(options, 'compare', COMPARE)

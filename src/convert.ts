@@ -28,7 +28,7 @@ import {
   readOptions,
   throwIfAborted,
 } from './options.js'
-import { type Secrets, secrets } from './secret.js'
+import { forgetting, type Secrets, secrets } from './secret.js'
 import {
   type Compression,
   compression,
@@ -200,6 +200,14 @@ export async function convert(
   target: PathLike,
   options: ConvertOptions,
 ): Promise<ConvertResult> {
+  return await forgetting(() => convertImages(source, target, options))
+}
+
+async function convertImages(
+  source: ImageSource | readonly ImageSource[],
+  target: PathLike,
+  options: ConvertOptions,
+): Promise<ConvertResult> {
   const located = Array.isArray(source)
     ? source.map((each: unknown, index) => toLocated(each, `source[${index}]`))
     : [toLocated(source, 'source')]
@@ -250,7 +258,7 @@ async function openSources(located: readonly Located[], read: ReadConvert, image
   for (const [index, each] of located.entries()) {
     const format = typeof from === 'string' ? from : from?.[index]
     const sayRaw = rawAdvice(from, index, located.length)
-    const opening = { format, sayRaw, references, secret, snapshot, limits, signal, access, salvage }
+    const opening = { format, sayRaw, references, secret, source: index, snapshot, limits, signal, access, salvage }
     const chain = await openChain(each, opening)
     images.push(chain.image)
     chains.push(chain)

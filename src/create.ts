@@ -8,7 +8,7 @@ import { AbortError, invalidArgument } from './errors.js'
 import { DEFAULT_FORMAT, type Format, type TargetFormat } from './formats/table.js'
 import { Image } from './image.js'
 import { bytes, flag, LONG_RUNNING, type LongRunning, readOptions, throwIfAborted } from './options.js'
-import { type ReadSecrets, type Secrets, secrets } from './secret.js'
+import { copyOf, forgetting, type ReadSecrets, type Secrets, secrets } from './secret.js'
 import { type Qcow2Shape, SHAPE, toNativeShape } from './shape.js'
 import { type PathLike, release, targetFormat, toPath } from './source.js'
 import { exactStat } from './support/files.js'
@@ -54,6 +54,10 @@ const CREATE = {
  *   other or the format; `ERR_QCOW2_LIMIT` for a size that the geometry cannot address; the system's code (`ENOSPC`, `EACCES`)
  */
 export async function create(path: PathLike, options: CreateOptions): Promise<Image> {
+  return await forgetting(() => createImage(path, options))
+}
+
+async function createImage(path: PathLike, options: CreateOptions): Promise<Image> {
   const target = toPath(path, 'path')
   const read = readOptions(options, 'create', CREATE)
   const { format = DEFAULT_FORMAT, size, overwrite, references = 'deny', secret: below, ...rest } = read
@@ -75,7 +79,7 @@ export async function create(path: PathLike, options: CreateOptions): Promise<Im
   const writable = references !== 'layer' || (backingFile === undefined && dataFile === undefined)
   const access = writable ? WRITING : READING
   const own = shape.encrypt?.secret
-  const secret: ReadSecrets = async layer => (layer.depth === 0 ? own : below?.(layer))
+  const secret: ReadSecrets = async layer => (layer.depth === 0 ? own && copyOf(own) : below?.(layer))
   const chain = await openChain({ path: target }, { format, references, secret, trustTop: true, signal, access })
   if (signal?.aborted) {
     await release(chain.image)

@@ -9,12 +9,14 @@ import { type CloneOptions, type CloneResult, Clones, readCloneOptions } from '.
 import { COMPACT, type CompactOptions, type CompactResult, compactImage } from './compaction.js'
 import { AbortError, invalidArgument, Qcow2Error } from './errors.js'
 import { type ImageInfo, layersInfo } from './info.js'
+import { Keys } from './keys.js'
 import { type MapEntry, type MapOptions, readMapOptions, walkMap } from './map.js'
 import { native } from './native.js'
 import { ABORTABLE, type Abortable, type LongRunning, readOptions, throwIfAborted } from './options.js'
 import { type OverlayOptions, putOverlay, readOverlayOptions } from './overlay.js'
 import { fill, fillAll, READ, type ReadOptions } from './read.js'
 import { resizeDisk, TRUNCATE, type TruncateOptions } from './resize.js'
+import { forgetting } from './secret.js'
 import { Snapshots } from './snapshot/snapshots.js'
 import { type PathLike, release } from './source.js'
 import { openReadStream, openWebStream, type ReadStreamOptions, type WebStreamOptions } from './stream.js'
@@ -104,12 +106,15 @@ export class Image implements AsyncDisposable {
       },
     })
     this.bitmaps = new Bitmaps({ ...owner, infos: async () => (await top())?.formatSpecific?.bitmaps ?? [] })
+    this.keys = new Keys({ ...owner, top })
   }
 
   /** The internal snapshots. */
   readonly snapshots: Snapshots
   /** The persistent bitmaps. */
   readonly bitmaps: Bitmaps
+  /** The key slots of the top layer, where that is encrypted with LUKS. */
+  readonly keys: Keys
 
   /** Size of the disk in bytes. */
   get virtualSize(): number {
@@ -351,9 +356,11 @@ export class Image implements AsyncDisposable {
    *   image is closed first; the system's code (`ENOSPC`, `EIO`)
    */
   async clone(target: PathLike, options: CloneOptions): Promise<CloneResult> {
-    const { path, options: read } = readCloneOptions(target, options)
-    throwIfAborted(read.signal)
-    return this.#lifetime.run(() => this.#clones.make(path, read))
+    return await forgetting(async () => {
+      const { path, options: read } = readCloneOptions(target, options)
+      throwIfAborted(read.signal)
+      return this.#lifetime.run(() => this.#clones.make(path, read))
+    })
   }
 
   /**
@@ -365,13 +372,15 @@ export class Image implements AsyncDisposable {
    * @throws {@link Qcow2Error} as `create`; `ERR_QCOW2_READ_ONLY`; `ERR_QCOW2_INVALID_ARGUMENT` for a `backingFile` that is not the image
    */
   async createOverlay(path: PathLike, options?: OverlayOptions): Promise<void> {
-    const read = readOverlayOptions(path, options)
-    await this.#change('Image.createOverlay', read.signal, () => {
-      const put = this.#overlays.then(async () => {
-        this.#chain = await putOverlay(this.#chain, read)
+    await forgetting(async () => {
+      const read = readOverlayOptions(path, options)
+      await this.#change('Image.createOverlay', read.signal, () => {
+        const put = this.#overlays.then(async () => {
+          this.#chain = await putOverlay(this.#chain, read)
+        })
+        this.#overlays = put.catch(() => undefined)
+        return put
       })
-      this.#overlays = put.catch(() => undefined)
-      return put
     })
   }
 

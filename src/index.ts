@@ -19,13 +19,15 @@ export { Image } from './image.js'
 export type {
   BitmapInfo,
   BlockLimits,
+  EncryptInfo,
   ImageInfo,
+  LuksInfo,
   LuksSlotInfo,
-  LuksSpecificInfo,
   Qcow2SpecificInfo,
   SnapshotInfo,
 } from './info.js'
 export { type Finding, type FindingCode, type Inspection, type InspectOptions, inspect } from './inspect.js'
+export type { AddKeyOptions, ChangeKeyOptions, Keys, RemoveKeyOptions } from './keys.js'
 export type { MapEntry, MapOptions } from './map.js'
 export { type MeasureOptions, type MeasureResult, measure } from './measure.js'
 export { type OpenOptions, open } from './open.js'

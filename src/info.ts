@@ -37,6 +37,52 @@ export interface BitmapInfo {
   readonly flags: readonly ('in-use' | 'auto')[]
 }
 
+/** A key slot of a LUKS header, as QAPI's `QCryptoBlockInfoLUKSSlot`. */
+export interface LuksSlotInfo {
+  /** Its number, from 0 on. */
+  readonly slot: number
+  /** Whether a secret opens it. */
+  readonly active: boolean
+  /** Of an active slot: iterations of PBKDF2 from the secret to its key; absent for argon2. */
+  readonly iters?: number
+  /** Of an active slot: stripes of the key material. */
+  readonly stripes?: number
+  /** Where the key material lies, in bytes from the LUKS header's start. */
+  readonly keyOffset: number
+}
+
+/** What a LUKS header says, as QAPI's `QCryptoBlockInfoLUKS`. No secret is needed for it. */
+export interface LuksInfo {
+  readonly version: 1 | 2
+  /** The header lies in a file of its own. */
+  readonly detachedHeader: boolean
+  /** As `aes-256`. */
+  readonly cipherAlg: string
+  /** As `xts`. */
+  readonly cipherMode: string
+  /** As `plain64`; absent for a mode that goes without. */
+  readonly ivgenAlg?: string
+  /** The hash of `essiv`. */
+  readonly ivgenHashAlg?: string
+  /** As `sha256`: of version 1, where it is that of every slot. */
+  readonly hashAlg?: string
+  readonly uuid: string
+  /** Where data begins, in bytes from the header's start. A qcow2 image says itself where its data is. */
+  readonly payloadOffset: number
+  /** Of version 1: iterations of the digest by which the key of the data is known. */
+  readonly masterKeyIters?: number
+  /** Bytes that are encrypted as one. */
+  readonly sectorSize: number
+  /** Of version 1 all eight, of version 2 those in use. */
+  readonly slots: readonly LuksSlotInfo[]
+}
+
+/** How guest data is encrypted. `damaged` says why there is nothing about a LUKS header: then no secret opens the image. */
+export type EncryptInfo =
+  | { readonly format: 'aes'; readonly slots?: never; readonly damaged?: never }
+  | ({ readonly format: 'luks'; readonly damaged?: never } & LuksInfo)
+  | { readonly format: 'luks'; readonly slots?: never; readonly damaged: Qcow2Error }
+
 /** What only qcow2 images have, as QAPI's `ImageInfoSpecificQCow2`. Spec: "Header". */
 export interface Qcow2SpecificInfo {
   readonly type: 'qcow2'
@@ -56,46 +102,9 @@ export interface Qcow2SpecificInfo {
   readonly lazyRefcounts?: boolean
   /** Version 3 only: the image is marked corrupt. */
   readonly corrupt?: boolean
-  readonly encrypt?: { readonly format: 'aes' | 'luks' }
+  readonly encrypt?: EncryptInfo
   /** Present where there is at least one. */
   readonly bitmaps?: readonly BitmapInfo[]
-}
-
-/** A key slot of a LUKS file, as QAPI's `QCryptoBlockInfoLUKSSlot`. */
-export interface LuksSlotInfo {
-  /** From 0 on. */
-  readonly number: number
-  readonly active: boolean
-  /** Of one that is in use: iterations of PBKDF2; absent for argon2. */
-  readonly iters?: number
-  /** Of one that is in use. */
-  readonly stripes?: number
-  /** Where its key material lies, in bytes. */
-  readonly keyOffset: number
-}
-
-/** What only LUKS files have, as QAPI's `QCryptoBlockInfoLUKS`. */
-export interface LuksSpecificInfo {
-  readonly version: 1 | 2
-  /** Whether the header lies in another file than the data. */
-  readonly detachedHeader: boolean
-  readonly cipherAlg: string
-  readonly cipherMode: string
-  /** Absent for a mode that goes without. */
-  readonly ivgenAlg?: string
-  /** The hash of `essiv`. */
-  readonly ivgenHashAlg?: string
-  /** Of version 1. */
-  readonly hashAlg?: string
-  readonly uuid: string
-  /** Where the data begins, in bytes. */
-  readonly payloadOffset: number
-  /** Of version 1. */
-  readonly masterKeyIters?: number
-  /** Bytes that are encrypted as one. */
-  readonly sectorSize: number
-  /** Of version 1 all eight, of version 2 those in use. */
-  readonly slots: readonly LuksSlotInfo[]
 }
 
 /** What requests should look like, as QAPI's `BlockLimitsInfo`: bytes, absent where there is no such limit. */
@@ -157,7 +166,7 @@ export interface ImageInfo {
   /** Of qcow2 images. */
   readonly formatSpecific?: Qcow2SpecificInfo
   /** Of LUKS files. */
-  readonly luks?: LuksSpecificInfo
+  readonly luks?: LuksInfo
   /** What requests on the disk should look like, and those on its file. They depend on how the image is opened: `cache`. */
   readonly limits: { readonly disk: BlockLimits; readonly file: BlockLimits }
 }
@@ -253,9 +262,16 @@ function specificInfo(qcow2: NativeQcow2Info, encryption: NativeLayerInfo['encry
     ...(qcow2.version > 2 && { extendedL2, lazyRefcounts, corrupt }),
     ...(hasDataFile && { dataFileRaw }),
     ...(dataFile !== undefined && shown('dataFile', dataFile)),
-    ...(encryption !== undefined && { encrypt: { format: encryption } }),
+    ...(encryption !== undefined && { encrypt: encryptInfo(encryption, qcow2) }),
     ...(bitmaps.length > 0 && {
       bitmaps: bitmaps.map(({ name, ...bitmap }) => ({ ...shown('name', name), ...bitmap })),
     }),
   }
+}
+
+function encryptInfo(format: 'aes' | 'luks', { luks, luksDamage }: NativeQcow2Info): EncryptInfo {
+  if (format === 'aes') return { format }
+  // One of the two is there.
+  if (luks === undefined) return { format, damaged: toError(luksDamage) as Qcow2Error }
+  return { format, ...luks, uuid: shownText(luks.uuid) }
 }

@@ -68,7 +68,7 @@ export interface Inspection {
   }
   /**
    * A valid header without any finding: opening it with the same `limits` reads this file and no other, and its disk is of a size
-   * that its file makes likely. Says nothing about what is behind the header (`check` does), nor about what the disk holds.
+   * that its file makes likely; no key slot asks for more work than this library does. Says nothing about what is behind the header (`check` does), nor about what the disk holds.
    */
   readonly safe: boolean
   readonly findings: readonly Finding[]
@@ -80,9 +80,10 @@ const LARGEST_CLUSTER = 2 ** 21
 const INSPECT = { ...ABORTABLE, limits } as const
 
 /**
- * Says what an untrusted image claims, without opening anything that it names: from a file (its first cluster is read), or from
- * the first bytes of one. 512 bytes are enough for most images without a backing file, 4096 for nearly all, its first cluster (2 MiB
- * at most) for every image; where the header goes beyond the bytes, that is a finding. What is wrong with the image is a finding, never
+ * Says what an untrusted image claims, without opening anything that it names: from a file (its first cluster is read, and its
+ * LUKS header), or from the first bytes of one. 512 bytes are enough for most images without a backing file, 4096 for nearly all, its first cluster (2 MiB
+ * at most) for every image; where the header goes beyond the bytes, that is a finding. A LUKS
+ * header is judged where it is among the bytes. What is wrong with the image is a finding, never
  * an error.
  *
  * A file name is a `string`, `URL` or `FileHandle` here: a `Buffer` is bytes of an image.

@@ -7,6 +7,7 @@ import { invalidArgument } from './errors.js'
 import { can, PLAIN_FORMAT, type TargetFormat } from './formats/table.js'
 import type { NativeMeasured, NativeShape } from './native.js'
 import { LONG_RUNNING, type LongRunning, readOptions, throwIfAborted } from './options.js'
+import { forgetting } from './secret.js'
 import { type Preallocation, type Qcow2Shape, SHAPE, shape, toNativeShape } from './shape.js'
 import { type ImageSource, targetFormat, toLocated, toTargetFormat } from './source.js'
 import { runJob } from './support/jobs.js'
@@ -47,6 +48,13 @@ const MEASURE = {
  *   address
  */
 export async function measure(
+  source: ImageSource | { readonly size: Size },
+  options: MeasureOptions,
+): Promise<MeasureResult> {
+  return await forgetting(() => measureImage(source, options))
+}
+
+async function measureImage(
   source: ImageSource | { readonly size: Size },
   options: MeasureOptions,
 ): Promise<MeasureResult> {

@@ -144,27 +144,33 @@ export interface NativeLayerInfo {
       readonly flags: readonly ('in-use' | 'auto')[]
     }[]
     readonly damaged: readonly NativeFailure[]
+    readonly luks?: NativeLuksInfo
+    readonly luksDamage?: NativeFailure
   }
-  readonly luks?: {
-    readonly version: 1 | 2
-    readonly detachedHeader: boolean
-    readonly cipherAlg: string
-    readonly cipherMode: string
-    readonly ivgenAlg?: string
-    readonly ivgenHashAlg?: string
-    readonly hashAlg?: string
-    readonly uuid: string
-    readonly payloadOffset: number
-    readonly masterKeyIters?: number
-    readonly sectorSize: number
-    readonly slots: readonly {
-      readonly number: number
-      readonly active: boolean
-      readonly iters?: number
-      readonly stripes?: number
-      readonly keyOffset: number
-    }[]
-  }
+  /** Of LUKS files. */
+  readonly luks?: NativeLuksInfo
+}
+
+/** What a LUKS header says. */
+export interface NativeLuksInfo {
+  readonly version: 1 | 2
+  readonly detachedHeader: boolean
+  readonly cipherAlg: string
+  readonly cipherMode: string
+  readonly ivgenAlg?: string
+  readonly ivgenHashAlg?: string
+  readonly hashAlg?: string
+  readonly uuid: string
+  readonly payloadOffset: number
+  readonly masterKeyIters?: number
+  readonly sectorSize: number
+  readonly slots: readonly {
+    readonly slot: number
+    readonly active: boolean
+    readonly iters?: number
+    readonly stripes?: number
+    readonly keyOffset: number
+  }[]
 }
 
 export interface NativeInspection {
@@ -188,7 +194,6 @@ export interface NativeInspection {
   readonly findings: readonly { readonly code: string; readonly message: string }[]
 }
 
-/** The shape of a new image; what is absent has the engine's default. */
 /** A secret: its bytes, or the file that has them. */
 export interface NativeSecret {
   readonly allowWeak?: boolean | undefined
@@ -210,6 +215,25 @@ export interface NativeEncrypt {
   readonly allowWeak?: boolean | undefined
 }
 
+/** A secret that is to open an image, and one that does already. */
+export interface NativeKeyOrder {
+  readonly secret: NativeSecret
+  readonly newSecret: NativeSecret
+  readonly slot?: number | undefined
+  readonly force?: boolean | undefined
+  readonly iterTime?: number | undefined
+  /** The old one goes. */
+  readonly replaces: boolean
+}
+
+/** Which key slots are to go. */
+export interface NativeKeyRemovalOrder {
+  readonly slot?: number | undefined
+  readonly secret?: NativeSecret | undefined
+  readonly force?: boolean | undefined
+}
+
+/** The shape of a new image; what is absent has the engine's default. */
 export interface NativeShape {
   format: string
   version?: number | undefined
@@ -381,6 +405,10 @@ export interface Addon {
   /** `format` is QEMU's name of it. */
   openLayer(request: number, file: number, format: string, options: NativeLayerOptions): void
   unlockLayer(request: number, job: number, layer: number, secret: NativeSecret): void
+  /** Tells the new secret's key slot. */
+  addKey(request: number, job: number, image: number, order: NativeKeyOrder): void
+  /** Tells the key slots that are free now. */
+  removeKeys(request: number, job: number, image: number, order: NativeKeyRemovalOrder): void
   setDataFile(request: number, layer: number, file: number, lock: NativeLock | undefined): void
   /** The top layer is read only without `write`. */
   assemble(request: number, layers: readonly number[], write: NativeWriting | undefined): void

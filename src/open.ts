@@ -7,7 +7,7 @@ import { AbortError, invalidArgument } from './errors.js'
 import { can, type Format } from './formats/table.js'
 import { Image } from './image.js'
 import { ABORTABLE, type Abortable, bytes, type Limits, limits, name, readOptions, throwIfAborted } from './options.js'
-import { type Secrets, secrets } from './secret.js'
+import { forgetting, type Secrets, secrets } from './secret.js'
 import { format, type ImageSource, release, toLocated } from './source.js'
 import type { Name } from './text.js'
 import type { Size } from './units.js'
@@ -55,6 +55,10 @@ export async function open(source: ImageSource, options?: OpenOptions): Promise<
 
 /** As {@link open}, for a job that needs something of the image. */
 export async function openFor(needs: Need | undefined, source: ImageSource, options?: OpenOptions): Promise<Image> {
+  return await forgetting(() => openImage(needs, source, options))
+}
+
+async function openImage(needs: Need | undefined, source: ImageSource, options?: OpenOptions): Promise<Image> {
   const located = toLocated(source, 'source')
   const read = readOptions(options, 'open', OPEN)
   const access = toAccess('open', read)

@@ -18,7 +18,7 @@ import {
   text,
   throwIfAborted,
 } from './options.js'
-import { type Secrets, secrets } from './secret.js'
+import { forgetting, type Secrets, secrets } from './secret.js'
 import { type ImageSource, type Located, openFile, release, toLocated } from './source.js'
 import { runJob } from './support/jobs.js'
 import type { Name } from './text.js'
@@ -81,6 +81,10 @@ type ReadRebase = Read<typeof REBASE>
  *   Nothing is changed by any of these
  */
 export async function rebase(top: ImageSource, backing: Name | null, options?: RebaseOptions): Promise<void> {
+  return await forgetting(() => rebaseImage(top, backing, options))
+}
+
+async function rebaseImage(top: ImageSource, backing: Name | null, options?: RebaseOptions): Promise<void> {
   const located = toLocated(top, 'top')
   const read = readOptions(options, 'rebase', REBASE)
   const named = toBacking(backing, read)

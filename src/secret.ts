@@ -22,6 +22,8 @@ export interface EncryptedLayer {
   readonly path: string | undefined
   /** How many layers lie above it in its image: 0 for the top. */
   readonly depth: number
+  /** Of `convert`: which of the sources its image is, from 0; absent for a target that exists. */
+  readonly source?: number
   readonly encryption: 'aes' | 'luks'
 }
 
@@ -58,10 +60,44 @@ export interface Encrypt {
   hashAlg?: (typeof HASH_ALGS)[number] | undefined
 }
 
+/** The copies of secrets that the call whose options are being read made. */
+let copies: Uint8Array[] | undefined
+
+/**
+ * Runs a call that takes secrets, and overwrites its copies of them when it has ended, however it does. `call` reads its options at once, not
+ * behind an `await`.
+ */
+export async function forgetting<T>(call: () => Promise<T>): Promise<T> {
+  const outer = copies
+  const own: Uint8Array[] = []
+  copies = own
+  let running: Promise<T>
+  try {
+    running = call()
+  } finally {
+    copies = outer
+  }
+  try {
+    return await running
+  } finally {
+    for (const copy of own) copy.fill(0)
+  }
+}
+
+/** Overwrites a secret that was asked for. */
+export const forget = ({ bytes }: NativeSecret): void => {
+  bytes?.fill(0)
+}
+
+function copied(bytes: Uint8Array): NativeSecret {
+  copies?.push(bytes)
+  return { bytes }
+}
+
 /** Reads {@link SecretBytes}. They are copied: what the caller does with its own does not matter. */
 const secretBytes: Reader<NativeSecret> = (value, name) => {
-  if (typeof value === 'string') return { bytes: new TextEncoder().encode(value) }
-  if (value instanceof Uint8Array) return { bytes: Uint8Array.from(value) }
+  if (typeof value === 'string') return copied(new TextEncoder().encode(value))
+  if (value instanceof Uint8Array) return copied(Uint8Array.from(value))
   if (typeof value === 'object' && value !== null && 'file' in value) {
     return { file: toPath(value.file, `${name}.file`) }
   }
@@ -78,14 +114,14 @@ export const secret: Reader<NativeSecret> = (value, name) => {
   return { ...secret, allowWeak }
 }
 
-/** Secrets that were checked: one for all, or a function to ask. */
+/** Secrets that were checked: one for all, or a function to ask. What it gives is whose who asked, to {@link forget}. */
 export type ReadSecrets = (layer: EncryptedLayer) => Promise<NativeSecret | undefined>
 
 /** Reads {@link Secrets}. */
 export const secrets: Reader<ReadSecrets> = (value, name) => {
   if (typeof value !== 'function') {
     const one = secret(value, name)
-    return () => Promise.resolve(one)
+    return () => Promise.resolve(copyOf(one))
   }
   return async layer => {
     const given: unknown = await Reflect.apply(value, undefined, [layer])
@@ -93,10 +129,17 @@ export const secrets: Reader<ReadSecrets> = (value, name) => {
   }
 }
 
+/** Milliseconds that a guess of a secret takes. */
+export const ITER_TIME = integer(1, 60_000)
+
+/** The same secret in bytes of its own. */
+export const copyOf = ({ bytes, file }: NativeSecret): NativeSecret =>
+  bytes === undefined ? { file } : { bytes: Uint8Array.from(bytes) }
+
 const ENCRYPT = {
   format: oneOf('luks', 'aes'),
   secret: secretBytes,
-  iterTime: integer(1, 60_000),
+  iterTime: ITER_TIME,
   allowWeak: flag,
   cipherAlg: oneOf(...CIPHER_ALGS),
   cipherMode: oneOf(...CIPHER_MODES),

@@ -83,7 +83,7 @@ describeWithQemu('amend side by side with qemu-img', () => {
     }
     const help = await asQemuImg(['amend', '-f', 'qcow2', '-o', 'help'], folder)
     const all = await qemuImg('amend', '-f', 'qcow2', '-o', 'help')
-    expect(help.stdout).toBe(all.stdout.replace(/ {2}encrypt\..*\n/g, ''))
+    expect(help.stdout).toBe(all.stdout)
   })
 
   it('grows the disk before it goes back to version 2, and shrinks it on request only', async () => {

@@ -16,9 +16,9 @@ import {
   isFormat,
   PLAIN_FORMAT,
 } from '../formats/table.js'
-import type { NativeFile, NativeLayer, NativeLayerOptions, NativeLock, NativeWriting } from '../native.js'
+import type { NativeFile, NativeLayer, NativeLayerOptions, NativeLock, NativeSecret, NativeWriting } from '../native.js'
 import { type ReadLimits, throwIfAborted } from '../options.js'
-import type { ReadSecrets } from '../secret.js'
+import { forget, type ReadSecrets } from '../secret.js'
 import { findSnapshot } from '../snapshot/ids.js'
 import type { SnapshotRecord } from '../snapshot/types.js'
 import { type Located, openFile, release } from '../source.js'
@@ -39,6 +39,8 @@ export interface ChainOptions {
   readonly references?: ReferencePolicy | undefined
   /** What opens encrypted layers; without it their data cannot be read. */
   readonly secret?: ReadSecrets | undefined
+  /** Which of several images it is, for who gives the secrets. */
+  readonly source?: number | undefined
   readonly snapshot?: Name | undefined
   readonly l2CacheSize?: number | undefined
   readonly limits?: ReadLimits | undefined
@@ -81,6 +83,16 @@ export interface Chain {
   readonly base: number | undefined
   readonly access: Access
   readonly l2CacheSize: number | undefined
+}
+
+/** Opens the data of a layer, whose number is another then; the secret is overwritten. */
+async function unlock(layer: number, secret: NativeSecret, signal: AbortSignal | undefined): Promise<number> {
+  const start: StartJob = (number, job, addon) => addon.unlockLayer(number, job, layer, secret)
+  try {
+    return await runJob<number>('open', { signal }, start)
+  } finally {
+    forget(secret)
+  }
 }
 
 /** Opens an image and what the policy lets it pull in. Nothing stays open on failure. */
@@ -297,15 +309,16 @@ class Opening {
   /** Opens the data of an encrypted layer, where there is a secret for it. */
   async #unlock(opened: NativeLayer, path: string | undefined): Promise<NativeLayer> {
     const { layer, encryption } = opened
-    const { secret, signal } = this.#options
+    const { secret, source, signal } = this.#options
     if (encryption === undefined || secret === undefined) return opened
-    const own = await secret({ path, depth: this.#layers.length, encryption }).catch(async (error: unknown) => {
+    const asked = { path, depth: this.#layers.length, encryption, ...(source !== undefined && { source }) }
+    try {
+      const own = await secret(asked)
+      return own === undefined ? opened : { ...opened, layer: await unlock(layer, own, signal) }
+    } catch (error) {
       await release(layer)
       throw error
-    })
-    if (own === undefined) return opened
-    const start: StartJob = (number, job, addon) => addon.unlockLayer(number, job, layer, own)
-    return { ...opened, layer: await runJob<number>('open', { signal }, start) }
+    }
   }
 
   #refuseLoop({ identity, path }: NativeFile): void {

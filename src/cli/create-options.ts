@@ -257,7 +257,8 @@ function toEncryption(
   return encrypt
 }
 
-function toIterTime(milliseconds: bigint, prefix: string): number {
+/** Milliseconds that a guess of a secret takes. */
+export function toIterTime(milliseconds: bigint, prefix = 'encrypt.'): number {
   if (milliseconds >= 1n && milliseconds <= 60_000n) return Number(milliseconds)
   throw new CommandFailure(`Parameter '${prefix}iter-time' must be 1 to 60000 milliseconds, not ${milliseconds}`)
 }

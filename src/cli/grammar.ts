@@ -55,12 +55,6 @@ export function takeDriverSyntax(command: Command): void {
   )
 }
 
-/** What is said where images cannot be described by options. */
-export function refuseDriverSyntax(command: Command): void {
-  takeObjects(command)
-  refuse(command, '--image-opts', 'images are given by file name')
-}
-
 const laterOptions = new WeakSet<Option>()
 
 /** Whether newer versions of qemu-img have this option only: it must not make an older one's abbreviation ambiguous. */

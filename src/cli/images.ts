@@ -1,11 +1,11 @@
 /** Images that the command line names: their format, and opening them as qemu-img does. */
 
 import { can, isFormat, listed, PLAIN_FORMAT, SOURCE_FORMATS } from '../formats/table.js'
-import { type Format, type Image, type ImageInfo, type OpenOptions, open, probe } from '../index.js'
+import { type Format, type Image, type ImageInfo, type OpenOptions, open, probe, Qcow2Error } from '../index.js'
 import { exactText, toName } from '../text.js'
-import { describeError, openFailure } from './errors.js'
+import { describeError, openFailure, pathOf } from './errors.js'
 import { CommandFailure } from './failure.js'
-import { imagePath } from './filename.js'
+import { imagePath, localPath } from './filename.js'
 import type { Session } from './session.js'
 
 const FORMATS = listed(SOURCE_FORMATS, 'and')
@@ -34,12 +34,14 @@ export async function formatOf(filename: string, requested: string | undefined, 
   )
 }
 
-/** Says what of an image is not shown because its tables are damaged. */
-export function warnOfDamage(filename: string, { damaged = [] }: ImageInfo, session: Session): void {
+/** Says what of an image is not shown because its tables, or its LUKS header, are damaged. */
+export function warnOfDamage(filename: string, { damaged = [], formatSpecific }: ImageInfo, session: Session): void {
+  const warn = (error: Error): string => `${session.program}: warning: ${filename}: ${describeError(error)}`
   for (const error of damaged) {
-    const what = `${session.program}: warning: ${filename}: ${describeError(error)}`
-    session.stderr.write(`${what}: '${session.program} check -r all' keeps what is left of it\n`)
+    session.stderr.write(`${warn(error)}: '${session.program} check -r all' keeps what is left of it\n`)
   }
+  const header = formatSpecific?.encrypt?.damaged
+  if (header !== undefined) session.stderr.write(`${warn(header)}: no secret opens the image\n`)
 }
 
 export interface Request extends Pick<OpenOptions, 'snapshot' | 'references' | 'forceShare' | 'flags' | 'cache'> {
@@ -51,15 +53,18 @@ export interface Request extends Pick<OpenOptions, 'snapshot' | 'references' | '
   readonly formatOption?: string
   /** What is said of a format that is not written, where that is not about opening it. */
   readonly unwritable?: string
+  /** Guest data is not touched: it stays closed where it is encrypted, and no key is derived. */
+  readonly closed?: boolean
 }
 
 /** Opens an image and everything below it, runs `work` on it, and closes it whatever happens. */
 export async function withImage<T>(
-  { filename, format, exitCode, formatOption, unwritable, references = 'allow', ...how }: Request,
+  { filename, format, exitCode, formatOption, unwritable, closed = false, references = 'allow', ...how }: Request,
   session: Session,
   work: (image: Image) => Promise<T>,
 ): Promise<T> {
-  const image = await openImage(filename, format, { ...how, references }, session, unwritable).catch(error => {
+  const secret = closed ? undefined : session.objects.secretsOf(filename)
+  const image = await openImage(filename, format, { ...how, references, secret }, session, unwritable).catch(error => {
     throw session.signal.aborted ? error : openFailure(filename, error, exitCode, formatOption)
   })
   try {
@@ -72,19 +77,42 @@ export async function withImage<T>(
 async function openImage(
   filename: string,
   requested: string | undefined,
-  options: Pick<OpenOptions, 'snapshot' | 'references' | 'forceShare' | 'flags' | 'cache'>,
+  options: Pick<OpenOptions, 'snapshot' | 'references' | 'forceShare' | 'flags' | 'cache' | 'secret'>,
   session: Session,
   unwritable: string | undefined,
 ): Promise<Image> {
   const format = await formatOf(filename, requested, session)
-  const secret = session.objects.secretsOf(filename)
-  const opening = { ...options, format, secret, signal: session.signal }
+  const opening = { ...options, format, signal: session.signal }
   if (options.flags !== 'r+' || can(format, 'write')) return open(session.objects.sourceOf(filename), opening)
   // What is wrong with the file itself comes first.
   const image = await open(session.objects.sourceOf(filename), { ...opening, flags: 'r' })
   await image.close()
   const why = `writing ${format} images is not supported (ERR_QCOW2_UNSUPPORTED_FEATURE)`
   throw new CommandFailure(unwritable ?? `Could not open '${filename}': ${why}`)
+}
+
+/** What opening the data of an encrypted image can fail with, when its header was read already. */
+const UNLOCKING: ReadonlySet<string> = new Set([
+  'ERR_QCOW2_BAD_SECRET',
+  'ERR_QCOW2_INVALID_HEADER',
+  'ERR_QCOW2_UNSUPPORTED_FEATURE',
+  'ERR_QCOW2_LIMIT',
+])
+
+/**
+ * The words for a failure of work on images that were looked at before (`closed`), where it is that the secret of one of them does not
+ * open it: then it is of opening that. Undefined for every other, and for a secret that is missing, which the work found.
+ */
+export function unlockFailure(
+  filenames: readonly string[],
+  error: unknown,
+  { objects }: Session,
+  exitCode?: number,
+): CommandFailure | undefined {
+  if (!(error instanceof Qcow2Error) || !UNLOCKING.has(error.code) || error.field === 'secret') return undefined
+  const secret = filenames.filter(filename => objects.secretsOf(filename) !== undefined)
+  const filename = secret.find(each => localPath(each) === pathOf(error))
+  return filename === undefined ? undefined : openFailure(filename, error, exitCode)
 }
 
 /**
@@ -109,7 +137,8 @@ export async function snapshotOf(
   if ([...wanted.keys()].some(key => key !== 'snapshot.id' && key !== 'snapshot.name') || (!id && !name)) {
     throw new CommandFailure(`Failed in parsing snapshot param '${parameter}'`)
   }
-  const found = await withImage({ filename, format, references: 'layer', forceShare }, session, async image => {
+  const looking = { filename, format, references: 'layer', forceShare, closed: true } as const
+  const found = await withImage(looking, session, async image => {
     const { snapshots } = await image.info()
     return snapshots.find(
       each =>

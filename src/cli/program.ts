@@ -96,6 +96,11 @@ function describeImages(command: Command, { objects }: Session): void {
   }
   const files: unknown = command.processedArgs[0]
   if (!Array.isArray(files)) return
+  if (command.name() === 'dd') {
+    const input = files.findIndex(operand => String(operand).startsWith('if='))
+    if (input >= 0) files[input] = `if=${objects.describe(String(files[input]).slice(3))}`
+    return
+  }
   const described = IMAGES[command.name()]?.(files.length) ?? 1
   for (const [index, file] of files.slice(0, described).entries()) files[index] = objects.describe(String(file))
 }

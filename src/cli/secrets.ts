@@ -2,7 +2,7 @@
 
 import { readFileSync } from 'node:fs'
 import { isFormat } from '../formats/table.js'
-import type { DetachedImage, EncryptedLayer, Format, SecretBytes, Secrets } from '../index.js'
+import type { DetachedImage, EncryptedLayer, Format, Secret, SecretBytes, Secrets } from '../index.js'
 import { toName } from '../text.js'
 import { CommandFailure, unsupported } from './failure.js'
 import { argumentOf, imagePath } from './filename.js'
@@ -87,15 +87,17 @@ export class Objects {
     return { file: imagePath(filename), header: imagePath(header) }
   }
 
+  /** What opens a layer of an image. */
+  secretOfLayer(filename: string, depth: number): Secret | undefined {
+    const image = this.#images.get(filename)
+    const id = image?.secrets[depth]
+    return id === undefined ? undefined : { secret: this.secret(id), allowWeak: image?.weak[depth] === true }
+  }
+
   /** What opens the layers of an image. */
   secretsOf(filename: string): Secrets | undefined {
-    const image = this.#images.get(filename)
-    if (image === undefined) return undefined
-    return ({ depth }: EncryptedLayer) => {
-      const id = image.secrets[depth]
-      if (id === undefined) return undefined
-      return { secret: this.secret(id), allowWeak: image.weak[depth] === true }
-    }
+    if (!this.#images.has(filename)) return undefined
+    return ({ depth }: EncryptedLayer) => this.secretOfLayer(filename, depth)
   }
 }
 

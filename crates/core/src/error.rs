@@ -146,6 +146,13 @@ impl Error {
         self
     }
 
+    /// With an offset that counted from `base` in that file.
+    #[must_use]
+    pub fn offset_from(mut self, base: u64) -> Self {
+        self.0.offset = self.0.offset.map(|offset| offset.saturating_add(base));
+        self
+    }
+
     /// The field, by its name in the specification.
     #[must_use]
     pub fn with_field(mut self, field: &'static str) -> Self {

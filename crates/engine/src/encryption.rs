@@ -195,38 +195,72 @@ pub(crate) fn door_of(
     secret: &[u8],
     job: &Job,
 ) -> Result<Option<Arc<dyn DataDoor>>> {
-    Ok(match (header.crypt_method, header.crypto_header()) {
-        (CryptMethod::Aes, _) => Some(Arc::new(AesDoor { codec: Arc::new(legacy_aes(secret)?) })),
-        (CryptMethod::Luks, Some((start, length))) => {
-            let codec = open_luks(&**storage, start, length, secret, job).map_err(|e| storage.located(e))?;
-            Some(Arc::new(LuksDoor { codec, header: None }))
-        }
-        // A header is refused that has no place of the encryption header for LUKS.
-        (CryptMethod::None | CryptMethod::Luks, _) => None,
-    })
+    if header.crypt_method == CryptMethod::Aes {
+        return Ok(Some(Arc::new(AesDoor { codec: Arc::new(legacy_aes(secret)?) })));
+    }
+    let Some(area) = LuksArea::of(&**storage, header) else { return Ok(None) };
+    let open = || luks1::unlock(&area.header()?, secret, &area.reader(), job, &Limits::default());
+    let codec = Arc::new(open().map_err(|e| area.located(e))?.cipher);
+    Ok(Some(Arc::new(LuksDoor { codec, header: None })))
 }
 
-/// The cipher behind the LUKS header at `start`.
-fn open_luks(
-    storage: &dyn Storage,
+/// The part of an image's file that has its LUKS header and key material. The image's own header says where, and is not believed
+/// further than that.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct LuksArea<'a> {
+    storage: &'a dyn Storage,
     start: HostOffset,
     length: u64,
-    secret: &[u8],
-    job: &Job,
-) -> Result<Arc<dyn SectorCodec>> {
-    let read = |offset: u64, bytes: &mut [u8]| {
-        let end = offset.checked_add(bytes.len() as u64).filter(|end| *end <= length);
-        let place = end.and(start.get().checked_add(offset)).ok_or_else(|| {
-            let message =
-                format!("{} bytes at {offset} are behind the end of the encryption header", bytes.len());
-            Error::new(ErrorKind::Corrupt, message).with_field("encryption header")
-        })?;
-        storage.read_exact_at(MemMut::from(bytes), place)
-    };
-    let mut header = [0; luks1::HEADER_BYTES];
-    read(0, &mut header)?;
-    let header = Luks1Header::parse(&header)?;
-    Ok(Arc::new(luks1::unlock(&header, secret, &read, job, &Limits::default())?.cipher))
+}
+
+impl<'a> LuksArea<'a> {
+    /// That of the image in `storage`, if it is encrypted with LUKS: then its header has a place of it.
+    pub(crate) fn of(storage: &'a dyn Storage, header: &Header) -> Option<Self> {
+        let (start, length) = header.crypto_header().filter(|_| header.crypt_method == CryptMethod::Luks)?;
+        Some(Self { storage, start, length })
+    }
+
+    /// Where `length` bytes at an offset from the LUKS header's start lie in the file.
+    ///
+    /// # Errors
+    /// `Corrupt` for what is not inside: see [`Self::located`].
+    pub(crate) fn place(&self, offset: u64, length: u64) -> Result<u64> {
+        let end = offset.checked_add(length).filter(|end| *end <= self.length);
+        end.and(self.start.get().checked_add(offset)).ok_or_else(|| {
+            let message = format!("{length} bytes at {offset} are behind the end of the encryption header");
+            Error::new(ErrorKind::Corrupt, message).with_field("encryption header").with_offset(offset)
+        })
+    }
+
+    /// An error whose offset counts from the LUKS header's start, unless it is of reading the file, as one of the file.
+    pub(crate) fn located(&self, error: Error) -> Error {
+        let own = error.path().is_none() && error.kind() != ErrorKind::Io;
+        self.storage.located(if own { error.offset_from(self.start.get()) } else { error })
+    }
+
+    fn read(&self, offset: u64, bytes: &mut [u8]) -> Result<()> {
+        let place = self.place(offset, bytes.len() as u64)?;
+        self.storage.read_exact_at(MemMut::from(bytes), place)
+    }
+
+    /// Reads bytes at offsets from the LUKS header's start.
+    pub(crate) fn reader(&self) -> impl Fn(u64, &mut [u8]) -> Result<()> {
+        |offset, bytes| self.read(offset, bytes)
+    }
+
+    /// The LUKS header as it is in the file now.
+    ///
+    /// # Errors
+    /// As [`Luks1Header::parse`], and those of reading: see [`Self::located`].
+    pub(crate) fn header(&self) -> Result<Luks1Header> {
+        let mut header = [0; luks1::HEADER_BYTES];
+        self.read(0, &mut header)?;
+        Luks1Header::parse(&header).map_err(|e| match e.field() {
+            // The image has a field of that name, which is not meant.
+            Some("magic") => Error::new(e.kind(), e.message()).with_field("encryption header").with_offset(0),
+            _ => e.with_offset(0),
+        })
+    }
 }
 
 /// Guest data behind the cipher of a LUKS header.

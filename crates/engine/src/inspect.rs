@@ -3,11 +3,12 @@
 use qcow2_format::header::PREAMBLE_LENGTH;
 use qcow2_format::header::feature::{FeatureSet, Incompatible, names_of};
 use qcow2_format::header::field;
-use qcow2_format::{FormatError, Header, Limits};
+use qcow2_format::{CryptMethod, FormatError, Header, Limits};
+use qcow2_luks::{Luks1Header, luks1};
 
 pub use qcow2_core::inspect::{Finding, FindingCode};
 
-use crate::{MemMut, Result, Storage, StorageExt};
+use crate::{Error, ErrorKind, MemMut, Result, Storage, StorageExt};
 
 /// What an image says about itself.
 #[derive(Debug, Default)]
@@ -24,7 +25,7 @@ pub struct Inspection {
     pub findings: Vec<Finding>,
 }
 
-/// Inspects the image in `storage`: reads its first cluster.
+/// Inspects the image in `storage`: reads its first cluster, and its LUKS header.
 ///
 /// # Errors
 /// `Io`. What is wrong with the image is a finding.
@@ -37,11 +38,19 @@ pub fn inspect(storage: &dyn Storage, limits: &Limits) -> Result<Inspection> {
     let mut cluster = vec![0u8; preamble.cluster_size as usize];
     let got = storage.read_up_to_at(MemMut::from(&mut cluster[..]), 0)?;
     cluster.truncate(got);
-    Ok(inspect_bytes(&cluster, Some(storage.size()?), limits))
+    let size = storage.size()?;
+    let mut found = inspect_bytes(&cluster, Some(size), limits);
+    if let Some((offset, length)) = found.luks() {
+        let mut luks = [0u8; luks1::HEADER_BYTES];
+        let got =
+            if offset < size { storage.read_up_to_at(MemMut::from(&mut luks[..]), offset)? } else { 0 };
+        found.judge_luks(luks.get(..got).unwrap_or_default(), offset, length);
+    }
+    Ok(found)
 }
 
 /// Inspects the first bytes of an image: its first cluster, or as much of it as there is. Without `file_size`, where tables
-/// end is not judged.
+/// end is not judged, and a LUKS header if it is among the bytes.
 #[must_use]
 pub fn inspect_bytes(bytes: &[u8], file_size: Option<u64>, limits: &Limits) -> Inspection {
     let mut found = Inspection { is_qcow2: bytes.starts_with(b"QFI\xfb"), ..Inspection::default() };
@@ -56,6 +65,12 @@ pub fn inspect_bytes(bytes: &[u8], file_size: Option<u64>, limits: &Limits) -> I
         Ok(header) => {
             found.judge(&header, file_size, limits);
             found.header = Some(header);
+            if let (None, Some((offset, length))) = (file_size, found.luks())
+                && let Some(luks) = usize::try_from(offset).ok().and_then(|at| bytes.get(at..))
+                && luks.len() >= luks1::HEADER_BYTES
+            {
+                found.judge_luks(luks, offset, length);
+            }
         }
         Err(error) => {
             let code = match error {
@@ -149,7 +164,9 @@ impl Inspection {
         let cluster_size = header.geometry.cluster_size();
         let snapshots = u64::from(header.nb_snapshots) * qcow2_format::snapshot::FIXED_LENGTH as u64;
         let bitmaps = header.bitmaps().map_or((0, 0), |b| (b.directory_offset.0, b.directory_size));
+        let encryption = header.crypto_header().map_or((0, 0), |(offset, length)| (offset.0, length));
         let tables = [
+            ("encryption header", encryption.0, encryption.1),
             ("L1 table", header.l1_table_offset.0, u64::from(header.l1_size) * 8),
             (
                 "refcount table",
@@ -161,6 +178,51 @@ impl Inspection {
         ];
         let outside = |(name, offset, length)| Finding::table(name, offset, length, cluster_size, file_size);
         self.findings.extend(tables.into_iter().filter_map(outside));
+    }
+}
+
+impl Inspection {
+    /// Start and length of the LUKS header and its key material, of an image that has one.
+    fn luks(&self) -> Option<(u64, u64)> {
+        let header = self.header.as_ref().filter(|header| header.crypt_method == CryptMethod::Luks)?;
+        header.crypto_header().map(|(offset, length)| (offset.0, length))
+    }
+
+    /// Judges the LUKS header that `bytes` begin with, which is at `offset` of the file and has `length` bytes with its key material: what
+    /// keeps a secret from opening the image, or would cost too much.
+    fn judge_luks(&mut self, bytes: &[u8], offset: u64, length: u64) {
+        let limits = qcow2_luks::Limits::default();
+        let mut add = |error: &Error| {
+            let code = match error.kind() {
+                ErrorKind::Limit => FindingCode::Limit,
+                ErrorKind::UnsupportedFeature => FindingCode::UnknownFeature,
+                _ => FindingCode::HeaderInvalid,
+            };
+            let at = offset.saturating_add(error.offset().unwrap_or_default());
+            self.findings
+                .push(Finding::new(code, format!("encryption header, {at:#x}: {}", error.message())));
+        };
+        let header = match Luks1Header::parse(bytes) {
+            Ok(header) => header,
+            Err(error) => return add(&error),
+        };
+        if let Err(error) = header.check_digest(&limits) {
+            add(&error);
+        }
+        for (slot, this) in header.slots.iter().enumerate().filter(|(_, slot)| slot.is_active()) {
+            let end = this.key_offset + header.material_bytes(this);
+            let outside = || {
+                let message = format!(
+                    "key slot {slot} is damaged: its key material ends at {end:#x}, behind the end of the \
+                     encryption header at {length:#x}"
+                );
+                Error::new(ErrorKind::Corrupt, message).with_offset(Luks1Header::slot_at(slot))
+            };
+            let judged = header.check_place(slot, &limits);
+            if let Err(error) = judged.and_then(|()| if end > length { Err(outside()) } else { Ok(()) }) {
+                add(&error);
+            }
+        }
     }
 }
 

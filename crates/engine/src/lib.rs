@@ -22,6 +22,7 @@ pub mod files;
 pub mod image;
 pub mod inspect;
 mod invalid;
+pub mod keys;
 pub mod maintenance;
 pub mod measure;
 mod patch;

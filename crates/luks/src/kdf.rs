@@ -37,6 +37,8 @@ impl Cost {
     pub(crate) fn iterations(self, hash: Hash, len: usize, job: &Job) -> Result<u32> {
         let time = match self {
             Self::Iterations(count) => return Ok(count.max(MIN_ITERATIONS)),
+            // Nothing to measure.
+            Self::Time(Duration::ZERO) => return Ok(MIN_ITERATIONS),
             Self::Time(time) => time,
         };
         let blocks = len.div_ceil(hash.size()).max(1) as f64;

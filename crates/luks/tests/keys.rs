@@ -4,7 +4,7 @@
 mod support;
 
 use qcow2_core::{ErrorKind, Job};
-use qcow2_luks::luks1::{add_key, change_key, erase_slot, format, slots_of, unlock};
+use qcow2_luks::luks1::{add_key, change_key, erase_slot, format, replace_key, unlock, unlock_all};
 use qcow2_luks::{Cost, FormatOptions, Formatted, Limits, Luks1Header, Plan};
 use support::{Folder, SECRET, cryptsetup_tries, qemu_to_raw, reader};
 
@@ -143,7 +143,8 @@ fn what_no_slot_can_do_is_refused() {
         "key slot 0 is in use: remove its key first (field slot)"
     );
     assert_eq!(add(&header, Some(8)).unwrap_err().kind(), ErrorKind::InvalidArgument);
-    assert_eq!(erase_slot(&header, 3, true).unwrap_err().kind(), ErrorKind::InvalidArgument);
+    assert_eq!(erase_slot(&header, 3, false).unwrap_err().kind(), ErrorKind::InvalidArgument);
+    assert_eq!(erase_slot(&header, 3, true).unwrap().writes.len(), 2, "what is left there is overwritten");
     let mut full = header;
     for _ in 1..8 {
         let plan = add(&full, None).unwrap();
@@ -152,8 +153,37 @@ fn what_no_slot_can_do_is_refused() {
     }
     assert_eq!(add(&full, None).unwrap_err().kind(), ErrorKind::Limit);
     assert_eq!(change_key(&full, &key, 0, b"x", COST, &Job::new()).unwrap_err().kind(), ErrorKind::Limit);
-    let found = slots_of(&full, b"more", &reader(&bytes), &Job::new(), &Limits::default()).unwrap();
-    assert_eq!(found, [1, 2, 3, 4, 5, 6, 7]);
+    let found = |only, secret: &[u8]| {
+        unlock_all(&full, only, secret, &reader(&bytes), &Job::new(), &Limits::default())
+            .map(|found| found.into_iter().map(|(slot, _)| slot).collect::<Vec<_>>())
+    };
+    assert_eq!(found(None, b"more").unwrap(), [1, 2, 3, 4, 5, 6, 7]);
+    assert_eq!(found(Some(3), b"more").unwrap(), [3]);
+    for (only, secret) in [(Some(0), &b"more"[..]), (None, b"less")] {
+        assert_eq!(found(only, secret).unwrap_err().kind(), ErrorKind::BadSecret);
+    }
+    assert_eq!(found(Some(8), b"more").unwrap_err().kind(), ErrorKind::InvalidArgument);
+}
+
+/// A slot in use is taken over by force, and whenever the power is cut a secret that is known opens the disk.
+#[test]
+fn a_slot_in_use_is_taken_over() {
+    let Formatted { header, bytes, key, .. } = made();
+    let added = add_key(&header, &key, Some(1), b"second", COST, &Job::new()).unwrap();
+    let mut two = bytes.clone();
+    apply(&mut two, &added);
+    for (mut bytes, writes) in [(bytes, 8), (two, 4)] {
+        let header = Luks1Header::parse(&bytes).unwrap();
+        let plan = replace_key(&header, &key, 0, b"new", COST, &Job::new()).unwrap();
+        assert_eq!((plan.slot, plan.writes.len()), (0, writes));
+        for write in &plan.writes {
+            assert!([SECRET, "second", "new"].iter().any(|secret| slot(&bytes, secret).is_some()));
+            bytes[write.offset as usize..][..write.bytes.len()].copy_from_slice(&write.bytes);
+        }
+        assert_eq!((slot(&bytes, SECRET), slot(&bytes, "new")), (None, Some(0)));
+        assert_eq!(Luks1Header::parse(&bytes).unwrap(), plan.header);
+        assert!(!plan.header.slots[2].is_active());
+    }
 }
 
 #[test]

@@ -46,7 +46,7 @@ pub struct LayerInfo {
     pub luks: Option<LuksInfo>,
 }
 
-/// What the header of a LUKS file says.
+/// What a LUKS header says, as QAPI's `QCryptoBlockInfoLUKS`.
 #[napi(object, object_from_js = false)]
 pub struct LuksInfo {
     /// 1 or 2.
@@ -78,8 +78,8 @@ pub struct LuksInfo {
 /// A key slot.
 #[napi(object, object_from_js = false)]
 pub struct LuksSlotInfo {
-    /// From 0 on.
-    pub number: u32,
+    /// Its number, from 0 on.
+    pub slot: u32,
     /// In use.
     pub active: bool,
     /// Of one in use.
@@ -153,6 +153,10 @@ pub struct Qcow2Info {
     pub bitmaps: Vec<BitmapInfo>,
     /// Why there are no more snapshots, or no bitmaps: what is wrong with their tables.
     pub damaged: Vec<Failure>,
+    /// What the LUKS header says.
+    pub luks: Option<LuksInfo>,
+    /// Why it cannot be read.
+    pub luks_damage: Option<Failure>,
 }
 
 /// An internal snapshot.
@@ -219,21 +223,26 @@ impl LayerInfo {
             encryption: layer.encryption().map(str::to_owned),
             backing: layer.references().backing.map(NamedFile::from),
             qcow2: layer.as_qcow2().map(Qcow2Info::new).transpose()?,
-            luks: luks(layer).map(LuksInfo::new),
+            luks: luks(layer).map(LuksInfo::of),
         })
     }
 }
 
 impl LuksInfo {
-    fn new(luks: &Luks) -> Self {
+    /// Of a LUKS file.
+    fn of(luks: &Luks) -> Self {
         let details = match luks.header() {
             LuksHeader::Luks1(header) => Details::from(&**header),
             LuksHeader::Luks2(header) => Details::from(header),
         };
+        Self::new(&details, luks.is_detached())
+    }
+
+    fn new(details: &Details, detached_header: bool) -> Self {
         let owned = |name: Option<&'static str>| name.map(str::to_owned);
         Self {
             version: details.version.into(),
-            detached_header: luks.is_detached(),
+            detached_header,
             cipher_alg: details.cipher_alg.to_owned(),
             cipher_mode: details.cipher_mode.to_owned(),
             ivgen_alg: owned(details.ivgen_alg),
@@ -251,7 +260,7 @@ impl LuksInfo {
 impl From<&SlotDetails> for LuksSlotInfo {
     fn from(slot: &SlotDetails) -> Self {
         Self {
-            number: slot.number as u32,
+            slot: slot.number as u32,
             active: slot.active,
             iters: slot.iters,
             stripes: slot.stripes,
@@ -268,6 +277,11 @@ impl Qcow2Info {
             Err(error) if error.kind() == ErrorKind::Io => return Err(error),
             Err(error) => (Vec::new(), Some(error)),
         };
+        let (luks, luks_damage) = match qcow2.luks_details() {
+            Ok(luks) => (luks, None),
+            Err(error) if error.kind() == ErrorKind::Io => return Err(error),
+            Err(error) => (None, Some(error)),
+        };
         Ok(Self {
             version: header.version,
             refcount_bits: 1 << header.geometry.refcount_order(),
@@ -282,6 +296,8 @@ impl Qcow2Info {
             snapshots: qcow2.snapshots().iter().map(SnapshotInfo::new).collect(),
             damaged: qcow2.snapshot_error().into_iter().chain(&bitmap_error).map(Failure::from).collect(),
             bitmaps: bitmaps.iter().map(|record| BitmapInfo::new(qcow2, record)).collect(),
+            luks: luks.map(|details| LuksInfo::new(&details, false)),
+            luks_damage: luks_damage.as_ref().map(Failure::from),
         })
     }
 }

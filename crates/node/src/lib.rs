@@ -33,6 +33,7 @@ mod guard;
 pub mod info;
 pub mod inspect;
 pub mod job;
+pub mod keys;
 pub mod map;
 pub mod open;
 pub mod overlay;

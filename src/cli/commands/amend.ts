@@ -7,7 +7,8 @@ import { describeError, openFailure, openHint } from '../errors.js'
 import { CommandFailure, UsageFailure, unsupported } from '../failure.js'
 import { imagePath } from '../filename.js'
 import { cacheMode, formatsThat, oneFile, takeDriverSyntax } from '../grammar.js'
-import { formatOf } from '../images.js'
+import { formatOf, type Request, withImage } from '../images.js'
+import { KEY_OPTIONS, type KeyChange, toKeyChange } from '../key-options.js'
 import { asksForHelp, joinOptionLists, type OptionValues, optionHelp, parseOptionList } from '../options.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
@@ -18,13 +19,26 @@ interface AmendArguments {
   readonly format?: string
   readonly options?: string
   readonly shrink?: boolean
+  readonly force?: boolean
   readonly progress?: boolean
   readonly quiet?: boolean
 }
 
-const OPTIONS = qcow2Options(
-  ...['backing_file', 'backing_fmt', 'compat', 'data_file', 'data_file_raw', 'lazy_refcounts', 'refcount_bits', 'size'],
-)
+const OPTIONS = [
+  ...qcow2Options(
+    ...[
+      'backing_file',
+      'backing_fmt',
+      'compat',
+      'data_file',
+      'data_file_raw',
+      'lazy_refcounts',
+      'refcount_bits',
+      'size',
+    ],
+  ),
+  ...KEY_OPTIONS,
+]
 
 export function declareAmend(program: Command, run: Runner): void {
   const command = program
@@ -43,7 +57,7 @@ export function declareAmend(program: Command, run: Runner): void {
     .option('-p, --progress', 'show progress')
     .option('-q, --quiet', 'print nothing but errors')
     .option('-t, --cache <mode>', 'cache mode, as qemu-img takes it', cacheMode('cache'))
-    .option('--force', 'allow what could make an encrypted image unreadable: nothing in this version')
+    .option('--force', 'overwrite key slots in use, and erase the last one, without which an image cannot be read')
   takeDriverSyntax(command)
   command.action((files: string[], options: AmendArguments) => run(session => amendFile(files, options, session)))
 }
@@ -60,15 +74,30 @@ async function amendFile(files: readonly string[], options: AmendArguments, sess
     throw session.signal.aborted ? error : openFailure(filename, error)
   })
   if (!can(format, 'amend')) throw new CommandFailure(`Format driver '${format}' does not support option amendment`)
-  const changes = toAmendOptions(parse(list))
+  const values = parse(list)
+  const changes = toAmendOptions(values)
+  const { objects } = session
+  const keys = toKeyChange(values, objects, objects.secretOfLayer(filename, 0), options.force ?? false)
   const choice = { progress: progress && !quiet, quiet, verb: 'Amending', step: 1 }
-  await withProgress(session, choice, job =>
-    amend(imagePath(filename), { ...job, ...changes, shrink: options.shrink, references: 'allow' }),
-  ).catch(error => {
+  await withProgress(session, choice, async job => {
+    if (keys === undefined || Object.keys(changes).length > 0) {
+      await amend(imagePath(filename), { ...job, ...changes, shrink: options.shrink, references: 'allow' })
+    }
+    if (keys !== undefined) await amendKeys({ filename, format, flags: 'r+' }, session, keys)
+  }).catch(error => {
     throw session.signal.aborted ? error : worded(filename, error)
   })
   return 0
 }
+
+const amendKeys = (request: Request, session: Session, change: KeyChange): Promise<void> =>
+  withImage(request, session, async image => {
+    const { formatSpecific } = await image.info()
+    if (formatSpecific?.encrypt === undefined) {
+      throw new CommandFailure("Can't amend encryption options - encryption not present")
+    }
+    await change(image, session.signal)
+  })
 
 /** Parses the list; an option that exists when an image is made is told apart from one that does not exist. */
 function parse(list: string): OptionValues {
@@ -109,6 +138,12 @@ function toAmendOptions(values: OptionValues): AmendOptions {
         break
       case 'size':
         if (typeof value === 'bigint') options.size = toSize(value)
+        break
+      case 'encrypt.state':
+      case 'encrypt.new-secret':
+      case 'encrypt.old-secret':
+      case 'encrypt.keyslot':
+      case 'encrypt.iter-time':
         break
       default:
         throw unsupported(`Option '${name}'`, 'it cannot be amended')

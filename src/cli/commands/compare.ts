@@ -3,7 +3,7 @@ import { type CompareResult, compare } from '../../index.js'
 import { describeError } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
 import { cacheMode, SOURCES, takeDriverSyntax } from '../grammar.js'
-import { formatOf, type Request, withImage } from '../images.js'
+import { formatOf, type Request, unlockFailure, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
@@ -68,12 +68,10 @@ async function compareFiles(files: readonly string[], options: CompareArguments,
   const result = await withProgress(session, choice, job =>
     compare(objects.sourceOf(a), objects.sourceOf(b), { ...request, ...job }),
   ).catch(error => {
-    throw session.signal.aborted
-      ? error
-      : new CommandFailure(`Error while comparing ${a} and ${b}: ${describeError(error)}`, {
-          exitCode: CANNOT_READ,
-          cause: error,
-        })
+    if (session.signal.aborted) throw error
+    const closed = unlockFailure([a, b], error, session, CANNOT_OPEN)
+    const message = `Error while comparing ${a} and ${b}: ${describeError(error)}`
+    throw closed ?? new CommandFailure(message, { exitCode: CANNOT_READ, cause: error })
   })
   if (!options.quiet) session.stdout.write(verdict(result, Math.min(sizeA, sizeB), sizeA !== sizeB))
   return result.identical ? 0 : 1
@@ -86,7 +84,11 @@ const sizeOf = (
   forceShare: boolean | undefined,
   session: Session,
 ): Promise<number> =>
-  withImage({ filename, ...format, forceShare, exitCode: CANNOT_OPEN }, session, async image => image.virtualSize)
+  withImage(
+    { filename, ...format, forceShare, exitCode: CANNOT_OPEN, closed: true },
+    session,
+    async image => image.virtualSize,
+  )
 
 /** What is printed: the warning comes when the shorter image ends, so a difference before that comes without it. */
 export function verdict(result: CompareResult, common: number, sizesDiffer: boolean): string {

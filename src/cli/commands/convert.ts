@@ -28,7 +28,7 @@ import {
   takeDriverSyntax,
   wholeNumber,
 } from '../grammar.js'
-import { formatOf, snapshotOf, withImage } from '../images.js'
+import { formatOf, snapshotOf, unlockFailure, withImage } from '../images.js'
 import { asksForHelp, type OptionValue, type OptionValues, parseOptionList } from '../options.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
@@ -216,17 +216,15 @@ async function convertNamed(
     )
     if (!given.quiet) warn(converted, session)
   } catch (error) {
-    throw session.signal.aborted || error instanceof CommandFailure ? error : worded(target, to, error)
+    if (session.signal.aborted || error instanceof CommandFailure) throw error
+    throw unlockFailure(sources, error, session) ?? worded(target, to, error)
   }
 }
 
-/** What opens the source. Layers are told apart by their depth alone, so that several images cannot have secrets of their own. */
+/** What opens the sources: each has secrets of its own. */
 function secretsOf(sources: readonly string[], { objects }: Session): Secrets | undefined {
-  const [first] = sources
-  if (sources.length > 1 && sources.some(source => objects.secretsOf(source) !== undefined)) {
-    throw unsupported('An encrypted source beside others', 'convert them one by one')
-  }
-  return first === undefined ? undefined : objects.secretsOf(first)
+  if (sources.every(source => objects.secretsOf(source) === undefined)) return undefined
+  return layer => objects.secretOfLayer(sources[layer.source ?? 0] ?? '', layer.depth)
 }
 
 /** What is for new images only in this version. */
@@ -250,14 +248,16 @@ async function lookAt(
       throw session.signal.aborted ? error : openFailure(filename, error)
     })
     from.push(format)
-    size += await withImage({ filename, format, forceShare }, session, async image => image.virtualSize).catch(
-      async error => {
-        // An image that is to be salvaged need not open: its header is enough.
-        const { virtualSize } = salvage ? await inspect(localPath(filename)) : { virtualSize: 0 }
-        if (virtualSize === 0) throw error
-        return virtualSize
-      },
-    )
+    size += await withImage(
+      { filename, format, forceShare, closed: true },
+      session,
+      async image => image.virtualSize,
+    ).catch(async error => {
+      // An image that is to be salvaged need not open: its header is enough.
+      const { virtualSize } = salvage ? await inspect(localPath(filename)) : { virtualSize: 0 }
+      if (virtualSize === 0) throw error
+      return virtualSize
+    })
   }
   const [filename] = sources
   const [format] = from
@@ -266,7 +266,7 @@ async function lookAt(
   }
   if (sources.length > 1) throw new CommandFailure('No support for concatenating multiple snapshot')
   const snapshot = await snapshotOf(filename, format, sourceSnapshot, forceShare, session)
-  const viewed = { filename, format, snapshot, forceShare }
+  const viewed = { filename, format, snapshot, forceShare, closed: true }
   return { from, size: await withImage(viewed, session, async image => image.virtualSize), snapshot }
 }
 
@@ -311,7 +311,7 @@ async function checkBitmaps(
   { sourceFormat, skipBrokenBitmaps, forceShare }: ConvertArguments,
   session: Session,
 ): Promise<void> {
-  const at = { filename: source, format: sourceFormat, references: 'layer', forceShare } as const
+  const at = { filename: source, format: sourceFormat, references: 'layer', forceShare, closed: true } as const
   await withImage(at, session, async image => {
     const { formatSpecific } = await image.info()
     if (!hasBitmaps(formatSpecific)) throw new CommandFailure('Source lacks bitmap support')

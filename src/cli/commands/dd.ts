@@ -5,8 +5,8 @@ import { targetFormat } from '../create-options.js'
 import { describeError } from '../errors.js'
 import { CommandFailure } from '../failure.js'
 import { imagePath, localPath } from '../filename.js'
-import { alias, refuseDriverSyntax, SOURCES, TARGETS } from '../grammar.js'
-import { formatOf, withImage } from '../images.js'
+import { alias, SOURCES, TARGETS, takeDriverSyntax } from '../grammar.js'
+import { formatOf, unlockFailure, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
@@ -44,7 +44,7 @@ export function declareDd(program: Command, run: Runner): void {
     .option('-O, --target-format <fmt>', `format of the target: ${TARGETS}`, PLAIN_FORMAT)
     .option('-U, --force-share', 'open an image that another process uses')
   alias(command, '--target-format', '--output-format')
-  refuseDriverSyntax(command)
+  takeDriverSyntax(command)
   command.action((operands: string[], options: DdArguments) => run(session => dd(operands, options, session)))
 }
 
@@ -89,7 +89,7 @@ async function dd(list: readonly string[], options: DdArguments, session: Sessio
   const { blockSize, count, skip, input, output } = read(list)
   if (input === undefined || output === undefined) throw new CommandFailure('Must specify both input and output files')
   const { forceShare } = options
-  const request = { filename: input, format: options.format, forceShare }
+  const request = { filename: input, format: options.format, forceShare, closed: true }
   const disk = BigInt(await withImage(request, session, async image => image.virtualSize))
   const from = await formatOf(input, options.format, session)
   const to = formatFor(options.targetFormat)
@@ -101,10 +101,13 @@ async function dd(list: readonly string[], options: DdArguments, session: Sessio
   const range = beyond ? { start: 0, length: 0 } : { start: toSize(start), length: toSize(end - start) }
   // As dd is: nothing is shown unless somebody asks.
   const choice = { progress: false, quiet: true, verb: 'Copying', step: 1 }
-  const copy = { from, to, ...range, references: 'allow', forceShare, overwrite: true } as const
+  const secret = session.objects.secretsOf(input)
+  const copy = { from, to, ...range, references: 'allow', secret, forceShare, overwrite: true } as const
   await withProgress(session, choice, job => convert(imagePath(input), imagePath(output), { ...copy, ...job })).catch(
     error => {
       if (session.signal.aborted) throw error
+      const closed = unlockFailure([input], error, session)
+      if (closed !== undefined) throw closed
       const reason = describeError(error, localPath(output))
       throw new CommandFailure(`${output}: error while creating output image: ${reason}`, { cause: error })
     },

@@ -1,13 +1,13 @@
 import { type Command, Option } from 'commander'
 import { isFormat, traitsOf } from '../../formats/table.js'
-import { type BlockLimits, type ImageInfo, inspect, type LuksSpecificInfo, probe } from '../../index.js'
+import { type BlockLimits, type EncryptInfo, type ImageInfo, inspect, type LuksInfo, probe } from '../../index.js'
 import { fileStat } from '../../support/files.js'
 import { exactText } from '../../text.js'
 import { openFailure } from '../errors.js'
 import { CommandFailure } from '../failure.js'
 import { argumentOf, imagePath, shownName } from '../filename.js'
 import { formatInfo, type InfoDocument } from '../format/info.js'
-import { toJson } from '../format/json.js'
+import { type Json, toJson } from '../format/json.js'
 import { snapshotDocuments } from '../format/snapshots.js'
 import { cacheMode, later, oneFile, outputOption, SOURCES, takeDriverSyntax, toCacheMode } from '../grammar.js'
 import { warnOfDamage, withImage } from '../images.js'
@@ -66,7 +66,7 @@ async function collect(top: string, options: InfoArguments, session: Session): P
       return documents
     }
     const info: ImageInfo = await withImage(
-      { filename, format, references: 'layer', forceShare, cache },
+      { filename, format, references: 'layer', forceShare, cache, closed: true },
       session,
       image => image.info(),
     )
@@ -185,7 +185,7 @@ const specificData = (specific: NonNullable<ImageInfo['formatSpecific']>) => ({
   'data-file':
     specific.dataFile === undefined ? undefined : dataFileName(exactText(specific.dataFile, specific.dataFileBytes)),
   'data-file-raw': specific.dataFileRaw,
-  encrypt: specific.encrypt && { format: specific.encrypt.format },
+  encrypt: specific.encrypt && encryptDocument(specific.encrypt),
   bitmaps: specific.bitmaps?.map(({ name, nameBytes, granularity, flags }) => ({
     name: exactText(name, nameBytes),
     granularity,
@@ -194,7 +194,7 @@ const specificData = (specific: NonNullable<ImageInfo['formatSpecific']>) => ({
 })
 
 /** What version 2 has besides is told as QEMU would name it. */
-const luksData = (luks: LuksSpecificInfo) => ({
+const luksData = (luks: LuksInfo) => ({
   ...(luks.version !== 1 && { version: luks.version, 'sector-size': luks.sectorSize }),
   'ivgen-alg': luks.ivgenAlg,
   'ivgen-hash-alg': luks.ivgenHashAlg,
@@ -211,6 +211,12 @@ const luksData = (luks: LuksSpecificInfo) => ({
   })),
   'payload-offset': luks.payloadOffset,
   'master-key-iters': luks.masterKeyIters,
+})
+
+/** Of a LUKS header that cannot be read, only that there is one. */
+const encryptDocument = (encrypt: EncryptInfo): { readonly [key: string]: Json | undefined } => ({
+  format: encrypt.format,
+  ...(encrypt.slots !== undefined && luksData(encrypt)),
 })
 
 const fileDocument = (

@@ -157,7 +157,7 @@ impl Luks1Header {
     }
 
     /// Where the bytes of a slot lie in the header.
-    pub(super) fn slot_at(slot: usize) -> u64 {
+    pub fn slot_at(slot: usize) -> u64 {
         (SLOTS_AT + slot * SLOT_BYTES) as u64
     }
 
@@ -169,6 +169,20 @@ impl Luks1Header {
     /// Bytes from the header's start to the end of the last key material, of slots in use and free ones. What is cut off there is damaged.
     pub fn end_of_material(&self) -> u64 {
         self.slots.iter().map(|slot| slot.key_offset + self.material_bytes(slot)).max().unwrap_or_default()
+    }
+
+    /// Whether the digest of the volume key, which is asked for each slot that is tried, costs no more than it may.
+    ///
+    /// # Errors
+    /// `Limit`.
+    pub fn check_digest(&self, limits: &Limits) -> Result<()> {
+        let (value, most) = (self.mk_digest_iter, limits.max_iterations);
+        if value <= most {
+            return Ok(());
+        }
+        let message =
+            format!("the digest of the volume key demands {value} iterations, above the limit of {most}");
+        Err(Error::new(ErrorKind::Limit, message).with_field("mk-digest-iter"))
     }
 
     /// Whether an active slot can be what it says.

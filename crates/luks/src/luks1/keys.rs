@@ -34,6 +34,14 @@ pub struct Plan {
     pub writes: Vec<Write>,
 }
 
+impl Plan {
+    /// This plan, and behind it one that was made for the header that it leaves.
+    pub fn then(&mut self, next: Self) {
+        self.header = next.header;
+        self.writes.extend(next.writes);
+    }
+}
+
 /// A secret more that opens the disk: in `slot`, or the first one that is free. Key material first, then the slot: a cut between leaves it
 /// free.
 ///
@@ -74,29 +82,52 @@ pub fn change_key(
         return Err(not_in_use(old));
     }
     let mut plan = add_key(header, key, None, secret, cost, job)?;
-    let rest = erase_slot(&plan.header, old, false)?;
-    plan.writes.extend(rest.writes);
-    Ok(Plan { header: rest.header, ..plan })
+    plan.then(erase_slot(&plan.header, old, false)?);
+    Ok(plan)
+}
+
+/// As [`add_key`], into a slot that may be in use: what opened that opens nothing any more. Where no other slot opens the disk, the
+/// new secret is in a second one meanwhile.
+///
+/// # Errors
+/// As [`add_key`] but for a slot in use; `Limit` where a second slot is needed and none is free.
+pub fn replace_key(
+    header: &Luks1Header,
+    key: &VolumeKey,
+    slot: usize,
+    secret: &[u8],
+    cost: Cost,
+    job: &Job,
+) -> Result<Plan> {
+    if !header.slots.get(slot).ok_or_else(|| no_such_slot(slot))?.is_active() {
+        return add_key(header, key, Some(slot), secret, cost, job);
+    }
+    let second = match opens_without(header, slot) {
+        true => None,
+        false => Some(add_key(header, key, None, secret, cost, job)?),
+    };
+    let mut plan = erase_slot(second.as_ref().map_or(header, |second| &second.header), slot, true)?;
+    plan.then(add_key(&plan.header, key, Some(slot), secret, cost, job)?);
+    let Some(mut begin) = second else { return Ok(plan) };
+    let rest = erase_slot(&plan.header, begin.slot, false)?;
+    begin.then(plan);
+    begin.then(rest);
+    Ok(Plan { slot, ..begin })
 }
 
 /// A slot whose secret opens nothing any more: its key material is overwritten, then it is free. A cut between leaves a slot that
-/// nothing opens. Where a slot is damaged, so that its place may be another's, only the header is written.
+/// nothing opens. Where a slot is damaged, so that its place may be another's, only the header is written. By `force` what is left of
+/// a free slot's key material is overwritten, too.
 ///
 /// # Errors
 /// `DataLoss` for the last slot that can open the disk, unless `force`; `InvalidArgument` for a slot that is not in use.
 pub fn erase_slot(header: &Luks1Header, slot: usize, force: bool) -> Result<Plan> {
     let this = header.slots.get(slot).ok_or_else(|| no_such_slot(slot))?;
-    if !this.is_active() {
+    if !this.is_active() && !force {
         return Err(not_in_use(slot));
     }
-    let limits = Limits { max_iterations: u32::MAX, ..Limits::default() };
-    let sound = |slot: usize| header.check_slot(slot, &limits).is_ok();
-    let others = header
-        .slots
-        .iter()
-        .enumerate()
-        .any(|(other, that)| other != slot && that.is_active() && sound(other));
-    if !others && !force {
+    let limits = places();
+    if !force && !opens_without(header, slot) {
         let message =
             format!("key slot {slot} is the last one that opens this disk: without it all data is lost");
         return Err(Error::new(ErrorKind::DataLoss, message).with_field("slot"));
@@ -116,7 +147,19 @@ pub fn erase_slot(header: &Luks1Header, slot: usize, force: bool) -> Result<Plan
     Ok(Plan { header, slot, writes })
 }
 
-fn not_in_use(slot: usize) -> Error {
+/// Where key material may lie: what its iterations are does not matter.
+fn places() -> Limits {
+    Limits { max_iterations: u32::MAX, ..Limits::default() }
+}
+
+/// Whether a slot beside this one can open the disk.
+fn opens_without(header: &Luks1Header, slot: usize) -> bool {
+    let limits = places();
+    let opens = |other: usize| header.check_slot(other, &limits).is_ok();
+    header.slots.iter().enumerate().any(|(other, that)| other != slot && that.is_active() && opens(other))
+}
+
+pub(super) fn not_in_use(slot: usize) -> Error {
     Error::new(ErrorKind::InvalidArgument, format!("key slot {slot} is not in use")).with_field("slot")
 }
 

@@ -7,8 +7,8 @@ mod unlock;
 
 pub use create::{FormatOptions, Formatted, format};
 pub use header::{HEADER_BYTES, KeySlot, Luks1Header, SLOTS};
-pub use keys::{Plan, Write, add_key, change_key, erase_slot};
-pub use unlock::{slots_of, unlock};
+pub use keys::{Plan, Write, add_key, change_key, erase_slot, replace_key};
+pub use unlock::{unlock, unlock_all};
 
 use qcow2_core::{Error, ErrorKind, Result};
 

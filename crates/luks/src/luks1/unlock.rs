@@ -4,7 +4,8 @@ use qcow2_core::{Error, ErrorKind, Job, Result};
 use subtle::ConstantTimeEq;
 use zeroize::Zeroizing;
 
-use super::header::{DIGEST, Luks1Header};
+use super::header::{DIGEST, Luks1Header, no_such_slot};
+use super::keys::not_in_use;
 use crate::kdf::pbkdf2;
 use crate::{Limits, Read, SectorCipher, Unlocked, VolumeKey, refused, split};
 
@@ -20,7 +21,7 @@ pub fn unlock(
     job: &Job,
     limits: &Limits,
 ) -> Result<Unlocked> {
-    check_digest(header, limits)?;
+    header.check_digest(limits)?;
     let mut passed_over: Option<Error> = None;
     let mut tried = 0;
     for (slot, _) in header.slots.iter().enumerate().filter(|(_, slot)| slot.is_active()) {
@@ -43,37 +44,45 @@ pub fn unlock(
     Err(refused(tried, passed_over))
 }
 
-/// Every active key slot that the secret opens. One that is damaged or cannot be read is passed over.
+/// Every active key slot that the secret opens, with the volume key, at least one; of `only` this slot. One that is damaged is passed
+/// over.
 ///
 /// # Errors
-/// As [`unlock`].
-pub fn slots_of(
+/// As [`unlock`]; `InvalidArgument` for a slot that is not in use; that of reading: it may be one of those.
+pub fn unlock_all(
     header: &Luks1Header,
+    only: Option<usize>,
     secret: &[u8],
     read: &Read<'_>,
     job: &Job,
     limits: &Limits,
-) -> Result<Vec<usize>> {
-    check_digest(header, limits)?;
-    let mut found = Vec::new();
-    for (slot, _) in header.slots.iter().enumerate().filter(|(_, slot)| slot.is_active()) {
+) -> Result<Vec<(usize, VolumeKey)>> {
+    if let Some(slot) = only
+        && !header.slots.get(slot).ok_or_else(|| no_such_slot(slot))?.is_active()
+    {
+        return Err(not_in_use(slot));
+    }
+    header.check_digest(limits)?;
+    let (mut found, mut tried, mut passed_over) = (Vec::new(), 0, None);
+    for (slot, this) in header.slots.iter().enumerate() {
+        if !this.is_active() || only.is_some_and(|only| only != slot) {
+            continue;
+        }
         match open_slot(header, slot, secret, read, job, limits) {
-            Ok(Some(_)) => found.push(slot),
-            Err(e) if e.kind() == ErrorKind::Aborted => return Err(e),
-            Ok(None) | Err(_) => {}
+            Ok(Some(key)) => found.push((slot, key)),
+            Ok(None) => tried += 1,
+            Err(e) if matches!(e.kind(), ErrorKind::Aborted | ErrorKind::Io) => return Err(e),
+            Err(e) => passed_over = passed_over.or(Some(e)),
         }
     }
-    Ok(found)
-}
-
-fn check_digest(header: &Luks1Header, limits: &Limits) -> Result<()> {
-    let (value, most) = (header.mk_digest_iter, limits.max_iterations);
-    if value <= most {
-        return Ok(());
+    match only {
+        _ if !found.is_empty() => Ok(found),
+        Some(slot) if tried > 0 => {
+            let message = format!("the secret does not open key slot {slot}");
+            Err(Error::new(ErrorKind::BadSecret, message).with_field("slot"))
+        }
+        _ => Err(refused(tried, passed_over)),
     }
-    let message =
-        format!("the digest of the volume key demands {value} iterations, above the limit of {most}");
-    Err(Error::new(ErrorKind::Limit, message).with_field("mk-digest-iter"))
 }
 
 /// The volume key of a slot, if the secret is that slot's.
