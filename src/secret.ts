@@ -133,8 +133,8 @@ export const secrets: Reader<ReadSecrets> = (value, name) => {
 export const ITER_TIME = integer(1, 60_000)
 
 /** The same secret in bytes of its own. */
-export const copyOf = ({ bytes, file }: NativeSecret): NativeSecret =>
-  bytes === undefined ? { file } : { bytes: Uint8Array.from(bytes) }
+export const copyOf = ({ bytes, ...rest }: NativeSecret): NativeSecret =>
+  bytes === undefined ? rest : { ...rest, bytes: Uint8Array.from(bytes) }
 
 const ENCRYPT = {
   format: oneOf('luks', 'aes'),

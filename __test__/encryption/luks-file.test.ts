@@ -286,7 +286,7 @@ describe.skipIf(!haveCryptsetup)('what cryptsetup makes', () => {
     cryptsetup('luksFormat', '--type', 'luks2', '--sector-size', '4096', ...argon2, at('two.luks'))
     {
       await using image = await open(at('two.luks'), { flags: 'r+', secret: SECRET })
-      expect((await image.info()).luks).toMatchObject({ version: 2, sectorSize: 4096, slots: [{ number: 0 }] })
+      expect((await image.info()).luks).toMatchObject({ version: 2, sectorSize: 4096, slots: [{ slot: 0 }] })
       await image.write(disk, { position: 0 })
     }
     expect((await ours(at('two.luks'))).equals(disk)).toBe(true)
