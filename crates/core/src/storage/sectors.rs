@@ -317,7 +317,7 @@ mod tests {
     #[test]
     fn a_sector_is_counted_where_the_guest_has_it() {
         let host = Arc::new(MemoryStorage::new());
-        let door = Sectors::new(host.clone(), Arc::new(Sums));
+        let door = Sectors::new(host.clone(), Arc::new(Sums(512)));
         let (guest, place) = (7 * 512, 3 * 512);
         door.counted(guest + 100, place + 100).write_at(Mem::from(&pattern(900)[..]), place + 100).unwrap();
         // Moved as it is stored: the guest's sectors are the same at another place.
