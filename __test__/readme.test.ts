@@ -59,6 +59,7 @@ const writeDisk = (path: string): string =>
 beforeAll(async () => {
   mkdirSync(files)
   writeFileSync(join(files, 'key.txt'), 'correct horse battery staple')
+  writeFileSync(join(files, 'new.txt'), 'correct horse battery staple')
   const at = (name: string): string => join(files, name)
   const disk = writeDisk(join(folder, 'disk.raw'))
   writeRaw(at('b.raw'), 4 * MIB, [[0, MIB]])

@@ -3,7 +3,7 @@
 //
 // node benchmark/run.mjs [--smoke] [--trials N] [--source FOLDER] [--size MIB] [--only WORDS] [--json FILE]
 // Words to choose by: a convert's name, 'check', 'map', 'commit', 'rebase', 'on XFS', 'random reads', 'installation',
-// 'random writes', 'writes from Node'.
+// 'random writes', 'encryption', 'writes from Node'.
 //
 // --smoke: one trial of everything on a small disk, to see that nothing rots; without qemu-img, this side alone.
 
@@ -41,6 +41,11 @@ const ours = (...args) => [process.execPath, cli, ...args]
 const theirs = (...args) => [process.env.QEMU_IMG_PROG ?? 'qemu-img', ...args]
 const FAST = ['-W', '-m', '8']
 
+/** An encrypted image whose key takes no time: what is measured is the cipher. */
+const SECRET = ['--object', 'secret,id=s,data=secret']
+const ENCRYPT = 'encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10'
+const LUKS = `driver=qcow2,encrypt.key-secret=s,file.filename=${at('luks.qcow2')}`
+
 /** A convert by both sides in a folder: the same source, a target for each. */
 const convertIn = (place, name, source, from, to, ...flags) => ({
   name,
@@ -59,6 +64,17 @@ const jobs = [
   convert('raw to zstd', 'disk.raw', 'raw', 'qcow2', '-c', '-o', 'compression_type=zstd'),
   convert('zlib to raw', 'zlib.qcow2', 'qcow2', 'raw'),
   convert('zstd to raw', 'zstd.qcow2', 'qcow2', 'raw'),
+  {
+    ...convert('raw to LUKS', 'disk.raw', 'raw', 'qcow2', ...SECRET, '-o', ENCRYPT),
+    check: undefined,
+  },
+  {
+    name: 'LUKS to raw',
+    place: folder,
+    ours: ours('convert', '-q', ...SECRET, '--image-opts', LUKS, '-O', 'raw', at('ours')),
+    theirs: theirs('convert', ...FAST, ...SECRET, '--image-opts', LUKS, '-O', 'raw', at('theirs')),
+    check: target => ours('compare', '-q', '-f', 'raw', '-F', 'raw', at('disk.raw'), at(target)),
+  },
   {
     name: 'check, all clusters mapped',
     ours: ours('check', '-q', at('mapped.qcow2')),
@@ -79,6 +95,7 @@ function prepare() {
   // Sources by QEMU where it is there: both sides read what QEMU wrote.
   const make = qemu ? (...args) => trial(theirs('convert', ...FAST, '-f', 'raw', '-O', 'qcow2', ...args)) : own
   make(at('disk.raw'), at('disk.qcow2'))
+  if ('LUKS to raw'.includes(values.only)) make(...SECRET, '-o', ENCRYPT, at('disk.raw'), at('luks.qcow2'))
   if ('zlib to raw'.includes(values.only)) make('-c', at('disk.raw'), at('zlib.qcow2'))
   if ('zstd to raw'.includes(values.only)) make('-c', '-o', 'compression_type=zstd', at('disk.raw'), at('zstd.qcow2'))
   trial(ours('create', '-q', '-f', 'qcow2', '-o', 'preallocation=metadata', at('mapped.qcow2'), smoke ? '1G' : '1T'))
@@ -98,8 +115,8 @@ function runJob(job) {
       spawnSync('sync')
       const result = trial(job[side])
       if (round > 0) sides[side].push(result)
-      if (!job.check) continue
-      if (round === 1) trial(job.check(side))
+      if (job.place === undefined) continue
+      if (round === 1 && job.check) trial(job.check(side))
       sizes[side] = statSync(join(job.place, side)).blocks * 512
       rmSync(join(job.place, side))
     }
@@ -162,6 +179,12 @@ function randomReads() {
   return JSON.parse(trial([process.execPath, join(here, 'random-read.mjs'), '--json', ...flags]).stdout)
 }
 
+/** Prints what it finds. */
+function encryption() {
+  const flags = smoke ? ['--seconds', '0.1', '--rounds', '1'] : ['--rounds', String(trials)]
+  console.log(trial([process.execPath, join(here, 'encryption.mjs'), ...flags]).stdout)
+}
+
 function nodeWrites() {
   const flags = smoke ? ['--count', '200', '--rewrites', '200', '--rounds', '1'] : ['--rounds', String(trials)]
   return JSON.parse(trial([process.execPath, join(here, 'random-write.mjs'), '--json', ...flags]).stdout)
@@ -190,6 +213,7 @@ try {
     for (const flags of [[], ['--rewrite']]) engine('replay', flags, '--requests', '500', '--modes', 'writeback')
   }
   if (qemu && 'random writes'.includes(values.only)) engine('random_writes', [], '--count', '200')
+  if ('encryption'.includes(values.only)) encryption()
   const writes = 'writes from Node'.includes(values.only) ? nodeWrites() : []
   console.log()
   for (const { shape, depth, ours, theirs } of writes) {
