@@ -266,7 +266,9 @@ fn holes_of_what_moves_stay_holes() {
 
 #[test]
 fn no_power_cut_during_a_compaction_changes_what_is_read() {
-    for (number, geometry) in geometries().into_iter().enumerate() {
+    // Every second one, unless more time was asked for (see .ci/crash).
+    let step = if std::env::var_os("QCOW2_CRASH_STATES").is_some() { 1 } else { 2 };
+    for (number, geometry) in geometries().into_iter().enumerate().step_by(step) {
         let random = if geometry.cluster_size > 65536 { 3 } else { 10 };
         let rig = used(&geometry, number as u64);
         if number % 4 == 0 {
@@ -275,7 +277,7 @@ fn no_power_cut_during_a_compaction_changes_what_is_read() {
             assert_clean(&files, &what);
         }
         let what = format!("{} rewriting", geometry.name());
-        let options = CompactOptions { zeroes: number % 2 == 0, ..REWRITE };
+        let options = CompactOptions { zeroes: number / 2 % 2 == 0, ..REWRITE };
         let files = explore(&rig, 2, random, &what, |image| image.compact(options, &Job::new()).map(drop));
         assert_clean(&files, &what);
     }

@@ -137,7 +137,9 @@ fn a_disk_cut_to_nothing_keeps_nothing() {
 
 #[test]
 fn no_power_cut_during_a_shrink_leaves_anything_between() {
-    for geometry in geometries() {
+    // Every second one, unless more time was asked for (see .ci/crash).
+    let step = if std::env::var_os("QCOW2_CRASH_STATES").is_some() { 1 } else { 2 };
+    for geometry in geometries().into_iter().step_by(step) {
         let mut rig = rig(&geometry, 7);
         if has_snapshots(&rig) {
             continue;
