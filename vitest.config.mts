@@ -11,7 +11,7 @@ export default defineConfig({
     include: ['__test__/**/*.test.ts'],
     exclude: ['__test__/package/**'],
     server: { deps: { external: [/\/dist\//] } },
-    testTimeout: 60_000,
+    testTimeout: 120_000,
     hookTimeout: 60_000,
     pool: 'forks',
     // Vitest leaves one core free, which is half of a small machine; most tests wait for a tool or a disk half of their time.
