@@ -69,12 +69,13 @@ export async function withImage<T>(
   }
 }
 
-async function openImage(
+/** Opens an image and everything below it. What went wrong is not yet said in the words of {@link openFailure}. */
+export async function openImage(
   filename: string,
   requested: string | undefined,
-  options: Pick<OpenOptions, 'snapshot' | 'references' | 'forceShare' | 'flags' | 'cache'>,
+  options: Omit<OpenOptions, 'format' | 'secret' | 'signal'>,
   session: Session,
-  unwritable: string | undefined,
+  unwritable?: string,
 ): Promise<Image> {
   const format = await formatOf(filename, requested, session)
   const secret = session.objects.secretsOf(filename)
