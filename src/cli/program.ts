@@ -86,7 +86,8 @@ function buildProgram(session: Session, run: Runner, only?: string): Command {
   for (const command of program.commands) {
     command.on('option:version', printVersion)
     command.on('option:object', (definition: string) => session.objects.add(definition))
-    command.hook('preAction', () => describeImages(command, session))
+    const name = command.name()
+    command.hook('preAction', () => describeImages(command, name, session))
   }
   return program
 }
@@ -100,7 +101,7 @@ const IMAGES: Readonly<Record<string, (count: number) => number>> = {
 }
 
 /** With `--image-opts` the arguments are descriptions; what runs sees the names of the images. */
-function describeImages(command: Command, { objects }: Session): void {
+function describeImages(command: Command, name: string, { objects }: Session): void {
   const { imageOpts, format, sourceFormat } = command.opts<Record<string, unknown>>()
   if (imageOpts !== true) return
   if (format !== undefined || sourceFormat !== undefined) {
@@ -108,7 +109,7 @@ function describeImages(command: Command, { objects }: Session): void {
   }
   const files: unknown = command.processedArgs[0]
   if (!Array.isArray(files)) return
-  const described = IMAGES[command.name()]?.(files.length) ?? 1
+  const described = IMAGES[name]?.(files.length) ?? 1
   for (const [index, file] of files.slice(0, described).entries()) files[index] = objects.describe(String(file))
 }
 

@@ -32,7 +32,6 @@ export async function aioWrite(context: Context, args: Arguments): Promise<boole
   const zeroes = args.has('z')
   if (zeroes && args.operands.length !== 2) throw refused('-z supports only a single length parameter')
   if (args.has('u') && !zeroes) throw refused('-u requires -z to be specified')
-  if (zeroes && args.has('P')) throw refused('-z and -P cannot be specified at the same time')
   if (zeroes && args.has('r')) throw refused('cannot combine zero write with registered I/O buffer')
   const range = zeroes ? toRange(args, { limited: false }) : toVector(args)
   const disk = opened(context)

@@ -6,7 +6,7 @@ import { CommandFailure, unsupported } from '../failure.js'
 import { cacheMode, toCacheMode } from '../grammar.js'
 import type { Session } from '../session.js'
 import type { Context } from './context.js'
-import { describedBy, type Opening, openDisk, ReopenFailure, reopenDisk } from './disk.js'
+import { describedBy, type Opening, openDisk, plainFailure, ReopenFailure, reopenDisk } from './disk.js'
 import { type DriverOptions, readDriverOptions, refuseFixed } from './driver-options.js'
 import { type Arguments, misused } from './line.js'
 import { opened } from './opened.js'
@@ -95,7 +95,7 @@ function named(prefix: string, work: () => Opening): Opening {
     return work()
   } catch (error) {
     const plain = error instanceof CommandFailure && /^Invalid |is not supported: |^Parameter /.test(error.message)
-    throw plain ? error : prefixed(prefix, error)
+    throw plain ? error : prefixed(prefix, plainFailure('', error))
   }
 }
 

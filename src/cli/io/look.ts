@@ -86,7 +86,8 @@ export async function truncate(context: Context, args: Arguments): Promise<boole
   const mode = args.value('m') ?? 'off'
   if (!isPreallocation(mode)) return refuse(context, `Invalid preallocation mode '${mode}'`)
   const [text] = args.operands
-  if (text === undefined || args.operands.length !== 1) throw misused()
+  // Words behind it mean nothing.
+  if (text === undefined) throw misused()
   const { image, info } = opened(context)
   const wanted = toNumber(text)
   const partial = wanted % 512n
