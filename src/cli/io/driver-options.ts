@@ -125,9 +125,10 @@ function checkCaches(values: DriverOptions, { clusterSize, virtualSize }: Shape)
   if ((refcounts ?? 0n) / BigInt(clusterSize) > INT_MAX) throw new CommandFailure('Refcount cache size too big')
 }
 
-/** The bytes that L2 tables may take, where the options say so. */
+/** The bytes that L2 tables may take, where the options say so. Options that contradict each other are refused elsewhere. */
 export function l2CacheSize(values: DriverOptions): bigint | undefined {
   const both = sizeOf(values, 'cache-size')
   const refcounts = sizeOf(values, 'refcount-cache-size') ?? 0n
-  return sizeOf(values, 'l2-cache-size') ?? (both === undefined ? undefined : both - refcounts)
+  const rest = both === undefined ? undefined : both > refcounts ? both - refcounts : 0n
+  return sizeOf(values, 'l2-cache-size') ?? rest
 }
