@@ -112,16 +112,12 @@ try {
       const fresh = tests.filter(test => results.get(test) !== 'passed' && !(test in failing))
       const better = passed.filter(test => test in failing)
       const seconds = Math.round((Date.now() - started) / 1000)
-      process.stdout.write(
-        `${cell}${name === '' ? '' : `, ${name}`}: ${passed.length} of ${tests.length} pass (${seconds} s)\n`,
-      )
+      process.stdout.write(`${cell}${name === '' ? '' : `, ${name}`}: ${passed.length} of ${tests.length} pass (${seconds} s)\n`)
       for (const test of tests) {
         const state = results.get(test)
-        if (state !== 'passed')
-          process.stdout.write(`  ${test} ${state}${test in failing ? `: ${failing[test]}` : ' (NEW)'}\n`)
+        if (state !== 'passed') process.stdout.write(`  ${test} ${state}${test in failing ? `: ${failing[test]}` : ' (NEW)'}\n`)
       }
-      if (better.length > 0)
-        process.stdout.write(`  passes now, and expected.json does not know it: ${better.join(' ')}\n`)
+      if (better.length > 0) process.stdout.write(`  passes now, and expected.json does not know it: ${better.join(' ')}\n`)
       if (cell === 'ours') broken += fresh.length
       if (values.update && cell === 'ours' && positionals.length === 0) {
         wanted.failing = Object.fromEntries(
