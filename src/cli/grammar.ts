@@ -87,7 +87,7 @@ export function alias(command: Command, of: string, ...spellings: readonly strin
   }
 }
 
-export const CACHE_MODES = ['none', 'writeback', 'unsafe', 'directsync', 'writethrough', 'off']
+const CACHE_MODES = ['none', 'writeback', 'unsafe', 'directsync', 'writethrough', 'off']
 
 /** A cache mode by QEMU's names. */
 export const cacheMode =

@@ -1,13 +1,11 @@
 /** Commands whose requests go on while the next command runs. What comes of them is no failure of the command. */
 
 import { type Context, clock } from './context.js'
-import { expectedOf, sayRead } from './data.js'
+import { expectedOf, FILLED, sayRead } from './data.js'
 import { type Arguments, misused, refused } from './line.js'
 import { patternOf, toRange, toVector } from './numbers.js'
 import { opened } from './opened.js'
 import { readRange, writeRange, zeroRange } from './requests.js'
-
-const FILLED = 0xcd
 
 export async function aioRead(context: Context, args: Arguments): Promise<boolean> {
   patternOf(args)

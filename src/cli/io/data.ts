@@ -10,7 +10,7 @@ import { opened } from './opened.js'
 import { discardRange, needsData, readRange, readVmState, writeRange, writeVmState, zeroRange } from './requests.js'
 
 /** What a buffer has before it is written. */
-const FILLED = 0xcd
+export const FILLED = 0xcd
 const PIECE = 2 ** 20
 
 /** What is to be found in what was read. */
