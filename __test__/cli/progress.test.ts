@@ -16,6 +16,8 @@ function sessionOn(terminals: { stdout: boolean; stderr: boolean }, env: NodeJS.
   const [stdout, stderr] = [stream(terminals.stdout), stream(terminals.stderr)]
   const session: Session = {
     program: 'qcow2',
+    stdin: new PassThrough(),
+    release: () => undefined,
     stdout: stdout.output,
     stderr: stderr.output,
     env,

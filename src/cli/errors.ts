@@ -8,16 +8,31 @@ import { CommandFailure } from './failure.js'
 
 /** Where libuv's words are not the C library's. */
 const STRERROR: Readonly<Record<string, string>> = {
+  EADDRNOTAVAIL: 'Cannot assign requested address',
+  EAFNOSUPPORT: 'Address family not supported by protocol',
+  EALREADY: 'Operation already in progress',
   EBUSY: 'Device or resource busy',
   EEXIST: 'File exists',
+  EFAULT: 'Bad address',
+  EHOSTUNREACH: 'No route to host',
+  EILSEQ: 'Invalid or incomplete multibyte or wide character',
   EINVAL: 'Invalid argument',
   EIO: 'Input/output error',
+  EISCONN: 'Transport endpoint is already connected',
   EISDIR: 'Is a directory',
   ELOOP: 'Too many levels of symbolic links',
   EMFILE: 'Too many open files',
   ENAMETOOLONG: 'File name too long',
+  ENFILE: 'Too many open files in system',
+  ENOMEM: 'Cannot allocate memory',
+  ENOTCONN: 'Transport endpoint is not connected',
+  ENOTSUP: 'Operation not supported',
   ENXIO: 'No such device or address',
+  EOPNOTSUPP: 'Operation not supported',
+  ERANGE: 'Numerical result out of range',
+  ESPIPE: 'Illegal seek',
   ETXTBSY: 'Text file busy',
+  EXDEV: 'Invalid cross-device link',
 }
 
 /** The C library's words for a system error's name, if it is one. */
@@ -129,3 +144,7 @@ export function openHint(filename: string, error: unknown, formatOption = '-f'):
   if (mismatchOf(error) === undefined) return undefined
   return `A file with the plain bytes of a disk is given with ${formatOption} ${PLAIN_FORMAT}.`
 }
+
+/** A message as the program says it: programs that run QEMU's tools compare theirs to the letter, and they have no codes in them. */
+export const spoken = (message: string, program: string): string =>
+  program.startsWith('qemu-') ? message.replace(/( \(field [^()]*\))?( \(ERR_[A-Z0-9_]+\))$/, '') : message

@@ -74,12 +74,13 @@ export async function withImage<T>(
   }
 }
 
-async function openImage(
+/** Opens an image and everything below it. What went wrong is not yet said in the words of {@link openFailure}. */
+export async function openImage(
   filename: string,
   requested: string | undefined,
-  options: Pick<OpenOptions, 'snapshot' | 'references' | 'forceShare' | 'flags' | 'cache' | 'secret'>,
+  options: Omit<OpenOptions, 'format' | 'signal'>,
   session: Session,
-  unwritable: string | undefined,
+  unwritable?: string,
 ): Promise<Image> {
   const format = await formatOf(filename, requested, session)
   const opening = { ...options, format, signal: session.signal }

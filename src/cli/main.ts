@@ -2,7 +2,7 @@
 
 import { basename, extname } from 'node:path'
 import { exactArguments } from './arguments.js'
-import { describeError } from './errors.js'
+import { describeError, spoken } from './errors.js'
 import { CommandFailure } from './failure.js'
 import { runProgram } from './program.js'
 import { Objects } from './secrets.js'
@@ -26,10 +26,16 @@ export async function main(argv: readonly string[]): Promise<void> {
   }
   const session: Session = {
     program,
+    get stdin() {
+      return process.stdin
+    },
     stdout: new Output(process.stdout, lost),
     stderr,
     env: process.env,
     signal: abort.signal,
+    release: () => {
+      for (const signal of Object.keys(SIGNALS)) process.off(signal, onSignal)
+    },
     objects: new Objects(),
   }
   let caught: Signal | undefined
@@ -51,7 +57,7 @@ export async function main(argv: readonly string[]): Promise<void> {
     exitCode = caught === undefined ? await report(error, session) : 128 + SIGNALS[caught]
   } finally {
     process.exitCode = exitCode
-    for (const signal of Object.keys(SIGNALS)) process.off(signal, onSignal)
+    session.release()
     await session.stdout.written()
     session.stderr.flush()
   }
@@ -67,12 +73,9 @@ function programName(script: string | undefined): string {
 async function report(error: unknown, session: Session): Promise<number> {
   await session.stdout.written()
   const failure = error instanceof CommandFailure ? error : new CommandFailure(describeError(error), { cause: error })
-  const message = session.program === 'qemu-img' ? withoutCode(failure.message) : failure.message
+  const message = spoken(failure.message, session.program)
   const speaker = failure.command === undefined ? session.program : `${session.program} ${failure.command}`
   for (const line of message.split('\n')) session.stderr.write(`${speaker}: ${line}\n`)
   if (failure.hint !== undefined) session.stderr.write(`${failure.hint}\n`)
   return failure.exitCode
 }
-
-/** Programs that run qemu-img compare its messages to the letter, and it has no codes in them. */
-const withoutCode = (message: string): string => message.replace(/( \(field [^()]*\))?( \(ERR_[A-Z0-9_]+\))$/, '')

@@ -6,11 +6,15 @@ import type { Objects } from './secrets.js'
 export interface Session {
   /** The name that messages begin with. */
   readonly program: string
+  /** Nothing is read of it before it is asked for. */
+  readonly stdin: NodeJS.ReadableStream & { destroy(): unknown }
   readonly stdout: Output
   readonly stderr: Output
   readonly env: NodeJS.ProcessEnv
   /** Aborted by SIGINT, SIGTERM and SIGHUP. */
   readonly signal: AbortSignal
+  /** From now on signals do what the system does without the program. */
+  release(): void
   /** What `--object` and `--image-opts` brought. */
   readonly objects: Objects
 }

@@ -175,7 +175,8 @@ const limitsDocument = (limits: BlockLimits) => ({
   'opt-mem-alignment': limits.optMemAlignment,
 })
 
-const specificData = (specific: NonNullable<ImageInfo['formatSpecific']>) => ({
+/** QAPI's document of what only qcow2 images have. */
+export const specificData = (specific: NonNullable<ImageInfo['formatSpecific']>) => ({
   compat: specific.compat,
   'compression-type': specific.compressionType,
   'lazy-refcounts': specific.lazyRefcounts,

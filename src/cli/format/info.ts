@@ -46,13 +46,21 @@ function formatNode(node: InfoDocument, depth: number, path: string): string {
   const lines = [...sizeLines(node, protocol), ...detailLines(node)].map(line => `${indent}${line}\n`)
   const limits = fields(node.limits ?? {})
   if (limits.length > 0) lines.push(`${indent}Block limits:\n`, ...dumpFields(limits, depth + 1))
-  const specific = fields(node['format-specific']?.data ?? {})
-  if (specific.length > 0) lines.push(`${indent}Format specific information:\n`, ...dumpFields(specific, depth + 1))
+  const specific = node['format-specific']?.data ?? {}
+  lines.push(...specificLines(specific, depth))
   for (const child of node.children) {
     lines.push(`${indent}Child node '${path}${child.name}':\n`)
     lines.push(formatNode(child.info, depth + 1, `${path}${child.name}/`))
   }
   return lines.join('')
+}
+
+/** What only images of this format have. */
+export function specificLines(data: { readonly [key: string]: Json | undefined }, depth = 0): string[] {
+  const found = fields(data)
+  return found.length === 0
+    ? []
+    : [`${'    '.repeat(depth)}Format specific information:\n`, ...dumpFields(found, depth + 1)]
 }
 
 function sizeLines(node: InfoDocument, protocol: boolean): string[] {
