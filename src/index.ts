@@ -20,6 +20,7 @@ export type { BitmapInfo, BlockLimits, ImageInfo, Qcow2SpecificInfo, SnapshotInf
 export { type Finding, type FindingCode, type Inspection, type InspectOptions, inspect } from './inspect.js'
 export type { MapEntry, MapOptions } from './map.js'
 export { type MeasureOptions, type MeasureResult, measure } from './measure.js'
+export { type NbdAddress, type NbdOptions, NbdServer, serveNbd } from './nbd.js'
 export { type OpenOptions, open } from './open.js'
 export type { Abortable, Limits, LongRunning, Progress } from './options.js'
 export type { OverlayOptions } from './overlay.js'

@@ -34,6 +34,7 @@ pub mod info;
 pub mod inspect;
 pub mod job;
 pub mod map;
+pub mod nbd;
 pub mod open;
 pub mod overlay;
 #[cfg(feature = "panics")]
