@@ -42,7 +42,8 @@ export function warnOfDamage(filename: string, { damaged = [] }: ImageInfo, sess
   }
 }
 
-export interface Request extends Pick<OpenOptions, 'snapshot' | 'references' | 'forceShare' | 'flags' | 'cache'> {
+export interface Request
+  extends Pick<OpenOptions, 'snapshot' | 'references' | 'forceShare' | 'flags' | 'cache' | 'discard' | 'detectZeroes'> {
   readonly filename: string
   readonly format: string | undefined
   /** Of a failure to open. Default 1. */
@@ -72,7 +73,7 @@ export async function withImage<T>(
 async function openImage(
   filename: string,
   requested: string | undefined,
-  options: Pick<OpenOptions, 'snapshot' | 'references' | 'forceShare' | 'flags' | 'cache'>,
+  options: Pick<OpenOptions, 'snapshot' | 'references' | 'forceShare' | 'flags' | 'cache' | 'discard' | 'detectZeroes'>,
   session: Session,
   unwritable: string | undefined,
 ): Promise<Image> {

@@ -67,12 +67,12 @@ function programName(script: string | undefined): string {
 async function report(error: unknown, session: Session): Promise<number> {
   await session.stdout.written()
   const failure = error instanceof CommandFailure ? error : new CommandFailure(describeError(error), { cause: error })
-  const message = session.program === 'qemu-img' ? withoutCode(failure.message) : failure.message
+  const message = session.program.startsWith('qemu-') ? withoutCode(failure.message) : failure.message
   const speaker = failure.command === undefined ? session.program : `${session.program} ${failure.command}`
   for (const line of message.split('\n')) session.stderr.write(`${speaker}: ${line}\n`)
   if (failure.hint !== undefined) session.stderr.write(`${failure.hint}\n`)
   return failure.exitCode
 }
 
-/** Programs that run qemu-img compare its messages to the letter, and it has no codes in them. */
+/** Programs that run QEMU's tools compare their messages to the letter, and they have no codes in them. */
 const withoutCode = (message: string): string => message.replace(/( \(field [^()]*\))?( \(ERR_[A-Z0-9_]+\))$/, '')

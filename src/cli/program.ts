@@ -14,6 +14,7 @@ import { declareDd } from './commands/dd.js'
 import { declareInfo } from './commands/info.js'
 import { declareMap } from './commands/map.js'
 import { declareMeasure } from './commands/measure.js'
+import { declareNbd } from './commands/nbd.js'
 import { declareRebase } from './commands/rebase.js'
 import { declareResize, isSize } from './commands/resize.js'
 import { declareSnapshot } from './commands/snapshot.js'
@@ -51,18 +52,23 @@ const COMMANDS: Readonly<Record<string, (program: Command, run: Runner) => void>
   rebase: declareRebase,
   compact: declareCompact,
   dd: declareDd,
+  nbd: declareNbd,
 }
+
+/** The commands that are tools of their own in QEMU: a program of such a name is that command. */
+const TOOLS: Readonly<Record<string, string>> = { 'qemu-nbd': 'nbd' }
 
 /** The whole program, or what it is with one command only: declaring all of them takes longer than a short command. */
 function buildProgram(session: Session, run: Runner, only?: string): Command {
+  const printVersion = (): never => {
+    session.stdout.write(`${session.program} version ${packageVersion()}\n`)
+    throw new CommanderError(0, 'commander.version', 'the version was printed')
+  }
   const program = new Command(session.program)
     .description(`Create, convert, change, check and inspect ${TARGETS} disk images, with the grammar of qemu-img.`)
     .usage('COMMAND [options] ...')
     .option('-V, --version', 'print the version')
-    .on('option:version', () => {
-      session.stdout.write(`${session.program} version ${packageVersion()}\n`)
-      throw new CommanderError(0, 'commander.version', 'the version was printed')
-    })
+    .on('option:version', printVersion)
     .helpOption('-h, --help', 'print this help')
     .helpCommand(false)
     .configureHelp({ subcommandTerm: command => command.name() })
@@ -78,8 +84,10 @@ function buildProgram(session: Session, run: Runner, only?: string): Command {
     if (only === undefined || name === only) declare(program, run)
   }
   for (const command of program.commands) {
+    command.on('option:version', printVersion)
     command.on('option:object', (definition: string) => session.objects.add(definition))
-    command.hook('preAction', () => describeImages(command, session))
+    const name = command.name()
+    command.hook('preAction', () => describeImages(command, name, session))
   }
   return program
 }
@@ -88,7 +96,7 @@ function buildProgram(session: Session, run: Runner, only?: string): Command {
 const IMAGES: Readonly<Record<string, (count: number) => number>> = { convert: count => count - 1, compare: () => 2 }
 
 /** With `--image-opts` the arguments are descriptions; what runs sees the names of the images. */
-function describeImages(command: Command, { objects }: Session): void {
+function describeImages(command: Command, name: string, { objects }: Session): void {
   const { imageOpts, format, sourceFormat } = command.opts<Record<string, unknown>>()
   if (imageOpts !== true) return
   if (format !== undefined || sourceFormat !== undefined) {
@@ -96,7 +104,7 @@ function describeImages(command: Command, { objects }: Session): void {
   }
   const files: unknown = command.processedArgs[0]
   if (!Array.isArray(files)) return
-  const described = IMAGES[command.name()]?.(files.length) ?? 1
+  const described = IMAGES[name]?.(files.length) ?? 1
   for (const [index, file] of files.slice(0, described).entries()) files[index] = objects.describe(String(file))
 }
 
@@ -107,8 +115,10 @@ function packageVersion(): string {
 }
 
 /** Understands a command line and runs it. Resolves to the exit code; rejects with what `main` is to report. */
-export async function runProgram(args: readonly string[], session: Session): Promise<number> {
+export async function runProgram(given: readonly string[], session: Session): Promise<number> {
   let exitCode = 0
+  const own = Object.hasOwn(TOOLS, session.program) ? TOOLS[session.program] : undefined
+  const args = own === undefined ? given : [own, ...given]
   const [first] = args
   const command = first !== undefined && Object.hasOwn(COMMANDS, first) ? first : undefined
   const run: Runner = async work => {
@@ -119,17 +129,24 @@ export async function runProgram(args: readonly string[], session: Session): Pro
     `Try '${[session.program, command].filter(Boolean).join(' ')} --help' for more information`
   if (first === undefined) throw new CommandFailure('Not enough arguments', { hint: hint() })
   const chosen = command === undefined ? undefined : program.commands[0]
+  // The command that a tool is has no name beside the program's.
+  const spoken = own === undefined ? command : undefined
+  if (own !== undefined && chosen !== undefined) {
+    chosen.name(session.program)
+    chosen.parent = null
+  }
   if (command === undefined && !first.startsWith('-')) throw unknownCommand(first, hint())
   try {
     if (chosen === undefined) await program.parseAsync(arrange([...args], program), { from: 'user' })
     else {
       const rest = arrange(args.slice(1), chosen, command === 'resize' ? isSize : undefined)
-      await program.parseAsync([chosen.name(), ...rest], { from: 'user' })
+      if (own === undefined) await program.parseAsync([chosen.name(), ...rest], { from: 'user' })
+      else await chosen.parseAsync(rest, { from: 'user' })
     }
   } catch (error) {
     if (error instanceof CommanderError && error.exitCode === 0) return 0
-    if (error instanceof CommanderError) throw new CommandFailure(usageMessage(error), { hint: hint(command) })
-    if (error instanceof UsageFailure) throw usage(error, hint(command), command)
+    if (error instanceof CommanderError) throw new CommandFailure(usageMessage(error), { hint: hint(spoken) })
+    if (error instanceof UsageFailure) throw usage(error, hint(spoken), spoken)
     throw error
   }
   return exitCode
