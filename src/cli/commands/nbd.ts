@@ -173,8 +173,10 @@ async function nbd(files: readonly string[], options: NbdArguments, session: Ses
   const cannot = (error: unknown): never => {
     if (session.signal.aborted) throw error
     const failure = openFailure(filename, error)
-    if (!failure.message.startsWith('Could not open')) throw failure
-    throw new CommandFailure(`Failed to blk_new_open '${filename}': ${failure.message}`, {
+    const opening = `Could not open '${filename}': `
+    if (!failure.message.startsWith(opening)) throw failure
+    const reason = failure.message.slice(opening.length)
+    throw new CommandFailure(`Failed to blk_new_open '${filename}': ${reason}`, {
       cause: error,
       ...(failure.hint !== undefined && { hint: failure.hint }),
     })
