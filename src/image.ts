@@ -22,7 +22,7 @@ import { type PathLike, release } from './source.js'
 import { openReadStream, openWebStream, type ReadStreamOptions, type WebStreamOptions } from './stream.js'
 import { toBytesView } from './support/buffers.js'
 import { Lifetime } from './support/lifetime.js'
-import type { ImageOwner } from './support/owner.js'
+import { type ImageOwner, setOwner } from './support/owner.js'
 import { request } from './support/requests.js'
 import { shownText } from './text.js'
 import { checkTransfer, toTransfer, toViews } from './transfers.js'
@@ -71,6 +71,8 @@ export class Image implements AsyncDisposable {
   /** Overlays are put on top one after the other. */
   #overlays: Promise<unknown> = Promise.resolve()
   readonly #lifetime: Lifetime
+  /** What goes on until the image closes, and has to be told. */
+  readonly #ends = new Set<() => void>()
   readonly #clones: Clones
   #size: number
 
@@ -96,7 +98,12 @@ export class Image implements AsyncDisposable {
       image: chain.image,
       read: work => this.#lifetime.run(work),
       change: (what, signal, work) => this.#change(what, signal, work),
+      onClose: end => {
+        this.#ends.add(end)
+        return () => this.#ends.delete(end)
+      },
     }
+    setOwner(this, owner)
     const top = async () => (await layersInfo(chain.image))[0]
     this.snapshots = new Snapshots({
       ...owner,
@@ -433,12 +440,13 @@ export class Image implements AsyncDisposable {
 
   /**
    * Closes the image: running requests finish, new ones reject with `ERR_QCOW2_CLOSED`. What was written is made durable, what was
-   * reserved for more writes is given back, the locks are released. Every call resolves when the files are closed.
+   * reserved for more writes is given back, the locks are released. Clones and NBD servers of the image end first. Every call resolves when the files are closed.
    *
    * @throws {@link Qcow2Error} the system's code if something could not be made durable; the files are closed all the same
    */
   close(): Promise<void> {
     this.#clones.end()
+    for (const end of this.#ends) end()
     return this.#lifetime.close()
   }
 

@@ -30,6 +30,7 @@ export { type Finding, type FindingCode, type Inspection, type InspectOptions, i
 export type { AddKeyOptions, ChangeKeyOptions, Keys, RemoveKeyOptions } from './keys.js'
 export type { MapEntry, MapOptions } from './map.js'
 export { type MeasureOptions, type MeasureResult, measure } from './measure.js'
+export { type NbdAddress, type NbdOptions, NbdServer, serveNbd } from './nbd.js'
 export { type OpenOptions, open } from './open.js'
 export type { Abortable, Limits, LongRunning, Progress } from './options.js'
 export type { OverlayOptions } from './overlay.js'

@@ -353,6 +353,32 @@ export interface NativeOverlayOrder {
   readonly l2CacheSize: number | undefined
 }
 
+/** How to serve an image. */
+export interface NativeNbdOrder {
+  /** Of a unix socket; else TCP. */
+  readonly path?: string | undefined
+  readonly host?: string | undefined
+  readonly port: number
+  readonly exportName: string
+  readonly description: string
+  readonly offset: number
+  readonly readOnly: boolean
+  readonly persistent: boolean
+  readonly maxConnections: number
+  readonly allocationDepth: boolean
+  readonly bitmaps: readonly string[]
+  /** Milliseconds. */
+  readonly handshakeTime?: number | undefined
+}
+
+/** A server that runs. */
+export interface NativeNbdStarted {
+  readonly server: number
+  readonly path?: string
+  readonly host?: string
+  readonly port?: number
+}
+
 /** The new top. */
 export interface NativeOverlaid {
   readonly path: string
@@ -517,6 +543,13 @@ export interface Addon {
   layerSnapshots(request: number, layer: number): void
   /** Executes a snapshot plan; tells the disk's size afterwards. */
   executePlan(request: number, image: number, plan: Plan, watch: number | undefined): void
+  startNbd(request: number, image: number, order: NativeNbdOrder): void
+  /** Delivered when the server has ended. */
+  awaitNbd(request: number, server: number): void
+  endNbd(server: number): void
+  nbdConnections(server: number): number
+  /** Whether one of the requests that are waited for keeps the event loop alive. Taken back when it was delivered. */
+  referenceRequest(holds: boolean): void
   cancelRequest(watch: number): void
   /** Forgets a request that could be cancelled; tells how many bytes it has done. */
   endRequest(watch: number): number

@@ -63,6 +63,7 @@ interface Delivered {
   Inspected: [binding.Inspected, native.NativeInspection]
   LayerInfo: [binding.LayerInfo, native.NativeLayerInfo]
   Measured: [binding.Measured, native.NativeMeasured]
+  NbdStarted: [binding.NbdStarted, native.NativeNbdStarted]
   OpenedFile: [binding.OpenedFile, native.NativeFile]
   OpenedLayer: [binding.OpenedLayer, native.NativeLayer]
   Overlaid: [binding.Overlaid, native.NativeOverlaid]

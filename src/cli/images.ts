@@ -44,7 +44,8 @@ export function warnOfDamage(filename: string, { damaged = [], formatSpecific }:
   if (header !== undefined) session.stderr.write(`${warn(header)}: no secret opens the image\n`)
 }
 
-export interface Request extends Pick<OpenOptions, 'snapshot' | 'references' | 'forceShare' | 'flags' | 'cache'> {
+export interface Request
+  extends Pick<OpenOptions, 'snapshot' | 'references' | 'forceShare' | 'flags' | 'cache' | 'discard' | 'detectZeroes'> {
   readonly filename: string
   readonly format: string | undefined
   /** Of a failure to open. Default 1. */

@@ -15,6 +15,7 @@ import { declareInfo } from './commands/info.js'
 import { declareIo } from './commands/io.js'
 import { declareMap } from './commands/map.js'
 import { declareMeasure } from './commands/measure.js'
+import { declareNbd } from './commands/nbd.js'
 import { declareRebase } from './commands/rebase.js'
 import { declareResize, isSize } from './commands/resize.js'
 import { declareSnapshot } from './commands/snapshot.js'
@@ -53,10 +54,11 @@ const COMMANDS: Readonly<Record<string, (program: Command, run: Runner) => void>
   compact: declareCompact,
   dd: declareDd,
   io: declareIo,
+  nbd: declareNbd,
 }
 
 /** The commands that are tools of their own in QEMU: a program of such a name is that command. */
-const TOOLS: Readonly<Record<string, string>> = { 'qemu-io': 'io' }
+const TOOLS: Readonly<Record<string, string>> = { 'qemu-io': 'io', 'qemu-nbd': 'nbd' }
 
 /** The whole program, or what it is with one command only: declaring all of them takes longer than a short command. */
 function buildProgram(session: Session, run: Runner, only?: string): Command {

@@ -35,6 +35,7 @@ pub mod inspect;
 pub mod job;
 pub mod keys;
 pub mod map;
+pub mod nbd;
 pub mod open;
 pub mod overlay;
 #[cfg(feature = "panics")]

@@ -9,6 +9,7 @@ use qcow2_engine::{Error, ErrorKind, Image, Layer, Result, Storage};
 
 use crate::clone::Begun;
 use crate::guard::guarded;
+use crate::nbd::Serving;
 
 /// An open image. Requests share it; it closes when the last of them is done and JavaScript has released it.
 pub(crate) struct Handle {
@@ -89,13 +90,19 @@ pub(crate) enum Resource {
     Image(Arc<Handle>),
     /// A clone whose point in time has passed.
     Clone(Box<Begun>),
+    /// A server of an image.
+    Server(Box<Serving>),
 }
 
 impl Resource {
-    /// Closes an image; everything else just goes.
+    /// Closes an image, and ends a server; everything else just goes.
     pub(crate) fn close(self) -> Result<()> {
         match self {
             Self::Image(handle) => handle.close(),
+            Self::Server(serving) => {
+                serving.close();
+                Ok(())
+            }
             Self::Storage(_) | Self::Layer(_) | Self::Clone(_) => Ok(()),
         }
     }
@@ -121,7 +128,7 @@ impl Resources {
         self.held.remove(&number)
     }
 
-    /// Gives everything up, the newest first: a clone before its image, an image before what it was made of.
+    /// Gives everything up, the newest first: a clone or a server before its image, an image before what it was made of.
     pub(crate) fn take(&mut self) -> Vec<Resource> {
         let mut held: Vec<_> = self.held.drain().collect();
         held.sort_unstable_by_key(|(number, _)| std::cmp::Reverse(*number));
@@ -140,6 +147,14 @@ impl Resources {
     pub(crate) fn layer_mut(&mut self, number: u32) -> Option<&mut dyn Layer> {
         match self.held.get_mut(&number) {
             Some(Resource::Layer(layer)) => Some(&mut **layer),
+            _ => None,
+        }
+    }
+
+    /// The server of that number.
+    pub(crate) fn server(&self, number: u32) -> Option<&Serving> {
+        match self.held.get(&number) {
+            Some(Resource::Server(serving)) => Some(serving),
             _ => None,
         }
     }

@@ -18,6 +18,7 @@ use crate::delivery::{Completion, Delivery, IntoJs, Outcome};
 use crate::failure;
 use crate::guard::guarded;
 use crate::job::Jobs;
+use crate::nbd::Serving;
 use crate::pool::{Pool, Task, default_threads};
 use crate::resource::{Handle, Resource, Resources};
 use crate::watch::Watch;
@@ -33,6 +34,8 @@ pub(crate) struct Runtime {
     resources: RefCell<Resources>,
     /// Requests that JavaScript waits for.
     outstanding: Cell<u32>,
+    /// Those among them that do not keep the event loop alive.
+    unreferenced: Cell<u32>,
     /// Where the numbers of finished requests are written for JavaScript.
     numbers: Numbers,
     /// The vector that the delivery's queue goes on with, kept for its capacity.
@@ -61,6 +64,7 @@ pub fn start(env: Env, deliver: Unknown<'_>, numbers: Unknown<'_>) -> napi::Resu
         delivery,
         resources: RefCell::default(),
         outstanding: Cell::new(0),
+        unreferenced: Cell::new(0),
         numbers,
         spare: Cell::default(),
     });
@@ -122,11 +126,7 @@ impl Runtime {
 
     /// Counts a request that will be delivered: as failed, where it could not even be queued.
     pub(crate) fn expect(&self, env: &Env, request: u32, queued: Result<()>) {
-        let outstanding = self.outstanding.get();
-        if outstanding == 0 {
-            self.delivery.hold(env.raw(), true);
-        }
-        self.outstanding.set(outstanding + 1);
+        self.count(env, self.outstanding.get() + 1, self.unreferenced.get());
         if let Err(error) = queued {
             self.fail(request, error);
         }
@@ -162,6 +162,17 @@ impl Runtime {
     pub(crate) fn storage(&self, number: u32) -> napi::Result<Arc<dyn Storage>> {
         let resources = self.resources.borrow();
         resources.storage(number).cloned().ok_or_else(|| napi::Error::from_reason("no such file"))
+    }
+
+    /// Looks at the server of that number.
+    pub(crate) fn with_server<T>(&self, number: u32, look: impl FnOnce(&Serving) -> T) -> napi::Result<T> {
+        let resources = self.resources.borrow();
+        resources.server(number).map(look).ok_or_else(|| napi::Error::from_reason("no such server"))
+    }
+
+    /// The way of what is done to JavaScript.
+    pub(crate) fn completions(&self) -> Arc<Delivery> {
+        Arc::clone(&self.delivery)
     }
 
     /// Changes the layer of that number.
@@ -240,11 +251,24 @@ impl Runtime {
         batch.clear();
         self.spare.set(batch);
         let outstanding = self.outstanding.get().saturating_sub(delivered);
-        self.outstanding.set(outstanding);
-        if outstanding == 0 {
-            self.delivery.hold(env.raw(), false);
-        }
+        self.count(env, outstanding, self.unreferenced.get());
         result
+    }
+
+    /// A request that is expected keeps the event loop alive, or does not any more. Whoever said that it does not says that it does
+    /// when it was delivered.
+    pub(crate) fn reference(&self, env: &Env, holds: bool) {
+        let unreferenced = self.unreferenced.get();
+        let now = if holds { unreferenced.saturating_sub(1) } else { unreferenced + 1 };
+        self.count(env, self.outstanding.get(), now);
+    }
+
+    fn count(&self, env: &Env, outstanding: u32, unreferenced: u32) {
+        let held = self.outstanding.replace(outstanding) > self.unreferenced.replace(unreferenced);
+        let holds = outstanding > unreferenced;
+        if holds != held {
+            self.delivery.hold(env.raw(), holds);
+        }
     }
 
     fn hand_over(

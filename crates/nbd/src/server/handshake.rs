@@ -1,0 +1,201 @@
+//! What a client and the server agree on before requests.
+
+use std::io;
+use std::time::Instant;
+
+use super::contexts::Context;
+use super::export::Export;
+use super::incoming::Incoming;
+use super::transport::{Transport, write_all};
+use crate::protocol::Malformed;
+use crate::protocol::handshake::{
+    ContextRequest, ExportRequest, FIXED_NEWSTYLE, Info, NO_ZEROES, OPTION_HEAD, OptionHead, OptionKind,
+    Reply, block_size_data, context_data, export_data, export_name_reply, greeting, reply, server_data,
+    text_data,
+};
+
+/// What requests are about, and how they are answered.
+pub(super) struct Agreed<'a> {
+    pub(super) export: &'a Export,
+    /// Size that the client was told.
+    pub(super) size: u64,
+    /// Replies in chunks.
+    pub(super) structured: bool,
+    /// What `BLOCK_STATUS` tells of.
+    pub(super) contexts: Vec<Context>,
+}
+
+/// The handshake of one client.
+pub(super) struct Handshake<'a, 'i> {
+    pub(super) transport: &'i dyn Transport,
+    pub(super) incoming: &'i mut Incoming,
+    pub(super) exports: &'a [Export],
+    /// There can be more than one client.
+    pub(super) several: bool,
+    pub(super) deadline: Option<Instant>,
+    pub(super) structured: bool,
+    /// Number of the export that contexts were chosen for, and which.
+    pub(super) contexts: Option<(usize, Vec<Context>)>,
+}
+
+/// How an option ends the handshake.
+enum Turn<'a> {
+    GoesOn,
+    Begins(Agreed<'a>),
+    Ends,
+}
+
+impl<'a> Handshake<'a, '_> {
+    /// Runs it. Nothing where the client does not want to begin, or says what no client says.
+    pub(super) fn run(mut self) -> io::Result<Option<Agreed<'a>>> {
+        self.send(&greeting())?;
+        let mut flags = [0; 4];
+        self.receive(&mut flags)?;
+        let flags = u32::from_be_bytes(flags);
+        let known = u32::from(FIXED_NEWSTYLE | NO_ZEROES);
+        if flags & !known != 0 {
+            return Ok(None);
+        }
+        let fixed = flags & u32::from(FIXED_NEWSTYLE) != 0;
+        let zeroes = flags & u32::from(NO_ZEROES) == 0;
+        loop {
+            let mut head = [0; OPTION_HEAD];
+            self.receive(&mut head)?;
+            let Ok(OptionHead { kind, length }) = OptionHead::parse(&head) else { return Ok(None) };
+            // Who does not know the fixed handshake knows of no answers to options.
+            if !fixed && kind != OptionKind::ExportName {
+                return Ok(None);
+            }
+            let mut data = vec![0; length as usize];
+            self.receive(&mut data)?;
+            match self.option(kind, &data, zeroes)? {
+                Turn::GoesOn => {}
+                Turn::Begins(agreed) => return Ok(Some(agreed)),
+                Turn::Ends => return Ok(None),
+            }
+        }
+    }
+
+    fn option(&mut self, kind: OptionKind, data: &[u8], zeroes: bool) -> io::Result<Turn<'a>> {
+        let empty = data.is_empty();
+        match kind {
+            OptionKind::ExportName => return self.export_name(data, zeroes),
+            OptionKind::Go | OptionKind::Info => return self.export(kind, data),
+            OptionKind::Abort => {
+                self.answer(kind, Reply::Ack, b"")?;
+                return Ok(Turn::Ends);
+            }
+            OptionKind::List | OptionKind::StructuredReply if !empty => {
+                self.answer(kind, Reply::ErrInvalid, b"the option takes no data")?;
+            }
+            OptionKind::List => self.list()?,
+            OptionKind::StructuredReply => {
+                self.structured = true;
+                self.answer(kind, Reply::Ack, b"")?;
+            }
+            OptionKind::ListMetaContext | OptionKind::SetMetaContext => self.meta_context(kind, data)?,
+            OptionKind::Unknown(_) => self.answer(kind, Reply::ErrUnsup, b"the option is not supported")?,
+        }
+        Ok(Turn::GoesOn)
+    }
+
+    fn find(&self, name: &[u8]) -> Option<(usize, &'a Export)> {
+        self.exports.iter().enumerate().find(|(_, export)| export.name == name)
+    }
+
+    /// Begins, or ends: there is no answer that could refuse.
+    fn export_name(&mut self, name: &[u8], zeroes: bool) -> io::Result<Turn<'a>> {
+        let Some((index, export)) = self.find(name) else { return Ok(Turn::Ends) };
+        let size = export.size();
+        self.send(&export_name_reply(size, export.flags(self.structured, self.several), zeroes))?;
+        Ok(Turn::Begins(self.agreed(index, export, size)))
+    }
+
+    fn agreed(&mut self, index: usize, export: &'a Export, size: u64) -> Agreed<'a> {
+        // Those of another export mean nothing here.
+        let contexts = self.contexts.take().filter(|(of, _)| *of == index && self.structured);
+        let contexts = contexts.map(|(_, contexts)| contexts).unwrap_or_default();
+        Agreed { export, size, structured: self.structured, contexts }
+    }
+
+    fn list(&mut self) -> io::Result<()> {
+        for export in self.exports {
+            self.answer(OptionKind::List, Reply::Server, &server_data(&export.name, &export.description))?;
+        }
+        self.answer(OptionKind::List, Reply::Ack, b"")
+    }
+
+    fn export(&mut self, kind: OptionKind, data: &[u8]) -> io::Result<Turn<'a>> {
+        let request = match ExportRequest::parse(data) {
+            Ok(request) => request,
+            Err(Malformed(what)) => return self.refuse(kind, Reply::ErrInvalid, what),
+        };
+        let Some((index, export)) = self.find(request.name) else {
+            return self.refuse(kind, Reply::ErrUnknown, "there is no export of this name");
+        };
+        if request.wants_name {
+            self.answer(kind, Reply::Info, &text_data(Info::Name, &export.name))?;
+        }
+        if !export.description.is_empty() {
+            self.answer(kind, Reply::Info, &text_data(Info::Description, &export.description))?;
+        }
+        self.answer(kind, Reply::Info, &block_size_data(export.preferred_size()))?;
+        let size = export.size();
+        let flags = export.flags(self.structured, self.several);
+        self.answer(kind, Reply::Info, &export_data(size, flags))?;
+        self.answer(kind, Reply::Ack, b"")?;
+        if kind == OptionKind::Info {
+            return Ok(Turn::GoesOn);
+        }
+        Ok(Turn::Begins(self.agreed(index, export, size)))
+    }
+
+    fn meta_context(&mut self, kind: OptionKind, data: &[u8]) -> io::Result<()> {
+        let listing = kind == OptionKind::ListMetaContext;
+        if !listing {
+            self.contexts = None;
+        }
+        if !listing && !self.structured {
+            let why = "contexts need structured replies, which were not asked for";
+            return self.refuse(kind, Reply::ErrInvalid, why).map(drop);
+        }
+        let request = match ContextRequest::parse(data) {
+            Ok(request) => request,
+            Err(Malformed(what)) => return self.refuse(kind, Reply::ErrInvalid, what).map(drop),
+        };
+        let Some((index, export)) = self.find(request.name) else {
+            return self.refuse(kind, Reply::ErrUnknown, "there is no export of this name").map(drop);
+        };
+        let all = listing && request.queries.is_empty();
+        let meant = |context: &Context| {
+            all || request.queries.iter().any(|query| context.is_meant_by(query, listing, export))
+        };
+        let chosen: Vec<Context> = Context::of(export).filter(meant).collect();
+        for context in &chosen {
+            let id = if listing { 0 } else { context.id() };
+            self.answer(kind, Reply::MetaContext, &context_data(id, &context.name(export)))?;
+        }
+        self.answer(kind, Reply::Ack, b"")?;
+        if !listing {
+            self.contexts = Some((index, chosen));
+        }
+        Ok(())
+    }
+
+    fn refuse(&self, kind: OptionKind, with: Reply, why: &str) -> io::Result<Turn<'a>> {
+        self.answer(kind, with, why.as_bytes())?;
+        Ok(Turn::GoesOn)
+    }
+
+    fn answer(&self, kind: OptionKind, with: Reply, data: &[u8]) -> io::Result<()> {
+        self.send(&reply(kind, with, data))
+    }
+
+    fn send(&self, bytes: &[u8]) -> io::Result<()> {
+        write_all(self.transport, &[bytes], self.deadline)
+    }
+
+    fn receive(&mut self, to: &mut [u8]) -> io::Result<()> {
+        self.incoming.read_exact(self.transport, to, self.deadline)
+    }
+}
