@@ -26,7 +26,7 @@ const find = program => {
 }
 
 /** Programs of the command line's that stand under QEMU's name. */
-const OURS = ['qemu-img', 'qemu-io']
+const OURS = ['qemu-img', 'qemu-io', 'qemu-nbd']
 
 /** Makes the programs in `folder`; `sides` says whose each is, `ours` or `qemu`. Returns the environment that names them. */
 export function makeTools(folder, sides) {

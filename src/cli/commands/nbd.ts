@@ -1,5 +1,4 @@
-import { unlinkSync, writeFileSync, writeSync } from 'node:fs'
-import { mkdtemp, rm } from 'node:fs/promises'
+import { mkdtempSync, rmSync, unlinkSync, writeFileSync, writeSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join, resolve } from 'node:path'
 import { type Command, Option } from 'commander'
@@ -225,7 +224,7 @@ async function overlaid(filename: string, format: Format, options: NbdArguments,
   if (session.objects.secretsOf(filename) !== undefined) {
     throw new CommandFailure('-s cannot be used with images that are described by options')
   }
-  const folder = await mkdtemp(join(tmpdir(), 'qcow2-nbd-'))
+  const folder = mkdtempSync(join(tmpdir(), 'qcow2-nbd-'))
   try {
     const path = join(folder, 'overlay.qcow2')
     const backing = toName(resolve(localPath(filename)))
@@ -235,7 +234,7 @@ async function overlaid(filename: string, format: Format, options: NbdArguments,
     const request = { filename: path, format: 'qcow2', flags: 'r+', cache: 'unsafe' } as const
     await withImage(request, session, image => serve(image, options, session))
   } finally {
-    await rm(folder, { recursive: true, force: true })
+    rmSync(folder, { recursive: true, force: true })
   }
   return 0
 }
