@@ -5,6 +5,7 @@ import { exactArguments } from './arguments.js'
 import { describeError } from './errors.js'
 import { CommandFailure } from './failure.js'
 import { runProgram } from './program.js'
+import { asQemu } from './qemu-words.js'
 import { Objects } from './secrets.js'
 import { Output, type Session } from './session.js'
 
@@ -67,12 +68,10 @@ function programName(script: string | undefined): string {
 async function report(error: unknown, session: Session): Promise<number> {
   await session.stdout.written()
   const failure = error instanceof CommandFailure ? error : new CommandFailure(describeError(error), { cause: error })
-  const message = session.program === 'qemu-img' ? withoutCode(failure.message) : failure.message
+  const typed = session.objects.asTyped(failure.message)
+  const message = session.program === 'qemu-img' ? asQemu(typed) : typed
   const speaker = failure.command === undefined ? session.program : `${session.program} ${failure.command}`
   for (const line of message.split('\n')) session.stderr.write(`${speaker}: ${line}\n`)
   if (failure.hint !== undefined) session.stderr.write(`${failure.hint}\n`)
   return failure.exitCode
 }
-
-/** Programs that run qemu-img compare its messages to the letter, and it has no codes in them. */
-const withoutCode = (message: string): string => message.replace(/( \(field [^()]*\))?( \(ERR_[A-Z0-9_]+\))$/, '')

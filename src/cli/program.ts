@@ -17,6 +17,7 @@ import { declareMeasure } from './commands/measure.js'
 import { declareRebase } from './commands/rebase.js'
 import { declareResize, isSize } from './commands/resize.js'
 import { declareSnapshot } from './commands/snapshot.js'
+import { isDescription } from './descriptions.js'
 import { CommandFailure, OptionFailure, UsageFailure } from './failure.js'
 import { arrange } from './getopt.js'
 import type { Session } from './session.js'
@@ -85,24 +86,58 @@ function buildProgram(session: Session, run: Runner, only?: string): Command {
 }
 
 /** How many of a command's arguments are images that exist, from the first one on, where that is not one. */
-const IMAGES: Readonly<Record<string, (count: number) => number>> = { convert: count => count - 1, compare: () => 2 }
+const IMAGES: Readonly<Record<string, (count: number, options: Readonly<Record<string, unknown>>) => number>> = {
+  // A target that is written into as it is exists, too.
+  convert: (count, { create }) => (create === false ? count : count - 1),
+  compare: () => 2,
+  create: () => 0,
+}
 
-/** With `--image-opts` the arguments are descriptions; what runs sees the names of the images. */
+/** Commands that write to the image that they are given. */
+const WRITES: Readonly<Record<string, (options: Readonly<Record<string, unknown>>) => boolean>> = {
+  amend: () => true,
+  bitmap: () => true,
+  check: ({ repair }) => repair !== undefined,
+  commit: () => true,
+  compact: ({ dryRun }) => dryRun !== true,
+  rebase: () => true,
+  resize: () => true,
+  snapshot: ({ create, apply, delete: remove }) => (create ?? apply ?? remove) !== undefined,
+}
+
+/**
+ * With `--image-opts` the arguments are descriptions, and one that begins with `json:` always is; what runs sees the names of the
+ * images.
+ */
 function describeImages(command: Command, { objects }: Session): void {
-  const { imageOpts, format, sourceFormat } = command.opts<Record<string, unknown>>()
-  if (imageOpts !== true) return
-  if (format !== undefined || sourceFormat !== undefined) {
+  const options = command.opts<Record<string, unknown>>()
+  const { imageOpts, format, sourceFormat, targetImageOpts } = options
+  if (imageOpts === true && (format !== undefined || sourceFormat !== undefined)) {
     throw new CommandFailure('--image-opts and --format are mutually exclusive')
   }
   const files: unknown = command.processedArgs[0]
   if (!Array.isArray(files)) return
+  const named = (argument: string, described: boolean): string =>
+    described || isDescription(argument) ? objects.describe(argument) : argument
   if (command.name() === 'dd') {
     const input = files.findIndex(operand => String(operand).startsWith('if='))
-    if (input >= 0) files[input] = `if=${objects.describe(String(files[input]).slice(3))}`
+    if (input >= 0) files[input] = `if=${named(String(files[input]).slice('if='.length), imageOpts === true)}`
     return
   }
-  const described = IMAGES[command.name()]?.(files.length) ?? 1
-  for (const [index, file] of files.slice(0, described).entries()) files[index] = objects.describe(String(file))
+  const count = IMAGES[command.name()]?.(files.length, options) ?? 1
+  const last = files.length - 1
+  for (const [index, file] of files.slice(0, count).entries()) {
+    const isTarget = command.name() === 'convert' && index === last
+    const described = isTarget ? targetImageOpts === true : imageOpts === true
+    if (isTarget && described && command.getOptionValueSource('targetFormat') === 'cli') {
+      throw new CommandFailure('--image-opts and --format are mutually exclusive')
+    }
+    files[index] = named(String(file), described)
+  }
+  if (typeof options['sourceFile'] === 'string')
+    command.setOptionValue('sourceFile', named(options['sourceFile'], false))
+  const [first] = files
+  if (typeof first === 'string' && WRITES[command.name()]?.(options)) objects.refuseReadOnly(first)
 }
 
 /** Read when asked for, by the package's own name: from the bundle and from its modules alike. */
