@@ -3,11 +3,13 @@
 import { Command, CommanderError } from 'commander'
 import { isTarget, listed, SOURCE_FORMATS, TARGET_FORMATS } from '../formats/table.js'
 import { declareAmend } from './commands/amend.js'
+import { declareBench } from './commands/bench.js'
 import { declareBitmap } from './commands/bitmap.js'
 import { declareCheck } from './commands/check.js'
 import { declareCommit } from './commands/commit.js'
 import { declareCompact } from './commands/compact.js'
 import { declareCompare } from './commands/compare.js'
+import { declareCompletion } from './commands/completion.js'
 import { declareConvert } from './commands/convert.js'
 import { declareCreate } from './commands/create.js'
 import { declareDd } from './commands/dd.js'
@@ -16,17 +18,16 @@ import { declareMap } from './commands/map.js'
 import { declareMeasure } from './commands/measure.js'
 import { declareRebase } from './commands/rebase.js'
 import { declareResize, isSize } from './commands/resize.js'
+import { declareShims } from './commands/shims.js'
 import { declareSnapshot } from './commands/snapshot.js'
 import { isDescription } from './descriptions.js'
+import { EXAMPLES } from './examples.js'
 import { CommandFailure, OptionFailure, UsageFailure } from './failure.js'
 import { arrange } from './getopt.js'
 import type { Session } from './session.js'
 
 /** Runs what a command line asked for; resolves to its exit code. */
 export type Runner = (work: (session: Session) => Promise<number>) => Promise<void>
-
-/** Commands of qemu-img that this version does not have: known, so that the message can say so. */
-const LATER = ['bench']
 
 const TARGETS = listed(TARGET_FORMATS, 'and')
 const ONLY_READ = SOURCE_FORMATS.filter(format => !isTarget(format)).join(', ')
@@ -36,7 +37,7 @@ Sizes take the suffixes k, M, G, T, P and E, powers of 1024. Formats are ${TARGE
 Backing files are followed by file name only, never json: or a protocol.`
 
 /** What each command is declared by, in the order of the help. */
-const COMMANDS: Readonly<Record<string, (program: Command, run: Runner) => void>> = {
+const COMMANDS: Readonly<Record<string, (program: Command, run: Runner, whole: () => Command) => void>> = {
   create: declareCreate,
   convert: declareConvert,
   info: declareInfo,
@@ -52,6 +53,9 @@ const COMMANDS: Readonly<Record<string, (program: Command, run: Runner) => void>
   rebase: declareRebase,
   compact: declareCompact,
   dd: declareDd,
+  bench: declareBench,
+  shims: declareShims,
+  completion: declareCompletion,
 }
 
 /** The whole program, or what it is with one command only: declaring all of them takes longer than a short command. */
@@ -76,14 +80,19 @@ function buildProgram(session: Session, run: Runner, only?: string): Command {
       writeErr: () => undefined,
     })
   for (const [name, declare] of Object.entries(COMMANDS)) {
-    if (only === undefined || name === only) declare(program, run)
+    if (only === undefined || name === only) declare(program, run, () => buildProgram(session, run))
   }
   for (const command of program.commands) {
+    command.addHelpText('after', () => examplesOf(command.name(), session.program))
     command.on('option:object', (definition: string) => session.objects.add(definition))
     command.hook('preAction', () => describeImages(command, session))
   }
   return program
 }
+
+/** Two command lines that do something. */
+const examplesOf = (command: string, program: string): string =>
+  ['', 'Examples:', ...(EXAMPLES[command] ?? []).map(example => `  ${program} ${example}`)].join('\n')
 
 /** How many of a command's arguments are images that exist, from the first one on, where that is not one. */
 const IMAGES: Readonly<Record<string, (count: number, options: Readonly<Record<string, unknown>>) => number>> = {
@@ -91,6 +100,8 @@ const IMAGES: Readonly<Record<string, (count: number, options: Readonly<Record<s
   convert: (count, { create }) => (create === false ? count : count - 1),
   compare: () => 2,
   create: () => 0,
+  shims: () => 0,
+  completion: () => 0,
 }
 
 /** Commands that write to the image that they are given. */
@@ -176,11 +187,6 @@ export async function runProgram(args: readonly string[], session: Session): Pro
 }
 
 function unknownCommand(name: string, hint: string): CommandFailure {
-  if (LATER.includes(name)) {
-    return new CommandFailure(`Command not supported in this version: ${name} (ERR_QCOW2_UNSUPPORTED_COMMAND)`, {
-      hint,
-    })
-  }
   return new CommandFailure(`Command not found: ${name}`, { hint })
 }
 

@@ -198,7 +198,9 @@ async function convertNamed(
     ...session.objects.sharingOf(...sources),
     ...(forceShare !== undefined && { forceShare }),
     ...(snapshot !== undefined && { snapshot }),
-    ...(given.sparseSize !== undefined && { sparseSize: given.sparseSize }),
+    // Compressed clusters are whole: but for 0, which stores everything, it is not looked at.
+    ...(given.sparseSize !== undefined &&
+      (!given.compress || given.sparseSize === 0) && { sparseSize: given.sparseSize }),
     ...(given.parallel !== undefined && { concurrency: given.parallel }),
     ...(given.salvage && { salvage: true }),
     ...(given.rate !== undefined && { rate: given.rate }),
