@@ -1,6 +1,6 @@
 /** The `-o` options of each format: what QEMU knows, what it prints in the "Formatting" line, what the library gets. */
 
-import { statfs } from 'node:fs/promises'
+import { statfsSync } from 'node:fs'
 import { CIPHER_ALGS, CIPHER_MODES, HASH_ALGS, IVGEN_ALGS } from '../cipher-names.js'
 import { creationOf, isKnown, isTarget, listed, SOURCE_FORMATS, TARGET_FORMATS } from '../formats/table.js'
 import type { Encrypt, Format, Qcow2Shape, TargetFormat } from '../index.js'
@@ -236,16 +236,13 @@ const FILE_HINTS = [
 ] as const
 
 /** Hints to the file system are left to the folder's own settings; that is said where the file system knows them. */
-export async function warnOfFileHints(values: OptionValues, filename: string, session: Session): Promise<void> {
+export function warnOfFileHints(values: OptionValues, filename: string, session: Session): void {
   const given = FILE_HINTS.filter(
     ({ name }) => values.has(name) && values.get(name) !== false && values.get(name) !== 0n,
   )
   if (given.length === 0) return
   // What the file lies on does not matter to the image, which is there.
-  const type = await statfs(imagePath(filename)).then(
-    found => found.type,
-    () => undefined,
-  )
+  const type = fileSystemOf(filename)
   for (const { name, advice } of given.filter(hint => hint.type === type)) {
     session.stderr.write(`${session.program}: warning: ${filename}: ${name} is not set: ${advice}\n`)
   }
@@ -302,4 +299,13 @@ export function toIterTime(milliseconds: bigint, prefix = 'encrypt.'): number {
 export const sizeOption = (values: OptionValues): number | bigint | undefined => {
   const size = values.get('size')
   return typeof size === 'bigint' ? toSize(size) : undefined
+}
+
+/** The magic number of the file system that a file lies on; undefined where that is not known. */
+function fileSystemOf(filename: string): number | undefined {
+  try {
+    return statfsSync(imagePath(filename)).type
+  } catch {
+    return undefined
+  }
 }

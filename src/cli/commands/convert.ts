@@ -218,7 +218,7 @@ async function convertNamed(
     )
     if (!given.quiet) warn(converted, session)
     const hints = given.create ? parseOptionList(given.targetOptions ?? '', optionSpecs(to)) : new Map()
-    await warnOfFileHints(hints, target, session)
+    warnOfFileHints(hints, target, session)
   } catch (error) {
     if (session.signal.aborted || error instanceof CommandFailure) throw error
     throw unlockFailure([...sources, target], error, session) ?? worded(target, to, parts.base, error)

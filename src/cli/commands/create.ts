@@ -111,7 +111,7 @@ async function createNamed(
     signal: session.signal,
   })
   await image.close()
-  await warnOfFileHints(values, filename, session)
+  warnOfFileHints(values, filename, session)
 }
 
 /** The next multiple of 512 bytes. */

@@ -1,4 +1,4 @@
-import { chmod, lstat, mkdir, realpath, rm, symlink, writeFile } from 'node:fs/promises'
+import { chmodSync, lstatSync, mkdirSync, realpathSync, rmSync, symlinkSync, writeFileSync } from 'node:fs'
 import { join, resolve } from 'node:path'
 import type { Command } from 'commander'
 import { CommandFailure, UsageFailure, unsupported } from '../failure.js'
@@ -26,14 +26,10 @@ export function declareShims(program: Command, run: Runner): void {
     .usage('[options] FOLDER')
     .argument('[folders...]', 'the folder; it is made')
     .option('--force', 'replace programs of these names that are there')
-    .action((folders: string[], options: ShimsArguments) => run(session => writeShims(folders, options, session)))
+    .action((folders: string[], options: ShimsArguments) => run(async session => writeShims(folders, options, session)))
 }
 
-async function writeShims(
-  folders: readonly string[],
-  { force = false }: ShimsArguments,
-  session: Session,
-): Promise<number> {
+function writeShims(folders: readonly string[], { force = false }: ShimsArguments, session: Session): number {
   const [given] = folders
   if (given === undefined || folders.length !== 1) throw new UsageFailure('Expecting one folder')
   if (process.platform === 'win32') throw unsupported("Command 'shims'", 'Windows has no shell scripts')
@@ -41,27 +37,24 @@ async function writeShims(
   if (script === undefined) throw new CommandFailure('The program does not know its own file')
   const folder = resolve(given)
   // All or none: what is there is looked for first.
-  if (!force) for (const name of NAMES) await refuseExisting(join(folder, name))
-  await mkdir(join(folder, LINKS), { recursive: true })
-  const target = await realpath(script)
+  if (!force) for (const name of NAMES) refuseExisting(join(folder, name))
+  mkdirSync(join(folder, LINKS), { recursive: true })
+  const target = realpathSync(script)
   for (const name of NAMES) {
     const link = join(folder, LINKS, name)
     const shim = join(folder, name)
-    for (const path of [link, shim]) await rm(path, { force: true })
-    await symlink(target, link)
-    await writeFile(shim, `#!/bin/sh\nexec ${quoted(process.execPath)} ${quoted(link)} "$@"\n`, { flag: 'wx' })
-    await chmod(shim, 0o755)
+    for (const path of [link, shim]) rmSync(path, { force: true })
+    symlinkSync(target, link)
+    writeFileSync(shim, `#!/bin/sh\nexec ${quoted(process.execPath)} ${quoted(link)} "$@"\n`, { flag: 'wx' })
+    chmodSync(shim, 0o755)
     session.stdout.write(`${shim}\n`)
   }
   return 0
 }
 
-async function refuseExisting(path: string): Promise<void> {
-  const found = await lstat(path).catch((error: NodeJS.ErrnoException) => {
-    if (error.code === 'ENOENT') return undefined
-    throw error
-  })
-  if (found !== undefined) throw new CommandFailure(`'${path}' exists already: --force replaces it`)
+function refuseExisting(path: string): void {
+  if (lstatSync(path, { throwIfNoEntry: false }) === undefined) return
+  throw new CommandFailure(`'${path}' exists already: --force replaces it`)
 }
 
 /** One word of the shell. */
