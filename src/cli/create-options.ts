@@ -1,12 +1,15 @@
 /** The `-o` options of each format: what QEMU knows, what it prints in the "Formatting" line, what the library gets. */
 
+import { statfsSync } from 'node:fs'
 import { CIPHER_ALGS, CIPHER_MODES, HASH_ALGS, IVGEN_ALGS } from '../cipher-names.js'
 import { creationOf, isKnown, isTarget, listed, SOURCE_FORMATS, TARGET_FORMATS } from '../formats/table.js'
 import type { Encrypt, Format, Qcow2Shape, TargetFormat } from '../index.js'
 import { toName } from '../text.js'
 import { CommandFailure, unsupported } from './failure.js'
+import { imagePath } from './filename.js'
 import { type OptionSpec, type OptionValue, type OptionValues, optionHelp } from './options.js'
 import type { Objects } from './secrets.js'
+import type { Session } from './session.js'
 import { checkShape } from './shape-rules.js'
 import { toSize } from './size.js'
 
@@ -114,9 +117,25 @@ export function optionSpecs(format: TargetFormat): readonly OptionSpec[] {
 /** Whether an image can be made with this option. */
 export const isCreateOption = (name: string): boolean => QCOW2_OPTIONS.some(spec => spec.name === name)
 
+/** What QEMU's own tool does not have, or not in each version: not listed under its name. */
+const isOwn = (name: string): boolean => name === 'encrypt.allow-weak' || name === 'keep_data_file'
+
+/** A format that `-o help` asks about. */
+export function creatable(name: string): TargetFormat {
+  if (name === 'bochs' || name === 'cloop' || name === 'dmg' || name === 'qcow') {
+    throw new CommandFailure(`Format driver '${name}' does not support image creation`)
+  }
+  return targetFormat(name)
+}
+
 /** The text of `-o help`. With a file name, the options of the file itself are listed too. */
-export function describeFormat(format: TargetFormat, filename: string | undefined): string {
-  const offered = (specs: readonly OptionSpec[]): string => optionHelp(specs.filter(({ name }) => !isRefused(name)))
+export function describeFormat(
+  format: TargetFormat,
+  filename: string | undefined,
+  { program }: Pick<Session, 'program'>,
+): string {
+  const offered = (specs: readonly OptionSpec[]): string =>
+    optionHelp(specs.filter(({ name }) => program !== 'qemu-img' || !isOwn(name)))
   if (filename !== undefined) return `Supported options:\n${offered(optionSpecs(format))}`
   return (
     `Supported ${format} options:\n${offered(OF_FORMAT[format].options)}\n` +
@@ -204,15 +223,28 @@ export function toRefcountBits(bits: OptionValue): (typeof REFCOUNT_WIDTHS)[numb
   return width
 }
 
-/** Options that are understood, so that their harmless settings pass and the others are refused by name. */
-const isRefused = (name: string): boolean => name === 'encryption' || name === 'nocow' || name === 'extent_size_hint'
-
 function refuseUnsupported(values: OptionValues): void {
-  for (const [name, value] of values) {
-    // "Off" and 0 are what is done anyway.
-    if (!isRefused(name) || value === false || value === 0n) continue
-    const reason = name === 'encryption' ? 'write the legacy AES encryption' : 'set attributes of the file system'
-    throw unsupported(`Option '${name}'`, `this version does not ${reason}`)
+  // "Off" is what is done anyway.
+  if (values.get('encryption') !== true) return
+  throw unsupported("Option 'encryption'", 'the legacy AES encryption is asked for by encrypt.format=aes')
+}
+
+/** File systems that a hint means something to, by their magic numbers, and what is said where it is not followed. */
+const FILE_HINTS = [
+  { name: 'nocow', type: 0x9123683e, advice: "set it for the folder with 'chattr +C'" },
+  { name: 'extent_size_hint', type: 0x58465342, advice: "set it for the folder with 'xfs_io -c extsize'" },
+] as const
+
+/** Hints to the file system are left to the folder's own settings; that is said where the file system knows them. */
+export function warnOfFileHints(values: OptionValues, filename: string, session: Session): void {
+  const given = FILE_HINTS.filter(
+    ({ name }) => values.has(name) && values.get(name) !== false && values.get(name) !== 0n,
+  )
+  if (given.length === 0) return
+  // What the file lies on does not matter to the image, which is there.
+  const type = fileSystemOf(filename)
+  for (const { name, advice } of given.filter(hint => hint.type === type)) {
+    session.stderr.write(`${session.program}: warning: ${filename}: ${name} is not set: ${advice}\n`)
   }
 }
 
@@ -267,4 +299,13 @@ export function toIterTime(milliseconds: bigint, prefix = 'encrypt.'): number {
 export const sizeOption = (values: OptionValues): number | bigint | undefined => {
   const size = values.get('size')
   return typeof size === 'bigint' ? toSize(size) : undefined
+}
+
+/** The magic number of the file system that a file lies on; undefined where that is not known. */
+function fileSystemOf(filename: string): number | undefined {
+  try {
+    return statfsSync(imagePath(filename)).type
+  } catch {
+    return undefined
+  }
 }

@@ -58,14 +58,34 @@ export interface Request
   readonly closed?: boolean
 }
 
+/** How an image is shared: as the command line says, or its description. Writing is shared with nobody. */
+const sharingOf = (
+  filename: string,
+  { flags, forceShare }: Pick<OpenOptions, 'flags' | 'forceShare'>,
+  { objects }: Session,
+): Pick<OpenOptions, 'forceShare' | 'locking'> => {
+  const { locking, forceShare: described } = objects.sharingOf(filename)
+  const shared = flags === 'r+' ? undefined : (forceShare ?? described)
+  return { ...(locking !== undefined && { locking }), ...(shared !== undefined && { forceShare: shared }) }
+}
+
+/** How a job that writes locks its image, where its description says that. */
+export const lockingOf = (filename: string, { objects }: Session): Pick<OpenOptions, 'locking'> => {
+  const { locking } = objects.sharingOf(filename)
+  return locking === undefined ? {} : { locking }
+}
+
 /** Opens an image and everything below it, runs `work` on it, and closes it whatever happens. */
 export async function withImage<T>(
   { filename, format, exitCode, formatOption, unwritable, closed = false, references = 'allow', ...how }: Request,
   session: Session,
   work: (image: Image) => Promise<T>,
 ): Promise<T> {
-  const secret = closed ? undefined : session.objects.secretsOf(filename)
-  const image = await openImage(filename, format, { ...how, references, secret }, session, unwritable).catch(error => {
+  const { objects } = session
+  const secret = closed ? undefined : objects.secretsOf(filename)
+  const described = { ...sharingOf(filename, how, session), cache: how.cache ?? objects.cacheOf(filename) }
+  const options = { ...how, ...described, references, secret }
+  const image = await openImage(filename, format, options, session, unwritable).catch(error => {
     throw session.signal.aborted ? error : openFailure(filename, error, exitCode, formatOption)
   })
   try {

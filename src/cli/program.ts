@@ -3,11 +3,13 @@
 import { Command, CommanderError } from 'commander'
 import { isTarget, listed, SOURCE_FORMATS, TARGET_FORMATS } from '../formats/table.js'
 import { declareAmend } from './commands/amend.js'
+import { declareBench } from './commands/bench.js'
 import { declareBitmap } from './commands/bitmap.js'
 import { declareCheck } from './commands/check.js'
 import { declareCommit } from './commands/commit.js'
 import { declareCompact } from './commands/compact.js'
 import { declareCompare } from './commands/compare.js'
+import { declareCompletion } from './commands/completion.js'
 import { declareConvert } from './commands/convert.js'
 import { declareCreate } from './commands/create.js'
 import { declareDd } from './commands/dd.js'
@@ -18,16 +20,16 @@ import { declareMeasure } from './commands/measure.js'
 import { declareNbd } from './commands/nbd.js'
 import { declareRebase } from './commands/rebase.js'
 import { declareResize, isSize } from './commands/resize.js'
+import { declareShims } from './commands/shims.js'
 import { declareSnapshot } from './commands/snapshot.js'
+import { isDescription } from './descriptions.js'
+import { EXAMPLES } from './examples.js'
 import { CommandFailure, OptionFailure, UsageFailure } from './failure.js'
 import { arrange } from './getopt.js'
 import type { Session } from './session.js'
 
 /** Runs what a command line asked for; resolves to its exit code. */
 export type Runner = (work: (session: Session) => Promise<number>) => Promise<void>
-
-/** Commands of qemu-img that this version does not have: known, so that the message can say so. */
-const LATER = ['bench']
 
 const TARGETS = listed(TARGET_FORMATS, 'and')
 const ONLY_READ = SOURCE_FORMATS.filter(format => !isTarget(format)).join(', ')
@@ -37,7 +39,7 @@ Sizes take the suffixes k, M, G, T, P and E, powers of 1024. Formats are ${TARGE
 Backing files are followed by file name only, never json: or a protocol.`
 
 /** What each command is declared by, in the order of the help. */
-const COMMANDS: Readonly<Record<string, (program: Command, run: Runner) => void>> = {
+const COMMANDS: Readonly<Record<string, (program: Command, run: Runner, whole: () => Command) => void>> = {
   create: declareCreate,
   convert: declareConvert,
   info: declareInfo,
@@ -55,6 +57,9 @@ const COMMANDS: Readonly<Record<string, (program: Command, run: Runner) => void>
   dd: declareDd,
   io: declareIo,
   nbd: declareNbd,
+  bench: declareBench,
+  shims: declareShims,
+  completion: declareCompletion,
 }
 
 /** The commands that are tools of their own in QEMU: a program of such a name is that command. */
@@ -83,10 +88,11 @@ function buildProgram(session: Session, run: Runner, only?: string): Command {
       writeErr: () => undefined,
     })
   for (const [name, declare] of Object.entries(COMMANDS)) {
-    if (only === undefined || name === only) declare(program, run)
+    if (only === undefined || name === only) declare(program, run, () => buildProgram(session, run))
   }
   for (const command of program.commands) {
     command.on('option:version', printVersion)
+    command.addHelpText('after', () => examplesOf(command.name(), session.program))
     command.on('option:object', (definition: string) => session.objects.add(definition))
     const name = command.name()
     command.hook('preAction', () => describeImages(command, name, session))
@@ -94,30 +100,67 @@ function buildProgram(session: Session, run: Runner, only?: string): Command {
   return program
 }
 
+/** Two command lines that do something. */
+const examplesOf = (command: string, program: string): string =>
+  ['', 'Examples:', ...(EXAMPLES[command] ?? []).map(example => `  ${program} ${example}`)].join('\n')
+
 /** How many of a command's arguments are images that exist, from the first one on, where that is not one. */
-const IMAGES: Readonly<Record<string, (count: number) => number>> = {
-  convert: count => count - 1,
+const IMAGES: Readonly<Record<string, (count: number, options: Readonly<Record<string, unknown>>) => number>> = {
+  // A target that is written into as it is exists, too.
+  convert: (count, { create }) => (create === false ? count : count - 1),
   compare: () => 2,
+  create: () => 0,
+  shims: () => 0,
+  completion: () => 0,
   // It has more options than those of images.
   io: () => 0,
 }
 
-/** With `--image-opts` the arguments are descriptions; what runs sees the names of the images. */
+/** Commands that write to the image that they are given. */
+const WRITES: Readonly<Record<string, (options: Readonly<Record<string, unknown>>) => boolean>> = {
+  amend: () => true,
+  bitmap: () => true,
+  check: ({ repair }) => repair !== undefined,
+  commit: () => true,
+  compact: ({ dryRun }) => dryRun !== true,
+  rebase: () => true,
+  resize: () => true,
+  snapshot: ({ create, apply, delete: remove }) => (create ?? apply ?? remove) !== undefined,
+}
+
+/**
+ * With `--image-opts` the arguments are descriptions, and one that begins with `json:` always is; what runs sees the names of the
+ * images.
+ */
 function describeImages(command: Command, name: string, { objects }: Session): void {
-  const { imageOpts, format, sourceFormat } = command.opts<Record<string, unknown>>()
-  if (imageOpts !== true) return
-  if (format !== undefined || sourceFormat !== undefined) {
+  const options = command.opts<Record<string, unknown>>()
+  const { imageOpts, format, sourceFormat, targetImageOpts } = options
+  if (imageOpts === true && (format !== undefined || sourceFormat !== undefined)) {
     throw new CommandFailure('--image-opts and --format are mutually exclusive')
   }
   const files: unknown = command.processedArgs[0]
   if (!Array.isArray(files)) return
+  const named = (argument: string, described: boolean): string =>
+    described || isDescription(argument) ? objects.describe(argument) : argument
   if (name === 'dd') {
     const input = files.findIndex(operand => String(operand).startsWith('if='))
-    if (input >= 0) files[input] = `if=${objects.describe(String(files[input]).slice(3))}`
+    if (input >= 0) files[input] = `if=${named(String(files[input]).slice('if='.length), imageOpts === true)}`
     return
   }
-  const described = IMAGES[name]?.(files.length) ?? 1
-  for (const [index, file] of files.slice(0, described).entries()) files[index] = objects.describe(String(file))
+  const count = IMAGES[name]?.(files.length, options) ?? 1
+  const last = files.length - 1
+  for (const [index, file] of files.slice(0, count).entries()) {
+    const isTarget = name === 'convert' && index === last
+    const described = isTarget ? targetImageOpts === true : imageOpts === true
+    if (isTarget && described && command.getOptionValueSource('targetFormat') === 'cli') {
+      throw new CommandFailure('--image-opts and --format are mutually exclusive')
+    }
+    files[index] = named(String(file), described)
+  }
+  if (typeof options['sourceFile'] === 'string')
+    command.setOptionValue('sourceFile', named(options['sourceFile'], false))
+  const [first] = files
+  if (typeof first === 'string' && WRITES[name]?.(options)) objects.refuseReadOnly(first)
 }
 
 /** Read when asked for, by the package's own name: from the bundle and from its modules alike. */
@@ -165,11 +208,6 @@ export async function runProgram(given: readonly string[], session: Session): Pr
 }
 
 function unknownCommand(name: string, hint: string): CommandFailure {
-  if (LATER.includes(name)) {
-    return new CommandFailure(`Command not supported in this version: ${name} (ERR_QCOW2_UNSUPPORTED_COMMAND)`, {
-      hint,
-    })
-  }
   return new CommandFailure(`Command not found: ${name}`, { hint })
 }
 

@@ -1,28 +1,27 @@
 /** `--object secret,…` and `--image-opts`: what opens encrypted images, and which of them. */
 
 import { readFileSync } from 'node:fs'
-import { isFormat } from '../formats/table.js'
-import type { DetachedImage, EncryptedLayer, Format, Secret, SecretBytes, Secrets } from '../index.js'
+import { isAbsolute } from 'node:path'
+import type {
+  CacheMode,
+  DetachedImage,
+  EncryptedLayer,
+  Format,
+  Secret,
+  SecretBytes,
+  Secrets,
+  SharingOptions,
+} from '../index.js'
 import { toName } from '../text.js'
+import { type Description, readDescription } from './descriptions.js'
 import { CommandFailure, unsupported } from './failure.js'
 import { argumentOf, imagePath } from './filename.js'
 import { settings } from './options.js'
 
-/** An image that was described by options. */
-interface Described {
-  readonly format: Format | undefined
-  /** The file with its header, where that is another one. */
-  readonly header: string | undefined
-  /** Ids of the secrets of its layers, top first. */
-  readonly secrets: readonly (string | undefined)[]
-  /** Which of them may be written to although their encryption is weak. */
-  readonly weak: readonly boolean[]
-}
-
 /** The objects of a command line. */
 export class Objects {
   readonly #secrets = new Map<string, SecretBytes>()
-  readonly #images = new Map<string, Described>()
+  readonly #images = new Map<string, Description & { readonly typed: string }>()
 
   /** Takes an object as qemu-img does: `secret,id=ID` with `data=TEXT` or `file=NAME`, and `format=base64`. */
   add(definition: string): void {
@@ -46,33 +45,46 @@ export class Objects {
     return found
   }
 
-  /** Takes an image that is described by `driver=qcow2,encrypt.key-secret=ID,file.filename=NAME`; returns its name. */
-  describe(options: string): string {
-    const values = new Map(settings(options).map(({ name, value }) => [name, value ?? 'on']))
-    const filename = values.get('file.filename') ?? values.get('filename')
-    if (filename === undefined) {
-      throw new CommandFailure(`Could not open '${options}': an image is described by its file.filename`)
-    }
-    const driver = values.get('driver')
-    if (driver !== undefined && !isFormat(driver)) {
-      throw new CommandFailure(`Could not open '${options}': Unknown driver '${driver}'`)
-    }
-    const secrets: (string | undefined)[] = []
-    const weak: boolean[] = []
-    for (const [name, value] of values) {
-      const { depth, rest } = withoutBacking(name)
-      if (rest === 'encrypt.key-secret' || rest === 'key-secret') {
-        this.secret(value)
-        secrets[depth] = value
-      } else if (rest === 'encrypt.allow-weak' && ['on', 'off'].includes(value)) {
-        weak[depth] = value === 'on'
-      } else if (!isHarmless(rest, value, depth)) {
-        throw new CommandFailure(`Could not open '${options}': Block format does not support the option '${name}'`)
-      }
-    }
-    const name = argumentOf(filename)
-    this.#images.set(name, { format: driver, header: values.get('header.filename'), secrets, weak })
+  /** Takes an image that is described; returns its name. */
+  describe(typed: string): string {
+    const description = readDescription(typed)
+    for (const id of description.secrets) if (id !== undefined) this.secret(id)
+    let name = argumentOf(description.filename)
+    // One file may be described twice, as what it is and as its plain bytes: each has a name of its own.
+    while (this.#images.has(name)) name = isAbsolute(name) ? `/.${name}` : `./${name}`
+    this.#images.set(name, { ...description, typed })
     return name
+  }
+
+  /** A message, with what was typed in place of the name of an image that was described. */
+  asTyped(message: string): string {
+    for (const [name, { typed }] of this.#images) {
+      const opening = `Could not open '${name}'`
+      if (message.startsWith(opening)) return `Could not open '${typed}'${message.slice(opening.length)}`
+    }
+    return message
+  }
+
+  /** Refuses to write to an image that is described as read-only. */
+  refuseReadOnly(filename: string): void {
+    if (this.#images.get(filename)?.readOnly) {
+      throw new CommandFailure(`Could not open '${filename}': Block node is read-only`)
+    }
+  }
+
+  /** How the description of an image says that it is shared with other processes; of several, the first that says so. */
+  sharingOf(...filenames: readonly string[]): Pick<SharingOptions, 'locking' | 'forceShare'> {
+    const images = filenames.flatMap(filename => this.#images.get(filename) ?? [])
+    const locking = images.find(image => image.locking !== undefined)?.locking
+    return {
+      ...(locking !== undefined && { locking }),
+      ...(images.some(image => image.forceShare) && { forceShare: true }),
+    }
+  }
+
+  /** The cache mode that the description of an image says. */
+  cacheOf(filename: string): CacheMode | undefined {
+    return this.#images.get(filename)?.cache
   }
 
   /** The format that the description of an image says. */
@@ -100,19 +112,6 @@ export class Objects {
     return ({ depth }: EncryptedLayer) => this.secretOfLayer(filename, depth)
   }
 }
-
-/** How many layers below the top an option is for. */
-function withoutBacking(name: string): { depth: number; rest: string } {
-  const backing = /^(?:backing\.)*/.exec(name)?.[0] ?? ''
-  return { depth: backing.length / 'backing.'.length, rest: name.slice(backing.length) }
-}
-
-/** What was read already, or says what is so anyway. Which file lies below, and in what format, is the image's to say. */
-const isHarmless = (name: string, value: string, depth: number): boolean =>
-  (depth === 0 && ['driver', 'filename', 'file.filename'].includes(name)) ||
-  (depth === 0 && name === 'header.filename') ||
-  (depth === 0 && /^(?:file|header)\.driver$/.test(name) && ['file', 'host_device'].includes(value)) ||
-  (name === 'encrypt.format' && ['luks', 'aes'].includes(value))
 
 function toSecret(values: ReadonlyMap<string, string>): SecretBytes {
   const known = ['id', 'data', 'file', 'format']

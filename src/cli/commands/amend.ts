@@ -1,5 +1,5 @@
 import type { Command } from 'commander'
-import { can } from '../../formats/table.js'
+import { can, isFormat, isKnown } from '../../formats/table.js'
 import { type AmendOptions, amend, type Format, Qcow2Error } from '../../index.js'
 import { toName } from '../../text.js'
 import { isCreateOption, qcow2Options, toRefcountBits, toVersion } from '../create-options.js'
@@ -7,7 +7,7 @@ import { describeError, openFailure, openHint } from '../errors.js'
 import { CommandFailure, UsageFailure, unsupported } from '../failure.js'
 import { imagePath } from '../filename.js'
 import { cacheMode, formatsThat, oneFile, takeDriverSyntax } from '../grammar.js'
-import { formatOf, type Request, withImage } from '../images.js'
+import { formatOf, lockingOf, type Request, withImage } from '../images.js'
 import { KEY_OPTIONS, type KeyChange, toKeyChange } from '../key-options.js'
 import { asksForHelp, joinOptionLists, type OptionValues, optionHelp, parseOptionList } from '../options.js'
 import type { Runner } from '../program.js'
@@ -65,15 +65,14 @@ export function declareAmend(program: Command, run: Runner): void {
 async function amendFile(files: readonly string[], options: AmendArguments, session: Session): Promise<number> {
   const { options: list, progress = false, quiet = false } = options
   if (list === undefined) throw new UsageFailure('Must specify options (-o)')
-  if (asksForHelp(list)) {
-    session.stdout.write(`Amend options for 'qcow2':\n${optionHelp(OPTIONS)}`)
-    return 0
-  }
+  if (asksForHelp(list) && options.format !== undefined) return showOptions(options.format, session)
+  if (asksForHelp(list) && files.length !== 1) throw new CommandFailure('Expecting one image file name')
   const filename = oneFile(files)
   const format = await formatOf(filename, options.format, session).catch(error => {
     throw session.signal.aborted ? error : openFailure(filename, error)
   })
-  if (!can(format, 'amend')) throw new CommandFailure(`Format driver '${format}' does not support option amendment`)
+  if (asksForHelp(list)) return showOptions(format, session)
+  if (!can(format, 'amend')) throw cannotAmend(format)
   const values = parse(list)
   const changes = toAmendOptions(values)
   const { objects } = session
@@ -81,7 +80,13 @@ async function amendFile(files: readonly string[], options: AmendArguments, sess
   const choice = { progress: progress && !quiet, quiet, verb: 'Amending', step: 1 }
   await withProgress(session, choice, async job => {
     if (keys === undefined || Object.keys(changes).length > 0) {
-      await amend(imagePath(filename), { ...job, ...changes, shrink: options.shrink, references: 'allow' })
+      await amend(imagePath(filename), {
+        ...job,
+        ...lockingOf(filename, session),
+        ...changes,
+        shrink: options.shrink,
+        references: 'allow',
+      })
     }
     if (keys !== undefined) await amendKeys({ filename, format, flags: 'r+' }, session, keys)
   }).catch(error => {
@@ -89,6 +94,17 @@ async function amendFile(files: readonly string[], options: AmendArguments, sess
   })
   return 0
 }
+
+/** Of a format by its name, or of the image's. */
+function showOptions(format: string, { stdout }: Session): number {
+  if (!isKnown(format)) throw new CommandFailure(`Unknown file format '${format}'`)
+  if (!isFormat(format) || !can(format, 'amend')) throw cannotAmend(format)
+  stdout.write(`Amend options for '${format}':\n${optionHelp(OPTIONS)}`)
+  return 0
+}
+
+const cannotAmend = (format: string): CommandFailure =>
+  new CommandFailure(`Format driver '${format}' does not support option amendment`)
 
 const amendKeys = (request: Request, session: Session, change: KeyChange): Promise<void> =>
   withImage(request, session, async image => {

@@ -81,7 +81,13 @@ async function checked(
       throw new CommandFailure('This image format does not support checks', { exitCode: CHECK_NOT_SUPPORTED })
     }
     return await withProgress(session, choice, job =>
-      check(imagePath(filename), { ...job, forceShare, repair, references: 'allow' }),
+      check(imagePath(filename), {
+        ...job,
+        ...session.objects.sharingOf(filename),
+        ...(forceShare !== undefined && { forceShare }),
+        repair,
+        references: 'allow',
+      }),
     )
   } catch (error) {
     if (session.signal.aborted || error instanceof CommandFailure) throw error

@@ -8,7 +8,7 @@ import { describeError, openFailure } from '../errors.js'
 import { CommandFailure } from '../failure.js'
 import { imagePath, localPath } from '../filename.js'
 import { alias, cacheMode, formatsThat, oneFile, rateLimit, takeDriverSyntax, toCacheMode } from '../grammar.js'
-import { formatOf, withImage } from '../images.js'
+import { formatOf, lockingOf, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
@@ -55,6 +55,7 @@ async function commitFile(files: readonly string[], options: CommitArguments, se
   await withProgress(session, choice, job =>
     commit(imagePath(filename), {
       ...job,
+      ...lockingOf(filename, session),
       references: 'allow',
       secret: session.objects.secretsOf(filename),
       cache,

@@ -6,7 +6,7 @@ import { CommandFailure } from '../failure.js'
 import { imagePath } from '../filename.js'
 import { compactJson, formatCompact } from '../format/compact.js'
 import { formatsThat, oneFile, outputOption, takeDriverSyntax } from '../grammar.js'
-import { formatOf, withImage } from '../images.js'
+import { formatOf, lockingOf, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
@@ -68,7 +68,15 @@ async function compacted(filename: string, options: CompactArguments, session: S
   const mode = rewrite ? 'rewrite' : 'in-place'
   try {
     return await withProgress(session, choice, job =>
-      compact(imagePath(filename), { ...job, mode, zeroes, dryRun, references: 'allow', secret }),
+      compact(imagePath(filename), {
+        ...job,
+        ...lockingOf(filename, session),
+        mode,
+        zeroes,
+        dryRun,
+        references: 'allow',
+        secret,
+      }),
     )
   } catch (error) {
     if (session.signal.aborted || error instanceof CommandFailure) throw error

@@ -64,7 +64,8 @@ async function compareFiles(files: readonly string[], options: CompareArguments,
   const { strict, forceShare } = options
   const { objects } = session
   const secrets = { secretA: objects.secretsOf(a), secretB: objects.secretsOf(b) }
-  const request = { formatA, formatB, ...secrets, strict, forceShare, references: 'allow' } as const
+  const sharing = { ...objects.sharingOf(a, b), ...(forceShare !== undefined && { forceShare }) }
+  const request = { formatA, formatB, ...secrets, ...sharing, strict, references: 'allow' } as const
   const result = await withProgress(session, choice, job =>
     compare(objects.sourceOf(a), objects.sourceOf(b), { ...request, ...job }),
   ).catch(error => {

@@ -13,21 +13,18 @@ import {
   type TargetFormat,
 } from '../../index.js'
 import { exactText } from '../../text.js'
-import { describeFormat, optionSpecs, targetFormat, toCreateOptions } from '../create-options.js'
+import {
+  creatable,
+  describeFormat,
+  optionSpecs,
+  targetFormat,
+  toCreateOptions,
+  warnOfFileHints,
+} from '../create-options.js'
 import { describeError, openFailure, pathOf } from '../errors.js'
 import { CommandFailure, unsupported } from '../failure.js'
 import { imagePath, localPath } from '../filename.js'
-import {
-  alias,
-  cacheMode,
-  optionList,
-  rateLimit,
-  refuse,
-  SOURCES,
-  TARGETS,
-  takeDriverSyntax,
-  wholeNumber,
-} from '../grammar.js'
+import { alias, cacheMode, optionList, rateLimit, SOURCES, TARGETS, takeDriverSyntax, wholeNumber } from '../grammar.js'
 import { formatOf, snapshotOf, unlockFailure, withImage } from '../images.js'
 import { asksForHelp, type OptionValue, type OptionValues, parseOptionList } from '../options.js'
 import type { Runner } from '../program.js'
@@ -39,6 +36,7 @@ import { addBacking, fromImage } from './create.js'
 interface ConvertArguments {
   readonly sourceFormat?: string
   readonly targetFormat: string
+  readonly targetImageOpts?: boolean
   readonly targetOptions?: string
   readonly sourceSnapshot?: string
   readonly compress?: boolean
@@ -121,7 +119,7 @@ export function declareConvert(program: Command, run: Runner): void {
   alias(command, '--backing', '-b')
   alias(command, '--rate', '--rate-limit')
   takeDriverSyntax(command)
-  refuse(command, '--target-image-opts', 'images are given by file name')
+  command.option('--target-image-opts', 'with -n: TARGET is described by options, as with --image-opts')
   command.action((files: string[], options: ConvertArguments & { concurrency?: number }) =>
     run(session => convertFiles(files, { ...options, ...threads(options) }, session)),
   )
@@ -147,7 +145,7 @@ async function convertFiles(files: readonly string[], given: ConvertArguments, s
   refuseContradictions(given)
   const target = files.length > 1 ? files[files.length - 1] : undefined
   if (given.targetOptions !== undefined && asksForHelp(given.targetOptions)) {
-    session.stdout.write(describeFormat(targetFormat(given.targetFormat), target))
+    session.stdout.write(describeFormat(creatable(given.targetFormat), target, session))
     return 0
   }
   const sources = files.slice(0, -1)
@@ -169,6 +167,7 @@ function refuseContradictions(given: ConvertArguments): void {
   if (!given.create && given.targetOptions !== undefined) {
     throw new CommandFailure('-o has no effect when skipping image creation')
   }
+  if (given.targetImageOpts && given.create) throw new CommandFailure('--target-image-opts requires use of -n flag')
   if (given.targetIsZero && given.create) throw new CommandFailure('--target-is-zero requires use of -n flag')
   if (!given.create) refuseWithTarget(given)
   for (const name of ['level', 'window'] as const) {
@@ -185,7 +184,7 @@ async function convertNamed(
   const { forceShare } = given
   const several = sources.length > 1
   const { from, size, snapshot } = await lookAt(sources, given, session)
-  const to = targetFormat(given.targetFormat)
+  const to = await formatOfTarget(target, given, session)
   const parts = given.create ? newTarget(target, to, given, several, session) : existingTarget(to, given)
   if (several && given.bitmaps) throw new CommandFailure('Copying bitmaps only possible with single source')
   if (given.bitmaps) await checkBitmaps(sources[0] ?? target, to, parts, given, session)
@@ -195,10 +194,13 @@ async function convertNamed(
     ...(given.bitmaps && { bitmaps: { skipBroken: given.skipBrokenBitmaps } }),
     to,
     references: 'allow',
-    secret: secretsOf(sources, session),
-    forceShare,
+    secret: secretsOf(sources, target, session),
+    ...session.objects.sharingOf(...sources),
+    ...(forceShare !== undefined && { forceShare }),
     ...(snapshot !== undefined && { snapshot }),
-    ...(given.sparseSize !== undefined && { sparseSize: given.sparseSize }),
+    // Compressed clusters are whole: but for 0, which stores everything, it is not looked at.
+    ...(given.sparseSize !== undefined &&
+      (!given.compress || given.sparseSize === 0) && { sparseSize: given.sparseSize }),
     ...(given.parallel !== undefined && { concurrency: given.parallel }),
     ...(given.salvage && { salvage: true }),
     ...(given.rate !== undefined && { rate: given.rate }),
@@ -215,16 +217,24 @@ async function convertNamed(
       ),
     )
     if (!given.quiet) warn(converted, session)
+    const hints = given.create ? parseOptionList(given.targetOptions ?? '', optionSpecs(to)) : new Map()
+    warnOfFileHints(hints, target, session)
   } catch (error) {
     if (session.signal.aborted || error instanceof CommandFailure) throw error
-    throw unlockFailure(sources, error, session) ?? worded(target, to, error)
+    throw unlockFailure([...sources, target], error, session) ?? worded(target, to, parts.base, error)
   }
 }
 
-/** What opens the sources: each has secrets of its own. */
-function secretsOf(sources: readonly string[], { objects }: Session): Secrets | undefined {
-  if (sources.every(source => objects.secretsOf(source) === undefined)) return undefined
-  return layer => objects.secretOfLayer(sources[layer.source ?? 0] ?? '', layer.depth)
+/** What opens the sources, and a target that exists: each has secrets of its own. */
+function secretsOf(sources: readonly string[], target: string, { objects }: Session): Secrets | undefined {
+  if ([...sources, target].every(each => objects.secretsOf(each) === undefined)) return undefined
+  return ({ source, depth }) =>
+    objects.secretOfLayer((source === undefined ? target : sources[source]) ?? target, depth)
+}
+
+/** The format of the target: of one that is described what its description says, or what it looks like. */
+async function formatOfTarget(target: string, given: ConvertArguments, session: Session): Promise<TargetFormat> {
+  return targetFormat(given.targetImageOpts ? await formatOf(target, undefined, session) : given.targetFormat)
 }
 
 /** What is for new images only in this version. */
@@ -281,8 +291,12 @@ function warn({ skippedBitmaps, skippedBitmapsBytes, unreadable }: ConvertResult
   }
 }
 
-function worded(target: string, to: TargetFormat, error: unknown): CommandFailure {
+function worded(target: string, to: TargetFormat, base: ConvertOptions['base'], error: unknown): CommandFailure {
   const reason = describeError(error, localPath(target))
+  // QEMU finds that out when it opens the target that it made.
+  if (base !== undefined && reason.startsWith('Could not open ') && pathOf(error) === String(base)) {
+    return new CommandFailure(`Could not open '${target}': Could not open backing file: ${reason}`, { cause: error })
+  }
   const failed = error instanceof Qcow2Error && !reason.startsWith('Could not') ? pathOf(error) : undefined
   if (failed !== undefined && failed !== localPath(target)) {
     return new CommandFailure(`${failed}: error while reading: ${reason}`, { cause: error })

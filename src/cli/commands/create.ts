@@ -3,7 +3,15 @@ import type { Command } from 'commander'
 import { isFormat, PLAIN_FORMAT, traitsOf } from '../../formats/table.js'
 import { create, type TargetFormat } from '../../index.js'
 import { toName } from '../../text.js'
-import { describeFormat, optionSpecs, sizeOption, targetFormat, toCreateOptions } from '../create-options.js'
+import {
+  creatable,
+  describeFormat,
+  optionSpecs,
+  sizeOption,
+  targetFormat,
+  toCreateOptions,
+  warnOfFileHints,
+} from '../create-options.js'
 import { describeError } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
 import { argumentOf, localPath } from '../filename.js'
@@ -45,7 +53,7 @@ export function declareCreate(program: Command, run: Runner): void {
 async function createImage(files: readonly string[], given: CreateArguments, session: Session): Promise<number> {
   const [filename, sizeText, excess] = files
   if (given.options !== undefined && asksForHelp(given.options)) {
-    session.stdout.write(describeFormat(targetFormat(given.format), filename))
+    session.stdout.write(describeFormat(creatable(given.format), filename, session))
     return 0
   }
   if (filename === undefined) throw new UsageFailure('Expecting image file name')
@@ -103,6 +111,7 @@ async function createNamed(
     signal: session.signal,
   })
   await image.close()
+  warnOfFileHints(values, filename, session)
 }
 
 /** The next multiple of 512 bytes. */

@@ -102,15 +102,16 @@ async function dd(list: readonly string[], options: DdArguments, session: Sessio
   // As dd is: nothing is shown unless somebody asks.
   const choice = { progress: false, quiet: true, verb: 'Copying', step: 1 }
   const secret = session.objects.secretsOf(input)
-  const copy = { from, to, ...range, references: 'allow', secret, forceShare, overwrite: true } as const
-  await withProgress(session, choice, job => convert(imagePath(input), imagePath(output), { ...copy, ...job })).catch(
-    error => {
-      if (session.signal.aborted) throw error
-      const closed = unlockFailure([input], error, session)
-      if (closed !== undefined) throw closed
-      const reason = describeError(error, localPath(output))
-      throw new CommandFailure(`${output}: error while creating output image: ${reason}`, { cause: error })
-    },
-  )
+  const sharing = { ...session.objects.sharingOf(input), ...(forceShare !== undefined && { forceShare }) }
+  const copy = { from, to, ...range, ...sharing, references: 'allow', secret, overwrite: true } as const
+  await withProgress(session, choice, job =>
+    convert(session.objects.sourceOf(input), imagePath(output), { ...copy, ...job }),
+  ).catch(error => {
+    if (session.signal.aborted) throw error
+    const closed = unlockFailure([input], error, session)
+    if (closed !== undefined) throw closed
+    const reason = describeError(error, localPath(output))
+    throw new CommandFailure(`${output}: error while creating output image: ${reason}`, { cause: error })
+  })
   return 0
 }

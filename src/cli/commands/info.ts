@@ -1,3 +1,4 @@
+import { isAbsolute } from 'node:path'
 import { type Command, Option } from 'commander'
 import { isFormat, traitsOf } from '../../formats/table.js'
 import { type BlockLimits, type EncryptInfo, type ImageInfo, inspect, type LuksInfo, probe } from '../../index.js'
@@ -133,7 +134,7 @@ function infoDocument(filename: string, info: ImageInfo): InfoDocument {
       'backing-filename': exactText(info.backingFilename, info.backingFilenameBytes),
     }),
     ...(info.fullBackingFilename !== undefined && {
-      'full-backing-filename': fullName(info.backingFilename ?? '', info),
+      'full-backing-filename': fullName(filename, info.backingFilename ?? '', info),
     }),
     ...(info.backingFilenameFormat !== undefined && { 'backing-filename-format': info.backingFilenameFormat }),
     ...(info.snapshots.length > 0 && { snapshots: snapshotDocuments(info.snapshots) }),
@@ -143,11 +144,12 @@ function infoDocument(filename: string, info: ImageInfo): InfoDocument {
   }
 }
 
-/** With the protocol `file:`, a name is no other from anywhere. */
-const fullName = (stored: string, info: ImageInfo): string =>
-  stored.startsWith('file:')
-    ? exactText(stored, info.backingFilenameBytes)
-    : exactText(info.fullBackingFilename ?? '', info.fullBackingFilenameBytes)
+/** With the protocol `file:`, a name is no other from anywhere; any other is behind the folder of the image, as that is shown. */
+function fullName(image: string, stored: string, info: ImageInfo): string {
+  if (stored.startsWith('file:')) return exactText(stored, info.backingFilenameBytes)
+  const full = exactText(info.fullBackingFilename ?? '', info.fullBackingFilenameBytes)
+  return image.startsWith('./') && !isAbsolute(full) && !full.startsWith('./') ? `./${full}` : full
+}
 
 /** A data file by the name of the file. */
 const dataFileName = (stored: string): string => (stored.startsWith('file:') ? shownName(stored) : stored)

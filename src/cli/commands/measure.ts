@@ -94,7 +94,8 @@ async function measureWith(
       snapshot,
       references: 'allow',
       secret: session.objects.secretsOf(source),
-      forceShare: options.forceShare,
+      ...session.objects.sharingOf(source),
+      ...(options.forceShare !== undefined && { forceShare: options.forceShare }),
     })
   } catch (error) {
     throw session.signal.aborted ? error : openFailure(source, error)

@@ -6,7 +6,7 @@ import { describeError, openFailure, openHint, pathOf } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
 import { imagePath, localPath } from '../filename.js'
 import { alias, cacheMode, formatsThat, oneFile, takeDriverSyntax, toCacheMode } from '../grammar.js'
-import { formatOf, withImage } from '../images.js'
+import { formatOf, lockingOf, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
@@ -79,6 +79,7 @@ async function rebaseFile(files: readonly string[], options: RebaseArguments, se
   await withProgress(session, choice, job =>
     rebase(imagePath(filename), next === null ? null : toName(next), {
       ...job,
+      ...lockingOf(filename, session),
       // Unsafe is unsafe: nothing but the name is looked at.
       references,
       secret: session.objects.secretsOf(filename),

@@ -1,0 +1,61 @@
+import { chmodSync, lstatSync, mkdirSync, realpathSync, rmSync, symlinkSync, writeFileSync } from 'node:fs'
+import { join, resolve } from 'node:path'
+import type { Command } from 'commander'
+import { CommandFailure, UsageFailure, unsupported } from '../failure.js'
+import type { Runner } from '../program.js'
+import type { Session } from '../session.js'
+
+/** The programs that this command line stands in for. It speaks as what it is called by. */
+const NAMES = ['qemu-img', 'qemu-io', 'qemu-nbd'] as const
+
+/** Where the links lie that give the command line those names. */
+const LINKS = '.qcow2-shims'
+
+interface ShimsArguments {
+  readonly force?: boolean
+}
+
+export function declareShims(program: Command, run: Runner): void {
+  program
+    .command('shims')
+    .summary('write qemu-img, qemu-io and qemu-nbd that run this program')
+    .description(
+      'Write programs called qemu-img, qemu-io and qemu-nbd into a folder. They run this program under those names. Nothing uses ' +
+        'them unless the folder is on the PATH.',
+    )
+    .usage('[options] FOLDER')
+    .argument('[folders...]', 'the folder; it is made')
+    .option('--force', 'replace programs of these names that are there')
+    .action((folders: string[], options: ShimsArguments) => run(async session => writeShims(folders, options, session)))
+}
+
+function writeShims(folders: readonly string[], { force = false }: ShimsArguments, session: Session): number {
+  const [given] = folders
+  if (given === undefined || folders.length !== 1) throw new UsageFailure('Expecting one folder')
+  if (process.platform === 'win32') throw unsupported("Command 'shims'", 'Windows has no shell scripts')
+  const script = process.argv[1]
+  if (script === undefined) throw new CommandFailure('The program does not know its own file')
+  const folder = resolve(given)
+  // All or none: what is there is looked for first.
+  if (!force) for (const name of NAMES) refuseExisting(join(folder, name))
+  mkdirSync(join(folder, LINKS), { recursive: true })
+  const target = realpathSync(script)
+  for (const name of NAMES) {
+    const link = join(folder, LINKS, name)
+    const shim = join(folder, name)
+    for (const path of [link, shim]) rmSync(path, { force: true })
+    symlinkSync(target, link)
+    writeFileSync(shim, `#!/bin/sh\nexec ${quoted(process.execPath)} ${quoted(link)} "$@"\n`, { flag: 'wx' })
+    chmodSync(shim, 0o755)
+    session.stdout.write(`${shim}\n`)
+  }
+  return 0
+}
+
+function refuseExisting(path: string): void {
+  if (lstatSync(path, { throwIfNoEntry: false }) === undefined) return
+  throw new CommandFailure(`'${path}' exists already: --force replaces it`)
+}
+
+/** One word of the shell. */
+const quoted = (word: string): string => `'${word.replaceAll("'", "'\\''")}'`
