@@ -33,9 +33,13 @@ const TYPESCRIPT: Readonly<Record<string, string>> = {
   'src/cli.ts': 'arguments with replacement characters are read again from /proc: cli/names.test.ts',
   'src/cli/commands/commit.ts': TAKES_APART,
   'src/cli/commands/create.ts': TAKES_APART,
+  'src/cli/commands/info.ts': TAKES_APART,
   'src/cli/commands/nbd.ts':
     'of the temporary overlay only: below a folder whose name is no text, its backing file is not found',
+  'src/cli/commands/shims.ts': OURS,
+  'src/cli/io/disk.ts': 'of the temporary overlay only, as for nbd',
   'src/cli/main.ts': OURS,
+  'src/cli/secrets.ts': TAKES_APART,
   'src/formats/sizes.ts': OURS,
   'src/formats/table.ts': OURS,
   'src/native.ts': OURS,

@@ -120,9 +120,12 @@ export const isCreateOption = (name: string): boolean => QCOW2_OPTIONS.some(spec
 /** What QEMU's own tool does not have, or not in each version: not listed under its name. */
 const isOwn = (name: string): boolean => name === 'encrypt.allow-weak' || name === 'keep_data_file'
 
+/** Formats that QEMU knows and makes no images of, or that are not made here. */
+const ONLY_READ: readonly string[] = ['bochs', 'cloop', 'dmg', 'qcow']
+
 /** A format that `-o help` asks about. */
 export function creatable(name: string): TargetFormat {
-  if (name === 'bochs' || name === 'cloop' || name === 'dmg' || name === 'qcow') {
+  if (ONLY_READ.includes(name)) {
     throw new CommandFailure(`Format driver '${name}' does not support image creation`)
   }
   return targetFormat(name)

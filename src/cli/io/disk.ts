@@ -115,9 +115,9 @@ async function openSnapshot(how: Opening, session: Session): Promise<OpenDisk> {
 
 /** Refuses options that do not fit an image. */
 export function checkFor({ info }: Pick<OpenDisk, 'info'>, options: DriverOptions): void {
-  if (info.format !== 'qcow2' || options.size === 0) return
+  if (info.formatSpecific === undefined || options.size === 0) return
   const { clusterSize = 65536, virtualSize, formatSpecific } = info
-  const shape: Shape = { clusterSize, virtualSize, version: formatSpecific?.compat === '0.10' ? 2 : 3 }
+  const shape: Shape = { clusterSize, virtualSize, version: formatSpecific.compat === '0.10' ? 2 : 3 }
   checkDriverOptions(options, shape)
 }
 
