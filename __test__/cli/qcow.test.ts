@@ -133,7 +133,7 @@ convert --bitmaps -O qcow2 plain.qcow out`
     ['compact plain.qcow', 'This image format does not support compaction'],
     ['commit over.qcow', "Format driver 'qcow' does not support commit"],
     ['rebase -b disk.raw -F raw over.qcow', "Could not change the backing file to 'disk.raw': Operation not supported"],
-    ['convert secret.qcow out', 'reading aes-encrypted images is not supported'],
+    ['convert secret.qcow out', "the guest data is encrypted (AES): give the image's secret"],
     ['convert -l x plain.qcow out', "Failed to load snapshot: 'plain.qcow' is qcow, and has no snapshots"],
     ['info -f qcow target.qcow2', 'unsupported qcow version 3'],
   ])('%s is refused', async (line, message) => {

@@ -2,7 +2,8 @@
 //
 // QEMU's own suite on this command line: every test of the list that needs no virtual machine, in the standing of qemu-img. Prints a table
 // and a score; ends with 1 if a test fails that expected.json says to pass, and says so if one passes that it does not know of.
-//   --matrix       the cells too in which one of the tools is QEMU's own
+//   --cell NAME    whose the tools are: ours (default), 'our qemu-img' or 'our qemu-io', the others being QEMU's own
+//   --matrix       all three
 //   --all-options  with each set of options of expected.json
 //   --update       writes expected.json from what passed
 import { spawn } from 'node:child_process'
@@ -22,6 +23,7 @@ const { values, positionals } = parseArgs({
   allowPositionals: true,
   options: {
     options: { type: 'string', short: 'o' },
+    cell: { type: 'string', default: 'ours' },
     matrix: { type: 'boolean', default: false },
     'all-options': { type: 'boolean', default: false },
     jobs: { type: 'string', short: 'j', default: String(availableParallelism()) },
@@ -34,8 +36,8 @@ const { values, positionals } = parseArgs({
 /** Who each tool is, by the name of the cell. */
 const CELLS = {
   ours: { 'qemu-img': 'ours', 'qemu-io': 'ours', 'qemu-nbd': 'ours' },
-  'ours with their qemu-io': { 'qemu-img': 'ours', 'qemu-io': 'qemu', 'qemu-nbd': 'qemu' },
-  'theirs with our qemu-io': { 'qemu-img': 'qemu', 'qemu-io': 'ours', 'qemu-nbd': 'qemu' },
+  'our qemu-img': { 'qemu-img': 'ours', 'qemu-io': 'qemu', 'qemu-nbd': 'qemu' },
+  'our qemu-io': { 'qemu-img': 'qemu', 'qemu-io': 'ours', 'qemu-nbd': 'qemu' },
 }
 
 /** Runs one test in folders of its own; resolves to `passed`, `failed`, `not run` or `timed out`, and what it printed. */
@@ -99,7 +101,7 @@ const copy = join(scratch, 'tests', 'qemu-iotests')
 
 let broken = 0
 try {
-  const cells = values.matrix ? Object.keys(CELLS) : ['ours']
+  const cells = values.matrix ? Object.keys(CELLS) : [values.cell]
   const sets = values['all-options'] ? Object.keys(expected.options) : [values.options ?? '']
   for (const cell of cells) {
     for (const name of sets) {
@@ -108,7 +110,7 @@ try {
       const started = Date.now()
       const results = await runAll(copy, cell, name, tests, values.diffs)
       const passed = tests.filter(test => results.get(test) === 'passed')
-      const failing = wanted.failing ?? {}
+      const failing = wanted.failing?.[cell] ?? {}
       const fresh = tests.filter(test => results.get(test) !== 'passed' && !(test in failing))
       const better = passed.filter(test => test in failing)
       const seconds = Math.round((Date.now() - started) / 1000)
@@ -122,9 +124,10 @@ try {
       }
       if (better.length > 0)
         process.stdout.write(`  passes now, and expected.json does not know it: ${better.join(' ')}\n`)
-      if (cell === 'ours') broken += fresh.length
-      if (values.update && cell === 'ours' && positionals.length === 0) {
-        wanted.failing = Object.fromEntries(
+      if (cell in (wanted.failing ?? {})) broken += fresh.length
+      if (values.update && positionals.length === 0) {
+        wanted.failing ??= {}
+        wanted.failing[cell] = Object.fromEntries(
           tests.filter(test => results.get(test) !== 'passed').map(test => [test, failing[test] ?? results.get(test)]),
         )
       }
