@@ -7,6 +7,7 @@ import { isFormat, PLAIN_FORMAT } from '../formats/table.js'
 import type { CacheMode, Format } from '../index.js'
 import { CommandFailure } from './failure.js'
 import { parseValue, settings } from './options.js'
+import { OVERLAP_TEMPLATES, runtimeOption } from './runtime-options.js'
 
 /** An image that was described. */
 export interface Description {
@@ -225,33 +226,6 @@ function takeOfFile(name: string, value: string, depth: number, reading: Reading
 const belowIsOfTheImage = (): CommandFailure =>
   new CommandFailure('Which file lies below an image is what the image says: rebase -u changes that')
 
-/** What QEMU's qcow2 driver can be told while it runs. None of it is for one command, but each must make sense. */
-const QCOW2_FLAGS: ReadonlySet<string> = new Set([
-  'lazy-refcounts',
-  'pass-discard-request',
-  'pass-discard-snapshot',
-  'pass-discard-other',
-  'discard-no-unref',
-  ...[
-    'main-header',
-    'active-l1',
-    'active-l2',
-    'refcount-table',
-    'refcount-block',
-    'snapshot-table',
-    'inactive-l1',
-    'inactive-l2',
-    'bitmap-directory',
-  ].map(name => `overlap-check.${name}`),
-])
-const QCOW2_SIZES: ReadonlySet<string> = new Set([
-  'cache-size',
-  'l2-cache-size',
-  'l2-cache-entry-size',
-  'refcount-cache-size',
-])
-const OVERLAP_CHECKS = ['none', 'constant', 'cached', 'all']
-
 /** Options of a format. Which file lies below, and in what format, is the image's to say. */
 function takeOfFormat(name: string, value: string, depth: number, reading: Reading): boolean {
   switch (name) {
@@ -273,9 +247,9 @@ function takeOfFormat(name: string, value: string, depth: number, reading: Readi
       return true
     case 'overlap-check':
     case 'overlap-check.template':
-      if (OVERLAP_CHECKS.includes(value)) return true
+      if (OVERLAP_TEMPLATES.includes(value)) return true
       throw new CommandFailure(
-        `Unsupported value '${value}' for qcow2 option '${name}'. Allowed are any of the following: ${OVERLAP_CHECKS.join(', ')}`,
+        `Unsupported value '${value}' for qcow2 option '${name}'. Allowed are any of the following: ${OVERLAP_TEMPLATES.join(', ')}`,
       )
     case 'offset':
     case 'size':
@@ -287,13 +261,12 @@ function takeOfFormat(name: string, value: string, depth: number, reading: Readi
     case 'backing':
     case 'data-file':
       throw belowIsOfTheImage()
-    case 'cache-clean-interval':
-      parseValue({ name, type: 'number' }, value)
+    default: {
+      // None of these is for one command, but each must make sense.
+      const type = runtimeOption(name)
+      if (type === undefined) return false
+      parseValue({ name, type }, value)
       return true
-    default:
-      if (QCOW2_FLAGS.has(name)) onOff(name, value)
-      else if (QCOW2_SIZES.has(name)) parseValue({ name, type: 'size' }, value)
-      else return false
-      return true
+    }
   }
 }

@@ -144,7 +144,3 @@ export function openHint(filename: string, error: unknown, formatOption = '-f'):
   if (mismatchOf(error) === undefined) return undefined
   return `A file with the plain bytes of a disk is given with ${formatOption} ${PLAIN_FORMAT}.`
 }
-
-/** A message as the program says it: programs that run QEMU's tools compare theirs to the letter, and they have no codes in them. */
-export const spoken = (message: string, program: string): string =>
-  program.startsWith('qemu-') ? message.replace(/( \(field [^()]*\))?( \(ERR_[A-Z0-9_]+\))$/, '') : message

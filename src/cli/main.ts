@@ -2,10 +2,10 @@
 
 import { basename, extname } from 'node:path'
 import { exactArguments } from './arguments.js'
-import { describeError, spoken } from './errors.js'
+import { describeError } from './errors.js'
 import { CommandFailure } from './failure.js'
 import { runProgram } from './program.js'
-import { asQemu } from './qemu-words.js'
+import { spoken } from './qemu-words.js'
 import { Objects } from './secrets.js'
 import { Output, type Session } from './session.js'
 
@@ -75,7 +75,7 @@ async function report(error: unknown, session: Session): Promise<number> {
   await session.stdout.written()
   const failure = error instanceof CommandFailure ? error : new CommandFailure(describeError(error), { cause: error })
   const typed = session.objects.asTyped(failure.message)
-  const message = session.program === 'qemu-img' ? asQemu(typed) : spoken(typed, session.program)
+  const message = spoken(typed, session.program)
   const speaker = failure.command === undefined ? session.program : `${session.program} ${failure.command}`
   for (const line of message.split('\n')) session.stderr.write(`${speaker}: ${line}\n`)
   if (failure.hint !== undefined) session.stderr.write(`${failure.hint}\n`)

@@ -1,12 +1,13 @@
 /**
- * What qemu-img says in place of messages of this program's: programs that run qemu-img compare its messages to the letter. Said under
- * its name only; under our own there is more to read.
+ * What programs under QEMU's names say in place of messages of this program's: who runs QEMU's tools compares their messages to the
+ * letter. Under our own name there is more to read.
  */
 
-/** What a message is, and what is said for it. All that fit are said, in this order. */
-const WORDS: readonly (readonly [ours: RegExp, theirs: string])[] = [
-  // Programs look for no codes, and QEMU has none.
-  [/( \(field [^()]*\))?( \(ERR_[A-Z0-9_]+\))$/, ''],
+/** Programs look for no codes, and QEMU has none. */
+const CODE = /( \(field [^()]*\))?( \(ERR_[A-Z0-9_]+\))$/
+
+/** What a message is, and what qemu-img says for it. All that fit are said, in this order. */
+const QEMU_IMG: readonly (readonly [ours: RegExp, theirs: string])[] = [
   [/: invalid l1_size 0x[0-9a-f]+: the virtual size is too big$/, ': Image is too big'],
   [/: invalid l1_size 0x[0-9a-f]+: the L1 table is too small for the virtual size$/, ': L1 table is too small'],
   [
@@ -15,6 +16,9 @@ const WORDS: readonly (readonly [ours: RegExp, theirs: string])[] = [
   ],
 ]
 
-/** A message in qemu-img's words. */
-export const asQemu = (message: string): string =>
-  WORDS.reduce((said, [ours, theirs]) => said.replace(ours, theirs), message)
+/** A message as the program says it. */
+export function spoken(message: string, program: string): string {
+  if (!program.startsWith('qemu-')) return message
+  const words = program === 'qemu-img' ? QEMU_IMG : []
+  return words.reduce((said, [ours, theirs]) => said.replace(ours, theirs), message.replace(CODE, ''))
+}

@@ -1,7 +1,8 @@
 /** What commands share: the image that is open, what is under way on it, and where lines go. */
 
 import { Qcow2Error } from '../../index.js'
-import { describeError, spoken, strerror } from '../errors.js'
+import { describeError, strerror } from '../errors.js'
+import { spoken } from '../qemu-words.js'
 import type { Session } from '../session.js'
 import type { OpenDisk } from './disk.js'
 import { LineFailure } from './line.js'

@@ -2,35 +2,7 @@
 
 import { CommandFailure } from '../failure.js'
 import { type OptionType, type OptionValue, parseValue, settings } from '../options.js'
-
-const OVERLAP = [
-  'main-header',
-  'active-l1',
-  'active-l2',
-  'refcount-table',
-  'refcount-block',
-  'snapshot-table',
-  'inactive-l1',
-  'inactive-l2',
-  'bitmap-directory',
-]
-
-/** What the driver knows. Most of it is about QEMU's own caches: it is checked, and means nothing here. */
-const KNOWN: Readonly<Record<string, OptionType>> = {
-  'lazy-refcounts': 'bool',
-  'pass-discard-request': 'bool',
-  'pass-discard-snapshot': 'bool',
-  'pass-discard-other': 'bool',
-  'discard-no-unref': 'bool',
-  'overlap-check': 'string',
-  'overlap-check.template': 'string',
-  ...Object.fromEntries(OVERLAP.map(name => [`overlap-check.${name}`, 'bool' as const])),
-  'cache-size': 'size',
-  'l2-cache-size': 'size',
-  'l2-cache-entry-size': 'size',
-  'refcount-cache-size': 'size',
-  'cache-clean-interval': 'number',
-}
+import { OVERLAP_TEMPLATES, runtimeOption } from '../runtime-options.js'
 
 /** What any driver knows. */
 const GENERAL: Readonly<Record<string, OptionType>> = {
@@ -52,7 +24,7 @@ export function readDriverOptions(list: string): { values: DriverOptions; others
   const values = new Map<string, OptionValue>()
   const others = new Map<string, string>()
   for (const { name, value = 'on' } of settings(list)) {
-    const type = Object.hasOwn(KNOWN, name) ? KNOWN[name] : Object.hasOwn(GENERAL, name) ? GENERAL[name] : undefined
+    const type = runtimeOption(name) ?? (Object.hasOwn(GENERAL, name) ? GENERAL[name] : undefined)
     if (type === undefined) others.set(name, value)
     else values.set(name, parseValue({ name, type }, value))
   }
@@ -76,7 +48,6 @@ const INT_MAX = 2n ** 31n - 1n
 const UINT_MAX = 2n ** 32n - 1n
 const MIB = 2n ** 20n
 const DEFAULT_L2_CACHE = 32n * MIB
-const TEMPLATES = ['none', 'constant', 'cached', 'all']
 
 const sizeOf = (values: DriverOptions, name: string): bigint | undefined => {
   const value = values.get(name)
@@ -97,8 +68,8 @@ export function checkDriverOptions(values: DriverOptions, shape: Shape): void {
     throw new CommandFailure(`Conflicting values for qcow2 options ${both}`)
   }
   const template = short ?? long
-  if (template !== undefined && !TEMPLATES.includes(String(template))) {
-    const allowed = `Allowed are any of the following: ${TEMPLATES.join(', ')}`
+  if (template !== undefined && !OVERLAP_TEMPLATES.includes(String(template))) {
+    const allowed = `Allowed are any of the following: ${OVERLAP_TEMPLATES.join(', ')}`
     throw new CommandFailure(`Unsupported value '${template}' for qcow2 option 'overlap-check'. ${allowed}`)
   }
 }
