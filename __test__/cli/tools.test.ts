@@ -1,9 +1,9 @@
 /** Commands for those who use this program in place of QEMU's: `bench`, `shims`, `completion`. */
 
-import { existsSync, readFileSync, writeFileSync } from 'node:fs'
+import { existsSync, readFileSync, symlinkSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { describe, expect, it } from 'vitest'
-import { asQemuImg, describeWithQemu, execute, qcow2, workspace } from './run.js'
+import { asQemuImg, CLI, describeWithQemu, execute, qcow2, workspace } from './run.js'
 
 const folder = workspace()
 const run = (...args: string[]) => qcow2(args, folder)
@@ -98,7 +98,13 @@ describe('completion', () => {
   })
 })
 
-it.each(['create', 'amend', 'bench', 'completion'])('%s --help ends with examples', async command => {
+it.each(['create', 'amend', 'bench', 'completion', 'io', 'nbd'])('%s --help ends with examples', async command => {
   const { stdout } = await run(command, '--help')
   expect(stdout).toMatch(new RegExp(`\\nExamples:\\n  qcow2 ${command} .*\\n  qcow2 ${command} .*\\n$`))
+})
+
+it.each(['qemu-io', 'qemu-nbd'])('%s --help ends with examples of that program', async program => {
+  symlinkSync(CLI, join(folder, program))
+  const { stdout } = await execute(process.execPath, [join(folder, program), '--help'], folder)
+  expect(stdout).toMatch(new RegExp(`\\nExamples:\\n  ${program} -.*\\n  ${program} -.*\\n$`))
 })

@@ -91,18 +91,22 @@ function buildProgram(session: Session, run: Runner, only?: string): Command {
     if (only === undefined || name === only) declare(program, run, () => buildProgram(session, run))
   }
   for (const command of program.commands) {
-    command.on('option:version', printVersion)
-    command.addHelpText('after', () => examplesOf(command.name(), session.program))
-    command.on('option:object', (definition: string) => session.objects.add(definition))
+    // Of a tool it is the program's later.
     const name = command.name()
+    command.on('option:version', printVersion)
+    command.addHelpText('after', () => examplesOf(name, session.program))
+    command.on('option:object', (definition: string) => session.objects.add(definition))
     command.hook('preAction', () => describeImages(command, name, session))
   }
   return program
 }
 
 /** Two command lines that do something. */
-const examplesOf = (command: string, program: string): string =>
-  ['', 'Examples:', ...(EXAMPLES[command] ?? []).map(example => `  ${program} ${example}`)].join('\n')
+function examplesOf(command: string, program: string): string {
+  // The program is the command itself, where it is one of these.
+  const spoken = (example: string): string => (TOOLS[program] === command ? example.slice(command.length + 1) : example)
+  return ['', 'Examples:', ...(EXAMPLES[command] ?? []).map(example => `  ${program} ${spoken(example)}`)].join('\n')
+}
 
 /** How many of a command's arguments are images that exist, from the first one on, where that is not one. */
 const IMAGES: Readonly<Record<string, (count: number, options: Readonly<Record<string, unknown>>) => number>> = {
