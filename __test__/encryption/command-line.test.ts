@@ -259,4 +259,35 @@ describeWithQemu('encryption on the command line', () => {
     expect(ours.stderr).toMatch(/Could not open '.*': the secret opens no key slot/)
     expect(() => readFileSync(join(folder, 'wrong.raw'))).toThrow('ENOENT')
   })
+
+  it.each(['commit', 'rebase -b other.qcow2 -F qcow2'])(
+    'tells a wrong secret, and changes nothing: %s',
+    async command => {
+      for (const name of ['below', 'other']) await done('ours', `convert -f raw -O qcow2 disk.raw ${name}.qcow2`)
+      await done('ours', `create -q ${OBJECT} -f qcow2 -b below.qcow2 -F qcow2 ${LUKS} above.qcow2`)
+      const bytes = ['below.qcow2', 'above.qcow2'].map(name => readFileSync(join(folder, name)))
+      const line = `${command} --object secret,id=s,data=nope ${opts('above.qcow2')}`
+      const [ours, theirs] = await Promise.all([tools.ours(line), tools.theirs(line)])
+      expect([ours.code, theirs.code]).toEqual([1, 1])
+      expect(ours.stderr).toMatch(/Could not open '.*above.qcow2': the secret opens no key slot/)
+      expect(['below.qcow2', 'above.qcow2'].map(name => readFileSync(join(folder, name)))).toEqual(bytes)
+    },
+  )
+
+  it('converts into an encrypted image that exists', async () => {
+    for (const [maker, reader] of [
+      ['ours', 'theirs'],
+      ['theirs', 'ours'],
+    ] as const) {
+      await done(maker, `create -q ${OBJECT} -f qcow2 ${LUKS} target.qcow2 1M`)
+      const target = opts('target.qcow2').replace('--image-opts ', '')
+      await done(
+        maker,
+        `convert -n ${OBJECT} --image-opts --target-image-opts driver=raw,file.filename=disk.raw ${target}`,
+      )
+      const line = `compare ${OBJECT} ${opts('target.qcow2')} driver=raw,file.filename=disk.raw`
+      expect(await done(reader, line)).toBe('Images are identical.\n')
+      await done(reader, `check ${OBJECT} ${opts('target.qcow2')}`)
+    }
+  })
 })

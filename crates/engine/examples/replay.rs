@@ -2,9 +2,10 @@
 //! engine and through QEMU's drivers (qemu-io), in turn, and prints time and host calls.
 //!
 //! `cargo run --release -p qcow2-engine --example replay -- [--dir DIR] [--runs N] [--modes none,writethrough,writeback]
-//! [--requests N] [--without-qemu] [--rewrite]`
+//! [--requests N] [--without-qemu] [--rewrite] [--luks]`
 //!
 //! The image grows from nothing; with `--rewrite`, the installation was on it before, so that all its clusters are allocated.
+//! With `--luks`, both are encrypted: a LUKS file with a raw disk, and a qcow2 image with LUKS.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -19,8 +20,11 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use qcow2_engine::create::{CreateOptions, Preallocation, create, create_luks};
+use qcow2_engine::encryption::{Encryption, Secret};
 use qcow2_engine::storage::{Access, CacheMode, DirectStorage, FileStorage};
-use qcow2_engine::{Discard, Image, Layer, OpenOptions, Qcow2, Raw, Storage, WriteOptions};
+use qcow2_engine::{Discard, Image, Job, Layer, LayerExt, OpenOptions, Qcow2, Raw, Storage, WriteOptions};
+use qcow2_luks::{Luks, OpenOptions as LuksOptions};
 use qcow2_testkit::Forge;
 use qcow2_testkit::ops::Op;
 use qcow2_testkit::storage::{CountingStorage, Op as Call};
@@ -33,6 +37,7 @@ struct Arguments {
     requests: usize,
     qemu: bool,
     rewrite: bool,
+    luks: bool,
 }
 
 fn arguments() -> Arguments {
@@ -43,6 +48,7 @@ fn arguments() -> Arguments {
         requests: usize::MAX,
         qemu: true,
         rewrite: false,
+        luks: false,
     };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
@@ -58,6 +64,7 @@ fn arguments() -> Arguments {
             }
             "--without-qemu" => arguments.qemu = false,
             "--rewrite" => arguments.rewrite = true,
+            "--luks" => arguments.luks = true,
             other => panic!("unknown argument {other}"),
         }
     }
@@ -69,19 +76,49 @@ struct Work<'a> {
     path: &'a Path,
     requests: &'a [Op],
     rewrite: bool,
+    luks: Option<Encryption>,
+}
+
+const SECRET: &str = "secret";
+
+/// QEMU's defaults, and a secret that costs nothing to guess: opening is not what is timed.
+fn encryption() -> Encryption {
+    Encryption {
+        secret: Secret::new(SECRET.into()),
+        legacy_aes: false,
+        cipher_alg: None,
+        cipher_mode: None,
+        ivgen_alg: None,
+        ivgen_hash_alg: None,
+        hash_alg: None,
+        iter_time_ms: Some(0),
+        allow_weak: false,
+    }
 }
 
 /// A new empty disk, or one with the installation on it.
 fn make(work: &Work<'_>, format: &str) {
     let path = work.path;
     let _ = std::fs::remove_file(path);
-    if format == "raw" {
-        std::fs::File::create(path).unwrap().set_len(trace::DISK).unwrap();
-    } else {
-        Forge::new(3, 16, trace::DISK).build().bytes.write_to(path);
+    match (&work.luks, format) {
+        (None, "raw") => std::fs::File::create(path).unwrap().set_len(trace::DISK).unwrap(),
+        (None, _) => Forge::new(3, 16, trace::DISK).build().bytes.write_to(path),
+        (Some(encryption), _) => {
+            std::fs::File::create(path).unwrap();
+            let file = FileStorage::open_cached(path, Access::ReadWrite, CacheMode::Writeback).unwrap();
+            let (file, job) = (Arc::new(file) as Arc<dyn Storage>, Job::new());
+            if format == "raw" {
+                let luks = encryption.new_luks(&job).unwrap();
+                create_luks(&file, &luks, trace::DISK, Preallocation::Off, &job).unwrap();
+            } else {
+                let data_door = Some(encryption.door(&job).unwrap());
+                let options = CreateOptions { size: trace::DISK, data_door, ..CreateOptions::default() };
+                create(file, None, &options, &job).unwrap();
+            }
+        }
     }
     if work.rewrite {
-        let (image, _) = open(path, format, CacheMode::Unsafe);
+        let (image, _) = open(work, format, CacheMode::Unsafe);
         trace::replay(&image, work.requests).unwrap();
         image.close().unwrap();
     }
@@ -89,27 +126,31 @@ fn make(work: &Work<'_>, format: &str) {
     rustix::fs::sync();
 }
 
-fn open(path: &Path, format: &str, mode: CacheMode) -> (Image, Arc<CountingStorage>) {
-    let file = Arc::new(FileStorage::open_cached(path, Access::ReadWrite, mode).unwrap());
+fn open(work: &Work<'_>, format: &str, mode: CacheMode) -> (Image, Arc<CountingStorage>) {
+    let file = Arc::new(FileStorage::open_cached(work.path, Access::ReadWrite, mode).unwrap());
     let calls = Arc::new(CountingStorage::new(file));
     // Below the bounce buffers of direct I/O, so that what they cost is counted.
     let storage = DirectStorage::over(calls.clone() as Arc<dyn Storage>);
     let flush_each = mode.flushes_every_write();
     let write = WriteOptions { discard: Discard::Unmap, flush_each, ..WriteOptions::default() };
-    let layer = if format == "raw" {
-        Box::new(Raw::new(storage).unwrap().with_write_options(&write)) as Box<dyn Layer>
-    } else {
-        let mut qcow2 = Qcow2::open(storage, &OpenOptions::default()).unwrap();
-        qcow2.enable_writing(write).unwrap();
-        Box::new(qcow2) as Box<dyn Layer>
+    let mut layer: Box<dyn Layer> = match (format, &work.luks) {
+        ("raw", None) => Box::new(Raw::new(storage).unwrap().with_write_options(&write)),
+        ("raw", Some(_)) => Box::new(Luks::open(storage, &LuksOptions::default()).unwrap()),
+        _ => Box::new(Qcow2::open(storage, &OpenOptions::default()).unwrap()),
     };
+    if work.luks.is_some() {
+        layer.unlock(SECRET.as_bytes(), &Job::new()).unwrap();
+    }
+    if format != "raw" || work.luks.is_some() {
+        layer.enable_writing(write).unwrap();
+    }
     (Image::new(vec![layer]).unwrap(), calls)
 }
 
 /// Time and calls: fdatasync, pwrite, fallocate.
 fn ours(work: &Work<'_>, format: &str, mode: CacheMode, expected: Option<&Expected>) -> (Duration, [u64; 3]) {
     make(work, format);
-    let (image, calls) = open(work.path, format, mode);
+    let (image, calls) = open(work, format, mode);
     let begun = Instant::now();
     trace::replay(&image, work.requests).unwrap();
     image.close().unwrap();
@@ -117,13 +158,15 @@ fn ours(work: &Work<'_>, format: &str, mode: CacheMode, expected: Option<&Expect
     let of = |call| calls.of(call).calls;
     let counts = [of(Call::Sync), of(Call::Write), of(Call::Zero) + of(Call::Discard) + of(Call::Allocate)];
     drop(image);
-    verify(work.path, format, expected);
+    verify(work, format, expected);
     (time, counts)
 }
 
-fn verify(path: &Path, format: &str, expected: Option<&Expected>) {
-    if let Some(expected) = expected {
-        expected.verify(&open(path, format, CacheMode::Writeback).0);
+fn verify(work: &Work<'_>, format: &str, expected: Option<&Expected>) {
+    // Where nothing was written, a raw disk behind LUKS reads as noise.
+    let is_noise = format == "raw" && work.luks.is_some();
+    if let Some(expected) = expected.filter(|_| !is_noise) {
+        expected.verify(&open(work, format, CacheMode::Writeback).0);
     }
 }
 
@@ -141,7 +184,7 @@ fn qemu(work: &Work<'_>, format: &str, mode: CacheMode, expected: Option<&Expect
     child.stdin.take().unwrap().write_all(commands.as_bytes()).unwrap();
     assert!(child.wait().unwrap().success());
     let time = begun.elapsed();
-    verify(work.path, format, expected);
+    verify(work, format, expected);
     time
 }
 
@@ -155,13 +198,16 @@ fn main() {
     let Some(requests) = trace::load() else { return };
     let requests = &requests[..requests.len().min(arguments.requests)];
     let expected = Expected::after(requests);
-    let has_qemu =
-        arguments.qemu && Command::new("qemu-io").arg("--version").output().is_ok_and(|o| o.status.success());
+    let has_qemu = arguments.qemu
+        && !arguments.luks
+        && Command::new("qemu-io").arg("--version").output().is_ok_and(|o| o.status.success());
     let path = arguments.dir.join(format!("replay-{}.img", std::process::id()));
-    let work = Work { path: &path, requests, rewrite: arguments.rewrite };
+    let luks = arguments.luks.then(encryption);
+    let work = Work { path: &path, requests, rewrite: arguments.rewrite, luks };
     println!(
-        "{} requests on {}, {} runs, medians; files in {}",
+        "{} requests on {}{}, {} runs, medians; files in {}",
         requests.len(),
+        if work.luks.is_some() { "LUKS, " } else { "" },
         if work.rewrite { "a disk that has them" } else { "an empty disk" },
         arguments.runs,
         arguments.dir.display()

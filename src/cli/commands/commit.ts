@@ -8,7 +8,7 @@ import { describeError, openFailure } from '../errors.js'
 import { CommandFailure } from '../failure.js'
 import { imagePath, localPath } from '../filename.js'
 import { alias, cacheMode, formatsThat, oneFile, rateLimit, takeDriverSyntax, toCacheMode } from '../grammar.js'
-import { formatOf, lockingOf, withImage } from '../images.js'
+import { formatOf, lockingOf, unlockFailure, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
@@ -45,7 +45,8 @@ export function declareCommit(program: Command, run: Runner): void {
 async function commitFile(files: readonly string[], options: CommitArguments, session: Session): Promise<number> {
   const filename = oneFile(files)
   const { format, quiet = false, rate } = options
-  const request = { filename, format }
+  // The key is derived once, by the job itself.
+  const request = { filename, format, closed: true }
   const base = await withImage(request, session, async image => baseOf(filename, options.base, await image.chain()))
   const from = await formatOf(filename, format, session)
   if (!can(from, 'commit')) throw new CommandFailure(`Format driver '${from}' does not support commit`)
@@ -65,6 +66,8 @@ async function commitFile(files: readonly string[], options: CommitArguments, se
     }),
   ).catch(error => {
     if (session.signal.aborted) throw error
+    const locked = unlockFailure([filename], error, session)
+    if (locked !== undefined) throw locked
     const opening = /^Could not|^Failed to get/.test(describeError(error))
     throw opening ? openFailure(filename, error) : new CommandFailure(describeError(error), { cause: error })
   })

@@ -6,7 +6,7 @@ import { describeError, openFailure, openHint, pathOf } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
 import { imagePath, localPath } from '../filename.js'
 import { alias, cacheMode, formatsThat, oneFile, takeDriverSyntax, toCacheMode } from '../grammar.js'
-import { formatOf, lockingOf, withImage } from '../images.js'
+import { formatOf, lockingOf, unlockFailure, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
@@ -67,7 +67,7 @@ async function rebaseFile(files: readonly string[], options: RebaseArguments, se
   const filename = oneFile(files)
   const references = unsafe ? 'layer' : 'allow'
   // Opened once before anything else: what is wrong with the image is said in its name.
-  await withImage({ filename, format: options.format, references }, session, async () => undefined)
+  await withImage({ filename, format: options.format, references, closed: true }, session, async () => undefined)
   const from = await formatOf(filename, options.format, session)
   if (compress && !can(from, 'compress')) throw new CommandFailure('Compression not supported for this file format')
   const backingFormat = toFormat(options.backingFormat)
@@ -89,7 +89,8 @@ async function rebaseFile(files: readonly string[], options: RebaseArguments, se
       ...(unsafe ? { unsafe, acknowledgeDataLoss: true } : { compress, detectZeroes: false }),
     }),
   ).catch(error => {
-    throw session.signal.aborted ? error : worded(filename, next, error)
+    if (session.signal.aborted) throw error
+    throw unlockFailure([filename], error, session) ?? worded(filename, next, error)
   })
   return 0
 }
