@@ -98,6 +98,37 @@ describeWithQemu('LUKS files on the command line', () => {
     expect(info).toContain('    detached header: true\n')
   })
 
+  it('changes key slots as qemu-img does, with its words', async () => {
+    const KEYS = '--object secret,id=s,data=one --object secret,id=n,data=two'
+    for (const name of ['ours', 'theirs']) await done('ours', `create -q ${KEYS} -f luks ${LUKS} ${name}.keys 1M`)
+    // Each tool on its own image, in turn: one leads to the next.
+    for (const options of [
+      'state=active,new-secret=n,iter-time=10',
+      'state=active,new-secret=n,iter-time=10,keyslot=5',
+      'state=active,new-secret=n,iter-time=10,keyslot=5',
+      'state=active',
+      'new-secret=n',
+      'encrypt.state=active',
+      'size=2M',
+      'state=inactive',
+      'state=inactive,keyslot=3',
+      'state=inactive,keyslot=5',
+      'state=inactive,old-secret=n',
+      'state=inactive,keyslot=0',
+      'help',
+    ]) {
+      const of = (tool: string): string => `amend ${KEYS} -o ${options} ${opts(`${tool}.keys`)}`
+      const [ours, theirs] = [await tools.ours(of('ours')), await tools.theirs(of('theirs'))]
+      expect({ ...ours, stderr: ours.stderr.replaceAll('ours.keys', 'theirs.keys') }, options).toEqual(theirs)
+      const slots = async (name: string): Promise<unknown> =>
+        JSON.parse(await done('theirs', `info --output=json ${name}.keys`))['format-specific'].data.slots.map(
+          (slot: { active: boolean }) => slot.active,
+        )
+      expect(await slots('ours'), options).toEqual(await slots('theirs'))
+    }
+    await done('theirs', `compare ${KEYS} ${opts('ours.keys')} driver=luks,key-secret=s,file.filename=ours.keys`)
+  })
+
   it('refuses by name what there is not', async () => {
     expect(await tools.ours('check their.luks')).toMatchObject({
       code: 63,

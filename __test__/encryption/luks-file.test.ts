@@ -107,6 +107,33 @@ describeWithQemu('LUKS files', () => {
     await holds('theirs.luks', changed.subarray(0, MIB))
   })
 
+  it('changes its key slots while it is in use, as QEMU and cryptsetup see them', async () => {
+    made('keys.luks')
+    const iterTime = 5
+    {
+      await using image = await open(at('keys.luks'), { flags: 'r+', secret: SECRET })
+      expect(await image.keys.add({ secret: SECRET, newSecret: 'second', slot: 4, iterTime })).toBe(4)
+      await image.write(Buffer.alloc(MIB, 9), { position: 0 })
+      expect(await image.keys.change({ secret: SECRET, newSecret: 'third', iterTime })).toBe(1)
+      expect((await image.keys.list()).filter(({ active }) => active).map(({ slot }) => slot)).toEqual([1, 4])
+      expect(await failure(() => image.keys.add({ secret: SECRET, newSecret: 'no', iterTime }))).toMatchObject({
+        code: 'ERR_QCOW2_BAD_SECRET',
+      })
+      expect(await image.keys.remove({ secret: 'second' })).toEqual([4])
+      expect(await failure(() => image.keys.remove({ slot: 1 }))).toMatchObject({ code: 'ERR_QCOW2_DATA_LOSS' })
+    }
+    expect(await failure(() => open(at('keys.luks'), { secret: SECRET }))).toMatchObject({
+      code: 'ERR_QCOW2_BAD_SECRET',
+    })
+    const third = ['--object', 'secret,id=s,data=third']
+    ok(qemuImg('convert', ...third, '--image-opts', described('keys.luks'), '-O', 'raw', at('third.raw')))
+    expect(readFileSync(at('third.raw')).equals(await ours(at('keys.luks'), 'third'))).toBe(true)
+    await using closed = await open(at('keys.luks'), { secret: 'third' })
+    expect(await failure(() => closed.keys.add({ secret: 'third', newSecret: 'no', iterTime }))).toMatchObject({
+      code: 'ERR_QCOW2_READ_ONLY',
+    })
+  })
+
   it('looks at one without its secret, and says what is so', async () => {
     made('closed.luks', ',cipher-alg=serpent-256,cipher-mode=cbc,ivgen-alg=essiv,ivgen-hash-alg=sha256,hash-alg=sha512')
     const info = JSON.parse(ok(qemuImg('info', '--output=json', at('closed.luks'))))['format-specific'].data

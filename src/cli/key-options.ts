@@ -1,4 +1,4 @@
-/** `amend -o encrypt.…`: qemu-img's options for key slots, and what is done for them. */
+/** `amend -o encrypt.state=…`, of a LUKS file `-o state=…`: qemu-img's options for key slots, and what is done for them. */
 
 import { type Image, Qcow2Error, type Secret } from '../index.js'
 import { toIterTime } from './create-options.js'
@@ -6,30 +6,40 @@ import { CommandFailure } from './failure.js'
 import type { OptionSpec, OptionValues } from './options.js'
 import type { Objects } from './secrets.js'
 
-export const KEY_OPTIONS: readonly OptionSpec[] = [
-  { name: 'encrypt.state', type: 'string', help: 'Select new state of affected keyslots (active/inactive)' },
-  {
-    name: 'encrypt.new-secret',
-    type: 'string',
-    help: 'New secret to set in the matching keyslots. Empty string to erase',
-  },
-  { name: 'encrypt.old-secret', type: 'string', help: 'Select all keyslots that match this password' },
-  { name: 'encrypt.keyslot', type: 'number', help: 'Select a single keyslot to modify explicitly' },
-  { name: 'encrypt.iter-time', type: 'number', help: 'Time to spend in PBKDF in milliseconds' },
+const OPTIONS: readonly OptionSpec[] = [
+  { name: 'state', type: 'string', help: 'Select new state of affected keyslots (active/inactive)' },
+  { name: 'new-secret', type: 'string', help: 'New secret to set in the matching keyslots. Empty string to erase' },
+  { name: 'old-secret', type: 'string', help: 'Select all keyslots that match this password' },
+  { name: 'keyslot', type: 'number', help: 'Select a single keyslot to modify explicitly' },
+  { name: 'iter-time', type: 'number', help: 'Time to spend in PBKDF in milliseconds' },
 ]
+
+/** What stands in front of the options' names: nothing where encryption is all that the format is. */
+export type KeyPrefix = 'encrypt.' | ''
+
+/** The options by the names that they have in a format. */
+export const keyOptions = (prefix: KeyPrefix): readonly OptionSpec[] =>
+  OPTIONS.map(option => ({ ...option, name: `${prefix}${option.name}` }))
 
 /** One change of the key slots. */
 export type KeyChange = (image: Image, signal: AbortSignal | undefined) => Promise<unknown>
 
 /** What a list asks for; undefined where it says nothing of keys. `secret` opens the image. */
 export function toKeyChange(
-  values: OptionValues,
+  all: OptionValues,
+  prefix: KeyPrefix,
   objects: Objects,
   secret: Secret | undefined,
   force: boolean,
 ): KeyChange | undefined {
-  if (!KEY_OPTIONS.some(({ name }) => values.has(name))) return undefined
-  const state = values.get('encrypt.state')
+  const values = new Map(
+    OPTIONS.flatMap(({ name }) => {
+      const value = all.get(`${prefix}${name}`)
+      return value === undefined ? [] : [[name, value] as const]
+    }),
+  )
+  if (values.size === 0) return undefined
+  const state = values.get('state')
   if (state === undefined) throw new CommandFailure("Parameter 'state' is missing")
   const given: Given = {
     force,
@@ -38,7 +48,7 @@ export function toKeyChange(
     oldSecret: secretOf(values, 'old-secret', objects),
     iterTime: iterTimeOf(values),
   }
-  if (state === 'active') return adding(given, secret)
+  if (state === 'active') return adding(given, secret, `${prefix}key-secret`)
   if (state === 'inactive') return removing(given)
   throw new CommandFailure(`Parameter 'state' does not accept value '${state}'`)
 }
@@ -52,7 +62,7 @@ interface Given {
 }
 
 function slotOf(values: OptionValues): number | undefined {
-  const slot = values.get('encrypt.keyslot')
+  const slot = values.get('keyslot')
   if (typeof slot !== 'bigint') return undefined
   if (slot < 8n) return Number(slot)
   // As QEMU shows a number below zero.
@@ -61,21 +71,25 @@ function slotOf(values: OptionValues): number | undefined {
 }
 
 function secretOf(values: OptionValues, name: string, objects: Objects): Secret | undefined {
-  const id = values.get(`encrypt.${name}`)
+  const id = values.get(name)
   return typeof id === 'string' ? objects.secret(id) : undefined
 }
 
 function iterTimeOf(values: OptionValues): number | undefined {
-  const time = values.get('encrypt.iter-time')
+  const time = values.get('iter-time')
   // As little as possible.
   return typeof time === 'bigint' ? toIterTime(time === 0n ? 1n : time) : undefined
 }
 
-function adding({ slot, newSecret, oldSecret, iterTime, force }: Given, secret: Secret | undefined): KeyChange {
+function adding(
+  { slot, newSecret, oldSecret, iterTime, force }: Given,
+  secret: Secret | undefined,
+  secretOption: string,
+): KeyChange {
   if (newSecret === undefined) throw new CommandFailure("'new-secret' is required to activate a keyslot")
   if (oldSecret !== undefined) throw new CommandFailure("'old-secret' must not be given when activating keyslots")
   return async (image, signal) => {
-    if (secret === undefined) throw new CommandFailure("Parameter 'encrypt.key-secret' is required for cipher")
+    if (secret === undefined) throw new CommandFailure(`Parameter '${secretOption}' is required for cipher`)
     await image.keys.add({ secret, newSecret, slot, iterTime, force, signal }).catch(error => {
       if (isOf(error, 'ERR_QCOW2_INVALID_ARGUMENT', 'slot')) {
         throw new CommandFailure(`Refusing to overwrite active keyslot ${slot} - please erase it first`, {

@@ -44,6 +44,8 @@ export type Ability =
   | 'check'
   | 'compact'
   | 'amend'
+  /** Key slots, where an image is encrypted with them. */
+  | 'keys'
   /** It can go into its backing file, and another can come under it. */
   | 'commit'
   | 'rebase'
@@ -133,7 +135,7 @@ const FORMATS: Table = {
       aliases: [],
       backingFile: true,
       requestAlignment: 1,
-      can: ['write', 'compress', 'snapshots', 'bitmaps', 'check', 'compact', 'amend', 'commit', 'rebase'],
+      can: ['write', 'compress', 'snapshots', 'bitmaps', 'check', 'compact', 'amend', 'keys', 'commit', 'rebase'],
       create: {
         shape: [
           'version',
@@ -178,7 +180,7 @@ const FORMATS: Table = {
       aliases: [],
       backingFile: false,
       requestAlignment: 512,
-      can: ['write'],
+      can: ['write', 'keys'],
       create: {
         shape: ['preallocation', 'encrypt'],
         preallocation: ['off', 'metadata', 'falloc', 'full'],

@@ -4,11 +4,12 @@
 //! another one by then, all is done again with that. The writes of a plan are durable one after the other: interrupted anywhere, the
 //! slots are the old ones, or the new ones, and one of the secrets that are to open the image does.
 
+use std::any::Any;
 use std::time::Duration;
 
 pub use qcow2_luks::Details;
 use qcow2_luks::luks1::{add_key, change_key, erase_slot, replace_key, unlock, unlock_all};
-use qcow2_luks::{Cost, Limits, Luks1Header, Plan, Write};
+use qcow2_luks::{Cost, Limits, Luks, Luks1Header, Plan, Read, Write};
 
 use crate::encryption::{LuksArea, Secret};
 use crate::image::{Image, Qcow2};
@@ -72,8 +73,8 @@ impl Image {
     /// `UnsupportedFeature` for an image without key slots; `Aborted`, with nothing changed; else as [`Image::write_at`].
     pub fn add_key(&self, secret: &Secret, new: &NewKey, job: &Job) -> Result<usize> {
         let (secret, bytes) = (secret.read()?, new.secret.read()?);
-        let plan = self.change_keys(job, |area, header| {
-            let key = unlock(header, &secret, &area.reader(), job, &Limits::default())?.key;
+        let plan = self.change_keys(job, |read, header| {
+            let key = unlock(header, &secret, read, job, &Limits::default())?.key;
             match new.slot {
                 Some(slot) if new.force => replace_key(header, &key, slot, &bytes, new.cost(), job),
                 slot => add_key(header, &key, slot, &bytes, new.cost(), job),
@@ -89,8 +90,8 @@ impl Image {
     /// As [`Image::add_key`].
     pub fn change_key(&self, secret: &Secret, new: &NewKey, job: &Job) -> Result<usize> {
         let (secret, bytes) = (secret.read()?, new.secret.read()?);
-        let plan = self.change_keys(job, |area, header| {
-            let found = unlock_all(header, None, &secret, &area.reader(), job, &Limits::default())?;
+        let plan = self.change_keys(job, |read, header| {
+            let found = unlock_all(header, None, &secret, read, job, &Limits::default())?;
             let Some(((old, key), others)) = found.split_first() else { return Err(Error::aborted()) };
             let mut plan = change_key(header, key, *old, &bytes, new.cost(), job)?;
             for (slot, _) in others {
@@ -110,11 +111,11 @@ impl Image {
     pub fn remove_keys(&self, removal: &KeyRemoval, job: &Job) -> Result<Vec<usize>> {
         let secret = removal.secret.as_ref().map(Secret::read).transpose()?;
         let mut slots = Vec::new();
-        self.change_keys(job, |area, header| {
+        self.change_keys(job, |read, header| {
             slots = match (&secret, removal.slot) {
                 (None, Some(slot)) => vec![slot],
                 (Some(secret), only) => {
-                    let found = unlock_all(header, only, secret, &area.reader(), job, &Limits::default())?;
+                    let found = unlock_all(header, only, secret, read, job, &Limits::default())?;
                     found.into_iter().map(|(slot, _)| slot).collect()
                 }
                 (None, None) => {
@@ -140,10 +141,14 @@ impl Image {
     fn change_keys(
         &self,
         job: &Job,
-        mut plan: impl FnMut(&LuksArea<'_>, &Luks1Header) -> Result<Plan>,
+        mut plan: impl FnMut(&Read<'_>, &Luks1Header) -> Result<Plan>,
     ) -> Result<Plan> {
+        let top = self.layers().first().map(|layer| &**layer as &dyn Any);
+        if let Some(luks) = top.and_then(|layer| layer.downcast_ref::<Luks>()) {
+            return luks.change_keys(job, plan);
+        }
         let Some(image) = self.top_qcow2() else {
-            let message = "only qcow2 images that are encrypted with LUKS have key slots";
+            let message = "only images that are encrypted with LUKS have key slots";
             return Err(Error::new(ErrorKind::UnsupportedFeature, message));
         };
         let area = image.luks_area()?;
@@ -151,7 +156,7 @@ impl Image {
         let located = |e| area.located(e);
         loop {
             let before = area.header().map_err(located)?;
-            let plan = plan(&area, &before).map_err(located)?;
+            let plan = plan(&area.reader(), &before).map_err(located)?;
             job.checkpoint()?;
             let session = Session::begin(self)?;
             if area.header().map_err(located)? == before {

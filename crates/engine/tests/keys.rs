@@ -5,15 +5,16 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use qcow2_engine::create::{CreateOptions, create};
+use qcow2_engine::create::{CreateOptions, Preallocation, create, create_luks};
 use qcow2_engine::encryption::{Encryption, Secret};
 use qcow2_engine::format::Limits;
 use qcow2_engine::image::read_header;
 use qcow2_engine::inspect::{inspect, inspect_bytes};
 use qcow2_engine::keys::{KeyRemoval, NewKey};
 use qcow2_engine::{
-    ErrorKind, Image, Job, Layer, LayerExt, Mem, MemMut, OpenOptions, Qcow2, Result, Storage, WriteOptions,
+    ErrorKind, Image, Job, Layer, LayerExt, Mem, MemMut, OpenOptions, Qcow2, Result, Storage, StorageExt, WriteOptions,
 };
+use qcow2_luks::{Luks, OpenOptions as LuksOptions};
 use qcow2_testkit::Sparse;
 use qcow2_testkit::crash::{Durability, Session};
 use qcow2_testkit::recorder::RecordingStorage;
@@ -37,9 +38,22 @@ fn removal(slot: Option<usize>, of: Option<&str>, force: bool) -> KeyRemoval {
     KeyRemoval { slot, secret: of.map(secret), force }
 }
 
+/// What has the key slots.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Holder {
+    Qcow2,
+    /// A LUKS file.
+    Luks,
+}
+
+const HOLDERS: [Holder; 2] = [Holder::Qcow2, Holder::Luks];
+
 /// The image, open for writing; with a secret its data is open, too.
 fn open(storage: Arc<dyn Storage>, with: Option<&str>) -> Result<Image> {
-    let mut layer: Box<dyn Layer> = Box::new(Qcow2::open(storage, &OpenOptions::default())?);
+    let mut layer: Box<dyn Layer> = match holder_of(&*storage) {
+        Holder::Qcow2 => Box::new(Qcow2::open(storage, &OpenOptions::default())?),
+        Holder::Luks => Box::new(Luks::open(storage, &LuksOptions::default())?),
+    };
     if let Some(with) = with {
         layer.unlock(with.as_bytes(), &Job::new())?;
     }
@@ -47,8 +61,23 @@ fn open(storage: Arc<dyn Storage>, with: Option<&str>) -> Result<Image> {
     Image::new(vec![layer])
 }
 
+fn holder_of(storage: &dyn Storage) -> Holder {
+    let mut magic = [0; 4];
+    storage.read_padded_at(MemMut::from(&mut magic[..]), 0).unwrap();
+    if magic == *b"LUKS" { Holder::Luks } else { Holder::Qcow2 }
+}
+
+/// What opens an image of which key slots are to change: a LUKS file is not written to without its secret.
+fn opening(file: &Sparse, secret: &'static str) -> Option<&'static str> {
+    (holder_of(&RecordingStorage::plain(file.clone())) == Holder::Luks).then_some(secret)
+}
+
 /// An image with a cluster of sevens, which the secrets open, `one` in slot 0 and so on.
 fn made(secrets: &[&str]) -> Sparse {
+    made_in(Holder::Qcow2, secrets)
+}
+
+fn made_in(holder: Holder, secrets: &[&str]) -> Sparse {
     let storage = Arc::new(RecordingStorage::plain(Sparse::new(0)));
     let encryption = Encryption {
         secret: secret(secrets[0]),
@@ -67,7 +96,13 @@ fn made(secrets: &[&str]) -> Sparse {
         data_door: Some(encryption.door(&Job::new()).unwrap()),
         ..CreateOptions::default()
     };
-    create(storage.clone(), None, &options, &Job::new()).unwrap();
+    if holder == Holder::Luks {
+        let luks = encryption.new_luks(&Job::new()).unwrap();
+        let storage: Arc<dyn Storage> = storage.clone();
+        create_luks(&storage, &luks, 4 * CLUSTER, Preallocation::Off, &Job::new()).unwrap();
+    } else {
+        create(storage.clone(), None, &options, &Job::new()).unwrap();
+    }
     let image = open(storage.clone(), Some(secrets[0])).unwrap();
     image.write_at(Mem::from(&[7; CLUSTER as usize][..]), 0).unwrap();
     for more in &secrets[1..] {
@@ -97,6 +132,9 @@ fn opens(file: &Sparse, with: &str) -> bool {
 /// Where the LUKS header lies.
 fn luks_at(file: &Sparse) -> u64 {
     let storage = RecordingStorage::plain(file.clone());
+    if holder_of(&storage) == Holder::Luks {
+        return 0;
+    }
     read_header(&storage).unwrap().crypto_header().unwrap().0.get()
 }
 
@@ -151,10 +189,11 @@ fn changes() -> Vec<Case> {
 #[test]
 fn whenever_the_power_is_cut_a_secret_opens_and_a_removed_one_is_gone() {
     let mut judged = 0;
-    for (name, secrets, always, gone, change) in changes() {
-        let before = made(secrets);
+    let cases = HOLDERS.iter().flat_map(|holder| changes().into_iter().map(move |change| (*holder, change)));
+    for (holder, (name, secrets, always, gone, change)) in cases {
+        let before = made_in(holder, secrets);
         let (mut session, storages) = Session::new(vec![before.clone()], Durability::Flush);
-        let image = open(storages[0].clone(), None).unwrap();
+        let image = open(storages[0].clone(), opening(&before, secrets[0])).unwrap();
         change(&image).unwrap_or_else(|e| panic!("{name}: {e}"));
         for state in session.states(1, 3) {
             let open = always.iter().any(|secret| opens(&state.files[0], secret));
@@ -184,13 +223,14 @@ fn whenever_the_power_is_cut_a_secret_opens_and_a_removed_one_is_gone() {
 fn any_call_may_fail_while_key_slots_change() {
     let mut failures = 0;
     let kinds = [Fault::nth(0, EIO), Fault { ops: vec![Call::Sync], after: 0, once: false, errno: EIO }];
-    for (name, secrets, always, gone, change) in changes() {
-        let before = made(secrets);
+    let cases = HOLDERS.iter().flat_map(|holder| changes().into_iter().map(move |change| (*holder, change)));
+    for (holder, (name, secrets, always, gone, change)) in cases {
+        let before = made_in(holder, secrets);
         for fault in &kinds {
             let begin = |fault: Fault| {
                 let storage = Arc::new(RecordingStorage::plain(before.clone()));
                 let faulty = Arc::new(FaultStorage::new(storage.clone(), fault));
-                let image = open(faulty.clone(), None).unwrap();
+                let image = open(faulty.clone(), opening(&before, secrets[0])).unwrap();
                 (storage, faulty, image)
             };
             let (_, dry, image) = begin(Fault { after: u64::MAX, ..fault.clone() });
@@ -221,13 +261,18 @@ fn any_call_may_fail_while_key_slots_change() {
 /// Guests write while keys are derived and written.
 #[test]
 fn guests_write_meanwhile() {
-    let storage = Arc::new(RecordingStorage::plain(made(&["one"])));
+    HOLDERS.into_iter().for_each(guests_write_to);
+}
+
+fn guests_write_to(holder: Holder) {
+    let storage = Arc::new(RecordingStorage::plain(made_in(holder, &["one"])));
     let image = open(storage.clone(), Some("one")).unwrap();
+    let clusters = image.virtual_size() / CLUSTER - 2;
     std::thread::scope(|scope| {
         scope.spawn(|| {
             for n in 1..200 {
                 let bytes = [n as u8; 1000];
-                image.write_at(Mem::from(&bytes[..]), n % 60 * CLUSTER + 4096 + 5).unwrap();
+                image.write_at(Mem::from(&bytes[..]), n % clusters * CLUSTER + 4096 + 5).unwrap();
             }
         });
         for name in ["two", "three"] {

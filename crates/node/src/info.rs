@@ -223,19 +223,20 @@ impl LayerInfo {
             encryption: layer.encryption().map(str::to_owned),
             backing: layer.references().backing.map(NamedFile::from),
             qcow2: layer.as_qcow2().map(Qcow2Info::new).transpose()?,
-            luks: luks(layer).map(LuksInfo::of),
+            luks: luks(layer).map(LuksInfo::of).transpose()?,
         })
     }
 }
 
 impl LuksInfo {
     /// Of a LUKS file.
-    fn of(luks: &Luks) -> Self {
-        let details = match luks.header() {
-            LuksHeader::Luks1(header) => Details::from(&**header),
-            LuksHeader::Luks2(header) => Details::from(header),
+    fn of(luks: &Luks) -> Result<Self> {
+        // As it is now: key slots change while the image is open.
+        let details = match luks.current_header()? {
+            LuksHeader::Luks1(header) => Details::from(&*header),
+            LuksHeader::Luks2(header) => Details::from(&header),
         };
-        Self::new(&details, luks.is_detached())
+        Ok(Self::new(&details, luks.is_detached()))
     }
 
     fn new(details: &Details, detached_header: bool) -> Self {

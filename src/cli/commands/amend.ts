@@ -8,8 +8,15 @@ import { CommandFailure, UsageFailure, unsupported } from '../failure.js'
 import { imagePath } from '../filename.js'
 import { cacheMode, formatsThat, oneFile, takeDriverSyntax } from '../grammar.js'
 import { formatOf, lockingOf, type Request, withImage } from '../images.js'
-import { KEY_OPTIONS, type KeyChange, toKeyChange } from '../key-options.js'
-import { asksForHelp, joinOptionLists, type OptionValues, optionHelp, parseOptionList } from '../options.js'
+import { type KeyChange, type KeyPrefix, keyOptions, toKeyChange } from '../key-options.js'
+import {
+  asksForHelp,
+  joinOptionLists,
+  type OptionSpec,
+  type OptionValues,
+  optionHelp,
+  parseOptionList,
+} from '../options.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
@@ -24,6 +31,14 @@ interface AmendArguments {
   readonly quiet?: boolean
 }
 
+/** The options of a format. One that can nothing else has its key slots amended. */
+const optionsOf = (format: Format): readonly OptionSpec[] => [
+  ...(can(format, 'amend') ? OPTIONS : []),
+  ...keyOptions(prefixOf(format)),
+]
+
+const prefixOf = (format: Format): KeyPrefix => (can(format, 'amend') ? 'encrypt.' : '')
+
 const OPTIONS = [
   ...qcow2Options(
     ...[
@@ -37,7 +52,6 @@ const OPTIONS = [
       'size',
     ],
   ),
-  ...KEY_OPTIONS,
 ]
 
 export function declareAmend(program: Command, run: Runner): void {
@@ -72,11 +86,17 @@ async function amendFile(files: readonly string[], options: AmendArguments, sess
     throw session.signal.aborted ? error : openFailure(filename, error)
   })
   if (asksForHelp(list)) return showOptions(format, session)
-  if (!can(format, 'amend')) throw cannotAmend(format)
-  const values = parse(list)
+  if (!isAmended(format)) throw cannotAmend(format)
+  const values = parse(list, optionsOf(format))
   const changes = toAmendOptions(values)
   const { objects } = session
-  const keys = toKeyChange(values, objects, objects.secretOfLayer(filename, 0), options.force ?? false)
+  const keys = toKeyChange(
+    values,
+    prefixOf(format),
+    objects,
+    objects.secretOfLayer(filename, 0),
+    options.force ?? false,
+  )
   const choice = { progress: progress && !quiet, quiet, verb: 'Amending', step: 1 }
   await withProgress(session, choice, async job => {
     if (keys === undefined || Object.keys(changes).length > 0) {
@@ -98,27 +118,29 @@ async function amendFile(files: readonly string[], options: AmendArguments, sess
 /** Of a format by its name, or of the image's. */
 function showOptions(format: string, { stdout }: Session): number {
   if (!isKnown(format)) throw new CommandFailure(`Unknown file format '${format}'`)
-  if (!isFormat(format) || !can(format, 'amend')) throw cannotAmend(format)
-  stdout.write(`Amend options for '${format}':\n${optionHelp(OPTIONS)}`)
+  if (!isFormat(format) || !isAmended(format)) throw cannotAmend(format)
+  stdout.write(`Amend options for '${format}':\n${optionHelp(optionsOf(format))}`)
   return 0
 }
+
+const isAmended = (format: Format): boolean => can(format, 'amend') || can(format, 'keys')
 
 const cannotAmend = (format: string): CommandFailure =>
   new CommandFailure(`Format driver '${format}' does not support option amendment`)
 
 const amendKeys = (request: Request, session: Session, change: KeyChange): Promise<void> =>
   withImage(request, session, async image => {
-    const { formatSpecific } = await image.info()
-    if (formatSpecific?.encrypt === undefined) {
+    const { formatSpecific, luks } = await image.info()
+    if (luks === undefined && formatSpecific?.encrypt === undefined) {
       throw new CommandFailure("Can't amend encryption options - encryption not present")
     }
     await change(image, session.signal)
   })
 
 /** Parses the list; an option that exists when an image is made is told apart from one that does not exist. */
-function parse(list: string): OptionValues {
+function parse(list: string, options: readonly OptionSpec[]): OptionValues {
   try {
-    return parseOptionList(list, OPTIONS)
+    return parseOptionList(list, options)
   } catch (error) {
     const name = /^Invalid parameter '(.*)'$/.exec(error instanceof Error ? error.message : '')?.[1]
     if (name === undefined || !isCreateOption(name)) throw error
@@ -155,14 +177,9 @@ function toAmendOptions(values: OptionValues): AmendOptions {
       case 'size':
         if (typeof value === 'bigint') options.size = toSize(value)
         break
-      case 'encrypt.state':
-      case 'encrypt.new-secret':
-      case 'encrypt.old-secret':
-      case 'encrypt.keyslot':
-      case 'encrypt.iter-time':
-        break
       default:
-        throw unsupported(`Option '${name}'`, 'it cannot be amended')
+        // Those of key slots are for others to read.
+        if (OPTIONS.some(option => option.name === name)) throw unsupported(`Option '${name}'`, 'it cannot be amended')
     }
   }
   return options

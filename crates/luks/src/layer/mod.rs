@@ -1,15 +1,17 @@
 //! A file that begins with a LUKS header, or has one in another file, as the layer of a chain: guest data lies encrypted behind the
 //! header, as far as the file or the header's segment reaches.
 //!
-//! All of the disk is data: what a hole of the file decrypts to is noise, not zeroes. The header is never written here.
+//! All of the disk is data: what a hole of the file decrypts to is noise, not zeroes. The header is written where key slots change, and nowhere else.
 
 mod inspect;
+mod keys;
 mod new;
 
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use parking_lot::Mutex;
 use qcow2_core::disk::{DiskOptions, WriteLayer};
 use qcow2_core::layer::{Layer, Place, Segment, SegmentKind};
 use qcow2_core::space::{Preallocation, reserve, write_zero_bytes};
@@ -141,6 +143,8 @@ pub struct Luks {
     options: OpenOptions,
     disk_options: DiskOptions,
     is_writable: bool,
+    /// Held while key slots are written.
+    changing_keys: Mutex<()>,
 }
 
 impl Luks {
@@ -168,6 +172,7 @@ impl Luks {
             options: options.clone(),
             disk_options: DiskOptions::default(),
             is_writable: false,
+            changing_keys: Mutex::new(()),
         })
     }
 
@@ -278,7 +283,7 @@ impl Layer for Luks {
             let message = "the header is detached from its data: open the file with the data, and name this one as its header";
             return Err(self.error(ErrorKind::InvalidArgument, message, "payload-offset"));
         }
-        let holder = self.options.header.as_ref().unwrap_or(&self.storage);
+        let holder = self.holder();
         let opened = self.header.unlock(secret, &reader(&**holder), job).map_err(|e| holder.located(e))?;
         let host = Arc::new(Tail::new(Arc::clone(&self.storage), start));
         self.data = Some(Arc::new(Sectors::new(host, Arc::new(opened.cipher))));
