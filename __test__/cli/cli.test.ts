@@ -3,7 +3,7 @@ import { closeSync, existsSync, openSync, readdirSync, readFileSync, statSync, w
 import { join } from 'node:path'
 import { describe, expect, it } from 'vitest'
 import { noise } from './noise.js'
-import { asQemuImg, CLI, execute, qcow2, workspace } from './run.js'
+import { asQemuImgProcess, CLI, execute, qcow2, workspace } from './run.js'
 
 const folder = workspace()
 const run = (...args: string[]) => qcow2(args, folder)
@@ -103,7 +103,9 @@ describe('help', () => {
   })
 
   it('speaks under the name that it was called by', async () => {
-    expect((await asQemuImg(['frobnicate'], folder)).stderr).toMatch(/^qemu-img: Command not found: frobnicate\n/)
+    expect((await asQemuImgProcess(['frobnicate'], folder)).stderr).toMatch(
+      /^qemu-img: Command not found: frobnicate\n/,
+    )
   })
 
   it('gives errors of an image their code, but not under the name of qemu-img', async () => {
@@ -114,7 +116,7 @@ describe('help', () => {
     const { code, stderr } = await run('info', 'version9.qcow2')
     expect(code).toBe(1)
     expect(stderr).toMatch(/^qcow2: Could not open 'version9\.qcow2': .*9.* \(ERR_QCOW2_UNSUPPORTED_FEATURE\)\n$/)
-    const other = await asQemuImg(['info', 'version9.qcow2'], folder)
+    const other = await asQemuImgProcess(['info', 'version9.qcow2'], folder)
     expect(other.stderr).toMatch(/^qemu-img: Could not open 'version9\.qcow2': /)
     expect(other.stderr).not.toContain('ERR_')
   })

@@ -4,8 +4,13 @@ import { execFile, spawnSync } from 'node:child_process'
 import { mkdtempSync, rmSync, symlinkSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { Readable, Writable } from 'node:stream'
 import { fileURLToPath } from 'node:url'
 import { afterAll, describe } from 'vitest'
+import { runProgram } from '../../dist/cli/program.js'
+import { report } from '../../dist/cli/report.js'
+import { Objects } from '../../dist/cli/secrets.js'
+import { Output, type Session } from '../../dist/cli/session.js'
 
 export const CLI = fileURLToPath(new URL('../../dist/cli.js', import.meta.url))
 
@@ -51,8 +56,49 @@ export function workspace(): string {
 export const qcow2 = (args: readonly string[], cwd: string, env?: NodeJS.ProcessEnv): Promise<Outcome> =>
   execute(process.execPath, [CLI, ...args], cwd, env)
 
-/** The command line under the name of the tool that it stands in for. */
-export const asQemuImg = (args: readonly string[], folder: string, cwd = folder): Promise<Outcome> =>
+/**
+ * The command line under the name of the tool that it stands in for: the same code in this process, because a test of a thousand command
+ * lines waits for a thousand starts of Node otherwise. Streams, signals and what else is the process's own have tests of their own, by
+ * {@link qcow2} and {@link asQemuImgProcess}.
+ */
+export function asQemuImg(args: readonly string[], folder: string, cwd = folder): Promise<Outcome> {
+  const outcome = turn.then(() => inThisProcess(args, cwd))
+  turn = outcome.catch(() => undefined)
+  return outcome
+}
+
+/** A process has one working directory: one command line at a time. */
+let turn: Promise<unknown> = Promise.resolve()
+
+async function inThisProcess(args: readonly string[], cwd: string): Promise<Outcome> {
+  process.chdir(cwd)
+  const [stdout, stderr] = [new Collected(), new Collected()]
+  const session: Session = {
+    program: 'qemu-img',
+    stdin: Readable.from([]),
+    stdout: new Output(stdout),
+    stderr: new Output(stderr),
+    env: { ...process.env, LC_ALL: 'C' },
+    signal: new AbortController().signal,
+    release: () => undefined,
+    objects: new Objects(),
+  }
+  const code = await runProgram(args, session).catch(error => report(error, session))
+  await Promise.all([session.stdout.written(), session.stderr.written()])
+  return { code, signal: null, stdout: stdout.text, stderr: stderr.text }
+}
+
+class Collected extends Writable {
+  text = ''
+
+  override _write(chunk: Buffer, _: string, done: () => void): void {
+    this.text += chunk.toString()
+    done()
+  }
+}
+
+/** As {@link asQemuImg}, in a process of its own. */
+export const asQemuImgProcess = (args: readonly string[], folder: string, cwd = folder): Promise<Outcome> =>
   execute(process.execPath, [join(folder, 'qemu-img'), ...args], cwd)
 
 const required = process.env['QCOW2_REQUIRE_QEMU'] === '1'

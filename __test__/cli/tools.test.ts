@@ -3,7 +3,7 @@
 import { existsSync, readFileSync, symlinkSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { describe, expect, it } from 'vitest'
-import { asQemuImg, CLI, describeWithQemu, execute, qcow2, workspace } from './run.js'
+import { asQemuImgProcess, CLI, describeWithQemu, execute, qcow2, workspace } from './run.js'
 
 const folder = workspace()
 const run = (...args: string[]) => qcow2(args, folder)
@@ -50,7 +50,7 @@ describeWithQemu('bench beside qemu-img', () => {
       stdout: stdout.replace(/in [\d.]+ seconds/, 'in time'),
       stderr,
     })
-    expect(said(await asQemuImg(args, folder))).toEqual(said(await execute('qemu-img', args, folder)))
+    expect(said(await asQemuImgProcess(args, folder))).toEqual(said(await execute('qemu-img', args, folder)))
   })
 })
 

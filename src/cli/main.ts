@@ -2,10 +2,8 @@
 
 import { basename, extname } from 'node:path'
 import { exactArguments } from './arguments.js'
-import { describeError } from './errors.js'
-import { CommandFailure } from './failure.js'
 import { runProgram } from './program.js'
-import { spoken } from './qemu-words.js'
+import { report } from './report.js'
 import { Objects } from './secrets.js'
 import { Output, type Session } from './session.js'
 
@@ -68,16 +66,4 @@ export async function main(argv: readonly string[]): Promise<void> {
 function programName(script: string | undefined): string {
   const name = basename(script ?? 'qcow2')
   return extname(name) === '.js' ? 'qcow2' : name
-}
-
-/** Writes what went wrong, after all that was printed before. Returns the exit code. */
-async function report(error: unknown, session: Session): Promise<number> {
-  await session.stdout.written()
-  const failure = error instanceof CommandFailure ? error : new CommandFailure(describeError(error), { cause: error })
-  const typed = session.objects.asTyped(failure.message)
-  const message = spoken(typed, session.program)
-  const speaker = failure.command === undefined ? session.program : `${session.program} ${failure.command}`
-  for (const line of message.split('\n')) session.stderr.write(`${speaker}: ${line}\n`)
-  if (failure.hint !== undefined) session.stderr.write(`${failure.hint}\n`)
-  return failure.exitCode
 }
