@@ -186,3 +186,26 @@ fn the_first_clusters_of_a_guest_follow_the_structures() {
         assert!(ours <= theirs, "{cluster_size}, {writes:?}: {ours} against {theirs}");
     }
 }
+
+/// Where programs expect it, without looking at the header.
+#[test]
+fn the_table_of_a_first_snapshot_lies_where_qemu_has_it() {
+    let Some(qemu) = Qemu::find() else { return };
+    for written in [0u64, 512, 1 << 20] {
+        let fixture = Fixture::new();
+        let theirs = fixture.path("theirs.qcow2");
+        qemu.create(&theirs, "", Some(64 << 20));
+        if written > 0 {
+            qemu.io(&theirs, "qcow2", &[format!("write -P 7 0 {written}")]);
+        }
+        let file = load(&theirs);
+        let image = open(&file);
+        create(&image);
+        image.close().unwrap();
+        assert_clean(&qemu, &file, &fixture.path("ours.qcow2"));
+        qemu.img(&["snapshot", "-c", "made", theirs.to_str().unwrap()]).ok();
+        let [ours, theirs] =
+            [file.to_vec(), std::fs::read(&theirs).unwrap()].map(|bytes| bytes[64..72].to_vec());
+        assert_eq!(ours, theirs, "{written} bytes written");
+    }
+}
