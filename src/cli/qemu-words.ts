@@ -16,6 +16,29 @@ const QEMU_IMG: readonly (readonly [ours: RegExp, theirs: string])[] = [
   ],
 ]
 
+const OVERHANGING = 'You can force-remove all $2 overhanging snapshots'
+const TABLE = 'failed to read the snapshot table: '
+const EXTRA = 'Too much extra metadata in snapshot table entry \\d+'
+
+/** Why a check failed, what qemu-img says of it in front, and the way out that it names. */
+const CHECK_FAILURES: readonly (readonly [ours: RegExp, theirs: string, hint: string])[] = [
+  [new RegExp(`^(${TABLE}${EXTRA}) \\(.*`), '$1', 'You can force-remove this extra metadata'],
+  [new RegExp(`^(${TABLE}Snapshot table is too big): .*last (\\d+) up.*`), '$1', OVERHANGING],
+  [/^(snapshot table too large): .*last (\d+) up.*/, '$1', OVERHANGING],
+]
+
+/** What the program says of a check that failed: lines in front, and the reason. */
+export function spokenCheckFailure(
+  reason: string,
+  program: string,
+): { readonly lines: string; readonly reason: string } {
+  const found = program === 'qemu-img' ? CHECK_FAILURES.find(([ours]) => ours.test(reason)) : undefined
+  if (found === undefined) return { lines: '', reason }
+  const [ours, theirs, hint] = found
+  const lines = `${program}: ERROR ${theirs}\n${hint} with ${program} check -r all\n`
+  return { lines: reason.replace(ours, lines), reason: 'File too large' }
+}
+
 /** A message as the program says it. */
 export function spoken(message: string, program: string): string {
   if (!program.startsWith('qemu-')) return message
