@@ -95,6 +95,33 @@ describeWithQemu('damaged tables', () => {
     }
   })
 
+  it('a snapshot whose L1 table is nowhere, in the words of qemu-img under its name', async () => {
+    const table = (bytes: Buffer): number => Number(bytes.readBigUInt64BE(64))
+    const damages: readonly (readonly [name: string, change: (bytes: Buffer) => unknown])[] = [
+      ['offset', bytes => bytes.writeBigUInt64BE(0x40_02_00n, table(bytes))],
+      ['size', bytes => bytes.writeUInt32BE(0x10_00_00_00, table(bytes) + 8)],
+    ]
+    for (const [name, change] of damages) {
+      for (const args of [
+        ['convert', '-l', 'one', 'IMAGE', 'x.qcow2'],
+        ['snapshot', '-a', 'one', 'IMAGE'],
+        ['snapshot', '-d', 'one', 'IMAGE'],
+      ]) {
+        const said: string[] = []
+        for (const run of [asQemuImg, execute.bind(undefined, 'qemu-img')] as const) {
+          // A snapshot that cannot be deleted may be gone afterwards.
+          const image = damaged(`${name}.qcow2`, bytes => {
+            change(bytes)
+            return bytes
+          })
+          const command = args.map(arg => (arg === 'IMAGE' ? image : arg))
+          said.push((await run(command, folder)).stderr)
+        }
+        expect(said[0], args.join(' ')).toBe(said[1])
+      }
+    }
+  })
+
   it('an L1 table that is not in the file', async () => {
     const name = damaged('l1.qcow2', bytes => {
       bytes.writeBigUInt64BE(2n ** 40n, 40)

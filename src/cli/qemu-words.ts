@@ -14,6 +14,21 @@ const QEMU_IMG: readonly (readonly [ours: RegExp, theirs: string])[] = [
     /^(Could not create snapshot '.*'): host cluster \d+ has a refcount of \d+, and its references counted once more would exceed .*$/s,
     '$1: Invalid argument',
   ],
+  ...[
+    [
+      /invalid snapshot L1 table offset 0x[0-9a-f]+: .*/,
+      'Snapshot L1 table offset invalid',
+      'Invalid argument',
+    ] as const,
+    [/snapshot L1 table of \d+ exceeds the limit of .*/, 'Snapshot L1 table too large', 'File too large'] as const,
+  ].flatMap(([ours, theirs, system]): (readonly [RegExp, string])[] => [
+    [new RegExp(`^Could not open '.*': ${ours.source}$`, 's'), `Failed to load snapshot: ${theirs}`],
+    [
+      new RegExp(`^(Could not apply snapshot '.*'): ${ours.source}$`, 's'),
+      `${theirs}\n$1: Failed to load snapshot: ${system}`,
+    ],
+    [new RegExp(`^(Could not delete snapshot '.*'): ${ours.source}$`, 's'), `$1: ${theirs}`],
+  ]),
 ]
 
 const OVERHANGING = 'You can force-remove all $2 overhanging snapshots'
