@@ -101,7 +101,10 @@ export interface ConvertOptions extends Omit<SourceOptions, 'from'>, LongRunning
   create?: Qcow2Shape | undefined
   /** The same as `create.preallocation`, and for raw targets too. */
   preallocation?: Preallocation | undefined
-  /** Zeroes of at least this many bytes become a hole: a multiple of 512, 0 stores everything. Default 4096. */
+  /**
+   * Zeroes of at least this many bytes become a hole, where they fill aligned blocks of the largest power of two in it: a multiple of
+   * 512, 0 stores everything. With `compress`, clusters of zeroes do, whatever else this says. Default 4096.
+   */
   sparseSize?: number | undefined
   /**
    * Write into a target that exists and is large enough, instead of making one. What it has behind the end of the source stays. Of an error

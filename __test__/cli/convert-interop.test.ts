@@ -95,6 +95,50 @@ describeWithQemu('converted images in the eyes of QEMU', () => {
     expect(statSync(join(folder, 'there.raw')).ino).toBe(ino)
   })
 
+  /** What a map says, wherever it lies in the file. */
+  async function mapOf(out: string): Promise<(readonly [start: number, kind: string])[]> {
+    const map: Record<string, unknown>[] = JSON.parse((await qemu('map', '--output=json', out)).stdout)
+    const kinds = map.map(({ start, depth, zero, data, compressed }) => {
+      return [Number(start), JSON.stringify({ depth, zero, data, compressed })] as const
+    })
+    return kinds.filter(([, kind], index) => kind !== kinds[index - 1]?.[1])
+  }
+
+  /** What qemu-img makes of the same source is mapped as ours is. */
+  async function sameMap(args: readonly string[], make?: (out: string) => Promise<unknown>): Promise<void> {
+    const [ours, theirs] = [target('qcow2'), target('qcow2')]
+    for (const out of [ours, theirs]) {
+      const command = ['convert', '-O', 'qcow2', ...args, out]
+      await make?.(out)
+      expect(await (out === ours ? qcow2(command, folder) : qemu(...command)), args.join(' ')).toMatchObject(ok)
+    }
+    expect(await mapOf(ours), args.join(' ')).toEqual(await mapOf(theirs))
+    expect(await qemu('compare', ours, theirs)).toMatchObject(ok)
+  }
+
+  it('zeroes are looked for in blocks of -S, and in clusters with -c', async () => {
+    await qemu('create', '-q', '-f', 'qcow2', '-o', 'cluster_size=1k', 'scattered.qcow2', '1M')
+    const writes = ['-P 0 0 64k', '0 1k', '8k 1k', '17k 1k', '-P 0 65k 1k', '99k 30k', '200k 512']
+    const commands = writes.flatMap(write => ['-c', `write -q ${write}`])
+    await execute('qemu-io', ['-f', 'qcow2', ...commands, 'scattered.qcow2'], folder)
+    for (const size of ['512', '2k', '4k', '8k']) {
+      for (const compress of [[], ['-c']]) {
+        await sameMap([...compress, '-S', size, '-o', 'cluster_size=1k', 'scattered.qcow2'])
+      }
+    }
+    await sameMap(['-o', 'cluster_size=512', 'scattered.qcow2'])
+  })
+
+  it('version 2 over a backing file is written in full where it must read as zeroes', async () => {
+    await qemu('create', '-q', '-f', 'qcow2', 'zeroes.qcow2', '4M')
+    for (const options of ['compat=0.10', 'compat=1.1']) {
+      const backing = ['-b', 'zeroes.qcow2', '-F', 'qcow2']
+      const make = (out: string) => qemu('create', '-q', '-f', 'qcow2', '-o', options, ...backing, out, '4M')
+      await sameMap(['-n', 'zeroes.qcow2'], make)
+      await sameMap(['-n', 'zeroes.qcow2'], out => qemu('create', '-q', '-f', 'qcow2', '-o', options, out, '4M'))
+    }
+  })
+
   it('says in the same words what it cannot do', async () => {
     for (const args of [
       ['-l', 'nothing', 'snapshots.qcow2', 'x.raw'],

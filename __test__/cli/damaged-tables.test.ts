@@ -1,10 +1,10 @@
 /** Images whose tables are damaged, on the command line: the disk is read, what is lost is told, and a repair keeps the rest. */
 
-import { readFileSync, truncateSync, writeFileSync } from 'node:fs'
+import { closeSync, openSync, readFileSync, truncateSync, writeFileSync, writeSync } from 'node:fs'
 import { join } from 'node:path'
 import { beforeAll, expect, it } from 'vitest'
 import { ok, qemuImg, qemuIo } from '../interop/qemu.js'
-import { describeWithQemu, qcow2, workspace } from './run.js'
+import { asQemuImg, describeWithQemu, execute, qcow2, workspace } from './run.js'
 
 const folder = workspace()
 const at = (name: string): string => join(folder, name)
@@ -58,6 +58,68 @@ describeWithQemu('damaged tables', () => {
     ok(qemuImg('check', at(name)))
     ok(qemuImg('convert', '-O', 'raw', at(name), at('repaired.raw')))
     expect(readFileSync(at('repaired.raw')).equals(readFileSync(at('sound.raw')))).toBe(true)
+  })
+
+  it('a check that gives up says so in the words of qemu-img under its name', async () => {
+    const extra = damaged('extra.qcow2', bytes => {
+      bytes.writeUInt32BE(1 << 16, Number(bytes.readBigUInt64BE(64)) + 36)
+      return bytes
+    })
+    const many = damaged('many.qcow2', bytes => {
+      bytes.writeUInt32BE(70_000, 60)
+      return bytes
+    })
+    // Entries of the longest names, with as much extra data as may be: more than 64 MiB of them, nearly all of it a hole.
+    const entry = Buffer.alloc(40)
+    entry.writeUInt32BE(0xff_ff_ff_ff, 12)
+    entry.writeUInt32BE(1024, 36)
+    const length = 40 + 1024 + 2 * 65_535 + 2
+    const count = Math.ceil((64 << 20) / length) + 2
+    const long = damaged('long.qcow2', bytes => {
+      bytes.writeUInt32BE(count, 60)
+      bytes.writeBigUInt64BE(1n << 20n, 64)
+      return bytes
+    })
+    truncateSync(at(long), (1 << 20) + count * length)
+    const file = openSync(at(long), 'r+')
+    for (let index = 0; index < count; index++) writeSync(file, entry, 0, 40, (1 << 20) + index * length)
+    closeSync(file)
+    for (const name of [extra, many, long]) {
+      const theirs = await execute('qemu-img', ['check', name], folder)
+      expect(await asQemuImg(['check', name], folder)).toMatchObject({
+        code: theirs.code,
+        stdout: theirs.stdout,
+        stderr: theirs.stderr,
+      })
+      expect((await run('check', name)).stderr, 'under our name').toMatch(/^qcow2: Check failed: .*a repair of all/)
+    }
+  })
+
+  it('a snapshot whose L1 table is nowhere, in the words of qemu-img under its name', async () => {
+    const table = (bytes: Buffer): number => Number(bytes.readBigUInt64BE(64))
+    const damages: readonly (readonly [name: string, change: (bytes: Buffer) => unknown])[] = [
+      ['offset', bytes => bytes.writeBigUInt64BE(0x40_02_00n, table(bytes))],
+      ['size', bytes => bytes.writeUInt32BE(0x10_00_00_00, table(bytes) + 8)],
+    ]
+    for (const [name, change] of damages) {
+      for (const args of [
+        ['convert', '-l', 'one', 'IMAGE', 'x.qcow2'],
+        ['snapshot', '-a', 'one', 'IMAGE'],
+        ['snapshot', '-d', 'one', 'IMAGE'],
+      ]) {
+        const said: string[] = []
+        for (const run of [asQemuImg, execute.bind(undefined, 'qemu-img')] as const) {
+          // A snapshot that cannot be deleted may be gone afterwards.
+          const image = damaged(`${name}.qcow2`, bytes => {
+            change(bytes)
+            return bytes
+          })
+          const command = args.map(arg => (arg === 'IMAGE' ? image : arg))
+          said.push((await run(command, folder)).stderr)
+        }
+        expect(said[0], args.join(' ')).toBe(said[1])
+      }
+    }
   })
 
   it('an L1 table that is not in the file', async () => {

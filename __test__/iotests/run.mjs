@@ -29,7 +29,7 @@ const { values, positionals } = parseArgs({
     matrix: { type: 'boolean', default: false },
     'all-options': { type: 'boolean', default: false },
     jobs: { type: 'string', short: 'j', default: String(availableParallelism()) },
-    timeout: { type: 'string', default: '120' },
+    timeout: { type: 'string', default: '300' },
     diffs: { type: 'string' },
     update: { type: 'boolean', default: false },
     available: { type: 'boolean', default: false },

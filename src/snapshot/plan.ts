@@ -30,8 +30,9 @@ export function planCreate(
   const steps: Step[] = [
     { op: 'check-references', tree: 'active' },
     { op: 'fork' },
-    { op: 'share', tree: 'active' },
+    // First, so that it takes the lowest place: QEMU has it there.
     { op: 'write-table', entries: [...kept(table), { create: created }] },
+    { op: 'share', tree: 'active' },
     ...swap,
   ]
   return { generation: table.generation, steps, created }

@@ -156,3 +156,56 @@ fn a_file_is_about_as_long_as_with_qemu() {
     let (ours, theirs) = (file.len().unwrap(), theirs.metadata().unwrap().len());
     assert!(ours <= theirs + (8 << 16), "{ours} against {theirs}");
 }
+
+/// What a guest writes first: offset and length each, by the cluster size.
+const FIRST_WRITES: [(&str, &[(u64, u64)]); 4] = [
+    ("64k", &[(0, 64 << 10)]),
+    ("64k", &[(0, 4096), (64 << 10, 4096), (128 << 10, 1 << 20)]),
+    ("64k", &[(0, 3 << 20)]),
+    ("32k", &[(0, 4096), (4096, 8192), (32 << 10, 64 << 10)]),
+];
+
+/// The first chunk, in which neighbours of a guest find each other, begins where the first cluster is free: nothing in front of it is
+/// a hole.
+#[test]
+fn the_first_clusters_of_a_guest_follow_the_structures() {
+    let Some(qemu) = Qemu::find() else { return };
+    for (cluster_size, writes) in FIRST_WRITES {
+        let fixture = Fixture::new();
+        let theirs = fixture.path("theirs.qcow2");
+        qemu.create(&theirs, &format!("cluster_size={cluster_size}"), Some(4 << 20));
+        let file = load(&theirs);
+        let image = open(&file);
+        for &(offset, length) in writes {
+            image.write(offset, &stamped(offset, length, 7)).unwrap();
+            qemu.io(&theirs, "qcow2", &[format!("write -P 7 {offset} {length}")]);
+        }
+        image.close().unwrap();
+        assert_clean(&qemu, &file, &fixture.path("ours.qcow2"));
+        let (ours, theirs) = (file.len().unwrap(), theirs.metadata().unwrap().len());
+        assert!(ours <= theirs, "{cluster_size}, {writes:?}: {ours} against {theirs}");
+    }
+}
+
+/// Where programs expect it, without looking at the header.
+#[test]
+fn the_table_of_a_first_snapshot_lies_where_qemu_has_it() {
+    let Some(qemu) = Qemu::find() else { return };
+    for written in [0u64, 512, 1 << 20] {
+        let fixture = Fixture::new();
+        let theirs = fixture.path("theirs.qcow2");
+        qemu.create(&theirs, "", Some(64 << 20));
+        if written > 0 {
+            qemu.io(&theirs, "qcow2", &[format!("write -P 7 0 {written}")]);
+        }
+        let file = load(&theirs);
+        let image = open(&file);
+        create(&image);
+        image.close().unwrap();
+        assert_clean(&qemu, &file, &fixture.path("ours.qcow2"));
+        qemu.img(&["snapshot", "-c", "made", theirs.to_str().unwrap()]).ok();
+        let [ours, theirs] =
+            [file.to_vec(), std::fs::read(&theirs).unwrap()].map(|bytes| bytes[64..72].to_vec());
+        assert_eq!(ours, theirs, "{written} bytes written");
+    }
+}

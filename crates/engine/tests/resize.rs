@@ -158,6 +158,98 @@ fn no_power_cut_during_a_shrink_leaves_anything_between() {
     }
 }
 
+/// Refcount blocks by their index in the table, and those of them that count nothing but themselves.
+fn refcount_blocks(file: &Sparse) -> (usize, Vec<u64>) {
+    let (table, clusters, size) = (file.u64(48), u64::from(file.u32(56)), 1u64 << file.u32(20));
+    let bits = 1u64 << file.u32(96);
+    let (mut blocks, mut empty) = (0, Vec::new());
+    for index in 0..clusters * size / 8 {
+        let offset = file.u64(table + index * 8);
+        if offset == 0 {
+            continue;
+        }
+        blocks += 1;
+        let mut bytes = file.get(offset, size as usize);
+        let own = (offset / size).checked_sub(index * (size * 8 / bits)).map(|own| (own * bits / 8) as usize);
+        if let Some(own) = own.and_then(|own| bytes.get_mut(own..own + (bits / 8) as usize)) {
+            own.fill(0);
+        }
+        if bytes.iter().all(|byte| *byte == 0) {
+            empty.push(index);
+        }
+    }
+    (blocks, empty)
+}
+
+/// A disk of which all is written, over many refcount blocks.
+fn filled(path: &std::path::Path, qemu: &Qemu) -> Sparse {
+    qemu.create(path, "cluster_size=512,refcount_bits=64", Some(192 << 10));
+    // As a guest writes that fills its disk bit by bit, and the front last.
+    let writes: Vec<String> =
+        (0..6).rev().map(|n| format!("write -q -P {} {}k 32k", n + 1, n * 32)).collect();
+    qemu.io(path, "qcow2", &writes);
+    snapshot_of(&FileStorage::open(path, Access::ReadOnly).unwrap())
+}
+
+#[test]
+fn a_smaller_disk_gives_refcount_blocks_back() {
+    let Some(qemu) = Qemu::find() else { return };
+    let fixture = Fixture::new();
+    let [ours, theirs] = ["ours", "theirs"].map(|name| fixture.path(name));
+    let before = refcount_blocks(&filled(&theirs, &qemu));
+    std::fs::copy(&theirs, &ours).unwrap();
+    let image = open_file(&ours, &writable()).unwrap();
+    image.resize_with(32 << 10, SHRINK).unwrap();
+    // The image goes on: blocks come back where clusters need them.
+    image.write(0, &[9; 512]).unwrap();
+    image.close().unwrap();
+    let (blocks, empty) = refcount_blocks(&snapshot_of(&FileStorage::open(&ours, Access::ReadOnly).unwrap()));
+    assert!(empty.is_empty() && blocks < before.0, "{before:?}, then {blocks}, and of these {empty:?}");
+    qemu.img(&["resize", "-q", "--shrink", theirs.to_str().unwrap(), "32k"]).ok();
+    let [length, most] = [&ours, &theirs].map(|path| std::fs::metadata(path).unwrap().len());
+    assert!(length <= most, "{length} bytes, QEMU's has {most}");
+    qemu.assert_clean(&ours);
+    qemu.img(&["resize", "-q", ours.to_str().unwrap(), "192k"]).ok();
+    qemu.io(&ours, "qcow2", &["write -q -P 3 32k 160k"]);
+    qemu.assert_clean(&ours);
+}
+
+#[test]
+fn no_power_cut_while_refcount_blocks_go_leaves_more_than_leaks() {
+    let Some(qemu) = Qemu::find() else { return };
+    let fixture = Fixture::new();
+    let image = filled(&fixture.path("a"), &qemu);
+    let geometry = Geometry { refcount_bits: 64, size: 192 << 10, ..Geometry::plain(512) };
+    let rig = Rig { geometry, image, data_file: None, backing: None };
+    let blocks = refcount_blocks(&rig.image).0;
+    for (seed, size) in [(1, 32 << 10), (2, 512), (3, (100 << 10) + 512)] {
+        let what = format!("to {size}");
+        let files = explore(&rig, seed, 60, &what, |image| image.resize_with(size, SHRINK));
+        assert_clean(&files, &what);
+        let (left, empty) = refcount_blocks(&files[0]);
+        assert!(left < blocks && empty.is_empty(), "{what}: {left} of {blocks} blocks, {empty:?}");
+    }
+}
+
+/// A table is as long as the disk needs it to be, and an L2 table has its space, whatever it maps: a guest may fill it when the
+/// file system is full.
+#[test]
+fn an_l2_table_that_is_cut_keeps_its_space() {
+    let Some(qemu) = Qemu::find() else { return };
+    let fixture = Fixture::new();
+    let path = fixture.path("a");
+    qemu.create(&path, "cluster_size=1M,preallocation=metadata", Some(100 << 20));
+    let image = open_file(&path, &writable()).unwrap();
+    image.resize_with(5 << 20, SHRINK).unwrap();
+    image.close().unwrap();
+    qemu.assert_clean(&path);
+    let file = FileStorage::open(&path, Access::ReadOnly).unwrap();
+    let header = snapshot_of(&file);
+    let l2 = header.u64(header.u64(40)) & 0x00ff_ffff_ffff_fe00;
+    let run = file.run(l2..l2 + (1 << 20)).unwrap();
+    assert!(run.data && run.end >= l2 + (1 << 20), "{run:?}");
+}
+
 #[test]
 fn what_would_be_lost_is_told() {
     let Some(qemu) = Qemu::find() else { return };

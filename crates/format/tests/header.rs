@@ -171,6 +171,22 @@ fn contradictions_are_refused_with_the_field() {
     }
 }
 
+/// What no table could map is said to be too big, not the table too small: QEMU's limit is that of its numbers.
+#[test]
+fn a_disk_beyond_all_tables_is_too_big() {
+    for (size, message) in [
+        (1 << 59, "the L1 table is too small for the virtual size"),
+        ((i32::MAX as u64) << 29, "the L1 table is too small for the virtual size"),
+        (((i32::MAX as u64) << 29) + 1, "the virtual size is too big"),
+        (1 << 60, "the virtual size is too big"),
+    ] {
+        let mut bytes = header().encode().unwrap();
+        bytes[24..32].copy_from_slice(&u64::to_be_bytes(size));
+        let error = Header::parse(&padded(bytes)).unwrap_err();
+        assert!(error.to_string().contains(message), "{size}: {error}");
+    }
+}
+
 #[test]
 fn compression_type_and_its_bit_agree_or_nothing() {
     for (bit, value, ok) in [(0, 0, true), (8, 1, true), (8, 0, false), (0, 1, false), (8, 2, false)] {

@@ -39,7 +39,7 @@ impl Table {
             icount: None,
         };
         let table = Step::WriteTable(self.kept().chain([Record::New(new)]).collect());
-        let shared = [Step::CheckReferences(Tree::Active), Step::Fork, Step::Share(Tree::Active), table];
+        let shared = [Step::CheckReferences(Tree::Active), Step::Fork, table, Step::Share(Tree::Active)];
         self.plan(shared.into_iter().chain(switch()).collect())
     }
 

@@ -9,6 +9,7 @@ import { cacheMode, oneFile, outputOption, SOURCES, takeDriverSyntax } from '../
 import { formatOf, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
+import { spokenCheckFailure } from '../qemu-words.js'
 import type { Session } from '../session.js'
 
 interface CheckArguments {
@@ -61,7 +62,11 @@ async function checkFile(filename: string, options: CheckArguments, session: Ses
   const found = { ...(await checked(filename, options, session)), filename }
   for (const message of found.messages) session.stderr.write(`${message}\n`)
   await session.stderr.written()
-  if (found.failure !== undefined) throw new CommandFailure(`Check failed: ${describeError(found.failure)}`)
+  if (found.failure !== undefined) {
+    const { lines, reason } = spokenCheckFailure(describeError(found.failure), session.program)
+    session.stderr.write(lines)
+    throw new CommandFailure(`Check failed: ${reason}`)
+  }
   if (!quiet) session.stdout.write(options.output === 'json' ? checkJson(found) : formatCheck(found))
   if (found.checkErrors !== 0) throw new CommandFailure('Check failed')
   return checkExitCode(found)

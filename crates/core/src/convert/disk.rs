@@ -72,6 +72,13 @@ impl<'a> DiskSink<'a> {
         })
     }
 
+    /// The same, for a disk whose format cannot say that what a backing file has there reads as zeroes: they are written.
+    #[must_use]
+    pub fn with_zeroes_as_data(self) -> Self {
+        let sparse_size = if self.stale { 0 } else { self.sparse_size };
+        Self { sparse_size, ..self }
+    }
+
     /// Waits until all chunks before this one are written.
     fn wait(&self, chunk: &Chunk) -> Result<Option<Held<'_>>> {
         if self.compressed.is_some() {

@@ -51,7 +51,8 @@ pub struct Delta {
 pub struct ConvertOptions {
     /// Worker threads; by default the cores, at most 8.
     pub concurrency: Option<NonZeroUsize>,
-    /// Smallest run of zeroes in bytes that is left out of the target, a multiple of 512; 0 writes everything.
+    /// Smallest run of zeroes in bytes that is left out of the target, in aligned blocks of the largest power of two in it; a multiple
+    /// of 512. 0 writes everything. What is compressed is left out by clusters.
     pub sparse_size: u64,
     /// Compress, for a qcow2 target.
     pub compression: Option<Compression>,

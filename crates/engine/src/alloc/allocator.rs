@@ -91,6 +91,8 @@ pub(crate) struct Allocator {
     pub(super) search: u64,
     /// Behind the last allocation: going on there keeps the file in guest order.
     next: u64,
+    /// The start of a chunk was placed. The first one begins at the first free cluster, so that nothing in front of it stays a hole.
+    chunked: bool,
     /// Clusters handed out since the last flush, to be written to.
     pub(super) recent: u64,
     /// Host cluster that takes the next compressed data, and the bytes used in it.
@@ -129,6 +131,7 @@ impl Allocator {
             end,
             search: 0,
             next: 0,
+            chunked: false,
             recent: 0,
             packing: None,
         })
@@ -144,6 +147,10 @@ impl Allocator {
         metadata: &mut MetadataMap,
     ) -> Result<Allocation> {
         let chunk = chunk_clusters(&self.geometry);
+        let mut wish = wish;
+        if wish.within == Some(0) && !std::mem::replace(&mut self.chunked, true) {
+            wish.within = None;
+        }
         let order = if covered { [false, true] } else { [true, false] };
         loop {
             for durable in [true, false] {

@@ -6,7 +6,7 @@ use qcow2_format::refcount::RefcountTableEntry;
 use qcow2_format::words;
 
 use super::allocator::Allocator;
-use super::refcounts::Refcounts;
+use super::refcounts::{PIECE, Refcounts};
 use crate::{Mem, Result, StorageExt};
 
 impl Allocator {
@@ -53,7 +53,8 @@ impl Refcounts {
             *entry = to;
         }
         if to == 0 {
-            self.blocks.remove(&index);
+            let changed = self.blocks.remove(&index).map_or(0, |block| block.dirty.len());
+            self.waiting = self.waiting.saturating_sub(changed * PIECE);
         } else if let Some(block) = self.blocks.get_mut(&index) {
             block.offset = to;
             // The copy has them.

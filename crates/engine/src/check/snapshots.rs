@@ -97,8 +97,10 @@ pub(super) fn read(target: &Target<'_>, tally: &mut Tally) -> Result<SnapshotTab
         kept += entry.length - entry.cut.map_or(0, |claimed| claimed - u64::from(MAX_SNAPSHOT_EXTRA_DATA));
         if kept > MAX_SNAPSHOT_TABLE_BYTES || table.length + entry.length > i32::MAX as u64 {
             if !repair {
-                let message = "failed to read the snapshot table: Snapshot table is too big: a repair of all gives \
-                               its last entries up";
+                let message = format!(
+                    "failed to read the snapshot table: Snapshot table is too big: a repair of all gives its last {} up",
+                    count - index
+                );
                 return Err(Stop::corrupt(message, at));
             }
             table.give_up(tally, at, count - index, " (snapshot table is too big)");

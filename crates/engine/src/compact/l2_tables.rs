@@ -86,7 +86,7 @@ impl Session<'_> {
             self.set_refcount(g.cluster_index(to), table.weight)?;
             let mut bytes = vec![0u8; g.cluster_len()];
             self.read(table.offset, &mut bytes)?;
-            let written = self.write_table(to, bytes);
+            let written = self.write_l2_table(to, &bytes);
             written.inspect_err(|_| {
                 // One reference is given back already.
                 (1..table.weight).for_each(|_| self.abandon(to, g.cluster_size()));

@@ -55,7 +55,11 @@ pub fn convert(
             }
             ConvertTarget::Existing(image) => {
                 let unit = image.layers().first().and_then(|top| top.unit());
-                Box::new(DiskSink::new(context, image, unit)?)
+                let sink = DiskSink::new(context, image, unit)?;
+                // Version 2 has no zero clusters.
+                let hides = image.layers().len() == 1
+                    || image.top_qcow2().is_none_or(|top| top.header().version >= 3);
+                Box::new(if hides { sink } else { sink.with_zeroes_as_data() })
             }
         };
         Ok(sink)

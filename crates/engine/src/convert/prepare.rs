@@ -48,7 +48,7 @@ pub(super) struct Planner {
     pub(super) geometry: Geometry,
     /// Bytes of a unit.
     pub(super) unit: u64,
-    /// Zeroes shorter than this stay data; 0 keeps all.
+    /// Zeroes shorter than this stay data, but for those of whole clusters that are compressed; 0 keeps all.
     pub(super) sparse_size: u64,
     pub(super) delta: Option<Delta>,
     /// Version 2 has no zero flag.
@@ -187,14 +187,18 @@ impl Planner {
         Ok(())
     }
 
-    /// Finds data that is zero. Runs count across neighbours that are no data anyway.
+    /// Finds data that is zero, in blocks as QEMU has them: of the largest power of two of bytes that the sparse size has. Runs
+    /// count across neighbours that are no data anyway.
     fn find_zeroes(&self, chunk: &Chunk, bytes: &[u8], units: &mut [Unit]) {
         if self.sparse_size != 0 && (self.delta.is_none() || self.has_zero_flag) {
-            let is_zero: Vec<bool> = units
-                .iter()
-                .zip(bytes.chunks(self.unit as usize))
-                .map(|(unit, bytes)| *unit != Unit::Data || zero::is_zero(bytes))
-                .collect();
+            let block = (1u64 << self.sparse_size.ilog2()).div_ceil(self.unit).min(units.len() as u64);
+            let mut is_zero = Vec::with_capacity(units.len());
+            for (units, bytes) in units.chunks(block as usize).zip(bytes.chunks((block * self.unit) as usize))
+            {
+                let parts = units.iter().zip(bytes.chunks(self.unit as usize));
+                let zero = parts.into_iter().all(|(unit, bytes)| *unit != Unit::Data || zero::is_zero(bytes));
+                is_zero.resize(is_zero.len() + units.len(), zero);
+            }
             let mut first = 0usize;
             for run in is_zero.chunk_by(|a, b| a == b) {
                 let end = first + run.len();

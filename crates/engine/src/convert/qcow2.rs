@@ -112,7 +112,11 @@ impl Qcow2Sink {
         let planner = Planner {
             geometry,
             unit: if whole_clusters { geometry.cluster_size() } else { geometry.subcluster_size() },
-            sparse_size: options.sparse_size,
+            sparse_size: match compression {
+                // A cluster that is compressed is zero as a whole, or written as a whole.
+                Some(_) => options.sparse_size.min(geometry.cluster_size()),
+                None => options.sparse_size,
+            },
             delta: options.delta,
             has_zero_flag: create.version >= 3,
             map_all: preallocator.as_ref().map(Preallocator::bitmap),

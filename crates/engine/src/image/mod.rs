@@ -22,7 +22,7 @@ mod writing;
 pub use bitmaps::BitmapRecord;
 pub use chain::Image;
 pub(crate) use clones::{Clones, LiveCopy};
-pub(crate) use mapping::{Loaded, Missing};
+pub(crate) use mapping::{Loaded, Mapping, Missing};
 pub use open::{read_header, read_header_for_check};
 pub use options::OpenOptions;
 pub use qcow2::{BackingReference, DataFileReference, Qcow2, References};

@@ -17,6 +17,8 @@ pub(crate) const SECTOR: u64 = 512;
 const UNLINKED_LIMIT: usize = 1 << 16;
 /// Zeroes at the end of a table that are worth a hole, in bytes.
 const HOLE: usize = 64 << 10;
+/// Bytes that a file system gives space to at once.
+const BLOCK: usize = 4096;
 
 /// Exclusive use of the top layer. Everything written by guests before is durable when it begins.
 pub(crate) struct Session<'a> {
@@ -109,15 +111,32 @@ impl<'a> Session<'a> {
         self.writer.check()?;
         let storage = self.image.storage();
         let used = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
-        let (front, rest) = bytes.split_at(used.next_multiple_of(HOLE).min(bytes.len()));
-        let written = match rest.len() < HOLE {
-            true => storage.write_all_at(Mem::from(bytes.as_slice()), offset),
-            false => storage
-                .write_all_at(Mem::from(front), offset)
-                .and_then(|()| storage.zero(offset + front.len() as u64, rest.len() as u64, true)),
-        };
+        let (front, rest) = bytes.split_at(used.next_multiple_of(BLOCK).min(bytes.len()));
+        if rest.len() < HOLE {
+            return self.write_filled(offset, &bytes);
+        }
+        let written = storage
+            .write_all_at(Mem::from(front), offset)
+            .and_then(|()| storage.zero(offset + front.len() as u64, rest.len() as u64, true));
+        self.written_beside(offset, whole, written)
+    }
+
+    /// As [`Session::write_table`], for an L2 table: all of it has space, so that no flush of entries that it gets later fails on a
+    /// file system that is full.
+    pub(crate) fn write_l2_table(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.writer.check()?;
+        self.write_filled(offset, bytes)
+    }
+
+    fn write_filled(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        let written = self.image.storage().write_all_at(Mem::from(bytes), offset);
+        self.written_beside(offset, bytes.len() as u64, written)
+    }
+
+    /// What was written to clusters that nothing refers to is there, or the clusters are given back.
+    fn written_beside(&self, offset: u64, whole: u64, written: Result<()>) -> Result<()> {
         written.map_err(|error| {
-            self.abandon(offset, length);
+            self.abandon(offset, whole);
             self.writer.poison_unless_full(error)
         })?;
         // A read that was slow may remember an L2 table that was there.

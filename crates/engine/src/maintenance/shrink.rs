@@ -3,7 +3,7 @@
 //! The new L1 table, and a copy of the one L2 table that reaches over the new end, are written beside the old ones. One
 //! write of the header, inside a sector, switches size and L1 table; what only the old ones refer to is freed
 //! behind it. A crash leaves the old disk or the new one, and leaks. Readers that planned before go on: what
-//! they use is in quarantine until they end.
+//! they use is in quarantine until they end. Refcount blocks that count nothing any more go last.
 //!
 //! Where there is no space for other tables, the header's write makes the disk and its L1 table shorter where they are, and what
 //! lies behind the end goes out of the tables when that is durable.
@@ -28,6 +28,14 @@ struct Cut {
 struct Beside {
     l2: Option<u64>,
     l1: u64,
+}
+
+/// The disk is as it is to be; where there is no space to make its file shorter, that stays as long as it is.
+fn unless_full(done: Result<()>) -> Result<()> {
+    match done {
+        Err(error) if error.is_no_room() => Ok(()),
+        done => done,
+    }
 }
 
 impl Session<'_> {
@@ -70,16 +78,20 @@ impl Session<'_> {
         self.writer.bitmaps.resize(size, self.image.limits().max_memory)?;
         let Some(beside) = beside else {
             self.cut_in_place(&old_l1, &l1, &gone, cut.as_ref())?;
-            return self.cut_contents(size);
+            self.cut_contents(size)?;
+            return unless_full(self.drop_empty_blocks());
         };
         self.free_behind(&gone, cut.as_ref())?;
         self.unlink(former, old_l1.len() as u64 * 8);
         self.cut_contents(size)?;
-        match self.lower(beside.l2, beside.l1) {
-            // The disk is as it is to be; its file stays longer.
-            Err(error) if error.is_no_room() => Ok(()),
-            lowered => lowered,
-        }
+        unless_full(self.lower(beside.l2, beside.l1))?;
+        unless_full(self.drop_empty_blocks())
+    }
+
+    /// Gives back what counted nothing but what was behind the end.
+    fn drop_empty_blocks(&self) -> Result<()> {
+        self.free_now()?;
+        self.writer.drop_blocks(self.image, 0).map(drop)
     }
 
     /// Writes the tables of the smaller disk to clusters of their own. `l1` gets its entry for the L2 table that is cut.
@@ -109,7 +121,7 @@ impl Session<'_> {
         let mut table = cut.bytes.clone();
         table.get_mut(cut.kept..).unwrap_or_default().fill(0);
         let offset = self.allocate(self.geometry().cluster_size())?;
-        self.write_table(offset, table)?;
+        self.write_l2_table(offset, &table)?;
         Ok(offset)
     }
 

@@ -7,7 +7,7 @@ use qcow2_format::{GuestOffset, HostOffset, L2Mapping, SubclusterKind};
 use super::table::{SlicePlace, exclusive_slice};
 use crate::Result;
 use crate::alloc::{Wish, chunk_clusters};
-use crate::image::{Loaded, Missing, Qcow2, Slice};
+use crate::image::{Loaded, Mapping, Missing, Qcow2, Slice};
 use crate::writer::Registration;
 use crate::writer::Writer;
 
@@ -75,23 +75,37 @@ fn reusable(mapping: &L2Mapping) -> Option<HostOffset> {
     }
 }
 
-/// The best places for new clusters of the run of `count` guest clusters from `first` on, whose first entry has
-/// `index` in the slice. Looks at the entries of its chunk only.
-fn wish(image: &Qcow2, slice: &Slice, index: u64, first: u64, count: u64) -> Wish {
+/// The host cluster that an entry of a slice names.
+fn host_in(image: &Qcow2, slice: &Slice, index: u64) -> Option<u64> {
     let g = image.geometry();
-    let chunk = chunk_clusters(g);
-    let host = |index: u64| {
-        let entry = image.slices().entry(slice, index);
-        match entry.decode(g, image.header().version, false) {
-            Ok(L2Mapping::Data { host, .. } | L2Mapping::Subclusters { host: Some(host), .. }) => {
-                Some(g.cluster_index(host.0))
-            }
-            _ => None,
+    let entry = image.slices().entry(slice, index);
+    match entry.decode(g, image.header().version, false) {
+        Ok(L2Mapping::Data { host, .. } | L2Mapping::Subclusters { host: Some(host), .. }) => {
+            Some(g.cluster_index(host.0))
         }
-    };
+        _ => None,
+    }
+}
+
+/// The host cluster of the guest cluster before `first`, which is in another slice, where that is in memory.
+fn before_slice(image: &Qcow2, mapping: &Mapping, first: u64) -> Option<u64> {
+    let guest = GuestOffset(first.checked_sub(1)? * image.geometry().cluster_size());
+    let SlicePlace { offset, index } = exclusive_slice(image, mapping.l1(), guest).ok()??;
+    let slice = mapping.slice(image.slices(), offset, &Loaded::default())?;
+    host_in(image, &slice, index)
+}
+
+/// The best places for new clusters of the run of `count` guest clusters from `first` on, whose first entry has
+/// `index` in the slice. Looks at the entries of its chunk only, and at the one before.
+fn wish(image: &Qcow2, mapping: &Mapping, slice: &Slice, index: u64, first: u64, count: u64) -> Wish {
+    let chunk = chunk_clusters(image.geometry());
+    let host = |index| host_in(image, slice, index);
     // The cluster right before counts even across the chunk's border: that is how a disk is written in order.
     let before = (first % chunk).max(1).min(index);
-    let left = (1..=before).find_map(|d| Some(host(index - d)? + d));
+    let left = match index {
+        0 => before_slice(image, mapping, first).map(|host| host + 1),
+        _ => (1..=before).find_map(|d| Some(host(index - d)? + d)),
+    };
     let end = first + count;
     let after =
         (end.next_multiple_of(chunk) - end).min(image.slices().entries().saturating_sub(index + count));
@@ -155,7 +169,7 @@ impl Writer {
             });
         }
         let clusters = first..first + old.len() as u64;
-        let wish = wish(image, &slice, index, first, old.len() as u64);
+        let wish = wish(image, &mapping, &slice, index, first, old.len() as u64);
         Ok(match self.inflight.try_register(clusters.clone()) {
             Some(registration) => {
                 Step::Change(Run { guest, clusters: old.len() as u64, old, reuse, wish, registration })

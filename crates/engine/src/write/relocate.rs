@@ -1,9 +1,9 @@
-//! Moving the refcount structures: for a compaction, which has the image to itself.
+//! Moving and dropping refcount structures: for whoever has the image to itself.
 //!
 //! Order of moving a block or the table: the new place is counted and durable, the copy is durable, then one write of
 //! the word that refers to it (a table entry, or the header's field) switches. The old place is freed behind the sync.
 
-use crate::alloc::header_fields;
+use crate::alloc::{Unlinked, header_fields};
 use crate::image::Qcow2;
 use crate::patch::write_patch;
 use crate::writer::Writer;
@@ -31,26 +31,44 @@ impl Writer {
         })
     }
 
-    /// Gives up the blocks behind `from` that count nothing any more. What lost its references is durable. Returns how many.
+    /// Gives up the blocks for clusters behind `from` that count nothing any more, and the space of their clusters. What lost its
+    /// references is durable. Returns how many.
+    ///
+    /// A block goes in this order: the table loses its entry; sync; its cluster is free. A cut in between leaves it as a leak where
+    /// another block counts it.
     pub(crate) fn drop_blocks(&self, image: &Qcow2, from: u64) -> Result<u64> {
         let g = image.geometry();
         self.with_alloc(|alloc, metadata| {
             let mut dropped = 0;
-            for (index, offset) in alloc.refcounts.blocks() {
-                let first = index * g.refcount_block_entries();
-                if first < from.max(1) || !alloc.refcounts.counts_nothing(index, offset)? {
-                    continue;
+            loop {
+                let mut empty = Vec::new();
+                for (index, offset) in alloc.refcounts.blocks() {
+                    let first = index * g.refcount_block_entries();
+                    if first >= from.max(1) && alloc.refcounts.counts_nothing(index, offset)? {
+                        empty.push((index, offset));
+                    }
                 }
-                alloc.refcounts.switch_block(index, 0)?;
+                let mut gone = Vec::new();
+                let switched = empty.iter().try_for_each(|&(index, offset)| {
+                    alloc.refcounts.switch_block(index, 0)?;
+                    gone.push(g.cluster_index(offset));
+                    Ok(())
+                });
+                if gone.is_empty() {
+                    return switched.map(|()| dropped);
+                }
                 image.storage().flush()?;
-                let cluster = g.cluster_index(offset);
-                metadata.remove(cluster);
-                if alloc.refcounts.is_covered(cluster) {
-                    alloc.refcounts.set(cluster, 0)?;
+                dropped += gone.len() as u64;
+                for cluster in gone {
+                    metadata.remove(cluster);
+                    // One that counted itself is counted nowhere now. What counts another one may be empty without it.
+                    if alloc.refcounts.is_covered(cluster) {
+                        alloc.refcounts.set(cluster, 0)?;
+                    }
+                    alloc.give_up(Unlinked { cluster, count: 1, punch: true });
                 }
-                dropped += 1;
+                switched?;
             }
-            Ok(dropped)
         })
     }
 

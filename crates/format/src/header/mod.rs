@@ -234,6 +234,11 @@ impl Header {
             return Err(FormatError::invalid("l1_table_offset", self.l1_table_offset.0, "beyond 64 PiB"));
         }
         let needed = g.l1_entries_for(self.size);
+        if i32::try_from(needed).is_err() {
+            // No table could be long enough.
+            let l1_size = self.l1_size.into();
+            return Err(FormatError::invalid("l1_size", l1_size, "the virtual size is too big"));
+        }
         if u64::from(self.l1_size) < needed {
             return Err(FormatError::invalid(
                 "l1_size",
