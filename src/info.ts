@@ -136,12 +136,12 @@ export interface ImageInfo {
   readonly format: Format
   /** Size of the disk. */
   readonly virtualSize: number
-  /** Space that the file takes on its file system. */
-  readonly actualSize: number
+  /** Space that the file takes on its file system. Absent of an export, of which no server tells that. */
+  readonly actualSize?: number
   /** Length of the file. */
   readonly fileLength: number
-  /** What holds the image: a regular file, or a block device. */
-  readonly protocol: 'file' | 'host_device'
+  /** What holds the image: a regular file, a block device, or an export of an NBD server. */
+  readonly protocol: 'file' | 'host_device' | 'nbd'
   /** Absent for raw, which has no clusters. */
   readonly clusterSize?: number
   /** The image was not closed cleanly: refcounts may be out of date. */
@@ -182,6 +182,8 @@ export async function layersInfo(image: number): Promise<ImageInfo[]> {
 function toImageInfo({ qcow2, luks, filename, backing, encryption, ...layer }: NativeLayerInfo): ImageInfo {
   // The addon opens no others.
   const format = layer.format as Format
+  // What is no file has a name, and no folder for relative names.
+  const folder = layer.protocol === 'nbd' ? '' : filename
   return {
     ...layer,
     format,
@@ -194,7 +196,7 @@ function toImageInfo({ qcow2, luks, filename, backing, encryption, ...layer }: N
       ...shown('name', name),
       ...snapshot,
     })),
-    ...(backing && backingInfo(backing, filename)),
+    ...(backing && backingInfo(backing, folder)),
     ...(luks && { luks: { ...luks, uuid: shownText(luks.uuid) } }),
     ...(qcow2 && {
       formatSpecific: specificInfo(qcow2, encryption),

@@ -5,7 +5,7 @@ import { type Format, type Image, type ImageInfo, type OpenOptions, open, probe,
 import { exactText, toName } from '../text.js'
 import { describeError, openFailure, pathOf } from './errors.js'
 import { CommandFailure } from './failure.js'
-import { imagePath, localPath } from './filename.js'
+import { imageSource, placeOf } from './filename.js'
 import type { Session } from './session.js'
 
 const FORMATS = listed(SOURCE_FORMATS, 'and')
@@ -26,7 +26,7 @@ export async function formatOf(filename: string, requested: string | undefined, 
   if (filename === '') throw new CommandFailure("Could not open '': The 'file' block driver requires a file name")
   const named = requested ?? session.objects.formatOf(filename)
   if (named !== undefined) return namedFormat(filename, named)
-  const format = await probe(imagePath(filename), { signal: session.signal })
+  const format = await probe(imageSource(filename), { signal: session.signal })
   if (isFormat(format)) return format
   throw new CommandFailure(
     `Could not open '${filename}': Image is in ${format} format, which is not supported ` +
@@ -133,7 +133,7 @@ export function unlockFailure(
 ): CommandFailure | undefined {
   if (!(error instanceof Qcow2Error) || !UNLOCKING.has(error.code) || error.field === 'secret') return undefined
   const secret = filenames.filter(filename => objects.secretsOf(filename) !== undefined)
-  const filename = secret.find(each => localPath(each) === pathOf(error))
+  const filename = secret.find(each => placeOf(each) === pathOf(error))
   return filename === undefined ? undefined : openFailure(filename, error, exitCode)
 }
 

@@ -7,6 +7,7 @@ import type {
   DetachedImage,
   EncryptedLayer,
   Format,
+  NbdSource,
   Secret,
   SecretBytes,
   Secrets,
@@ -15,7 +16,7 @@ import type {
 import { toName } from '../text.js'
 import { type Description, readDescription } from './descriptions.js'
 import { CommandFailure, unsupported } from './failure.js'
-import { argumentOf, imagePath } from './filename.js'
+import { argumentOf, imagePath, imageSource, isExport } from './filename.js'
 import { settings } from './options.js'
 
 /** The objects of a command line. */
@@ -49,9 +50,10 @@ export class Objects {
   describe(typed: string): string {
     const description = readDescription(typed)
     for (const id of description.secrets) if (id !== undefined) this.secret(id)
-    let name = argumentOf(description.filename)
+    const { filename, isFile } = description
+    let name = isFile ? argumentOf(filename) : filename
     // One file may be described twice, as what it is and as its plain bytes: each has a name of its own.
-    while (this.#images.has(name)) name = isAbsolute(name) ? `/.${name}` : `./${name}`
+    while (this.#images.has(name)) name = isExport(name) ? another(name) : isAbsolute(name) ? `/.${name}` : `./${name}`
     this.#images.set(name, { ...description, typed })
     return name
   }
@@ -93,9 +95,9 @@ export class Objects {
   }
 
   /** What an image is opened by: its name, and that of its header where its description has one. */
-  sourceOf(filename: string): string | Buffer | DetachedImage {
+  sourceOf(filename: string): string | Buffer | DetachedImage | NbdSource {
     const header = this.#images.get(filename)?.header
-    if (header === undefined) return imagePath(filename)
+    if (header === undefined) return imageSource(filename)
     return { file: imagePath(filename), header: imagePath(header) }
   }
 
@@ -112,6 +114,9 @@ export class Objects {
     return ({ depth }: EncryptedLayer) => this.secretOfLayer(filename, depth)
   }
 }
+
+/** Another URI of the same export: parameters that are empty say nothing. */
+const another = (uri: string): string => (uri.includes('?') ? `${uri}&` : `${uri}?`)
 
 function toSecret(values: ReadonlyMap<string, string>): SecretBytes {
   const known = ['id', 'data', 'file', 'format']

@@ -5,7 +5,7 @@ import { toName } from '../../text.js'
 import { isCreateOption, qcow2Options, toRefcountBits, toVersion } from '../create-options.js'
 import { describeError, openFailure, openHint } from '../errors.js'
 import { CommandFailure, UsageFailure, unsupported } from '../failure.js'
-import { imagePath } from '../filename.js'
+import { imageSource } from '../filename.js'
 import { cacheMode, formatsThat, oneFile, takeDriverSyntax } from '../grammar.js'
 import { formatOf, lockingOf, type Request, withImage } from '../images.js'
 import { KEY_OPTIONS, type KeyChange, toKeyChange } from '../key-options.js'
@@ -80,7 +80,7 @@ async function amendFile(files: readonly string[], options: AmendArguments, sess
   const choice = { progress: progress && !quiet, quiet, verb: 'Amending', step: 1 }
   await withProgress(session, choice, async job => {
     if (keys === undefined || Object.keys(changes).length > 0) {
-      await amend(imagePath(filename), {
+      await amend(imageSource(filename), {
         ...job,
         ...lockingOf(filename, session),
         ...changes,

@@ -3,7 +3,7 @@ import { can } from '../../formats/table.js'
 import { type CheckResult, check } from '../../index.js'
 import { describeError, failedChanging, openFailure } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
-import { imagePath } from '../filename.js'
+import { imageSource } from '../filename.js'
 import { checkExitCode, checkJson, formatCheck } from '../format/check.js'
 import { cacheMode, oneFile, outputOption, SOURCES, takeDriverSyntax } from '../grammar.js'
 import { formatOf, withImage } from '../images.js'
@@ -81,7 +81,7 @@ async function checked(
       throw new CommandFailure('This image format does not support checks', { exitCode: CHECK_NOT_SUPPORTED })
     }
     return await withProgress(session, choice, job =>
-      check(imagePath(filename), {
+      check(imageSource(filename), {
         ...job,
         ...session.objects.sharingOf(filename),
         ...(forceShare !== undefined && { forceShare }),
