@@ -179,11 +179,10 @@ export async function layersInfo(image: number): Promise<ImageInfo[]> {
   return layers.map(toImageInfo)
 }
 
-function toImageInfo({ qcow2, luks, filename, backing, encryption, ...layer }: NativeLayerInfo): ImageInfo {
+function toImageInfo(native: NativeLayerInfo): ImageInfo {
+  const { qcow2, luks, filename, backing, encryption, ...layer } = native
   // The addon opens no others.
   const format = layer.format as Format
-  // What is no file has a name, and no folder for relative names.
-  const folder = layer.protocol === 'nbd' ? '' : filename
   return {
     ...layer,
     format,
@@ -196,7 +195,7 @@ function toImageInfo({ qcow2, luks, filename, backing, encryption, ...layer }: N
       ...shown('name', name),
       ...snapshot,
     })),
-    ...(backing && backingInfo(backing, folder)),
+    ...(backing && backingInfo(backing, native)),
     ...(luks && { luks: { ...luks, uuid: shownText(luks.uuid) } }),
     ...(qcow2 && {
       formatSpecific: specificInfo(qcow2, encryption),
@@ -245,11 +244,14 @@ function toLimits(
   }
 }
 
-function backingInfo(backing: NativeNamedFile, filename: string): Partial<ImageInfo> {
-  const name = readFileName(backing.filename, filename === '' ? undefined : filename)
+function backingInfo(backing: NativeNamedFile, { filename, protocol }: NativeLayerInfo): Partial<ImageInfo> {
+  // An export has a name, and no folder: a relative name is that of nothing.
+  const exported = protocol === 'nbd'
+  const name = readFileName(backing.filename, exported || filename === '' ? undefined : filename)
+  const nowhere = exported && 'refused' in name && 'path' in readFileName(backing.filename, '')
   return {
     ...shown('backingFilename', backing.filename),
-    ...shown('fullBackingFilename', 'path' in name ? name.path : backing.filename),
+    ...(!nowhere && shown('fullBackingFilename', 'path' in name ? name.path : backing.filename)),
     ...(backing.format !== undefined && { backingFilenameFormat: shownText(backing.format) }),
   }
 }

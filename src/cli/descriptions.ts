@@ -6,7 +6,6 @@
 import { isFormat, PLAIN_FORMAT } from '../formats/table.js'
 import type { CacheMode, Format } from '../index.js'
 import { CommandFailure } from './failure.js'
-import { isExport } from './filename.js'
 import { describedExport, NBD_DRIVER, takeOfExport } from './nbd-description.js'
 import { parseValue, settings } from './options.js'
 import { OVERLAP_TEMPLATES, runtimeOption } from './runtime-options.js'
@@ -142,8 +141,7 @@ function toDescription(values: Values): Description {
   const { direct, noFlush, secrets, weak, readOnly, forceShare, locking } = reading
   return {
     filename,
-    // What a protocol begins with says which one, unless a driver does.
-    isFile: !exported && (protocol !== undefined || !isExport(filename)),
+    isFile: !exported,
     format: bare ? PLAIN_FORMAT : isFormat(driver) ? driver : undefined,
     header: values.get('header.filename'),
     secrets,

@@ -1,22 +1,10 @@
 /** What an argument that names a file means. */
 
-import { type NbdSource, nbdSource, Qcow2Error } from '../index.js'
 import { toName } from '../text.js'
-import { describeError } from './errors.js'
 import { CommandFailure } from './failure.js'
 
 /** Whether an argument names an export of an NBD server. Only what is typed is asked: a name that an image stores never is. */
 export const isExport = (argument: string): boolean => /^(?:nbd:|nbds?(?:\+[a-z]+)?:\/\/)/i.test(argument)
-
-/** The export that an argument names. */
-export function exportOf(argument: string): NbdSource {
-  try {
-    return nbdSource(argument)
-  } catch (error) {
-    if (!(error instanceof Qcow2Error)) throw error
-    throw new CommandFailure(`Could not open '${argument}': ${describeError(error)}`, { cause: error })
-  }
-}
 
 /**
  * The path that an argument names. Like qemu-img, a colon before the first slash makes it a protocol, of which only
@@ -42,13 +30,6 @@ export function localPath(filename: string): string {
 
 /** {@link localPath} as the library takes it. */
 export const imagePath = (filename: string): string | Buffer => toName(localPath(filename))
-
-/** What an argument names, as the library opens it: a file, or an export. */
-export const imageSource = (filename: string): string | Buffer | NbdSource =>
-  isExport(filename) ? exportOf(filename) : imagePath(filename)
-
-/** By which path errors name the file or export of an argument. */
-export const placeOf = (filename: string): string => (isExport(filename) ? exportOf(filename).uri : localPath(filename))
 
 /** A path as an argument: one that would be taken for a protocol says that it is none. */
 export const argumentOf = (path: string): string => (/^[^/]*:/.test(path) ? `./${path}` : path)

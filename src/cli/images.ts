@@ -5,8 +5,8 @@ import { type Format, type Image, type ImageInfo, type OpenOptions, open, probe,
 import { exactText, toName } from '../text.js'
 import { describeError, openFailure, pathOf } from './errors.js'
 import { CommandFailure } from './failure.js'
-import { imageSource, placeOf } from './filename.js'
 import type { Session } from './session.js'
+import { imageSource, placeOf, sourceOf } from './sources.js'
 
 const FORMATS = listed(SOURCE_FORMATS, 'and')
 
@@ -105,9 +105,9 @@ export async function openImage(
 ): Promise<Image> {
   const format = await formatOf(filename, requested, session)
   const opening = { ...options, format, signal: session.signal }
-  if (options.flags !== 'r+' || can(format, 'write')) return open(session.objects.sourceOf(filename), opening)
+  if (options.flags !== 'r+' || can(format, 'write')) return open(sourceOf(filename, session), opening)
   // What is wrong with the file itself comes first.
-  const image = await open(session.objects.sourceOf(filename), { ...opening, flags: 'r' })
+  const image = await open(sourceOf(filename, session), { ...opening, flags: 'r' })
   await image.close()
   const why = `writing ${format} images is not supported (ERR_QCOW2_UNSUPPORTED_FEATURE)`
   throw new CommandFailure(unwritable ?? `Could not open '${filename}': ${why}`)

@@ -1,7 +1,7 @@
 /** An export that is described by options of QEMU's `nbd` driver: `server.type=unix,server.path=PATH,export=NAME`. */
 
-import { encodeText } from '../text.js'
 import { CommandFailure, unsupported } from './failure.js'
+import { uriOf } from './nbd-names.js'
 import { parseValue } from './options.js'
 
 /** QEMU's name of the driver. */
@@ -12,13 +12,6 @@ const UNIX = ['server.path', 'path'] as const
 const HOST = ['server.host', 'host'] as const
 const PORT = ['server.port', 'port'] as const
 
-/** Each byte that could mean something in a URI by its number. */
-const percent = (text: string): string =>
-  Array.from(encodeText(text), byte => {
-    const character = String.fromCharCode(byte)
-    return /[\w.~/-]/.test(character) ? character : `%${byte.toString(16).padStart(2, '0')}`
-  }).join('')
-
 /** The URI of the export that options describe; their names begin with `prefix`. */
 export function describedExport(values: ReadonlyMap<string, string>, prefix: string): string {
   const get = (names: readonly string[]): string | undefined => {
@@ -28,7 +21,7 @@ export function describedExport(values: ReadonlyMap<string, string>, prefix: str
   }
   const [path, host, port] = [get(UNIX), get(HOST), get(PORT)]
   const type = values.get(`${prefix}server.type`)
-  const name = percent(values.get(`${prefix}export`) ?? '')
+  const name = values.get(`${prefix}export`) ?? ''
   const modern = ['server.path', 'server.host', 'server.port'].some(each => values.has(`${prefix}${each}`))
   if (modern && type === undefined) throw new CommandFailure("Parameter 'server.type' is missing")
   if (path !== undefined && host !== undefined) {
@@ -37,7 +30,7 @@ export function describedExport(values: ReadonlyMap<string, string>, prefix: str
   switch (type ?? (path === undefined ? 'inet' : 'unix')) {
     case 'unix':
       if (path === undefined) throw new CommandFailure("Parameter 'server.path' is missing")
-      return `nbd+unix:///${name}?socket=${percent(path)}`
+      return uriOf({ path }, name)
     case 'inet':
       if (host === undefined) {
         throw new CommandFailure(
@@ -45,7 +38,7 @@ export function describedExport(values: ReadonlyMap<string, string>, prefix: str
         )
       }
       if (port === undefined && type !== undefined) throw new CommandFailure("Parameter 'server.port' is missing")
-      return `nbd://${host.includes(':') ? `[${host}]` : percent(host)}${port === undefined ? '' : `:${port}`}/${name}`
+      return uriOf({ host, ...(port !== undefined && { port }) }, name)
     default:
       throw unsupported(`server.type=${type}`, 'NBD servers are on unix sockets and TCP ports: unix or inet')
   }

@@ -2,21 +2,11 @@
 
 import { readFileSync } from 'node:fs'
 import { isAbsolute } from 'node:path'
-import type {
-  CacheMode,
-  DetachedImage,
-  EncryptedLayer,
-  Format,
-  NbdSource,
-  Secret,
-  SecretBytes,
-  Secrets,
-  SharingOptions,
-} from '../index.js'
+import type { CacheMode, EncryptedLayer, Format, Secret, SecretBytes, Secrets, SharingOptions } from '../index.js'
 import { toName } from '../text.js'
 import { type Description, readDescription } from './descriptions.js'
 import { CommandFailure, unsupported } from './failure.js'
-import { argumentOf, imagePath, imageSource, isExport } from './filename.js'
+import { argumentOf, isExport } from './filename.js'
 import { settings } from './options.js'
 
 /** The objects of a command line. */
@@ -94,11 +84,9 @@ export class Objects {
     return this.#images.get(filename)?.format
   }
 
-  /** What an image is opened by: its name, and that of its header where its description has one. */
-  sourceOf(filename: string): string | Buffer | DetachedImage | NbdSource {
-    const header = this.#images.get(filename)?.header
-    if (header === undefined) return imageSource(filename)
-    return { file: imagePath(filename), header: imagePath(header) }
+  /** The file with the header of an image, where its description has one. */
+  headerOf(filename: string): string | undefined {
+    return this.#images.get(filename)?.header
   }
 
   /** What opens a layer of an image. */

@@ -40,9 +40,9 @@ impl NbdConnectOptions {
 }
 
 fn location(name: &Text) -> Result<Location> {
-    match std::str::from_utf8(name.as_bytes()) {
-        Ok(name) => Location::parse(name),
-        Err(_) => {
+    match name.as_utf8() {
+        Some(name) => Location::parse(name),
+        None => {
             let message = "the name of an export is not UTF-8: its URI has the bytes percent-encoded";
             Err(Error::new(ErrorKind::InvalidArgument, message).with_field("uri"))
         }

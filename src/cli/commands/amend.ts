@@ -5,7 +5,6 @@ import { toName } from '../../text.js'
 import { isCreateOption, qcow2Options, toRefcountBits, toVersion } from '../create-options.js'
 import { describeError, openFailure, openHint } from '../errors.js'
 import { CommandFailure, UsageFailure, unsupported } from '../failure.js'
-import { imageSource } from '../filename.js'
 import { cacheMode, formatsThat, oneFile, takeDriverSyntax } from '../grammar.js'
 import { formatOf, lockingOf, type Request, withImage } from '../images.js'
 import { KEY_OPTIONS, type KeyChange, toKeyChange } from '../key-options.js'
@@ -14,6 +13,7 @@ import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
 import { toSize } from '../size.js'
+import { imageSource } from '../sources.js'
 
 interface AmendArguments {
   readonly format?: string

@@ -23,7 +23,7 @@ import {
 } from '../create-options.js'
 import { describeError, openFailure, pathOf } from '../errors.js'
 import { CommandFailure, unsupported } from '../failure.js'
-import { exportOf, imagePath, imageSource, isExport, localPath, placeOf } from '../filename.js'
+import { imagePath, isExport, localPath } from '../filename.js'
 import { alias, cacheMode, optionList, rateLimit, SOURCES, TARGETS, takeDriverSyntax, wholeNumber } from '../grammar.js'
 import { formatOf, snapshotOf, unlockFailure, withImage } from '../images.js'
 import { asksForHelp, type OptionValue, type OptionValues, parseOptionList } from '../options.js'
@@ -31,6 +31,7 @@ import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
 import { sizeArgument } from '../size.js'
+import { exportOf, imageSource, placeOf, sourceOf } from '../sources.js'
 import { addBacking, fromImage } from './create.js'
 
 interface ConvertArguments {
@@ -211,7 +212,7 @@ async function convertNamed(
   try {
     const converted = await withProgress(session, choice, job =>
       convert(
-        sources.map(name => session.objects.sourceOf(name)),
+        sources.map(name => sourceOf(name, session)),
         imageSource(target),
         { ...options, ...job },
       ),

@@ -129,7 +129,8 @@ function infoDocument(filename: string, info: ImageInfo): InfoDocument {
     ...(info.actualSize !== undefined && { 'actual-size': info.actualSize }),
     ...(info.clusterSize !== undefined && { 'cluster-size': info.clusterSize }),
     ...(info.encrypted && { encrypted: true }),
-    'dirty-flag': info.dirtyFlag,
+    // QEMU asks the export where the format has nothing to say, and no server tells.
+    ...((info.protocol !== 'nbd' || specific !== undefined) && { 'dirty-flag': info.dirtyFlag }),
     ...(info.backingFilename !== undefined && {
       'backing-filename': exactText(info.backingFilename, info.backingFilenameBytes),
     }),
@@ -232,6 +233,5 @@ const fileDocument = (
   // QEMU counts a file in whole sectors.
   'virtual-size': Math.ceil(info.fileLength / 512) * 512,
   ...(info.actualSize !== undefined && { 'actual-size': info.actualSize }),
-  ...(info.protocol !== 'nbd' && { 'format-specific': { type: 'file', data: {} } }),
-  'dirty-flag': false,
+  ...(info.protocol !== 'nbd' && { 'format-specific': { type: 'file', data: {} }, 'dirty-flag': false }),
 })

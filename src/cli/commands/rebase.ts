@@ -4,12 +4,12 @@ import { type CacheMode, Qcow2Error, rebase } from '../../index.js'
 import { toName } from '../../text.js'
 import { describeError, openFailure, openHint, pathOf } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
-import { imageSource, placeOf } from '../filename.js'
 import { alias, cacheMode, formatsThat, oneFile, takeDriverSyntax, toCacheMode } from '../grammar.js'
 import { formatOf, lockingOf, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
+import { imageSource, placeOf } from '../sources.js'
 
 /** Names that QEMU has for what a backing file can be, beside formats. */
 const PROTOCOLS: ReadonlySet<string> = new Set(
