@@ -12,6 +12,7 @@ use super::connection::{Connection, Ticket, Times};
 use super::uri::{Location, Place};
 use crate::protocol::transmission::Command;
 use crate::protocol::{MAX_PAYLOAD, allocation, command_flags, export_flags};
+use crate::transport::Transport;
 
 /// The kind of an export's identity, and QEMU's name of the protocol.
 pub const PROTOCOL: &str = "nbd";
@@ -28,7 +29,8 @@ pub struct NbdStorage {
     connection: Arc<Connection>,
     /// Its URI, for messages.
     name: PathBuf,
-    identity: Identity,
+    /// None behind a transport of the caller's.
+    identity: Option<Identity>,
     writable: bool,
     size: u64,
 }
@@ -52,13 +54,24 @@ impl NbdStorage {
                 Error::new(ErrorKind::ReadOnly, "the server exports it for reading only").with_path(name)
             );
         }
-        Ok(Self::new(Arc::new(connection), name, identity(location), writable))
+        Ok(Self::new(connection, name, Some(identity(location)), writable))
     }
 
-    fn new(connection: Arc<Connection>, name: PathBuf, identity: Identity, writable: bool) -> Self {
+    /// The default export of a server behind a transport of the caller's, whose calls end by themselves; for writing, too, where it takes
+    /// writes.
+    ///
+    /// # Errors
+    /// Those of [`Connection::begin`].
+    pub fn begin(transport: Box<dyn Transport>, times: Times) -> Result<Self> {
+        let connection = Connection::begin(transport, times)?;
+        let writable = connection.flags() & export_flags::READ_ONLY == 0;
+        Ok(Self::new(connection, PathBuf::new(), None, writable))
+    }
+
+    fn new(connection: Connection, name: PathBuf, identity: Option<Identity>, writable: bool) -> Self {
         // What lies behind the last whole block cannot be reached.
         let size = down(connection.size(), connection.block_sizes().minimum);
-        Self { connection, name, identity, writable, size }
+        Self { connection: Arc::new(connection), name, identity, writable, size }
     }
 
     /// The connection, to end it.
@@ -267,7 +280,7 @@ impl ReadStorage for NbdStorage {
     }
 
     fn identity(&self) -> Option<Identity> {
-        Some(self.identity.clone())
+        self.identity.clone()
     }
 
     fn traits(&self) -> Traits {
@@ -276,7 +289,7 @@ impl ReadStorage for NbdStorage {
     }
 
     fn path(&self) -> Option<&Path> {
-        Some(&self.name)
+        Some(&*self.name).filter(|name| !name.as_os_str().is_empty())
     }
 
     fn operation(&self, operation: Operation) -> &'static str {
