@@ -105,7 +105,7 @@ const chainOptions = ({ references, limits, signal }: ReadCommit): ChainOptions 
 
 /** How deep in the chain the base is. */
 async function depthOf(top: Located, base: Located, read: ReadCommit): Promise<number> {
-  const file = await openFile(base)
+  const file = await openFile(base, {}, read.signal)
   await release(file.file)
   const chain = await lookAtChain(top, { ...chainOptions(read), access: toReadAccess(read) })
   const depth = file.identity === undefined ? -1 : chain.layers.indexOf(file.identity)

@@ -14,6 +14,7 @@ import {
   type TargetFormat,
 } from './formats/table.js'
 import type { NativeConverted, NativeConvertJob } from './native.js'
+import { type NbdPlace, NbdSource } from './nbd-source.js'
 import {
   bytes,
   flag,
@@ -117,7 +118,7 @@ export interface ConvertOptions extends Omit<SourceOptions, 'from'>, LongRunning
    * Replace an existing file. Default false: `EEXIST`. It is whole until the new one is complete and takes its name, owner, permissions
    * and attributes by a rename. Where a rename cannot be right it is written in place, and lost with an error or an abort: a
    * file with several names, a mount point, a folder or attributes that this process may not write, an open file (`/dev/fd/8`), a file
-   * system without room for both.
+   * system without room for both, an export of an NBD server, which exists in any case.
    */
   overwrite?: boolean | undefined
   /**
@@ -193,14 +194,15 @@ type ReadConvert = Read<typeof CONVERT>
 /**
  * Copies a disk into a new image; several sources become one disk, one behind the other. The bytes never enter JavaScript; what reads
  * as zeroes is not read. The file has its name only when it is complete: nothing is left of a failure, an abort, or a killed process,
- * except of a file that is written in place (see `overwrite`).
+ * except of a file that is written in place (see `overwrite`). An export of an NBD server (`nbdSource`) can be the target, too: it exists, and
+ * must be large enough.
  *
  * @throws {@link Qcow2Error} as `open` and `create`; `ERR_QCOW2_INVALID_ARGUMENT` for a target that is also a source, or one that exists and
  *   is too small
  */
 export async function convert(
   source: ImageSource | readonly ImageSource[],
-  target: PathLike,
+  target: PathLike | NbdSource,
   options: ConvertOptions,
 ): Promise<ConvertResult> {
   return await forgetting(() => convertImages(source, target, options))
@@ -208,29 +210,41 @@ export async function convert(
 
 async function convertImages(
   source: ImageSource | readonly ImageSource[],
-  target: PathLike,
+  target: PathLike | NbdSource,
   options: ConvertOptions,
 ): Promise<ConvertResult> {
   const located = Array.isArray(source)
     ? source.map((each: unknown, index) => toLocated(each, `source[${index}]`))
     : [toLocated(source, 'source')]
-  const path = toPath(target, 'target')
+  const nbd = NbdSource.read(target)
+  const place = nbd === undefined ? { path: toPath(target, 'target') } : { nbd }
   const read = readOptions(options, 'convert', CONVERT)
+  if (nbd !== undefined) refuseNew(nbd, read)
   const order = toOrder(read, located.length)
   throwIfAborted(read.signal)
   const begin = performance.now()
   const images: number[] = []
+  const files: number[] = []
   try {
     const chains = await openSources(located, read, images)
     const [first] = chains
     const delta = read.base && first && (await lookAtBase(read.base, first, read))
     const inUse = [...chains.flatMap(chain => chain.identities), ...(delta?.identities ?? [])]
     const onto =
-      order.existing && read.to !== undefined && !isPlain(read.to) ? await openTarget({ path }, inUse, read) : undefined
+      order.existing && read.to !== undefined && !isPlain(read.to) ? await openTarget(place, inUse, read) : undefined
     if (onto !== undefined) images.push(onto)
+    const targetFile = onto === undefined && nbd !== undefined ? await openExport({ nbd }, inUse, read) : undefined
+    if (targetFile !== undefined) files.push(targetFile)
+    const path = 'path' in place ? place.path : place.nbd.uri
     const sources = chains.map(chain => chain.image)
     const converted = await runJob<NativeConverted>('convert', read, (request, job, addon) =>
-      addon.convertImage(request, job, sources, path, { ...order, ...delta?.order, inUse, target: onto }),
+      addon.convertImage(request, job, sources, path, {
+        ...order,
+        ...delta?.order,
+        inUse,
+        target: onto,
+        targetFile,
+      }),
     )
     // Closing makes it durable: an error of that is the conversion's.
     if (onto !== undefined) {
@@ -239,8 +253,32 @@ async function convertImages(
     }
     return { ...toResult(converted), durationMs: performance.now() - begin }
   } finally {
-    await Promise.all(images.map(image => release(image)))
+    await Promise.all([...images, ...files].map(number => release(number)))
   }
+}
+
+/** An export is there: what would make it anew says that it may be written over. */
+function refuseNew({ uri }: NbdPlace, { existingTarget, overwrite, create }: ReadConvert): void {
+  if (!existingTarget && !overwrite) {
+    const message = `EEXIST: the export exists: say overwrite: true, or existingTarget: true, open '${uri}'`
+    throw new Qcow2Error('EEXIST', message, { path: uri, syscall: 'open' })
+  }
+  if (create?.dataFile !== undefined) {
+    throw invalidArgument('dataFile', 'convert: an image in an export has no external data file')
+  }
+}
+
+/** Opens the export that a disk is made in, which is none of the files that are read. */
+async function openExport(located: Located, inUse: readonly string[], { signal }: ReadConvert): Promise<number> {
+  const { file, identity, path } = await openFile(located, { writable: true }, signal)
+  if (identity === undefined || !inUse.includes(identity)) return file
+  await release(file)
+  throw isSource(path)
+}
+
+function isSource(path: string | undefined): Qcow2Error {
+  const message = `convert: ${path === undefined ? 'the target' : `'${path}'`} is also a source of this operation`
+  return new Qcow2Error('ERR_QCOW2_INVALID_ARGUMENT', message, { path, field: 'target' })
 }
 
 function toResult({ skippedBitmaps, ...converted }: NativeConverted): Omit<ConvertResult, 'durationMs'> {
@@ -282,12 +320,9 @@ function rawAdvice(from: ReadConvert['from'], index: number, sources: number): s
 /** Opens the target that exists, which is none of the files that are read. */
 async function openTarget(located: Located, inUse: readonly string[], read: ReadConvert): Promise<number> {
   const { references, secret, limits, signal } = read
-  const { file, identity, path } = await openFile(located)
+  const { file, identity, path } = await openFile(located, {}, signal)
   await release(file)
-  if (identity !== undefined && inUse.includes(identity)) {
-    const message = `convert: ${path === undefined ? 'the target' : `'${path}'`} is also a source of this operation`
-    throw new Qcow2Error('ERR_QCOW2_INVALID_ARGUMENT', message, { path, field: 'target' })
-  }
+  if (identity !== undefined && inUse.includes(identity)) throw isSource(path)
   const access = { ...toReadAccess({ locking: read.locking }), write: {} }
   return (await openChain(located, { format: read.to, references, secret, limits, signal, access })).image
 }
@@ -375,7 +410,7 @@ async function lookAtBase(
 ): Promise<{ identities: readonly string[]; order: Pick<NativeConvertJob, 'deltaLayers' | 'baseSize'> }> {
   const { references, limits, signal } = read
   if (read.existingTarget) {
-    const { file, identity, path } = await openFile(base)
+    const { file, identity, path } = await openFile(base, {}, signal)
     await release(file)
     const deltaLayers = identity === undefined ? -1 : source.layers.indexOf(identity)
     if (deltaLayers < 1) {

@@ -31,6 +31,14 @@ export type { AddKeyOptions, ChangeKeyOptions, Keys, RemoveKeyOptions } from './
 export type { MapEntry, MapOptions } from './map.js'
 export { type MeasureOptions, type MeasureResult, measure } from './measure.js'
 export { type NbdAddress, type NbdOptions, NbdServer, serveNbd } from './nbd.js'
+export {
+  listNbd,
+  type NbdExport,
+  type NbdListOptions,
+  type NbdSource,
+  type NbdTimes,
+  nbdSource,
+} from './nbd-source.js'
 export { type OpenOptions, open } from './open.js'
 export type { Abortable, Limits, LongRunning, Progress } from './options.js'
 export type { OverlayOptions } from './overlay.js'

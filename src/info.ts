@@ -136,12 +136,12 @@ export interface ImageInfo {
   readonly format: Format
   /** Size of the disk. */
   readonly virtualSize: number
-  /** Space that the file takes on its file system. */
-  readonly actualSize: number
+  /** Space that the file takes on its file system. Absent of an export, of which no server tells that. */
+  readonly actualSize?: number
   /** Length of the file. */
   readonly fileLength: number
-  /** What holds the image: a regular file, or a block device. */
-  readonly protocol: 'file' | 'host_device'
+  /** What holds the image: a regular file, a block device, or an export of an NBD server. */
+  readonly protocol: 'file' | 'host_device' | 'nbd'
   /** Absent for raw, which has no clusters. */
   readonly clusterSize?: number
   /** The image was not closed cleanly: refcounts may be out of date. */
@@ -179,7 +179,8 @@ export async function layersInfo(image: number): Promise<ImageInfo[]> {
   return layers.map(toImageInfo)
 }
 
-function toImageInfo({ qcow2, luks, filename, backing, encryption, ...layer }: NativeLayerInfo): ImageInfo {
+function toImageInfo(native: NativeLayerInfo): ImageInfo {
+  const { qcow2, luks, filename, backing, encryption, ...layer } = native
   // The addon opens no others.
   const format = layer.format as Format
   return {
@@ -194,7 +195,7 @@ function toImageInfo({ qcow2, luks, filename, backing, encryption, ...layer }: N
       ...shown('name', name),
       ...snapshot,
     })),
-    ...(backing && backingInfo(backing, filename)),
+    ...(backing && backingInfo(backing, native)),
     ...(luks && { luks: { ...luks, uuid: shownText(luks.uuid) } }),
     ...(qcow2 && {
       formatSpecific: specificInfo(qcow2, encryption),
@@ -243,11 +244,14 @@ function toLimits(
   }
 }
 
-function backingInfo(backing: NativeNamedFile, filename: string): Partial<ImageInfo> {
-  const name = readFileName(backing.filename, filename === '' ? undefined : filename)
+function backingInfo(backing: NativeNamedFile, { filename, protocol }: NativeLayerInfo): Partial<ImageInfo> {
+  // An export has a name, and no folder: a relative name is that of nothing.
+  const exported = protocol === 'nbd'
+  const name = readFileName(backing.filename, exported || filename === '' ? undefined : filename)
+  const nowhere = exported && 'refused' in name && 'path' in readFileName(backing.filename, '')
   return {
     ...shown('backingFilename', backing.filename),
-    ...shown('fullBackingFilename', 'path' in name ? name.path : backing.filename),
+    ...(!nowhere && shown('fullBackingFilename', 'path' in name ? name.path : backing.filename)),
     ...(backing.format !== undefined && { backingFilenameFormat: shownText(backing.format) }),
   }
 }

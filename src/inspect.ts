@@ -109,7 +109,7 @@ export async function inspect(
   const located = toLocated(source, 'source')
   const { signal, limits: bounds } = readOptions(options, 'inspect', INSPECT)
   throwIfAborted(signal)
-  const { file, head } = await openFile(located.header ?? located)
+  const { file, head } = await openFile(located.header ?? located, {}, signal)
   const format = formatOf(head)
   try {
     // Bytes without the magic of a format are judged as the commonest one's.
@@ -118,6 +118,7 @@ export async function inspect(
     )
     throwIfAborted(signal)
     if (found.header !== undefined) return await toInspection(format, found)
+    if ('nbd' in located) return await toInspection(format, found, prefixBytes(head))
     return await withFileBytes(located, bytes => toInspection(format, found, bytes))
   } finally {
     await release(file)

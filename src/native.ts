@@ -41,6 +41,25 @@ export interface NativeFile {
   readonly head: Buffer
 }
 
+/** How to reach an NBD server, in milliseconds. */
+export interface NativeNbdConnect {
+  readonly writable?: boolean | undefined
+  readonly connectTime?: number | undefined
+  readonly silenceTime?: number | undefined
+}
+
+/** An export that a server tells of. */
+export interface NativeListedExport {
+  readonly name: string
+  readonly description: string
+  readonly size?: number
+  /** Transmission flags of the protocol. */
+  readonly flags?: number
+  /** Least, best and largest, in bytes. */
+  readonly blockSizes?: readonly number[]
+  readonly contexts: readonly string[]
+}
+
 export interface NativeLayer {
   readonly layer: number
   readonly virtualSize: number
@@ -102,7 +121,7 @@ export interface NativeLayerInfo {
   readonly filename: string
   readonly format: string
   readonly virtualSize: number
-  readonly actualSize: number
+  readonly actualSize?: number
   readonly fileLength: number
   readonly limits: {
     readonly requestAlignment: number
@@ -113,7 +132,7 @@ export interface NativeLayerInfo {
     readonly discardAlignment?: number
     readonly zeroesAlignment?: number
   }
-  readonly protocol: 'file' | 'host_device'
+  readonly protocol: 'file' | 'host_device' | 'nbd'
   readonly clusterSize?: number
   readonly encryption?: 'aes' | 'luks'
   readonly backing?: NativeNamedFile
@@ -270,6 +289,8 @@ export interface NativeConvertJob {
   durable: boolean
   /** The image to write into. */
   target?: number | undefined
+  /** The file to make the target in. */
+  targetFile?: number | undefined
   start?: number | undefined
   length?: number | undefined
   salvage: boolean
@@ -428,6 +449,11 @@ export interface Addon {
   openFile(request: number, path: string, options: NativeFileOptions): void
   /** Absent on Windows. */
   openDescriptor?(request: number, descriptor: number, options: NativeFileOptions): void
+  /** The URI of an export, or why its name is none. */
+  nbdLocation(name: string): string | NativeFailure
+  /** The job ends the connection, whenever it is cancelled. */
+  openNbd(request: number, job: number, name: string, options: NativeNbdConnect): void
+  listNbd(request: number, job: number, name: string, options: NativeNbdConnect): void
   /** `format` is QEMU's name of it. */
   openLayer(request: number, file: number, format: string, options: NativeLayerOptions): void
   unlockLayer(request: number, job: number, layer: number, secret: NativeSecret): void

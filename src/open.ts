@@ -8,7 +8,7 @@ import { can, type Format } from './formats/table.js'
 import { Image } from './image.js'
 import { ABORTABLE, type Abortable, bytes, type Limits, limits, name, readOptions, throwIfAborted } from './options.js'
 import { forgetting, type Secrets, secrets } from './secret.js'
-import { format, type ImageSource, release, toLocated } from './source.js'
+import { detach, format, type ImageSource, release, toLocated } from './source.js'
 import type { Name } from './text.js'
 import type { Size } from './units.js'
 
@@ -72,6 +72,7 @@ async function openImage(needs: Need | undefined, source: ImageSource, options?:
   const { format, references, secret, snapshot, l2CacheSize, limits, signal } = read
   const opening = { format, needs, references, secret, snapshot, l2CacheSize, limits, signal, access }
   const chain = await openChain(located, opening)
+  detach(chain.image)
   if (read.signal?.aborted) {
     await release(chain.image)
     throw new AbortError(read.signal.reason)

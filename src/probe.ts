@@ -14,7 +14,7 @@ export async function probe(source: ImageSource, options?: Abortable): Promise<F
   const located = toLocated(source, 'source')
   const { signal } = readOptions(options, 'probe', ABORTABLE)
   throwIfAborted(signal)
-  const { file, head } = await openFile(located.header ?? located)
+  const { file, head } = await openFile(located.header ?? located, {}, signal)
   await release(file)
   throwIfAborted(signal)
   return detectFormat(head) ?? PLAIN_FORMAT

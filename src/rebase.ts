@@ -94,7 +94,7 @@ async function rebaseImage(top: ImageSource, backing: Name | null, options?: Reb
       'rebase: unsafe changes what the disk reads as unless the new backing file has the contents of the old one: say acknowledgeDataLoss: true'
     throw new Qcow2Error('ERR_QCOW2_DATA_LOSS', message, { field: 'acknowledgeDataLoss' })
   }
-  const file = await openFile(located)
+  const file = await openFile(located, {}, read.signal)
   await release(file.file)
   await (read.unsafe ? setName(located, file, named, read) : copyAndSetName(located, file, named, read))
 }
@@ -167,12 +167,15 @@ async function setName(
 
 /** Where the new backing file is: the caller named it, so it is followed unless a function decides. */
 function locate(
-  { path }: NativeFile,
+  { path, absolutePath }: NativeFile,
   { filename, format }: NativeBacking,
   { references, signal }: ReadRebase,
 ): Promise<Located | undefined> {
   const policy = typeof references === 'function' ? references : 'allow'
-  return decide(policy, 'backing', { filename, ...(format !== undefined && { format }) }, path, signal)
+  const named = { filename, ...(format !== undefined && { format }) }
+  // What is no file of the system has no folder.
+  const folder = absolutePath === undefined ? undefined : path
+  return decide(policy, 'backing', named, path, folder, signal)
 }
 
 /** How the new backing chain is opened. */

@@ -5,7 +5,9 @@ import { fileURLToPath } from 'node:url'
 import { invalidArgument, Qcow2Error } from './errors.js'
 import { type Format, quoted, SOURCE_FORMATS, TARGET_FORMATS, type TargetFormat } from './formats/table.js'
 import type { NativeFile, NativeFileOptions } from './native.js'
+import { type NbdPlace, NbdSource } from './nbd-source.js'
 import { oneOf, type Reader } from './options.js'
+import { type Held, runHeld } from './support/jobs.js'
 import { request } from './support/requests.js'
 import { decodeText, userText } from './text.js'
 import { describe } from './units.js'
@@ -15,9 +17,9 @@ export type PathLike = string | Buffer | URL
 
 /**
  * What can be opened: a file name, or a `FileHandle` of Node's. A handle stays the caller's: the library reads through a
- * descriptor of its own and leaves the handle, its cursor and its closing alone.
+ * descriptor of its own and leaves the handle, its cursor and its closing alone. An export of an NBD server is what `nbdSource` makes.
  */
-export type ImageSource = PathLike | FileHandle | DetachedImage
+export type ImageSource = PathLike | FileHandle | DetachedImage | NbdSource
 
 /**
  * A LUKS disk whose header lies in another file: `cryptsetup luksFormat --header`. The header's file is only read. An overlay stores the name
@@ -42,8 +44,11 @@ export function toTargetFormat(owner: string, to: TargetFormat | undefined): Tar
   return to
 }
 
-/** A source that was checked: a path with all its bytes (see `text.ts`), or a handle's descriptor. */
-export type Located = ({ readonly path: string } | { readonly descriptor: number }) & {
+/** A source that was checked: a path with all its bytes (see `text.ts`), a handle's descriptor, or an export. */
+export type Located = FileLocated | { readonly nbd: NbdPlace; readonly header?: undefined }
+
+/** A file of the system. */
+export type FileLocated = ({ readonly path: string } | { readonly descriptor: number }) & {
   /** Where its header is, if that is another file. */
   readonly header?: { readonly path: string }
 }
@@ -52,6 +57,8 @@ const NO_DESCRIPTOR = -1
 
 /** Checks an image source. `name` is the argument's, for the message. */
 export function toLocated(source: unknown, name: string): Located {
+  const nbd = NbdSource.read(source)
+  if (nbd !== undefined) return { nbd }
   if (typeof source === 'object' && source !== null && !(source instanceof URL) && !Buffer.isBuffer(source)) {
     if ('fd' in source && typeof source.fd === 'number') {
       if (source.fd !== NO_DESCRIPTOR) return { descriptor: source.fd }
@@ -67,7 +74,7 @@ export function toLocated(source: unknown, name: string): Located {
       }
     }
   }
-  return { path: toPath(source, name, 'a string, Buffer, file: URL or FileHandle') }
+  return { path: toPath(source, name, 'a string, Buffer, file: URL, FileHandle or what nbdSource() made') }
 }
 
 /** Checks a file name; it has all its bytes then. */
@@ -99,8 +106,23 @@ function pathOfUrl(url: URL): string {
   }
 }
 
-/** Opens the file; for reading, unless the options say more. */
-export async function openFile(located: Located, options: NativeFileOptions = {}): Promise<NativeFile> {
+/** Connections, by the numbers of what uses them: files, then the image that is made of these. */
+const connections = new Map<number, readonly Held<NativeFile>[]>()
+
+/** Opens the file; for reading, unless the options say more. The signal ends a connection until it is released or detached. */
+export async function openFile(
+  located: Located,
+  options: NativeFileOptions = {},
+  signal?: AbortSignal,
+): Promise<NativeFile> {
+  if ('nbd' in located) {
+    const { uri, times } = located.nbd
+    const held = await runHeld<NativeFile>(signal, (number, job, addon) =>
+      addon.openNbd(number, job, uri, { ...times, writable: options.writable }),
+    )
+    connections.set(held.value.file, [held])
+    return held.value
+  }
   return request<NativeFile>((number, addon) => {
     if ('path' in located) addon.openFile(number, located.path, options)
     else if (addon.openDescriptor !== undefined) addon.openDescriptor(number, located.descriptor, options)
@@ -112,7 +134,25 @@ export async function openFile(located: Located, options: NativeFileOptions = {}
   })
 }
 
+/** The connections of files belong to the image that was made of them. */
+export function handOver(files: readonly number[], image: number): void {
+  const held = files.flatMap(file => connections.get(file) ?? [])
+  for (const file of files) connections.delete(file)
+  if (held.length > 0) connections.set(image, [...(connections.get(image) ?? []), ...held])
+}
+
+/** The signal under which an image was opened ends its connections no more. */
+export function detach(image: number): void {
+  for (const held of connections.get(image) ?? []) held.detach()
+}
+
 /** Gives a file, layer or image of the addon's up; an image is flushed first. It is gone also if that fails. */
-export function release(number: number): Promise<void> {
-  return request<void>((id, addon) => addon.release(id, number))
+export async function release(number: number): Promise<void> {
+  try {
+    await request<void>((id, addon) => addon.release(id, number))
+  } finally {
+    const held = connections.get(number)
+    connections.delete(number)
+    for (const connection of held ?? []) connection.end()
+  }
 }

@@ -243,8 +243,8 @@ describe.skipIf(process.platform === 'win32')('the command line', () => {
     const raw = name('raw')
     writeFileSync(raw, Buffer.alloc(512))
     expect(await said('-k', name('sock'), raw)).toContain('probing guessed raw')
-    expect((await execute(process.execPath, [CLI, 'nbd', '-L'], folder)).stderr).toContain(
-      "Option '-L' is not supported",
+    expect((await execute(process.execPath, [CLI, 'nbd', '-c', '/dev/nbd0'], folder)).stderr).toContain(
+      "Option '-c' is not supported",
     )
   })
 

@@ -4,7 +4,7 @@
  */
 
 import { type Access, READING } from '../access.js'
-import { Qcow2Error } from '../errors.js'
+import { AbortError, Qcow2Error } from '../errors.js'
 import { detectFormat } from '../formats/probe.js'
 import {
   type Ability,
@@ -21,9 +21,9 @@ import { type ReadLimits, throwIfAborted } from '../options.js'
 import { forget, type ReadSecrets } from '../secret.js'
 import { findSnapshot } from '../snapshot/ids.js'
 import type { SnapshotRecord } from '../snapshot/types.js'
-import { type Located, openFile, release } from '../source.js'
+import { handOver, type Located, openFile, release } from '../source.js'
 import { runJob, type StartJob } from '../support/jobs.js'
-import { request } from '../support/requests.js'
+import { isAborted, request } from '../support/requests.js'
 import { canBeInexact, exactName, type Name } from '../text.js'
 import { decide, nameOf, type ReferencePolicy } from './policy.js'
 
@@ -108,6 +108,8 @@ export async function openChain(located: Located, options: ChainOptions): Promis
     // A repair writes to the file by itself: the image may be too damaged for anything else.
     const write = options.forCheck ? undefined : options.access?.write
     const [image, base] = await assemble(layers, options, write)
+    // The base is released last.
+    opening.handOver(base ?? image)
     return {
       image,
       base,
@@ -124,6 +126,10 @@ export async function openChain(located: Located, options: ChainOptions): Promis
       access: options.access ?? READING,
       l2CacheSize: options.l2CacheSize,
     }
+  } catch (error) {
+    // A connection that the signal ended fails what waits for it.
+    if (options.signal?.aborted && isAborted(error)) throw new AbortError(options.signal.reason)
+    throw error
   } finally {
     await opening.end()
   }
@@ -234,7 +240,7 @@ class Opening {
     throwIfAborted(this.#options.signal)
     if (opened.dataFile !== undefined) await this.#attachDataFile(opened, file.path, access)
     const { path, absolutePath } = file
-    return { path, absolutePath, format, opened, next: await this.#next(opened, path) }
+    return { path, absolutePath, format, opened, next: await this.#next(opened, path, folderPath(located, path)) }
   }
 
   /** Opens the next layer; a failure names both files. */
@@ -269,13 +275,18 @@ class Opening {
     return layers
   }
 
+  /** The image that was made of the layers has their connections. */
+  handOver(image: number): void {
+    handOver(this.#files, image)
+  }
+
   /** Gives up what is left: the files always (layers hold them themselves), the layers after a failure. */
   async end(): Promise<void> {
     await Promise.all([...this.takeLayers(), ...this.#files].map(release))
   }
 
   async #open(located: Located, { write, cache }: Access): Promise<NativeFile> {
-    const file = await openFile(located, { writable: write !== undefined, cache })
+    const file = await openFile(located, { writable: write !== undefined, cache }, this.#options.signal)
     this.#files.push(file.file)
     return file
   }
@@ -343,7 +354,7 @@ class Opening {
 
   async #attachDataFile({ layer, dataFile }: NativeLayer, from: string | undefined, access: Access): Promise<void> {
     if (dataFile === undefined) return
-    const located = await decide(this.#policyNow(), 'data-file', dataFile, from, this.#options.signal)
+    const located = await decide(this.#policyNow(), 'data-file', dataFile, from, from, this.#options.signal)
     if (located === undefined) return
     try {
       const file = await this.#open(located, access)
@@ -354,9 +365,13 @@ class Opening {
     }
   }
 
-  async #next({ backing }: NativeLayer, from: string | undefined): Promise<Next | undefined> {
+  async #next(
+    { backing }: NativeLayer,
+    from: string | undefined,
+    folder: string | undefined,
+  ): Promise<Next | undefined> {
     if (backing === undefined) return undefined
-    const located = await decide(this.#policyNow(), 'backing', backing, from, this.#options.signal)
+    const located = await decide(this.#policyNow(), 'backing', backing, from, folder, this.#options.signal)
     return located && { located, filename: backing.filename, format: backing.format, from }
   }
 
@@ -366,6 +381,10 @@ class Opening {
     return isTop && this.#options.trustTop && this.#policy !== 'layer' ? 'allow' : this.#policy
   }
 }
+
+/** The path whose directory relative names start from. An export has none. */
+const folderPath = (located: Located, path: string | undefined): string | undefined =>
+  'nbd' in located ? undefined : path
 
 /** The id of the snapshot that a text stands for which may not have all bytes of its name. The layer is given up. */
 async function idOf(snapshot: string, { layer }: NativeLayer): Promise<string> {

@@ -1,11 +1,11 @@
 /** Reads of a file by Node itself, for what is no image of this library's. */
 
 import type { FileBytes } from '../formats/sizes.js'
-import type { Located } from '../source.js'
+import type { FileLocated } from '../source.js'
 import { closeDescriptor, descriptorStat, openDescriptor, readDescriptor } from '../support/files.js'
 
 /** Runs `work` on the bytes of a file, which is closed behind it; a descriptor stays the caller's. */
-export async function withFileBytes<T>(located: Located, work: (bytes: FileBytes) => Promise<T>): Promise<T> {
+export async function withFileBytes<T>(located: FileLocated, work: (bytes: FileBytes) => Promise<T>): Promise<T> {
   if ('descriptor' in located) return work(await bytesOf(located.descriptor))
   const descriptor = await openDescriptor(located.path, 'r')
   try {

@@ -58,7 +58,9 @@ export async function decide(
   kind: Reference['kind'],
   named: NativeNamedFile,
   path: string | undefined,
-  signal?: AbortSignal,
+  /** The path whose directory a relative name of a backing file starts from. */
+  folder: string | undefined,
+  signal: AbortSignal | undefined,
 ): Promise<Located | undefined> {
   if (policy === 'layer') return undefined
   const { filename, format } = named
@@ -73,7 +75,7 @@ export async function decide(
     throw denied(reference, path, `nothing that an image names is opened unless the caller allows it: ${hint}`)
   }
   if (policy === 'allow') {
-    const name = kind === 'backing' ? readFileName(filename, path) : readDataFileName(filename)
+    const name = kind === 'backing' ? readFileName(filename, folder) : readDataFileName(filename)
     if ('refused' in name) throw denied(reference, path, `its name cannot be followed: ${name.refused}`)
     return { path: name.path }
   }

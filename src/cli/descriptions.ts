@@ -6,12 +6,15 @@
 import { isFormat, PLAIN_FORMAT } from '../formats/table.js'
 import type { CacheMode, Format } from '../index.js'
 import { CommandFailure } from './failure.js'
+import { describedExport, NBD_DRIVER, takeOfExport } from './nbd-description.js'
 import { parseValue, settings } from './options.js'
 import { OVERLAP_TEMPLATES, runtimeOption } from './runtime-options.js'
 
 /** An image that was described. */
 export interface Description {
+  /** The path of a file, or the URI of an export. */
   readonly filename: string
+  readonly isFile: boolean
   readonly format: Format | undefined
   /** The file with its header, where that is another one. */
   readonly header: string | undefined
@@ -92,6 +95,8 @@ const FILE_DRIVERS = ['file', 'host_device']
 /** What a description was read into. */
 interface Reading {
   readonly top: string
+  /** Its file is an export of an NBD server, by options. */
+  readonly exported: boolean
   readonly secrets: (string | undefined)[]
   readonly weak: boolean[]
   readOnly: boolean
@@ -104,12 +109,18 @@ interface Reading {
 function toDescription(values: Values): Description {
   const driver = values.get('driver')
   // A driver of files at the top is the file itself: a disk of plain bytes.
-  const bare = driver !== undefined && FILE_DRIVERS.includes(driver)
+  const bare = driver !== undefined && [...FILE_DRIVERS, NBD_DRIVER].includes(driver)
+  const protocol = bare ? driver : values.get('file.driver')
+  const exported = protocol === NBD_DRIVER
   if (driver !== undefined && !bare && !isFormat(driver)) throw new CommandFailure(`Unknown driver '${driver}'`)
   if (driver === undefined && ![...values.keys()].some(name => name.startsWith('file.'))) {
     throw new CommandFailure('Must specify either driver or file')
   }
-  const filename = bare ? values.get('filename') : (values.get('file.filename') ?? values.get('filename'))
+  const filename = exported
+    ? describedExport(values, bare ? '' : 'file.')
+    : bare
+      ? values.get('filename')
+      : (values.get('file.filename') ?? values.get('filename'))
   if (filename === undefined) {
     throw new CommandFailure(
       bare ? "The 'file' block driver requires a file name" : 'A block device must be specified for "file"',
@@ -117,6 +128,7 @@ function toDescription(values: Values): Description {
   }
   const reading: Reading = {
     top: driver ?? 'qcow2',
+    exported,
     secrets: [],
     weak: [],
     readOnly: false,
@@ -129,6 +141,7 @@ function toDescription(values: Values): Description {
   const { direct, noFlush, secrets, weak, readOnly, forceShare, locking } = reading
   return {
     filename,
+    isFile: !exported,
     format: bare ? PLAIN_FORMAT : isFormat(driver) ? driver : undefined,
     header: values.get('header.filename'),
     secrets,
@@ -154,6 +167,10 @@ function take(option: string, value: string, bare: boolean, reading: Reading): v
   const file = /^(?:file|header)\./.exec(rest)?.[0] ?? ''
   const name = rest.slice(file.length)
   if (takeOfNode(name, value, depth, reading)) return
+  if (reading.exported && depth === 0 && (bare || file === 'file.')) {
+    if (takeOfExport(name, value)) return
+    throw new CommandFailure(`Block protocol '${NBD_DRIVER}' doesn't support the option '${name}'`)
+  }
   if (file !== '' || (bare && depth === 0)) {
     if (takeOfFile(name, value, depth, reading)) return
     throw new CommandFailure(`Block protocol 'file' doesn't support the option '${name}'`)

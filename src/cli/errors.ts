@@ -5,6 +5,7 @@ import { DEFAULT_FORMAT, PLAIN_FORMAT } from '../formats/table.js'
 import { Qcow2Error } from '../index.js'
 import { decodeText } from '../text.js'
 import { CommandFailure } from './failure.js'
+import { serverOf } from './nbd-names.js'
 
 /** Where libuv's words are not the C library's. */
 const STRERROR: Readonly<Record<string, string>> = {
@@ -64,6 +65,7 @@ export function describeError(error: unknown, target?: string): string {
   const path = pathOf(error)
   const system = typeof code === 'string' ? strerror(code) : undefined
   if (system !== undefined) {
+    if (syscall === 'connect' && path !== undefined) return `Failed to connect to '${serverOf(path)}': ${system}`
     if (target !== undefined && path === target) return `Could not create '${path}': ${system}`
     const opening = typeof path === 'string' && (syscall === undefined || OPENING.has(String(syscall)))
     return opening ? `Could not open '${path}': ${system}` : system

@@ -3,6 +3,9 @@
 import { toName } from '../text.js'
 import { CommandFailure } from './failure.js'
 
+/** Whether an argument names an export of an NBD server. Only what is typed is asked: a name that an image stores never is. */
+export const isExport = (argument: string): boolean => /^(?:nbd:|nbds?(?:\+[a-z]+)?:\/\/)/i.test(argument)
+
 /**
  * The path that an argument names. Like qemu-img, a colon before the first slash makes it a protocol, of which only
  * `file:` is followed here.
@@ -14,6 +17,11 @@ export function localPath(filename: string): string {
   if (protocol === 'file') return filename.slice('file:'.length)
   if (protocol === 'json') {
     throw new CommandFailure(`Could not open '${filename}': json: descriptions are not followed, only file names`)
+  }
+  if (isExport(filename)) {
+    throw new CommandFailure(
+      `Could not open '${filename}': an export of an NBD server is no file, which is needed here`,
+    )
   }
   throw new CommandFailure(`Could not open '${filename}': Unknown protocol '${protocol}'`, {
     hint: `A file with a colon in its name is written './${filename}'.`,
@@ -28,6 +36,7 @@ export const argumentOf = (path: string): string => (/^[^/]*:/.test(path) ? `./$
 
 /** An image's name as it is shown: without `file:`, unless a colon would make a protocol of what is left. */
 export function shownName(filename: string): string {
+  if (isExport(filename)) return filename
   const path = localPath(filename)
   return path === filename ? path : argumentOf(path)
 }

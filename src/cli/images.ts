@@ -5,8 +5,8 @@ import { type Format, type Image, type ImageInfo, type OpenOptions, open, probe,
 import { exactText, toName } from '../text.js'
 import { describeError, openFailure, pathOf } from './errors.js'
 import { CommandFailure } from './failure.js'
-import { imagePath, localPath } from './filename.js'
 import type { Session } from './session.js'
+import { imageSource, placeOf, sourceOf } from './sources.js'
 
 const FORMATS = listed(SOURCE_FORMATS, 'and')
 
@@ -26,7 +26,7 @@ export async function formatOf(filename: string, requested: string | undefined, 
   if (filename === '') throw new CommandFailure("Could not open '': The 'file' block driver requires a file name")
   const named = requested ?? session.objects.formatOf(filename)
   if (named !== undefined) return namedFormat(filename, named)
-  const format = await probe(imagePath(filename), { signal: session.signal })
+  const format = await probe(imageSource(filename), { signal: session.signal })
   if (isFormat(format)) return format
   throw new CommandFailure(
     `Could not open '${filename}': Image is in ${format} format, which is not supported ` +
@@ -105,9 +105,9 @@ export async function openImage(
 ): Promise<Image> {
   const format = await formatOf(filename, requested, session)
   const opening = { ...options, format, signal: session.signal }
-  if (options.flags !== 'r+' || can(format, 'write')) return open(session.objects.sourceOf(filename), opening)
+  if (options.flags !== 'r+' || can(format, 'write')) return open(sourceOf(filename, session), opening)
   // What is wrong with the file itself comes first.
-  const image = await open(session.objects.sourceOf(filename), { ...opening, flags: 'r' })
+  const image = await open(sourceOf(filename, session), { ...opening, flags: 'r' })
   await image.close()
   const why = `writing ${format} images is not supported (ERR_QCOW2_UNSUPPORTED_FEATURE)`
   throw new CommandFailure(unwritable ?? `Could not open '${filename}': ${why}`)
@@ -133,7 +133,7 @@ export function unlockFailure(
 ): CommandFailure | undefined {
   if (!(error instanceof Qcow2Error) || !UNLOCKING.has(error.code) || error.field === 'secret') return undefined
   const secret = filenames.filter(filename => objects.secretsOf(filename) !== undefined)
-  const filename = secret.find(each => localPath(each) === pathOf(error))
+  const filename = secret.find(each => placeOf(each) === pathOf(error))
   return filename === undefined ? undefined : openFailure(filename, error, exitCode)
 }
 

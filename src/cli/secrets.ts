@@ -2,20 +2,11 @@
 
 import { readFileSync } from 'node:fs'
 import { isAbsolute } from 'node:path'
-import type {
-  CacheMode,
-  DetachedImage,
-  EncryptedLayer,
-  Format,
-  Secret,
-  SecretBytes,
-  Secrets,
-  SharingOptions,
-} from '../index.js'
+import type { CacheMode, EncryptedLayer, Format, Secret, SecretBytes, Secrets, SharingOptions } from '../index.js'
 import { toName } from '../text.js'
 import { type Description, readDescription } from './descriptions.js'
 import { CommandFailure, unsupported } from './failure.js'
-import { argumentOf, imagePath } from './filename.js'
+import { argumentOf, isExport } from './filename.js'
 import { settings } from './options.js'
 
 /** The objects of a command line. */
@@ -49,9 +40,10 @@ export class Objects {
   describe(typed: string): string {
     const description = readDescription(typed)
     for (const id of description.secrets) if (id !== undefined) this.secret(id)
-    let name = argumentOf(description.filename)
+    const { filename, isFile } = description
+    let name = isFile ? argumentOf(filename) : filename
     // One file may be described twice, as what it is and as its plain bytes: each has a name of its own.
-    while (this.#images.has(name)) name = isAbsolute(name) ? `/.${name}` : `./${name}`
+    while (this.#images.has(name)) name = isExport(name) ? another(name) : isAbsolute(name) ? `/.${name}` : `./${name}`
     this.#images.set(name, { ...description, typed })
     return name
   }
@@ -92,11 +84,9 @@ export class Objects {
     return this.#images.get(filename)?.format
   }
 
-  /** What an image is opened by: its name, and that of its header where its description has one. */
-  sourceOf(filename: string): string | Buffer | DetachedImage {
-    const header = this.#images.get(filename)?.header
-    if (header === undefined) return imagePath(filename)
-    return { file: imagePath(filename), header: imagePath(header) }
+  /** The file with the header of an image, where its description has one. */
+  headerOf(filename: string): string | undefined {
+    return this.#images.get(filename)?.header
   }
 
   /** What opens a layer of an image. */
@@ -112,6 +102,9 @@ export class Objects {
     return ({ depth }: EncryptedLayer) => this.secretOfLayer(filename, depth)
   }
 }
+
+/** Another URI of the same export: parameters that are empty say nothing. */
+const another = (uri: string): string => (uri.includes('?') ? `${uri}&` : `${uri}?`)
 
 function toSecret(values: ReadonlyMap<string, string>): SecretBytes {
   const known = ['id', 'data', 'file', 'format']

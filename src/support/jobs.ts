@@ -45,6 +45,39 @@ export async function runJob<T>(phase: string, options: LongRunning, start: Star
   }
 }
 
+/** What a job left behind that goes on: a connection, which the job ends when it is cancelled. */
+export interface Held<T> {
+  readonly value: T
+  /** The signal ends it no more. */
+  detach(): void
+  /** It is not used any more. */
+  end(): void
+}
+
+/** Runs a job of which something goes on until it is ended: the signal ends that, too. */
+export async function runHeld<T>(signal: AbortSignal | undefined, start: StartJob): Promise<Held<T>> {
+  throwIfAborted(signal)
+  lastJob += 1
+  const job = lastJob
+  const detach = onAbort(signal, () => {
+    // In the signal's event nobody would catch what it throws: an environment that ends, where the job has ended, too.
+    try {
+      native.cancelJob(job)
+    } catch {}
+  })
+  const end = (): void => {
+    detach()
+    native.endJob(job)
+  }
+  try {
+    return { value: await submit<T>(request => start(request, job, native)), detach, end }
+  } catch (failure) {
+    end()
+    if (isAborted(failure) && signal?.aborted) throw new AbortError(signal.reason)
+    throw toError(failure)
+  }
+}
+
 /** A turn of the event loop. */
 const turn = (): Promise<void> => new Promise(resolve => setImmediate(resolve))
 

@@ -105,6 +105,9 @@ impl Error {
 
     /// An operating-system error met in `syscall` (its name as in the manual: `pread`, `fallocate`).
     pub fn io(error: io::Error, syscall: &'static str) -> Self {
+        if error.get_ref().is_some_and(|inner| inner.is::<GivenUp>()) {
+            return Self::aborted();
+        }
         let mut e = Self::new(ErrorKind::Io, error.to_string());
         e.0.errno = error.raw_os_error();
         e.0.syscall = Some(syscall);
@@ -216,6 +219,24 @@ impl Error {
     /// What failed for `ErrorKind::Io`: the system call, or what else the storage calls it.
     pub fn syscall(&self) -> Option<&'static str> {
         self.0.syscall
+    }
+}
+
+/// What a storage fails with because its caller gave it up: of the engine's errors it is [`ErrorKind::Aborted`].
+#[derive(Debug, Clone, Copy)]
+pub struct GivenUp;
+
+impl fmt::Display for GivenUp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the operation was aborted")
+    }
+}
+
+impl std::error::Error for GivenUp {}
+
+impl From<GivenUp> for io::Error {
+    fn from(given_up: GivenUp) -> Self {
+        Self::new(io::ErrorKind::ConnectionAborted, given_up)
     }
 }
 

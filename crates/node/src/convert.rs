@@ -9,7 +9,7 @@ use qcow2_engine::convert::{Compression, ConvertOptions, Delta, Window};
 use qcow2_engine::encryption::Encryption;
 use qcow2_engine::files::{self, Destination, Target};
 use qcow2_engine::salvage::Unreadable;
-use qcow2_engine::{Image, Job, Result};
+use qcow2_engine::{Image, Job, Result, Storage};
 
 use crate::create::target;
 use crate::job::{Lane, Ticket};
@@ -41,6 +41,8 @@ pub struct ConvertJob {
     pub existing: bool,
     /// The image to write into, which is open for writing.
     pub target: Option<u32>,
+    /// The file to make the target in, which is open for writing.
+    pub target_file: Option<u32>,
     /// First byte of the source to copy.
     pub start: Option<f64>,
     /// Bytes of the source to copy.
@@ -105,9 +107,10 @@ pub fn convert_image(
 ) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
     let sources = images.into_iter().map(|image| runtime.image(image)).collect::<napi::Result<Vec<_>>>()?;
-    let place = match order.target {
-        Some(image) => Place::Image(runtime.image(image)?),
-        None => Place::File(target(path, order.overwrite, &order.in_use)?),
+    let place = match (order.target, order.target_file) {
+        (Some(image), _) => Place::Image(runtime.image(image)?),
+        (None, Some(file)) => Place::Storage(runtime.storage(file)?),
+        (None, None) => Place::File(target(path, order.overwrite, &order.in_use)?),
     };
     let encryption = order.shape.take_encryption()?;
     let lane = Lane::of_rate(order.rate);
@@ -126,6 +129,7 @@ pub fn convert_image(
 /// Where the disk goes.
 enum Place {
     File(Target),
+    Storage(Arc<dyn Storage>),
     Image(Arc<Handle>),
 }
 
@@ -150,6 +154,10 @@ impl ConvertJob {
         };
         let done = match place {
             Place::Image(handle) => handle.run(|image| order.run(Destination::Image(image), job))?,
+            Place::Storage(storage) => {
+                let disk = self.shape.new_disk(order.virtual_size()?, encryption, job)?;
+                order.run(Destination::Storage(storage, disk), job)?
+            }
             Place::File(target) if self.existing => {
                 order.run(Destination::Over(target, self.shape.preallocation()), job)?
             }

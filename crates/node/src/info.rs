@@ -10,6 +10,7 @@ use qcow2_engine::image::BitmapRecord;
 use qcow2_engine::storage::IoLimits;
 use qcow2_engine::{ErrorKind, Layer, LayerExt, Qcow2, Result, StorageExt};
 use qcow2_luks::{Details, Header as LuksHeader, Luks, SlotDetails};
+use qcow2_nbd::client::PROTOCOL;
 
 use crate::failure::Failure;
 use crate::formats::luks;
@@ -27,7 +28,7 @@ pub struct LayerInfo {
     /// Bytes.
     pub virtual_size: f64,
     /// Bytes that the file takes.
-    pub actual_size: f64,
+    pub actual_size: Option<f64>,
     /// Bytes of the file.
     pub file_length: f64,
     /// What requests on its file should look like.
@@ -210,15 +211,22 @@ pub fn layers_info(env: Env, request: u32, image: u32) -> napi::Result<()> {
 impl LayerInfo {
     fn new(layer: &dyn Layer) -> Result<Self> {
         let storage = layer.storage();
-        let actual = storage.space_in_use()?;
+        let exported = storage.identity().is_some_and(|identity| identity.kind() == PROTOCOL);
+        // No server tells how much space an export takes.
+        let actual = if exported { None } else { Some(storage.space_in_use()?) };
+        let protocol = match storage.traits().block_device {
+            _ if exported => PROTOCOL,
+            true => "host_device",
+            false => "file",
+        };
         Ok(Self {
             filename: path_text(storage.path()),
             format: layer.format().to_owned(),
             virtual_size: layer.virtual_size() as f64,
-            actual_size: actual as f64,
+            actual_size: actual.map(|bytes| bytes as f64),
             file_length: storage.size()? as f64,
             limits: storage.io_limits().into(),
-            protocol: if storage.traits().block_device { "host_device" } else { "file" }.to_owned(),
+            protocol: protocol.to_owned(),
             cluster_size: layer.unit().map(|unit| unit as f64),
             encryption: layer.encryption().map(str::to_owned),
             backing: layer.references().backing.map(NamedFile::from),

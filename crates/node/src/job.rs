@@ -34,6 +34,8 @@ pub(crate) enum Lane {
     Continued,
     /// Those with a rate limit: they sleep most of the time.
     Paced,
+    /// Those that reach for a server.
+    Connecting,
 }
 
 impl Lane {
@@ -52,6 +54,7 @@ pub(crate) struct Jobs {
     brief: Crew,
     usual: Crew,
     paced: Crew,
+    connecting: Crew,
 }
 
 impl Jobs {
@@ -64,6 +67,7 @@ impl Jobs {
             brief: crew("qcow2-brief"),
             usual: crew("qcow2-job"),
             paced: crew("qcow2-paced"),
+            connecting: crew("qcow2-connect"),
             known: RefCell::default(),
             most: Cell::new(most),
             delivery,
@@ -81,6 +85,7 @@ impl Jobs {
             Lane::Usual => (&self.usual, false),
             Lane::Continued => (&self.usual, true),
             Lane::Paced => (&self.paced, false),
+            Lane::Connecting => (&self.connecting, false),
         };
         crew.submit(Arc::clone(&entry), second_half)?;
         self.known.borrow_mut().insert(job, entry);
@@ -91,9 +96,13 @@ impl Jobs {
         self.known.borrow().get(&number).cloned()
     }
 
+    fn crews(&self) -> [&Crew; 4] {
+        [&self.brief, &self.usual, &self.paced, &self.connecting]
+    }
+
     fn set_most(&self, most: usize) {
         self.most.set(most);
-        for crew in [&self.brief, &self.usual, &self.paced] {
+        for crew in self.crews() {
             crew.set_most(most);
         }
     }
@@ -108,7 +117,7 @@ impl Jobs {
                 self.delivery.push(Completion { request: entry.request, outcome: Outcome::Failed(ending()) });
             }
         }
-        let crews = [&self.brief, &self.usual, &self.paced].map(Crew::close);
+        let crews = self.crews().map(Crew::close);
         move || {
             withdrawn.into_iter().for_each(give_up);
             crews.into_iter().for_each(|wait| wait());

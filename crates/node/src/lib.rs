@@ -36,6 +36,7 @@ pub mod job;
 pub mod keys;
 pub mod map;
 pub mod nbd;
+pub mod nbd_client;
 pub mod open;
 pub mod overlay;
 #[cfg(feature = "panics")]

@@ -11,7 +11,8 @@ use qcow2_engine::format::Limits;
 use qcow2_engine::image::BackingReference;
 use qcow2_engine::storage::{Access, CacheMode, FileStorage, Locking};
 use qcow2_engine::{
-    DetectZeroes, Discard, Image, Layer, LayerExt, MemMut, OpenOptions, Result, StorageExt, WriteOptions,
+    DetectZeroes, Discard, Image, Layer, LayerExt, MemMut, OpenOptions, Result, Storage, StorageExt,
+    WriteOptions,
 };
 
 use crate::formats::{Files, Format};
@@ -100,28 +101,49 @@ fn open_storage(
     request: u32,
     open: impl FnOnce() -> Result<FileStorage> + Send + 'static,
 ) -> napi::Result<()> {
-    let work = move || {
-        let storage = open()?.into_storage();
+    let work = move || Looked::at(open()?.into_storage());
+    Runtime::of(env)?.run(env, request, work, Looked::hold)
+}
+
+/// A storage that was opened, and what JavaScript sees of it.
+pub(crate) struct Looked {
+    storage: Arc<dyn Storage>,
+    length: u64,
+    head: Vec<u8>,
+}
+
+impl Looked {
+    /// Looks at a storage.
+    pub(crate) fn at(storage: Arc<dyn Storage>) -> Result<Self> {
         #[cfg(feature = "panics")]
         let storage = crate::panics::hook(storage);
         let length = storage.size()?;
         let mut head = vec![0; HEAD];
         let got = storage.read_up_to_at(MemMut::from(&mut head[..]), 0)?;
         head.truncate(got);
-        Ok((storage, length, head))
-    };
-    Runtime::of(env)?.run(env, request, work, |runtime, env, (storage, length, head)| {
+        Ok(Self { storage, length, head })
+    }
+
+    /// Holds it for JavaScript.
+    pub(crate) fn hold(
+        runtime: &Runtime,
+        env: &Env,
+        Self { storage, length, head }: Self,
+    ) -> napi::Result<sys::napi_value> {
+        let identity = storage.identity();
+        // What is no file of the system has a name, and no folder.
+        let is_file = identity.as_ref().is_none_or(|identity| identity.kind() == "file");
         let opened = OpenedFile {
             path: storage.path().map(Text::from),
-            absolute_path: storage.path().and_then(absolute),
+            absolute_path: storage.path().filter(|_| is_file).and_then(absolute),
             length: length as f64,
-            identity: storage.identity().map(|identity| identity.to_string()),
+            identity: identity.map(|identity| identity.to_string()),
             head: BufferSlice::copy_from(env, head)?,
             file: runtime.hold(Resource::Storage(storage)),
         };
         // SAFETY: on the environment's thread, with its own env.
         unsafe { OpenedFile::to_napi_value(env.raw(), opened) }
-    })
+    }
 }
 
 /// How to open a layer. Sizes are bytes; what is absent has the engine's default.

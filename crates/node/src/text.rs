@@ -23,6 +23,11 @@ impl Text {
         &self.0
     }
 
+    /// The text, if it is UTF-8.
+    pub(crate) fn as_utf8(&self) -> Option<&str> {
+        std::str::from_utf8(&self.0).ok()
+    }
+
     /// The bytes.
     pub(crate) fn into_bytes(self) -> Vec<u8> {
         self.0

@@ -5,7 +5,6 @@ import { toName } from '../../text.js'
 import { isCreateOption, qcow2Options, toRefcountBits, toVersion } from '../create-options.js'
 import { describeError, openFailure, openHint } from '../errors.js'
 import { CommandFailure, UsageFailure, unsupported } from '../failure.js'
-import { imagePath } from '../filename.js'
 import { cacheMode, formatsThat, oneFile, takeDriverSyntax } from '../grammar.js'
 import { formatOf, lockingOf, type Request, withImage } from '../images.js'
 import { type KeyChange, type KeyPrefix, keyOptions, toKeyChange } from '../key-options.js'
@@ -21,6 +20,7 @@ import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
 import { toSize } from '../size.js'
+import { imageSource } from '../sources.js'
 
 interface AmendArguments {
   readonly format?: string
@@ -100,7 +100,7 @@ async function amendFile(files: readonly string[], options: AmendArguments, sess
   const choice = { progress: progress && !quiet, quiet, verb: 'Amending', step: 1 }
   await withProgress(session, choice, async job => {
     if (keys === undefined || Object.keys(changes).length > 0) {
-      await amend(imagePath(filename), {
+      await amend(imageSource(filename), {
         ...job,
         ...lockingOf(filename, session),
         ...changes,

@@ -3,7 +3,6 @@ import { can } from '../../formats/table.js'
 import { type CheckResult, check } from '../../index.js'
 import { describeError, failedChanging, openFailure } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
-import { imagePath } from '../filename.js'
 import { checkExitCode, checkJson, formatCheck } from '../format/check.js'
 import { cacheMode, oneFile, outputOption, SOURCES, takeDriverSyntax } from '../grammar.js'
 import { formatOf, withImage } from '../images.js'
@@ -11,6 +10,7 @@ import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import { spokenCheckFailure } from '../qemu-words.js'
 import type { Session } from '../session.js'
+import { imageSource } from '../sources.js'
 
 interface CheckArguments {
   readonly repair?: 'leaks' | 'all'
@@ -86,7 +86,7 @@ async function checked(
       throw new CommandFailure('This image format does not support checks', { exitCode: CHECK_NOT_SUPPORTED })
     }
     return await withProgress(session, choice, job =>
-      check(imagePath(filename), {
+      check(imageSource(filename), {
         ...job,
         ...session.objects.sharingOf(filename),
         ...(forceShare !== undefined && { forceShare }),

@@ -6,12 +6,13 @@ import { realPath } from '../../support/files.js'
 import { exactText, toName } from '../../text.js'
 import { describeError, openFailure } from '../errors.js'
 import { CommandFailure } from '../failure.js'
-import { imagePath, localPath } from '../filename.js'
+import { localPath } from '../filename.js'
 import { alias, cacheMode, formatsThat, oneFile, rateLimit, takeDriverSyntax, toCacheMode } from '../grammar.js'
 import { formatOf, lockingOf, unlockFailure, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
+import { imageSource } from '../sources.js'
 
 interface CommitArguments {
   readonly format?: string
@@ -54,7 +55,7 @@ async function commitFile(files: readonly string[], options: CommitArguments, se
   const drop = options.drop || options.base !== undefined
   const cache: CacheMode = toCacheMode(options.cache)
   await withProgress(session, choice, job =>
-    commit(imagePath(filename), {
+    commit(imageSource(filename), {
       ...job,
       ...lockingOf(filename, session),
       references: 'allow',

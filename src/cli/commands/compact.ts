@@ -3,13 +3,13 @@ import { can } from '../../formats/table.js'
 import { type CompactResult, compact, Qcow2Error } from '../../index.js'
 import { describeError, failedChanging, openFailure } from '../errors.js'
 import { CommandFailure } from '../failure.js'
-import { imagePath } from '../filename.js'
 import { compactJson, formatCompact } from '../format/compact.js'
 import { formatsThat, oneFile, outputOption, takeDriverSyntax } from '../grammar.js'
 import { formatOf, lockingOf, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
+import { imageSource } from '../sources.js'
 
 interface CompactArguments {
   readonly format?: string
@@ -68,7 +68,7 @@ async function compacted(filename: string, options: CompactArguments, session: S
   const mode = rewrite ? 'rewrite' : 'in-place'
   try {
     return await withProgress(session, choice, job =>
-      compact(imagePath(filename), {
+      compact(imageSource(filename), {
         ...job,
         ...lockingOf(filename, session),
         mode,

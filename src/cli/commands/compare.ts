@@ -7,6 +7,7 @@ import { formatOf, type Request, unlockFailure, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
+import { sourceOf } from '../sources.js'
 
 interface CompareArguments {
   readonly aFormat?: string
@@ -67,7 +68,7 @@ async function compareFiles(files: readonly string[], options: CompareArguments,
   const sharing = { ...objects.sharingOf(a, b), ...(forceShare !== undefined && { forceShare }) }
   const request = { formatA, formatB, ...secrets, ...sharing, strict, references: 'allow' } as const
   const result = await withProgress(session, choice, job =>
-    compare(objects.sourceOf(a), objects.sourceOf(b), { ...request, ...job }),
+    compare(sourceOf(a, session), sourceOf(b, session), { ...request, ...job }),
   ).catch(error => {
     if (session.signal.aborted) throw error
     const closed = unlockFailure([a, b], error, session, CANNOT_OPEN)

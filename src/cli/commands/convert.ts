@@ -23,7 +23,7 @@ import {
 } from '../create-options.js'
 import { describeError, openFailure, pathOf } from '../errors.js'
 import { CommandFailure, unsupported } from '../failure.js'
-import { imagePath, localPath } from '../filename.js'
+import { imagePath, isExport, localPath } from '../filename.js'
 import { alias, cacheMode, optionList, rateLimit, SOURCES, TARGETS, takeDriverSyntax, wholeNumber } from '../grammar.js'
 import { formatOf, snapshotOf, unlockFailure, withImage } from '../images.js'
 import { asksForHelp, type OptionValue, type OptionValues, parseOptionList } from '../options.js'
@@ -31,6 +31,7 @@ import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
 import { sizeArgument } from '../size.js'
+import { exportOf, imageSource, placeOf, sourceOf } from '../sources.js'
 import { addBacking, fromImage } from './create.js'
 
 interface ConvertArguments {
@@ -211,8 +212,8 @@ async function convertNamed(
   try {
     const converted = await withProgress(session, choice, job =>
       convert(
-        sources.map(name => session.objects.sourceOf(name)),
-        imagePath(target),
+        sources.map(name => sourceOf(name, session)),
+        imageSource(target),
         { ...options, ...job },
       ),
     )
@@ -264,7 +265,9 @@ async function lookAt(
       async image => image.virtualSize,
     ).catch(async error => {
       // An image that is to be salvaged need not open: its header is enough.
-      const { virtualSize } = salvage ? await inspect(localPath(filename)) : { virtualSize: 0 }
+      const { virtualSize } = salvage
+        ? await inspect(isExport(filename) ? exportOf(filename) : localPath(filename))
+        : { virtualSize: 0 }
       if (virtualSize === 0) throw error
       return virtualSize
     })
@@ -292,13 +295,13 @@ function warn({ skippedBitmaps, skippedBitmapsBytes, unreadable }: ConvertResult
 }
 
 function worded(target: string, to: TargetFormat, base: ConvertOptions['base'], error: unknown): CommandFailure {
-  const reason = describeError(error, localPath(target))
+  const reason = describeError(error, placeOf(target))
   // QEMU finds that out when it opens the target that it made.
   if (base !== undefined && reason.startsWith('Could not open ') && pathOf(error) === String(base)) {
     return new CommandFailure(`Could not open '${target}': Could not open backing file: ${reason}`, { cause: error })
   }
   const failed = error instanceof Qcow2Error && !reason.startsWith('Could not') ? pathOf(error) : undefined
-  if (failed !== undefined && failed !== localPath(target)) {
+  if (failed !== undefined && failed !== placeOf(target)) {
     return new CommandFailure(`${failed}: error while reading: ${reason}`, { cause: error })
   }
   return new CommandFailure(`${target}: error while converting ${to}: ${reason}`, { cause: error })

@@ -4,13 +4,13 @@ import { convert, type TargetFormat } from '../../index.js'
 import { targetFormat } from '../create-options.js'
 import { describeError } from '../errors.js'
 import { CommandFailure } from '../failure.js'
-import { imagePath, localPath } from '../filename.js'
 import { alias, SOURCES, TARGETS, takeDriverSyntax } from '../grammar.js'
 import { formatOf, unlockFailure, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
 import { sizeArgument, toSize } from '../size.js'
+import { imageSource, placeOf, sourceOf } from '../sources.js'
 
 interface DdArguments {
   readonly format?: string
@@ -105,12 +105,12 @@ async function dd(list: readonly string[], options: DdArguments, session: Sessio
   const sharing = { ...session.objects.sharingOf(input), ...(forceShare !== undefined && { forceShare }) }
   const copy = { from, to, ...range, ...sharing, references: 'allow', secret, overwrite: true } as const
   await withProgress(session, choice, job =>
-    convert(session.objects.sourceOf(input), imagePath(output), { ...copy, ...job }),
+    convert(sourceOf(input, session), imageSource(output), { ...copy, ...job }),
   ).catch(error => {
     if (session.signal.aborted) throw error
     const closed = unlockFailure([input], error, session)
     if (closed !== undefined) throw closed
-    const reason = describeError(error, localPath(output))
+    const reason = describeError(error, placeOf(output))
     throw new CommandFailure(`${output}: error while creating output image: ${reason}`, { cause: error })
   })
   return 0

@@ -6,7 +6,7 @@ import { fileStat } from '../../support/files.js'
 import { exactText } from '../../text.js'
 import { openFailure } from '../errors.js'
 import { CommandFailure } from '../failure.js'
-import { argumentOf, imagePath, shownName } from '../filename.js'
+import { argumentOf, imagePath, isExport, shownName } from '../filename.js'
 import { formatInfo, type InfoDocument } from '../format/info.js'
 import { type Json, toJson } from '../format/json.js'
 import { snapshotDocuments } from '../format/snapshots.js'
@@ -85,7 +85,7 @@ async function describeOther(
   format: string | undefined,
   session: Session,
 ): Promise<InfoDocument | undefined> {
-  if (filename === '' || isFormat(format)) return undefined
+  if (filename === '' || isFormat(format) || isExport(filename)) return undefined
   const path = imagePath(filename)
   const { signal } = session
   const looks = await probe(path, { signal }).catch(error => {
@@ -126,10 +126,11 @@ function infoDocument(filename: string, info: ImageInfo): InfoDocument {
     filename,
     format: info.format,
     'virtual-size': info.virtualSize,
-    'actual-size': info.actualSize,
+    ...(info.actualSize !== undefined && { 'actual-size': info.actualSize }),
     ...(info.clusterSize !== undefined && { 'cluster-size': info.clusterSize }),
     ...(info.encrypted && { encrypted: true }),
-    'dirty-flag': info.dirtyFlag,
+    // QEMU asks the export where the format has nothing to say, and no server tells.
+    ...((info.protocol !== 'nbd' || specific !== undefined) && { 'dirty-flag': info.dirtyFlag }),
     ...(info.backingFilename !== undefined && {
       'backing-filename': exactText(info.backingFilename, info.backingFilenameBytes),
     }),
@@ -231,7 +232,6 @@ const fileDocument = (
   format: info.protocol,
   // QEMU counts a file in whole sectors.
   'virtual-size': Math.ceil(info.fileLength / 512) * 512,
-  'actual-size': info.actualSize,
-  'format-specific': { type: 'file', data: {} },
-  'dirty-flag': false,
+  ...(info.actualSize !== undefined && { 'actual-size': info.actualSize }),
+  ...(info.protocol !== 'nbd' && { 'format-specific': { type: 'file', data: {} }, 'dirty-flag': false }),
 })

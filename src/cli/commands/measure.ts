@@ -12,6 +12,7 @@ import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
 import { sizeArgument, toSize } from '../size.js'
+import { sourceOf } from '../sources.js'
 
 interface MeasureArguments {
   readonly format?: string
@@ -44,12 +45,12 @@ export function declareMeasure(program: Command, run: Runner): void {
 }
 
 async function show(files: readonly string[], options: MeasureArguments, session: Session): Promise<number> {
-  const result = await measured(sourceOf(files, options), options, session)
+  const result = await measured(argumentFor(files, options), options, session)
   session.stdout.write(options.output === 'json' ? measureJson(result) : formatMeasure(result))
   return 0
 }
 
-function sourceOf(files: readonly string[], { size, format, snapshot }: MeasureArguments): string | bigint {
+function argumentFor(files: readonly string[], { size, format, snapshot }: MeasureArguments): string | bigint {
   const [filename, excess] = files
   if (excess !== undefined) throw new UsageFailure('At most one filename argument is allowed.')
   if (filename === undefined && (format !== undefined || snapshot !== undefined)) {
@@ -88,7 +89,7 @@ async function measureWith(
   try {
     const from = await formatOf(source, options.format, session)
     const snapshot = await snapshotOf(source, from, options.snapshot, options.forceShare, session)
-    return await measure(session.objects.sourceOf(source), {
+    return await measure(sourceOf(source, session), {
       ...plan,
       from,
       snapshot,

@@ -12,11 +12,9 @@ import { refuse, SOURCES, takeDriverSyntax, toCacheMode } from '../grammar.js'
 import { formatOf, snapshotOf, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import type { Session } from '../session.js'
+import { type ListArguments, listExports } from './nbd-list.js'
 
-interface NbdArguments {
-  readonly socket?: string
-  readonly port?: number
-  readonly bind?: string
+interface NbdArguments extends ListArguments {
   readonly format?: string
   readonly readOnly?: boolean
   readonly persistent?: boolean
@@ -78,7 +76,8 @@ export function declareNbd(program: Command, run: Runner): void {
     .summary('serve an image over NBD')
     .description(
       'Serve the disk of an image over NBD, the network block device protocol, on a unix socket or a TCP port. The server ends with its ' +
-        'last client, or goes on with -t until it is interrupted. There is no encryption and no password.',
+        'last client, or goes on with -t until it is interrupted. With -L, list what another server exports. There is no encryption and no ' +
+        'password.',
     )
     .usage('[options] FILE')
     .argument('[files...]', 'the image')
@@ -115,6 +114,7 @@ export function declareNbd(program: Command, run: Runner): void {
     )
     .option('--fork', 'come back when the server listens, and let it run')
     .option('--pid-file <path>', "write the server's process id into this file")
+    .option('-L, --list', 'list the exports of a server')
     .option('-v, --verbose', 'keep standard error open')
     .addOption(
       new Option('--aio <mode>')
@@ -126,7 +126,6 @@ export function declareNbd(program: Command, run: Runner): void {
   for (const flags of ['--tls-creds <id>', '--tls-authz <id>', '--tls-hostname <name>']) {
     refuse(command, flags, 'connections are not encrypted in this version')
   }
-  refuse(command, '-L, --list', 'this version serves images and asks no servers')
   refuse(command, '-c, --connect <device>', "the kernel's client is attached with nbd-client")
   refuse(command, '-d, --disconnect', "the kernel's client is detached with nbd-client")
   refuse(command, '-T, --trace <events>', 'there are no trace events')
@@ -153,6 +152,7 @@ const toDetectZeroes = oneOf(
 )
 
 async function nbd(files: readonly string[], options: NbdArguments, session: Session): Promise<number> {
+  if (options.list) return listExports(files, options, DEFAULT_PORT, session)
   const [filename] = files
   if (filename === undefined || files.length !== 1) {
     throw new CommandFailure('Invalid number of arguments', {

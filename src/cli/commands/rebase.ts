@@ -4,12 +4,12 @@ import { type CacheMode, Qcow2Error, rebase } from '../../index.js'
 import { toName } from '../../text.js'
 import { describeError, openFailure, openHint, pathOf } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
-import { imagePath, localPath } from '../filename.js'
 import { alias, cacheMode, formatsThat, oneFile, takeDriverSyntax, toCacheMode } from '../grammar.js'
 import { formatOf, lockingOf, unlockFailure, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
+import { imageSource, placeOf } from '../sources.js'
 
 /** Names that QEMU has for what a backing file can be, beside formats. */
 const PROTOCOLS: ReadonlySet<string> = new Set(
@@ -77,7 +77,7 @@ async function rebaseFile(files: readonly string[], options: RebaseArguments, se
   const choice = { progress: options.progress ?? false, quiet, verb: 'Rebasing', step: 2 }
   const cache: CacheMode = toCacheMode(options.cache)
   await withProgress(session, choice, job =>
-    rebase(imagePath(filename), next === null ? null : toName(next), {
+    rebase(imageSource(filename), next === null ? null : toName(next), {
       ...job,
       ...lockingOf(filename, session),
       // Unsafe is unsafe: nothing but the name is looked at.
@@ -113,7 +113,7 @@ function worded(filename: string, backing: string | null, error: unknown): Comma
     return changeFailure(backing, 'Invalid argument', error)
   }
   const reason = describeError(error)
-  const ofImage = error instanceof Qcow2Error && (error.path === undefined || pathOf(error) === localPath(filename))
+  const ofImage = error instanceof Qcow2Error && (error.path === undefined || pathOf(error) === placeOf(filename))
   if (ofImage || backing === null) return openFailureOr(filename, reason, error)
   const hint = openHint(backing, error, '-F')
   return new CommandFailure(`Could not open new backing file '${backing}': ${reason}`, {

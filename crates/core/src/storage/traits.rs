@@ -65,6 +65,11 @@ impl Identity {
         Self(format!("{kind}:{name}").into())
     }
 
+    /// Its kind.
+    pub fn kind(&self) -> &str {
+        self.0.split_once(':').map_or("", |(kind, _)| kind)
+    }
+
     /// What [`Identity`]'s text was made from.
     pub fn from_text(text: &str) -> Self {
         Self(text.into())

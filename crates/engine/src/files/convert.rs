@@ -9,7 +9,7 @@ use crate::create::{NewTarget, Preallocation};
 use crate::salvage::{Salvage, Unreadable};
 use crate::splice::Splice;
 use crate::storage::{Access, Claim, FileStorage, Locking};
-use crate::{Error, ErrorKind, GuestSource, Image, Job, ReadStorage, Result, StorageExt};
+use crate::{Error, ErrorKind, GuestSource, Image, Job, ReadStorage, Result, Storage, StorageExt};
 
 /// Where a convert goes.
 pub enum Destination<'a> {
@@ -17,6 +17,8 @@ pub enum Destination<'a> {
     New(&'a Target, NewDisk),
     /// A raw file that exists, and keeps its length; with `Full`, zeroes are written, too.
     Over(&'a Target, Preallocation),
+    /// A new disk in a file that is open for writing, and holds anything.
+    Storage(&'a Arc<dyn Storage>, NewDisk),
     /// An image that is open for writing.
     Image(&'a Image),
 }
@@ -103,6 +105,7 @@ impl ConvertJob<'_> {
         match destination {
             Destination::New(target, disk) => self.copy_to_new(source, target, disk, bitmaps, job),
             Destination::Over(target, preallocation) => self.copy_over(source, target, preallocation, job),
+            Destination::Storage(storage, disk) => self.copy_into(source, storage, disk, bitmaps, job),
             Destination::Image(image) => {
                 bitmaps.map_or(Ok(()), |_| CopyableBitmaps::refuse_target(image))?;
                 // The image is flushed when it is closed.
@@ -139,6 +142,36 @@ impl ConvertJob<'_> {
         }
         files.commit(self.options.durable)?;
         Ok(result)
+    }
+
+    fn copy_into(
+        &self,
+        source: &dyn GuestSource,
+        storage: &Arc<dyn Storage>,
+        disk: NewDisk,
+        bitmaps: Option<&CopyableBitmaps<'_>>,
+        job: &Job,
+    ) -> Result<ConvertResult> {
+        let door = match &disk {
+            NewDisk::Qcow2 { data_path: Some(_), .. } => {
+                let message = "a disk that is made in an open file has no external data file";
+                return Err(Error::new(ErrorKind::InvalidArgument, message).with_field("data_file"));
+            }
+            NewDisk::Qcow2 { create, .. } => {
+                create.validate()?;
+                create.data_door.clone()
+            }
+            NewDisk::Raw { .. } | NewDisk::Luks { .. } => None,
+        };
+        let target = ConvertTarget::New(disk.onto(Arc::clone(storage), None));
+        let result = convert(source, target, &self.options, job)?;
+        if let Some(bitmaps) = bitmaps {
+            bitmaps.copy_to(Arc::clone(storage), None, door)?;
+        }
+        if self.options.durable {
+            storage.flush()?;
+        }
+        storage.report_close().map(|()| result)
     }
 
     fn copy_over(

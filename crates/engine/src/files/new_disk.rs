@@ -71,6 +71,18 @@ impl NewDisk {
         Ok(NewFiles { disk, data: Some(data) })
     }
 
+    /// The disk, made in files that are open.
+    pub(super) fn onto(self, storage: Arc<dyn Storage>, data_file: Option<Arc<dyn Storage>>) -> NewTarget {
+        match self {
+            Self::Raw { preallocation, .. } => {
+                let keep = storage.traits().block_device;
+                NewTarget::Raw { storage, preallocation, keep }
+            }
+            Self::Luks { luks, preallocation, .. } => NewTarget::Luks { storage, luks, preallocation },
+            Self::Qcow2 { create, .. } => NewTarget::Qcow2 { storage, data_file, create },
+        }
+    }
+
     fn content<'a>(&self, source: Option<&'a dyn GuestSource>, job: &'a Job) -> Content<'a> {
         let (size, preallocation, cluster_size) = match self {
             Self::Raw { size, preallocation } => (*size, *preallocation, 1),
@@ -142,17 +154,7 @@ impl NewFiles {
 
     /// What is made in them: the disk that they were started for.
     pub(super) fn target(&self, disk: NewDisk) -> NewTarget {
-        let storage = self.storage();
-        match disk {
-            NewDisk::Raw { preallocation, .. } => {
-                let keep = storage.traits().block_device;
-                NewTarget::Raw { storage, preallocation, keep }
-            }
-            NewDisk::Luks { luks, preallocation, .. } => NewTarget::Luks { storage, luks, preallocation },
-            NewDisk::Qcow2 { create, .. } => {
-                NewTarget::Qcow2 { storage, data_file: self.data_file(), create }
-            }
-        }
+        disk.onto(self.storage(), self.data_file())
     }
 
     /// Gives the files their names; `durable`: on stable storage. The image last: it is not there without its data.

@@ -259,6 +259,32 @@ pub fn context_data(id: u32, name: &[u8]) -> Vec<u8> {
     bytes
 }
 
+/// An option, as a client sends it.
+pub fn option(kind: OptionKind, data: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(OPTION_HEAD + data.len());
+    bytes.extend(OPTION_MAGIC.to_be_bytes());
+    bytes.extend(kind.code().to_be_bytes());
+    bytes.extend((data.len() as u32).to_be_bytes());
+    bytes.extend(data);
+    bytes
+}
+
+/// The data of `INFO` and `GO`, which ask for `infos`.
+pub fn export_request(name: &[u8], infos: &[Info]) -> Vec<u8> {
+    let mut bytes = server_data(name, b"");
+    bytes.extend((infos.len() as u16).to_be_bytes());
+    infos.iter().for_each(|info| bytes.extend((*info as u16).to_be_bytes()));
+    bytes
+}
+
+/// The data of `LIST_META_CONTEXT` and `SET_META_CONTEXT`.
+pub fn context_request(name: &[u8], queries: &[&[u8]]) -> Vec<u8> {
+    let mut bytes = server_data(name, b"");
+    bytes.extend((queries.len() as u32).to_be_bytes());
+    queries.iter().for_each(|query| bytes.extend(server_data(query, b"")));
+    bytes
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -299,6 +325,19 @@ mod tests {
         let long = |length: u32| [&length.to_be_bytes()[..], &vec![b'n'; length as usize], &[0, 0]].concat();
         assert!(ExportRequest::parse(&long(4096)).is_ok());
         assert!(ExportRequest::parse(&long(4097)).is_err());
+    }
+
+    #[test]
+    fn what_a_client_sends_is_read_as_it_was_meant() {
+        let go = export_request(b"ab", &[Info::Name, Info::BlockSize]);
+        assert_eq!(ExportRequest::parse(&go), Ok(ExportRequest { name: b"ab", wants_name: true }));
+        let contexts = context_request(b"x", &[b"base:", b""]);
+        let read = ContextRequest { name: b"x", queries: vec![b"base:", b""] };
+        assert_eq!(ContextRequest::parse(&contexts), Ok(read));
+        let sent = option(OptionKind::Go, &go);
+        let head = OptionHead::parse(sent[..OPTION_HEAD].try_into().unwrap()).unwrap();
+        assert_eq!((head.kind, head.length as usize), (OptionKind::Go, go.len()));
+        assert_eq!(sent[OPTION_HEAD..], go);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The structures of the protocol, by the names of its specification. Everything is big-endian. No I/O.
 
+pub mod answers;
 mod fields;
 pub mod handshake;
 pub mod transmission;

@@ -83,6 +83,27 @@ impl Request {
         Ok(Self { flags, command, cookie: fields.u64()?, offset: fields.u64()?, length: fields.u32()? })
     }
 
+    /// The request as bytes; what is to be written follows it.
+    pub fn to_bytes(self) -> [u8; REQUEST_HEAD] {
+        let command: u16 = match self.command {
+            Command::Read => 0,
+            Command::Write => 1,
+            Command::Disc => 2,
+            Command::Flush => 3,
+            Command::Trim => 4,
+            Command::Cache => 5,
+            Command::WriteZeroes => 6,
+            Command::BlockStatus => 7,
+            Command::Unknown(other) => other,
+        };
+        let fields = REQUEST_MAGIC.to_be_bytes().into_iter();
+        let fields = fields.chain(self.flags.to_be_bytes()).chain(command.to_be_bytes());
+        let fields = fields.chain(self.cookie.to_be_bytes()).chain(self.offset.to_be_bytes());
+        let mut bytes = [0; REQUEST_HEAD];
+        bytes.iter_mut().zip(fields.chain(self.length.to_be_bytes())).for_each(|(to, from)| *to = from);
+        bytes
+    }
+
     /// Whether the flag is set.
     pub fn has(&self, flag: u16) -> bool {
         self.flags & flag != 0
@@ -178,6 +199,7 @@ mod tests {
             Request { flags: 5, command: Command::BlockStatus, cookie: 9, offset: 0x10, length: u32::MAX }
         );
         assert!(request.has(1) && !request.has(2));
+        assert_eq!(request.to_bytes(), bytes);
         bytes[7] = 200;
         assert_eq!(Request::parse(&bytes).unwrap().command, Command::Unknown(200));
         bytes[0] ^= 1;

@@ -15,11 +15,11 @@ use super::MAX_BYTES;
 use super::budget::{Budget, Held};
 use super::export::Export;
 use super::handshake::{Agreed, Handshake};
-use super::incoming::Incoming;
 use super::requests::{Refused, check};
-use super::transport::Transport;
+use crate::incoming::Incoming;
 use crate::protocol::MAX_PAYLOAD;
 use crate::protocol::transmission::{Command, REQUEST_HEAD, Request};
+use crate::transport::Transport;
 
 /// A thread keeps as many bytes from one request to the next: a larger buffer is made for each that needs it.
 const KEPT: usize = 2 << 20;

@@ -5,14 +5,14 @@ use std::time::Instant;
 
 use super::contexts::Context;
 use super::export::Export;
-use super::incoming::Incoming;
-use super::transport::{Transport, write_all};
+use crate::incoming::Incoming;
 use crate::protocol::Malformed;
 use crate::protocol::handshake::{
     ContextRequest, ExportRequest, FIXED_NEWSTYLE, Info, NO_ZEROES, OPTION_HEAD, OptionHead, OptionKind,
     Reply, block_size_data, context_data, export_data, export_name_reply, greeting, reply, server_data,
     text_data,
 };
+use crate::transport::{Transport, write_all};
 
 /// What requests are about, and how they are answered.
 pub(super) struct Agreed<'a> {

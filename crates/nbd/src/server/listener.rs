@@ -6,7 +6,7 @@ use std::net::{TcpListener, ToSocketAddrs};
 use qcow2_core::{Error, ErrorKind, Result};
 
 use super::Address;
-use super::transport::Socket;
+use crate::transport::Socket;
 
 /// What became of waiting.
 pub(super) enum Next {

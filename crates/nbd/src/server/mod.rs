@@ -8,11 +8,9 @@ mod connection;
 mod contexts;
 mod export;
 mod handshake;
-mod incoming;
 mod listener;
 mod replies;
 mod requests;
-mod transport;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -27,7 +25,8 @@ use qcow2_core::{Error, Result};
 pub use connection::serve_connection;
 pub use export::{Bitmap, DirtyRanges, Export};
 use listener::{Listener, Next};
-pub use transport::{Socket, Transport};
+
+pub use crate::transport::{Socket, Transport};
 
 /// Requests of one client that are under way at once: more wait in its socket.
 pub const MAX_IN_FLIGHT: usize = 16;

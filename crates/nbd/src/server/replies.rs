@@ -7,12 +7,12 @@ use qcow2_core::Result;
 
 use super::connection::Connection;
 use super::requests::Refused;
-use super::transport::write_all;
 use crate::protocol::command_flags as flag;
 use crate::protocol::transmission::{
     Command, Descriptor, Request, data_chunk, error_chunk, hole_chunk, nothing_chunk, simple_reply,
     status_chunk,
 };
+use crate::transport::write_all;
 
 /// A part of what was read: from the start of the request, in bytes.
 pub(super) struct Part {

@@ -1,27 +1,27 @@
-//! What comes from a client, a whole message at a time.
+//! What comes from the other side, a whole message at a time.
 
 use std::io;
 use std::time::Instant;
 
-use super::transport::Transport;
+use crate::transport::Transport;
 
 /// Bytes that are taken from the socket at once where so many are there: small requests, one behind the other.
 const BUFFER: usize = 16 << 10;
 
 /// Reads a connection.
-pub(super) struct Incoming {
+pub(crate) struct Incoming {
     buffer: Box<[u8]>,
     start: usize,
     end: usize,
 }
 
 impl Incoming {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { buffer: vec![0; BUFFER].into_boxed_slice(), start: 0, end: 0 }
     }
 
-    /// Fills `to`. `UnexpectedEof` where the client has gone, before the first byte or behind it.
-    pub(super) fn read_exact(
+    /// Fills `to`. `UnexpectedEof` where the other side has gone, before the first byte or behind it.
+    pub(crate) fn read_exact(
         &mut self,
         transport: &dyn Transport,
         mut to: &mut [u8],
@@ -47,7 +47,7 @@ impl Incoming {
     }
 
     /// Reads `length` bytes that nobody wants.
-    pub(super) fn skip(&mut self, transport: &dyn Transport, length: u64) -> io::Result<()> {
+    pub(crate) fn skip(&mut self, transport: &dyn Transport, length: u64) -> io::Result<()> {
         let mut left = length;
         let mut waste = [0; 4096];
         while left > 0 {

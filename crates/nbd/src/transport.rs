@@ -1,4 +1,4 @@
-//! A client's connection.
+//! A connection.
 
 use std::io::{self, IoSlice, Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -26,12 +26,21 @@ pub trait Transport: Send + Sync {
     /// Of the connection.
     fn forget_deadlines(&self) -> io::Result<()>;
 
+    /// From now on what is sent without a deadline waits so long at most before a part of it is taken.
+    ///
+    /// # Errors
+    /// Of the connection.
+    fn limit_sending(&self, time: Duration) -> io::Result<()> {
+        let _ = time;
+        Ok(())
+    }
+
     /// Ends it for both sides: who reads or writes hears of it.
     fn shutdown(&self);
 }
 
 /// Sends all of the parts, one behind the other.
-pub(super) fn write_all(
+pub(crate) fn write_all(
     transport: &dyn Transport,
     parts: &[&[u8]],
     deadline: Option<Instant>,
@@ -72,8 +81,8 @@ macro_rules! each {
 }
 
 impl Socket {
-    /// Nothing more is read from the client; what is under way is still answered.
-    pub(super) fn end_reading(&self) {
+    /// Nothing more is read from the other side; what is under way is still answered.
+    pub(crate) fn end_reading(&self) {
         let _gone = each!(self, stream => stream.shutdown(Shutdown::Read));
     }
 }
@@ -104,6 +113,10 @@ impl Transport for Socket {
 
     fn forget_deadlines(&self) -> io::Result<()> {
         each!(self, stream => stream.set_read_timeout(None).and_then(|()| stream.set_write_timeout(None)))
+    }
+
+    fn limit_sending(&self, time: Duration) -> io::Result<()> {
+        each!(self, stream => stream.set_write_timeout(Some(time)))
     }
 
     fn shutdown(&self) {
