@@ -123,6 +123,11 @@ export interface ConvertOptions extends Omit<SourceOptions, 'from'>, LongRunning
    */
   durable?: boolean | undefined
   /**
+   * The progress is that of what is copied, as qemu-img counts it, and not that of the whole disk with its holes. To know how much that is,
+   * the source's metadata is read once more, before anything is copied. Default false.
+   */
+  countData?: boolean | undefined
+  /**
    * Make an overlay of this image, which the target names as its backing file (`create.backingFile`). Where it is in the source's backing
    * chain, only what lies above it is stored; where it is any other image, all of the source's disk is. Opened as qcow2, by its magic, or
    * as `create.backingFormat` says. With `existingTarget` it must be in the chain: the target is taken to read like the base wherever it
@@ -181,6 +186,7 @@ const CONVERT = {
   targetIsZero: flag,
   overwrite: flag,
   durable: flag,
+  countData: flag,
   base: toLocated,
   bitmaps,
 } as const
@@ -336,6 +342,7 @@ function toOrder(read: ReadConvert, sources: number): Omit<NativeConvertJob, 'in
     targetIsZero,
     overwrite: read.overwrite ?? false,
     durable: read.durable ?? true,
+    countData: read.countData ?? false,
   }
 }
 

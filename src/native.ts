@@ -268,6 +268,7 @@ export interface NativeConvertJob {
   targetIsZero: boolean
   overwrite: boolean
   durable: boolean
+  countData: boolean
   /** The image to write into. */
   target?: number | undefined
   start?: number | undefined
@@ -554,7 +555,8 @@ export interface Addon {
   /** Forgets a request that could be cancelled; tells how many bytes it has done. */
   endRequest(watch: number): number
   cancelJob(job: number): void
-  jobProgress(job: number): [current: number, total: number]
+  /** The steps are those since the last call: `Progress.steps`. */
+  jobProgress(job: number): [current: number, total: number, ...steps: number[]]
   /** Forgets a job that has delivered what it had to say. */
   endJob(job: number): void
   /** How many jobs run at the same time, from now on as many as given. */

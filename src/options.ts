@@ -28,6 +28,11 @@ export interface Progress {
   readonly current: number
   /** Bytes of guest data in all; 0 while that is not known, and while the job waits its turn ({@link configure}). */
   readonly total: number
+  /**
+   * `current` as it was each time that the job had passed another hundredth since the last call, in order: a job that is done before
+   * the first call tells how it went all the same.
+   */
+  readonly steps: readonly number[]
 }
 
 /** Options of every job that can take long. */

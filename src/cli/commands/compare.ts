@@ -58,6 +58,7 @@ async function compareFiles(files: readonly string[], options: CompareArguments,
     quiet: options.quiet ?? false,
     verb: 'Comparing',
     step: 2,
+    saysDone: false,
   }
   const formatA = await formatOf(a, options.aFormat, session)
   const formatB = await formatOf(b, options.bFormat, session)

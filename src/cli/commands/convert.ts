@@ -205,6 +205,7 @@ async function convertNamed(
     ...(given.salvage && { salvage: true }),
     ...(given.rate !== undefined && { rate: given.rate }),
     durable: given.targetCache !== 'unsafe',
+    countData: given.progress ?? false,
     ...parts,
   }
   const choice = { progress: given.progress ?? false, quiet: given.quiet ?? false, verb: 'Converting', step: 1 }
