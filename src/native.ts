@@ -103,7 +103,7 @@ export interface NativeLayerInfo {
   readonly format: string
   readonly virtualSize: number
   readonly actualSize: number
-  readonly fileLength: number
+  readonly fileLength: number | bigint
   readonly limits: {
     readonly requestAlignment: number
     readonly memoryAlignment: number
@@ -131,7 +131,7 @@ export interface NativeLayerInfo {
     readonly snapshots: readonly {
       readonly id: string
       readonly name: string
-      readonly vmStateSize: number
+      readonly vmStateSize: number | bigint
       readonly dateSec: number
       readonly dateNsec: number
       readonly vmClockSec: number
@@ -176,7 +176,7 @@ export interface NativeLuksInfo {
 export interface NativeInspection {
   readonly header?: {
     readonly version?: 2 | 3
-    readonly virtualSize: number
+    readonly virtualSize: number | bigint
     readonly clusterSize?: number
     readonly backingFilename?: string
     readonly backingFormat?: string
@@ -305,7 +305,7 @@ export interface NativeConverted {
 export interface NativeCompared {
   /** Absent for identical disks. */
   readonly reason?: 'size' | 'allocation' | 'content'
-  readonly offset?: number
+  readonly offset?: number | bigint
   readonly sizesDiffer: boolean
 }
 
@@ -450,6 +450,9 @@ export interface Addon {
     position: number,
     watch?: number,
   ): boolean
+  /** Of the state of a virtual machine, behind the disk. */
+  readVmState(request: number, image: number, buffer: Uint8Array, position: number): void
+  writeVmState(request: number, image: number, buffer: Uint8Array, position: number): void
   /** As `read`. `watch`, here and below, is the number by which the request is cancelled. */
   write(
     request: number,

@@ -58,7 +58,7 @@ export interface LongRunning extends Abortable {
  * images open here and there; tighten them for images from strangers.
  */
 export interface Limits {
-  /** Largest virtual size in bytes. Default 2^53 - 1. */
+  /** Largest virtual size in bytes. Default 2^63 - 1, and for `inspect` without `bigint: true` 2^53 - 1. */
   maxVirtualSize?: Size | undefined
   /** Most bytes of metadata that is loaded as a whole (L1, refcount and snapshot tables). Default 128 MiB. */
   maxMetadataBytes?: Size | undefined

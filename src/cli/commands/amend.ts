@@ -108,7 +108,7 @@ const cannotAmend = (format: string): CommandFailure =>
 
 const amendKeys = (request: Request, session: Session, change: KeyChange): Promise<void> =>
   withImage(request, session, async image => {
-    const { formatSpecific } = await image.info()
+    const { formatSpecific } = await image.info({ bigint: true })
     if (formatSpecific?.encrypt === undefined) {
       throw new CommandFailure("Can't amend encryption options - encryption not present")
     }
