@@ -8,6 +8,7 @@ import { type Compression, compression, type Qcow2Shape, shape, toTarget } from 
 import { type PathLike, release, targetFormat, toPath } from './source.js'
 import { runJob } from './support/jobs.js'
 import { answer, onAbort } from './support/signals.js'
+import { type BigIntResults, sizesIn } from './units.js'
 
 /** Options of {@link Image.clone}. */
 export interface CloneOptions extends LongRunning {
@@ -29,13 +30,13 @@ export interface CloneOptions extends LongRunning {
 }
 
 /** What a clone did. */
-export interface CloneResult {
+export interface CloneResult<N extends number | bigint = number> {
   /** Size of the disk in bytes. */
-  readonly virtualSize: number
+  readonly virtualSize: N
   /** Bytes of guest data read. */
-  readonly bytesRead: number
+  readonly bytesRead: N
   /** Bytes of guest data written to the copy; zeroes are left out. */
-  readonly bytesWritten: number
+  readonly bytesWritten: N
   readonly durationMs: number
 }
 
@@ -46,6 +47,7 @@ const CLONE = {
   create: shape,
   overwrite: flag,
   onPointInTime: callback<() => unknown>(),
+  bigint: flag,
 } as const
 
 /** What cloning needs of the image. */
@@ -72,7 +74,7 @@ export class Clones {
   }
 
   /** Makes one. The caller keeps the image open meanwhile. */
-  async make(path: string, options: ReadClone): Promise<CloneResult> {
+  async make(path: string, options: ReadClone): Promise<CloneResult<number | bigint>> {
     const { signal } = options
     const begin = performance.now()
     // Two may end it: the caller's signal, and closing the image.
@@ -81,7 +83,7 @@ export class Clones {
     const forgetClosing = onAbort(this.#closing.signal, () => ending.abort())
     try {
       const cloned = await this.#run(path, { ...options, signal: ending.signal })
-      return { ...cloned, durationMs: performance.now() - begin }
+      return { ...resultIn(cloned, options.bigint), durationMs: performance.now() - begin }
     } catch (error) {
       if (!this.#closing.signal.aborted || signal?.aborted || !ending.signal.aborted) throw error
       const path = this.#source.path()
@@ -113,10 +115,23 @@ export class Clones {
   }
 }
 
+/** Sizes of what was done as the caller wants them. */
+function resultIn(cloned: NativeCloned, big: boolean | undefined): Omit<CloneResult<number | bigint>, 'durationMs'> {
+  const size = sizesIn(big)
+  return {
+    virtualSize: size(cloned.virtualSize, 'virtualSize'),
+    bytesRead: size(cloned.bytesRead, 'bytesRead'),
+    bytesWritten: size(cloned.bytesWritten, 'bytesWritten'),
+  }
+}
+
 type ReadClone = Read<typeof CLONE>
 
 /** Reads the options, and checks what they demand of each other. */
-export function readCloneOptions(target: PathLike, options: CloneOptions): { path: string; options: ReadClone } {
+export function readCloneOptions(
+  target: PathLike,
+  options: CloneOptions & BigIntResults,
+): { path: string; options: ReadClone } {
   const path = toPath(target, 'target')
   const read = readOptions(options, 'Image.clone', CLONE)
   toOrder(read)

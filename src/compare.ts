@@ -9,6 +9,7 @@ import { flag, type Limits, LONG_RUNNING, type LongRunning, limits, readOptions,
 import { forgetting, type Secrets, secrets } from './secret.js'
 import { format, type ImageSource, toLocated } from './source.js'
 import { runJob } from './support/jobs.js'
+import { type BigIntResults, sizesIn } from './units.js'
 
 /** Options of {@link compare}. */
 export interface CompareOptions extends LongRunning, SharingOptions {
@@ -28,10 +29,10 @@ export interface CompareOptions extends LongRunning, SharingOptions {
 }
 
 /** What a comparison found. */
-export interface CompareResult {
+export interface CompareResult<N extends number | bigint = number> {
   readonly identical: boolean
   /** Guest offset of the first byte, or allocation, that differs. Absent where only the sizes differ. */
-  readonly firstDifference?: number
+  readonly firstDifference?: N
   /** What differs: the bytes, or (strict) the virtual size or where data is allocated. */
   readonly reason?: 'content' | 'size' | 'allocation'
   /** The virtual sizes differ. Without `strict` that alone is no difference if what the longer one has beyond reads as zeroes. */
@@ -48,6 +49,7 @@ const COMPARE = {
   secretA: secrets,
   secretB: secrets,
   limits,
+  bigint: flag,
 } as const
 
 /**
@@ -55,11 +57,29 @@ const COMPARE = {
  *
  * @throws {@link Qcow2Error} as `open`, and as reading does where it fails before the first difference
  */
-export async function compare(a: ImageSource, b: ImageSource, options?: CompareOptions): Promise<CompareResult> {
+export function compare(
+  a: ImageSource,
+  b: ImageSource,
+  options: CompareOptions & { bigint: true },
+): Promise<CompareResult<bigint>>
+export function compare(
+  a: ImageSource,
+  b: ImageSource,
+  options?: CompareOptions & BigIntResults,
+): Promise<CompareResult>
+export async function compare(
+  a: ImageSource,
+  b: ImageSource,
+  options?: CompareOptions & BigIntResults,
+): Promise<CompareResult<number | bigint>> {
   return await forgetting(() => compareImages(a, b, options))
 }
 
-async function compareImages(a: ImageSource, b: ImageSource, options?: CompareOptions): Promise<CompareResult> {
+async function compareImages(
+  a: ImageSource,
+  b: ImageSource,
+  options?: CompareOptions & BigIntResults,
+): Promise<CompareResult<number | bigint>> {
   const locatedA = toLocated(a, 'a')
   const locatedB = toLocated(b, 'b')
   const read = readOptions(options, 'compare', COMPARE)
@@ -73,14 +93,17 @@ async function compareImages(a: ImageSource, b: ImageSource, options?: CompareOp
       const compared = await runJob<NativeCompared>('compare', read, (request, job, addon) =>
         addon.compareImages(request, job, first.image, second.image, read.strict ?? false, read.concurrency),
       )
-      return toResult(compared)
+      return toResult(compared, read.bigint)
     }),
   )
 }
 
-const toResult = ({ reason, offset, sizesDiffer }: NativeCompared): CompareResult => ({
+const toResult = (
+  { reason, offset, sizesDiffer }: NativeCompared,
+  big: boolean | undefined,
+): CompareResult<number | bigint> => ({
   identical: reason === undefined,
   sizesDiffer,
   ...(reason !== undefined && { reason }),
-  ...(offset !== undefined && { firstDifference: offset }),
+  ...(offset !== undefined && { firstDifference: sizesIn(big)(offset, 'firstDifference') }),
 })

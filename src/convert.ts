@@ -54,7 +54,7 @@ import {
 } from './source.js'
 import { runJob } from './support/jobs.js'
 import { encodeText, isText, type Name, shownText } from './text.js'
-import type { Size } from './units.js'
+import { type BigIntResults, type Size, sizesIn } from './units.js'
 
 /** What `convert` and `measure` read. */
 export interface SourceOptions extends SharingOptions {
@@ -127,6 +127,11 @@ export interface ConvertOptions extends Omit<SourceOptions, 'from'>, LongRunning
    */
   durable?: boolean | undefined
   /**
+   * The progress is that of what is copied, as qemu-img counts it, and not that of the whole disk with its holes. To know how much that is,
+   * the source's metadata is read once more, before anything is copied. Default false.
+   */
+  countData?: boolean | undefined
+  /**
    * Make an overlay of this image, which the target names as its backing file (`create.backingFile`). Where it is in the source's backing
    * chain, only what lies above it is stored; where it is any other image, all of the source's disk is. Opened as qcow2, by its magic, or
    * as `create.backingFormat` says. With `existingTarget` it must be in the chain: the target is taken to read like the base wherever it
@@ -142,16 +147,16 @@ export interface ConvertOptions extends Omit<SourceOptions, 'from'>, LongRunning
 }
 
 /** What a conversion did. */
-export interface ConvertResult {
+export interface ConvertResult<N extends number | bigint = number> {
   /** Size of the disk in bytes. */
-  readonly virtualSize: number
+  readonly virtualSize: N
   /** Bytes of guest data read from the source, or shared with it by the file system. */
-  readonly bytesRead: number
+  readonly bytesRead: N
   /** Bytes of guest data written to the target, as they are stored. */
-  readonly bytesWritten: number
+  readonly bytesWritten: N
   readonly durationMs: number
   /** With `salvage`: what could not be read, in order, and why. Of very many ranges, the first 4096. */
-  readonly unreadable?: readonly { readonly start: number; readonly length: number; readonly message: string }[]
+  readonly unreadable?: readonly { readonly start: N; readonly length: N; readonly message: string }[]
   /** With `bitmaps`: names of the inconsistent ones that were left out. */
   readonly skippedBitmaps?: readonly string[]
   /** The bytes of all of them, where one is not UTF-8. */
@@ -185,8 +190,10 @@ const CONVERT = {
   targetIsZero: flag,
   overwrite: flag,
   durable: flag,
+  countData: flag,
   base: toLocated,
   bitmaps,
+  bigint: flag,
 } as const
 
 type ReadConvert = Read<typeof CONVERT>
@@ -200,19 +207,29 @@ type ReadConvert = Read<typeof CONVERT>
  * @throws {@link Qcow2Error} as `open` and `create`; `ERR_QCOW2_INVALID_ARGUMENT` for a target that is also a source, or one that exists and
  *   is too small
  */
+export function convert(
+  source: ImageSource | readonly ImageSource[],
+  target: PathLike | NbdSource,
+  options: ConvertOptions & { bigint: true },
+): Promise<ConvertResult<bigint>>
+export function convert(
+  source: ImageSource | readonly ImageSource[],
+  target: PathLike | NbdSource,
+  options: ConvertOptions & BigIntResults,
+): Promise<ConvertResult>
 export async function convert(
   source: ImageSource | readonly ImageSource[],
   target: PathLike | NbdSource,
-  options: ConvertOptions,
-): Promise<ConvertResult> {
+  options: ConvertOptions & BigIntResults,
+): Promise<ConvertResult<number | bigint>> {
   return await forgetting(() => convertImages(source, target, options))
 }
 
 async function convertImages(
   source: ImageSource | readonly ImageSource[],
   target: PathLike | NbdSource,
-  options: ConvertOptions,
-): Promise<ConvertResult> {
+  options: ConvertOptions & BigIntResults,
+): Promise<ConvertResult<number | bigint>> {
   const located = Array.isArray(source)
     ? source.map((each: unknown, index) => toLocated(each, `source[${index}]`))
     : [toLocated(source, 'source')]
@@ -228,6 +245,9 @@ async function convertImages(
   try {
     const chains = await openSources(located, read, images)
     const [first] = chains
+    // What cannot be said in the end is refused before anything is done.
+    const whole = chains.reduce((sum, { virtualSize }) => sum + virtualSize, 0)
+    sizesIn(read.bigint)(read.length ?? whole, 'convert: virtualSize')
     const delta = read.base && first && (await lookAtBase(read.base, first, read))
     const inUse = [...chains.flatMap(chain => chain.identities), ...(delta?.identities ?? [])]
     const onto =
@@ -251,7 +271,7 @@ async function convertImages(
       images.pop()
       await release(onto)
     }
-    return { ...toResult(converted), durationMs: performance.now() - begin }
+    return { ...toResult(converted, read.bigint), durationMs: performance.now() - begin }
   } finally {
     await Promise.all([...images, ...files].map(number => release(number)))
   }
@@ -281,7 +301,23 @@ function isSource(path: string | undefined): Qcow2Error {
   return new Qcow2Error('ERR_QCOW2_INVALID_ARGUMENT', message, { path, field: 'target' })
 }
 
-function toResult({ skippedBitmaps, ...converted }: NativeConverted): Omit<ConvertResult, 'durationMs'> {
+function toResult(
+  { skippedBitmaps, virtualSize, bytesRead, bytesWritten, unreadable }: NativeConverted,
+  big: boolean | undefined,
+): Omit<ConvertResult<number | bigint>, 'durationMs'> {
+  const size = sizesIn(big)
+  const converted = {
+    virtualSize: size(virtualSize, 'virtualSize'),
+    bytesRead: size(bytesRead, 'bytesRead'),
+    bytesWritten: size(bytesWritten, 'bytesWritten'),
+    ...(unreadable && {
+      unreadable: unreadable.map(({ start, length, message }) => ({
+        start: size(start, 'unreadable'),
+        length: size(length, 'unreadable'),
+        message,
+      })),
+    }),
+  }
   if (skippedBitmaps === undefined) return converted
   const exact = skippedBitmaps.every(isText)
   return {
@@ -374,6 +410,7 @@ function toOrder(read: ReadConvert, sources: number): Omit<NativeConvertJob, 'in
     targetIsZero,
     overwrite: read.overwrite ?? false,
     durable: read.durable ?? true,
+    countData: read.countData ?? false,
   }
 }
 

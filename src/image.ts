@@ -8,25 +8,25 @@ import { type CheckResult, checkImage, readCheckOptions } from './check.js'
 import { type CloneOptions, type CloneResult, Clones, readCloneOptions } from './clone.js'
 import { COMPACT, type CompactOptions, type CompactResult, compactImage } from './compaction.js'
 import { AbortError, invalidArgument, Qcow2Error } from './errors.js'
-import { type ImageInfo, layersInfo } from './info.js'
+import { type AnyImageInfo, type ImageInfo, infoIn, layersInfo } from './info.js'
 import { Keys } from './keys.js'
-import { type MapEntry, type MapOptions, readMapOptions, walkMap } from './map.js'
+import { entryIn, type MapEntry, type MapOptions, type ReadMapOptions, readMapOptions, walkMap } from './map.js'
 import { native } from './native.js'
-import { ABORTABLE, type Abortable, type LongRunning, readOptions, throwIfAborted } from './options.js'
+import { ABORTABLE, type Abortable, flag, type LongRunning, readOptions, throwIfAborted } from './options.js'
 import { type OverlayOptions, putOverlay, readOverlayOptions } from './overlay.js'
 import { fill, fillAll, READ, type ReadOptions } from './read.js'
 import { resizeDisk, TRUNCATE, type TruncateOptions } from './resize.js'
 import { forgetting } from './secret.js'
 import { Snapshots } from './snapshot/snapshots.js'
 import { type PathLike, release } from './source.js'
-import { openReadStream, openWebStream, type ReadStreamOptions, type WebStreamOptions } from './stream.js'
+import { type Guest, openReadStream, openWebStream, type ReadStreamOptions, type WebStreamOptions } from './stream.js'
 import { toBytesView } from './support/buffers.js'
 import { Lifetime } from './support/lifetime.js'
 import { type ImageOwner, setOwner } from './support/owner.js'
 import { request } from './support/requests.js'
 import { shownText } from './text.js'
-import { checkTransfer, toTransfer, toViews } from './transfers.js'
-import { type Size, toBytes } from './units.js'
+import { checkPlaces, checkTransfer, toTransfer, toViews } from './transfers.js'
+import { type BigIntResults, type Size, safe, sizesIn, toBytes, toSize } from './units.js'
 import {
   checkWrite,
   giveUp,
@@ -52,6 +52,8 @@ const unclosed = new FinalizationRegistry<Chain>(({ image, path }) => {
   // Flushed as by close(); a failure has nobody to hear of it but the process.
   release(image).catch((error: unknown) => process.emitWarning(error instanceof Error ? error : String(error)))
 })
+
+const INFO = { ...ABORTABLE, bigint: flag } as const
 
 let stopsAtExit = false
 
@@ -123,9 +125,18 @@ export class Image implements AsyncDisposable {
   /** The key slots of the top layer, where that is encrypted with LUKS. */
   readonly keys: Keys
 
-  /** Size of the disk in bytes. */
+  /**
+   * Size of the disk in bytes.
+   *
+   * @throws {@link Qcow2Error} `ERR_QCOW2_LIMIT` for a disk beyond 2^53 - 1 bytes: `virtualSizeBigInt` has it
+   */
   get virtualSize(): number {
-    return this.#size
+    return safe(this.#size, 'virtualSize')
+  }
+
+  /** Size of the disk in bytes, however large it is. */
+  get virtualSizeBigInt(): bigint {
+    return BigInt(this.#size)
   }
 
   /** Bytes per cluster of the top layer: what it allocates at a time. 65536 for raw, which has no clusters. */
@@ -182,6 +193,7 @@ export class Image implements AsyncDisposable {
   ): Promise<{ bytesRead: number; buffers: T }> {
     const views = toViews(buffers, 'Image.readv')
     const start = toBytes(position, 'Image.readv: position')
+    checkPlaces('Image.readv', views, start)
     const { signal } = readOptions(options, 'Image.readv', ABORTABLE)
     throwIfAborted(signal)
     const bytesRead = await this.#lifetime.run(() => fillAll(this.#chain.image, this.#size, views, start, signal))
@@ -225,6 +237,7 @@ export class Image implements AsyncDisposable {
   ): Promise<{ bytesWritten: number; buffers: T }> {
     const views = toViews(buffers, 'Image.writev')
     const start = toBytes(position, 'Image.writev: position')
+    checkPlaces('Image.writev', views, start)
     const { signal, compressed = false } = readOptions(options, 'Image.writev', WRITEV)
     throwIfAborted(signal)
     const length = views.reduce((sum, view) => sum + view.length, 0)
@@ -328,29 +341,52 @@ export class Image implements AsyncDisposable {
   }
 
   /** Describes the top layer, in the terms of QAPI's `ImageInfo`. */
-  async info(options?: Abortable): Promise<ImageInfo> {
-    const [top] = await this.chain(options)
+  info(options: Abortable & { bigint: true }): Promise<ImageInfo<bigint>>
+  info(options?: Abortable & BigIntResults): Promise<ImageInfo>
+  async info(options?: Abortable & BigIntResults): Promise<AnyImageInfo> {
+    const [top] = await this.#describe(options)
     if (top === undefined) throw invalidArgument('image', 'an image has at least one layer')
     return top
   }
 
   /** Describes every layer of the backing chain that is open, the top first. */
-  async chain(options?: Abortable): Promise<ImageInfo[]> {
-    const { signal } = readOptions(options, 'Image.info', ABORTABLE)
+  chain(options: Abortable & { bigint: true }): Promise<ImageInfo<bigint>[]>
+  chain(options?: Abortable & BigIntResults): Promise<ImageInfo[]>
+  async chain(options?: Abortable & BigIntResults): Promise<AnyImageInfo[]> {
+    return this.#describe(options)
+  }
+
+  async #describe(options: (Abortable & BigIntResults) | undefined): Promise<AnyImageInfo[]> {
+    const { signal, bigint } = readOptions(options, 'Image.info', INFO)
     throwIfAborted(signal)
     const layers = await this.#lifetime.run(() => layersInfo(this.#chain.image))
     throwIfAborted(signal)
-    return layers
+    return layers.map(layer => infoIn(layer, bigint))
   }
 
   /**
    * Iterates over what the disk is made of: runs of one kind in order and without gaps, neighbours merged. A `start` beyond
    * the end of the disk gives nothing.
    */
-  async *map(options?: MapOptions): AsyncGenerator<MapEntry, void, undefined> {
+  map(options: MapOptions & { bigint: true }): AsyncGenerator<MapEntry<bigint>, void, undefined>
+  map(options?: MapOptions & BigIntResults): AsyncGenerator<MapEntry, void, undefined>
+  async *map(options?: MapOptions & BigIntResults): AsyncGenerator<MapEntry | MapEntry<bigint>, void, undefined> {
     const read = readMapOptions(options)
     throwIfAborted(read.signal)
-    yield* walkMap(this.#chain.image, this.#size, read, work => this.#lifetime.run(work))
+    for await (const entry of this.#walk(read)) yield entryIn(entry, read.bigint)
+  }
+
+  #walk(options: ReadMapOptions): AsyncGenerator<MapEntry, void, undefined> {
+    return walkMap(this.#chain.image, this.#size, options, work => this.#lifetime.run(work))
+  }
+
+  /** The disk as its streams know it. */
+  #guest(): Guest {
+    return {
+      virtualSize: this.#size,
+      read: (buffer, { position, signal }) => this.read(buffer, { position: toSize(position), signal }),
+      map: range => this.#walk({ ...range, depth: 'all', bigint: undefined, signal: undefined }),
+    }
   }
 
   /**
@@ -362,10 +398,14 @@ export class Image implements AsyncDisposable {
    * @throws {@link Qcow2Error} as `create`; `ERR_QCOW2_INVALID_ARGUMENT` for a target that is a file of this image; `ERR_QCOW2_CLOSED` if the
    *   image is closed first; the system's code (`ENOSPC`, `EIO`)
    */
-  async clone(target: PathLike, options: CloneOptions): Promise<CloneResult> {
+  clone(target: PathLike, options: CloneOptions & { bigint: true }): Promise<CloneResult<bigint>>
+  clone(target: PathLike, options: CloneOptions & BigIntResults): Promise<CloneResult>
+  async clone(target: PathLike, options: CloneOptions & BigIntResults): Promise<CloneResult<number | bigint>> {
     return await forgetting(async () => {
       const { path, options: read } = readCloneOptions(target, options)
       throwIfAborted(read.signal)
+      // What cannot be said in the end is refused before anything is done.
+      sizesIn(read.bigint)(this.#size, 'Image.clone: virtualSize')
       return this.#lifetime.run(() => this.#clones.make(path, read))
     })
   }
@@ -422,12 +462,12 @@ export class Image implements AsyncDisposable {
    * open when the stream ends.
    */
   createReadStream(options?: ReadStreamOptions): Readable {
-    return openReadStream(this, options)
+    return openReadStream(this.#guest(), options)
   }
 
   /** A web stream of guest bytes. The image stays open when the stream ends. */
   readableWebStream(options?: WebStreamOptions): ReadableStream<Uint8Array> {
-    return openWebStream(this, options)
+    return openWebStream(this.#guest(), options)
   }
 
   /**

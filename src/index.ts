@@ -52,7 +52,7 @@ export type { Snapshots } from './snapshot/snapshots.js'
 export type { DetachedImage, ImageSource, PathLike } from './source.js'
 export type { ReadStreamOptions, SparseChunk, WebStreamOptions } from './stream.js'
 export type { Name } from './text.js'
-export type { Size } from './units.js'
+export type { BigIntResults, Size } from './units.js'
 export type { WriteOptions, WriteStreamOptions, WritevOptions, WriteZeroesOptions } from './write.js'
 
 /** The version of this package. */

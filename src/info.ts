@@ -6,9 +6,10 @@ import { type Format, traitsOf } from './formats/table.js'
 import type { NativeLayerInfo, NativeNamedFile } from './native.js'
 import { request, toError } from './support/requests.js'
 import { shown, shownText } from './text.js'
+import { sizesIn } from './units.js'
 
 /** An internal snapshot, as QAPI's `SnapshotInfo`. */
-export interface SnapshotInfo {
+export interface SnapshotInfo<N extends number | bigint = number> {
   readonly id: string
   /** The bytes of `id`, where they are not UTF-8: it then has replacement characters. */
   readonly idBytes?: Buffer
@@ -16,7 +17,7 @@ export interface SnapshotInfo {
   /** The bytes of `name`, where they are not UTF-8: it then has replacement characters, and other names can be shown the same. */
   readonly nameBytes?: Buffer
   /** Size of the saved machine state in bytes; 0 for a snapshot of the disk alone. */
-  readonly vmStateSize: number
+  readonly vmStateSize: N
   /** When it was made: seconds since 1970, and nanoseconds. */
   readonly dateSec: number
   readonly dateNsec: number
@@ -127,19 +128,19 @@ export interface BlockLimits {
   readonly optMemAlignment: number
 }
 
-/** One layer of an image, as QAPI's `ImageInfo`. Sizes are bytes. */
-export interface ImageInfo {
+/** One layer of an image, as QAPI's `ImageInfo`. Sizes are bytes: numbers, or bigints where they were asked for. */
+export interface ImageInfo<N extends number | bigint = number> {
   /** The file as it was opened; empty where only a descriptor is known. */
   readonly filename: string
   /** The bytes of `filename`, where they are not UTF-8: it then has replacement characters. */
   readonly filenameBytes?: Buffer
   readonly format: Format
   /** Size of the disk. */
-  readonly virtualSize: number
+  readonly virtualSize: N
   /** Space that the file takes on its file system. Absent of an export, of which no server tells that. */
-  readonly actualSize?: number
+  readonly actualSize?: N
   /** Length of the file. */
-  readonly fileLength: number
+  readonly fileLength: N
   /** What holds the image: a regular file, a block device, or an export of an NBD server. */
   readonly protocol: 'file' | 'host_device' | 'nbd'
   /** Absent for raw, which has no clusters. */
@@ -157,7 +158,7 @@ export interface ImageInfo {
   readonly fullBackingFilenameBytes?: Buffer
   readonly backingFilenameFormat?: string
   /** In the order of the snapshot table. */
-  readonly snapshots: readonly SnapshotInfo[]
+  readonly snapshots: readonly SnapshotInfo<N>[]
   /**
    * Why there are snapshots or bitmaps that are not listed: their tables are damaged. The disk itself can be read, but not written to;
    * `check` with `repair: 'all'` keeps what is left of them. Absent where nothing is wrong.
@@ -173,13 +174,34 @@ export interface ImageInfo {
 
 type NativeQcow2Info = NonNullable<NativeLayerInfo['qcow2']>
 
+/** A description whose sizes are not yet what its caller is to see. */
+export type AnyImageInfo = ImageInfo<number | bigint>
+
+/** Sizes of a description as the caller wants them: see {@link sizesIn}. */
+export function infoIn(info: AnyImageInfo, big: boolean | undefined): AnyImageInfo {
+  const size = sizesIn(big)
+  return {
+    ...info,
+    virtualSize: size(info.virtualSize, 'virtualSize'),
+    ...(info.actualSize !== undefined && { actualSize: size(info.actualSize, 'actualSize') }),
+    fileLength: size(info.fileLength, 'fileLength'),
+    snapshots: info.snapshots.map(snapshot => snapshotIn(snapshot, big)),
+  }
+}
+
+/** As {@link infoIn}, of a snapshot. */
+export const snapshotIn = (
+  snapshot: SnapshotInfo<number | bigint>,
+  big: boolean | undefined,
+): SnapshotInfo<number | bigint> => ({ ...snapshot, vmStateSize: sizesIn(big)(snapshot.vmStateSize, 'vmStateSize') })
+
 /** Describes every layer of an open image, top first. */
-export async function layersInfo(image: number): Promise<ImageInfo[]> {
+export async function layersInfo(image: number): Promise<AnyImageInfo[]> {
   const layers = await request<NativeLayerInfo[]>((number, addon) => addon.layersInfo(number, image))
   return layers.map(toImageInfo)
 }
 
-function toImageInfo(native: NativeLayerInfo): ImageInfo {
+function toImageInfo(native: NativeLayerInfo): AnyImageInfo {
   const { qcow2, luks, filename, backing, encryption, ...layer } = native
   // The addon opens no others.
   const format = layer.format as Format

@@ -4,12 +4,22 @@ import { prefixBytes, withFileBytes } from './backing/file-bytes.js'
 import { describeKnown, detectFormat } from './formats/probe.js'
 import type { FileBytes } from './formats/sizes.js'
 import { DEFAULT_FORMAT, type Format, isFormat } from './formats/table.js'
-import type { NativeInspection } from './native.js'
-import { ABORTABLE, type Abortable, type Limits, limits, readOptions, throwIfAborted } from './options.js'
-import { type ImageSource, openFile, release, toLocated } from './source.js'
+import type { NativeInspection, NativeLimits } from './native.js'
+import {
+  ABORTABLE,
+  type Abortable,
+  flag,
+  type Limits,
+  limits,
+  type ReadLimits,
+  readOptions,
+  throwIfAborted,
+} from './options.js'
+import { type ImageSource, type Located, openFile, release, toLocated } from './source.js'
 import { toBytesView } from './support/buffers.js'
 import { request } from './support/requests.js'
 import { shown, shownText } from './text.js'
+import type { BigIntResults } from './units.js'
 
 /** Options of {@link inspect}. */
 export interface InspectOptions extends Abortable {
@@ -39,13 +49,16 @@ export interface Finding {
 }
 
 /** What the first bytes of a file say. Spec: "Header", "Header extensions". */
-export interface Inspection {
+export interface Inspection<N extends number | bigint = number> {
   /** By its magic, where that is one of a format that is opened; `'unknown'` otherwise: raw is never guessed. */
   readonly format: Format | 'unknown'
   /** Another format that the file has the structures of (`'vmdk'`), if any: at its start, or (`'vpc'`, `'dmg'`) at its end. */
   readonly detected?: string
-  /** Bytes, also of a detected format; 0 where the header does not say. */
-  readonly virtualSize: number
+  /**
+   * Bytes, also of a detected format; 0 where the header does not say, and, with a finding `'LIMIT'`, where it says more than 2^53 - 1 and
+   * no bigints were asked for.
+   */
+  readonly virtualSize: N
   readonly clusterSize?: number
   /** Of qcow2. */
   readonly version?: 2 | 3
@@ -77,7 +90,7 @@ export interface Inspection {
 /** No header is longer than one cluster. */
 const LARGEST_CLUSTER = 2 ** 21
 
-const INSPECT = { ...ABORTABLE, limits } as const
+const INSPECT = { ...ABORTABLE, limits, bigint: flag } as const
 
 /**
  * Says what an untrusted image claims, without opening anything that it names: from a file (its first cluster is read, and its
@@ -90,25 +103,51 @@ const INSPECT = { ...ABORTABLE, limits } as const
  *
  * @throws {@link Qcow2Error} the system's code where the file cannot be read
  */
+export function inspect(
+  source: Exclude<ImageSource, Buffer> | Uint8Array,
+  options: InspectOptions & { bigint: true },
+): Promise<Inspection<bigint>>
+export function inspect(
+  source: Exclude<ImageSource, Buffer> | Uint8Array,
+  options?: InspectOptions & BigIntResults,
+): Promise<Inspection>
 export async function inspect(
   source: Exclude<ImageSource, Buffer> | Uint8Array,
-  options?: InspectOptions,
-): Promise<Inspection> {
-  if (source instanceof Uint8Array) {
-    const read = readOptions(options, 'inspect', INSPECT)
-    throwIfAborted(read.signal)
-    const view = toBytesView(source, 'inspect: source')
-    const bytes = Buffer.from(view.buffer, view.byteOffset, Math.min(view.byteLength, LARGEST_CLUSTER))
-    const format = formatOf(bytes)
-    const found = await request<NativeInspection>((number, addon) =>
-      addon.inspectPrefix(number, bytes, format ?? DEFAULT_FORMAT, read.limits),
-    )
-    throwIfAborted(read.signal)
-    return toInspection(format, found, found.header === undefined ? prefixBytes(bytes) : undefined)
-  }
-  const located = toLocated(source, 'source')
-  const { signal, limits: bounds } = readOptions(options, 'inspect', INSPECT)
+  options?: InspectOptions & BigIntResults,
+): Promise<Inspection<number | bigint>> {
+  const located = source instanceof Uint8Array ? toBytesView(source, 'inspect: source') : toLocated(source, 'source')
+  const { signal, limits: given, bigint = false } = readOptions(options, 'inspect', INSPECT)
   throwIfAborted(signal)
+  const bounds = bigint ? given : withinNumbers(given)
+  const found = await (located instanceof Uint8Array
+    ? inspectBytes(located, bounds)
+    : inspectLocated(located, bounds, signal))
+  throwIfAborted(signal)
+  const { virtualSize } = found
+  if (bigint) return { ...found, virtualSize: BigInt(virtualSize) }
+  return { ...found, virtualSize: virtualSize <= Number.MAX_SAFE_INTEGER ? Number(virtualSize) : 0 }
+}
+
+/** Where sizes are numbers, one that cannot be is a finding. */
+const withinNumbers = (given: ReadLimits | undefined): NativeLimits => ({
+  ...given,
+  maxVirtualSize: Math.min(given?.maxVirtualSize ?? Number.MAX_SAFE_INTEGER, Number.MAX_SAFE_INTEGER),
+})
+
+async function inspectBytes(view: Uint8Array, bounds: NativeLimits | undefined): Promise<Inspection<number | bigint>> {
+  const bytes = Buffer.from(view.buffer, view.byteOffset, Math.min(view.byteLength, LARGEST_CLUSTER))
+  const format = formatOf(bytes)
+  const found = await request<NativeInspection>((number, addon) =>
+    addon.inspectPrefix(number, bytes, format ?? DEFAULT_FORMAT, bounds),
+  )
+  return toInspection(format, found, found.header === undefined ? prefixBytes(bytes) : undefined)
+}
+
+async function inspectLocated(
+  located: Located,
+  bounds: NativeLimits | undefined,
+  signal: AbortSignal | undefined,
+): Promise<Inspection<number | bigint>> {
   const { file, head } = await openFile(located.header ?? located, {}, signal)
   const format = formatOf(head)
   try {
@@ -116,7 +155,6 @@ export async function inspect(
     const found = await request<NativeInspection>((number, addon) =>
       addon.inspectFile(number, file, format ?? DEFAULT_FORMAT, bounds),
     )
-    throwIfAborted(signal)
     if (found.header !== undefined) return await toInspection(format, found)
     if ('nbd' in located) return await toInspection(format, found, prefixBytes(head))
     return await withFileBytes(located, bytes => toInspection(format, found, bytes))
@@ -135,7 +173,7 @@ async function toInspection(
   format: Format | undefined,
   { header, ...found }: NativeInspection,
   file?: FileBytes,
-): Promise<Inspection> {
+): Promise<Inspection<number | bigint>> {
   const known = file && (await describeKnown(file))
   const backingFilename = header?.backingFilename ?? found.backingFilename
   return {

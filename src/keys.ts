@@ -1,7 +1,7 @@
 /** Key slots of an encrypted image: which secrets open it. */
 
 import { invalidArgument, Qcow2Error } from './errors.js'
-import type { ImageInfo, LuksSlotInfo } from './info.js'
+import type { AnyImageInfo, LuksSlotInfo } from './info.js'
 import type { NativeKeyOrder } from './native.js'
 import { ABORTABLE, type Abortable, flag, integer, type Read, readOptions, throwIfAborted } from './options.js'
 import { forgetting, ITER_TIME, type Secret, secret } from './secret.js'
@@ -38,7 +38,7 @@ export interface RemoveKeyOptions extends Abortable {
 
 /** What the keys need of the image that has them. */
 export interface KeyOwner extends ImageOwner {
-  top(): Promise<ImageInfo | undefined>
+  top(): Promise<AnyImageInfo | undefined>
 }
 
 const SLOT = integer(0, 7)

@@ -1,10 +1,10 @@
 /** Maps of an image's allocation: `qemu-img map` as an iterator. */
 
 import type { NativeExtents } from './native.js'
-import { ABORTABLE, type Abortable, bytes, oneOf, type Read, readOptions, throwIfAborted } from './options.js'
+import { ABORTABLE, type Abortable, bytes, flag, oneOf, type Read, readOptions, throwIfAborted } from './options.js'
 import { requestWatched } from './support/requests.js'
 import { shown } from './text.js'
-import type { Size } from './units.js'
+import { type Size, sizesIn } from './units.js'
 
 /** Options of {@link Image.map}. */
 export interface MapOptions extends Abortable {
@@ -17,11 +17,11 @@ export interface MapOptions extends Abortable {
 }
 
 /** A run of guest bytes of one kind, as QAPI's `MapEntry`. */
-export interface MapEntry {
+export interface MapEntry<N extends number | bigint = number> {
   /** First guest byte. */
-  readonly start: number
+  readonly start: N
   /** Bytes. */
-  readonly length: number
+  readonly length: N
   /** The layer that has it: 0 is the top. */
   readonly depth: number
   /** Some layer of the chain has the range. */
@@ -32,14 +32,14 @@ export interface MapEntry {
   readonly data: boolean
   readonly compressed: boolean
   /** Where the first byte is in the file, for what is stored uncompressed. */
-  readonly offset?: number
+  readonly offset?: N
   /** The file that `offset` is in. */
   readonly filename?: string
   /** The bytes of `filename`, where they are not UTF-8: it then has replacement characters. */
   readonly filenameBytes?: Buffer
 }
 
-const MAP = { ...ABORTABLE, start: bytes, length: bytes, depth: oneOf('all', 'top') } as const
+const MAP = { ...ABORTABLE, start: bytes, length: bytes, depth: oneOf('all', 'top'), bigint: flag } as const
 
 /** {@link MapOptions}, read. */
 export type ReadMapOptions = Read<typeof MAP>
@@ -54,9 +54,22 @@ const COMPRESSED = 3
 
 /** Guest bytes looked at in one request: adapted to how many extents come back. */
 const FIRST_STEP = 2 ** 29
-const MAX_STEP = 2 ** 36
+const MAX_STEP = 2 ** 42
 const MIN_STEP = 2 ** 21
 const MANY = 8192
+
+/** Sizes and offsets of an entry as the caller wants them: see {@link sizesIn}. */
+export function entryIn(entry: MapEntry, big: boolean | undefined): MapEntry | MapEntry<bigint> {
+  const { start, length, offset } = entry
+  if (!big && start + length <= Number.MAX_SAFE_INTEGER && (offset ?? 0) <= Number.MAX_SAFE_INTEGER) return entry
+  const size = sizesIn(big)
+  return {
+    ...entry,
+    start: size(start, 'start'),
+    length: size(length, 'length'),
+    ...(offset !== undefined && { offset: size(offset, 'offset') }),
+  } as MapEntry | MapEntry<bigint>
+}
 
 /** The extents of an image; `run` runs a request on it. Neighbours of one kind are merged. */
 export async function* walkMap(

@@ -6,12 +6,12 @@ import { SOURCE, type SourceOptions } from './convert.js'
 import { invalidArgument } from './errors.js'
 import { can, PLAIN_FORMAT, type TargetFormat } from './formats/table.js'
 import type { NativeMeasured, NativeShape } from './native.js'
-import { LONG_RUNNING, type LongRunning, readOptions, throwIfAborted } from './options.js'
+import { flag, LONG_RUNNING, type LongRunning, readOptions, throwIfAborted } from './options.js'
 import { forgetting } from './secret.js'
 import { type Preallocation, type Qcow2Shape, SHAPE, shape, toNativeShape } from './shape.js'
 import { type ImageSource, targetFormat, toLocated, toTargetFormat } from './source.js'
 import { runJob } from './support/jobs.js'
-import { type Size, toBytes } from './units.js'
+import { type BigIntResults, type Size, sizesIn, toBytes } from './units.js'
 
 /** Options of {@link measure}. */
 export interface MeasureOptions extends SourceOptions, LongRunning {
@@ -23,13 +23,13 @@ export interface MeasureOptions extends SourceOptions, LongRunning {
 }
 
 /** Bytes, as QAPI's `BlockMeasureInfo`. */
-export interface MeasureResult {
+export interface MeasureResult<N extends number | bigint = number> {
   /** What a target needs for this source. */
-  readonly required: number
+  readonly required: N
   /** What it can grow to when the guest has written everything. */
-  readonly fullyAllocated: number
+  readonly fullyAllocated: N
   /** More, for the source's persistent bitmaps. Absent where source or target cannot have any. */
-  readonly bitmaps?: number
+  readonly bitmaps?: N
 }
 
 const MEASURE = {
@@ -38,6 +38,7 @@ const MEASURE = {
   to: targetFormat,
   create: shape,
   preallocation: SHAPE.preallocation,
+  bigint: flag,
 } as const
 
 /**
@@ -47,17 +48,27 @@ const MEASURE = {
  * @throws {@link Qcow2Error} as `open`; `ERR_QCOW2_INVALID_ARGUMENT`; `ERR_QCOW2_LIMIT` for a size that the geometry cannot
  *   address
  */
+export function measure(
+  source: ImageSource | { readonly size: Size },
+  options: MeasureOptions & { bigint: true },
+): Promise<MeasureResult<bigint>>
+export function measure(
+  source: ImageSource | { readonly size: Size },
+  options: MeasureOptions & BigIntResults,
+): Promise<MeasureResult>
 export async function measure(
   source: ImageSource | { readonly size: Size },
-  options: MeasureOptions,
-): Promise<MeasureResult> {
+  options: MeasureOptions & BigIntResults,
+): Promise<AnyMeasureResult> {
   return await forgetting(() => measureImage(source, options))
 }
 
+type AnyMeasureResult = MeasureResult<number | bigint>
+
 async function measureImage(
   source: ImageSource | { readonly size: Size },
-  options: MeasureOptions,
-): Promise<MeasureResult> {
+  options: MeasureOptions & BigIntResults,
+): Promise<AnyMeasureResult> {
   const read = readOptions(options, 'measure', MEASURE)
   const { from, references, secret, snapshot, limits, signal } = read
   const { preallocation = read.create?.preallocation } = read
@@ -65,10 +76,17 @@ async function measureImage(
     throw invalidArgument('snapshot', `measure: a ${from} image has no snapshots`)
   }
   const wanted = toNativeShape('measure', toTargetFormat('measure', read.to), { ...read.create, preallocation })
-  const run = (image: number | undefined, size: number, target: NativeShape): Promise<MeasureResult> =>
-    runJob<NativeMeasured>('measure', read, (request, job, addon) =>
+  const sizes = sizesIn(read.bigint)
+  const run = async (image: number | undefined, size: number, target: NativeShape): Promise<AnyMeasureResult> => {
+    const { required, fullyAllocated, bitmaps } = await runJob<NativeMeasured>('measure', read, (request, job, addon) =>
       addon.measureImage(request, job, image, size, target),
     )
+    return {
+      required: sizes(required, 'required'),
+      fullyAllocated: sizes(fullyAllocated, 'fullyAllocated'),
+      ...(bitmaps !== undefined && { bitmaps: sizes(bitmaps, 'bitmaps') }),
+    }
+  }
   if (isSize(source)) {
     throwIfAborted(signal)
     for (const name of ['from', 'snapshot'] as const) {

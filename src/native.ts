@@ -122,7 +122,7 @@ export interface NativeLayerInfo {
   readonly format: string
   readonly virtualSize: number
   readonly actualSize?: number
-  readonly fileLength: number
+  readonly fileLength: number | bigint
   readonly limits: {
     readonly requestAlignment: number
     readonly memoryAlignment: number
@@ -150,7 +150,7 @@ export interface NativeLayerInfo {
     readonly snapshots: readonly {
       readonly id: string
       readonly name: string
-      readonly vmStateSize: number
+      readonly vmStateSize: number | bigint
       readonly dateSec: number
       readonly dateNsec: number
       readonly vmClockSec: number
@@ -195,7 +195,7 @@ export interface NativeLuksInfo {
 export interface NativeInspection {
   readonly header?: {
     readonly version?: 2 | 3
-    readonly virtualSize: number
+    readonly virtualSize: number | bigint
     readonly clusterSize?: number
     readonly backingFilename?: string
     readonly backingFormat?: string
@@ -287,6 +287,7 @@ export interface NativeConvertJob {
   targetIsZero: boolean
   overwrite: boolean
   durable: boolean
+  countData: boolean
   /** The image to write into. */
   target?: number | undefined
   /** The file to make the target in. */
@@ -325,7 +326,7 @@ export interface NativeConverted {
 export interface NativeCompared {
   /** Absent for identical disks. */
   readonly reason?: 'size' | 'allocation' | 'content'
-  readonly offset?: number
+  readonly offset?: number | bigint
   readonly sizesDiffer: boolean
 }
 
@@ -475,6 +476,9 @@ export interface Addon {
     position: number,
     watch?: number,
   ): boolean
+  /** Of the state of a virtual machine, behind the disk. */
+  readVmState(request: number, image: number, buffer: Uint8Array, position: number): void
+  writeVmState(request: number, image: number, buffer: Uint8Array, position: number): void
   /** As `read`. `watch`, here and below, is the number by which the request is cancelled. */
   write(
     request: number,
@@ -580,7 +584,8 @@ export interface Addon {
   /** Forgets a request that could be cancelled; tells how many bytes it has done. */
   endRequest(watch: number): number
   cancelJob(job: number): void
-  jobProgress(job: number): [current: number, total: number]
+  /** The steps are those since the last call: `Progress.steps`. */
+  jobProgress(job: number): [current: number, total: number, ...steps: number[]]
   /** Forgets a job that has delivered what it had to say. */
   endJob(job: number): void
   /** How many jobs run at the same time, from now on as many as given. */

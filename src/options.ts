@@ -28,6 +28,11 @@ export interface Progress {
   readonly current: number
   /** Bytes of guest data in all; 0 while that is not known, and while the job waits its turn ({@link configure}). */
   readonly total: number
+  /**
+   * `current` as it was each time that the job had passed another hundredth since the last call, in order: a job that is done before
+   * the first call tells how it went all the same.
+   */
+  readonly steps: readonly number[]
 }
 
 /** Options of every job that can take long. */
@@ -53,7 +58,7 @@ export interface LongRunning extends Abortable {
  * images open here and there; tighten them for images from strangers.
  */
 export interface Limits {
-  /** Largest virtual size in bytes. Default 2^53 - 1. */
+  /** Largest virtual size in bytes. Default 2^63 - 1, and for `inspect` without `bigint: true` 2^53 - 1. */
   maxVirtualSize?: Size | undefined
   /** Most bytes of metadata that is loaded as a whole (L1, refcount and snapshot tables). Default 128 MiB. */
   maxMetadataBytes?: Size | undefined

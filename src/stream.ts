@@ -3,10 +3,10 @@
 import type { Readable } from 'node:stream'
 import type { ReadableStream } from 'node:stream/web'
 import { invalidArgument } from './errors.js'
-import type { MapEntry, MapOptions } from './map.js'
+import type { MapEntry } from './map.js'
 import { ABORTABLE, type Abortable, bytes, flag, integer, readOptions } from './options.js'
 import { nodeStream } from './support/node-stream.js'
-import type { Size } from './units.js'
+import { type Size, safe } from './units.js'
 
 /** Options of {@link Image.readableWebStream}. */
 export interface WebStreamOptions extends Abortable {
@@ -32,10 +32,10 @@ export interface SparseChunk {
 }
 
 /** What a stream needs of an image. */
-interface Guest {
+export interface Guest {
   readonly virtualSize: number
   read(buffer: Buffer, options: { position: number; signal?: AbortSignal | undefined }): Promise<{ bytesRead: number }>
-  map(options: MapOptions): AsyncIterable<MapEntry>
+  map(range: { readonly start: number; readonly length: number }): AsyncIterable<MapEntry>
 }
 
 const CHUNK = 2 ** 20
@@ -49,19 +49,24 @@ interface Range {
   readonly end: number
 }
 
-function toRange(virtualSize: number, start: number | undefined, end: number | undefined): Range {
+function toRange(virtualSize: number, start: number | undefined, end: number | undefined, chunk: number): Range {
   const from = start ?? 0
   if (end !== undefined && end < from) {
     throw invalidArgument('end', `end (${end}) is before start (${from}); it is the last byte, included`)
   }
   const to = end === undefined ? virtualSize : Math.min(virtualSize, end + 1)
+  // Beyond, every chunk must begin where numbers are exact.
+  if (to > Number.MAX_SAFE_INTEGER && (from % 512 !== 0 || chunk % 512 !== 0)) {
+    const message = 'beyond 2^53 - 1, start and highWaterMark must be multiples of 512'
+    throw invalidArgument(chunk % 512 === 0 ? 'start' : 'highWaterMark', message)
+  }
   return { start: Math.min(from, to), end: to }
 }
 
 /** See {@link Image.createReadStream}. Wrong options throw at once: a stream has no promise to reject. */
 export function openReadStream(image: Guest, options: ReadStreamOptions | undefined): Readable {
   const { start, end, highWaterMark = CHUNK, sparse, signal } = readOptions(options, 'Image.createReadStream', NODE)
-  const range = toRange(image.virtualSize, start, end)
+  const range = toRange(image.virtualSize, start, end, highWaterMark)
   const chunks = sparse ? sparseChunks(image, range, highWaterMark) : denseChunks(image, range, highWaterMark)
   return nodeStream().Readable.from(chunks, {
     objectMode: sparse === true,
@@ -73,7 +78,7 @@ export function openReadStream(image: Guest, options: ReadStreamOptions | undefi
 /** See {@link Image.readableWebStream}. */
 export function openWebStream(image: Guest, options: WebStreamOptions | undefined): ReadableStream<Uint8Array> {
   const { start, end, highWaterMark = CHUNK, signal } = readOptions(options, 'Image.readableWebStream', WEB)
-  const chunks = denseChunks(image, toRange(image.virtualSize, start, end), highWaterMark, signal)
+  const chunks = denseChunks(image, toRange(image.virtualSize, start, end, highWaterMark), highWaterMark, signal)
   // The global: its module is loaded at the first use, not when the library is.
   return new globalThis.ReadableStream<Uint8Array>(
     {
@@ -122,7 +127,10 @@ async function* sparseChunks(
     if (entry.zero) continue
     const entryEnd = entry.start + entry.length
     for (let position = entry.start; position < entryEnd; position += size) {
-      yield { position, buffer: await chunk(image, position, Math.min(size, entryEnd - position)) }
+      yield {
+        position: safe(position, 'position'),
+        buffer: await chunk(image, position, Math.min(size, entryEnd - position)),
+      }
     }
   }
 }

@@ -37,6 +37,16 @@ export function toTransfer(
   return { offset, length, position: toBytes(options?.position, `${owner}: position`) }
 }
 
+/** Where numbers are not all exact, every buffer must begin where they are: at whole sectors. */
+export function checkPlaces(owner: string, views: readonly Uint8Array[], position: number): void {
+  const length = views.reduce((sum, view) => sum + view.length, 0)
+  if (position + length <= Number.MAX_SAFE_INTEGER || views.length < 2) return
+  const sectors = (bytes: number): boolean => bytes % 512 === 0
+  if (sectors(position) && views.slice(0, -1).every(view => sectors(view.length))) return
+  const message = `${owner}: beyond 2^53 - 1, buffers must be whole sectors of 512 bytes`
+  throw invalidArgument(`${owner}: buffers`, message)
+}
+
 /** The bytes of several views. */
 export function toViews(buffers: unknown, owner: string): Uint8Array[] {
   if (!Array.isArray(buffers)) {

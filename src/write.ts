@@ -61,7 +61,7 @@ const MEBIBYTE = 2 ** 20
 
 /** What a write stream needs of an image. */
 interface Disk {
-  writev(buffers: readonly Uint8Array[], position: number): Promise<unknown>
+  writev(buffers: readonly Uint8Array[], position: Size): Promise<unknown>
   datasync(): Promise<void>
 }
 
@@ -69,10 +69,10 @@ interface Disk {
 export function openWriteStream(disk: Disk, options: WriteStreamOptions | undefined): Writable {
   const read = readOptions(options, 'Image.createWriteStream', STREAM)
   const { start = 0, highWaterMark = MEBIBYTE, flush, signal } = read
-  let position = start
+  let position = BigInt(start)
   const write = (buffers: readonly Uint8Array[], done: (error?: Error | null) => void): void => {
     const at = position
-    for (const buffer of buffers) position += buffer.length
+    for (const buffer of buffers) position += BigInt(buffer.length)
     disk.writev(buffers, at).then(() => done(), done)
   }
   return new (nodeStream().Writable)({

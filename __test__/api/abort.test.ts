@@ -305,10 +305,48 @@ describe('progress', () => {
       progressInterval: 1,
     })
     expect(seen.length).toBeGreaterThan(2)
-    expect(seen.at(-1)).toEqual({ phase: 'convert', current: SIZE, total: SIZE })
+    expect(seen.at(-1)).toMatchObject({ phase: 'convert', current: SIZE, total: SIZE })
     expect(seen.every(({ phase, total, current }) => phase === 'convert' && current <= total)).toBe(true)
     const counts = seen.map(({ current }) => current)
     expect(counts).toEqual(counts.toSorted((a, b) => a - b))
+  })
+
+  it('has the steps of a job that is done before anybody looks', async () => {
+    const seen: Progress[] = []
+    const options = {
+      onProgress: (progress: Progress) => void seen.push(progress),
+      progressInterval: 2 ** 31 - 1,
+      overwrite: true,
+    }
+    await check(at('tables.qcow2'), { onProgress: options.onProgress, progressInterval: options.progressInterval })
+    await convert(at('disk.qcow2'), at('steps.raw'), { to: 'raw', ...options })
+    // Of what is copied, with or without work for several threads: as qemu-img cuts it.
+    for (const concurrency of [1, 4]) {
+      await convert(at('disk.qcow2'), at('steps.raw'), { to: 'raw', countData: true, concurrency, ...options })
+    }
+    const [checked, whole, ...data] = seen
+    for (const { steps, total } of seen) {
+      expect(steps.length).toBeGreaterThan(10)
+      expect(steps.length).toBeLessThanOrEqual(100)
+      expect(steps).toEqual(steps.toSorted((a, b) => a - b))
+      expect(steps.at(-1)).toBe(total)
+    }
+    expect([checked?.phase, whole?.total]).toEqual(['check', SIZE])
+    for (const { total, steps } of data) {
+      expect(total).toBe(32 * MIB)
+      expect(steps).toEqual(Array.from({ length: 16 }, (_, index) => (index + 1) * 2 * MIB))
+    }
+    // What was told once is not told again.
+    const often: Progress[] = []
+    const onProgress = (progress: Progress) => void often.push(progress)
+    await convert(at('disk.qcow2'), at('steps.raw'), {
+      to: 'raw',
+      countData: true,
+      ...options,
+      onProgress,
+      progressInterval: 1,
+    })
+    expect(often.flatMap(({ steps }) => steps)).toEqual(data[0]?.steps)
   })
 
   it('is not awaited', async () => {

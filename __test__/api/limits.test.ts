@@ -1,8 +1,8 @@
 /** Bounds on what an image may claim. */
 
-import { writeFileSync } from 'node:fs'
+import { existsSync, readFileSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
-import { check, convert, create, inspect, type Limits, open } from 'qcow2'
+import { check, compare, convert, create, inspect, type Limits, measure, open } from 'qcow2'
 import { beforeAll, describe, expect, it } from 'vitest'
 import { failure, temporaryFolder } from './fixtures.js'
 
@@ -13,6 +13,13 @@ beforeAll(async () => {
   // An L1 table of 2048 entries, 16 KiB.
   await (await create(path, { size: 2 ** 40 })).close()
 })
+
+/** All that there is to iterate over. */
+async function all<T>(iterable: AsyncIterable<T>): Promise<T[]> {
+  const found: T[] = []
+  for await (const each of iterable) found.push(each)
+  return found
+}
 
 const tight: [string, Limits, RegExp][] = [
   ['the virtual size', { maxVirtualSize: 2 ** 40 - 1 }, /size of 1099511627776 exceeds the limit of 1099511627775/],
@@ -50,27 +57,93 @@ it('a check that needs more memory than allowed says so', async () => {
   expect((await failure(() => check(path, { limits: { maxMemory: 1 } }))).code).toBe('ERR_QCOW2_LIMIT')
 })
 
-it('a disk beyond 2^53 - 1 bytes is an error, never a rounded number', async () => {
-  // The smallest header there is: version 3, 2 MiB clusters, a size that no number holds.
-  const header = Buffer.alloc(4096)
-  header.write('QFI\xfb', 'latin1')
-  header.writeUInt32BE(3, 4)
-  header.writeUInt32BE(21, 20)
-  header.writeBigUInt64BE(2n ** 53n, 24)
-  header.writeUInt32BE(16384, 36)
-  header.writeBigUInt64BE(0x400000n, 40)
-  header.writeBigUInt64BE(0x200000n, 48)
-  header.writeUInt32BE(1, 56)
-  header.writeUInt32BE(4, 96)
-  header.writeUInt32BE(104, 100)
+describe('a disk beyond 2^53 - 1 bytes', () => {
   const huge = join(folder, 'huge.qcow2')
-  writeFileSync(huge, Buffer.concat([header, Buffer.alloc(0x420000)]))
-  const error = await failure(() => open(huge))
-  expect(error).toMatchObject({ code: 'ERR_QCOW2_LIMIT', path: huge })
-  expect(error.message).toContain('9007199254740992')
-  header.writeBigUInt64BE(2n ** 53n - 512n, 24)
-  writeFileSync(huge, Buffer.concat([header, Buffer.alloc(0x420000)]))
-  await using image = await open(huge)
-  expect(image.virtualSize).toBe(2 ** 53 - 512)
-  expect((await image.read(Buffer.alloc(1024), { position: 2 ** 53 - 1024 })).bytesRead).toBe(512)
+  const size = 2n ** 53n + 1024n
+  const ask = { code: 'ERR_QCOW2_LIMIT', message: expect.stringMatching(/9007199254742016.*bigint: true/) }
+
+  it('is read and written at places that are bigints, and described in bigints alone', async () => {
+    await using image = await create(huge, { size, clusterSize: 2 ** 21 })
+    expect(image.virtualSizeBigInt).toBe(size)
+    expect(() => image.virtualSize).toThrow(expect.objectContaining(ask))
+    const at = size - 512n
+    await image.write(Buffer.alloc(512, 5), { position: at })
+    await image.writev([Buffer.alloc(512, 6), Buffer.alloc(512, 7)], at - 512n)
+    const { bytesRead, buffer } = await image.read(Buffer.alloc(1536), { position: at - 512n })
+    expect([bytesRead, buffer[0], buffer[512], buffer[1024]]).toEqual([1024, 6, 7, 0])
+    await image.writeZeroes(at, 512n)
+    expect(await failure(() => image.info())).toMatchObject(ask)
+    expect(await failure(() => image.chain())).toMatchObject(ask)
+    expect(await image.info({ bigint: true })).toMatchObject({ virtualSize: size, clusterSize: 2 ** 21 })
+    const entries = await all(image.map({ bigint: true }))
+    expect(entries.at(-1)).toMatchObject({ start: 2n ** 53n, length: 1024n, data: true })
+    expect(entries.at(-1)?.offset).toBeTypeOf('bigint')
+    expect(entries.reduce((sum, { length }) => sum + length, 0n)).toBe(size)
+    expect(await failure(() => all(image.map({ start: 2n ** 53n })))).toMatchObject({ code: 'ERR_QCOW2_LIMIT' })
+    const chunks: Buffer[] = await all(image.createReadStream({ start: at - 512n, highWaterMark: 512 }))
+    expect(chunks.map(chunk => [chunk.length, chunk[0]])).toEqual([
+      [512, 6],
+      [512, 0],
+    ])
+    await image.truncate(size + 512n)
+    expect(image.virtualSizeBigInt).toBe(size + 512n)
+    await image.truncate(size, { shrink: true })
+    await image.snapshots.create('s')
+    expect((await image.snapshots.list()).map(({ name }) => name)).toEqual(['s'])
+  })
+
+  it('is never counted by a rounded number', async () => {
+    await using image = await open(huge, { flags: 'r+' })
+    const buffer = Buffer.alloc(10)
+    for (const call of [
+      () => image.read(buffer, { position: 2n ** 53n + 1n }),
+      () => image.read(buffer, { position: 2 ** 53 }),
+      () => image.readv([buffer, buffer], 2n ** 53n),
+      () => image.writev([buffer, buffer], 2n ** 53n - 15n),
+      () => image.discard(0, 2n ** 53n + 1n),
+      async () => image.createReadStream({ highWaterMark: 1000 }),
+      () => image.write(Buffer.alloc(513), { position: size - 512n }),
+    ]) {
+      expect((await failure(call)).code).toBe('ERR_QCOW2_INVALID_ARGUMENT')
+    }
+    const stream = image.createWriteStream({ start: 2n ** 53n })
+    const failed = new Promise(resolve => stream.once('error', resolve))
+    stream.write(buffer)
+    stream.write(buffer)
+    expect(await failed).toMatchObject({ code: 'ERR_QCOW2_INVALID_ARGUMENT' })
+  })
+
+  it('is copied, measured and compared, and refused before anything is done where its size cannot be said', async () => {
+    const copy = join(folder, 'copy.qcow2')
+    const to = { to: 'qcow2', create: { clusterSize: 2 ** 21 } } as const
+    expect(await failure(() => convert(huge, copy, to))).toMatchObject({ code: 'ERR_QCOW2_LIMIT' })
+    expect(existsSync(copy)).toBe(false)
+    expect(await convert(huge, copy, { ...to, bigint: true })).toMatchObject({ virtualSize: size, bytesRead: 1024n })
+    expect(await compare(huge, copy)).toMatchObject({ identical: true })
+    expect(await failure(() => measure({ size }, to))).toMatchObject({ code: 'ERR_QCOW2_LIMIT' })
+    const { fullyAllocated } = await measure(huge, { ...to, bigint: true })
+    expect(fullyAllocated).toBeGreaterThan(size)
+    await (await create(copy, { size: 2n ** 53n + 2048n, clusterSize: 2 ** 21, overwrite: true })).close()
+    const other = await open(copy, { flags: 'r+' })
+    await other.write(Buffer.of(1), { position: size - 512n })
+    await other.close()
+    // The ten bytes before are zero in both.
+    expect(await compare(huge, copy, { bigint: true })).toMatchObject({ firstDifference: 2n ** 53n + 10n })
+  })
+
+  it('is a finding where sizes are numbers', async () => {
+    const found = await inspect(huge)
+    expect(found).toMatchObject({ virtualSize: 0, safe: false })
+    expect(found.findings.map(({ code }) => code)).toContain('LIMIT')
+    expect(await inspect(huge, { bigint: true })).toMatchObject({ virtualSize: size })
+  })
+
+  it('must be whole sectors', async () => {
+    const odd = readFileSync(huge)
+    odd.writeBigUInt64BE(size + 1n, 24)
+    const path = join(folder, 'odd.qcow2')
+    writeFileSync(path, odd)
+    expect(await failure(() => open(path))).toMatchObject({ code: 'ERR_QCOW2_LIMIT', path, field: 'size' })
+    expect(await inspect(path, { bigint: true })).toMatchObject({ virtualSize: size + 1n })
+  })
 })

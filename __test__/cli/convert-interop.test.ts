@@ -46,6 +46,21 @@ describeWithQemu('converted images in the eyes of QEMU', () => {
     })
   }
 
+  it('-p prints the steps that qemu-img prints, however quick the job is', async () => {
+    await qemu('create', '-f', 'qcow2', 'parts.qcow2', '64M')
+    await execute('qemu-io', ['-c', 'write 0 1M', '-c', 'write 2M 5M', '-c', 'write 32M 1M', 'parts.qcow2'], folder)
+    await qemu('create', '-f', 'qcow2', 'full.qcow2', '101M')
+    await execute('qemu-io', ['-c', 'write 0 101M', 'full.qcow2'], folder)
+    await qemu('create', '-f', 'qcow2', 'empty.qcow2', '1G')
+    for (const source of ['parts.qcow2', 'full.qcow2', 'empty.qcow2']) {
+      for (const format of ['qcow2', 'raw']) {
+        const { stdout } = await qemu('convert', '-p', '-O', format, source, target(format))
+        const ours = await qcow2(['convert', '-p', '-O', format, source, target(format)], folder)
+        expect(ours, `${source} ${format}`).toEqual({ ...ok, signal: null, stdout })
+      }
+    }
+  })
+
   it('a snapshot, by its id or its name', async () => {
     for (const [ours, theirs] of [
       ['first', 'first'],

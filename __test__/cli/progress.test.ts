@@ -34,7 +34,7 @@ const work = (session: Session, choice: Partial<ProgressChoice>, steps = 20, pau
   withProgress(session, { ...CHOICE, ...choice }, async ({ onProgress, signal }) => {
     expect(signal).toBe(session.signal)
     for (let step = 0; step <= steps; step += 1) {
-      onProgress?.({ phase: 'convert', current: (4 * GIB * step) / steps, total: 4 * GIB })
+      onProgress?.({ phase: 'convert', current: (4 * GIB * step) / steps, total: 4 * GIB, steps: [] })
       await sleep(pause)
     }
     return 'done'
@@ -56,7 +56,7 @@ describe('progress', () => {
     const { session, stderr } = sessionOn({ stdout: true, stderr: true })
     await withProgress(session, CHOICE, async ({ onProgress }) => {
       for (let step = 0; step < 20; step += 1) {
-        onProgress?.({ phase: 'convert', current: GIB, total: 4 * GIB })
+        onProgress?.({ phase: 'convert', current: GIB, total: 4 * GIB, steps: [] })
         await sleep(25)
       }
     })
@@ -75,7 +75,7 @@ describe('progress', () => {
     for (const stderrIsTerminal of [true, false]) {
       const { session, stdout, stderr } = sessionOn({ stdout: false, stderr: stderrIsTerminal })
       await work(session, { progress: true }, 8, 1)
-      const percents = ['0.00', '12.50', '25.00', '37.50', '50.00', '62.50', '75.00', '87.50', '100.00']
+      const percents = ['0.00', '12.50', '25.00', '37.50', '50.00', '62.50', '75.00', '87.50', '100.00', '100.00']
       expect(stdout()).toBe(`${percents.map(percent => `    (${percent}/100%)\r`).join('')}\n`)
       expect(stderr()).toBe('')
     }
@@ -84,7 +84,18 @@ describe('progress', () => {
   it('skips steps too small to see', async () => {
     const { session, stdout } = sessionOn({ stdout: false, stderr: false })
     await work(session, { progress: true, step: 50 }, 8, 1)
-    expect(stdout()).toBe('    (0.00/100%)\r    (50.00/100%)\r    (100.00/100%)\r\n')
+    expect(stdout()).toBe('    (0.00/100%)\r    (62.50/100%)\r    (100.00/100%)\r    (100.00/100%)\r\n')
+  })
+
+  it('has each step of what was passed between two looks, and where the job turned out to be longer', async () => {
+    const { session, stdout } = sessionOn({ stdout: false, stderr: false })
+    await withProgress(session, { ...CHOICE, progress: true, saysDone: false }, async ({ onProgress }) => {
+      onProgress?.({ phase: 'amend', current: 100, total: 200, steps: [1, 2, 4, 60, 61, 100] })
+      onProgress?.({ phase: 'amend', current: 100, total: 400, steps: [] })
+      onProgress?.({ phase: 'amend', current: 400, total: 400, steps: [399, 400] })
+    })
+    const percents = ['0.00', '2.00', '30.00', '50.00', '25.00', '99.75', '100.00']
+    expect(stdout()).toBe(`${percents.map(percent => `    (${percent}/100%)\r`).join('')}\n`)
   })
 
   it('is silent without a terminal, and where silence was asked for', async () => {
@@ -104,7 +115,7 @@ describe('progress', () => {
     const failure = new Error('no')
     const job = withProgress(session, CHOICE, async ({ onProgress }) => {
       await sleep(300)
-      onProgress?.({ phase: 'convert', current: GIB, total: 4 * GIB })
+      onProgress?.({ phase: 'convert', current: GIB, total: 4 * GIB, steps: [] })
       throw failure
     })
     await expect(job).rejects.toBe(failure)

@@ -56,7 +56,7 @@ describe('the packed package', () => {
       return name.endsWith('.mts') ? [`${base}.mjs`, `${base}.d.mts`] : [`${base}.js`, `${base}.d.ts`]
     })
     const documents = ['CHANGELOG.md', 'LICENSE', 'README.md', 'package.json']
-    const commandLine = ['dist/command-line.js', 'dist/command-line.licenses.txt']
+    const commandLine = ['dist/command-line.js', 'dist/command-line.licenses.txt', 'dist/man/qcow2.1']
     const expected = [...documents, ...commandLine, ...built].sort()
     expect(filesIn(join(work, 'release', `qcow2-${version}.tgz`))).toEqual(expected)
   })

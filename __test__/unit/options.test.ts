@@ -62,16 +62,30 @@ describe('toBytes', () => {
     [1n, 1],
     [2 ** 53 - 1, 2 ** 53 - 1],
     [2n ** 53n - 1n, 2 ** 53 - 1],
+    // Whole sectors are exact far beyond.
+    [2n ** 53n, 2 ** 53],
+    [2n ** 61n + 512n, 2 ** 61 + 512],
   ])('%s', (value, expected) => {
     expect(toBytes(value, 'x')).toBe(expected)
   })
 
-  it.each([-1, -1n, 0.5, Number.NaN, Number.POSITIVE_INFINITY, 2 ** 53, 2n ** 53n, '1', null, undefined, {}])(
-    'refuses %s',
-    value => {
-      expect(() => toBytes(value, 'x')).toThrow(
-        expect.objectContaining({ code: 'ERR_QCOW2_INVALID_ARGUMENT', message: expect.stringContaining(show(value)) }),
-      )
-    },
-  )
+  it.each([
+    -1,
+    -1n,
+    0.5,
+    Number.NaN,
+    Number.POSITIVE_INFINITY,
+    2 ** 53,
+    2n ** 53n + 1n,
+    2n ** 63n,
+    2n ** 62n + 512n,
+    '1',
+    null,
+    undefined,
+    {},
+  ])('refuses %s', value => {
+    expect(() => toBytes(value, 'x')).toThrow(
+      expect.objectContaining({ code: 'ERR_QCOW2_INVALID_ARGUMENT', message: expect.stringContaining(show(value)) }),
+    )
+  })
 })

@@ -35,7 +35,11 @@ export async function formatOf(filename: string, requested: string | undefined, 
 }
 
 /** Says what of an image is not shown because its tables, or its LUKS header, are damaged. */
-export function warnOfDamage(filename: string, { damaged = [], formatSpecific }: ImageInfo, session: Session): void {
+export function warnOfDamage(
+  filename: string,
+  { damaged = [], formatSpecific }: Pick<ImageInfo, 'damaged' | 'formatSpecific'>,
+  session: Session,
+): void {
   const warn = (error: Error): string => `${session.program}: warning: ${filename}: ${describeError(error)}`
   for (const error of damaged) {
     session.stderr.write(`${warn(error)}: '${session.program} check -r all' keeps what is left of it\n`)
@@ -161,7 +165,7 @@ export async function snapshotOf(
   }
   const looking = { filename, format, references: 'layer', forceShare, closed: true } as const
   const found = await withImage(looking, session, async image => {
-    const { snapshots } = await image.info()
+    const { snapshots } = await image.info({ bigint: true })
     return snapshots.find(
       each =>
         (id === undefined || exactText(each.id, each.idBytes) === id) &&

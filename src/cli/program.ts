@@ -34,7 +34,8 @@ export type Runner = (work: (session: Session) => Promise<number>) => Promise<vo
 const TARGETS = listed(TARGET_FORMATS, 'and')
 const ONLY_READ = SOURCE_FORMATS.filter(format => !isTarget(format)).join(', ')
 
-const VALUES = `
+/** What the help says of the arguments of all commands. */
+export const VALUES = `
 Sizes take the suffixes k, M, G, T, P and E, powers of 1024. Formats are ${TARGETS}; only read: ${ONLY_READ}.
 Backing files are followed by file name only, never json: or a protocol.`
 
@@ -65,8 +66,11 @@ const COMMANDS: Readonly<Record<string, (program: Command, run: Runner, whole: (
 /** The commands that are tools of their own in QEMU: a program of such a name is that command. */
 const TOOLS: Readonly<Record<string, string>> = { 'qemu-io': 'io', 'qemu-nbd': 'nbd' }
 
+/** What declaring the commands needs of a session; the rest is for running one. */
+type Declaring = Pick<Session, 'program' | 'stdout' | 'objects'>
+
 /** The whole program, or what it is with one command only: declaring all of them takes longer than a short command. */
-function buildProgram(session: Session, run: Runner, only?: string): Command {
+export function buildProgram(session: Declaring, run: Runner, only?: string): Command {
   const printVersion = (): never => {
     session.stdout.write(`${session.program} version ${packageVersion()}\n`)
     throw new CommanderError(0, 'commander.version', 'the version was printed')
@@ -136,7 +140,7 @@ const WRITES: Readonly<Record<string, (options: Readonly<Record<string, unknown>
  * With `--image-opts` the arguments are descriptions, and one that begins with `json:` always is; what runs sees the names of the
  * images.
  */
-function describeImages(command: Command, name: string, { objects }: Session): void {
+function describeImages(command: Command, name: string, { objects }: Declaring): void {
   const options = command.opts<Record<string, unknown>>()
   const { imageOpts, format, sourceFormat, targetImageOpts } = options
   if (imageOpts === true && (format !== undefined || sourceFormat !== undefined)) {

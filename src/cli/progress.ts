@@ -18,6 +18,8 @@ export interface ProgressChoice {
   readonly verb: string
   /** Percent between two lines without a terminal, as qemu-img has it for the command. */
   readonly step: number
+  /** Whether a job that went to its end by steps says once more that it is done, as most commands of qemu-img do. */
+  readonly saysDone?: boolean
 }
 
 interface Reporter {
@@ -51,16 +53,17 @@ export async function withProgress<T>(
   }
 }
 
-function reporterFor(session: Session, { progress, quiet, verb, step }: ProgressChoice): Reporter {
+function reporterFor(session: Session, choice: ProgressChoice): Reporter {
+  const { progress, quiet, verb } = choice
   if (quiet) return new Silent(session)
   const terminal = session.stderr.stream.isTTY && session.env['TERM'] !== 'dumb'
   // `-p` with the output going elsewhere is a program that reads qemu-img's lines.
   const lines = progress && !(terminal && session.stdout.stream.isTTY)
-  if (lines) return new Lines(session, step)
+  if (lines) return new Lines(session, choice)
   return terminal ? new Bar(session, verb) : new Silent(session)
 }
 
-const percentOf = ({ current, total }: Progress): number => (total === 0 ? 0 : Math.min(100, (current * 100) / total))
+const percentOf = (current: number, total: number): number => (total === 0 ? 0 : Math.min(100, (current * 100) / total))
 
 const line = (percent: number): string => `    (${fixed(percent, 2)}/100%)`
 
@@ -73,8 +76,8 @@ class Silent implements Reporter {
     this.#session = session
   }
 
-  update(progress: Progress): void {
-    this.#percent = percentOf(progress)
+  update({ current, total }: Progress): void {
+    this.#percent = percentOf(current, total)
   }
 
   answer(): void {
@@ -85,23 +88,28 @@ class Silent implements Reporter {
   finish(): void {}
 }
 
-/** `    (45.34/100%)` and a carriage return: what programs that run qemu-img look for. */
+/** `    (45.34/100%)` and a carriage return for each step: what programs that run qemu-img look for. */
 class Lines implements Reporter {
   readonly #session: Session
   readonly #step: number
+  readonly #saysDone: boolean
   #shown = 0
   #percent = 0
 
-  constructor(session: Session, step: number) {
+  constructor(session: Session, { step, saysDone = true }: ProgressChoice) {
     this.#session = session
     this.#step = step
+    this.#saysDone = saysDone
     this.#print(0)
   }
 
-  update(progress: Progress): void {
-    this.#percent = percentOf(progress)
-    if (this.#percent - this.#shown < this.#step) return
-    this.#print(this.#percent)
+  /** Prints where qemu-img would: more than a step further, at the end, and where the job turns out to be longer. */
+  update({ current, total, steps }: Progress): void {
+    for (const done of [...steps, current]) {
+      this.#percent = percentOf(done, total)
+      const further = this.#percent - this.#shown
+      if (further > this.#step || further < 0 || (further > 0 && this.#percent === 100)) this.#print(this.#percent)
+    }
   }
 
   answer(): void {
@@ -109,7 +117,7 @@ class Lines implements Reporter {
   }
 
   finish(done: boolean): void {
-    if (done && this.#shown < 100) this.#print(100)
+    if (done && (this.#saysDone || this.#shown < 100)) this.#print(100)
     this.#session.stdout.write('\n')
     this.#session.stdout.flush()
   }
@@ -129,7 +137,7 @@ class Bar implements Reporter {
   readonly #verb: string
   readonly #started = Date.now()
   #bar: SingleBar | undefined
-  #last: Progress = { phase: '', current: 0, total: 0 }
+  #last: Progress = { phase: '', current: 0, total: 0, steps: [] }
 
   constructor(session: Session, verb: string) {
     this.#session = session

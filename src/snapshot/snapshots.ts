@@ -1,18 +1,21 @@
 /** Internal snapshots of an open image. */
 
-import type { SnapshotInfo } from '../info.js'
-import { ABORTABLE, type Abortable, readOptions, throwIfAborted } from '../options.js'
+import { type SnapshotInfo, snapshotIn } from '../info.js'
+import { ABORTABLE, type Abortable, flag, readOptions, throwIfAborted } from '../options.js'
 import type { ImageOwner } from '../support/owner.js'
 import { request, requestWatched } from '../support/requests.js'
 import { exactText, type Name, shown } from '../text.js'
+import type { BigIntResults } from '../units.js'
 import { checkName, findSnapshot } from './ids.js'
 import { planApply, planCreate, planDelete, planRename } from './plan.js'
 import type { Plan, SnapshotTable } from './types.js'
 
+const LIST = { ...ABORTABLE, bigint: flag } as const
+
 /** What the snapshots need of the image that has them. */
 export interface SnapshotOwner extends ImageOwner {
   /** The snapshots as `info` tells them. */
-  infos(): Promise<readonly SnapshotInfo[]>
+  infos(): Promise<readonly SnapshotInfo<number | bigint>[]>
   /** The disk may have another size now. */
   resized(virtualSize: number): void
 }
@@ -34,10 +37,13 @@ export class Snapshots {
   }
 
   /** The snapshots in the order of the table. */
-  async list(options?: Abortable): Promise<readonly SnapshotInfo[]> {
-    const { signal } = readOptions(options, 'Snapshots.list', ABORTABLE)
+  list(options: Abortable & { bigint: true }): Promise<readonly SnapshotInfo<bigint>[]>
+  list(options?: Abortable & BigIntResults): Promise<readonly SnapshotInfo[]>
+  async list(options?: Abortable & BigIntResults): Promise<readonly SnapshotInfo<number | bigint>[]> {
+    const { signal, bigint } = readOptions(options, 'Snapshots.list', LIST)
     throwIfAborted(signal)
-    return this.#owner.read(() => this.#owner.infos())
+    const infos = await this.#owner.read(() => this.#owner.infos())
+    return infos.map(info => snapshotIn(info, bigint))
   }
 
   /**

@@ -134,8 +134,9 @@ class Watch {
   #report(shown: (current: number, total: number) => readonly [current: number, total: number]): void {
     if (this.#onProgress === undefined || this.#failure !== undefined) return
     try {
-      const [current, total] = shown(...this.#progress())
-      const returned = this.#onProgress({ phase: this.#phase, current, total })
+      const [done, all, ...steps] = this.#progress()
+      const [current, total] = shown(done, all)
+      const returned = this.#onProgress({ phase: this.#phase, current, total, steps })
       Promise.resolve(returned).catch((error: unknown) => this.#fail(error))
     } catch (error) {
       this.#fail(error)
@@ -154,7 +155,7 @@ class Watch {
     this.cancel()
   }
 
-  #progress(): [current: number, total: number] {
+  #progress(): ReturnType<Addon['jobProgress']> {
     try {
       return native.jobProgress(this.#job)
     } catch (error) {

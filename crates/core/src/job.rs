@@ -4,6 +4,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
+
 use crate::{Error, Result};
 
 /// Cancel flag and progress counters of one job. The job writes, its owner reads at leisure: progress is
@@ -11,13 +13,27 @@ use crate::{Error, Result};
 #[derive(Debug, Default)]
 pub struct Job {
     cancelled: Arc<AtomicBool>,
-    current: AtomicU64,
-    total: AtomicU64,
+    progress: Mutex<Progress>,
     /// Bytes a second; 0 for as fast as it goes.
     rate: AtomicU64,
     /// Bytes since the first that was paced.
     paced: AtomicU64,
     begin: OnceLock<Instant>,
+}
+
+#[derive(Debug, Default)]
+struct Progress {
+    current: u64,
+    total: u64,
+    /// See [`Job::take_steps`].
+    steps: Vec<u64>,
+}
+
+impl Progress {
+    /// How many hundredths of the job are passed at `current`.
+    fn hundredths(&self, current: u64) -> u128 {
+        (u128::from(current.min(self.total)) * 100).checked_div(self.total.into()).unwrap_or(0)
+    }
 }
 
 /// A job that is held back looks this often whether it is cancelled.
@@ -51,12 +67,18 @@ impl Job {
 
     /// Sets the size of the job, in bytes of guest data.
     pub fn set_total(&self, total: u64) {
-        self.total.store(total, Ordering::Relaxed);
+        self.progress.lock().total = total;
     }
 
     /// Adds to what is done, in bytes of guest data.
     pub fn advance(&self, done: u64) {
-        self.current.fetch_add(done, Ordering::Relaxed);
+        let mut progress = self.progress.lock();
+        let before = progress.current;
+        progress.current = before.saturating_add(done);
+        if progress.hundredths(before) < progress.hundredths(progress.current) {
+            let step = progress.current.min(progress.total);
+            progress.steps.push(step);
+        }
     }
 
     /// Moves no more than this many bytes of guest data a second; 0 for as fast as it goes. Set before the job begins.
@@ -87,6 +109,56 @@ impl Job {
 
     /// Bytes done and bytes in all.
     pub fn progress(&self) -> (u64, u64) {
-        (self.current.load(Ordering::Relaxed), self.total.load(Ordering::Relaxed))
+        let progress = self.progress.lock();
+        (progress.current, progress.total)
+    }
+
+    /// What was done each time that another hundredth of the job was passed, since this was asked last: a job that ends before anybody
+    /// looks tells how it went all the same, and no job tells more than some hundred steps.
+    pub fn take_steps(&self) -> Vec<u64> {
+        std::mem::take(&mut self.progress.lock().steps)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_are_the_hundredths_that_were_passed_whatever_the_chunks() {
+        let job = Job::new();
+        job.set_total(400);
+        for done in [1, 2, 2, 395] {
+            job.advance(done);
+        }
+        assert_eq!(job.take_steps(), [5, 400]);
+        assert_eq!(job.take_steps(), []);
+        job.advance(1);
+        assert_eq!((job.progress(), job.take_steps()), ((401, 400), vec![]));
+    }
+
+    #[test]
+    fn steps_of_many_small_chunks_are_a_hundred_at_most_and_end_at_the_total() {
+        for total in [1, 99, 100, 101, 12_345, u64::MAX] {
+            let job = Job::new();
+            job.set_total(total);
+            let chunk = (total / 1000).max(1);
+            let mut done = 0;
+            while done < total {
+                job.advance(chunk.min(total - done));
+                done += chunk.min(total - done);
+            }
+            let steps = job.take_steps();
+            assert!(steps.len() <= 100, "{total}: {} steps", steps.len());
+            assert_eq!(steps.last(), Some(&total));
+            assert!(steps.is_sorted_by(|a, b| a < b));
+        }
+    }
+
+    #[test]
+    fn a_job_without_a_total_has_no_steps() {
+        let job = Job::new();
+        job.advance(5);
+        assert_eq!(job.take_steps(), []);
     }
 }

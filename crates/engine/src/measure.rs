@@ -16,8 +16,9 @@ use crate::{Error, ErrorKind, GuestSource, Job, Result};
 const TABLE_ENTRY: u64 = 8;
 /// Sizes of raw images are counted in sectors.
 const SECTOR: u64 = 512;
-/// How much is listed at once.
-const STEPS: Steps = Steps::of(1 << 30, 16 << 10);
+/// How much is listed at once: more over holes.
+const STEPS: Steps =
+    Steps { smallest: 1 << 30, largest: 1 << 40, most: 16 << 10, few: 256, many: 4097, factor: 4 };
 
 /// What would be created.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

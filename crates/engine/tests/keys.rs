@@ -12,7 +12,8 @@ use qcow2_engine::image::read_header;
 use qcow2_engine::inspect::{inspect, inspect_bytes};
 use qcow2_engine::keys::{KeyRemoval, NewKey};
 use qcow2_engine::{
-    ErrorKind, Image, Job, Layer, LayerExt, Mem, MemMut, OpenOptions, Qcow2, Result, Storage, StorageExt, WriteOptions,
+    ErrorKind, Image, Job, Layer, LayerExt, Mem, MemMut, OpenOptions, Qcow2, Result, Storage, StorageExt,
+    WriteOptions,
 };
 use qcow2_luks::{Luks, OpenOptions as LuksOptions};
 use qcow2_testkit::Sparse;

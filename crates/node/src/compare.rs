@@ -5,6 +5,7 @@ use napi_derive::napi;
 use qcow2_engine::compare::{CompareOptions, Comparison, Difference, compare};
 use qcow2_engine::measure::{Measurement, measure, measure_size};
 
+use crate::bytes::Bytes;
 use crate::job::Ticket;
 use crate::pool::threads;
 use crate::runtime::Runtime;
@@ -16,7 +17,8 @@ pub struct Compared {
     /// `size`, `allocation` or `content`; absent for identical disks.
     pub reason: Option<String>,
     /// Guest offset.
-    pub offset: Option<f64>,
+    #[napi(ts_type = "number | bigint")]
+    pub offset: Option<Bytes>,
     /// Whether the virtual sizes differ.
     pub sizes_differ: bool,
 }
@@ -54,7 +56,7 @@ impl From<Comparison> for Compared {
             Some(Difference::Allocation(offset)) => (Some("allocation"), Some(offset)),
             Some(Difference::Content(offset)) => (Some("content"), Some(offset)),
         };
-        Self { reason: reason.map(str::to_owned), offset: offset.map(|offset| offset as f64), sizes_differ }
+        Self { reason: reason.map(str::to_owned), offset: offset.map(Bytes), sizes_differ }
     }
 }
 

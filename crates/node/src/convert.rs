@@ -57,6 +57,8 @@ pub struct ConvertJob {
     pub overwrite: bool,
     /// Return only when the target is on stable storage.
     pub durable: bool,
+    /// The progress is that of what is copied.
+    pub count_data: bool,
     /// Copy the persistent bitmaps: `"all"`, or those that are consistent: `"consistent"`.
     pub bitmaps: Option<String>,
     /// Identities of what the job reads.
@@ -189,6 +191,7 @@ impl ConvertJob {
                 .delta_layers
                 .map(|layers| Delta { layers, base_size: self.base_size.map_or(0, |size| size as u64) }),
             durable: self.durable,
+            count_data: self.count_data,
         }
     }
 }

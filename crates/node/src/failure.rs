@@ -5,6 +5,7 @@ use napi::{Env, sys};
 use napi_derive::napi;
 use qcow2_engine::Error;
 
+use crate::bytes::is_exact;
 use crate::text::Text;
 
 /// An engine error, field by field.
@@ -36,7 +37,7 @@ impl From<&Error> for Failure {
             code: error.kind().code().to_owned(),
             message: error.message().to_owned(),
             path: error.path().map(Text::from),
-            offset: error.offset().map(|offset| offset as f64),
+            offset: error.offset().filter(|offset| is_exact(*offset)).map(|offset| offset as f64),
             field: error.field().map(str::to_owned),
             errno: error.errno(),
             syscall: error.syscall().map(str::to_owned),

@@ -12,6 +12,7 @@ use qcow2_engine::{ErrorKind, Layer, LayerExt, Qcow2, Result, StorageExt};
 use qcow2_luks::{Details, Header as LuksHeader, Luks, SlotDetails};
 use qcow2_nbd::client::PROTOCOL;
 
+use crate::bytes::Bytes;
 use crate::failure::Failure;
 use crate::formats::luks;
 use crate::open::NamedFile;
@@ -30,7 +31,8 @@ pub struct LayerInfo {
     /// Bytes that the file takes.
     pub actual_size: Option<f64>,
     /// Bytes of the file.
-    pub file_length: f64,
+    #[napi(ts_type = "number | bigint")]
+    pub file_length: Bytes,
     /// What requests on its file should look like.
     pub limits: FileLimits,
     /// QEMU's name of what reads the file: `file` or `host_device`.
@@ -168,7 +170,8 @@ pub struct SnapshotInfo {
     /// Not unique.
     pub name: Text,
     /// Bytes.
-    pub vm_state_size: f64,
+    #[napi(ts_type = "number | bigint")]
+    pub vm_state_size: Bytes,
     /// Seconds since 1970.
     pub date_sec: f64,
     /// Nanoseconds.
@@ -224,7 +227,7 @@ impl LayerInfo {
             format: layer.format().to_owned(),
             virtual_size: layer.virtual_size() as f64,
             actual_size: actual.map(|bytes| bytes as f64),
-            file_length: storage.size()? as f64,
+            file_length: Bytes(storage.size()?),
             limits: storage.io_limits().into(),
             protocol: protocol.to_owned(),
             cluster_size: layer.unit().map(|unit| unit as f64),
@@ -335,7 +338,7 @@ impl SnapshotInfo {
         Self {
             id: record.id_text().into(),
             name: record.name_text().into(),
-            vm_state_size: record.vm_state_size as f64,
+            vm_state_size: Bytes(record.vm_state_size),
             date_sec: record.date_sec.into(),
             date_nsec: record.date_nsec.into(),
             vm_clock_sec: (record.vm_clock_nsec / NANOSECONDS) as f64,

@@ -8,6 +8,7 @@ use qcow2_engine::format::header::feature::{FeatureSet, Incompatible, names_of};
 use qcow2_engine::inspect::{Finding, Inspection};
 use qcow2_qcow1::format::CryptMethod;
 
+use crate::bytes::Bytes;
 use crate::formats::{Format, Untrusted};
 use crate::info::{compression_name, encryption_name};
 use crate::open::LimitOptions;
@@ -33,7 +34,8 @@ pub struct InspectedHeader {
     /// 2 or 3, of qcow2.
     pub version: Option<u32>,
     /// Bytes.
-    pub virtual_size: f64,
+    #[napi(ts_type = "number | bigint")]
+    pub virtual_size: Bytes,
     /// Bytes, of a format that has clusters.
     pub cluster_size: Option<f64>,
     /// The name that the image stores.
@@ -137,7 +139,7 @@ impl Inspected {
     pub(crate) fn of_luks(found: &qcow2_luks::layer::Inspection) -> Self {
         let header = found.header.as_ref().map(|_| InspectedHeader {
             version: None,
-            virtual_size: found.virtual_size.unwrap_or_default() as f64,
+            virtual_size: Bytes(found.virtual_size.unwrap_or_default()),
             cluster_size: None,
             backing_filename: None,
             backing_format: None,
@@ -166,7 +168,7 @@ impl From<&qcow2_qcow1::format::Header> for InspectedHeader {
     fn from(header: &qcow2_qcow1::format::Header) -> Self {
         Self {
             version: None,
-            virtual_size: header.virtual_size() as f64,
+            virtual_size: Bytes(header.virtual_size()),
             cluster_size: Some(header.cluster_size() as f64),
             backing_filename: None,
             backing_format: None,
@@ -186,7 +188,7 @@ impl From<&Header> for InspectedHeader {
         let names = |set, bits| names_of(set, bits, header.feature_names());
         Self {
             version: Some(header.version),
-            virtual_size: header.size as f64,
+            virtual_size: Bytes(header.size),
             cluster_size: Some(header.geometry.cluster_size() as f64),
             backing_filename: header.backing_file.as_deref().map(Text::from),
             backing_format: header.backing_format().map(Text::from),

@@ -196,12 +196,14 @@ pub fn cancel_job(env: Env, job: u32) -> napi::Result<()> {
     Ok(())
 }
 
-/// Bytes done and bytes in all of a job: 0 of 0 before it begins.
-#[napi(catch_unwind, ts_return_type = "[current: number, total: number]")]
+/// Bytes done and bytes in all of a job: 0 of 0 before it begins. Behind them its steps since the last call: see [`Job::take_steps`].
+#[napi(catch_unwind, ts_return_type = "[current: number, total: number, ...steps: number[]]")]
 pub fn job_progress(env: Env, job: u32) -> napi::Result<Vec<f64>> {
     let entry = Runtime::of(&env)?.jobs().find(job);
-    let progress = entry.map(|entry| entry.job.progress()).unwrap_or_default();
-    Ok(vec![progress.0 as f64, progress.1 as f64])
+    let Some(entry) = entry else { return Ok(vec![0.0, 0.0]) };
+    let (current, total) = entry.job.progress();
+    let steps = entry.job.take_steps();
+    Ok([current, total].into_iter().chain(steps).map(|bytes| bytes as f64).collect())
 }
 
 /// Forgets a job that has delivered its outcome.

@@ -18,6 +18,7 @@ pub mod amend;
 pub mod backing;
 pub mod bitmaps;
 mod boundary;
+mod bytes;
 pub mod check;
 pub mod clone;
 pub mod compact;

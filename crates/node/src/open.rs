@@ -11,10 +11,11 @@ use qcow2_engine::format::Limits;
 use qcow2_engine::image::BackingReference;
 use qcow2_engine::storage::{Access, CacheMode, FileStorage, Locking};
 use qcow2_engine::{
-    DetectZeroes, Discard, Image, Layer, LayerExt, MemMut, OpenOptions, Result, Storage, StorageExt,
-    WriteOptions,
+    DetectZeroes, Discard, Error, ErrorKind, Image, Layer, LayerExt, MemMut, OpenOptions, Result, Storage,
+    StorageExt, WriteOptions,
 };
 
+use crate::bytes::is_exact;
 use crate::formats::{Files, Format};
 use crate::resource::{Handle, Resource};
 use crate::runtime::Runtime;
@@ -239,13 +240,10 @@ pub struct LimitOptions {
     pub max_memory: Option<f64>,
 }
 
-/// Largest size that JavaScript can say exactly.
-const MAX_SAFE_INTEGER: u64 = (1 << 53) - 1;
-
 impl LimitOptions {
     /// The engine's limits: its defaults, and what the caller tightened.
     pub(crate) fn read(given: Option<&Self>) -> Limits {
-        let mut limits = Limits { max_virtual_size: MAX_SAFE_INTEGER, ..Limits::default() };
+        let mut limits = Limits::default();
         if let Some(given) = given {
             let bytes = |value: Option<f64>, default: u64| value.map_or(default, |value| value as u64);
             limits.max_virtual_size = bytes(given.max_virtual_size, limits.max_virtual_size);
@@ -323,9 +321,19 @@ pub fn open_layer(
         if let Some(header) = &header {
             lock.for_writing(false).claim(&**header, true)?;
         }
-        format.open(Files { own: storage, header }, &options)
+        let layer = format.open(Files { own: storage, header }, &options)?;
+        let size = layer.virtual_size();
+        if is_exact(size) { Ok(layer) } else { Err(layer.storage().located(inexact(size))) }
     };
     runtime.run(&env, request, work, hold_layer)
+}
+
+/// What counts with its size in JavaScript must not be off by some bytes.
+fn inexact(size: u64) -> Error {
+    let message = format!(
+        "size of {size} is not exact as a number: beyond 2^53, a disk must be whole sectors of 512 bytes"
+    );
+    Error::new(ErrorKind::Limit, message).with_field("size")
 }
 
 fn hold_layer(runtime: &Runtime, env: &Env, layer: Box<dyn Layer>) -> napi::Result<sys::napi_value> {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use napi::bindgen_prelude::{Env, Unknown};
 use napi::sys;
 use napi_derive::napi;
-use qcow2_engine::{Image, Job, MemMut};
+use qcow2_engine::{Image, Job, MemMut, Result};
 
 use crate::boundary::typed_array;
 use crate::delivery::Outcome;
@@ -32,14 +32,17 @@ unsafe impl Send for Read {}
 impl Read {
     /// Fills the buffer.
     pub(crate) fn run(self) -> Outcome {
+        self.with(|image, buffer, position, job| match job {
+            Some(job) => image.read_as(job, buffer, position),
+            None => image.read_at(buffer, position),
+        })
+    }
+
+    fn with(self, read: impl FnOnce(&Image, MemMut<'_>, u64, Option<&Job>) -> Result<()>) -> Outcome {
         // SAFETY: the range was checked against the buffer when the request was made; the buffer is alive (see
         // `Read`), and no Rust reference to its bytes exists.
         let buffer = unsafe { MemMut::from_raw(self.start, self.length) };
-        let read = |image: &Image| match &self.job {
-            Some(job) => image.read_as(job, buffer, self.position),
-            None => image.read_at(buffer, self.position),
-        };
-        match self.handle.run(read) {
+        match self.handle.run(|image| read(image, buffer, self.position, self.job.as_deref())) {
             Ok(()) => Outcome::Done,
             Err(error) => Outcome::Failed(error),
         }
@@ -71,6 +74,23 @@ pub fn read(
     runtime.submit_soon(&env, request, Task::Read(read))
 }
 
+/// Fills the `Uint8Array` with the state of a virtual machine from its byte `position` on.
+#[napi(catch_unwind)]
+pub fn read_vm_state(
+    env: Env,
+    request: u32,
+    image: u32,
+    #[napi(ts_arg_type = "Uint8Array")] buffer: Unknown<'_>,
+    position: f64,
+) -> napi::Result<()> {
+    let runtime = Runtime::of(&env)?;
+    let handle = runtime.image(image)?;
+    let (start, length) = bytes_of(&env, &buffer)?;
+    let read = Read { handle, start, length, position: position as u64, job: None };
+    let call = move || read.with(|image, buffer, position, _| image.read_vm_state(buffer, position));
+    runtime.submit(&env, request, Task::Call(Box::new(call)))
+}
+
 /// Where `length` bytes of a `Uint8Array` from `offset` on are, and how many.
 pub(crate) fn range_of(
     env: &Env,
@@ -88,7 +108,7 @@ pub(crate) fn range_of(
 }
 
 /// Where the bytes of a `Uint8Array` are, and how many.
-fn bytes_of(env: &Env, array: &Unknown<'_>) -> napi::Result<(NonNull<u8>, usize)> {
+pub(crate) fn bytes_of(env: &Env, array: &Unknown<'_>) -> napi::Result<(NonNull<u8>, usize)> {
     let (kind, start, length) = typed_array(env, array)?;
     if kind != sys::TypedarrayType::uint8_array {
         return Err(napi::Error::from_reason("the buffer is not a Uint8Array"));

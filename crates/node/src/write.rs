@@ -11,7 +11,7 @@ use crate::delivery::Outcome;
 use crate::job::{Lane, Ticket};
 use crate::open::nothing;
 use crate::pool::Task;
-use crate::read::range_of;
+use crate::read::{bytes_of, range_of};
 use crate::resource::Handle;
 use crate::runtime::Runtime;
 use crate::shape::to_preallocation;
@@ -35,15 +35,18 @@ unsafe impl Send for Write {}
 impl Write {
     /// Writes the buffer.
     pub(crate) fn run(self) -> Outcome {
+        self.with(|image, buffer, write| match (&write.job, write.compressed) {
+            (Some(job), compressed) => image.write_as(job, buffer, write.position, compressed),
+            (None, true) => image.write_compressed_at(buffer, write.position),
+            (None, false) => image.write_at(buffer, write.position),
+        })
+    }
+
+    fn with(self, write: impl FnOnce(&Image, Mem<'_>, &Self) -> Result<()>) -> Outcome {
         // SAFETY: the range was checked against the buffer when the request was made; the buffer is alive (see
         // `Write`).
         let buffer = unsafe { Mem::from_raw(self.start, self.length) };
-        let write = |image: &Image| match (&self.job, self.compressed) {
-            (Some(job), compressed) => image.write_as(job, buffer, self.position, compressed),
-            (None, true) => image.write_compressed_at(buffer, self.position),
-            (None, false) => image.write_at(buffer, self.position),
-        };
-        match self.handle.run(write) {
+        match self.handle.run(|image| write(image, buffer, &self)) {
             Ok(()) => Outcome::Done,
             Err(error) => Outcome::Failed(error),
         }
@@ -74,6 +77,23 @@ pub fn write(
     let job = runtime.watched().begin(watch);
     let write = Write { handle, start, length, position: position as u64, compressed, job };
     runtime.submit_soon(&env, request, Task::Write(write))
+}
+
+/// Writes the `Uint8Array` to the state of a virtual machine, from its byte `position` on.
+#[napi(catch_unwind)]
+pub fn write_vm_state(
+    env: Env,
+    request: u32,
+    image: u32,
+    #[napi(ts_arg_type = "Uint8Array")] buffer: Unknown<'_>,
+    position: f64,
+) -> napi::Result<()> {
+    let runtime = Runtime::of(&env)?;
+    let handle = runtime.image(image)?;
+    let (start, length) = bytes_of(&env, &buffer)?;
+    let write = Write { handle, start, length, position: position as u64, compressed: false, job: None };
+    let call = move || write.with(|image, buffer, write| image.write_vm_state(buffer, write.position));
+    runtime.submit(&env, request, Task::Call(Box::new(call)))
 }
 
 /// Runs a change of an image that has no buffer.

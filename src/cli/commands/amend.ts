@@ -130,7 +130,7 @@ const cannotAmend = (format: string): CommandFailure =>
 
 const amendKeys = (request: Request, session: Session, change: KeyChange): Promise<void> =>
   withImage(request, session, async image => {
-    const { formatSpecific, luks } = await image.info()
+    const { formatSpecific, luks } = await image.info({ bigint: true })
     if (luks === undefined && formatSpecific?.encrypt === undefined) {
       throw new CommandFailure("Can't amend encryption options - encryption not present")
     }

@@ -172,7 +172,7 @@ class Requests {
   #next(): number {
     const position = this.#position
     const { bufferSize, stepSize } = this.#options
-    const room = this.#image.virtualSize - bufferSize
+    const room = Number(this.#image.virtualSizeBigInt) - bufferSize
     const next = position + (stepSize || bufferSize)
     this.#position = room <= 0 ? 0 : next > room ? next % room : next
     return position

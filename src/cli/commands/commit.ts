@@ -48,7 +48,9 @@ async function commitFile(files: readonly string[], options: CommitArguments, se
   const { format, quiet = false, rate } = options
   // The key is derived once, by the job itself.
   const request = { filename, format, closed: true }
-  const base = await withImage(request, session, async image => baseOf(filename, options.base, await image.chain()))
+  const base = await withImage(request, session, async image =>
+    baseOf(filename, options.base, await image.chain({ bigint: true })),
+  )
   const from = await formatOf(filename, format, session)
   if (!can(from, 'commit')) throw new CommandFailure(`Format driver '${from}' does not support commit`)
   const choice = { progress: options.progress ?? false, quiet, verb: 'Committing', step: 1 }
@@ -80,7 +82,7 @@ async function commitFile(files: readonly string[], options: CommitArguments, se
 async function baseOf(
   filename: string,
   wanted: string | undefined,
-  chain: readonly ImageInfo[],
+  chain: readonly ImageInfo<bigint>[],
 ): Promise<string | Buffer | undefined> {
   if (chain.length < 2) {
     if (wanted === undefined) throw new CommandFailure('Image does not have a backing file')
@@ -97,7 +99,7 @@ async function baseOf(
   throw notFound(wanted, filename)
 }
 
-const nameOf = (layer: ImageInfo | undefined): string | undefined =>
+const nameOf = (layer: ImageInfo<bigint> | undefined): string | undefined =>
   layer && exactText(layer.filename, layer.filenameBytes)
 
 const realOf = (path: string): Promise<Buffer | undefined> => realPath(toName(path)).catch(() => undefined)

@@ -59,6 +59,7 @@ async function compareFiles(files: readonly string[], options: CompareArguments,
     quiet: options.quiet ?? false,
     verb: 'Comparing',
     step: 2,
+    saysDone: false,
   }
   const formatA = await formatOf(a, options.aFormat, session)
   const formatB = await formatOf(b, options.bFormat, session)
@@ -68,7 +69,7 @@ async function compareFiles(files: readonly string[], options: CompareArguments,
   const sharing = { ...objects.sharingOf(a, b), ...(forceShare !== undefined && { forceShare }) }
   const request = { formatA, formatB, ...secrets, ...sharing, strict, references: 'allow' } as const
   const result = await withProgress(session, choice, job =>
-    compare(sourceOf(a, session), sourceOf(b, session), { ...request, ...job }),
+    compare(sourceOf(a, session), sourceOf(b, session), { ...request, ...job, bigint: true }),
   ).catch(error => {
     if (session.signal.aborted) throw error
     const closed = unlockFailure([a, b], error, session, CANNOT_OPEN)
@@ -86,14 +87,12 @@ const sizeOf = (
   forceShare: boolean | undefined,
   session: Session,
 ): Promise<number> =>
-  withImage(
-    { filename, ...format, forceShare, exitCode: CANNOT_OPEN, closed: true },
-    session,
-    async image => image.virtualSize,
+  withImage({ filename, ...format, forceShare, exitCode: CANNOT_OPEN, closed: true }, session, async image =>
+    Number(image.virtualSizeBigInt),
   )
 
 /** What is printed: the warning comes when the shorter image ends, so a difference before that comes without it. */
-export function verdict(result: CompareResult, common: number, sizesDiffer: boolean): string {
+export function verdict(result: CompareResult<number | bigint>, common: number, sizesDiffer: boolean): string {
   const { identical, reason, firstDifference = 0 } = result
   if (reason === 'size') return 'Strict mode: Image size mismatch!\n'
   if (reason === 'allocation') return `Strict mode: Offset ${firstDifference} block status mismatch!\n`

@@ -206,6 +206,7 @@ async function convertNamed(
     ...(given.salvage && { salvage: true }),
     ...(given.rate !== undefined && { rate: given.rate }),
     durable: given.targetCache !== 'unsafe',
+    countData: given.progress ?? false,
     ...parts,
   }
   const choice = { progress: given.progress ?? false, quiet: given.quiet ?? false, verb: 'Converting', step: 1 }
@@ -214,7 +215,7 @@ async function convertNamed(
       convert(
         sources.map(name => sourceOf(name, session)),
         imageSource(target),
-        { ...options, ...job },
+        { ...options, ...job, bigint: true },
       ),
     )
     if (!given.quiet) warn(converted, session)
@@ -259,17 +260,15 @@ async function lookAt(
       throw session.signal.aborted ? error : openFailure(filename, error)
     })
     from.push(format)
-    size += await withImage(
-      { filename, format, forceShare, closed: true },
-      session,
-      async image => image.virtualSize,
+    size += await withImage({ filename, format, forceShare, closed: true }, session, async image =>
+      Number(image.virtualSizeBigInt),
     ).catch(async error => {
       // An image that is to be salvaged need not open: its header is enough.
       const { virtualSize } = salvage
-        ? await inspect(isExport(filename) ? exportOf(filename) : localPath(filename))
-        : { virtualSize: 0 }
-      if (virtualSize === 0) throw error
-      return virtualSize
+        ? await inspect(isExport(filename) ? exportOf(filename) : localPath(filename), { bigint: true })
+        : { virtualSize: 0n }
+      if (virtualSize === 0n) throw error
+      return Number(virtualSize)
     })
   }
   const [filename] = sources
@@ -280,10 +279,10 @@ async function lookAt(
   if (sources.length > 1) throw new CommandFailure('No support for concatenating multiple snapshot')
   const snapshot = await snapshotOf(filename, format, sourceSnapshot, forceShare, session)
   const viewed = { filename, format, snapshot, forceShare, closed: true }
-  return { from, size: await withImage(viewed, session, async image => image.virtualSize), snapshot }
+  return { from, size: await withImage(viewed, session, async image => Number(image.virtualSizeBigInt)), snapshot }
 }
 
-function warn({ skippedBitmaps, skippedBitmapsBytes, unreadable }: ConvertResult, session: Session): void {
+function warn({ skippedBitmaps, skippedBitmapsBytes, unreadable }: ConvertResult<bigint>, session: Session): void {
   for (const [index, text] of (skippedBitmaps ?? []).entries()) {
     const name = exactText(text, skippedBitmapsBytes?.[index])
     session.stderr.write(`${session.program}: warning: Skipping inconsistent bitmap '${name}'\n`)
@@ -315,8 +314,8 @@ async function checkTarget(
   session: Session,
 ): Promise<void> {
   await withImage({ filename, format, flags: 'r+' }, session, async image => {
-    if (image.virtualSize < size) throw new CommandFailure('output file is smaller than input file')
-    if (bitmaps && !hasBitmaps((await image.info()).formatSpecific)) throw cannotHaveBitmaps(format)
+    if (image.virtualSizeBigInt < size) throw new CommandFailure('output file is smaller than input file')
+    if (bitmaps && !hasBitmaps((await image.info({ bigint: true })).formatSpecific)) throw cannotHaveBitmaps(format)
   })
 }
 
@@ -330,7 +329,7 @@ async function checkBitmaps(
 ): Promise<void> {
   const at = { filename: source, format: sourceFormat, references: 'layer', forceShare, closed: true } as const
   await withImage(at, session, async image => {
-    const { formatSpecific } = await image.info()
+    const { formatSpecific } = await image.info({ bigint: true })
     if (!hasBitmaps(formatSpecific)) throw new CommandFailure('Source lacks bitmap support')
     const broken = formatSpecific?.bitmaps?.find(bitmap => bitmap.flags.includes('in-use'))
     if (broken !== undefined && !skipBrokenBitmaps) {

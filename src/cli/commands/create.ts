@@ -159,13 +159,13 @@ async function completeBacking(
     throw await formatMissing(path, unchecked, session)
   }
   const request = { filename: path, format }
-  const size = await withImage(request, session, async image => image.virtualSize).catch(error => {
+  const size = await withImage(request, session, async image => image.virtualSizeBigInt).catch(error => {
     if (!(error instanceof CommandFailure)) throw error
     const reason = describeError(error.cause)
     const message = /^Could not open |^Image is not in /.test(reason) ? reason : error.message
     throw new CommandFailure(message, { hint: 'Could not open backing image.', cause: error })
   })
-  if (!values.has('size')) values.set('size', BigInt(size))
+  if (!values.has('size')) values.set('size', size)
 }
 
 /** What is wrong first: the file is not there, or its format was not given; which it has can be said then. */

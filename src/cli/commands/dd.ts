@@ -90,7 +90,7 @@ async function dd(list: readonly string[], options: DdArguments, session: Sessio
   if (input === undefined || output === undefined) throw new CommandFailure('Must specify both input and output files')
   const { forceShare } = options
   const request = { filename: input, format: options.format, forceShare, closed: true }
-  const disk = BigInt(await withImage(request, session, async image => image.virtualSize))
+  const disk = await withImage(request, session, async image => image.virtualSizeBigInt)
   const from = await formatOf(input, options.format, session)
   const to = formatFor(options.targetFormat)
   // `count` says where to stop, whatever was skipped.
@@ -105,7 +105,7 @@ async function dd(list: readonly string[], options: DdArguments, session: Sessio
   const sharing = { ...session.objects.sharingOf(input), ...(forceShare !== undefined && { forceShare }) }
   const copy = { from, to, ...range, ...sharing, references: 'allow', secret, overwrite: true } as const
   await withProgress(session, choice, job =>
-    convert(sourceOf(input, session), imageSource(output), { ...copy, ...job }),
+    convert(sourceOf(input, session), imageSource(output), { ...copy, ...job, bigint: true }),
   ).catch(error => {
     if (session.signal.aborted) throw error
     const closed = unlockFailure([input], error, session)

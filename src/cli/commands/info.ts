@@ -66,10 +66,10 @@ async function collect(top: string, options: InfoArguments, session: Session): P
       documents.push(other)
       return documents
     }
-    const info: ImageInfo = await withImage(
+    const info: ImageInfo<bigint> = await withImage(
       { filename, format, references: 'layer', forceShare, cache, closed: true },
       session,
-      image => image.info(),
+      image => image.info({ bigint: true }),
     )
     warnOfDamage(filename, info, session)
     const document = infoDocument(shownName(filename), info)
@@ -92,12 +92,12 @@ async function describeOther(
     throw signal.aborted ? error : openFailure(filename, error)
   })
   if (isFormat(looks) || (format !== undefined && format !== looks)) return undefined
-  const { virtualSize } = await inspect(path, { signal })
+  const { virtualSize } = await inspect(path, { signal, bigint: true })
   const stats = await fileStat(path)
-  const { size, blocks } = stats
+  const [size, blocks] = [BigInt(stats.size), BigInt(stats.blocks)]
   const protocol = stats.isBlockDevice() ? 'host_device' : 'file'
   const name = shownName(filename)
-  const actualSize = blocks * 512
+  const actualSize = blocks * 512n
   return {
     filename: name,
     format: looks,
@@ -108,7 +108,7 @@ async function describeOther(
   }
 }
 
-function below(info: ImageInfo): { filename: string; format: string | undefined } | undefined {
+function below(info: ImageInfo<bigint>): { filename: string; format: string | undefined } | undefined {
   if (info.backingFilename === undefined) return undefined
   if (info.fullBackingFilename === undefined) {
     throw new CommandFailure(
@@ -120,7 +120,7 @@ function below(info: ImageInfo): { filename: string; format: string | undefined 
 }
 
 /** The QAPI document of one image: names with dashes, and the file that holds it as a node of its own. */
-function infoDocument(filename: string, info: ImageInfo): InfoDocument {
+function infoDocument(filename: string, info: ImageInfo<bigint>): InfoDocument {
   const specific = info.formatSpecific
   return {
     filename,
@@ -146,7 +146,7 @@ function infoDocument(filename: string, info: ImageInfo): InfoDocument {
 }
 
 /** With the protocol `file:`, a name is no other from anywhere; any other is behind the folder of the image, as that is shown. */
-function fullName(image: string, stored: string, info: ImageInfo): string {
+function fullName(image: string, stored: string, info: ImageInfo<bigint>): string {
   if (stored.startsWith('file:')) return exactText(stored, info.backingFilenameBytes)
   const full = exactText(info.fullBackingFilename ?? '', info.fullBackingFilenameBytes)
   return image.startsWith('./') && !isAbsolute(full) && !full.startsWith('./') ? `./${full}` : full
@@ -156,7 +156,7 @@ function fullName(image: string, stored: string, info: ImageInfo): string {
 const dataFileName = (stored: string): string => (stored.startsWith('file:') ? shownName(stored) : stored)
 
 /** With what QEMU calls block limits, of the disk and of its file. A disk whose format can only be guessed takes whole sectors then. */
-function withLimits(document: InfoDocument, { format, limits }: ImageInfo, guessed: boolean): InfoDocument {
+function withLimits(document: InfoDocument, { format, limits }: ImageInfo<bigint>, guessed: boolean): InfoDocument {
   const { disk, file } = limits
   const requestAlignment =
     guessed && !traitsOf(format).probed ? Math.max(512, disk.requestAlignment) : disk.requestAlignment
@@ -225,13 +225,13 @@ const encryptDocument = (encrypt: EncryptInfo): { readonly [key: string]: Json |
 
 const fileDocument = (
   filename: string,
-  info: Pick<ImageInfo, 'fileLength' | 'actualSize' | 'protocol'>,
+  info: Pick<ImageInfo<bigint>, 'fileLength' | 'actualSize' | 'protocol'>,
 ): InfoDocument => ({
   children: [],
   filename,
   format: info.protocol,
   // QEMU counts a file in whole sectors.
-  'virtual-size': Math.ceil(info.fileLength / 512) * 512,
+  'virtual-size': ((info.fileLength + 511n) / 512n) * 512n,
   ...(info.actualSize !== undefined && { 'actual-size': info.actualSize }),
   ...(info.protocol !== 'nbd' && { 'format-specific': { type: 'file', data: {} }, 'dirty-flag': false }),
 })

@@ -1,13 +1,13 @@
 import { type Command, Option } from 'commander'
 import { isPlain } from '../../formats/table.js'
-import type { Image, ImageInfo } from '../../index.js'
+import type { Image } from '../../index.js'
 import { exactStat, writeWhole } from '../../support/files.js'
 import { exactText, shownText, toName } from '../../text.js'
 import { CommandFailure } from '../failure.js'
 import { Allocation, type DiskCaption } from '../format/allocation.js'
 import { colorDepthOf } from '../format/color.js'
 import { Layout } from '../format/layout.js'
-import { humanMap, jsonMap, type MapWriter } from '../format/map.js'
+import { humanMap, jsonMap, type MapExtent, type MapWriter } from '../format/map.js'
 import { drawPicture, terminalGrid } from '../format/picture.js'
 import { drawSvg, svgGrid } from '../format/svg.js'
 import { oneFile, outputOption, SOURCES, takeDriverSyntax } from '../grammar.js'
@@ -55,7 +55,7 @@ async function map(filename: string, options: MapArguments, session: Session): P
     const range = rangeOf(image, options)
     if (options.picture) return drawTerminal(filename, image, range, session)
     if (options.output === 'svg') return drawFile(filename, image, range, options.write, session)
-    return list(image, range, options.output === 'json' ? jsonMap(range.start) : humanMap(), session)
+    return list(image, range, options.output === 'json' ? jsonMap(toSize(BigInt(range.start))) : humanMap(), session)
   })
   return 0
 }
@@ -66,15 +66,15 @@ interface Range {
 }
 
 function rangeOf(image: Image, { startOffset = 0n, maxLength }: MapArguments): Range {
-  const rest = BigInt(image.virtualSize) - startOffset
+  const rest = image.virtualSizeBigInt - startOffset
   const length = maxLength !== undefined && maxLength < rest ? maxLength : rest
-  return { start: Number(toSize(startOffset)), length: length > 0n ? Number(length) : 0 }
+  return { start: Number(startOffset), length: length > 0n ? Number(length) : 0 }
 }
 
 async function list(image: Image, range: Range, writer: MapWriter, session: Session): Promise<void> {
   session.stdout.write(writer.begin)
   if (range.length > 0) {
-    for await (const extent of image.map({ ...range, signal: session.signal })) {
+    for await (const extent of extentsOf(image, range, session)) {
       session.stdout.write(writer.extent(extent))
       if (session.stdout.closed) return
       await session.stdout.drained()
@@ -83,24 +83,38 @@ async function list(image: Image, range: Range, writer: MapWriter, session: Sess
   session.stdout.write(writer.end)
 }
 
+/** The extents of a range, with bigints where numbers would not be exact. */
+function extentsOf(image: Image, range: Range, { signal }: Session): AsyncIterable<MapExtent<number | bigint>> {
+  const [start, length] = [BigInt(range.start), BigInt(range.length)]
+  const asked = { start, length, signal }
+  return Number.isSafeInteger(range.start + range.length) ? image.map(asked) : image.map({ ...asked, bigint: true })
+}
+
 type Sink = Pick<Allocation, 'add'>
 
 async function survey(image: Image, range: Range, sinks: readonly Sink[], session: Session): Promise<void> {
   if (range.length === 0) return
-  for await (const extent of image.map({ ...range, signal: session.signal })) {
-    for (const sink of sinks) sink.add(extent)
+  for await (const extent of extentsOf(image, range, session)) {
+    const { start, length, offset } = extent
+    const drawn = {
+      ...extent,
+      start: Number(start),
+      length: Number(length),
+      offset: offset === undefined ? undefined : Number(offset),
+    }
+    for (const sink of sinks) sink.add(drawn)
   }
 }
 
 async function captionOf(filename: string, image: Image): Promise<DiskCaption> {
-  const [top, ...below] = await image.chain()
+  const [top, ...below] = await image.chain({ bigint: true })
   if (top === undefined) throw new CommandFailure(`Could not open '${filename}': no layers`)
   return {
     filename,
     format: top.format,
-    virtualSize: top.virtualSize,
+    virtualSize: Number(top.virtualSize),
     clusterSize: top.clusterSize,
-    fileSize: top.actualSize,
+    fileSize: top.actualSize === undefined ? undefined : Number(top.actualSize),
     chain: [filename, ...below.map(layer => exactText(layer.filename, layer.filenameBytes))],
   }
 }
@@ -122,10 +136,10 @@ async function drawFile(
   session: Session,
 ): Promise<void> {
   const allocation = new Allocation(svgGrid(range.start, range.length))
-  const { format, fileLength, formatSpecific } = await image.info()
+  const { format, fileLength, formatSpecific } = await image.info({ bigint: true })
   // Offsets into an external data file say nothing about this one.
   const own = !isPlain(format) && formatSpecific?.dataFile === undefined
-  const layout = own ? new Layout(range.start, range.length, fileLength) : undefined
+  const layout = own ? new Layout(range.start, range.length, Number(fileLength)) : undefined
   await survey(image, range, layout ? [allocation, layout] : [allocation], session)
   // An XML document is text.
   const svg = shownText(drawSvg(allocation, await captionOf(filename, image), layout))
@@ -142,7 +156,7 @@ async function refuseFilesOf(image: Image, path: string): Promise<void> {
   }
   const written = await identity(toName(path))
   if (written === undefined) return
-  const files = (await image.chain()).flatMap(({ filename, filenameBytes, formatSpecific }: ImageInfo) => [
+  const files = (await image.chain({ bigint: true })).flatMap(({ filename, filenameBytes, formatSpecific }) => [
     filenameBytes ?? filename,
     formatSpecific?.dataFileBytes ?? formatSpecific?.dataFile ?? '',
   ])

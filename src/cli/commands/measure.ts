@@ -64,7 +64,11 @@ function argumentFor(files: readonly string[], { size, format, snapshot }: Measu
   return source
 }
 
-const measured = (source: string | bigint, options: MeasureArguments, session: Session): Promise<MeasureResult> =>
+const measured = (
+  source: string | bigint,
+  options: MeasureArguments,
+  session: Session,
+): Promise<MeasureResult<bigint>> =>
   withProgress(session, { progress: false, quiet: true, verb: 'Measuring', step: 1 }, job =>
     measureWith(source, options, session, job),
   )
@@ -74,13 +78,13 @@ async function measureWith(
   options: MeasureArguments,
   session: Session,
   job: LongRunning,
-): Promise<MeasureResult> {
+): Promise<MeasureResult<bigint>> {
   const target = targetFormat(options.targetFormat)
   const { preallocation, ...shape } = toCreateOptions(parseShape(options, target), target, session.objects)
   // Nothing is opened by the name of the backing file, so its format does not matter.
   const { backingFile, backingFormat = backingFile === undefined ? undefined : PLAIN_FORMAT } = shape
   const create = { ...shape, backingFormat }
-  const plan = { to: target, create, preallocation, ...job }
+  const plan = { to: target, create, preallocation, bigint: true, ...job } as const
   if (typeof source === 'bigint') {
     return measure({ size: toSize(source) }, plan).catch(error => {
       throw session.signal.aborted ? error : new CommandFailure(describeError(error), { cause: error })

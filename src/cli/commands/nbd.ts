@@ -228,7 +228,7 @@ async function overlaid(filename: string, format: Format, options: NbdArguments,
   try {
     const path = join(folder, 'overlay.qcow2')
     const backing = toName(resolve(localPath(filename)))
-    const size = await withImage({ filename, format }, session, async image => image.virtualSize)
+    const size = await withImage({ filename, format }, session, async image => image.virtualSizeBigInt)
     const overlay = await create(path, { size, backingFile: backing, backingFormat: format })
     await overlay.close()
     const request = { filename: path, format: 'qcow2', flags: 'r+', cache: 'unsafe' } as const
@@ -241,8 +241,8 @@ async function overlaid(filename: string, format: Format, options: NbdArguments,
 
 async function serve(image: Image, options: NbdArguments, session: Session): Promise<void> {
   const { offset = 0n, shared = 1, handshakeLimit } = options
-  if (offset > 0n && offset >= BigInt(image.virtualSize)) {
-    throw new CommandFailure(`Offset (${offset}) has to be smaller than the image size (${image.virtualSize})`)
+  if (offset > 0n && offset >= image.virtualSizeBigInt) {
+    throw new CommandFailure(`Offset (${offset}) has to be smaller than the image size (${image.virtualSizeBigInt})`)
   }
   const where =
     options.socket === undefined

@@ -48,7 +48,7 @@ async function resize(args: readonly string[], options: ResizeArguments, session
   const amount = BigInt(parseValue({ name: 'size', type: 'size' }, sign === undefined ? text : text.slice(1)))
   const unwritable = 'Image format driver does not support resize'
   return withImage({ filename, format: options.format, flags: 'r+', unwritable }, session, async image => {
-    const now = BigInt(image.virtualSize)
+    const now = image.virtualSizeBigInt
     const wanted = sign === '+' ? now + amount : sign === '-' ? now - amount : amount
     if (wanted <= 0n) throw new CommandFailure('New image size must be positive')
     if (wanted <= now && (preallocation ?? 'off') !== 'off') {
@@ -62,7 +62,7 @@ async function resize(args: readonly string[], options: ResizeArguments, session
       )
     }
     // Like qemu-img: a raw disk is filled up to whole sectors, one with metadata has to be told so.
-    if (wanted % 512n !== 0n && !isPlain((await image.info()).format)) {
+    if (wanted % 512n !== 0n && !isPlain((await image.info({ bigint: true })).format)) {
       throw new CommandFailure('The new size must be a multiple of 512')
     }
     const sectors = ((wanted + 511n) / 512n) * 512n

@@ -53,7 +53,7 @@ async function snapshot(filename: string, options: SnapshotArguments, session: S
   if (named === undefined) {
     return withImage({ ...at, references: 'layer', forceShare }, session, async image => {
       const snapshots = await image.snapshots.list()
-      warnOfDamage(filename, await image.info(), session)
+      warnOfDamage(filename, await image.info({ bigint: true }), session)
       if (snapshots.length > 0) session.stdout.write(formatSnapshots(snapshotDocuments(snapshots)))
       return 0
     })

@@ -8,7 +8,7 @@ export interface SnapshotDocument {
   readonly [key: string]: Json | undefined
   readonly id: string
   readonly name: string
-  readonly 'vm-state-size': number
+  readonly 'vm-state-size': number | bigint
   readonly 'date-sec': number
   readonly 'date-nsec': number
   readonly 'vm-clock-sec': number
@@ -21,8 +21,8 @@ export interface InfoDocument {
   readonly [key: string]: Json | undefined
   readonly filename: string
   readonly format: string
-  readonly 'virtual-size': number
-  readonly 'actual-size'?: number
+  readonly 'virtual-size': number | bigint
+  readonly 'actual-size'?: number | bigint
   readonly 'cluster-size'?: number
   readonly encrypted?: boolean
   readonly 'dirty-flag'?: boolean

@@ -2,7 +2,7 @@
 
 import { encodeText } from '../../text.js'
 
-export type Json = string | number | boolean | readonly Json[] | { readonly [key: string]: Json | undefined }
+export type Json = string | number | bigint | boolean | readonly Json[] | { readonly [key: string]: Json | undefined }
 
 /**
  * The order in which qemu-img writes fields, which is the order of its hash table and the same in every run. One list

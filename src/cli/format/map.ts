@@ -6,9 +6,9 @@ import { argumentOf } from '../filename.js'
 import { hex } from './number.js'
 
 /** One run of guest bytes that are stored alike; lengths and offsets in bytes. */
-export interface MapExtent {
-  readonly start: number
-  readonly length: number
+export interface MapExtent<N extends number | bigint = number> {
+  readonly start: N
+  readonly length: N
   /** How far down the backing chain the data is: 0 is the image itself. */
   readonly depth: number
   readonly present: boolean
@@ -16,7 +16,7 @@ export interface MapExtent {
   readonly data: boolean
   readonly compressed: boolean
   /** Where the bytes lie in their file, if they lie there as they are. */
-  readonly offset?: number | undefined
+  readonly offset?: N | undefined
   /** That file. */
   readonly filename?: string | undefined
   readonly filenameBytes?: Uint8Array | undefined
@@ -25,7 +25,7 @@ export interface MapExtent {
 export interface MapWriter {
   readonly begin: string
   /** The text of one extent; throws where the listing cannot show it. */
-  extent(extent: MapExtent): string
+  extent(extent: MapExtent<number | bigint>): string
   /** Read after the last extent. */
   readonly end: string
 }
@@ -47,7 +47,7 @@ export function humanMap(): MapWriter {
 }
 
 /** One object a line, in the order of the disk. Where there is nothing to list from `start` on, one empty extent. */
-export function jsonMap(start: number): MapWriter {
+export function jsonMap(start: number | bigint): MapWriter {
   let count = 0
   return {
     begin: '[',
@@ -63,7 +63,16 @@ export function jsonMap(start: number): MapWriter {
 
 const NOTHING = { length: 0, depth: 0, present: false, zero: false, data: false, compressed: false }
 
-function jsonExtent({ start, length, depth, present, zero, data, compressed, offset }: MapExtent): string {
+function jsonExtent({
+  start,
+  length,
+  depth,
+  present,
+  zero,
+  data,
+  compressed,
+  offset,
+}: MapExtent<number | bigint>): string {
   const where = offset === undefined ? '' : `, "offset": ${offset}`
   return (
     `{ "start": ${start}, "length": ${length}, "depth": ${depth}, "present": ${present}, ` +

@@ -2,9 +2,9 @@ import { toJson } from './json.js'
 
 /** Bytes that the target file will need; `bitmaps` only where the source has persistent bitmaps' room to measure. */
 export interface Measurement {
-  readonly required: number
-  readonly fullyAllocated: number
-  readonly bitmaps?: number | undefined
+  readonly required: number | bigint
+  readonly fullyAllocated: number | bigint
+  readonly bitmaps?: number | bigint | undefined
 }
 
 export function formatMeasure({ required, fullyAllocated, bitmaps }: Measurement): string {

@@ -27,7 +27,8 @@ const trimZeros = (text: string): string => (text.includes('.') ? text.replace(/
 const UNITS = ['', 'Ki', 'Mi', 'Gi', 'Ti', 'Pi', 'Ei'] as const
 
 /** A size for people, as qemu-img prints it: three digits and a binary unit, the next unit from 1000 on. */
-export function humanSize(bytes: number): string {
+export function humanSize(size: number | bigint): string {
+  const bytes = Number(size)
   let unit = 0
   let divisor = 1
   while (unit < UNITS.length - 1 && bytes / divisor >= 1000) {
@@ -38,4 +39,4 @@ export function humanSize(bytes: number): string {
 }
 
 /** `%#x`: no prefix on zero. */
-export const hex = (value: number): string => (value === 0 ? '0' : `0x${value.toString(16)}`)
+export const hex = (value: number | bigint): string => (BigInt(value) === 0n ? '0' : `0x${value.toString(16)}`)

@@ -4,7 +4,7 @@ import type { SnapshotInfo } from '../../index.js'
 import { exactText } from '../../text.js'
 import type { SnapshotDocument } from './info.js'
 
-export const snapshotDocuments = (snapshots: readonly SnapshotInfo[]): SnapshotDocument[] =>
+export const snapshotDocuments = (snapshots: readonly SnapshotInfo<number | bigint>[]): SnapshotDocument[] =>
   snapshots.map(snapshot => ({
     id: exactText(snapshot.id, snapshot.idBytes),
     name: exactText(snapshot.name, snapshot.nameBytes),

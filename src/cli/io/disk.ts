@@ -32,7 +32,7 @@ export interface OpenDisk {
   readonly how: Opening
   readonly image: Image
   /** The top as it was when it was opened. */
-  readonly info: ImageInfo
+  readonly info: ImageInfo<bigint>
 }
 
 /** Opens an image. Failures say what is wrong, in QEMU's words, without the name of the program or of the image. */
@@ -85,7 +85,7 @@ async function openItself(how: Opening, session: Session): Promise<OpenDisk> {
 /** Looks at an image that was opened, and checks options that depend on it. It is closed if they do not fit. */
 async function described(how: Opening, image: Image): Promise<OpenDisk> {
   try {
-    const info = await image.info()
+    const info = await image.info({ bigint: true })
     const disk = { how, image, info }
     checkFor(disk, how.options)
     return disk

@@ -40,7 +40,7 @@ export function refuseFixed(others: ReadonlyMap<string, string>): void {
 /** The image that options are for. */
 export interface Shape {
   readonly clusterSize: number
-  readonly virtualSize: number
+  readonly virtualSize: bigint
   readonly version: 2 | 3
 }
 
@@ -90,7 +90,7 @@ function checkCaches(values: DriverOptions, { clusterSize, virtualSize }: Shape)
     const range = `between 512 and the cluster size (${clusterSize})`
     throw new CommandFailure(`L2 cache entry size must be a power of two ${range}`)
   }
-  const whole = BigInt(Math.ceil(virtualSize / clusterSize)) * 8n
+  const whole = ((virtualSize + BigInt(clusterSize) - 1n) / BigInt(clusterSize)) * 8n
   const wanted = l2CacheSize(values) ?? DEFAULT_L2_CACHE
   if ((wanted < whole ? wanted : whole) / entry > INT_MAX) throw new CommandFailure('L2 cache size too big')
   if ((refcounts ?? 0n) / BigInt(clusterSize) > INT_MAX) throw new CommandFailure('Refcount cache size too big')

@@ -15,18 +15,19 @@ import { amount } from './report.js'
 import { vmStateOffset } from './requests.js'
 
 interface Run {
-  readonly start: number
-  readonly length: number
+  readonly start: bigint
+  readonly length: bigint
   readonly allocated: boolean
 }
 
 /** What the top layer has of a range that is on the disk, neighbours of a kind as one. */
-async function* runs({ image, info }: OpenDisk, start: number, length: number): AsyncGenerator<Run> {
-  if (length === 0) return
+async function* runs({ image, info }: OpenDisk, start: bigint, length: bigint): AsyncGenerator<Run> {
+  if (length === 0n) return
   // A plain file has all of its disk.
   if (isPlain(info.format)) return yield { start, length, allocated: true }
   let run: Run | undefined
-  for await (const { start: at, length: bytes, present } of image.map({ start, length, depth: 'top' })) {
+  const asked = { start: toSize(start), length: toSize(length), depth: 'top', bigint: true } as const
+  for await (const { start: at, length: bytes, present } of image.map(asked)) {
     if (run !== undefined && run.allocated === present) run = { ...run, length: run.length + bytes }
     else {
       if (run !== undefined) yield run
@@ -41,19 +42,19 @@ export async function alloc(context: Context, args: Arguments): Promise<boolean>
   const offset = toNumber(first)
   const wanted = second === undefined ? 512n : toNumber(second)
   const disk = opened(context)
-  const rest = BigInt(disk.image.virtualSize) - offset
+  const rest = disk.image.virtualSizeBigInt - offset
   const length = rest < 0n ? 0n : rest < wanted ? rest : wanted
   return context.request('is_allocated failed', async () => {
-    let allocated = 0
-    for await (const run of runs(disk, Number(offset), Number(length))) if (run.allocated) allocated += run.length
-    context.out(`${allocated}/${length} bytes allocated at offset ${amount(Number(offset))}\n`)
+    let allocated = 0n
+    for await (const run of runs(disk, offset, length)) if (run.allocated) allocated += run.length
+    context.out(`${allocated}/${length} bytes allocated at offset ${amount(offset)}\n`)
   })
 }
 
 export async function map(context: Context): Promise<boolean> {
   const disk = opened(context)
   return context.request('Failed to get allocation status', async () => {
-    for await (const { start, length, allocated } of runs(disk, 0, disk.image.virtualSize)) {
+    for await (const { start, length, allocated } of runs(disk, 0n, disk.image.virtualSizeBigInt)) {
       const what = allocated ? '    allocated' : 'not allocated'
       const where = `${amount(start)} (0x${start.toString(16)})`
       context.out(`${amount(length)} (0x${length.toString(16)}) bytes ${what} at offset ${where}\n`)
@@ -63,14 +64,14 @@ export async function map(context: Context): Promise<boolean> {
 }
 
 export async function length(context: Context): Promise<boolean> {
-  context.out(`${amount(opened(context).image.virtualSize)}\n`)
+  context.out(`${amount(opened(context).image.virtualSizeBigInt)}\n`)
   return true
 }
 
 export async function info(context: Context): Promise<boolean> {
   const disk = opened(context)
   return context.request('info failed', async () => {
-    const { format, clusterSize = 0, formatSpecific } = await disk.image.info()
+    const { format, clusterSize = 0, formatSpecific } = await disk.image.info({ bigint: true })
     context.out(
       `format name: ${format}\ncluster size: ${amount(clusterSize)}\nvm state offset: ${amount(vmStateOffset(disk))}\n`,
     )

@@ -5,9 +5,9 @@ import { fixed } from '../format/number.js'
 const UNITS = [' bytes', ' KiB', ' MiB', ' GiB', ' TiB', ' PiB', ' EiB'] as const
 
 /** An amount of bytes in the largest unit of which it has one, with three decimals unless they are zeroes. */
-export function amount(bytes: number): string {
+export function amount(bytes: number | bigint): string {
   let unit = 0
-  let value = bytes
+  let value = Number(bytes)
   while (value >= 1024 && unit < UNITS.length - 1) {
     value /= 1024
     unit += 1

@@ -62,6 +62,9 @@ pub struct ConvertOptions {
     pub delta: Option<Delta>,
     /// Return only when the target is on stable storage.
     pub durable: bool,
+    /// Count what is copied as the job's progress, instead of the whole disk: the extents are listed once more, at the beginning, to
+    /// know how much that is. What a worker has begun counts as done.
+    pub count_data: bool,
 }
 
 impl Default for ConvertOptions {
@@ -73,6 +76,7 @@ impl Default for ConvertOptions {
             target_is_zero: false,
             delta: None,
             durable: false,
+            count_data: false,
         }
     }
 }
@@ -132,12 +136,19 @@ pub fn copy_disk<'s>(
         return Err(Error::new(ErrorKind::InvalidArgument, message).with_field("sparse_size"));
     }
     let virtual_size = source.virtual_size();
-    job.set_total(virtual_size);
+    if !options.count_data {
+        job.set_total(virtual_size);
+    }
     let workers = workers::count(options.concurrency);
     let counters = Counters::default();
     let context = Context { source, options, job, counters: &counters };
     let sink = make(&context, workers)?;
-    let scanner = Mutex::new(Scanner::new(source, sink.rules(), job));
+    let mut scanner = Scanner::new(source, sink.rules(), job);
+    if options.count_data {
+        job.set_total(Scanner::new(source, sink.rules(), job).data()?);
+        scanner = scanner.counting();
+    }
+    let scanner = Mutex::new(scanner);
     let run = Run {
         context,
         sink: &*sink,
@@ -146,7 +157,9 @@ pub fn copy_disk<'s>(
         error: Mutex::default(),
     };
     run.all(workers)?;
-    job.advance(virtual_size.saturating_sub(scanner.lock().done()));
+    if !options.count_data {
+        job.advance(virtual_size.saturating_sub(scanner.lock().done()));
+    }
     sink.finish(options, job)?;
     Ok(ConvertResult {
         virtual_size,

@@ -15,6 +15,9 @@ use crate::{Job, Result, Storage};
 const STEPS: Steps =
     Steps { smallest: 4 << 20, largest: 64 << 30, most: 16 << 10, few: 256, many: 4097, factor: 4 };
 
+/// Bytes of an extent that are one step of a progress over data, at most: as much as QEMU copies at once.
+const COUNTED: u64 = 2 << 20;
+
 /// Where the bytes of a piece come from.
 #[derive(Debug, Clone)]
 pub enum Content {
@@ -64,7 +67,7 @@ pub struct Chunk {
     pub end: u64,
     /// In guest order, never empty.
     pub pieces: Vec<Piece>,
-    /// Guest bytes that are done with this chunk: its own, and what was skipped before it.
+    /// Guest bytes that are done with this chunk: its own, and what was skipped before it; 0 where the scanner counts.
     pub advance: u64,
 }
 
@@ -118,6 +121,8 @@ pub struct Scanner<'a> {
     tickets: u64,
     /// End of the last chunk.
     done: u64,
+    /// Counts what it hands out as the job's progress: the bytes of the front extent that it did not tell yet.
+    counted: Option<u64>,
 }
 
 impl<'a> Scanner<'a> {
@@ -125,7 +130,32 @@ impl<'a> Scanner<'a> {
     pub fn new(source: &'a dyn GuestSource, rules: Rules, job: &'a Job) -> Self {
         let size = source.virtual_size();
         let walk = Walk::new(0..size, STEPS);
-        Self { source, rules, size, job, walk, queue: VecDeque::new(), tickets: 0, done: 0 }
+        Self { source, rules, size, job, walk, queue: VecDeque::new(), tickets: 0, done: 0, counted: None }
+    }
+
+    /// One that counts the data that it hands out as the job's progress: in steps that depend on the extents alone.
+    pub fn counting(self) -> Self {
+        Self { counted: Some(0), ..self }
+    }
+
+    /// Bytes that are copied in all.
+    ///
+    /// # Errors
+    /// As [`Scanner::next_chunk`].
+    pub fn data(mut self) -> Result<u64> {
+        let mut bytes = 0;
+        while let Some(extent) = self.front()? {
+            if self.content(&extent).is_some_and(|content| self.is_data(&content)) {
+                bytes += extent.length;
+            }
+            self.queue.pop_front();
+        }
+        Ok(bytes)
+    }
+
+    /// Zeroes are, where they are written out.
+    fn is_data(&self, content: &Content) -> bool {
+        !matches!(content, Content::Zero) || self.rules.zeroes == Zeroes::Written
     }
 
     /// End of the last chunk that was handed out.
@@ -153,13 +183,15 @@ impl<'a> Scanner<'a> {
                 break;
             }
             let length = extent.length.min(end - extent.start);
+            self.count(&content, length, length == extent.length);
             pieces.push(Piece { start: extent.start, length, content });
             self.consume(length);
         }
         if pieces.is_empty() {
             return Ok(None);
         }
-        let chunk = Chunk { ticket: self.tickets, start, end, pieces, advance: end - self.done };
+        let advance = if self.counted.is_some() { 0 } else { end - self.done };
+        let chunk = Chunk { ticket: self.tickets, start, end, pieces, advance };
         self.tickets += 1;
         self.done = end;
         Ok(Some(chunk))
@@ -200,6 +232,16 @@ impl<'a> Scanner<'a> {
             self.queue.extend(extents.drain(..));
         }
         Ok(self.queue.front().cloned())
+    }
+
+    /// Counts `length` bytes of the front extent, which it may `end`.
+    fn count(&mut self, content: &Content, length: u64, ends: bool) {
+        let data = self.is_data(content);
+        let Some(counted) = self.counted.as_mut().filter(|_| data) else { return };
+        *counted += length;
+        if ends || *counted >= COUNTED {
+            self.job.advance(std::mem::take(counted));
+        }
     }
 
     /// Takes `length` bytes off the front extent.

@@ -5,8 +5,9 @@ use std::ops::ControlFlow;
 use crate::walk::{Steps, for_each_extent};
 use crate::{GuestSource, Job, Result};
 
-/// How much is listed at once.
-const STEPS: Steps = Steps::of(1 << 30, 16 << 10);
+/// How much is listed at once: more over holes.
+const STEPS: Steps =
+    Steps { smallest: 1 << 30, largest: 1 << 40, most: 16 << 10, few: 256, many: 4097, factor: 4 };
 
 /// Bytes of `source` that are not known to read as zeroes, each run of them widened to whole `blocks`.
 ///

@@ -16,6 +16,7 @@ mod preallocation;
 mod qcow2;
 mod slices;
 mod snapshots;
+mod state;
 mod tables;
 mod writing;
 

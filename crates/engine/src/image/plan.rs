@@ -14,6 +14,8 @@ use crate::{Error, ErrorKind, Result};
 
 /// Clusters in one plan from which on it reads tables in larger pieces than slices.
 const WIDE: u64 = 4096;
+/// L1 entries that are looked through for a table at once: a walk over a very large disk does that at every step.
+const MOST_ENTRIES: usize = 4096;
 /// Bytes of such a piece.
 const MAX_PIECE: u64 = 64 << 10;
 
@@ -28,16 +30,21 @@ pub(super) fn descriptor(token: Token, geometry: &Geometry) -> CompressedDescrip
 }
 
 impl Qcow2 {
-    /// Bytes from the guest offset `at` to the next one that has an L2 table; beyond the last one, all that there are.
+    /// Bytes from the guest offset `at` to the next one that has an L2 table, at least: no further than is looked at. Beyond the last one,
+    /// all that there are.
     pub(super) fn bytes_without_table(&self, at: u64) -> u64 {
         let g = self.geometry();
         let first = g.l1_index(GuestOffset(at));
         let mapping = self.mapping.read();
         let rest = mapping.l1.get(first as usize..).unwrap_or_default();
-        match rest.iter().position(|entry| L1Entry(*entry).offset_bits() != 0) {
+        let near = rest.get(..MOST_ENTRIES).unwrap_or(rest);
+        match near.iter().position(|entry| L1Entry(*entry).offset_bits() != 0) {
             Some(0) => 0,
-            Some(index) => (first + index as u64).saturating_mul(g.l2_coverage()).saturating_sub(at),
-            None => u64::MAX,
+            None if near.len() == rest.len() => u64::MAX,
+            found => {
+                let index = found.unwrap_or(near.len()) as u64;
+                (first + index).saturating_mul(g.l2_coverage()).saturating_sub(at)
+            }
         }
     }
 }

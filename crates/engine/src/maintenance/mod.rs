@@ -15,6 +15,7 @@ mod resize;
 mod session;
 mod shrink;
 mod tree;
+mod vm_state;
 
 pub use plan::{NewSnapshot, Plan, Record, Step, Tree};
 pub use resize::ResizeOptions;

@@ -218,7 +218,7 @@ impl<'a> Active<'a> {
 
 impl Writer {
     /// Moves the L1 table to where it has room for `entries`. One header write switches over.
-    fn grow_l1(&self, image: &Qcow2, entries: u64) -> Result<()> {
+    pub(super) fn grow_l1(&self, image: &Qcow2, entries: u64) -> Result<()> {
         let g = *image.geometry();
         let clusters = g.clusters_for(entries * 8);
         let mut l1 = image.l1();

@@ -131,12 +131,18 @@ impl Image {
         }
     }
 
-    /// The guest bytes of `range` before the write; what lies behind the end of the disk is zero.
+    /// The guest bytes of `range` before the write; what lies behind the end of the disk is zero, but for the state of a virtual machine.
     fn old_bytes(&self, range: Range<u64>, zero: bool) -> Result<Vec<u8>> {
         let mut bytes = vec![0u8; (range.end - range.start) as usize];
         let inside = self.virtual_size().clamp(range.start, range.end) - range.start;
-        if let Some(part) = bytes.get_mut(..inside as usize).filter(|part| !zero && !part.is_empty()) {
-            self.read_at(MemMut::from(part), range.start)?;
+        match self.top_qcow2().filter(|image| range.start >= image.state_start()) {
+            _ if zero => {}
+            Some(image) => image.read_own(MemMut::from(&mut bytes[..]), range.start)?,
+            None => {
+                if let Some(part) = bytes.get_mut(..inside as usize).filter(|part| !part.is_empty()) {
+                    self.read_at(MemMut::from(part), range.start)?;
+                }
+            }
         }
         Ok(bytes)
     }
@@ -154,7 +160,8 @@ impl Image {
                 _ => return Ok(false),
             }
         }
-        if !deeper || self.layers().len() == 1 {
+        // No layer below has any of a state.
+        if !deeper || self.layers().len() == 1 || run.guest >= image.state_start() {
             return Ok(true);
         }
         let end = run.guest + run.clusters * image.geometry().cluster_size();
@@ -175,6 +182,19 @@ impl<'a> Active<'a> {
             std::thread::sleep(Duration::from_millis(1));
         }
         Ok(())
+    }
+
+    /// Writes what no guest sees, behind the disk: no bitmap records it, and no clone has it. The caller holds the gate.
+    pub(crate) fn write_unseen(&self, payload: Payload<'_>, range: Range<u64>) -> Result<()> {
+        match self.write_range(payload, range.clone()) {
+            Err(error) if error.is_no_space() => {
+                self.reclaim()?;
+                self.write_range(payload, range)?;
+            }
+            done => done?,
+        }
+        self.limit_dirty()?;
+        if self.writer.options.flush_each { self.flush_guest() } else { Ok(()) }
     }
 
     /// Writes `payload` to `range`, step by step; steps whose places in the file follow each other share one call.
