@@ -1,6 +1,6 @@
 /** Exports of NBD servers, as what can be opened. */
 
-import { invalidArgument, type Qcow2Error } from './errors.js'
+import { invalidArgument } from './errors.js'
 import { type NativeListedExport, type NativeNbdConnect, native } from './native.js'
 import { ABORTABLE, type Abortable, integer, readOptions, throwIfAborted } from './options.js'
 import { runHeld } from './support/jobs.js'
@@ -17,6 +17,8 @@ export interface NbdTimes {
 }
 
 const TIMES = { connectTimeout: integer(1, 2 ** 31 - 1), silenceTimeout: integer(1, 2 ** 31 - 1) } as const
+
+const LIST = { ...ABORTABLE, connectTimeout: TIMES.connectTimeout } as const
 
 /** An export of an NBD server. Made by {@link nbdSource} alone: no name becomes one by itself. */
 export class NbdSource {
@@ -64,7 +66,7 @@ export function nbdSource(uri: string, options?: NbdTimes): NbdSource {
 }
 
 /** Options of {@link listNbd}. */
-export interface NbdListOptions extends NbdTimes, Abortable {}
+export interface NbdListOptions extends Pick<NbdTimes, 'connectTimeout'>, Abortable {}
 
 /** An export that a server tells of. */
 export interface NbdExport {
@@ -93,8 +95,7 @@ export interface NbdExport {
  *   exports, or does not keep to the protocol
  */
 export async function listNbd(uri: string, options?: NbdListOptions): Promise<readonly NbdExport[]> {
-  const { signal, ...times } = readOptions(options, 'listNbd', { ...ABORTABLE, ...TIMES })
-  const { connectTimeout: connectTime } = times
+  const { signal, connectTimeout: connectTime } = readOptions(options, 'listNbd', LIST)
   const source = new NbdSource(uri, undefined, 'listNbd')
   throwIfAborted(signal)
   const held = await runHeld<NativeListedExport[]>(signal, (request, job, addon) =>
@@ -119,7 +120,3 @@ function toExport({ name, description, size, flags, blockSizes, contexts }: Nati
     contexts: contexts.map(context => shown('context', context).context),
   }
 }
-
-/** What an export cannot be. */
-export const noExport = (name: string): Qcow2Error =>
-  invalidArgument(name, `${name} must be a file here, not an export of an NBD server`)
