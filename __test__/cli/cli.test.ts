@@ -70,7 +70,7 @@ describe('a wrong command line', () => {
     [['create', '-f', 'vmdk', 'a', '1M'], "Format driver 'vmdk' is not supported"],
     [['map', '--picture', '--output=json', 'a'], '--picture cannot be used together with --output=json.'],
     [['map', '-o', 'x', 'a'], '-o requires --output=svg.'],
-    [['info', 'nbd://localhost/x'], "Could not open 'nbd://localhost/x': Unknown protocol 'nbd'"],
+    [['info', 'ssh://localhost/x'], "Could not open 'ssh://localhost/x': Unknown protocol 'ssh'"],
     [['create', 'json:{"driver":"qcow2"}', '1M'], 'json: descriptions are not followed'],
     [['map', '-f', 'vmdk', 'a'], "Could not open 'a': Unknown driver 'vmdk'"],
   ])('%j is refused', async (args, message) => {

@@ -153,8 +153,9 @@ test('what is not supported is refused by name', async () => {
   expect(outcome.stderr).toBe("qemu-io: Option '-C' is not supported: reading does not write to the image\n")
   const remote = await asQemuIo('-c', 'length', 'nbd+unix:///?socket=/none')
   expect(remote.code).toBe(1)
-  expect(remote.stderr).toContain("can't open device nbd+unix:///?socket=/none: ")
-  expect(remote.stderr).toContain("Unknown protocol 'nbd+unix'")
+  expect(remote.stderr).toBe(
+    "qemu-io: can't open device nbd+unix:///?socket=/none: Failed to connect to '/none': No such file or directory\n",
+  )
 })
 
 test('under our own name a failed request says what is wrong, too', async () => {

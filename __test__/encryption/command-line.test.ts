@@ -1,5 +1,6 @@
 /** `--object secret`, `--image-opts` and `-o encrypt.…`: the command lines of qemu-img, with either tool. */
 
+import { createHash } from 'node:crypto'
 import { readFileSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { beforeAll, expect, it } from 'vitest'
@@ -265,12 +266,18 @@ describeWithQemu('encryption on the command line', () => {
     async command => {
       for (const name of ['below', 'other']) await done('ours', `convert -f raw -O qcow2 disk.raw ${name}.qcow2`)
       await done('ours', `create -q ${OBJECT} -f qcow2 -b below.qcow2 -F qcow2 ${LUKS} above.qcow2`)
-      const bytes = ['below.qcow2', 'above.qcow2'].map(name => readFileSync(join(folder, name)))
+      const hashes = (): string[] =>
+        ['below.qcow2', 'above.qcow2'].map(name =>
+          createHash('sha256')
+            .update(readFileSync(join(folder, name)))
+            .digest('hex'),
+        )
+      const before = hashes()
       const line = `${command} --object secret,id=s,data=nope ${opts('above.qcow2')}`
       const [ours, theirs] = await Promise.all([tools.ours(line), tools.theirs(line)])
       expect([ours.code, theirs.code]).toEqual([1, 1])
       expect(ours.stderr).toMatch(/Could not open '.*above.qcow2': the secret opens no key slot/)
-      expect(['below.qcow2', 'above.qcow2'].map(name => readFileSync(join(folder, name)))).toEqual(bytes)
+      expect(hashes()).toEqual(before)
     },
   )
 

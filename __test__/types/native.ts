@@ -62,6 +62,7 @@ interface Delivered {
   Failure: [binding.Failure, native.NativeFailure]
   Inspected: [binding.Inspected, native.NativeInspection]
   LayerInfo: [binding.LayerInfo, native.NativeLayerInfo]
+  ListedExport: [binding.ListedExport, native.NativeListedExport]
   Measured: [binding.Measured, native.NativeMeasured]
   NbdStarted: [binding.NbdStarted, native.NativeNbdStarted]
   OpenedFile: [binding.OpenedFile, native.NativeFile]
