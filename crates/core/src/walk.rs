@@ -27,6 +27,11 @@ impl Steps {
         Self { smallest: bytes, largest: bytes, most, few: 0, many: usize::MAX, factor: 1 }
     }
 
+    /// Steps between two sizes, which end early with `most` extents: larger over holes, smaller where extents are many.
+    pub const fn growing(smallest: u64, largest: u64, most: usize) -> Self {
+        Self { smallest, largest, most, few: 256, many: 4097, factor: 4 }
+    }
+
     /// The next step after one of `bytes` with `extents`.
     fn after(&self, bytes: u64, extents: usize) -> u64 {
         let next = match extents {

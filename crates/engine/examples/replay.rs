@@ -83,17 +83,7 @@ const SECRET: &str = "secret";
 
 /// QEMU's defaults, and a secret that costs nothing to guess: opening is not what is timed.
 fn encryption() -> Encryption {
-    Encryption {
-        secret: Secret::new(SECRET.into()),
-        legacy_aes: false,
-        cipher_alg: None,
-        cipher_mode: None,
-        ivgen_alg: None,
-        ivgen_hash_alg: None,
-        hash_alg: None,
-        iter_time_ms: Some(0),
-        allow_weak: false,
-    }
+    Encryption { iter_time_ms: Some(0), ..Encryption::luks(Secret::new(SECRET.into())) }
 }
 
 /// A new empty disk, or one with the installation on it.

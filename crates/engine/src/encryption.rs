@@ -95,6 +95,21 @@ pub struct Encryption {
 }
 
 impl Encryption {
+    /// LUKS as QEMU makes it where nothing is said.
+    pub fn luks(secret: Secret) -> Self {
+        Self {
+            secret,
+            legacy_aes: false,
+            cipher_alg: None,
+            cipher_mode: None,
+            ivgen_alg: None,
+            ivgen_hash_alg: None,
+            hash_alg: None,
+            iter_time_ms: None,
+            allow_weak: false,
+        }
+    }
+
     /// A new key behind a door, with the encryption header of the image that it is for. Takes as long as a guess takes.
     ///
     /// # Errors

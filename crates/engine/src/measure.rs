@@ -17,8 +17,7 @@ const TABLE_ENTRY: u64 = 8;
 /// Sizes of raw images are counted in sectors.
 const SECTOR: u64 = 512;
 /// How much is listed at once: more over holes.
-const STEPS: Steps =
-    Steps { smallest: 1 << 30, largest: 1 << 40, most: 16 << 10, few: 256, many: 4097, factor: 4 };
+const STEPS: Steps = Steps::growing(1 << 30, 1 << 40, 16 << 10);
 
 /// What would be created.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -22,17 +22,7 @@ use qcow2_testkit::{Fixture, Qemu, Rng, chain};
 
 /// LUKS that takes no time to open.
 fn encryption() -> Encryption {
-    Encryption {
-        secret: Secret::new(b"secret".to_vec()),
-        cipher_alg: None,
-        cipher_mode: None,
-        ivgen_alg: None,
-        ivgen_hash_alg: None,
-        hash_alg: None,
-        iter_time_ms: Some(1),
-        allow_weak: false,
-        legacy_aes: false,
-    }
+    Encryption { iter_time_ms: Some(1), ..Encryption::luks(Secret::new(b"secret".to_vec())) }
 }
 
 fn raw_image(storage: Arc<dyn Storage>) -> Image {

@@ -81,15 +81,9 @@ fn made(secrets: &[&str]) -> Sparse {
 fn made_in(holder: Holder, secrets: &[&str]) -> Sparse {
     let storage = Arc::new(RecordingStorage::plain(Sparse::new(0)));
     let encryption = Encryption {
-        secret: secret(secrets[0]),
         cipher_alg: Some("aes-128".to_owned()),
-        cipher_mode: None,
-        ivgen_alg: None,
-        ivgen_hash_alg: None,
-        hash_alg: None,
         iter_time_ms: Some(0),
-        allow_weak: false,
-        legacy_aes: false,
+        ..Encryption::luks(secret(secrets[0]))
     };
     let options = CreateOptions {
         size: 64 * CLUSTER,

@@ -135,8 +135,8 @@ fn a_disk_without_its_secret_has_all_but_its_data() {
     let mut layer = Luks::open(storage, &OpenOptions::default()).unwrap();
     assert_eq!((layer.virtual_size(), layer.encryption()), (SIZE as u64, Some("luks")));
     assert!(!layer.is_detached() && layer.file(0).is_none());
-    let Header::Luks1(header) = layer.header() else { panic!("version 2") };
-    let details = Details::from(&**header);
+    let Header::Luks1(header) = layer.current_header().unwrap() else { panic!("version 2") };
+    let details = Details::from(&*header);
     assert_eq!(
         (details.cipher_alg, details.cipher_mode, details.ivgen_alg),
         ("aes-256", "xts", Some("plain64"))

@@ -39,20 +39,16 @@ const optionsOf = (format: Format): readonly OptionSpec[] => [
 
 const prefixOf = (format: Format): KeyPrefix => (can(format, 'amend') ? 'encrypt.' : '')
 
-const OPTIONS = [
-  ...qcow2Options(
-    ...[
-      'backing_file',
-      'backing_fmt',
-      'compat',
-      'data_file',
-      'data_file_raw',
-      'lazy_refcounts',
-      'refcount_bits',
-      'size',
-    ],
-  ),
-]
+const OPTIONS = qcow2Options(
+  'backing_file',
+  'backing_fmt',
+  'compat',
+  'data_file',
+  'data_file_raw',
+  'lazy_refcounts',
+  'refcount_bits',
+  'size',
+)
 
 export function declareAmend(program: Command, run: Runner): void {
   const command = program

@@ -12,8 +12,7 @@ use crate::walk::{Step, Steps, Walk};
 use crate::{Job, Result, Storage};
 
 /// How much is asked for at once: more over holes, less where extents are many.
-const STEPS: Steps =
-    Steps { smallest: 4 << 20, largest: 64 << 30, most: 16 << 10, few: 256, many: 4097, factor: 4 };
+const STEPS: Steps = Steps::growing(4 << 20, 64 << 30, 16 << 10);
 
 /// Bytes of an extent that are one step of a progress over data, at most: as much as QEMU copies at once.
 const COUNTED: u64 = 2 << 20;

@@ -6,8 +6,7 @@ use crate::walk::{Steps, for_each_extent};
 use crate::{GuestSource, Job, Result};
 
 /// How much is listed at once: more over holes.
-const STEPS: Steps =
-    Steps { smallest: 1 << 30, largest: 1 << 40, most: 16 << 10, few: 256, many: 4097, factor: 4 };
+const STEPS: Steps = Steps::growing(1 << 30, 1 << 40, 16 << 10);
 
 /// Bytes of `source` that are not known to read as zeroes, each run of them widened to whole `blocks`.
 ///

@@ -1,7 +1,8 @@
 //! A file that begins with a LUKS header, or has one in another file, as the layer of a chain: guest data lies encrypted behind the
 //! header, as far as the file or the header's segment reaches.
 //!
-//! All of the disk is data: what a hole of the file decrypts to is noise, not zeroes. The header is written where key slots change, and nowhere else.
+//! All of the disk is data: what a hole of the file decrypts to is noise, not zeroes. The header is written where key slots change, and
+//! nowhere else.
 
 mod inspect;
 mod keys;
@@ -174,11 +175,6 @@ impl Luks {
             is_writable: false,
             changing_keys: Mutex::new(()),
         })
-    }
-
-    /// The header as it was read.
-    pub fn header(&self) -> &Header {
-        &self.header
     }
 
     /// Whether the header lies in a file of its own.
