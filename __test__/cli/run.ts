@@ -101,6 +101,23 @@ class Collected extends Writable {
 export const asQemuImgProcess = (args: readonly string[], folder: string, cwd = folder): Promise<Outcome> =>
   execute(process.execPath, [join(folder, 'qemu-img'), ...args], cwd)
 
+export type Tool = 'ours' | 'theirs'
+
+export interface BothTools extends Readonly<Record<Tool, (line: string) => Promise<Outcome>>> {
+  /**
+   * What becomes of a command line with either tool, ours first; or of one line each. One runs after the other: both lock what they
+   * write, so that side by side the second would be refused an image that the first has open.
+   */
+  readonly inTurn: (line: string, theirLine?: string) => Promise<readonly [ours: Outcome, theirs: Outcome]>
+}
+
+/** Both tools in `folder`; words of a line stand apart by one space. */
+export function bothTools(folder: string): BothTools {
+  const ours = (line: string): Promise<Outcome> => asQemuImg(line.split(' '), folder)
+  const theirs = (line: string): Promise<Outcome> => execute('qemu-img', line.split(' '), folder)
+  return { ours, theirs, inTurn: async (line, theirLine = line) => [await ours(line), await theirs(theirLine)] }
+}
+
 const required = process.env['QCOW2_REQUIRE_QEMU'] === '1'
 const found = spawnSync(program('qemu-img'), ['--version'], { encoding: 'utf8' })
 export const haveQemu = found.status === 0 && spawnSync(program('qemu-io'), ['--version']).status === 0

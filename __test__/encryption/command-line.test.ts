@@ -4,20 +4,17 @@ import { createHash } from 'node:crypto'
 import { readFileSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { beforeAll, expect, it } from 'vitest'
-import { asQemuImg, describeWithQemu, execute, type Outcome, workspace } from '../cli/run.js'
+import { bothTools, describeWithQemu, type Tool, workspace } from '../cli/run.js'
 
 const folder = workspace()
-const tools = {
-  ours: (line: string): Promise<Outcome> => asQemuImg(line.split(' '), folder),
-  theirs: (line: string): Promise<Outcome> => execute('qemu-img', line.split(' '), folder),
-}
+const tools = bothTools(folder)
 
 const OBJECT = '--object secret,id=s,data=hunter2'
 const LUKS = '-o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10'
 const opts = (name: string, more = ''): string =>
   `--image-opts driver=qcow2,encrypt.format=luks,encrypt.key-secret=s,file.driver=file,file.filename=${name}${more}`
 
-async function done(tool: keyof typeof tools, line: string): Promise<string> {
+async function done(tool: Tool, line: string): Promise<string> {
   const { code, stdout, stderr } = await tools[tool](line)
   expect({ code, stderr }, `${tool}: ${line}`).toEqual({ code: 0, stderr: '' })
   return stdout
@@ -75,7 +72,7 @@ describeWithQemu('encryption on the command line', () => {
     'info --image-opts -f raw driver=raw,file.filename=disk.raw',
     `convert ${opts('made.qcow2')} -O raw x.raw`,
   ])('refuses as qemu-img does: %s', async line => {
-    const [ours, theirs] = await Promise.all([tools.ours(line), tools.theirs(line)])
+    const [ours, theirs] = await tools.inTurn(line)
     expect(ours.code, ours.stderr).toBe(theirs.code)
     expect(ours.stdout).toBe(theirs.stdout)
     expect(ours.stderr, 'says something').not.toBe('')
@@ -140,10 +137,10 @@ describeWithQemu('encryption on the command line', () => {
       ['encrypt.state=inactive,encrypt.keyslot=0', '--force '],
     ]
     for (const [options, more] of lines) {
-      const [ours, theirs] = await Promise.all([
-        tools.ours(amend(options, 'keys.qcow2', more)),
-        tools.theirs(amend(options, 'theirs.qcow2', more)),
-      ])
+      const [ours, theirs] = await tools.inTurn(
+        amend(options, 'keys.qcow2', more),
+        amend(options, 'theirs.qcow2', more),
+      )
       expect(ours, options).toEqual(theirs)
     }
     const slots = async (name: string): Promise<boolean[]> => {
@@ -152,11 +149,8 @@ describeWithQemu('encryption on the command line', () => {
       return info['format-specific'].data.encrypt.slots.map(({ active }: { active: boolean }) => active)
     }
     expect(await slots('keys.qcow2')).toEqual(await slots('theirs.qcow2'))
-    const plain = await Promise.all([
-      tools.ours('amend -o encrypt.state=inactive,encrypt.keyslot=0 -f qcow2 plain.qcow2'),
-      tools.theirs('amend -o encrypt.state=inactive,encrypt.keyslot=0 -f qcow2 plain.qcow2'),
-    ])
-    expect(plain[0]).toEqual(plain[1])
+    const [ours, theirs] = await tools.inTurn('amend -o encrypt.state=inactive,encrypt.keyslot=0 -f qcow2 plain.qcow2')
+    expect(ours).toEqual(theirs)
   })
 
   it('opens with the keys that the other tool added, until it has removed them', async () => {
@@ -233,7 +227,7 @@ describeWithQemu('encryption on the command line', () => {
   it('needs no secret to look at an image, nor derives a key for it', async () => {
     await done('ours', `create -q ${OBJECT} -f qcow2 ${LUKS} look.qcow2 1M`)
     const line = `info --object secret,id=s,data=nope ${opts('look.qcow2')}`
-    const [ours, theirs] = await Promise.all([tools.ours(line), tools.theirs(line)])
+    const [ours, theirs] = await tools.inTurn(line)
     expect([ours.code, ours.stderr]).toEqual([theirs.code, theirs.stderr])
     expect(ours.code).toBe(0)
   })
@@ -247,7 +241,7 @@ describeWithQemu('encryption on the command line', () => {
       [raw, image],
     ]) {
       const line = `compare --object secret,id=s,data=nope --image-opts ${a} ${b}`
-      const [ours, theirs] = await Promise.all([tools.ours(line), tools.theirs(line)])
+      const [ours, theirs] = await tools.inTurn(line)
       expect(ours.code).toBe(theirs.code)
       expect(ours.stderr).toMatch(/Could not open '.*made.qcow2': the secret opens no key slot/)
     }
@@ -255,7 +249,7 @@ describeWithQemu('encryption on the command line', () => {
 
   it('tells a wrong secret, and keeps the target away', async () => {
     const wrong = `convert --object secret,id=s,data=nope ${opts('made.qcow2')} -O raw wrong.raw`
-    const [ours, theirs] = await Promise.all([tools.ours(wrong), tools.theirs(wrong)])
+    const [ours, theirs] = await tools.inTurn(wrong)
     expect([ours.code, theirs.code]).toEqual([1, 1])
     expect(ours.stderr).toMatch(/Could not open '.*': the secret opens no key slot/)
     expect(() => readFileSync(join(folder, 'wrong.raw'))).toThrow('ENOENT')
@@ -274,7 +268,7 @@ describeWithQemu('encryption on the command line', () => {
         )
       const before = hashes()
       const line = `${command} --object secret,id=s,data=nope ${opts('above.qcow2')}`
-      const [ours, theirs] = await Promise.all([tools.ours(line), tools.theirs(line)])
+      const [ours, theirs] = await tools.inTurn(line)
       expect([ours.code, theirs.code]).toEqual([1, 1])
       expect(ours.stderr).toMatch(/Could not open '.*above.qcow2': the secret opens no key slot/)
       expect(hashes()).toEqual(before)

@@ -3,19 +3,16 @@
 import { existsSync, readFileSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { beforeAll, expect, it } from 'vitest'
-import { asQemuImg, describeWithQemu, execute, type Outcome, workspace } from '../cli/run.js'
+import { bothTools, describeWithQemu, type Tool, workspace } from '../cli/run.js'
 
 const folder = workspace()
-const tools = {
-  ours: (line: string): Promise<Outcome> => asQemuImg(line.split(' '), folder),
-  theirs: (line: string): Promise<Outcome> => execute('qemu-img', line.split(' '), folder),
-}
+const tools = bothTools(folder)
 
 const OBJECT = '--object secret,id=s,data=hunter2'
 const LUKS = '-o key-secret=s,iter-time=10'
 const opts = (name: string): string => `--image-opts driver=luks,key-secret=s,file.driver=file,file.filename=${name}`
 
-async function done(tool: keyof typeof tools, line: string): Promise<string> {
+async function done(tool: Tool, line: string): Promise<string> {
   const { code, stdout, stderr } = await tools[tool](line)
   expect({ code, stderr }, `${tool}: ${line}`).toEqual({ code: 0, stderr: '' })
   return stdout
@@ -23,7 +20,7 @@ async function done(tool: keyof typeof tools, line: string): Promise<string> {
 
 /** Both print the same. */
 async function alike(line: string): Promise<void> {
-  const [ours, theirs] = await Promise.all([tools.ours(line), tools.theirs(line)])
+  const [ours, theirs] = await tools.inTurn(line)
   expect({ code: ours.code, stdout: ours.stdout }, `${line}: ${ours.stderr}`).toEqual({
     code: theirs.code,
     stdout: theirs.stdout,
