@@ -137,7 +137,7 @@ impl Layout {
     }
 }
 
-/// What is special about a format. The methods that write are called one at a time.
+/// What is special about a format. Of the methods that write, one is called at a time, but for [`Scheme::touch`].
 pub trait Scheme: fmt::Debug + Send + Sync + 'static {
     /// QEMU's name of the format.
     fn format(&self) -> &'static str;
@@ -195,16 +195,16 @@ pub trait Scheme: fmt::Debug + Send + Sync + 'static {
         Ok(())
     }
 
-    /// Writes what a new place has in front of its block.
+    /// Writes what a new place has in front of its block. `last`: no place is behind it.
     ///
     /// # Errors
     /// `Io`.
-    fn fresh(&self, storage: &dyn Storage, place: u64) -> Result<()> {
-        let _ = (storage, place);
+    fn fresh(&self, storage: &dyn Storage, place: u64, last: bool) -> Result<()> {
+        let _ = (storage, place, last);
         Ok(())
     }
 
-    /// Called before data is written to a block that was there when the image was opened.
+    /// Called before data is written to a block that has a place, from any thread.
     ///
     /// # Errors
     /// `Io`.

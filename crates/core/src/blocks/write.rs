@@ -61,7 +61,7 @@ impl<S: Scheme> Shared<S> {
         if place < places.stale {
             self.storage.zero(place, end.min(places.stale) - place, true)?;
         }
-        self.scheme.fresh(&*self.storage, place)?;
+        self.scheme.fresh(&*self.storage, place, places.free.is_empty())?;
         if places.free.pop().is_none() {
             places.end = layout.next_place(end);
         }
