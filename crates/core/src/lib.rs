@@ -5,6 +5,7 @@
 
 pub mod blocks;
 pub mod chain;
+pub mod check;
 pub mod compare;
 pub mod convert;
 pub mod disk;
@@ -14,6 +15,7 @@ pub mod inspect;
 pub mod job;
 pub mod layer;
 pub mod memory;
+pub mod new_image;
 pub mod raw;
 pub mod salvage;
 pub mod source;
@@ -29,6 +31,7 @@ pub use error::{Error, ErrorKind, Result};
 pub use job::Job;
 pub use layer::Layer;
 pub use memory::{Mem, MemMut};
+pub use new_image::NewImage;
 pub use raw::Raw;
 pub use source::{Extent, ExtentKind, GuestSource};
 pub use storage::{ReadStorage, Storage, StorageExt};
