@@ -159,9 +159,16 @@ pub struct Finding {
 impl Finding {
     /// Whether QEMU words it with a colon, which programs compare.
     fn has_colon(&self) -> bool {
-        ["counting reference", "overflow cluster", "coffset=", "Unallocated cluster"]
-            .iter()
-            .any(|start| self.message.starts_with(start))
+        [
+            "counting reference",
+            "overflow cluster",
+            "coffset=",
+            "Unallocated cluster",
+            "block index",
+            "allocated blocks",
+        ]
+        .iter()
+        .any(|start| self.message.starts_with(start))
     }
 }
 

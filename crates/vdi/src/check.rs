@@ -1,60 +1,57 @@
 //! Whether the block map keeps to the format.
 
-use qcow2_core::blocks::Entry;
-use qcow2_core::{Job, Result};
+use qcow2_core::blocks::{Scheme, UsedPlaces};
+use qcow2_core::check::{CheckReport, FindingCode, Repair, Tally};
+use qcow2_core::{Error, ErrorKind, Job, Layer, Result, StorageExt};
 
 use crate::Vdi;
+use crate::structures::BLOCKS_ALLOCATED;
 
-/// One thing that is wrong. All of them can cost data when the image is written to.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Fault {
-    /// Where in the file.
-    pub offset: u64,
-    /// A sentence that names place and value, in QEMU's words where it has some.
-    pub message: String,
-}
-
-/// Holds the block map against itself, the header and the file. `layer` was opened for that: entries that are not in the file yet are
-/// not looked at.
-///
-/// # Errors
-/// `Io`; `Aborted`.
-pub fn check(layer: &Vdi, job: &Job) -> Result<Vec<Fault>> {
-    let scheme = layer.scheme();
-    let (header, layout) = (scheme.header(), qcow2_core::blocks::Scheme::layout(scheme));
-    let length = qcow2_core::StorageExt::size(&**qcow2_core::Layer::storage(layer))?;
-    let (mut faults, mut allocated) = (Vec::new(), 0u32);
-    // A bit for each block that the image can have.
-    let mut used = vec![0u64; (header.blocks_in_image as usize).div_ceil(64)];
-    layer.walk(|index, entry| {
-        if index.is_multiple_of(1 << 16) {
-            job.checkpoint()?;
-        }
-        let Entry::At(place) = entry else { return Ok(()) };
+/// Holds the block map against itself, the header and the file, with QEMU's counters and words.
+pub(crate) fn check(
+    layer: &Vdi,
+    repair: Option<Repair>,
+    max_findings: usize,
+    job: &Job,
+) -> Result<CheckReport> {
+    let (scheme, storage) = (layer.scheme(), layer.storage());
+    if repair.is_some() {
+        let message = "repairing VDI images is not supported: convert the disk into another image";
+        return Err(storage.located(Error::new(ErrorKind::UnsupportedFeature, message)));
+    }
+    let (header, layout, length) = (scheme.header(), scheme.layout(), storage.size()?);
+    let mut tally = Tally::new(max_findings);
+    let end = layout.origin + u64::from(header.blocks_in_image) * layout.grain;
+    let mut used = UsedPlaces::new(layout.origin, layout.grain, end.min(length));
+    let mut allocated = 0u32;
+    layer.places(job, |index, place| {
         let number = layout.entry_of(place).unwrap_or(u32::MAX);
         let offset = layout.table + u64::from(index) * 4;
-        let mut fault = |message: String| faults.push(Fault { offset, message });
         if number >= header.blocks_in_image {
-            fault(format!("block index {index} too large, is {number}"));
+            tally.corruption(FindingCode::TableEntry, offset, || {
+                format!("block index {index} too large, is {number}")
+            });
             return Ok(());
         }
         allocated += 1;
         if place >= length {
-            fault(format!("block index {index} lies behind the end of the file, at {place:#x}"));
-        }
-        if let Some(word) = used.get_mut(number as usize / 64) {
-            let bit = 1 << (number % 64);
-            if *word & bit != 0 {
-                fault(format!("block index {number} also used by {number}"));
-            }
-            *word |= bit;
+            tally.corruption(FindingCode::BeyondEndOfFile, offset, || {
+                format!("block {index} lies at {place:#x}, behind the end of the file")
+            });
+        } else if !used.note(place) {
+            tally.corruption(FindingCode::BlockShared, offset, || {
+                format!("block index {number} also used by {number}")
+            });
         }
         Ok(())
     })?;
     if allocated != header.blocks_allocated {
-        let message =
-            format!("allocated blocks mismatch, is {allocated}, should be {}", header.blocks_allocated);
-        faults.push(Fault { offset: crate::structures::BLOCKS_ALLOCATED as u64, message });
+        tally.corruption(FindingCode::Header, BLOCKS_ALLOCATED as u64, || {
+            format!("allocated blocks mismatch, is {allocated}, should be {}", header.blocks_allocated)
+        });
     }
-    Ok(faults)
+    // As QEMU, which counts nothing else of this format.
+    let mut report = CheckReport { image_end_offset: Some(0), ..CheckReport::default() };
+    report.take(tally);
+    Ok(report)
 }

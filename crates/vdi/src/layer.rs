@@ -3,9 +3,11 @@
 use std::sync::Arc;
 
 use qcow2_core::blocks::{BlockLayer, Layout, Scheme};
+use qcow2_core::check::{CheckReport, Repair};
 use qcow2_core::layer::{Holes, SegmentKind};
-use qcow2_core::{Error, ErrorKind, Layer, Mem, MemMut, Result, Storage, StorageExt};
+use qcow2_core::{Error, ErrorKind, Job, Layer, Mem, MemMut, Result, Storage, StorageExt};
 
+use crate::check::check;
 use crate::structures::{BLOCKS_ALLOCATED, DISK_SIZE, HEADER_LENGTH, Header, ImageType, MAX_BLOCKS};
 
 /// How to open an image. Sizes are bytes.
@@ -40,8 +42,8 @@ pub struct VdiScheme {
 /// # Errors
 /// As [`Header::parse`]; `Limit`; `Corrupt` for a block map that is not in the file; `Io`.
 pub fn open(storage: Arc<dyn Storage>, options: &OpenOptions) -> Result<Vdi> {
-    let header = read_header(&*storage)?;
-    let layout = header.layout();
+    let scheme = VdiScheme::new(read_header(&*storage)?);
+    let layout = &scheme.layout;
     for (field, value, limit) in [
         ("size", layout.size, options.max_virtual_size),
         ("block map", layout.table_bytes(), options.max_metadata_bytes),
@@ -51,7 +53,7 @@ pub fn open(storage: Arc<dyn Storage>, options: &OpenOptions) -> Result<Vdi> {
             return Err(storage.located(Error::new(ErrorKind::Limit, message).with_field(field)));
         }
     }
-    Vdi::new(storage, VdiScheme { header, layout }, options.cache_bytes)
+    Vdi::new(storage, scheme, options.cache_bytes)
 }
 
 /// The header of the file.
@@ -62,6 +64,10 @@ pub(crate) fn read_header(storage: &dyn Storage) -> Result<Header> {
 }
 
 impl VdiScheme {
+    pub(crate) fn new(header: Header) -> Self {
+        Self { layout: header.layout(), header }
+    }
+
     /// The header as it was read.
     #[must_use]
     pub fn header(&self) -> &Header {
@@ -130,6 +136,10 @@ impl Scheme for VdiScheme {
             }
         }
         Ok(())
+    }
+
+    fn check(layer: &Vdi, repair: Option<Repair>, max_findings: usize, job: &Job) -> Result<CheckReport> {
+        check(layer, repair, max_findings, job)
     }
 
     /// New blocks follow behind the number of blocks that the header has: one that is too small would have others write over them.

@@ -15,7 +15,6 @@ mod layer;
 mod new;
 pub mod structures;
 
-pub use check::{Fault, check};
 pub use inspect::{Inspection, inspect, inspect_bytes};
 pub use layer::{OpenOptions, Vdi, VdiScheme, open};
 pub use new::NewVdi;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
+use qcow2_core::check::{CheckLayer, CheckReport, Repair};
 use qcow2_core::disk::{DiskOptions, WriteLayer};
 use qcow2_core::layer::{Holes, Layer, Place, Segment, SegmentKind};
 use qcow2_core::space::{Preallocation, reserve, write_zero_bytes};
@@ -140,6 +141,10 @@ impl Layer for Fixed {
         self.options.is_some().then_some(self)
     }
 
+    fn as_checkable(&self) -> Option<&dyn CheckLayer> {
+        Some(self)
+    }
+
     fn make_writable(&mut self, options: DiskOptions) -> Result<()> {
         if !self.storage.traits().writable {
             let error = Error::new(ErrorKind::ReadOnly, "the file is open for reading only");
@@ -161,6 +166,18 @@ impl Layer for Fixed {
 
     fn holes(&self) -> Result<Holes> {
         Ok(Holes::Preallocated)
+    }
+}
+
+/// All that could be damaged is the footer, without which it is not open.
+impl CheckLayer for Fixed {
+    fn check(&self, _: usize, _: &Job) -> Result<CheckReport> {
+        let end = self.end.load(Ordering::Acquire) + FOOTER_LENGTH as u64;
+        Ok(CheckReport { image_end_offset: Some(end), ..CheckReport::default() })
+    }
+
+    fn repair(&self, _: Repair, max_findings: usize, job: &Job) -> Result<CheckReport> {
+        self.check(max_findings, job)
     }
 }
 

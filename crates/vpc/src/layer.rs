@@ -6,10 +6,12 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use qcow2_core::blocks::{BlockLayer, Layout, Scheme};
+use qcow2_core::check::{CheckReport, Repair};
 use qcow2_core::layer::{References, SegmentKind};
-use qcow2_core::{Error, ErrorKind, Layer, Mem, MemMut, Result, Storage, StorageExt};
+use qcow2_core::{Error, ErrorKind, Job, Layer, Mem, MemMut, Result, Storage, StorageExt};
 use quick_cache::sync::Cache;
 
+use crate::check::check;
 use crate::fixed::Fixed;
 use crate::footers::read_footers;
 use crate::parent;
@@ -172,12 +174,12 @@ impl VpcScheme {
         (self.layout.block / SECTOR).div_ceil(8) as usize
     }
 
-    fn write_footer(&self, storage: &dyn Storage, at: u64) -> Result<()> {
+    pub(crate) fn write_footer(&self, storage: &dyn Storage, at: u64) -> Result<()> {
         storage.write_all_at(Mem::from(&self.footer.lock().bytes()[..]), at)
     }
 
     /// Ends the file with the footer behind the last place.
-    fn end_with_footer(&self, storage: &dyn Storage, end: u64) -> Result<()> {
+    pub(crate) fn end_with_footer(&self, storage: &dyn Storage, end: u64) -> Result<()> {
         self.write_footer(storage, end)?;
         let length = end + FOOTER_LENGTH as u64;
         if storage.traits().block_device || storage.size()? <= length {
@@ -249,6 +251,10 @@ impl Scheme for VpcScheme {
                 Ok(bytes.into())
             })
             .map(Some)
+    }
+
+    fn check(layer: &Vpc, repair: Option<Repair>, max_findings: usize, job: &Job) -> Result<CheckReport> {
+        check(layer, repair, max_findings, job)
     }
 
     /// All sectors of a new block are there. A footer ends the file at any time, so that a guest's bytes never do.

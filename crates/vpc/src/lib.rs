@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 #![cfg_attr(not(test), deny(clippy::disallowed_methods))]
 
+mod check;
 mod fixed;
 mod footers;
 mod inspect;
@@ -22,4 +23,4 @@ pub use fixed::Fixed;
 pub use footers::{Footers, read_footers};
 pub use inspect::{Inspection, inspect, inspect_bytes};
 pub use layer::{OpenOptions, Vpc, VpcScheme, footer_of, open};
-pub use new::{NewVpc, Subformat};
+pub use new::{Subformat, new_vpc};

@@ -1,10 +1,17 @@
 //! New images.
 
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use qcow2_core::space::{Preallocation, empty, reserve, write_zero_bytes};
-use qcow2_core::{Error, ErrorKind, Job, Mem, Result, Storage, StorageExt};
+use qcow2_core::blocks::{Blueprint, NewBlocks};
+use qcow2_core::convert::{Context, ConvertOptions, RawSink, Rules, Sink, Worker};
+use qcow2_core::layer::References;
+use qcow2_core::new_image::{Hosts, NewImage};
+use qcow2_core::space::{Preallocation, size_raw};
+use qcow2_core::{DiskOptions, Error, ErrorKind, Job, Layer, Mem, Result, Storage, StorageExt};
 
+use crate::fixed::Fixed;
+use crate::layer::VpcScheme;
 use crate::structures::{BLOCK_SIZE, DiskType, FOOTER_LENGTH, Footer, Geometry, Header, MAX_SECTORS, SECTOR};
 
 /// Seconds from 1970 to 2000, from which VHD counts.
@@ -20,109 +27,190 @@ pub enum Subformat {
     Fixed,
 }
 
-/// A new image.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct NewVpc {
-    pub(crate) footer: Footer,
-    /// Of a dynamic one.
-    pub(crate) header: Option<Header>,
+/// A new image with a disk of `size` bytes, whole sectors. Without `force_size` the disk is as large as the next geometry, as Virtual PC
+/// and QEMU have it; with it, exactly so, as Hyper-V and Azure do.
+///
+/// # Errors
+/// `Limit` above 2040 GiB; `InvalidArgument` for a size that is not whole sectors, or a preallocation of a dynamic image; `Io` without
+/// random numbers.
+pub fn new_vpc(
+    size: u64,
+    subformat: Subformat,
+    force_size: bool,
+    preallocation: Preallocation,
+) -> Result<Arc<dyn NewImage>> {
+    let refuse =
+        |kind, field: &'static str, message: String| Err(Error::new(kind, message).with_field(field));
+    if !size.is_multiple_of(SECTOR) {
+        let message = format!("the size of a disk is a multiple of {SECTOR} bytes, not {size}");
+        return refuse(ErrorKind::InvalidArgument, "size", message);
+    }
+    if size > MAX_SECTORS * SECTOR {
+        return refuse(ErrorKind::Limit, "size", format!("a VHD has at most 2040 GiB, not {size} bytes"));
+    }
+    let (geometry, creator) = match force_size {
+        true => (Geometry::LARGEST, *b"qem2"),
+        false => (Geometry::at_least(size / SECTOR), *b"qemu"),
+    };
+    let size = if geometry == Geometry::LARGEST { size } else { geometry.total() * SECTOR };
+    match subformat {
+        Subformat::Dynamic if preallocation != Preallocation::Off => {
+            let message = "a dynamic VHD has no preallocation: a fixed one has".to_owned();
+            refuse(ErrorKind::InvalidArgument, "preallocation", message)
+        }
+        Subformat::Dynamic => {
+            let footer = Footer::new(DiskType::Dynamic, size, geometry, creator, uuid()?, seconds());
+            let entries = u32::try_from(size.div_ceil(BLOCK_SIZE.into())).unwrap_or(u32::MAX);
+            Ok(Arc::new(NewBlocks::new(NewDynamic { footer, header: Header::new(entries) })))
+        }
+        Subformat::Fixed => {
+            let footer = Footer::new(DiskType::Fixed, size, geometry, creator, uuid()?, seconds());
+            Ok(Arc::new(NewFixed { footer, preallocation }))
+        }
+    }
+}
+
+/// The blueprint of a dynamic disk.
+#[derive(Debug)]
+struct NewDynamic {
+    footer: Footer,
+    header: Header,
+}
+
+impl Blueprint for NewDynamic {
+    type Scheme = VpcScheme;
+
+    fn scheme(&self) -> VpcScheme {
+        VpcScheme::new(&self.footer, self.header.clone(), References::default())
+    }
+
+    fn tail(&self) -> u64 {
+        FOOTER_LENGTH as u64
+    }
+
+    fn head(&self) -> u64 {
+        FOOTER_LENGTH as u64
+    }
+
+    fn publish(&self, storage: &dyn Storage, end: u64, durable: bool) -> Result<()> {
+        let sync = || if durable { storage.flush() } else { Ok(()) };
+        // The BAT is whole sectors of unused entries.
+        let layout = self.header.layout(FOOTER_LENGTH as u64, self.footer.virtual_size());
+        let table_end = layout.table + layout.table_bytes();
+        let rest = vec![0xff; (layout.data - table_end) as usize];
+        storage.write_all_at(Mem::from(&rest[..]), table_end)?;
+        storage.write_all_at(Mem::from(&self.header.bytes()[..]), FOOTER_LENGTH as u64)?;
+        storage.write_all_at(Mem::from(&self.footer.bytes()[..]), end)?;
+        sync()?;
+        storage.write_all_at(Mem::from(&self.footer.bytes()[..]), 0)?;
+        sync()
+    }
+}
+
+/// A fixed disk.
+#[derive(Debug)]
+struct NewFixed {
+    footer: Footer,
     preallocation: Preallocation,
 }
 
-impl NewVpc {
-    /// An image with a disk of `size` bytes, whole sectors. Without `force_size` the disk is as large as the next geometry, as Virtual PC
-    /// and QEMU have it; with it, exactly so, as Hyper-V and Azure do.
-    ///
-    /// # Errors
-    /// `Limit` above 2040 GiB; `InvalidArgument` for a size that is not whole sectors, or a preallocation of a dynamic image; `Io` without
-    /// random numbers.
-    pub fn new(
-        size: u64,
-        subformat: Subformat,
-        force_size: bool,
-        preallocation: Preallocation,
-    ) -> Result<Self> {
-        let refuse =
-            |kind, field: &'static str, message: String| Err(Error::new(kind, message).with_field(field));
-        if !size.is_multiple_of(SECTOR) {
-            let message = format!("the size of a disk is a multiple of {SECTOR} bytes, not {size}");
-            return refuse(ErrorKind::InvalidArgument, "size", message);
+impl NewFixed {
+    /// A device has to be exactly as long, as the footer is where it ends.
+    fn begin(&self, host: &dyn Storage) -> Result<()> {
+        let length = self.size() + FOOTER_LENGTH as u64;
+        if !host.traits().block_device {
+            return Ok(());
         }
-        if size > MAX_SECTORS * SECTOR {
-            return refuse(ErrorKind::Limit, "size", format!("a VHD has at most 2040 GiB, not {size} bytes"));
+        if host.size()? != length {
+            let message =
+                format!("the footer is where the device ends: it would have to have {length} bytes");
+            return Err(host.located(Error::new(ErrorKind::InvalidArgument, message).with_field("size")));
         }
-        if subformat == Subformat::Dynamic && preallocation != Preallocation::Off {
-            let message = "a dynamic VHD has no preallocation: a fixed one has".to_owned();
-            return refuse(ErrorKind::InvalidArgument, "preallocation", message);
-        }
-        let (geometry, creator) = match force_size {
-            true => (Geometry::LARGEST, *b"qem2"),
-            false => (Geometry::at_least(size / SECTOR), *b"qemu"),
-        };
-        let size = if geometry == Geometry::LARGEST { size } else { geometry.total() * SECTOR };
-        let disk_type = match subformat {
-            Subformat::Dynamic => DiskType::Dynamic,
-            Subformat::Fixed => DiskType::Fixed,
-        };
-        let footer = Footer::new(disk_type, size, geometry, creator, uuid()?, seconds());
-        let entries = u32::try_from(size.div_ceil(BLOCK_SIZE.into())).unwrap_or(u32::MAX);
-        let header = (subformat == Subformat::Dynamic).then(|| Header::new(entries));
-        Ok(Self { footer, header, preallocation })
+        host.zero(self.size(), FOOTER_LENGTH as u64, false)?;
+        host.flush()
     }
 
-    /// Bytes of the disk.
-    #[must_use]
-    pub fn virtual_size(&self) -> u64 {
+    fn write_footer(&self, host: &dyn Storage, durable: bool) -> Result<()> {
+        let sync = || if durable { host.flush() } else { Ok(()) };
+        sync()?;
+        host.write_all_at(Mem::from(&self.footer.bytes()[..]), self.size())?;
+        sync()
+    }
+}
+
+impl NewImage for NewFixed {
+    fn format(&self) -> &'static str {
+        "vpc"
+    }
+
+    fn size(&self) -> u64 {
         self.footer.virtual_size()
     }
 
-    /// Makes the image in `storage`, which loses what it held. It is none before its footer is written, which comes last.
-    ///
-    /// # Errors
-    /// `InvalidArgument` for a device that is not exactly as long as a fixed disk with its footer; `Io`; `Aborted`.
-    pub fn create(&self, storage: &dyn Storage, job: &Job) -> Result<()> {
-        let is_device = storage.traits().block_device;
-        let size = self.virtual_size();
-        let length = match &self.header {
-            Some(header) => header.layout(FOOTER_LENGTH as u64, size).data + FOOTER_LENGTH as u64,
-            None => size + FOOTER_LENGTH as u64,
-        };
-        if is_device && storage.size()? != length {
-            let message =
-                format!("the footer is where the device ends: it would have to have {length} bytes");
-            return Err(storage.located(Error::new(ErrorKind::InvalidArgument, message).with_field("size")));
-        }
-        empty(storage)?;
-        if is_device {
-            storage.write_all_at(Mem::from(&[0; FOOTER_LENGTH][..]), 0)?;
-        }
-        storage.resize(length)?;
-        match &self.header {
-            Some(header) => self.write_tables(storage, header, job)?,
-            None => match self.preallocation {
-                Preallocation::Off | Preallocation::Metadata => {}
-                Preallocation::Falloc => reserve(storage, 0..size, job)?,
-                Preallocation::Full => write_zero_bytes(storage, 0, size, job)?,
-            },
-        }
-        storage.write_all_at(Mem::from(&self.footer.bytes()[..]), length - FOOTER_LENGTH as u64)?;
-        match &self.header {
-            Some(_) => storage.write_all_at(Mem::from(&self.footer.bytes()[..]), 0),
-            None => Ok(()),
-        }
+    fn unit(&self) -> u64 {
+        1
     }
 
-    /// The header and an empty BAT of whole sectors.
-    fn write_tables(&self, storage: &dyn Storage, header: &Header, job: &Job) -> Result<()> {
-        let layout = header.layout(FOOTER_LENGTH as u64, self.virtual_size());
-        let (mut at, unused) = (layout.table, vec![0xff; 64 << 10]);
-        while at < layout.data {
-            job.checkpoint()?;
-            let length = (layout.data - at).min(unused.len() as u64) as usize;
-            storage.write_all_at(Mem::from(unused.get(..length).unwrap_or_default()), at)?;
-            at += length as u64;
+    fn length(&self, data: u64) -> u64 {
+        data.saturating_add(FOOTER_LENGTH as u64)
+    }
+
+    fn preallocation(&self) -> Preallocation {
+        self.preallocation
+    }
+
+    fn create(&self, hosts: &Hosts, job: &Job) -> Result<()> {
+        let host = &*hosts.own;
+        self.begin(host)?;
+        if !host.traits().block_device {
+            size_raw(host, self.size(), self.preallocation, job)?;
         }
-        storage.write_all_at(Mem::from(&header.bytes()[..]), FOOTER_LENGTH as u64)
+        self.write_footer(host, true)
+    }
+
+    fn sink(self: Arc<Self>, hosts: Hosts, context: &Context<'_>, _: usize) -> Result<Box<dyn Sink>> {
+        self.begin(&*hosts.own)?;
+        let data = RawSink::new(context, Arc::clone(&hosts.own), self.preallocation, false)?;
+        Ok(Box::new(FixedSink { data, image: self, host: hosts.own }))
+    }
+
+    fn disk(&self, hosts: &Hosts, job: &Job) -> Result<Box<dyn Layer>> {
+        let host = &hosts.own;
+        self.begin(&**host)?;
+        match host.traits().block_device {
+            true => host.zero(0, self.size(), true)?,
+            false => size_raw(&**host, self.size(), self.preallocation, job)?,
+        }
+        let mut layer = Fixed::new(Arc::clone(host), &self.footer, self.size())?;
+        layer.make_writable(DiskOptions::default())?;
+        Ok(Box::new(layer))
+    }
+
+    fn publish(&self, hosts: &Hosts) -> Result<()> {
+        self.write_footer(&*hosts.own, true)
+    }
+}
+
+/// A raw disk, and the footer behind it when all is there.
+struct FixedSink {
+    data: RawSink,
+    image: Arc<NewFixed>,
+    host: Arc<dyn Storage>,
+}
+
+impl Sink for FixedSink {
+    fn rules(&self) -> Rules {
+        self.data.rules()
+    }
+
+    fn worker(&self) -> Result<Worker<'_>> {
+        self.data.worker()
+    }
+
+    fn finish(self: Box<Self>, options: &ConvertOptions, job: &Job) -> Result<()> {
+        let Self { data, image, host } = *self;
+        Box::new(data).finish(options, job)?;
+        image.write_footer(&*host, options.durable)
     }
 }
 

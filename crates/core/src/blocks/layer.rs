@@ -10,10 +10,11 @@ use parking_lot::Mutex;
 use super::layout::{Entry, Layout, Scheme};
 use super::places::Places;
 use super::table::{Slice, Table};
+use crate::check::{CheckLayer, CheckReport, Repair};
 use crate::disk::{DiskOptions, WriteLayer};
 use crate::layer::{Holes, Layer, Place, PlanBuilder, References, Segment, SegmentKind};
 use crate::storage::ReadTransfer;
-use crate::{Error, ErrorKind, MemMut, Result, Storage, StorageExt};
+use crate::{Error, ErrorKind, Job, MemMut, Result, Storage, StorageExt};
 
 /// Bytes of the table that are kept unless the caller says otherwise.
 const DEFAULT_CACHE_BYTES: u64 = 4 << 20;
@@ -252,6 +253,10 @@ impl<S: Scheme> Layer for BlockLayer<S> {
         self.options.is_some().then_some(self)
     }
 
+    fn as_checkable(&self) -> Option<&dyn CheckLayer> {
+        Some(self)
+    }
+
     fn make_writable(&mut self, options: DiskOptions) -> Result<()> {
         let shared = &*self.shared;
         let refuse = |kind, message: String| Err(shared.storage.located(Error::new(kind, message)));
@@ -276,6 +281,16 @@ impl<S: Scheme> Layer for BlockLayer<S> {
 
     fn holes(&self) -> Result<Holes> {
         Ok(self.shared.scheme.holes())
+    }
+}
+
+impl<S: Scheme> CheckLayer for BlockLayer<S> {
+    fn check(&self, max_findings: usize, job: &Job) -> Result<CheckReport> {
+        S::check(self, None, max_findings, job)
+    }
+
+    fn repair(&self, repair: Repair, max_findings: usize, job: &Job) -> Result<CheckReport> {
+        S::check(self, Some(repair), max_findings, job)
     }
 }
 

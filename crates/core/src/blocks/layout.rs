@@ -4,8 +4,10 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::layer::BlockLayer;
+use crate::check::{CheckReport, Repair};
 use crate::layer::{Holes, References, SegmentKind};
-use crate::{Error, ErrorKind, Layer, Result, Storage};
+use crate::{Error, ErrorKind, Job, Layer, Result, Storage};
 
 /// Most bytes that a block can have, and that its place can have in front of it.
 const MAX_BLOCK: u64 = 1 << 32;
@@ -185,6 +187,20 @@ pub trait Scheme: fmt::Debug + Send + Sync + 'static {
         let _ = (storage, index, place);
         Ok(None)
     }
+
+    /// Holds the image's metadata against itself, as [`CheckLayer::check`](crate::check::CheckLayer::check) and, with `repair`,
+    /// [`CheckLayer::repair`](crate::check::CheckLayer::repair).
+    ///
+    /// # Errors
+    /// As those.
+    fn check(
+        layer: &BlockLayer<Self>,
+        repair: Option<Repair>,
+        max_findings: usize,
+        job: &Job,
+    ) -> Result<CheckReport>
+    where
+        Self: Sized;
 
     /// Called when the image is opened for writing, before anything is written.
     ///

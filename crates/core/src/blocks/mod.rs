@@ -10,13 +10,17 @@
 //! entries, and makes them durable. A power cut leaves at worst places that nothing refers to, which are given out again. A flush without
 //! new blocks is one sync.
 
+mod check;
 mod fields;
 mod layer;
 mod layout;
+mod new;
 mod places;
 mod table;
 mod write;
 
+pub use check::UsedPlaces;
 pub use fields::{Fields, put};
 pub use layer::BlockLayer;
 pub use layout::{Entry, Layout, Scheme};
+pub use new::{Blueprint, NewBlocks};

@@ -4,13 +4,14 @@ use std::path::Path;
 use std::sync::Arc;
 
 use qcow2_core::disk::DiskOptions;
+use qcow2_core::new_image::Hosts;
 use qcow2_core::space::Preallocation;
 use qcow2_core::storage::{Access, FileStorage, MemoryStorage};
 use qcow2_core::{Chain, Discard, Job, Layer, MemMut, Result, Storage};
 use qcow2_engine::Image;
 use qcow2_testkit::Rng;
 use qcow2_vpc::structures::{DiskType, Footer, Geometry, Header};
-use qcow2_vpc::{NewVpc, OpenOptions, Subformat};
+use qcow2_vpc::{OpenOptions, Subformat, new_vpc};
 
 pub(crate) fn open(storage: Arc<dyn Storage>) -> Result<Box<dyn Layer>> {
     qcow2_vpc::open(storage, &OpenOptions::default())
@@ -33,10 +34,10 @@ pub(crate) fn bytes_of(storage: &dyn Storage) -> Vec<u8> {
 
 /// A new image, as bytes.
 pub(crate) fn new(size: u64, subformat: Subformat, force_size: bool) -> Vec<u8> {
-    let storage = MemoryStorage::new();
-    let image = NewVpc::new(size, subformat, force_size, Preallocation::Off).unwrap();
-    image.create(&storage, &Job::new()).unwrap();
-    storage.to_vec()
+    let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
+    let image = new_vpc(size, subformat, force_size, Preallocation::Off).unwrap();
+    image.create(&Hosts::from(Arc::clone(&storage)), &Job::new()).unwrap();
+    bytes_of(&*storage)
 }
 
 /// A header with another block size.

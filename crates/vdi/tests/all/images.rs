@@ -3,10 +3,17 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use qcow2_core::Storage;
+use qcow2_core::convert::ConvertOptions;
+use qcow2_core::new_image::{Hosts, NewImage};
+use qcow2_core::space::Preallocation;
 use qcow2_core::storage::{Access, FileStorage};
+use qcow2_core::{Job, Mem, Raw, Storage};
+use qcow2_engine::Image;
+use qcow2_engine::convert::{ConvertTarget, convert};
+use qcow2_engine::create::NewTarget;
 use qcow2_testkit::contract::LayerContract;
 use qcow2_testkit::{Fixture, Qemu};
+use qcow2_vdi::NewVdi;
 
 use crate::support::{bytes_of, disk, forged, image, memory, new, open, read};
 
@@ -114,4 +121,44 @@ fn blocks_of_zeroes_and_disks_of_64_tib() {
     let mut segments = Vec::new();
     let error = layer.plan(size - 4096..size, &mut segments).unwrap_err();
     assert_eq!(error.kind(), qcow2_core::ErrorKind::Corrupt);
+}
+
+/// What a conversion makes is what QEMU's makes: as long, and sound.
+#[test]
+fn conversions_into_new_images() {
+    let Some(qemu) = Qemu::find() else { return };
+    let fixture = Fixture::new();
+    let size = 7 * (1 << 20) + 512;
+    let expected = disk(size, 11);
+    let source = Image::new(vec![Box::new(Raw::new(memory(&expected)).unwrap())]).unwrap();
+    for is_static in [false, true] {
+        let path = fixture.file("converted", b"");
+        let image = Arc::new(NewVdi::new(size, is_static, Preallocation::Off).unwrap());
+        let target = ConvertTarget::New(NewTarget::Format { image, hosts: Hosts::from(file(&path)) });
+        convert(&source, target, &ConvertOptions::default(), &Job::new()).unwrap();
+        qemu.img(&["check", "-f", "vdi", path.to_str().unwrap()]).ok();
+        assert!(qemu.guest_bytes(&path, "vdi", &[]) == expected, "static: {is_static}");
+        assert!(read(vec![open(file(&path)).unwrap()]).unwrap() == expected);
+        let theirs = fixture.path("theirs");
+        let raw = fixture.file("raw", &expected);
+        let option = if is_static { "static=on" } else { "static=off" };
+        qemu.convert(&raw, "raw", &theirs, "vdi", &["-o", option]);
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), std::fs::metadata(&theirs).unwrap().len());
+    }
+}
+
+/// A disk that is written to before it is an image: a live clone's target.
+#[test]
+fn disks_that_become_images() {
+    let storage: Arc<dyn Storage> = memory(b"");
+    let (image, hosts) =
+        (NewVdi::new(3 << 20, false, Preallocation::Off).unwrap(), Hosts::from(Arc::clone(&storage)));
+    let layer = image.disk(&hosts, &Job::new()).unwrap();
+    let writable = layer.as_writable().unwrap();
+    writable.write_at(Mem::from(&[3; 5000][..]), (2 << 20) - 100).unwrap();
+    writable.close().unwrap();
+    assert!(open(Arc::clone(&storage)).is_err(), "an image before its time");
+    image.publish(&hosts).unwrap();
+    let found = read(vec![open(storage).unwrap()]).unwrap();
+    assert!(found[(2 << 20) - 100..(2 << 20) + 4900] == [3; 5000]);
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use qcow2_core::disk::DiskOptions;
+use qcow2_core::new_image::{Hosts, NewImage};
 use qcow2_core::space::Preallocation;
 use qcow2_core::storage::MemoryStorage;
 use qcow2_core::{Chain, Discard, Job, Layer, MemMut, Result, Storage};
@@ -28,9 +29,10 @@ pub(crate) fn bytes_of(storage: &dyn Storage) -> Vec<u8> {
 
 /// A new image, as bytes.
 pub(crate) fn new(size: u64, is_static: bool) -> Vec<u8> {
-    let storage = MemoryStorage::new();
-    NewVdi::new(size, is_static, Preallocation::Off).unwrap().create(&storage, &Job::new()).unwrap();
-    storage.to_vec()
+    let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
+    let image = NewVdi::new(size, is_static, Preallocation::Off).unwrap();
+    image.create(&Hosts::from(Arc::clone(&storage)), &Job::new()).unwrap();
+    bytes_of(&*storage)
 }
 
 /// An empty image with blocks of this many bytes, which QEMU does not read.

@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
+use qcow2_core::check::Repair;
 use qcow2_core::disk::DiskOptions;
 use qcow2_core::{ErrorKind, Job, Layer, Mem};
 use qcow2_testkit::contract::LayerContract;
 use qcow2_testkit::{Fixture, Qemu};
-use qcow2_vdi::{OpenOptions, check};
+use qcow2_vdi::OpenOptions;
 
 use crate::support::{bytes_of, disk, forged, image, memory, new, open, read};
 
@@ -45,9 +46,9 @@ fn what_a_check_finds_is_what_qemu_finds() {
     let (qemu, fixture) = (Qemu::find(), Fixture::new());
     for (entries, allocated, blocks, expected) in cases {
         let bytes = with_map(entries, allocated, blocks);
-        let layer = qcow2_vdi::open(memory(&bytes), &OpenOptions::default()).unwrap();
-        let found = check(&layer, &Job::new()).unwrap();
-        let found: Vec<_> = found.iter().map(|fault| fault.message.as_str()).collect();
+        let layer = open(memory(&bytes)).unwrap();
+        let report = layer.as_checkable().unwrap().check(10, &Job::new()).unwrap();
+        let found: Vec<_> = report.findings.iter().map(|finding| finding.message.as_str()).collect();
         assert_eq!(found, expected, "{entries:?}");
         if let Some(qemu) = &qemu {
             let path = fixture.file("damaged", &bytes);
@@ -58,9 +59,12 @@ fn what_a_check_finds_is_what_qemu_finds() {
         }
     }
     // QEMU does not look where the file ends.
-    let layer = qcow2_vdi::open(memory(&with_map(&[2, free, free], 1, 1)), &OpenOptions::default()).unwrap();
-    let found = check(&layer, &Job::new()).unwrap();
-    assert_eq!((found.len(), found[0].offset), (1, 512));
+    let layer = open(memory(&with_map(&[2, free, free], 1, 1))).unwrap();
+    let check = layer.as_checkable().unwrap();
+    let report = check.check(10, &Job::new()).unwrap();
+    assert_eq!((report.corruptions, report.findings[0].offset), (1, Some(512)));
+    let error = check.repair(Repair::All, 10, &Job::new()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::UnsupportedFeature);
 }
 
 #[test]

@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
-use qcow2_core::{ErrorKind, Mem};
+use qcow2_core::check::{FindingCode, Repair};
+use qcow2_core::{ErrorKind, Job, Mem};
 use qcow2_testkit::contract::LayerContract;
-use qcow2_vpc::structures::DiskType;
+use qcow2_vpc::structures::{DiskType, Footer, Geometry};
 use qcow2_vpc::{OpenOptions, Subformat, inspect, inspect_bytes};
 
 use crate::support::{bytes_of, disk, forged, image, memory, new, open, read};
@@ -120,5 +121,54 @@ fn limits_of_the_caller_are_kept() {
         OpenOptions { max_metadata_bytes: 15, ..OpenOptions::default() },
     ] {
         assert_eq!(open(options).unwrap_err().kind(), ErrorKind::Limit);
+    }
+}
+
+#[test]
+fn what_a_check_finds_and_repairs() {
+    let (sound, expected) = filled();
+    let end = sound.len() - 512;
+    let mut changed = sound.clone();
+    let footer = Footer::parse(&sound[..512]).unwrap().resized(4096, Geometry::LARGEST);
+    changed[end..].copy_from_slice(footer.bytes());
+    let mut long = sound.clone();
+    long.truncate(end);
+    long.extend(vec![7; 40_000]);
+    long.extend(&sound[end..]);
+    let with = |at: usize| {
+        let mut bytes = sound.clone();
+        bytes[at] ^= 1;
+        bytes
+    };
+    let cases: [(Vec<u8>, u64, u64, &[FindingCode]); 6] = [
+        (sound.clone(), 0, 0, &[]),
+        (with(100), 1, 0, &[FindingCode::Copy]),
+        (with(end + 100), 1, 0, &[FindingCode::Copy]),
+        (changed, 1, 0, &[FindingCode::Copy]),
+        (long, 0, 3, &[FindingCode::Leak]),
+        (with(1539), 1, 0, &[FindingCode::BlockShared]),
+    ];
+    for (bytes, corruptions, leaks, codes) in cases {
+        let storage = memory(&bytes);
+        let check = |repair: Option<Repair>| {
+            let layer = open(Arc::clone(&storage)).unwrap();
+            let layer = layer.as_checkable().unwrap();
+            match repair {
+                Some(repair) => layer.repair(repair, 10, &Job::new()).unwrap(),
+                None => layer.check(10, &Job::new()).unwrap(),
+            }
+        };
+        let report = check(None);
+        let found: Vec<_> = report.findings.iter().map(|finding| finding.code).collect();
+        assert_eq!((report.corruptions, report.leaks, &found[..]), (corruptions, leaks, codes), "{report:?}");
+        assert_eq!(bytes_of(&*storage), bytes, "a check changes nothing");
+        let repaired = check(Some(Repair::All));
+        if codes.contains(&FindingCode::BlockShared) {
+            assert_eq!((repaired.corruptions, bytes_of(&*storage) == bytes), (1, true));
+            continue;
+        }
+        assert_eq!((repaired.corruptions_fixed, repaired.leaks_fixed), (corruptions, leaks));
+        assert!(check(None).is_clean());
+        assert!(bytes_of(&*storage) == sound && read(vec![open(storage).unwrap()]).unwrap() == expected);
     }
 }

@@ -1,9 +1,15 @@
 //! Images that QEMU and others make, read by us, and the reverse.
 
-use qcow2_core::Mem;
+use qcow2_core::convert::ConvertOptions;
+use qcow2_core::new_image::Hosts;
+use qcow2_core::space::Preallocation;
+use qcow2_core::{Job, Mem, Raw};
+use qcow2_engine::Image;
+use qcow2_engine::convert::{ConvertTarget, convert};
+use qcow2_engine::create::NewTarget;
 use qcow2_testkit::contract::LayerContract;
 use qcow2_testkit::{Fixture, Qemu, skipped};
-use qcow2_vpc::Subformat;
+use qcow2_vpc::{Subformat, new_vpc};
 
 use crate::support::{disk, file, image, memory, new, open, read};
 
@@ -166,4 +172,49 @@ fn footers_of_511_bytes_and_entries_too_many() {
     let header = qcow2_vpc::structures::Header::new(2);
     bytes[512..1536].copy_from_slice(header.bytes());
     contract("an entry too many", &bytes, &vec![0; 2 << 20]);
+}
+
+/// What a conversion makes is what QEMU's makes: as long, and with the same disk.
+#[test]
+fn conversions_into_new_images() {
+    let Some(qemu) = Qemu::find() else { return };
+    let fixture = Fixture::new();
+    let size = 7 * (1 << 20) + 512;
+    let data = disk(size, 11);
+    let raw = fixture.file("raw", &data);
+    let source = Image::new(vec![Box::new(Raw::new(memory(&data)).unwrap())]).unwrap();
+    for (subformat, name) in [(Subformat::Dynamic, "dynamic"), (Subformat::Fixed, "fixed")] {
+        for (force_size, force) in [(false, "off"), (true, "on")] {
+            let path = fixture.file("converted", b"");
+            let image = new_vpc(size, subformat, force_size, Preallocation::Off).unwrap();
+            let target = ConvertTarget::New(NewTarget::Format { image, hosts: Hosts::from(file(&path)) });
+            convert(&source, target, &ConvertOptions::default(), &Job::new()).unwrap();
+            let theirs = fixture.path("theirs");
+            let options = format!("subformat={name},force_size={force}");
+            qemu.convert(&raw, "raw", &theirs, "vpc", &["-o", &options]);
+            let expected = qemu.guest_bytes(&theirs, "vpc", &[]);
+            assert!(qemu.guest_bytes(&path, "vpc", &[]) == expected, "{options}");
+            assert!(read(vec![open(file(&path)).unwrap()]).unwrap() == expected, "{options}");
+            let length = |path: &std::path::Path| std::fs::metadata(path).unwrap().len();
+            assert_eq!(length(&path), length(&theirs), "{options}");
+        }
+    }
+}
+
+/// A disk that is written to before it is an image: a live clone's target.
+#[test]
+fn disks_that_become_images() {
+    for subformat in [Subformat::Dynamic, Subformat::Fixed] {
+        let storage = memory(b"");
+        let image = new_vpc(5 << 20, subformat, true, Preallocation::Off).unwrap();
+        let hosts = Hosts::from(std::sync::Arc::clone(&storage));
+        let layer = image.disk(&hosts, &Job::new()).unwrap();
+        let writable = layer.as_writable().unwrap();
+        writable.write_at(Mem::from(&[3; 5000][..]), (2 << 20) - 100).unwrap();
+        writable.flush().unwrap();
+        assert!(open(std::sync::Arc::clone(&storage)).is_err(), "an image before its time");
+        image.publish(&hosts).unwrap();
+        let found = read(vec![open(storage).unwrap()]).unwrap();
+        assert!(found[(2 << 20) - 100..(2 << 20) + 4900] == [3; 5000] && found.len() == 5 << 20);
+    }
 }

@@ -2,19 +2,20 @@
 
 use std::sync::Arc;
 
+use qcow2_core::check::Finding;
 use qcow2_core::space::Preallocation;
 use qcow2_core::{Disk, ErrorKind, Job, Mem, Storage};
 use qcow2_testkit::contract::{DiskContract, WriterContract};
 use qcow2_testkit::{Fixture, Qemu};
-use qcow2_vdi::check;
 
 use crate::support::{bytes_of, forged, image, memory, new, open};
 
 fn sound(storage: Arc<dyn Storage>) {
-    let layer = qcow2_vdi::open(storage, &qcow2_vdi::OpenOptions::default()).unwrap();
-    let found = check(&layer, &Job::new()).unwrap();
+    let layer = open(storage).unwrap();
+    let report = layer.as_checkable().unwrap().check(10, &Job::new()).unwrap();
     // Places that a power cut left without a block: the number of blocks is larger than that of entries.
-    assert!(found.iter().all(|fault| fault.message.starts_with("allocated blocks mismatch")), "{found:?}");
+    let lost = |finding: &Finding| finding.message.starts_with("allocated blocks mismatch");
+    assert!(report.findings.iter().all(lost), "{report:?}");
 }
 
 #[test]
