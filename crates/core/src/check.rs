@@ -176,6 +176,8 @@ impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self.severity {
             _ if self.repaired => "Repairing ",
+            // Not one by one: what lies behind all that is in use.
+            Severity::Leak if self.message.starts_with("space leaked") => "ERROR ",
             Severity::Leak => "Leaked ",
             Severity::Corruption if self.has_colon() => "ERROR: ",
             Severity::Corruption => "ERROR ",

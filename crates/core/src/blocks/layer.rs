@@ -87,6 +87,17 @@ impl<S: Scheme> BlockLayer<S> {
         (layer as &dyn Any).downcast_ref()
     }
 
+    /// Writes entries, which are neighbours or not, in order. Nobody has read the table before, or reads it later.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn write_entries(&self, entries: &[(u32, u32)]) -> Result<()> {
+        let shared = &*self.shared;
+        shared.table.write(&*shared.storage, shared.layout(), entries)?;
+        shared.table.forget();
+        Ok(())
+    }
+
     /// Calls `f` with every entry of the table and its index, as the file has it.
     ///
     /// # Errors
@@ -270,7 +281,7 @@ impl<S: Scheme> Layer for BlockLayer<S> {
             );
             return refuse(ErrorKind::UnsupportedFeature, message);
         }
-        shared.scheme.begin(&*shared.storage)?;
+        S::begin(self)?;
         self.options = Some(options);
         Ok(())
     }

@@ -205,9 +205,12 @@ pub trait Scheme: fmt::Debug + Send + Sync + 'static {
     /// Called when the image is opened for writing, before anything is written.
     ///
     /// # Errors
-    /// `Io`; `Corrupt`.
-    fn begin(&self, storage: &dyn Storage) -> Result<()> {
-        let _ = storage;
+    /// `Io`; `Corrupt`; `UnsupportedFeature` for an image that is only read.
+    fn begin(layer: &BlockLayer<Self>) -> Result<()>
+    where
+        Self: Sized,
+    {
+        let _ = layer;
         Ok(())
     }
 

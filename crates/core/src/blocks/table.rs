@@ -131,6 +131,11 @@ impl Table {
         }
     }
 
+    /// Forgets what was read.
+    pub(super) fn forget(&self) {
+        self.slices.clear();
+    }
+
     /// The file has more entries. No other request runs.
     pub(super) fn grow(&self, entries: u32) {
         let old = self.entries.swap(entries, Ordering::AcqRel);
