@@ -47,7 +47,18 @@ export type { ReadOptions } from './read.js'
 export { type RebaseOptions, rebase } from './rebase.js'
 export type { TruncateOptions } from './resize.js'
 export type { Encrypt, EncryptedLayer, Secret, SecretBytes, Secrets } from './secret.js'
-export type { Compression, LuksShape, Preallocation, Qcow2Shape, RawShape, Shape, Shapes } from './shape.js'
+export type {
+  Compression,
+  LuksShape,
+  ParallelsShape,
+  Preallocation,
+  Qcow2Shape,
+  RawShape,
+  Shape,
+  Shapes,
+  VdiShape,
+  VpcShape,
+} from './shape.js'
 export type { Snapshots } from './snapshot/snapshots.js'
 export type { DetachedImage, ImageSource, PathLike } from './source.js'
 export type { ReadStreamOptions, SparseChunk, WebStreamOptions } from './stream.js'

@@ -8,11 +8,9 @@ import {
   bochsSize,
   cloopSize,
   dmgSize,
-  parallelsSize,
   qedSize,
   type SizeReader,
   startsWith,
-  vdiSize,
   vhdxSize,
   vmdkSize,
   vpcSize,
@@ -58,10 +56,14 @@ export interface Traits {
   readonly plain: boolean
   /** What else QEMU calls it where an image names the format of its backing file. */
   readonly aliases: readonly string[]
+  /** Other words for it on the command line. */
+  readonly words?: readonly string[]
   /** Another image can lie below. */
   readonly backingFile: boolean
   /** Multiple in bytes that QEMU takes requests on the disk in. */
   readonly requestAlignment: number
+  /** QEMU's driver of it says nothing of its clusters, and nothing of whether it is dirty. */
+  readonly silent?: true
   readonly can: readonly Ability[]
   /** How new ones are made; absent where they are not. */
   readonly create?: Creation
@@ -85,7 +87,7 @@ export type ShapeOption =
   | FormatOption
 
 /** Those of them that a format reads by itself: they reach its crate by these names. */
-export type FormatOption = 'subformat'
+export type FormatOption = 'subformat' | 'static' | 'forceSize'
 
 /** What a new image of a format can be made with. */
 export interface Creation {
@@ -97,14 +99,14 @@ export interface Creation {
   readonly subformats?: readonly string[]
 }
 
-/** The formats that images are read in, by QEMU's names. `qcow` is version 1 of qcow2, `luks` is LUKS of both versions. */
-export type Format = 'qcow2' | 'raw' | 'qcow' | 'luks'
+/** The formats that images are read in, by QEMU's names. `qcow` is version 1 of qcow2, `luks` is LUKS of both versions, `vpc` is VHD. */
+export type Format = 'qcow2' | 'raw' | 'qcow' | 'luks' | 'vdi' | 'vpc' | 'parallels'
 
 /** The formats that new images are made in. `luks` is LUKS of version 1 then. */
-export type TargetFormat = 'qcow2' | 'raw' | 'luks'
+export type TargetFormat = 'qcow2' | 'raw' | 'luks' | 'vdi' | 'vpc' | 'parallels'
 
 /** Formats that are recognised in order to refuse them. */
-export type KnownFormat = 'bochs' | 'cloop' | 'dmg' | 'parallels' | 'qed' | 'vdi' | 'vhdx' | 'vmdk' | 'vpc'
+export type KnownFormat = 'bochs' | 'cloop' | 'dmg' | 'qed' | 'vhdx' | 'vmdk'
 
 /** Every format of the table. */
 export type FormatName = Format | KnownFormat
@@ -114,7 +116,7 @@ interface Row {
   readonly marks: Marks
   /** Of those that are opened. */
   readonly image?: Traits
-  /** Of the others. */
+  /** Of the others, and of one that is known by a footer: what is raw to a reader can be one. */
   readonly virtualSize?: SizeReader
 }
 
@@ -194,26 +196,60 @@ const FORMATS: Table = {
       },
     },
   },
+  vdi: {
+    marks: { magics: [{ bytes: Buffer.from([0x7f, 0x10, 0xda, 0xbe]), offset: 0x40 }] },
+    image: {
+      probed: true,
+      plain: false,
+      aliases: [],
+      backingFile: false,
+      requestAlignment: 512,
+      can: ['write', 'check'],
+      create: { shape: ['preallocation', 'static'], preallocation: ['off', 'metadata', 'falloc', 'full'] },
+    },
+  },
+  vpc: {
+    marks: { magics: [{ bytes: ascii('conectix') }], footer: { bytes: ascii('conectix'), length: 512 } },
+    image: {
+      probed: true,
+      plain: false,
+      aliases: ['vhd'],
+      words: ['vhd'],
+      backingFile: true,
+      requestAlignment: 512,
+      can: ['write', 'check'],
+      create: {
+        shape: ['preallocation', 'subformat', 'forceSize'],
+        preallocation: ['off', 'metadata', 'falloc', 'full'],
+        subformats: ['dynamic', 'fixed'],
+      },
+    },
+    virtualSize: vpcSize,
+  },
+  parallels: {
+    marks: { magics: [{ bytes: ascii('WithoutFreeSpace') }, { bytes: ascii('WithouFreSpacExt') }] },
+    image: {
+      probed: true,
+      plain: false,
+      aliases: [],
+      backingFile: false,
+      requestAlignment: 512,
+      silent: true,
+      can: ['write', 'check'],
+      create: { shape: ['preallocation', 'clusterSize'], preallocation: ['off'] },
+    },
+  },
   bochs: { marks: { magics: [{ bytes: ascii('Bochs Virtual HD Image') }] }, virtualSize: bochsSize },
   cloop: { marks: { magics: [{ bytes: ascii('#!/bin/sh\n#V2.0 Format\nmodprobe cloop') }] }, virtualSize: cloopSize },
   dmg: {
     marks: { magics: [{ bytes: ascii('koly') }], footer: { bytes: ascii('koly'), length: 512 } },
     virtualSize: dmgSize,
   },
-  parallels: {
-    marks: { magics: [{ bytes: ascii('WithoutFreeSpace') }, { bytes: ascii('WithouFreSpacExt') }] },
-    virtualSize: parallelsSize,
-  },
   qed: { marks: { magics: [{ bytes: ascii('QED\0') }] }, virtualSize: qedSize },
-  vdi: { marks: { magics: [{ bytes: Buffer.from([0x7f, 0x10, 0xda, 0xbe]), offset: 0x40 }] }, virtualSize: vdiSize },
   vhdx: { marks: { magics: [{ bytes: ascii('vhdxfile') }] }, virtualSize: vhdxSize },
   vmdk: {
     marks: { magics: [{ bytes: ascii('KDMV') }, { bytes: ascii('COWD') }], matches: isVmdkDescriptor },
     virtualSize: vmdkSize,
-  },
-  vpc: {
-    marks: { magics: [{ bytes: ascii('conectix') }], footer: { bytes: ascii('conectix'), length: 512 } },
-    virtualSize: vpcSize,
   },
 }
 
@@ -262,6 +298,10 @@ export const isPlain = (format: Format): boolean => traitsOf(format).plain
 
 /** Whether a format has an ability. */
 export const can = (format: Format, ability: Ability): boolean => traitsOf(format).can.includes(ability)
+
+/** The format that a word of the command line is. */
+export const formatOfWord = (word: string): Format | undefined =>
+  SOURCE_FORMATS.find(format => format === word || traitsOf(format).words?.includes(word))
 
 /** The format that is opened under a name which an image has for its backing file's. */
 export const formatNamed = (name: string): Format | undefined =>

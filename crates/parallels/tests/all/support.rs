@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use qcow2_core::disk::DiskOptions;
 use qcow2_core::new_image::{Hosts, NewImage};
-use qcow2_core::space::Preallocation;
 use qcow2_core::storage::{Access, FileStorage, MemoryStorage};
 use qcow2_core::{Chain, Discard, Job, Layer, MemMut, Result, Storage};
 use qcow2_engine::Image;
