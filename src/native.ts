@@ -82,6 +82,9 @@ export interface NativeLimits {
 export interface NativeFileOptions {
   readonly writable?: boolean | undefined
   readonly cache?: string | undefined
+  /** The part of the file that is meant: it is only read. */
+  readonly offset?: number | undefined
+  readonly length?: number | undefined
 }
 
 /** How to lock a file. */

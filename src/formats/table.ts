@@ -131,7 +131,7 @@ const QCOW = ascii('QFI\xfb')
 const QCOW_VERSION_1 = ascii('QFI\xfb\0\0\0\x01')
 
 /** Those that are opened first, in the order in which messages name them. */
-const FORMATS: Table = {
+const FORMATS: Table & Readonly<Record<FormatName, Row>> = {
   qcow2: {
     // Version 1 is another format of the same magic; an unknown version is this one's to refuse.
     marks: { matches: head => startsWith(head, QCOW) && !startsWith(head, QCOW_VERSION_1) },
@@ -259,6 +259,10 @@ export const creationOf = (format: TargetFormat): Creation => FORMATS[format].im
 
 /** Whether the file is the disk. */
 export const isPlain = (format: Format): boolean => traitsOf(format).plain
+
+/** Whether a file is of the format by its first bytes alone, which nothing else has. */
+export const isKnownByStart = (format: Format): boolean =>
+  traitsOf(format).probed && FORMATS[format].marks.footer === undefined
 
 /** Whether a format has an ability. */
 export const can = (format: Format, ability: Ability): boolean => traitsOf(format).can.includes(ability)
