@@ -124,6 +124,15 @@ pub trait WriteLayer: Layer {
     /// `Io`.
     fn flush(&self) -> Result<()>;
 
+    /// As [`WriteLayer::flush`], and leaves the file as one that nobody writes to: no log to replay, no mark of use. Requests may
+    /// follow all the same.
+    ///
+    /// # Errors
+    /// `Io`.
+    fn settle(&self) -> Result<()> {
+        self.flush()
+    }
+
     /// Gives the disk `size` bytes; a new part reads as zeroes, and has what `preallocation` says. The disk has its old size after an
     /// error.
     ///
