@@ -124,12 +124,11 @@ pub trait WriteLayer: Layer {
     /// `Io`.
     fn flush(&self) -> Result<()>;
 
-    /// As [`WriteLayer::flush`], and leaves the file as one that nobody writes to: no log to replay, no mark of use. Requests may
-    /// follow all the same.
+    /// Makes everything durable, and ends writing: no request comes any more.
     ///
     /// # Errors
     /// `Io`.
-    fn settle(&self) -> Result<()> {
+    fn close(&self) -> Result<()> {
         self.flush()
     }
 

@@ -1,7 +1,6 @@
 //! The structures at the front of a file, read from it; and the log, brought in on disk or in memory.
 
 use std::ops::Range;
-use std::sync::Arc;
 
 use qcow2_core::{Error, ErrorKind, Mem, MemMut, Result, Storage, StorageExt};
 
@@ -35,6 +34,11 @@ impl Log {
     /// What it brings, in this order.
     fn patches(&self) -> Result<Vec<Patch>> {
         self.sequence.patches(&self.bytes, self.guid)
+    }
+
+    /// `storage` with the log brought in, in memory.
+    pub(crate) fn over<S>(&self, storage: S) -> Result<Replayed<S>> {
+        Ok(Replayed::new(storage, self.patches()?, self.sequence.last_file_offset))
     }
 }
 
@@ -121,11 +125,16 @@ fn read_log(storage: &dyn Storage, header: &Header, options: &OpenOptions) -> Re
 }
 
 impl Tables {
-    /// Reads everything behind the headers; `storage` has the log brought in.
+    /// Reads everything behind the headers; `storage` has the log brought in, and `size` bytes, where that is known.
     ///
     /// # Errors
     /// `InvalidHeader`, `UnsupportedFeature`, `Corrupt`, `Limit`; `Io`.
-    pub(crate) fn read(storage: &dyn Storage, header: &Header, options: &OpenOptions) -> Result<Self> {
+    pub(crate) fn read(
+        storage: &dyn Storage,
+        header: &Header,
+        file_size: Option<u64>,
+        options: &OpenOptions,
+    ) -> Result<Self> {
         let regions = match unless_io(read_regions(storage, 0))? {
             Ok(regions) => regions,
             // Only a table that is no whole one has a copy to replace it.
@@ -153,12 +162,12 @@ impl Tables {
             has_parent: metadata.parent.is_some(),
         };
         let tables = Self { regions, metadata, geometry, reserved };
-        tables.check_bat(storage.size()?)?;
+        tables.check_bat(file_size)?;
         Ok(tables)
     }
 
     /// Refuses a table that has too few entries, or lies outside the file.
-    fn check_bat(&self, file_size: u64) -> Result<()> {
+    fn check_bat(&self, file_size: Option<u64>) -> Result<()> {
         let (bat, bytes) = (self.regions.bat, self.geometry.entries(self.metadata.virtual_size) * 8);
         let refuse = |message: String| {
             Err(Error::new(ErrorKind::Corrupt, message).with_field("BAT").with_offset(bat.offset))
@@ -169,19 +178,13 @@ impl Tables {
                 bat.length
             ));
         }
-        if bat.offset + bytes > file_size {
+        if let Some(file_size) = file_size.filter(|size| bat.offset + bytes > *size) {
             return refuse(format!(
                 "the block allocation table with {bytes} bytes lies outside the file ({file_size} bytes)"
             ));
         }
         Ok(())
     }
-}
-
-/// The file with its log brought in, in memory.
-pub(crate) fn replay_in_memory(storage: &Arc<dyn Storage>, log: &Log) -> Result<Arc<dyn Storage>> {
-    let length = log.sequence.last_file_offset;
-    Ok(Arc::new(Replayed::new(Arc::clone(storage), log.patches()?, length)))
 }
 
 /// Brings the log in on disk ([MS-VHDX] 2.3.3). The log stays valid until the header says otherwise: doing it twice does no harm.

@@ -1,13 +1,11 @@
 //! What an untrusted image says. Opens nothing else, follows nothing, and reports instead of failing.
 
-use std::sync::Arc;
-
 use qcow2_core::inspect::{Finding, FindingCode};
 use qcow2_core::storage::MemoryStorage;
 use qcow2_core::{Error, ErrorKind, Result, Storage, StorageExt};
 
 use crate::OpenOptions;
-use crate::file::{Front, Tables, replay_in_memory};
+use crate::file::{Front, Tables};
 use crate::structures::{Header, Metadata};
 
 /// What an image says about itself.
@@ -27,7 +25,7 @@ pub struct Inspection {
 ///
 /// # Errors
 /// `Io`. What is wrong with the image is a finding.
-pub fn inspect(storage: &Arc<dyn Storage>, limits: &OpenOptions) -> Result<Inspection> {
+pub fn inspect(storage: &dyn Storage, limits: &OpenOptions) -> Result<Inspection> {
     let size = storage.size()?;
     judge(storage, Some(size), limits)
 }
@@ -35,8 +33,7 @@ pub fn inspect(storage: &Arc<dyn Storage>, limits: &OpenOptions) -> Result<Inspe
 /// Inspects the first bytes of an image.
 #[must_use]
 pub fn inspect_bytes(bytes: &[u8], limits: &OpenOptions) -> Inspection {
-    let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::from_bytes(bytes));
-    judge(&storage, None, limits).unwrap_or_default()
+    judge(&MemoryStorage::from_bytes(bytes), None, limits).unwrap_or_default()
 }
 
 impl Inspection {
@@ -54,25 +51,25 @@ impl Inspection {
     }
 }
 
-fn judge(storage: &Arc<dyn Storage>, file_size: Option<u64>, limits: &OpenOptions) -> Result<Inspection> {
+fn judge(storage: &dyn Storage, file_size: Option<u64>, limits: &OpenOptions) -> Result<Inspection> {
     let mut found = Inspection::default();
     // What the limits forbid is a finding beside the others.
     let wide = OpenOptions { max_virtual_size: u64::MAX, ..limits.clone() };
-    let front = match Front::read(&**storage, &wide) {
+    let front = match Front::read(storage, &wide) {
         Ok(front) => front,
         Err(error) => return found.add(error).map(|()| found),
     };
     found.header = Some(front.header);
-    let mut data = Arc::clone(storage);
-    if let Some(log) = &front.log {
-        let message = "the image was not closed cleanly: its log has to be brought in";
-        found.findings.push(Finding::new(FindingCode::DirtyBit, message));
-        match replay_in_memory(storage, log) {
-            Ok(replayed) => data = replayed,
-            Err(error) => return found.add(error).map(|()| found),
+    let read = |data: &dyn Storage, size| Tables::read(data, &front.header, size, &wide);
+    let tables = match &front.log {
+        Some(log) => {
+            let message = "the image was not closed cleanly: its log has to be brought in";
+            found.findings.push(Finding::new(FindingCode::DirtyBit, message));
+            log.over(storage).and_then(|data| read(&data, file_size.map(|_| data.size()).transpose()?))
         }
-    }
-    match Tables::read(&*data, &front.header, &wide) {
+        None => read(storage, file_size),
+    };
+    match tables {
         Ok(tables) => {
             let size = tables.metadata.virtual_size;
             if let Some(parent) = &tables.metadata.parent {

@@ -1,15 +1,17 @@
 //! An open image: a layer of a chain. What it names is opened by nobody here.
 
+use std::any::Any;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::RwLock;
+use qcow2_core::check::CheckLayer;
 use qcow2_core::disk::{DiskOptions, WriteLayer};
 use qcow2_core::layer::{BackingReference, Layer, Pin, Place, PlanBuilder, References, Segment, SegmentKind};
 use qcow2_core::{Error, ErrorKind, MemMut, Result, Storage, StorageExt};
 
-use crate::file::{Front, Tables, replay_in_memory};
+use crate::file::{Front, Tables};
 use crate::sectors::{Sector, Sectors, number};
 use crate::structures::{Geometry, Header, LOG_SECTOR, Metadata, Payload, bitmap_block, payload};
 use crate::write::Writer;
@@ -70,11 +72,11 @@ impl Vhdx {
     pub fn open(storage: Arc<dyn Storage>, options: &OpenOptions) -> Result<Self> {
         let located = |e| storage.located(e);
         let front = Front::read(&*storage, options).map_err(located)?;
-        let data = match &front.log {
-            Some(log) => replay_in_memory(&storage, log).map_err(located)?,
+        let data: Arc<dyn Storage> = match &front.log {
+            Some(log) => Arc::new(log.over(Arc::clone(&storage)).map_err(located)?),
             None => Arc::clone(&storage),
         };
-        let tables = Tables::read(&*data, &front.header, options).map_err(located)?;
+        let tables = Tables::read(&*data, &front.header, Some(data.size()?), options).map_err(located)?;
         let places = Places { bat: tables.regions.bat.offset, reserved: tables.reserved.clone() };
         Ok(Self {
             sectors: Sectors::new(options.cache_bytes.unwrap_or(DEFAULT_CACHE_BYTES)),
@@ -264,6 +266,40 @@ impl Layer for Vhdx {
         References { backing, data_file: None }
     }
 
+    fn judge_below(&self, below: Option<&dyn Layer>) -> Result<()> {
+        let Some(parent) = &self.tables.metadata.parent else { return Ok(()) };
+        let refuse = |kind, message: String| {
+            Err(self.storage.located(Error::new(kind, message).with_field("parent_linkage")))
+        };
+        let Some(below) = below else {
+            // Whether it is read without a parent that it names is not for the image to decide.
+            let message = "the image has a parent, and does not say where";
+            return if parent.name().is_some() {
+                Ok(())
+            } else {
+                refuse(ErrorKind::UnsupportedFeature, message.to_owned())
+            };
+        };
+        let mut wanted = parent.linkages().peekable();
+        if wanted.peek().is_none() {
+            return Ok(());
+        }
+        let Some(below) = (below as &dyn Any).downcast_ref::<Self>() else {
+            let message = format!("the parent of a vhdx image is one, too, not {}", below.format());
+            return refuse(ErrorKind::Chain, message);
+        };
+        let found = below.front.header.data_write_guid.to_string();
+        let same = |linkage: &str| linkage.trim_matches(['{', '}']).eq_ignore_ascii_case(&found);
+        if wanted.any(same) {
+            return Ok(());
+        }
+        let known = parent.linkages().next().unwrap_or_default();
+        let message = format!(
+            "its parent has the DataWriteGuid {known}, the image below has {{{found}}}: it was changed since, or is another one"
+        );
+        refuse(ErrorKind::Chain, message)
+    }
+
     fn storage(&self) -> &Arc<dyn Storage> {
         &self.storage
     }
@@ -299,6 +335,10 @@ impl Layer for Vhdx {
     }
 
     fn as_writable(&self) -> Option<&dyn WriteLayer> {
+        Some(self)
+    }
+
+    fn as_checkable(&self) -> Option<&dyn CheckLayer> {
         Some(self)
     }
 

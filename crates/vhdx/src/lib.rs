@@ -20,7 +20,6 @@ mod space;
 pub mod structures;
 mod write;
 
-pub use check::{CheckReport, Damage, check};
 pub use inspect::{Inspection, inspect, inspect_bytes};
 pub use layer::{OpenOptions, Vhdx};
-pub use new::{NewVhdx, Subformat};
+pub use new::{NewOptions, NewVhdx, Subformat};

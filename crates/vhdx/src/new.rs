@@ -1,7 +1,12 @@
 //! A new image: where its parts lie, and the order in which they are written.
 
-use qcow2_core::space::{empty, lengthen};
-use qcow2_core::{Error, ErrorKind, Job, Mem, Result, Storage, StorageExt};
+use std::sync::Arc;
+
+use qcow2_core::convert::{BlockSink, BlockTarget, Context, Sink};
+use qcow2_core::disk::DiskOptions;
+use qcow2_core::new_image::{Hosts, NewImage};
+use qcow2_core::space::{Preallocation, empty, lengthen};
+use qcow2_core::{Error, ErrorKind, Job, Layer, Mem, Result, Storage, StorageExt};
 
 use crate::file::new_guid;
 use crate::structures::{
@@ -9,6 +14,7 @@ use crate::structures::{
     METADATA_ITEMS, MIB, Metadata, Payload, REGION_TABLE_OFFSETS, Region, RegionTable, encode_metadata,
     encode_payload,
 };
+use crate::{OpenOptions, Vhdx};
 
 /// Entries that are written at once.
 const TABLE_PART: u64 = 1 << 17;
@@ -28,9 +34,9 @@ pub enum Subformat {
     Fixed,
 }
 
-/// A new image. Sizes are bytes; what is 0 is chosen.
+/// What a new image is to be. Sizes are bytes; what is 0 is chosen.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct NewVhdx {
+pub struct NewOptions {
     /// Size of the disk, a multiple of the sector size.
     pub size: u64,
     /// How blocks are allocated.
@@ -45,7 +51,7 @@ pub struct NewVhdx {
     pub sector_size: u32,
 }
 
-impl Default for NewVhdx {
+impl Default for NewOptions {
     fn default() -> Self {
         Self {
             size: 0,
@@ -58,23 +64,23 @@ impl Default for NewVhdx {
     }
 }
 
-/// Where the parts of a new image lie.
+/// A new image: where its parts lie.
 #[derive(Debug, Clone)]
-pub(crate) struct Plan {
-    pub(crate) geometry: Geometry,
-    size: u64,
+pub struct NewVhdx {
+    options: NewOptions,
+    geometry: Geometry,
     header: Header,
     regions: RegionTable,
     metadata: Metadata,
     /// Where blocks begin.
-    pub(crate) data: u64,
+    data: u64,
 }
 
 fn refuse(kind: ErrorKind, field: &'static str, message: String) -> Error {
     Error::new(kind, message).with_field(field)
 }
 
-impl NewVhdx {
+impl NewOptions {
     /// What QEMU takes for a disk of this size.
     fn chosen_block_size(&self) -> u64 {
         match self.size {
@@ -89,7 +95,7 @@ impl NewVhdx {
     ///
     /// # Errors
     /// `InvalidArgument`, `Limit` for a size that the format does not have.
-    pub(crate) fn plan(&self) -> Result<Plan> {
+    pub fn plan(&self) -> Result<NewVhdx> {
         let invalid = ErrorKind::InvalidArgument;
         let block_size = if self.block_size == 0 { self.chosen_block_size() } else { self.block_size };
         if !block_size.is_power_of_two() || !(MIB..=256 * MIB).contains(&block_size) {
@@ -123,9 +129,9 @@ impl NewVhdx {
         let bat =
             Region { guid: BAT, offset: HEADER_SECTION + log_size, length: table as u32, required: true };
         let items = Region { guid: METADATA, offset: bat.offset + table, length: MIB as u32, required: true };
-        Ok(Plan {
+        Ok(NewVhdx {
+            options: self.clone(),
             geometry,
-            size: self.size,
             header: Header {
                 sequence_number: 1,
                 file_write_guid: new_guid()?,
@@ -148,36 +154,37 @@ impl NewVhdx {
             },
         })
     }
+}
 
-    /// What a block of the new image is before anything is written to it.
-    pub(crate) fn initial(&self, plan: &Plan, block: u64) -> Payload {
-        match self.subformat {
-            Subformat::Fixed => Payload::Present(plan.data + block * plan.geometry.block_size),
-            Subformat::Dynamic if self.block_state_zero => Payload::Zero,
+impl NewVhdx {
+    /// What a block is before anything is written to it.
+    fn initial(&self, block: u64) -> Payload {
+        match self.options.subformat {
+            Subformat::Fixed => Payload::Present(self.data + block * self.geometry.block_size),
+            Subformat::Dynamic if self.options.block_state_zero => Payload::Zero,
             Subformat::Dynamic => Payload::NotPresent,
         }
     }
 
-    /// Makes an image that reads as zeroes. Returns when it is durable; before that the file is none.
-    ///
-    /// # Errors
-    /// `InvalidArgument`, `Limit`; `Io`; `Aborted`.
-    pub fn create(&self, host: &dyn Storage, job: &Job) -> Result<()> {
-        let plan = self.plan().map_err(|e| host.located(e))?;
-        plan.begin(host)?;
-        let length = match self.subformat {
-            Subformat::Fixed => plan.data + plan.geometry.blocks(self.size) * plan.geometry.block_size,
-            Subformat::Dynamic => plan.data,
-        };
-        lengthen(host, length)?;
-        plan.write_table(host, job, &mut |block| self.initial(&plan, block))?;
-        plan.publish(host, true)
+    fn is_fixed(&self) -> bool {
+        self.options.subformat == Subformat::Fixed
     }
-}
 
-impl Plan {
+    /// Bytes of all blocks.
+    fn all_blocks(&self) -> u64 {
+        self.geometry.blocks(self.options.size) * self.geometry.block_size
+    }
+
+    /// Makes an image that reads as zeroes; before it is complete the file is none.
+    fn make(&self, host: &dyn Storage, durable: bool, job: &Job) -> Result<()> {
+        self.begin(host)?;
+        lengthen(host, self.length(0))?;
+        self.write_table(host, job, &mut |block| self.initial(block))?;
+        self.write_front(host, durable)
+    }
+
     /// Makes `host` no image, and empty.
-    pub(crate) fn begin(&self, host: &dyn Storage) -> Result<()> {
+    fn begin(&self, host: &dyn Storage) -> Result<()> {
         if host.traits().block_device {
             let message = "vhdx images are made in files: they grow";
             return Err(host.located(Error::new(ErrorKind::InvalidArgument, message)));
@@ -186,13 +193,8 @@ impl Plan {
     }
 
     /// Writes the table; `of` says where each block is, in their order.
-    pub(crate) fn write_table(
-        &self,
-        host: &dyn Storage,
-        job: &Job,
-        of: &mut dyn FnMut(u64) -> Payload,
-    ) -> Result<()> {
-        let entries = self.geometry.entries(self.size);
+    fn write_table(&self, host: &dyn Storage, job: &Job, of: &mut dyn FnMut(u64) -> Payload) -> Result<()> {
+        let entries = self.geometry.entries(self.options.size);
         let mut index = 0;
         while index < entries {
             job.checkpoint()?;
@@ -209,7 +211,7 @@ impl Plan {
 
     /// Writes everything but blocks and their table: what makes the file an image comes last. `durable`: in this order also on stable
     /// storage.
-    pub(crate) fn publish(&self, host: &dyn Storage, durable: bool) -> Result<()> {
+    fn write_front(&self, host: &dyn Storage, durable: bool) -> Result<()> {
         let sync = || if durable { host.flush() } else { Ok(()) };
         let (table, items) = encode_metadata(&self.metadata);
         let place = self.regions.metadata.offset;
@@ -229,5 +231,97 @@ impl Plan {
         let identifier: Vec<u8> = FILE_IDENTIFIER.into_iter().chain(creator).collect();
         host.write_all_at(Mem::from(&identifier[..]), 0)?;
         sync()
+    }
+}
+
+impl NewImage for NewVhdx {
+    fn format(&self) -> &'static str {
+        "vhdx"
+    }
+
+    fn size(&self) -> u64 {
+        self.options.size
+    }
+
+    fn unit(&self) -> u64 {
+        self.geometry.block_size
+    }
+
+    fn length(&self, data: u64) -> u64 {
+        self.data + if self.is_fixed() { self.all_blocks() } else { data }
+    }
+
+    /// The space of a fixed image is not reserved: QEMU leaves it to the file system, too.
+    fn preallocation(&self) -> Preallocation {
+        Preallocation::Off
+    }
+
+    fn create(&self, hosts: &Hosts, job: &Job) -> Result<()> {
+        self.make(&*hosts.own, true, job)
+    }
+
+    fn sink(self: Arc<Self>, hosts: Hosts, context: &Context<'_>, _: usize) -> Result<Box<dyn Sink>> {
+        let host = hosts.own;
+        self.begin(&*host)?;
+        let blocks = Blocks {
+            with_data: vec![0; (self.geometry.blocks(self.options.size) / 64 + 1) as usize],
+            count: 0,
+            host: Arc::clone(&host),
+            new: self,
+        };
+        Ok(Box::new(BlockSink::new(context, host, Box::new(blocks))))
+    }
+
+    fn disk(&self, hosts: &Hosts, job: &Job) -> Result<Box<dyn Layer>> {
+        self.make(&*hosts.own, false, job)?;
+        let mut disk = Vhdx::open(Arc::clone(&hosts.own), &OpenOptions::default())?;
+        disk.make_writable(DiskOptions::default())?;
+        Ok(Box::new(disk))
+    }
+}
+
+/// The blocks of a new image while a disk is copied into it: one behind the other, in guest order.
+struct Blocks {
+    new: Arc<NewVhdx>,
+    host: Arc<dyn Storage>,
+    /// A bit for each block that has data.
+    with_data: Vec<u64>,
+    /// How many have.
+    count: u64,
+}
+
+impl Blocks {
+    fn has_data(&self, block: u64) -> bool {
+        self.with_data.get((block / 64) as usize).is_some_and(|word| word >> (block % 64) & 1 == 1)
+    }
+}
+
+impl BlockTarget for Blocks {
+    fn block_size(&self) -> u64 {
+        self.new.geometry.block_size
+    }
+
+    fn place(&mut self, block: u64) -> Result<u64> {
+        if let Some(word) = self.with_data.get_mut((block / 64) as usize) {
+            *word |= 1 << (block % 64);
+        }
+        let number = if self.new.is_fixed() { block } else { self.count };
+        self.count += 1;
+        Ok(self.new.data + number * self.new.geometry.block_size)
+    }
+
+    fn finish(self: Box<Self>, durable: bool, job: &Job) -> Result<()> {
+        let (new, host) = (&*self.new, &*self.host);
+        lengthen(host, new.length(self.count * new.geometry.block_size))?;
+        let mut next = new.data;
+        new.write_table(host, job, &mut |block| {
+            if new.is_fixed() || !self.has_data(block) {
+                return new.initial(block);
+            }
+            let place = next;
+            next += new.geometry.block_size;
+            Payload::Present(place)
+        })?;
+        new.write_front(host, durable)
     }
 }

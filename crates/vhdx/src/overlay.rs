@@ -1,9 +1,9 @@
 //! A file with its log brought in, in memory: the file itself is not changed.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::io;
-use std::ops::Range;
-use std::sync::Arc;
+use std::ops::{Deref, Range};
 
 use qcow2_core::storage::{ReadStorage, Run};
 use qcow2_core::{Mem, MemMut, Storage, forward_storage};
@@ -15,16 +15,16 @@ type Piece = (u64, Option<Box<[u8]>>);
 
 /// A storage that reads as the file will when its log was replayed. Nothing can be written to it.
 #[derive(Debug)]
-pub(crate) struct Replayed {
-    inner: Arc<dyn Storage>,
+pub(crate) struct Replayed<S> {
+    inner: S,
     pieces: BTreeMap<u64, Piece>,
     /// The file has at least so many bytes.
     length: u64,
 }
 
-impl Replayed {
+impl<S> Replayed<S> {
     /// `inner` with `patches`, in this order; their places and lengths are multiples of 4 KiB.
-    pub(crate) fn new(inner: Arc<dyn Storage>, patches: Vec<Patch>, length: u64) -> Self {
+    pub(crate) fn new(inner: S, patches: Vec<Patch>, length: u64) -> Self {
         let mut replayed = Self { inner, pieces: BTreeMap::new(), length };
         for patch in patches {
             match patch {
@@ -76,7 +76,10 @@ impl Replayed {
 }
 
 #[deny(clippy::missing_trait_methods, reason = "in front of another storage: a new method must be passed on")]
-impl ReadStorage for Replayed {
+impl<S> ReadStorage for Replayed<S>
+where
+    S: Deref<Target: Storage> + fmt::Debug + Send + Sync,
+{
     fn read_at(&self, buf: MemMut<'_>, offset: u64) -> io::Result<usize> {
         let room = |end: u64| usize::try_from(end.saturating_sub(offset)).unwrap_or(usize::MAX);
         match self.at(offset) {
@@ -121,7 +124,10 @@ impl ReadStorage for Replayed {
 }
 
 #[deny(clippy::missing_trait_methods, reason = "in front of another storage: a new method must be passed on")]
-impl Storage for Replayed {
+impl<S> Storage for Replayed<S>
+where
+    S: Deref<Target: Storage> + fmt::Debug + Send + Sync,
+{
     fn write_at(&self, _: Mem<'_>, _: u64) -> io::Result<usize> {
         Self::refused()
     }
@@ -145,6 +151,8 @@ impl Storage for Replayed {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use qcow2_core::StorageExt;
     use qcow2_core::storage::MemoryStorage;
 

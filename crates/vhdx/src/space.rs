@@ -53,11 +53,6 @@ impl Used {
             None
         })
     }
-
-    /// MiB that are free, in a file of `length` bytes.
-    pub(crate) fn free_mib(&self, length: u64) -> u64 {
-        (0..length / MIB).filter(|at| !self.is_set(*at)).count() as u64
-    }
 }
 
 /// A place for a new block.
@@ -190,7 +185,6 @@ mod tests {
         assert!(used.add(99 * MIB, 1 << 50));
         assert_eq!(used.free(2 * MIB, 10 * MIB).collect::<Vec<_>>(), [2 * MIB, 5 * MIB, 7 * MIB]);
         assert_eq!(used.free(32 * MIB, 100 * MIB).collect::<Vec<_>>(), [5 * MIB, 37 * MIB]);
-        assert_eq!(used.free_mib(100 * MIB), 100 - 2 - 1 - 20 - 1);
     }
 
     #[test]

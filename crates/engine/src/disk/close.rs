@@ -45,7 +45,7 @@ impl Image {
                 writer.close();
                 Ok(())
             }
-            (_, Some(layer)) => layer.settle(),
+            (_, Some(layer)) => layer.close(),
             _ => Ok(()),
         }
     }

@@ -127,7 +127,11 @@ fn parse_entry(bytes: &[u8], header: &EntryHeader) -> Result<Vec<Patch>> {
                 patches.push(Patch::Data(offset, parse_sector(sector, sequence_number, leading, trailing)?));
             }
             _ => {
-                return refuse("Signature", u32::from_le_bytes(signature).into(), "neither 'desc' nor 'zero'");
+                return refuse(
+                    "Signature",
+                    u32::from_le_bytes(signature).into(),
+                    "neither 'desc' nor 'zero'",
+                );
             }
         }
     }

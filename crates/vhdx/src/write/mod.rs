@@ -334,7 +334,7 @@ impl WriteLayer for Vhdx {
     }
 
     /// What was lost before stays lost: the error that said so was told.
-    fn settle(&self) -> Result<()> {
+    fn close(&self) -> Result<()> {
         let usable = self.writer.as_ref().is_some_and(|writer| writer.usable().is_ok());
         if usable { self.settle_log() } else { Ok(()) }
     }
@@ -345,10 +345,10 @@ impl WriteLayer for Vhdx {
 }
 
 impl Drop for Vhdx {
-    /// An image that nobody settled: what was flushed is there in any case, but others would have to bring the log in first.
+    /// An image that nobody closed: what was flushed is there in any case, but others would have to bring the log in first.
     fn drop(&mut self) {
         if self.writer.as_ref().is_some_and(|writer| writer.begun.load(Ordering::Acquire)) {
-            let _ = self.settle();
+            let _ = self.close();
         }
     }
 }

@@ -2,15 +2,15 @@
 
 use std::sync::Arc;
 
-use qcow2_core::{GuestSource, Job, Layer, Storage};
+use qcow2_core::{Chain, ErrorKind, GuestSource, Layer, MemMut, Raw, Storage};
 use qcow2_testkit::Rng;
 use qcow2_testkit::contract::{DiskContract, LayerContract};
 use qcow2_vhdx::structures::{Payload, encode_payload};
-use qcow2_vhdx::{NewVhdx, OpenOptions, Subformat, Vhdx, check};
+use qcow2_vhdx::{NewOptions, OpenOptions, Subformat, Vhdx};
 
 use crate::forge::{
-    BLOCKS, MIB, bitmap_entry, bytes_of, image, memory, metadata, open_disk, open_layer, open_source, put,
-    with_parent,
+    BLOCKS, DATA_WRITE_GUID, MIB, bitmap_entry, bytes_of, check, create, image, memory, metadata, open_disk,
+    open_layer, open_source, put, with_parent,
 };
 
 #[test]
@@ -39,7 +39,7 @@ fn a_differencing_image_keeps_the_contract_of_layers() {
             [Payload::Partial(BLOCKS), Payload::NotPresent, Payload::Zero, Payload::Partial(BLOCKS + MIB)];
         let mut file = image(&metadata(size, sector_size as u32), &entries);
         put(&mut file, bitmap_entry(0, sector_size), &(bitmap | 6).to_le_bytes());
-        with_parent(&mut file, &[("relative_path", ".\\parent.vhdx"), ("parent_linkage", "{x}")]);
+        with_parent(&mut file, &[("relative_path", ".\\parent.vhdx")]);
         let bits = Rng::new(sector_size).bytes((size / sector_size / 8) as usize);
         put(&mut file, bitmap, &bits);
         put(&mut file, bitmap + MIB - 1, &[0]);
@@ -74,38 +74,37 @@ fn a_differencing_image_keeps_the_contract_of_layers() {
             (&b"./parent.vhdx"[..], Some(&b"vhdx"[..]))
         );
         assert!(layer.takes_backing());
-        let report = check(memory(&file), &OpenOptions::default(), &Job::new()).unwrap();
-        assert_eq!((report.corruptions, report.allocated), (0, 2));
+        let report = check(memory(&file)).unwrap();
+        assert_eq!((report.corruptions, report.allocated_clusters), (0, 2));
     }
 }
 
 #[test]
 fn disks_keep_the_contract_of_disks() {
-    let dynamic = NewVhdx { size: 3 * MIB + 512, block_size: MIB, ..NewVhdx::default() };
+    let dynamic = NewOptions { size: 3 * MIB + 512, block_size: MIB, ..NewOptions::default() };
     let cases = [
         dynamic.clone(),
-        NewVhdx { block_state_zero: false, block_size: 2 * MIB, ..dynamic.clone() },
-        NewVhdx { subformat: Subformat::Fixed, ..dynamic.clone() },
-        NewVhdx { size: 3 * MIB + 4096, sector_size: 4096, log_size: 2 * MIB, ..dynamic },
+        NewOptions { block_state_zero: false, block_size: 2 * MIB, ..dynamic.clone() },
+        NewOptions { subformat: Subformat::Fixed, ..dynamic.clone() },
+        NewOptions { size: 3 * MIB + 4096, sector_size: 4096, log_size: 2 * MIB, ..dynamic },
     ];
     for case in cases {
         let storage = memory(&[]);
-        case.create(&*storage, &Job::new()).unwrap();
+        create(&case, Arc::clone(&storage)).unwrap();
         let disk = open_disk(Arc::clone(&storage)).unwrap();
         let reopen = || Box::new(open_source(Arc::clone(&storage)).unwrap()) as Box<dyn GuestSource>;
         DiskContract { name: &format!("{case:?}"), disk: &disk, reopen: &reopen }.check();
         disk.close().unwrap();
-        let report = check(Arc::clone(&storage), &OpenOptions::default(), &Job::new()).unwrap();
-        assert_eq!((report.damages, report.dirty), (vec![], false), "{case:?}");
+        assert!(check(Arc::clone(&storage)).unwrap().is_clean(), "{case:?}");
     }
 }
 
 #[test]
 fn a_table_of_many_chunks_is_walked_in_bounded_memory() {
-    let job = Job::new();
     let storage = memory(&[]);
-    let new = NewVhdx { size: 64 << 40, block_size: 16 * MIB, block_state_zero: false, ..NewVhdx::default() };
-    new.create(&*storage, &job).unwrap();
+    let new =
+        NewOptions { size: 64 << 40, block_size: 16 * MIB, block_state_zero: false, ..NewOptions::default() };
+    create(&new, Arc::clone(&storage)).unwrap();
     let layer =
         Vhdx::open(Arc::clone(&storage), &OpenOptions { cache_bytes: Some(0), ..OpenOptions::default() })
             .unwrap();
@@ -118,7 +117,7 @@ fn a_table_of_many_chunks_is_walked_in_bounded_memory() {
     let again = open_source(storage).unwrap();
     for (at, byte) in [(last, 7), (5 << 40, 8), (4 << 40, 0)] {
         let mut found = [1; 100];
-        again.read_at(qcow2_core::MemMut::from(&mut found[..]), at).unwrap();
+        again.read_at(MemMut::from(&mut found[..]), at).unwrap();
         assert_eq!(found, [byte; 100]);
     }
 }
@@ -146,7 +145,7 @@ fn a_log_is_brought_in_in_memory_for_reading_and_on_disk_for_writing() {
     let read = Vhdx::open(Arc::clone(&storage), &OpenOptions::default()).unwrap();
     assert!(read.is_dirty());
     let mut now = vec![0; file.len()];
-    storage.read_at(qcow2_core::MemMut::from(&mut now[..]), 0).unwrap();
+    storage.read_at(MemMut::from(&mut now[..]), 0).unwrap();
     assert!(now == file, "reading changed the file");
     let disk = open_disk(Arc::clone(&storage)).unwrap();
     assert!(bytes_of(&disk) == expected);
@@ -154,4 +153,32 @@ fn a_log_is_brought_in_in_memory_for_reading_and_on_disk_for_writing() {
     let clean = Vhdx::open(storage, &OpenOptions::default()).unwrap();
     assert!(!clean.is_dirty() && clean.header().log_guid.is_zero());
     assert_ne!(clean.header().file_write_guid, read.header().file_write_guid);
+}
+
+/// A parent that was changed since, or another image, would give wrong bytes.
+#[test]
+fn a_parent_is_the_one_that_the_image_was_made_on() {
+    let metadata = metadata(2 * MIB, 512);
+    let parent = image(&metadata, &[Payload::Present(BLOCKS)]);
+    let chain = |pairs: &[(&str, &str)], below: Option<Box<dyn Layer>>| {
+        let mut file = image(&metadata, &[Payload::NotPresent]);
+        with_parent(&mut file, pairs);
+        let top = open_layer(memory(&file)).unwrap();
+        Chain::new([Some(top), below].into_iter().flatten().collect()).map_err(|e| e.kind())
+    };
+    let vhdx = || Some(open_layer(memory(&parent)).unwrap());
+    let raw = || Some(Box::new(Raw::new(memory(&parent)).unwrap()) as Box<dyn Layer>);
+    let guid = format!("{{{}}}", DATA_WRITE_GUID.to_string().to_uppercase());
+    let name = ("relative_path", "p");
+    let other = ("parent_linkage", "{00000000-0000-0000-0000-000000000001}");
+    let read = chain(&[name, ("parent_linkage", &guid)], vhdx()).unwrap();
+    let mut found = vec![0; MIB as usize];
+    read.read_at(MemMut::from(&mut found[..]), 0).unwrap();
+    assert!(found == parent[BLOCKS as usize..][..MIB as usize]);
+    chain(&[name, other, ("parent_linkage2", &guid)], vhdx()).unwrap();
+    chain(&[name], raw()).unwrap();
+    chain(&[name, other], None).unwrap();
+    assert_eq!(chain(&[name, other], vhdx()).unwrap_err(), ErrorKind::Chain);
+    assert_eq!(chain(&[name, ("parent_linkage", &guid)], raw()).unwrap_err(), ErrorKind::Chain);
+    assert_eq!(chain(&[other], None).unwrap_err(), ErrorKind::UnsupportedFeature);
 }

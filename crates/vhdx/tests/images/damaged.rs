@@ -1,14 +1,18 @@
 //! Images that lie.
 
+use std::sync::Arc;
+
+use qcow2_core::check::{CheckLayer, FindingCode, Repair};
+use qcow2_core::storage::{Access, FileStorage};
 use qcow2_core::{ErrorKind, Job, MemMut};
-use qcow2_testkit::Rng;
+use qcow2_testkit::{Fixture, Rng};
 use qcow2_vhdx::structures::{
     Guid, HEADER_OFFSETS, Header, METADATA_ITEMS, Payload, REGION_TABLE_OFFSETS, encode_entry,
 };
-use qcow2_vhdx::{OpenOptions, Vhdx, check, inspect, inspect_bytes};
+use qcow2_vhdx::{OpenOptions, Vhdx, inspect, inspect_bytes};
 
 use crate::forge::{
-    BLOCKS, ITEMS, MIB, TABLE, bitmap_entry, header, image, memory, metadata, open_disk, open_layer,
+    BLOCKS, ITEMS, MIB, TABLE, bitmap_entry, check, header, image, memory, metadata, open_disk, open_layer,
     open_source, put, regions, with_parent,
 };
 
@@ -42,15 +46,15 @@ fn one_copy_of_a_structure_can_be_damaged() {
         let mut file = sound();
         put(&mut file, at + 100, &[1]);
         open_layer(memory(&file)).unwrap();
-        let report = check(memory(&file), &options(), &Job::new()).unwrap();
-        assert_eq!((report.corruptions, report.damages[0].offset), (1, Some(at)), "{report:?}");
+        let report = check(memory(&file)).unwrap();
+        assert_eq!((report.corruptions, report.findings[0].offset), (1, Some(at)), "{report:?}");
         // Both headers are whole again when it was written to.
         let storage = memory(&file);
         let disk = open_disk(storage.clone()).unwrap();
         disk.write_at(qcow2_core::Mem::from(&[1][..]), 0).unwrap();
         disk.close().unwrap();
         let expected = u64::from(at >= REGION_TABLE_OFFSETS[0]);
-        assert_eq!(check(storage, &options(), &Job::new()).unwrap().corruptions, expected);
+        assert_eq!(check(storage).unwrap().corruptions, expected);
     }
     let mut both = sound();
     HEADER_OFFSETS.into_iter().for_each(|at| put(&mut both, at, &[0]));
@@ -112,7 +116,7 @@ fn entries_that_cannot_be_are_told_with_their_place_and_nothing_is_written() {
         assert!(error.message().contains("0x100000"), "{error}");
         disk.read_at(MemMut::from(&mut buf[..]), 0).unwrap();
         assert_eq!(open_disk(memory(&file)).unwrap_err().kind(), ErrorKind::Corrupt, "{name}");
-        let report = check(memory(&file), &options(), &Job::new()).unwrap();
+        let report = check(memory(&file)).unwrap();
         assert_eq!(report.corruptions, 1, "{name}: {report:?}");
     }
 }
@@ -124,12 +128,15 @@ fn blocks_that_overlap_are_found_and_not_written_to() {
     open_source(memory(&file)).unwrap().read_at(MemMut::from(&mut [0; 9][..]), MIB).unwrap();
     let error = open_disk(memory(&file)).unwrap_err();
     assert_eq!((error.kind(), error.offset()), (ErrorKind::Corrupt, Some(BLOCKS)));
-    let report = check(memory(&file), &options(), &Job::new()).unwrap();
-    assert_eq!((report.corruptions, report.damages[0].offset, report.leaked_mib), (1, Some(BLOCKS), 0));
+    let report = check(memory(&file)).unwrap();
+    assert_eq!((report.corruptions, report.findings[0].offset), (1, Some(BLOCKS)));
+    assert_eq!(report.findings[0].code, FindingCode::BlockShared);
     let mut longer = sound();
     longer.resize(longer.len() + 3 * MIB as usize, 0);
-    let report = check(memory(&longer), &options(), &Job::new()).unwrap();
-    assert_eq!((report.corruptions, report.leaked_mib, report.allocated, report.blocks), (0, 3, 2, 4));
+    let report = check(memory(&longer)).unwrap();
+    assert!(report.is_clean());
+    assert_eq!((report.allocated_clusters, report.total_clusters), (2, 4));
+    assert_eq!((report.fragmented_clusters, report.image_end_offset), (0, Some(BLOCKS + 2 * MIB)));
 }
 
 #[test]
@@ -183,7 +190,7 @@ fn logs_that_cannot_be() {
 #[test]
 fn inspections_find_what_speaks_against_an_image() {
     let codes = |file: &[u8], limits: &OpenOptions| {
-        let found = inspect(&memory(file), limits).unwrap();
+        let found = inspect(&*memory(file), limits).unwrap();
         found.findings.iter().map(|finding| finding.code.as_str()).collect::<Vec<_>>()
     };
     assert_eq!(codes(&sound(), &options()), [""; 0]);
@@ -194,7 +201,7 @@ fn inspections_find_what_speaks_against_an_image() {
     with_parent(&mut child, &[("absolute_win32_path", "C:\\p.vhdx")]);
     assert_eq!(codes(&child, &options()), ["BACKING_FILE", "TABLE_OUT_OF_BOUNDS"][..1]);
     assert_eq!(
-        inspect(&memory(&child), &options()).unwrap().backing_file.as_deref(),
+        inspect(&*memory(&child), &options()).unwrap().backing_file.as_deref(),
         Some(&b"C:\\p.vhdx"[..])
     );
     assert_eq!(codes(&sound(), &OpenOptions { max_virtual_size: 1, ..options() }), ["LIMIT"]);
@@ -234,12 +241,41 @@ fn noise_anywhere_is_an_error_or_a_disk() {
             let noise = rng.bytes(length);
             put(&mut file, at, &noise);
         }
-        let _ = check(memory(&file), &options(), &Job::new());
-        let _ = inspect(&memory(&file), &options());
+        let _ = check(memory(&file));
+        let _ = inspect(&*memory(&file), &options());
         if let Ok(disk) = open_source(memory(&file)) {
             let mut buf = vec![0; disk.virtual_size().min(4 * MIB) as usize];
             let _ = disk.read_at(MemMut::from(&mut buf[..]), 0);
         }
         let _ = open_disk(memory(&file));
     }
+}
+
+#[test]
+fn a_repair_brings_the_log_in_and_replaces_damaged_copies() {
+    let mut file = sound();
+    let mut sector = file[TABLE as usize..TABLE as usize + 4096].to_vec();
+    sector[..8].fill(0);
+    add_log(&mut file, 1, &[(TABLE, &sector)]);
+    put(&mut file, HEADER_OFFSETS[0] + 9, &[1]);
+    put(&mut file, REGION_TABLE_OFFSETS[0] + 9, &[1]);
+    let storage = memory(&file);
+    let open = || Vhdx::open(storage.clone(), &options()).unwrap();
+    let before = open().check(1000, &Job::new()).unwrap();
+    let codes: Vec<_> = before.findings.iter().map(|finding| finding.code).collect();
+    assert_eq!(codes, [FindingCode::NotClosed, FindingCode::Copy, FindingCode::Copy]);
+    let of_leaks = open().repair(Repair::Leaks, 1000, &Job::new()).unwrap();
+    assert_eq!((of_leaks.corruptions, of_leaks.corruptions_fixed), (3, 0));
+    // The headers are written when the log was brought in: that makes both whole.
+    let repaired = open().repair(Repair::All, 1000, &Job::new()).unwrap();
+    assert_eq!((repaired.corruptions, repaired.corruptions_fixed, repaired.allocated_clusters), (0, 2, 1));
+    assert!(open().check(1000, &Job::new()).unwrap().is_clean());
+    let mut none = vec![9; MIB as usize];
+    open_source(storage).unwrap().read_at(MemMut::from(&mut none[..]), 0).unwrap();
+    assert!(none.iter().all(|byte| *byte == 0));
+    let fixture = Fixture::new();
+    let path = fixture.file("damaged.vhdx", &file);
+    let read_only = Arc::new(FileStorage::open(&path, Access::ReadOnly).unwrap());
+    let error = Vhdx::open(read_only, &options()).unwrap().repair(Repair::All, 1, &Job::new()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ReadOnly);
 }

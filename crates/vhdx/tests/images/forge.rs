@@ -2,15 +2,17 @@
 
 use std::sync::Arc;
 
+use qcow2_core::check::{CheckLayer, CheckReport};
+use qcow2_core::new_image::{Hosts, NewImage};
 use qcow2_core::storage::MemoryStorage;
-use qcow2_core::{Discard, Disk, DiskOptions, Layer, MemMut, Result, Storage};
+use qcow2_core::{Discard, Disk, DiskOptions, Job, Layer, MemMut, Result, Storage};
 use qcow2_engine::Image;
 use qcow2_testkit::Rng;
 use qcow2_vhdx::structures::{
     BAT, FILE_IDENTIFIER, Geometry, Guid, HEADER_OFFSETS, Header, METADATA, METADATA_ITEMS, Metadata,
     Payload, REGION_TABLE_OFFSETS, Region, RegionTable, encode_metadata, encode_payload,
 };
-use qcow2_vhdx::{OpenOptions, Vhdx};
+use qcow2_vhdx::{NewOptions, OpenOptions, Vhdx};
 
 pub(crate) const MIB: u64 = 1 << 20;
 /// Where the table is.
@@ -137,4 +139,14 @@ pub(crate) fn bytes_of(disk: &dyn Disk) -> Vec<u8> {
     let mut bytes = vec![0; disk.virtual_size() as usize];
     disk.read_at(MemMut::from(&mut bytes[..]), 0).unwrap();
     bytes
+}
+
+/// Makes a new image.
+pub(crate) fn create(new: &NewOptions, storage: Arc<dyn Storage>) -> Result<()> {
+    new.plan()?.create(&Hosts::from(storage), &Job::new())
+}
+
+/// What a check finds.
+pub(crate) fn check(storage: Arc<dyn Storage>) -> Result<CheckReport> {
+    Vhdx::open(storage, &OpenOptions::default())?.check(1000, &Job::new())
 }

@@ -3,14 +3,18 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use qcow2_core::convert::{ConvertOptions, copy_disk};
+use qcow2_core::new_image::{Hosts, NewImage};
 use qcow2_core::storage::{Access, FileStorage};
-use qcow2_core::{Job, Mem, Storage};
+use qcow2_core::{Chain, Job, Mem, Raw, Storage};
 use qcow2_testkit::contract::LayerContract;
 use qcow2_testkit::{Fixture, Qemu, Rng};
 use qcow2_vhdx::structures::Payload;
-use qcow2_vhdx::{NewVhdx, OpenOptions, Subformat, Vhdx, check};
+use qcow2_vhdx::{NewOptions, OpenOptions, Subformat, Vhdx};
 
-use crate::forge::{BLOCKS, MIB, bytes_of, image, metadata, open_disk, open_layer, open_source};
+use crate::forge::{
+    BLOCKS, MIB, bytes_of, check, create, image, memory, metadata, open_disk, open_layer, open_source,
+};
 
 fn storage(path: &Path) -> Arc<dyn Storage> {
     Arc::new(FileStorage::open(path, Access::ReadWrite).unwrap())
@@ -18,8 +22,7 @@ fn storage(path: &Path) -> Arc<dyn Storage> {
 
 fn is_sound(qemu: &Qemu, path: &Path) {
     qemu.img(&["check", "-q", "-f", "vhdx", path.to_str().unwrap()]).ok();
-    let report = check(storage(path), &OpenOptions::default(), &Job::new()).unwrap();
-    assert_eq!((report.damages, report.dirty), (vec![], false));
+    assert!(check(storage(path)).unwrap().is_clean());
 }
 
 const OPTIONS: [&str; 5] = [
@@ -86,14 +89,14 @@ fn an_image_of_qemu_keeps_the_contract_of_layers() {
 fn new_images_are_laid_out_as_qemu_does() {
     let Some(qemu) = Qemu::find() else { return };
     let fixture = Fixture::new();
-    let defaults = NewVhdx::default();
+    let defaults = NewOptions::default();
     let cases = [
-        ("subformat=dynamic", NewVhdx { size: 20 << 20, ..defaults.clone() }),
-        ("subformat=dynamic", NewVhdx { size: 5 << 30, ..defaults.clone() }),
-        ("subformat=dynamic", NewVhdx { size: 200 << 30, ..defaults.clone() }),
+        ("subformat=dynamic", NewOptions { size: 20 << 20, ..defaults.clone() }),
+        ("subformat=dynamic", NewOptions { size: 5 << 30, ..defaults.clone() }),
+        ("subformat=dynamic", NewOptions { size: 200 << 30, ..defaults.clone() }),
         (
             "subformat=dynamic,block_size=2M,block_state_zero=off,log_size=2M",
-            NewVhdx {
+            NewOptions {
                 size: 63 << 40,
                 block_size: 2 * MIB,
                 log_size: 2 * MIB,
@@ -103,7 +106,12 @@ fn new_images_are_laid_out_as_qemu_does() {
         ),
         (
             "subformat=fixed,block_size=4M",
-            NewVhdx { size: (9 << 20) + 512, block_size: 4 * MIB, subformat: Subformat::Fixed, ..defaults },
+            NewOptions {
+                size: (9 << 20) + 512,
+                block_size: 4 * MIB,
+                subformat: Subformat::Fixed,
+                ..defaults
+            },
         ),
     ];
     for (options, new) in cases {
@@ -121,7 +129,7 @@ fn new_images_are_laid_out_as_qemu_does() {
         ])
         .ok();
         std::fs::write(&ours, b"").unwrap();
-        new.create(&*storage(&ours), &Job::new()).unwrap();
+        create(&new, storage(&ours)).unwrap();
         let open = |path: &Path| Vhdx::open(storage(path), &OpenOptions::default()).unwrap();
         let (a, b) = (open(&theirs), open(&ours));
         assert_eq!(a.metadata().block_size, b.metadata().block_size, "{options}");
@@ -164,8 +172,8 @@ fn a_log_that_is_left_is_brought_in_by_qemu() {
     let fixture = Fixture::new();
     let path = fixture.path("a.vhdx");
     std::fs::write(&path, b"").unwrap();
-    let new = NewVhdx { size: 300 << 20, block_size: MIB, ..NewVhdx::default() };
-    new.create(&*storage(&path), &Job::new()).unwrap();
+    let new = NewOptions { size: 300 << 20, block_size: MIB, ..NewOptions::default() };
+    create(&new, storage(&path)).unwrap();
     let disk = open_disk(storage(&path)).unwrap();
     let mut rng = Rng::new(1);
     for round in 0..200u64 {
@@ -187,4 +195,58 @@ fn a_log_that_is_left_is_brought_in_by_qemu() {
     qemu.img(&["check", "-r", "all", "-f", "vhdx", name]).ok();
     assert!(qemu.guest_bytes(&left, "vhdx", &[]) == expected);
     is_sound(&qemu, &left);
+}
+
+/// A disk that is copied into a new image: the same bytes whatever the number of workers, and as QEMU reads it.
+#[test]
+fn copies_are_what_was_copied() {
+    let Some(qemu) = Qemu::find() else { return };
+    let fixture = Fixture::new();
+    let mut disk = vec![0; (21 << 20) + 512];
+    let mut rng = Rng::new(4);
+    for (at, length) in [(0, 5000), (4 << 20, 3 << 20), ((9 << 20) + 4096, 8192), ((21 << 20) - 100, 612)] {
+        let bytes = rng.bytes(length);
+        disk[at..at + length].copy_from_slice(&bytes);
+    }
+    let source = Raw::new(memory(&disk)).unwrap();
+    let source = Chain::new(vec![Box::new(source)]).unwrap();
+    let dynamic = NewOptions { size: disk.len() as u64, block_size: MIB, ..NewOptions::default() };
+    for (new, sparse_size) in [
+        (dynamic.clone(), 4096),
+        (dynamic.clone(), 0),
+        (NewOptions { block_size: 4 * MIB, block_state_zero: false, ..dynamic.clone() }, 4096),
+        (NewOptions { subformat: Subformat::Fixed, ..dynamic }, 4096),
+    ] {
+        let copy = |workers: usize| {
+            let host = memory(&[]);
+            let concurrency = std::num::NonZeroUsize::new(workers);
+            let options =
+                ConvertOptions { concurrency, sparse_size, durable: true, ..ConvertOptions::default() };
+            let planned = Arc::new(new.plan().unwrap());
+            let hosts = Hosts::from(Arc::clone(&host));
+            copy_disk(&source, &options, &Job::new(), |context, workers| {
+                planned.sink(hosts, context, workers)
+            })
+            .unwrap();
+            let mut file = vec![0; host.len().unwrap() as usize];
+            host.read_at(qcow2_core::MemMut::from(&mut file[..]), 0).unwrap();
+            file
+        };
+        let (one, four) = (copy(1), copy(4));
+        // Everything but the identifiers in the metadata and the headers is the same.
+        assert!(
+            one[4 << 20..] == four[4 << 20..] && one[2 << 20..3 << 20] == four[2 << 20..3 << 20],
+            "{new:?}"
+        );
+        let path = fixture.file("copy.vhdx", &four);
+        is_sound(&qemu, &path);
+        assert!(qemu.guest_bytes(&path, "vhdx", &[]) == disk, "{new:?}");
+        let planned = new.plan().unwrap();
+        let expected = match (new.subformat, sparse_size) {
+            (Subformat::Fixed, _) | (_, 0) => planned.length(22 << 20),
+            _ if new.block_size == MIB => planned.length(7 << 20),
+            _ => planned.length(4 * (4 << 20)),
+        };
+        assert_eq!(four.len() as u64, expected, "{new:?}");
+    }
 }

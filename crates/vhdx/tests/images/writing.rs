@@ -8,23 +8,23 @@ use qcow2_core::{ErrorKind, Job, Layer, Mem, MemMut, Storage};
 use qcow2_engine::Image;
 use qcow2_testkit::Rng;
 use qcow2_testkit::storage::{CountingStorage, Fault, FaultStorage, Op};
-use qcow2_vhdx::{NewVhdx, OpenOptions, Subformat, Vhdx, check};
+use qcow2_vhdx::{NewOptions, OpenOptions, Subformat, Vhdx};
 
-use crate::forge::{MIB, bytes_of, memory, open_disk, open_source};
+use crate::forge::{MIB, bytes_of, check, create, memory, open_disk, open_source};
 
-fn new(new: &NewVhdx) -> Arc<dyn Storage> {
+fn new(new: &NewOptions) -> Arc<dyn Storage> {
     let storage = memory(&[]);
-    new.create(&*storage, &Job::new()).unwrap();
+    create(new, Arc::clone(&storage)).unwrap();
     storage
 }
 
-fn small(size: u64) -> NewVhdx {
-    NewVhdx { size, block_size: MIB, ..NewVhdx::default() }
+fn small(size: u64) -> NewOptions {
+    NewOptions { size, block_size: MIB, ..NewOptions::default() }
 }
 
 fn is_sound(storage: &Arc<dyn Storage>) {
-    let report = check(Arc::clone(storage), &OpenOptions::default(), &Job::new()).unwrap();
-    assert_eq!((report.damages, report.dirty), (vec![], false));
+    let report = check(Arc::clone(storage)).unwrap();
+    assert!(report.is_clean(), "{report:?}");
 }
 
 fn write(disk: &Image, at: u64, byte: u8, length: u64) {
@@ -159,7 +159,7 @@ fn many_threads_write_one_block_and_others() {
 #[test]
 fn a_disk_that_grows_out_of_its_table_moves_it() {
     for subformat in [Subformat::Dynamic, Subformat::Fixed] {
-        let storage = new(&NewVhdx { subformat, ..small(2 * MIB + 512) });
+        let storage = new(&NewOptions { subformat, ..small(2 * MIB + 512) });
         let disk = open_disk(Arc::clone(&storage)).unwrap();
         write(&disk, 2 * MIB, 7, 512);
         disk.resize(4 * MIB).unwrap();
@@ -225,7 +225,7 @@ fn what_the_table_had_behind_its_end_is_nothing_to_a_larger_disk() {
 fn any_call_can_fail() {
     let base = {
         let storage = Arc::new(MemoryStorage::new());
-        small(8 * MIB).create(&*storage, &Job::new()).unwrap();
+        create(&small(8 * MIB), storage.clone()).unwrap();
         let disk = open_disk(storage.clone()).unwrap();
         write(&disk, 0, 1, MIB);
         write(&disk, 5 * MIB, 1, MIB);
@@ -302,16 +302,16 @@ fn a_sync_that_failed_is_the_end_of_writing() {
 fn options_that_a_new_image_cannot_have_are_refused() {
     let sound = small(MIB);
     let cases = [
-        (NewVhdx { block_size: 3 * MIB, ..sound.clone() }, "block_size"),
-        (NewVhdx { block_size: 512 * MIB, ..sound.clone() }, "block_size"),
-        (NewVhdx { log_size: 5000, ..sound.clone() }, "log_size"),
-        (NewVhdx { log_size: 4 << 30, ..sound.clone() }, "log_size"),
-        (NewVhdx { sector_size: 1024, ..sound.clone() }, "sector_size"),
-        (NewVhdx { size: 513, ..sound.clone() }, "size"),
-        (NewVhdx { size: (64 << 40) + 512, ..sound.clone() }, "size"),
+        (NewOptions { block_size: 3 * MIB, ..sound.clone() }, "block_size"),
+        (NewOptions { block_size: 512 * MIB, ..sound.clone() }, "block_size"),
+        (NewOptions { log_size: 5000, ..sound.clone() }, "log_size"),
+        (NewOptions { log_size: 4 << 30, ..sound.clone() }, "log_size"),
+        (NewOptions { sector_size: 1024, ..sound.clone() }, "sector_size"),
+        (NewOptions { size: 513, ..sound.clone() }, "size"),
+        (NewOptions { size: (64 << 40) + 512, ..sound.clone() }, "size"),
     ];
     for (case, field) in cases {
-        let error = case.create(&MemoryStorage::new(), &Job::new()).unwrap_err();
+        let error = case.plan().unwrap_err();
         assert_eq!(error.field(), Some(field), "{case:?}");
     }
     // Nothing, and a sector.
