@@ -10,9 +10,7 @@ use qcow2_core::{Error, ErrorKind, Job, Layer, Mem, Result, StorageExt};
 use crate::Vhdx;
 use crate::file::{Front, read_header, read_regions, replay_on_disk, write_headers};
 use crate::space::Used;
-use crate::structures::{
-    Guid, HEADER_OFFSETS, Header, MIB, Payload, REGION_TABLE_OFFSETS, anchor, bitmap_block,
-};
+use crate::structures::{Guid, HEADER_OFFSETS, Header, MIB, Payload, REGION_TABLE_OFFSETS, bitmap_block};
 
 /// Entries between two looks at whether the job was cancelled.
 const STEP: u64 = 1 << 16;
@@ -37,7 +35,6 @@ struct Walk {
     /// Where the block before ends.
     last_end: Option<u64>,
     image_end: u64,
-    anchors: Vec<u64>,
 }
 
 impl Vhdx {
@@ -63,7 +60,7 @@ impl Vhdx {
             used.add(range.start, range.end);
             image_end = image_end.max(range.end);
         }
-        Ok(Walk { used, allocated: 0, fragmented: 0, last_end: None, image_end, anchors: Vec::new() })
+        Ok(Walk { used, allocated: 0, fragmented: 0, last_end: None, image_end })
     }
 
     fn check_entry(&self, index: u64, entry: u64, walk: &mut Walk, tally: &mut Tally) -> Result<()> {
@@ -77,10 +74,7 @@ impl Vhdx {
                     walk.last_end = Some(place + block_size);
                     (place, block_size)
                 }
-                _ => {
-                    walk.anchors.extend(anchor(entry));
-                    return Ok(());
-                }
+                _ => return Ok(()),
             },
             None => match take(tally, code, self.judged_bitmap(index, entry))?.flatten() {
                 Some(place) => (place, MIB),

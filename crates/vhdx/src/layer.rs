@@ -8,7 +8,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use parking_lot::RwLock;
 use qcow2_core::check::CheckLayer;
 use qcow2_core::disk::{DiskOptions, WriteLayer};
-use qcow2_core::layer::{BackingReference, Layer, Pin, Place, PlanBuilder, References, Segment, SegmentKind};
+use qcow2_core::layer::{
+    BackingReference, Holes, Layer, Pin, Place, PlanBuilder, References, Segment, SegmentKind,
+};
 use qcow2_core::{Error, ErrorKind, MemMut, Result, Storage, StorageExt};
 
 use crate::file::{Front, Tables};
@@ -348,6 +350,11 @@ impl Layer for Vhdx {
 
     fn reopen(&self) -> Result<Box<dyn Layer>> {
         Ok(Box::new(Self::open(Arc::clone(&self.storage), &self.options)?))
+    }
+
+    /// Blocks are large, and written to in part.
+    fn holes(&self) -> Result<Holes> {
+        Ok(Holes::Preallocated)
     }
 
     fn pin(&self) -> Option<Pin> {

@@ -129,7 +129,7 @@ pub(crate) fn verify(what: &str, bytes: &[u8]) -> Result<()> {
 }
 
 /// Puts the checksum into a structure that is complete but for it.
-pub(crate) fn seal(bytes: &mut [u8]) {
+pub fn seal(bytes: &mut [u8]) {
     let sum = checksum(bytes);
     put(bytes, CHECKSUM, &sum.to_le_bytes());
 }

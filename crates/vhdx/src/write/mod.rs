@@ -21,7 +21,7 @@ use self::commit::LogState;
 use crate::Vhdx;
 use crate::file::{new_guid, replay_on_disk, write_headers};
 use crate::space::{Room, Space, Used};
-use crate::structures::{Guid, Header, Payload, anchor, bitmap_block, encode_payload};
+use crate::structures::{Guid, Header, MIB, Payload, anchor, bitmap_block, encode_payload};
 
 /// Bytes of the table that are read at once where all of it is looked at.
 const SCAN: usize = 1 << 20;
@@ -130,34 +130,43 @@ impl Vhdx {
         for range in &self.places.read().reserved {
             used.add(range.start, range.end);
         }
-        let mut anchors = Vec::new();
+        let mut has_anchors = false;
         self.for_each_entry(&mut |index, entry| {
             let Some(block) = geometry.block_of(index) else {
                 if let Some(bitmap) = bitmap_block(entry).ok().flatten() {
-                    used.add(bitmap, bitmap + crate::structures::MIB);
+                    used.add(bitmap, bitmap.saturating_add(MIB));
                 }
                 return Ok(());
             };
             match self.judged(block, entry)? {
                 Payload::Present(offset) | Payload::Partial(offset) => {
                     if !used.add(offset, offset + geometry.block_size) {
-                        let message = format!(
-                            "the block of guest offset {:#x} overlaps another one: check the image before it is written to",
-                            block * geometry.block_size
-                        );
-                        let error = Error::new(ErrorKind::Corrupt, message).with_field("BAT entry");
-                        return Err(self.storage().located(error.with_offset(offset)));
+                        return Err(self.shared(block, offset));
                     }
                 }
-                Payload::Zero | Payload::NotPresent => anchors.extend(anchor(entry)),
+                Payload::Zero | Payload::NotPresent => has_anchors |= anchor(entry).is_some(),
             }
             Ok(())
         })?;
-        // Who wrote them may come back to these places.
-        for offset in anchors {
-            used.add(offset, offset.saturating_add(geometry.block_size));
+        if has_anchors {
+            // Who wrote them may come back to these places, which are no blocks yet.
+            self.for_each_entry(&mut |_, entry| {
+                if let Some(offset) = anchor(entry) {
+                    used.add(offset, offset.saturating_add(geometry.block_size));
+                }
+                Ok(())
+            })?;
         }
         Ok(used)
+    }
+
+    fn shared(&self, block: u64, offset: u64) -> Error {
+        let guest = block * self.geometry().block_size;
+        let message = format!(
+            "the block of guest offset {guest:#x} overlaps another one: check the image before it is written to"
+        );
+        let error = Error::new(ErrorKind::Corrupt, message).with_field("BAT entry");
+        self.storage().located(error.with_offset(offset))
     }
 
     /// Calls `f` with the number and the value of every entry of the table, as the file has it.
