@@ -13,7 +13,6 @@ import {
   type SizeReader,
   startsWith,
   vdiSize,
-  vhdxSize,
   vmdkSize,
   vpcSize,
 } from './sizes.js'
@@ -85,7 +84,7 @@ export type ShapeOption =
   | FormatOption
 
 /** Those of them that a format reads by itself: they reach its crate by these names. */
-export type FormatOption = 'subformat'
+export type FormatOption = 'subformat' | 'blockSize' | 'logSize' | 'blockStateZero'
 
 /** What a new image of a format can be made with. */
 export interface Creation {
@@ -98,13 +97,13 @@ export interface Creation {
 }
 
 /** The formats that images are read in, by QEMU's names. `qcow` is version 1 of qcow2, `luks` is LUKS of both versions. */
-export type Format = 'qcow2' | 'raw' | 'qcow' | 'luks'
+export type Format = 'qcow2' | 'raw' | 'qcow' | 'luks' | 'vhdx'
 
 /** The formats that new images are made in. `luks` is LUKS of version 1 then. */
-export type TargetFormat = 'qcow2' | 'raw' | 'luks'
+export type TargetFormat = 'qcow2' | 'raw' | 'luks' | 'vhdx'
 
 /** Formats that are recognised in order to refuse them. */
-export type KnownFormat = 'bochs' | 'cloop' | 'dmg' | 'parallels' | 'qed' | 'vdi' | 'vhdx' | 'vmdk' | 'vpc'
+export type KnownFormat = 'bochs' | 'cloop' | 'dmg' | 'parallels' | 'qed' | 'vdi' | 'vmdk' | 'vpc'
 
 /** Every format of the table. */
 export type FormatName = Format | KnownFormat
@@ -194,6 +193,22 @@ const FORMATS: Table & Readonly<Record<FormatName, Row>> = {
       },
     },
   },
+  vhdx: {
+    marks: { magics: [{ bytes: ascii('vhdxfile') }] },
+    image: {
+      probed: true,
+      plain: false,
+      aliases: [],
+      backingFile: true,
+      requestAlignment: 512,
+      can: ['write', 'check'],
+      create: {
+        shape: ['subformat', 'blockSize', 'logSize', 'blockStateZero', 'preallocation'],
+        preallocation: ['off'],
+        subformats: ['dynamic', 'fixed'],
+      },
+    },
+  },
   bochs: { marks: { magics: [{ bytes: ascii('Bochs Virtual HD Image') }] }, virtualSize: bochsSize },
   cloop: { marks: { magics: [{ bytes: ascii('#!/bin/sh\n#V2.0 Format\nmodprobe cloop') }] }, virtualSize: cloopSize },
   dmg: {
@@ -206,7 +221,6 @@ const FORMATS: Table & Readonly<Record<FormatName, Row>> = {
   },
   qed: { marks: { magics: [{ bytes: ascii('QED\0') }] }, virtualSize: qedSize },
   vdi: { marks: { magics: [{ bytes: Buffer.from([0x7f, 0x10, 0xda, 0xbe]), offset: 0x40 }] }, virtualSize: vdiSize },
-  vhdx: { marks: { magics: [{ bytes: ascii('vhdxfile') }] }, virtualSize: vhdxSize },
   vmdk: {
     marks: { magics: [{ bytes: ascii('KDMV') }, { bytes: ascii('COWD') }], matches: isVmdkDescriptor },
     virtualSize: vmdkSize,

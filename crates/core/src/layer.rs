@@ -177,6 +177,16 @@ pub trait Layer: Any + Send + Sync + fmt::Debug {
         References::default()
     }
 
+    /// Refuses `below` as what lies below the layer in a chain; nothing where that ends. What a layer without a parent of its own does
+    /// not have is zero.
+    ///
+    /// # Errors
+    /// `Chain` for another image than the one that the layer was made on; `UnsupportedFeature` where it cannot be read without one.
+    fn judge_below(&self, below: Option<&dyn Layer>) -> Result<()> {
+        let _ = below;
+        Ok(())
+    }
+
     /// The layer's own file, which names it in messages and tells it apart.
     fn storage(&self) -> &Arc<dyn Storage>;
 

@@ -1,5 +1,7 @@
 //! The formats that layers are opened and new images made in, in one table. What each can do besides is `src/formats/table.ts`.
 
+mod vhdx;
+
 use std::any::Any;
 use std::sync::Arc;
 
@@ -40,7 +42,7 @@ pub(crate) struct Format {
     pub(crate) measure: fn(&Shape, Purpose<'_>) -> Result<MeasureTarget>,
 }
 
-static FORMATS: [Format; 4] = [QCOW2, RAW, QCOW, LUKS];
+static FORMATS: [Format; 5] = [QCOW2, RAW, QCOW, LUKS, vhdx::VHDX];
 
 const QCOW2: Format = Format {
     name: "qcow2",

@@ -94,7 +94,6 @@ impl Shape {
     }
 
     /// An option of some formats that is a word.
-    #[allow(dead_code, reason = "the formats that have such options use it")]
     pub(crate) fn word(&self, name: &str) -> Option<&str> {
         match self.options.as_ref()?.get(name)? {
             Either3::C(word) => Some(word),
@@ -103,7 +102,6 @@ impl Shape {
     }
 
     /// An option of some formats that is a number.
-    #[allow(dead_code, reason = "the formats that have such options use it")]
     pub(crate) fn number(&self, name: &str) -> Option<u64> {
         match self.options.as_ref()?.get(name)? {
             Either3::B(number) => Some(*number as u64),
@@ -112,7 +110,6 @@ impl Shape {
     }
 
     /// An option of some formats that is set or not.
-    #[allow(dead_code, reason = "the formats that have such options use it")]
     pub(crate) fn flag(&self, name: &str) -> Option<bool> {
         match self.options.as_ref()?.get(name)? {
             Either3::A(flag) => Some(*flag),
