@@ -40,6 +40,9 @@ impl Chain {
                 return Err(again.storage().located(error));
             }
         }
+        for (above, below) in layers.iter().zip(layers.iter().skip(1)) {
+            above.judge_backing(&**below)?;
+        }
         Ok(Self { layers })
     }
 

@@ -98,6 +98,7 @@ impl Qcow2 {
                 filename: self.header.data_file().map(<[u8]>::to_vec),
                 raw: self.header.data_file_raw(),
             }),
+            extents: Vec::new(),
         }
     }
 
