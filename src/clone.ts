@@ -4,7 +4,7 @@ import { invalidArgument, Qcow2Error } from './errors.js'
 import type { TargetFormat } from './formats/table.js'
 import type { NativeCloned, NativeCloneOrder } from './native.js'
 import { callback, flag, LONG_RUNNING, type LongRunning, type Read, readOptions } from './options.js'
-import { type Compression, compression, type Qcow2Shape, shape, toTarget } from './shape.js'
+import { type Compression, compression, type Shape, shape, toTarget } from './shape.js'
 import { type PathLike, release, targetFormat, toPath } from './source.js'
 import { runJob } from './support/jobs.js'
 import { answer, onAbort } from './support/signals.js'
@@ -16,8 +16,8 @@ export interface CloneOptions extends LongRunning {
   to: TargetFormat
   /** Compress every cluster that shrinks. qcow2 only. Requests that have to copy first compress, too. */
   compress?: boolean | Compression | undefined
-  /** Shape of a qcow2 copy, or `preallocation` of a raw one. A copy is whole: it has no backing file. */
-  create?: Omit<Qcow2Shape, 'backingFile' | 'backingFormat'> | undefined
+  /** Shape of the copy. It is whole: it has no backing file. */
+  create?: Shape | undefined
   /** Replace an existing file, as {@link ConvertOptions.overwrite} has it. Default false: `EEXIST`. */
   overwrite?: boolean | undefined
   /**

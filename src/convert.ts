@@ -34,9 +34,9 @@ import {
   type Compression,
   compression,
   type Preallocation,
-  type Qcow2Shape,
   type ReadShape,
   SHAPE,
+  type Shape,
   shape,
   toTarget,
 } from './shape.js'
@@ -98,8 +98,8 @@ export interface ConvertOptions extends Omit<SourceOptions, 'from'>, LongRunning
   to: TargetFormat
   /** Compress every cluster that shrinks. qcow2 targets only. */
   compress?: boolean | Compression | undefined
-  /** Shape of a qcow2 target; of a luks target `encrypt`, which it needs. Of that every byte is written, zeroes too. */
-  create?: Qcow2Shape | undefined
+  /** Shape of the target; of a luks target `encrypt`, which it needs. Of that every byte is written, zeroes too. */
+  create?: Shape | undefined
   /** The same as `create.preallocation`, and for raw targets too. */
   preallocation?: Preallocation | undefined
   /**

@@ -9,20 +9,15 @@ import { DEFAULT_FORMAT, type Format, type TargetFormat } from './formats/table.
 import { Image } from './image.js'
 import { bytes, flag, LONG_RUNNING, type LongRunning, readOptions, throwIfAborted } from './options.js'
 import { copyOf, forgetting, type ReadSecrets, type Secrets, secrets } from './secret.js'
-import { type Qcow2Shape, SHAPE, toNativeShape } from './shape.js'
+import { SHAPE, type Shapes, toNativeShape } from './shape.js'
 import { type PathLike, release, targetFormat, toPath } from './source.js'
 import { exactStat } from './support/files.js'
 import { runJob } from './support/jobs.js'
 import { toName } from './text.js'
 import type { Size } from './units.js'
 
-/** Options of {@link create}. */
-export interface CreateOptions extends Qcow2Shape, LongRunning {
-  /**
-   * Default `'qcow2'`. A raw image takes only `size`, and `preallocation` other than `'metadata'`. A luks image takes `size`, `encrypt`, which it
-   * needs, and `preallocation`; as QEMU makes it, nothing is written to its disk, which reads as noise until a guest writes to it.
-   */
-  format?: TargetFormat | undefined
+/** Options of {@link create} for images of every format. */
+export interface NewImageOptions extends LongRunning {
   /** Virtual size in bytes, rounded up to a multiple of 512. Default: the backing file's. */
   size?: Size | undefined
   /** Replace existing files, the data file's too, as {@link ConvertOptions.overwrite} has it. Default false: `EEXIST`. */
@@ -35,6 +30,14 @@ export interface CreateOptions extends Qcow2Shape, LongRunning {
   /** What opens encrypted layers below the new image. */
   secret?: Secrets | undefined
 }
+
+/**
+ * Options of {@link create}: those of every image, and the shape of one of its format, `'qcow2'` unless it says otherwise. As QEMU makes it,
+ * nothing is written to the disk of a luks image, which reads as noise until a guest writes to it.
+ */
+export type CreateOptions =
+  | { [F in TargetFormat]: NewImageOptions & Shapes[F] & { format: F } }[TargetFormat]
+  | (NewImageOptions & Shapes['qcow2'] & { format?: undefined })
 
 const CREATE = {
   ...LONG_RUNNING,

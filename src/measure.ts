@@ -8,7 +8,7 @@ import { can, PLAIN_FORMAT, type TargetFormat } from './formats/table.js'
 import type { NativeMeasured, NativeShape } from './native.js'
 import { flag, LONG_RUNNING, type LongRunning, readOptions, throwIfAborted } from './options.js'
 import { forgetting } from './secret.js'
-import { type Preallocation, type Qcow2Shape, SHAPE, shape, toNativeShape } from './shape.js'
+import { type Preallocation, SHAPE, type Shape, shape, toNativeShape } from './shape.js'
 import { type ImageSource, targetFormat, toLocated, toTargetFormat } from './source.js'
 import { runJob } from './support/jobs.js'
 import { type BigIntResults, type Size, sizesIn, toBytes } from './units.js'
@@ -17,8 +17,8 @@ import { type BigIntResults, type Size, sizesIn, toBytes } from './units.js'
 export interface MeasureOptions extends SourceOptions, LongRunning {
   /** Format of the planned target. */
   to: TargetFormat
-  /** Shape of a planned qcow2 target; of a luks target `encrypt`, which it needs. */
-  create?: Qcow2Shape | undefined
+  /** Shape of the planned target; of a luks target `encrypt`, which it needs. */
+  create?: Shape | undefined
   preallocation?: Preallocation | undefined
 }
 

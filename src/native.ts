@@ -270,6 +270,8 @@ export interface NativeShape {
   dataFileRaw?: boolean | undefined
   keepDataFile?: boolean | undefined
   encrypt?: NativeEncrypt | undefined
+  /** What only some formats have, by its name in the API. */
+  options?: Record<string, boolean | number | string> | undefined
 }
 
 export interface NativeConvertJob {

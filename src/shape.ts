@@ -2,9 +2,17 @@
 
 import { readDataFileName } from './backing/filename.js'
 import { invalidArgument } from './errors.js'
-import { can, creationOf, type Format, type ShapeOption, type TargetFormat } from './formats/table.js'
+import {
+  can,
+  creationOf,
+  type Format,
+  type FormatOption,
+  quoted,
+  type ShapeOption,
+  type TargetFormat,
+} from './formats/table.js'
 import type { NativeCloneOrder, NativeShape } from './native.js'
-import { flag, integer, oneOf, type Read, type Reader, readOptions, storedName } from './options.js'
+import { flag, integer, oneOf, type Read, type Reader, readOptions, storedName, text } from './options.js'
 import { type Encrypt, encrypt } from './secret.js'
 import { format, toTargetFormat } from './source.js'
 import type { Name } from './text.js'
@@ -54,8 +62,39 @@ export interface Qcow2Shape {
   encrypt?: Encrypt | undefined
 }
 
-/** The table entries of {@link Qcow2Shape}. */
+/** The shape of a raw image: its file is the disk. */
+export interface RawShape {
+  preallocation?: Exclude<Preallocation, 'metadata'> | undefined
+}
+
+/** The shape of a LUKS file, of version 1. */
+export interface LuksShape {
+  preallocation?: Preallocation | undefined
+  /** A LUKS file is not made without it. */
+  encrypt: Encrypt
+}
+
+/** The shape of a new image of each format. */
+export interface Shapes {
+  qcow2: Qcow2Shape
+  raw: RawShape
+  luks: LuksShape
+}
+
+/** The shape of a new image; which options it has depends on the format. */
+export type Shape = Shapes[TargetFormat]
+
+/** The shape of an image whose format is not known here, as options are collected. */
+export interface AnyShape extends Qcow2Shape, Partial<Record<FormatOption, string | number | boolean | undefined>> {}
+
+/** The table entries of those options that a format reads by itself. */
+const FORMAT_OPTIONS = {
+  subformat: text,
+} as const satisfies Readonly<Record<FormatOption, Reader<string | number | boolean>>>
+
+/** The table entries of {@link Shape}. */
 export const SHAPE = {
+  ...FORMAT_OPTIONS,
   version: oneOf(2, 3),
   clusterSize: integer(512, 2 ** 21),
   extendedL2: flag,
@@ -71,10 +110,10 @@ export const SHAPE = {
   encrypt,
 } as const satisfies Readonly<Record<ShapeOption, Reader<unknown>>>
 
-/** {@link Qcow2Shape}, checked. */
-export type ReadShape = Omit<NativeShape, 'format'>
+/** {@link Shape}, checked. */
+export type ReadShape = Omit<NativeShape, 'format' | 'options'> & Partial<Read<typeof FORMAT_OPTIONS>>
 
-/** Reads a {@link Qcow2Shape} that is an option of its own. */
+/** Reads a {@link Shape} that is an option of its own. */
 export const shape: Reader<ReadShape> = (value, name) => readOptions(value, name, SHAPE)
 
 /** Checks what the options of a shape demand of each other; the rules of the format are the engine's. `exists`: nothing is made. */
@@ -85,7 +124,11 @@ export function toNativeShape(owner: string, format: TargetFormat, read: ReadSha
     ([name, value]) => value !== undefined && !own.some(option => option === name),
   )
   if (foreign !== undefined) throw invalidArgument(foreign[0], `${owner}: a ${format} image has no ${foreign[0]}`)
-  const { needs } = creationOf(format)
+  const { needs, subformats } = creationOf(format)
+  if (read.subformat !== undefined && !subformats?.includes(read.subformat)) {
+    const message = `${owner}: the subformat of a ${format} image is ${quoted(subformats ?? [])}, not '${read.subformat}'`
+    throw invalidArgument('subformat', message)
+  }
   if (!exists && needs !== undefined && read[needs] === undefined) {
     throw invalidArgument(needs, `${owner}: a ${format} image needs the option ${needs}`)
   }
@@ -102,8 +145,18 @@ export function toNativeShape(owner: string, format: TargetFormat, read: ReadSha
   if (keepDataFile && dataFile === undefined) {
     throw invalidArgument('keepDataFile', `${owner}: keepDataFile needs dataFile`)
   }
-  return { ...read, format, ...(dataFile !== undefined && { dataPath: dataPathOf(owner, dataFile) }) }
+  const given = Object.entries(read).filter(([, value]) => value !== undefined)
+  const of = (wanted: boolean) => Object.fromEntries(given.filter(([name]) => isFormatOption(name) === wanted))
+  const options = of(true) as NonNullable<NativeShape['options']>
+  return {
+    ...(of(false) as Omit<NativeShape, 'format' | 'options'>),
+    format,
+    ...(dataFile !== undefined && { dataPath: dataPathOf(owner, dataFile) }),
+    ...(Object.keys(options).length > 0 && { options }),
+  }
 }
+
+const isFormatOption = (name: string): boolean => Object.hasOwn(FORMAT_OPTIONS, name)
 
 /** The file that the name of a data file means to those who will open the image. */
 function dataPathOf(owner: string, dataFile: string): string {

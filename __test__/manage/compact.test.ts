@@ -2,7 +2,7 @@
 
 import { copyFileSync, readFileSync, statSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
-import { compact, create, open, Qcow2Error } from 'qcow2'
+import { compact, create, type NewImageOptions, open, Qcow2Error, type Qcow2Shape } from 'qcow2'
 import { expect, it } from 'vitest'
 import { failure, temporaryFolder } from '../api/fixtures.js'
 import { describeWithQemu, ok, qcow2, qemuImg, qemuIo } from '../interop/qemu.js'
@@ -32,7 +32,7 @@ async function disk(path: string, snapshot?: string): Promise<Buffer> {
 }
 
 /** A used disk: written, snapshotted, discarded in stripes, with zeroes stored as data, and compressed clusters. */
-async function used(path: string, shape: Parameters<typeof create>[1]): Promise<void> {
+async function used(path: string, shape: NewImageOptions & Qcow2Shape): Promise<void> {
   await (await create(path, { ...shape, size: 16 * MIB })).close()
   const image = await open(path, { flags: 'r+', discard: 'unmap', references: 'allow' })
   await image.write(noise(6 * MIB, 1), { position: 0 })
@@ -48,7 +48,7 @@ async function used(path: string, shape: Parameters<typeof create>[1]): Promise<
 }
 
 describeWithQemu('compact', () => {
-  const shapes: readonly Parameters<typeof create>[1][] = [
+  const shapes: readonly (NewImageOptions & Qcow2Shape)[] = [
     {},
     { clusterSize: 512 },
     { clusterSize: 4096, refcountBits: 1 },
@@ -57,7 +57,7 @@ describeWithQemu('compact', () => {
     { extendedL2: true, compressionType: 'zstd' },
     { refcountBits: 64, clusterSize: 16384 },
     { dataFile: at('used.raw') },
-  ].map(shape => ({ size: 0, ...shape }) as Parameters<typeof create>[1])
+  ].map(shape => ({ size: 0, ...shape }) as NewImageOptions & Qcow2Shape)
 
   for (const [number, shape] of shapes.entries()) {
     for (const mode of ['in-place', 'rewrite'] as const) {

@@ -3,7 +3,7 @@
 import { readdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
-import { create, open, probe } from 'qcow2'
+import { type CreateOptions, create, type Image, open, probe } from 'qcow2'
 import { describe, expect, it } from 'vitest'
 import {
   can,
@@ -40,10 +40,12 @@ describe.each(SOURCE_FORMATS)('%s', format => {
 describe.each(TARGET_FORMATS)('a new image: %s', format => {
   const { shape, preallocation, needs } = creationOf(format)
   const needed = needs === 'encrypt' ? { encrypt: { secret: 'x', iterTime: 1 } } : {}
+  const made = (path: string, options: object): Promise<Image> =>
+    create(path, { format, size: SIZE, ...options } as CreateOptions)
 
   it.each(preallocation)('with the preallocation %s', async mode => {
     const path = join(folder, `${mode}.${format}`)
-    await using image = await create(path, { format, size: SIZE, preallocation: mode, ...needed })
+    await using image = await made(path, { preallocation: mode, ...needed })
     expect((await image.info()).format).toBe(format)
     expect(await probe(path)).toBe(traitsOf(format).probed ? format : 'raw')
     await image.write(Buffer.alloc(512, 1), { position: 0 })
@@ -52,20 +54,20 @@ describe.each(TARGET_FORMATS)('a new image: %s', format => {
   it('has the options of its row, and no other', async () => {
     const given = { clusterSize: 4096, lazyRefcounts: false, extendedL2: false } as const
     for (const [name, value] of Object.entries(given)) {
-      const make = () => create(join(folder, `${name}.${format}`), { format, size: SIZE, [name]: value, ...needed })
+      const make = () => made(join(folder, `${name}.${format}`), { [name]: value, ...needed })
       if (shape.some(option => option === name)) await (await make()).close()
       else expect((await failure(make)).message).toContain(`a ${format} image has no ${name}`)
     }
   })
 
   it('is not made without what its row says', async () => {
-    const make = () => create(join(folder, `bare.${format}`), { format, size: SIZE })
+    const make = () => made(join(folder, `bare.${format}`), {})
     if (needs === undefined) await (await make()).close()
     else expect(await failure(make)).toMatchObject({ code: 'ERR_QCOW2_INVALID_ARGUMENT', field: needs })
   })
 
   it('is compressed where its row says so', async () => {
-    await using image = await create(join(folder, `compressed.${format}`), { format, size: SIZE, ...needed })
+    await using image = await made(join(folder, `compressed.${format}`), needed)
     const cluster = Buffer.alloc(65536, 1)
     const write = () => image.write(cluster, { position: 0, compressed: true })
     if (can(format, 'compress')) expect(await write()).toMatchObject({ bytesWritten: 65536 })

@@ -3,7 +3,15 @@
 import { spawnSync } from 'node:child_process'
 import { readFileSync, statSync } from 'node:fs'
 import { join } from 'node:path'
-import { type CacheMode, type CreateOptions, create, type Image, type OpenOptions, open } from 'qcow2'
+import {
+  type CacheMode,
+  create,
+  type Image,
+  type NewImageOptions,
+  type OpenOptions,
+  open,
+  type Qcow2Shape,
+} from 'qcow2'
 import { describe, expect, it } from 'vitest'
 import { failure, pattern, temporaryFolder, writeRaw } from '../api/fixtures.js'
 import { assertSameBytes, describeWithQemu, ok, qemuImg } from '../interop/qemu.js'
@@ -26,7 +34,7 @@ function guest(path: string): Buffer {
   return readFileSync(out)
 }
 
-const shapes: Record<string, CreateOptions> = {
+const shapes: Record<string, NewImageOptions & Qcow2Shape> = {
   default: { size: SIZE },
   'version 2': { size: SIZE, version: 2 },
   'small clusters': { size: SIZE, clusterSize: 512 },

@@ -3,7 +3,8 @@
 import { statfsSync } from 'node:fs'
 import { CIPHER_ALGS, CIPHER_MODES, HASH_ALGS, IVGEN_ALGS } from '../cipher-names.js'
 import { creationOf, isKnown, isTarget, listed, SOURCE_FORMATS, TARGET_FORMATS } from '../formats/table.js'
-import type { Encrypt, Format, Qcow2Shape, TargetFormat } from '../index.js'
+import type { Encrypt, Format, TargetFormat } from '../index.js'
+import type { AnyShape } from '../shape.js'
 import { toName } from '../text.js'
 import { CommandFailure, unsupported } from './failure.js'
 import { imagePath } from './filename.js'
@@ -88,7 +89,7 @@ const OF_FORMAT: Readonly<
     TargetFormat,
     {
       readonly options: readonly OptionSpec[]
-      readonly toShape: (values: OptionValues, options: Qcow2Shape, objects: Objects) => Qcow2Shape
+      readonly toShape: (values: OptionValues, options: AnyShape, objects: Objects) => AnyShape
     }
   >
 > = {
@@ -147,22 +148,22 @@ export function describeFormat(
 }
 
 /** What the library is told of an `-o` list; the size is the command's own matter. */
-export function toCreateOptions(values: OptionValues, format: TargetFormat, objects: Objects): Qcow2Shape {
+export function toCreateOptions(values: OptionValues, format: TargetFormat, objects: Objects): AnyShape {
   refuseUnsupported(values)
-  const options: Qcow2Shape = {}
+  const options: AnyShape = {}
   const preallocation = choice(values, 'preallocation', creationOf(format).preallocation)
   if (preallocation) options.preallocation = preallocation
   return OF_FORMAT[format].toShape(values, options, objects)
 }
 
-function toLuksShape(values: OptionValues, options: Qcow2Shape, objects: Objects): Qcow2Shape {
+function toLuksShape(values: OptionValues, options: AnyShape, objects: Objects): AnyShape {
   if (values.get('detached-header') === true) {
     throw unsupported("Option 'detached-header'", 'this version writes the header in front of the data')
   }
   return { ...options, encrypt: toEncryption('luks', values, '', objects) }
 }
 
-function toQcow2Shape(values: OptionValues, options: Qcow2Shape, objects: Objects): Qcow2Shape {
+function toQcow2Shape(values: OptionValues, options: AnyShape, objects: Objects): AnyShape {
   const encrypt = toEncrypt(values, objects)
   if (encrypt !== undefined) options.encrypt = encrypt
   const compat = text(values, 'compat')

@@ -82,6 +82,10 @@ export type ShapeOption =
   | 'dataFileRaw'
   | 'keepDataFile'
   | 'encrypt'
+  | FormatOption
+
+/** Those of them that a format reads by itself: they reach its crate by these names. */
+export type FormatOption = 'subformat'
 
 /** What a new image of a format can be made with. */
 export interface Creation {
@@ -89,6 +93,8 @@ export interface Creation {
   readonly preallocation: readonly ('off' | 'metadata' | 'falloc' | 'full')[]
   /** What it is not made without. */
   readonly needs?: ShapeOption
+  /** What `subformat` can be; the first one is made where nothing is said. */
+  readonly subformats?: readonly string[]
 }
 
 /** The formats that images are read in, by QEMU's names. `qcow` is version 1 of qcow2, `luks` is LUKS of both versions. */

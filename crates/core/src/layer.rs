@@ -8,6 +8,7 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
+use crate::check::CheckLayer;
 use crate::disk::{DiskOptions, WriteLayer};
 use crate::{Error, ErrorKind, Job, MemMut, Result, Storage, StorageExt};
 
@@ -290,6 +291,11 @@ pub trait Layer: Any + Send + Sync + fmt::Debug {
 
     /// The layer as one that takes requests; `None` for a format that is only read, or that writes in ways of its own.
     fn as_writable(&self) -> Option<&dyn WriteLayer> {
+        None
+    }
+
+    /// The layer as one that is checked in the way of all formats; `None` for one with nothing to check, or with a way of its own.
+    fn as_checkable(&self) -> Option<&dyn CheckLayer> {
         None
     }
 

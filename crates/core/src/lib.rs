@@ -4,6 +4,7 @@
 //! Nothing here names a format: a crate for one stands on this one, beside the others.
 
 pub mod chain;
+pub mod check;
 pub mod compare;
 pub mod convert;
 pub mod disk;
@@ -13,6 +14,7 @@ pub mod inspect;
 pub mod job;
 pub mod layer;
 pub mod memory;
+pub mod new_image;
 pub mod raw;
 pub mod salvage;
 pub mod source;
@@ -28,6 +30,7 @@ pub use error::{Error, ErrorKind, Result};
 pub use job::Job;
 pub use layer::Layer;
 pub use memory::{Mem, MemMut};
+pub use new_image::NewImage;
 pub use raw::Raw;
 pub use source::{Extent, ExtentKind, GuestSource};
 pub use storage::{ReadStorage, Storage, StorageExt};

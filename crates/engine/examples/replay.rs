@@ -20,7 +20,8 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use qcow2_engine::create::{CreateOptions, Preallocation, create, create_luks};
+use qcow2_core::NewImage;
+use qcow2_engine::create::{CreateOptions, Preallocation, create};
 use qcow2_engine::encryption::{Encryption, Secret};
 use qcow2_engine::storage::{Access, CacheMode, DirectStorage, FileStorage};
 use qcow2_engine::{Discard, Image, Job, Layer, LayerExt, OpenOptions, Qcow2, Raw, Storage, WriteOptions};
@@ -98,8 +99,8 @@ fn make(work: &Work<'_>, format: &str) {
             let file = FileStorage::open_cached(path, Access::ReadWrite, CacheMode::Writeback).unwrap();
             let (file, job) = (Arc::new(file) as Arc<dyn Storage>, Job::new());
             if format == "raw" {
-                let luks = encryption.new_luks(&job).unwrap();
-                create_luks(&file, &luks, trace::DISK, Preallocation::Off, &job).unwrap();
+                let luks = encryption.new_luks(trace::DISK, Preallocation::Off, &job).unwrap();
+                luks.create(&file.into(), &job).unwrap();
             } else {
                 let data_door = Some(encryption.door(&job).unwrap());
                 let options = CreateOptions { size: trace::DISK, data_door, ..CreateOptions::default() };

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use qcow2_core::space::Preallocation;
 use qcow2_format::{CryptMethod, Header, HostOffset};
 use qcow2_luks::{
     Cipher, CipherSpec, Cost, FormatOptions, Formatted, Hash, Iv, Limits, Luks1Header, Mode, NewLuks,
@@ -122,12 +123,12 @@ impl Encryption {
         Ok(Arc::new(LuksDoor { codec: Arc::new(formatted.cipher), header: Some(formatted.bytes) }))
     }
 
-    /// A new key, with the header of the LUKS file that it is for. Takes as long as a guess takes.
+    /// A LUKS file for a disk of `size` bytes, with a new key. Takes as long as a guess takes.
     ///
     /// # Errors
-    /// As [`Encryption::door`].
-    pub fn new_luks(&self, job: &Job) -> Result<NewLuks> {
-        self.format(job).map(NewLuks::from)
+    /// As [`Encryption::door`]; `Limit`.
+    pub fn new_luks(&self, size: u64, preallocation: Preallocation, job: &Job) -> Result<NewLuks> {
+        NewLuks::new(self.format(job)?, size, preallocation)
     }
 
     fn format(&self, job: &Job) -> Result<Formatted> {

@@ -3,10 +3,14 @@
 //! The numbers are QEMU's to the byte, because callers reserve space by them. They are an upper bound: metadata is
 //! counted as if every cluster were allocated.
 
+use std::sync::Arc;
+
+use qcow2_core::NewImage;
 use qcow2_format::Geometry;
 use qcow2_format::bitmap::FIXED_LENGTH;
 use qcow2_format::limits::MAX_L1_BYTES;
 
+use crate::convert::data_bytes;
 use crate::create::{CreateOptions, Preallocation};
 use crate::image::Image;
 use crate::walk::{Step, Steps, Walk};
@@ -20,14 +24,16 @@ const SECTOR: u64 = 512;
 const STEPS: Steps = Steps::growing(1 << 30, 1 << 40, 16 << 10);
 
 /// What would be created.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub enum MeasureTarget {
     /// A raw image.
     Raw,
-    /// A LUKS file, with a header of so many bytes.
-    Luks(u64),
+    /// The disk as it is, behind a header of so many bytes.
+    Behind(u64),
     /// A qcow2 image.
     Qcow2(Qcow2Target),
+    /// An image of another format, for a disk of the size that is measured.
+    Format(Arc<dyn NewImage>),
 }
 
 /// The properties of a new qcow2 image that decide its size.
@@ -77,7 +83,12 @@ pub struct Measurement {
 /// # Errors
 /// `Limit` for a disk that is too large for the geometry.
 pub fn measure_size(size: u64, target: &MeasureTarget) -> Result<Measurement> {
-    let MeasureTarget::Qcow2(qcow2) = target else { return plain(size, target) };
+    let qcow2 = match target {
+        MeasureTarget::Qcow2(qcow2) => qcow2,
+        MeasureTarget::Format(target) => return Ok(of_format(&**target, 0)),
+        MeasureTarget::Raw => return plain(size, 0),
+        MeasureTarget::Behind(header) => return plain(size, *header),
+    };
     if qcow2.geometry.l1_entries_for(size) > MAX_L1_BYTES / TABLE_ENTRY {
         return Err(too_large(size));
     }
@@ -91,9 +102,17 @@ pub fn measure_size(size: u64, target: &MeasureTarget) -> Result<Measurement> {
 pub fn measure(image: &Image, target: &MeasureTarget, job: &Job) -> Result<Measurement> {
     let size = image.virtual_size();
     job.set_total(size);
-    let MeasureTarget::Qcow2(qcow2) = target else {
-        job.advance(size);
-        return plain(size, target);
+    let qcow2 = match target {
+        MeasureTarget::Qcow2(qcow2) => qcow2,
+        MeasureTarget::Format(target) => {
+            let data = data_bytes(image, target.unit(), job)?;
+            job.advance(size);
+            return Ok(of_format(&**target, data));
+        }
+        MeasureTarget::Raw | MeasureTarget::Behind(_) => {
+            job.advance(size);
+            return measure_size(size, target);
+        }
     };
     let data = if qcow2.has_backing_file {
         job.advance(size);
@@ -111,11 +130,19 @@ pub fn measure(image: &Image, target: &MeasureTarget, job: &Job) -> Result<Measu
     Ok(measurement)
 }
 
-/// Of a target whose disk lies in its file as it is. A LUKS file has the size that is asked for, to the byte.
-fn plain(size: u64, target: &MeasureTarget) -> Result<Measurement> {
-    let bytes = match target {
-        MeasureTarget::Luks(header) => size.checked_add(*header),
-        MeasureTarget::Raw | MeasureTarget::Qcow2(_) => size.checked_next_multiple_of(SECTOR),
+/// Of an image that says itself what it takes.
+fn of_format(target: &dyn NewImage, data: u64) -> Measurement {
+    let full = matches!(target.preallocation(), Preallocation::Falloc | Preallocation::Full);
+    let fully_allocated = target.length(target.size().next_multiple_of(target.unit()));
+    let required = if full || !target.is_sparse() { fully_allocated } else { target.length(data) };
+    Measurement { required, fully_allocated, bitmaps: None }
+}
+
+/// Of a target whose disk lies in its file as it is. Behind a header it has the size that is asked for, to the byte.
+fn plain(size: u64, header: u64) -> Result<Measurement> {
+    let bytes = match header {
+        0 => size.checked_next_multiple_of(SECTOR),
+        _ => size.checked_add(header),
     };
     let bytes = bytes.ok_or_else(|| too_large(size))?;
     Ok(Measurement { required: bytes, fully_allocated: bytes, bitmaps: None })

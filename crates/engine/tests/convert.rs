@@ -419,8 +419,8 @@ fn contradictions_are_refused_before_anything_is_written() {
     let source = raw_image(Arc::new(MemoryStorage::from_bytes(&[1; 4096])));
     let refused = |target: ConvertTarget, options: &ConvertOptions| {
         let storage = match &target {
+            ConvertTarget::New(NewTarget::Format { hosts, .. }) => hosts.own.clone(),
             ConvertTarget::New(NewTarget::Raw { storage, .. })
-            | ConvertTarget::New(NewTarget::Luks { storage, .. })
             | ConvertTarget::New(NewTarget::Qcow2 { storage, .. }) => storage.clone(),
             ConvertTarget::Existing(image) => image.layers()[0].storage().clone(),
         };
@@ -445,11 +445,9 @@ fn contradictions_are_refused_before_anything_is_written() {
         })
     };
     let luks = || {
-        ConvertTarget::New(NewTarget::Luks {
-            storage: Arc::new(MemoryStorage::new()),
-            luks: encryption().new_luks(&Job::new()).unwrap(),
-            preallocation: Preallocation::Off,
-        })
+        let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
+        let image = encryption().new_luks(4096, Preallocation::Off, &Job::new()).unwrap();
+        ConvertTarget::New(NewTarget::Format { image: Arc::new(image), hosts: storage.into() })
     };
     let delta = ConvertOptions { delta: Some(Delta { layers: 1, base_size: 0 }), ..Default::default() };
     let plain = ConvertOptions::default();

@@ -5,7 +5,8 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use qcow2_engine::create::{CreateOptions, Preallocation, create, create_luks};
+use qcow2_core::NewImage;
+use qcow2_engine::create::{CreateOptions, Preallocation, create};
 use qcow2_engine::encryption::{Encryption, Secret};
 use qcow2_engine::format::Limits;
 use qcow2_engine::image::read_header;
@@ -92,9 +93,9 @@ fn made_in(holder: Holder, secrets: &[&str]) -> Sparse {
         ..CreateOptions::default()
     };
     if holder == Holder::Luks {
-        let luks = encryption.new_luks(&Job::new()).unwrap();
+        let luks = encryption.new_luks(4 * CLUSTER, Preallocation::Off, &Job::new()).unwrap();
         let storage: Arc<dyn Storage> = storage.clone();
-        create_luks(&storage, &luks, 4 * CLUSTER, Preallocation::Off, &Job::new()).unwrap();
+        luks.create(&storage.into(), &Job::new()).unwrap();
     } else {
         create(storage.clone(), None, &options, &Job::new()).unwrap();
     }

@@ -7,6 +7,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
+use qcow2_core::NewImage;
 use qcow2_core::disk::DiskOptions;
 use qcow2_core::space::Preallocation;
 use qcow2_core::storage::{Access, FileStorage, MemoryStorage};
@@ -54,9 +55,9 @@ fn read(layer: &dyn Layer) -> Vec<u8> {
     bytes
 }
 
-fn made() -> NewLuks {
+fn made(size: u64, preallocation: Preallocation) -> NewLuks {
     let options = FormatOptions { cost: Cost::Iterations(1000), ..FormatOptions::new(SECRET.as_bytes()) };
-    format(&options, &Job::new()).unwrap().into()
+    NewLuks::new(format(&options, &Job::new()).unwrap(), size, preallocation).unwrap()
 }
 
 /// `cryptsetup` encrypts the plain bytes of a file in place, and puts a header of version 2 in front of them.
@@ -131,7 +132,7 @@ fn version_2_with_argon2_keeps_the_contract_of_layers() {
 #[test]
 fn a_disk_without_its_secret_has_all_but_its_data() {
     let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
-    made().create(&storage, SIZE as u64, Preallocation::Off, &Job::new()).unwrap();
+    made(SIZE as u64, Preallocation::Off).create(&storage.clone().into(), &Job::new()).unwrap();
     let mut layer = Luks::open(storage, &OpenOptions::default()).unwrap();
     assert_eq!((layer.virtual_size(), layer.encryption()), (SIZE as u64, Some("luks")));
     assert!(!layer.is_detached() && layer.file(0).is_none());
@@ -204,9 +205,8 @@ fn what_is_being_reencrypted_is_refused_by_name() {
 
 #[test]
 fn what_is_made_here_keeps_the_contract_of_disks() {
-    let new = made();
     let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
-    new.create(&storage, SIZE as u64, Preallocation::Off, &Job::new()).unwrap();
+    made(SIZE as u64, Preallocation::Off).create(&storage.clone().into(), &Job::new()).unwrap();
     let image = |write: bool| {
         let mut layer = open(Arc::clone(&storage)).unwrap();
         if write {
@@ -224,10 +224,9 @@ fn what_is_made_here_keeps_the_contract_of_disks() {
 #[test]
 fn new_files_are_for_other_tools_too() {
     let Some(folder) = Folder::new() else { return };
-    let new = made();
     for mode in [Preallocation::Off, Preallocation::Metadata, Preallocation::Falloc, Preallocation::Full] {
         let path = folder.write("new.luks", b"");
-        new.create(&file(&path), SIZE as u64, mode, &Job::new()).unwrap();
+        made(SIZE as u64, mode).create(&file(&path).into(), &Job::new()).unwrap();
         support::cryptsetup_opens(&path, SECRET, 0);
         let theirs = qemu_to_raw(&path, &folder.path("raw"));
         assert_eq!(theirs.len(), SIZE);
@@ -243,8 +242,8 @@ fn no_power_cut_leaves_half_of_a_converted_file() {
     disk[50_000..200_000].fill(0);
     let source = Image::new(vec![Box::new(Raw::new(memory(&disk)).unwrap())]).unwrap();
     let storage: Arc<dyn Storage> = storages[0].clone();
-    let target =
-        ConvertTarget::New(NewTarget::Luks { storage, luks: made(), preallocation: Preallocation::Off });
+    let image = Arc::new(made(300_032, Preallocation::Off));
+    let target = ConvertTarget::New(NewTarget::Format { image, hosts: storage.into() });
     let options = ConvertOptions { durable: true, ..ConvertOptions::default() };
     convert(&source, target, &options, &Job::new()).unwrap();
     let (mut images, mut judged) = (0, 0);
@@ -261,17 +260,17 @@ fn no_power_cut_leaves_half_of_a_converted_file() {
 
 #[test]
 fn a_device_is_as_long_as_it_is() {
-    let new = made();
     let device: Arc<dyn Storage> = Device::new(4 << 20);
     device.write_all_at(Mem::from(&[5; 4096][..]), 0).unwrap();
-    let error = new.create(&device, 4 << 20, Preallocation::Off, &Job::new()).unwrap_err();
+    let error = made(4 << 20, Preallocation::Off).create(&device.clone().into(), &Job::new()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidArgument);
     let mut start = [0; 4096];
     device.read_exact_at(MemMut::from(&mut start[..]), 0).unwrap();
     assert!(start == [5; 4096], "it was left alone");
-    new.create(&device, SIZE as u64, Preallocation::Full, &Job::new()).unwrap();
+    let new = made(SIZE as u64, Preallocation::Full);
+    new.create(&device.clone().into(), &Job::new()).unwrap();
     let mut layer = open(device).unwrap();
-    let size = (4 << 20) - new.header_length();
+    let size = (4 << 20) - new.length(0);
     assert_eq!(layer.virtual_size(), size);
     layer.make_writable(DiskOptions::default()).unwrap();
     let writable = layer.as_writable().unwrap();
@@ -282,17 +281,16 @@ fn a_device_is_as_long_as_it_is() {
 
 #[test]
 fn a_file_is_no_image_before_its_header_is_complete() {
-    let new = made();
-    let storage = Arc::new(MemoryStorage::new());
-    let host: Arc<dyn Storage> = storage.clone();
+    let new = made(SIZE as u64, Preallocation::Off);
+    let host: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
     host.write_all_at(Mem::from(&b"LUKS\xba\xbe\0\x01"[..]), 0).unwrap();
-    new.begin(&*host, SIZE as u64, &Job::new()).unwrap();
-    new.data(Arc::clone(&host)).write_all_at(Mem::from(&data(SIZE)[..]), 0).unwrap();
+    let disk = new.disk(&host.clone().into(), &Job::new()).unwrap();
+    disk.as_writable().unwrap().write_at(Mem::from(&data(SIZE)[..]), 0).unwrap();
     assert_eq!(
         Luks::open(Arc::clone(&host), &OpenOptions::default()).unwrap_err().kind(),
         ErrorKind::InvalidHeader
     );
-    new.publish(&*host, true).unwrap();
+    new.publish(&host.clone().into()).unwrap();
     assert!(read(&*open(host).unwrap()) == data(SIZE));
 }
 
@@ -300,7 +298,7 @@ fn a_file_is_no_image_before_its_header_is_complete() {
 fn sizes_that_change() {
     let Some(folder) = Folder::new() else { return };
     let path = folder.write("ours.luks", b"");
-    made().create(&file(&path), SIZE as u64, Preallocation::Off, &Job::new()).unwrap();
+    made(SIZE as u64, Preallocation::Off).create(&file(&path).into(), &Job::new()).unwrap();
     qemu_write(&folder.write("plain", &data(SIZE)), &path);
     let mut layer = open(file(&path)).unwrap();
     layer.make_writable(DiskOptions::default()).unwrap();
@@ -330,10 +328,10 @@ fn sizes_that_change() {
 
 #[test]
 fn files_that_are_cut_off_and_limits() {
-    let new = made();
+    let new = made(4096, Preallocation::Off);
     let storage = Arc::new(MemoryStorage::new());
     let host: Arc<dyn Storage> = storage.clone();
-    new.create(&host, 4096, Preallocation::Off, &Job::new()).unwrap();
+    new.create(&host.into(), &Job::new()).unwrap();
     let bytes = storage.to_vec();
     let cut = |length: usize| Luks::open(memory(&bytes[..length]), &OpenOptions::default());
     for length in [0, 7, 100, 591] {

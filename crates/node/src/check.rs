@@ -82,6 +82,13 @@ pub fn check_image(
         move |job| {
             handle.run(|image| {
                 let Some(qcow2) = image.top_qcow2() else {
+                    let max = max_findings as usize;
+                    if let Some(layer) = image.layers().first().and_then(|top| top.as_checkable()) {
+                        return match repair {
+                            Some(repair) => layer.repair(repair, max, job),
+                            None => image.settled(|| layer.check(max, job)),
+                        };
+                    }
                     let message = match image.layers().first().and_then(|top| top.unit()) {
                         None => format!("a {} image has nothing to check", image.format()),
                         Some(_) => format!("checking {} images is not supported", image.format()),

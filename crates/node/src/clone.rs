@@ -13,7 +13,7 @@ use crate::create::target;
 use crate::job::{Lane, Ticket};
 use crate::resource::{Handle, Resource};
 use crate::runtime::Runtime;
-use crate::shape::Shape;
+use crate::shape::{Purpose, Shape};
 use crate::text::Text;
 
 /// How to clone. Checked in TypeScript.
@@ -70,7 +70,9 @@ pub fn begin_clone(
         Ticket { request, job },
         move |job| {
             let clone = handle.run(|image| {
-                let disk = order.shape.new_disk(image.virtual_size(), encryption.as_ref(), job)?;
+                let (size, path) = (image.virtual_size(), Some(&*target.path));
+                let purpose = Purpose { size, path, encryption: encryption.as_ref(), job };
+                let disk = order.shape.new_disk(purpose)?;
                 FileClone::begin(image, &target, disk, order.compression(), job)
             })?;
             Ok(Box::new(Begun { handle, clone }))

@@ -9,7 +9,7 @@ use crate::bytes::Bytes;
 use crate::job::Ticket;
 use crate::pool::threads;
 use crate::runtime::Runtime;
-use crate::shape::Shape;
+use crate::shape::{Purpose, Shape};
 
 /// What a comparison found.
 #[napi(object, object_from_js = false)]
@@ -98,10 +98,11 @@ pub fn measure_image(
         &env,
         Ticket { request, job },
         move |job| {
-            let target = shape.measure_target(encryption.as_ref())?;
+            let purpose = |size| Purpose { size, path: None, encryption: encryption.as_ref(), job };
             match image {
-                Some(image) => image.run(|image| measure(image, &target, job)),
-                None => measure_size(size as u64, &target),
+                Some(image) => image
+                    .run(|image| measure(image, &shape.measure_target(purpose(image.virtual_size()))?, job)),
+                None => measure_size(size as u64, &shape.measure_target(purpose(size as u64))?),
             }
         },
         |_, env, measured| {

@@ -1,13 +1,14 @@
 //! Converting.
 
 use std::num::NonZeroUsize;
+use std::path::Path;
 use std::sync::Arc;
 
 use napi::bindgen_prelude::{Env, ToNapiValue};
 use napi_derive::napi;
 use qcow2_engine::convert::{Compression, ConvertOptions, Delta, Window};
 use qcow2_engine::encryption::Encryption;
-use qcow2_engine::files::{self, Destination, Target};
+use qcow2_engine::files::{self, Destination, NewDisk, Target};
 use qcow2_engine::salvage::Unreadable;
 use qcow2_engine::{Image, Job, Result, Storage};
 
@@ -15,7 +16,7 @@ use crate::create::target;
 use crate::job::{Lane, Ticket};
 use crate::resource::Handle;
 use crate::runtime::Runtime;
-use crate::shape::Shape;
+use crate::shape::{Purpose, Shape};
 use crate::text::Text;
 
 /// How to convert. Checked in TypeScript; what is absent has the engine's default.
@@ -157,14 +158,14 @@ impl ConvertJob {
         let done = match place {
             Place::Image(handle) => handle.run(|image| order.run(Destination::Image(image), job))?,
             Place::Storage(storage) => {
-                let disk = self.shape.new_disk(order.virtual_size()?, encryption, job)?;
+                let disk = self.new_disk(&order, None, encryption, job)?;
                 order.run(Destination::Storage(storage, disk), job)?
             }
             Place::File(target) if self.existing => {
                 order.run(Destination::Over(target, self.shape.preallocation()), job)?
             }
             Place::File(target) => {
-                let disk = self.shape.new_disk(order.virtual_size()?, encryption, job)?;
+                let disk = self.new_disk(&order, Some(&target.path), encryption, job)?;
                 order.run(Destination::New(target, disk), job)?
             }
         };
@@ -177,6 +178,16 @@ impl ConvertJob {
                 .map(|names| names.iter().map(|name| name.as_slice().into()).collect()),
             unreadable: done.unreadable.map(|lost| lost.into_iter().map(UnreadableRange::from).collect()),
         })
+    }
+
+    fn new_disk(
+        &self,
+        order: &files::ConvertJob<'_>,
+        path: Option<&Path>,
+        encryption: Option<&Encryption>,
+        job: &Job,
+    ) -> Result<NewDisk> {
+        self.shape.new_disk(Purpose { size: order.virtual_size()?, path, encryption, job })
     }
 
     fn options(&self) -> ConvertOptions {

@@ -8,7 +8,7 @@ use qcow2_engine::storage::{Identity, Overwrite};
 use crate::job::{Lane, Ticket};
 use crate::open::nothing;
 use crate::runtime::Runtime;
-use crate::shape::Shape;
+use crate::shape::{Purpose, Shape};
 use crate::text::Text;
 
 /// A file that is written to; `in_use` are identities as `OpenedFile` has them.
@@ -40,7 +40,11 @@ pub fn create_image(
         Lane::Brief,
         &env,
         Ticket { request, job },
-        move |job| create(&target, &shape.new_disk(size as u64, encryption.as_ref(), job)?, job),
+        move |job| {
+            let (path, encryption) = (Some(&*target.path), encryption.as_ref());
+            let disk = shape.new_disk(Purpose { size: size as u64, path, encryption, job })?;
+            create(&target, &disk, job)
+        },
         nothing,
     )
 }

@@ -1,14 +1,17 @@
-//! The formats that layers are opened in, in one table. What each can do besides is `src/formats/table.ts`.
+//! The formats that layers are opened and new images made in, in one table. What each can do besides is `src/formats/table.ts`.
 
 use std::any::Any;
 use std::sync::Arc;
 
+use qcow2_engine::files::NewDisk;
 use qcow2_engine::inspect::{inspect, inspect_bytes};
-use qcow2_engine::{Layer, OpenOptions, Qcow2, Raw, Result, Storage};
+use qcow2_engine::measure::MeasureTarget;
+use qcow2_engine::{Error, ErrorKind, Layer, OpenOptions, Qcow2, Raw, Result, Storage};
 use qcow2_luks::Luks;
 use qcow2_qcow1::Qcow1;
 
 use crate::inspect::Inspected;
+use crate::shape::{Purpose, Shape};
 
 /// The files that a layer is opened on.
 pub(crate) struct Files {
@@ -31,6 +34,10 @@ pub(crate) struct Format {
     open: Opener,
     /// Says what an image claims that is judged as one of this format.
     inspect: fn(&Untrusted<'_>, &OpenOptions) -> Result<Inspected>,
+    /// Makes a new disk of a shape.
+    pub(crate) make: fn(&Shape, Purpose<'_>) -> Result<NewDisk>,
+    /// Says what a measurement needs of a shape.
+    pub(crate) measure: fn(&Shape, Purpose<'_>) -> Result<MeasureTarget>,
 }
 
 static FORMATS: [Format; 4] = [QCOW2, RAW, QCOW, LUKS];
@@ -46,6 +53,11 @@ const QCOW2: Format = Format {
         };
         Ok(Inspected::of_qcow2(&found))
     },
+    make: |shape, Purpose { size, encryption, job, .. }| {
+        let create = shape.encrypted(size, encryption, job)?;
+        Ok(NewDisk::Qcow2 { create: Box::new(create), data_path: shape.data_path() })
+    },
+    measure: |shape, purpose| shape.qcow2_target(purpose.encryption).map(MeasureTarget::Qcow2),
 };
 
 const RAW: Format = Format {
@@ -53,6 +65,8 @@ const RAW: Format = Format {
     plain: true,
     open: |files, _| Ok(Box::new(Raw::new(files.own)?)),
     inspect: QCOW2.inspect,
+    make: |shape, purpose| Ok(NewDisk::Raw { size: purpose.size, preallocation: shape.preallocation() }),
+    measure: |_, _| Ok(MeasureTarget::Raw),
 };
 
 const QCOW: Format = Format {
@@ -67,6 +81,8 @@ const QCOW: Format = Format {
         };
         Ok(Inspected::of_qcow(&found))
     },
+    make: |_, _| Err(only_read("qcow")),
+    measure: |_, _| Err(only_read("qcow")),
 };
 
 const LUKS: Format = Format {
@@ -81,7 +97,19 @@ const LUKS: Format = Format {
         };
         Ok(Inspected::of_luks(&found))
     },
+    make: |shape, purpose| {
+        let encryption = purpose.needed_encryption()?;
+        let image = encryption.new_luks(purpose.size, shape.preallocation(), purpose.job)?;
+        Ok(NewDisk::Format(Arc::new(image)))
+    },
+    // Without the key that a new image makes.
+    measure: |_, purpose| purpose.needed_encryption()?.header_length().map(MeasureTarget::Behind),
 };
+
+/// TypeScript makes no image in such a format: asking for one is a bug.
+fn only_read(format: &str) -> Error {
+    Error::new(ErrorKind::Internal, format!("{format} images are only read"))
+}
 
 fn luks_options(options: &OpenOptions, header: Option<Arc<dyn Storage>>) -> qcow2_luks::OpenOptions {
     qcow2_luks::OpenOptions { max_virtual_size: options.limits.max_virtual_size, header }

@@ -1,7 +1,9 @@
 //! The shape of a new image, as JavaScript says it.
 
-use std::path::PathBuf;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
 
+use napi::bindgen_prelude::Either3;
 use napi_derive::napi;
 use qcow2_engine::create::{Backing, CreateOptions, DataFile, Preallocation};
 use qcow2_engine::encryption::Encryption;
@@ -11,12 +13,13 @@ use qcow2_engine::measure::{MeasureTarget, Qcow2Target};
 use qcow2_engine::{Error, ErrorKind, Job, Result};
 
 use crate::encryption::EncryptOptions;
+use crate::formats::Format;
 use crate::text::Text;
 
 /// Options of a new image. Names were checked in TypeScript; what is absent has the engine's default.
 #[napi(object, object_to_js = false)]
 pub struct Shape {
-    /// `qcow2`, `raw` or `luks`.
+    /// QEMU's name of one that new images are made in.
     pub format: String,
     /// 2 or 3.
     pub version: Option<u32>,
@@ -46,6 +49,22 @@ pub struct Shape {
     pub keep_data_file: Option<bool>,
     /// Encrypted.
     pub encrypt: Option<EncryptOptions>,
+    /// What only some formats have, by its name in the API.
+    pub options: Option<HashMap<String, Either3<bool, f64, String>>>,
+}
+
+/// What a new image is made for.
+#[derive(Clone, Copy)]
+pub(crate) struct Purpose<'a> {
+    /// Bytes of the disk.
+    pub(crate) size: u64,
+    /// The image's file, where it is one with a name.
+    #[allow(dead_code, reason = "formats with several files use it")]
+    pub(crate) path: Option<&'a Path>,
+    /// How it is encrypted.
+    pub(crate) encryption: Option<&'a Encryption>,
+    /// Deriving a key takes long.
+    pub(crate) job: &'a Job,
 }
 
 impl Shape {
@@ -54,20 +73,51 @@ impl Shape {
         self.encrypt.take().map(EncryptOptions::into_encryption).transpose()
     }
 
-    /// A new disk of `size` bytes. Makes its key, see [`Shape::encrypted`].
+    /// A new disk.
     ///
     /// # Errors
-    /// As [`Shape::encrypted`].
-    pub(crate) fn new_disk(&self, size: u64, encryption: Option<&Encryption>, job: &Job) -> Result<NewDisk> {
-        if self.is_raw() {
-            return Ok(NewDisk::Raw { size, preallocation: self.preallocation() });
+    /// Those of its format.
+    pub(crate) fn new_disk(&self, purpose: Purpose<'_>) -> Result<NewDisk> {
+        (self.format()?.make)(self, purpose)
+    }
+
+    /// What a measurement needs of it.
+    ///
+    /// # Errors
+    /// Those of its format.
+    pub(crate) fn measure_target(&self, purpose: Purpose<'_>) -> Result<MeasureTarget> {
+        (self.format()?.measure)(self, purpose)
+    }
+
+    fn format(&self) -> Result<&'static Format> {
+        Format::named(&self.format).map_err(|e| Error::new(ErrorKind::Internal, e.reason.clone()))
+    }
+
+    /// An option of some formats that is a word.
+    #[allow(dead_code, reason = "the formats that have such options use it")]
+    pub(crate) fn word(&self, name: &str) -> Option<&str> {
+        match self.options.as_ref()?.get(name)? {
+            Either3::C(word) => Some(word),
+            _ => None,
         }
-        if self.is_luks() {
-            let luks = required(encryption)?.new_luks(job)?;
-            return Ok(NewDisk::Luks { size, luks, preallocation: self.preallocation() });
+    }
+
+    /// An option of some formats that is a number.
+    #[allow(dead_code, reason = "the formats that have such options use it")]
+    pub(crate) fn number(&self, name: &str) -> Option<u64> {
+        match self.options.as_ref()?.get(name)? {
+            Either3::B(number) => Some(*number as u64),
+            _ => None,
         }
-        let create = self.encrypted(size, encryption, job)?;
-        Ok(NewDisk::Qcow2 { create: Box::new(create), data_path: self.data_path() })
+    }
+
+    /// An option of some formats that is set or not.
+    #[allow(dead_code, reason = "the formats that have such options use it")]
+    pub(crate) fn flag(&self, name: &str) -> Option<bool> {
+        match self.options.as_ref()?.get(name)? {
+            Either3::A(flag) => Some(*flag),
+            _ => None,
+        }
     }
 
     /// The engine's options for a qcow2 image of `size` bytes, with the key that the encryption makes: that takes as long as a guess of
@@ -81,7 +131,7 @@ impl Shape {
         encryption: Option<&Encryption>,
         job: &Job,
     ) -> Result<CreateOptions> {
-        let options = self.options(size);
+        let options = self.qcow2_options(size);
         let Some(encryption) = encryption else { return Ok(options) };
         // What contradicts itself is refused first.
         options.validate()?;
@@ -89,18 +139,8 @@ impl Shape {
     }
 
     /// Where the external data file goes, if there is to be one.
-    fn data_path(&self) -> Option<PathBuf> {
+    pub(crate) fn data_path(&self) -> Option<PathBuf> {
         self.data_path.clone().and_then(|path| path.into_path().ok())
-    }
-
-    /// Whether a raw image is wanted.
-    pub(crate) fn is_raw(&self) -> bool {
-        self.format == "raw"
-    }
-
-    /// Whether a LUKS file is wanted.
-    fn is_luks(&self) -> bool {
-        self.format == "luks"
     }
 
     /// What to allocate.
@@ -109,7 +149,7 @@ impl Shape {
     }
 
     /// The engine's options for a qcow2 image of `size` bytes.
-    fn options(&self, size: u64) -> CreateOptions {
+    fn qcow2_options(&self, size: u64) -> CreateOptions {
         let defaults = CreateOptions::default();
         CreateOptions {
             size,
@@ -136,30 +176,29 @@ impl Shape {
         }
     }
 
-    /// What a measurement needs of it.
+    /// What decides the size of a qcow2 image.
     ///
     /// # Errors
     /// As `CreateOptions::validate`.
-    pub(crate) fn measure_target(&self, encryption: Option<&Encryption>) -> Result<MeasureTarget> {
-        if self.is_raw() {
-            return Ok(MeasureTarget::Raw);
-        }
-        if self.is_luks() {
-            return Ok(MeasureTarget::Luks(required(encryption)?.header_length()?));
-        }
-        let options = self.options(0);
+    pub(crate) fn qcow2_target(&self, encryption: Option<&Encryption>) -> Result<Qcow2Target> {
+        let options = self.qcow2_options(0);
         options.validate()?;
         let crypto_header = encryption.map_or(Ok(0), Encryption::header_length)?;
-        Ok(MeasureTarget::Qcow2(Qcow2Target { crypto_header, ..Qcow2Target::from_options(&options)? }))
+        Ok(Qcow2Target { crypto_header, ..Qcow2Target::from_options(&options)? })
     }
 }
 
-/// What a format does not go without; TypeScript has checked it.
-fn required(encryption: Option<&Encryption>) -> Result<&Encryption> {
-    encryption.ok_or_else(|| {
-        let message = "a luks image needs the option encrypt";
-        Error::new(ErrorKind::InvalidArgument, message).with_field("encrypt")
-    })
+impl<'a> Purpose<'a> {
+    /// How an image is encrypted that is not made otherwise; TypeScript has checked it.
+    ///
+    /// # Errors
+    /// `InvalidArgument` where nothing is said.
+    pub(crate) fn needed_encryption(&self) -> Result<&'a Encryption> {
+        self.encryption.ok_or_else(|| {
+            let message = "the image needs the option encrypt";
+            Error::new(ErrorKind::InvalidArgument, message).with_field("encrypt")
+        })
+    }
 }
 
 /// A preallocation mode by its name; TypeScript has checked it.

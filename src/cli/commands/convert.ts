@@ -337,7 +337,7 @@ async function checkBitmaps(
       const name = exactText(broken.name, broken.nameBytes)
       throw new CommandFailure(`Cannot copy inconsistent bitmap '${name}'`, { hint })
     }
-    if (!can(to, 'bitmaps') || create?.version === 2) throw cannotHaveBitmaps(to)
+    if (!can(to, 'bitmaps') || (create && 'version' in create && create.version === 2)) throw cannotHaveBitmaps(to)
   })
 }
 

@@ -1,7 +1,7 @@
 import { isAbsolute } from 'node:path'
 import type { Command } from 'commander'
 import { isFormat, PLAIN_FORMAT, traitsOf } from '../../formats/table.js'
-import { create, type TargetFormat } from '../../index.js'
+import { type CreateOptions, create, type TargetFormat } from '../../index.js'
 import { toName } from '../../text.js'
 import {
   creatable,
@@ -101,6 +101,7 @@ async function createNamed(
   // A guest's disk has whole sectors.
   const sectors = wholeSectors(size)
   checkDiskSize(format, shape, sectors)
+  // Which of them the format has, its table of options said.
   const image = await create(toName(path), {
     format,
     ...shape,
@@ -109,7 +110,7 @@ async function createNamed(
     references: given.backingUnsafe ? 'layer' : 'allow',
     overwrite: true,
     signal: session.signal,
-  })
+  } as CreateOptions)
   await image.close()
   warnOfFileHints(values, filename, session)
 }

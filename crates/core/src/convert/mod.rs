@@ -4,6 +4,7 @@
 //! a [`Sink`], all side by side. Where the file system can share blocks between files, data that needs no change is shared instead of
 //! copied.
 
+mod blocks;
 mod copy;
 mod disk;
 mod raw;
@@ -16,6 +17,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use parking_lot::Mutex;
 pub use qcow2_transform::Window;
 
+pub use self::blocks::{BlockSink, BlockTarget};
 pub use self::copy::{Ahead, Copier, SHARED_BLOCK, shares_blocks};
 pub use self::disk::DiskSink;
 pub use self::raw::RawSink;
@@ -54,7 +56,7 @@ pub struct ConvertOptions {
     /// Smallest run of zeroes in bytes that is left out of the target, in aligned blocks of the largest power of two in it; a multiple
     /// of 512. 0 writes everything. What is compressed is left out by clusters.
     pub sparse_size: u64,
-    /// Compress, for a qcow2 target.
+    /// Compress, where the target's format does.
     pub compression: Option<Compression>,
     /// The target is known to read as zeroes: a device is then not zeroed.
     pub target_is_zero: bool,

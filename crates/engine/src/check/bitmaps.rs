@@ -3,10 +3,10 @@
 use qcow2_format::bitmap::{BitmapCluster, BitmapDirectoryEntry, BitmapTableEntry};
 use qcow2_format::header::feature::Autoclear;
 
-use super::report::FindingCode;
-use super::target::{Repair, Stop, Target};
+use super::target::{Stop, Target};
 use super::walk::Walk;
 use crate::{Error, ErrorKind, MemMut, StorageExt};
+use qcow2_core::check::{FindingCode, Repair};
 
 /// Largest bitmap, in bytes of its clusters: QEMU's limit.
 const MAX_BITMAP_BYTES: u64 = 512 << 20;

@@ -3,9 +3,9 @@
 use qcow2_format::refcount;
 
 use super::counts::{PAGE, Page, ReferenceCounts};
-use super::report::{FindingCode, Tally};
 use super::stored::{Block, StoredRefcounts};
 use super::target::{Stop, Target};
+use qcow2_core::check::{FindingCode, Tally};
 
 /// Which differences a repair removes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -6,10 +6,10 @@ use qcow2_format::limits::MAX_HOST_OFFSET;
 use qcow2_format::{CompressedDescriptor, Geometry, Header, L2Entry, L2Mapping};
 
 use super::read_ahead;
-use super::report::FindingCode;
-use super::target::{Repair, Stop};
+use super::target::Stop;
 use super::walk::Walk;
 use crate::{Error, ErrorKind};
+use qcow2_core::check::{FindingCode, Repair};
 
 /// Bytes of memory per entry that waits to be written.
 const ENTRY_MEMORY: u64 = 64;

@@ -14,7 +14,6 @@ mod counts;
 mod l2;
 mod read_ahead;
 mod repair;
-mod report;
 mod snapshots;
 mod stored;
 mod target;
@@ -24,14 +23,14 @@ mod walk;
 
 use qcow2_format::Header;
 
+pub use qcow2_core::check::{CheckReport, Finding, FindingCode, Repair, Severity};
 pub use repair::repair;
 pub(crate) use repair::{expand_zeroes, restructure};
-pub use report::{CheckReport, Finding, FindingCode, Severity};
-pub use target::{CheckOptions, Repair};
+pub use target::CheckOptions;
 
 use crate::{Job, Result, Storage};
 use compare::Fix;
-use report::Tally;
+use qcow2_core::check::Tally;
 use target::{File, SECTOR, Stop, Target};
 use visit::walk_all;
 

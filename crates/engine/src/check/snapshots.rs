@@ -8,10 +8,10 @@ use qcow2_format::snapshot::{
 };
 use qcow2_format::{FormatError, SnapshotRecord};
 
-use super::report::{FindingCode, Severity, Tally};
-use super::target::{Repair, SECTOR, Stop, Target};
+use super::target::{SECTOR, Stop, Target};
 use crate::image::l1_damage;
 use crate::{Error, ErrorKind, MemMut, StorageExt};
+use qcow2_core::check::{FindingCode, Repair, Severity, Tally};
 
 /// Bytes that are read for an entry at first: most are far smaller.
 const FIRST_READ: usize = 512;

@@ -2,6 +2,8 @@
 
 use qcow2_format::{Header, Limits};
 
+use qcow2_core::check::Repair;
+
 use crate::{Error, ErrorKind, Job, Result, Storage, StorageExt};
 
 /// Bytes of a sector: lengths are counted in whole sectors.
@@ -25,15 +27,6 @@ impl Default for CheckOptions {
     fn default() -> Self {
         Self { limits: Limits::default(), max_findings: 10_000, readers: 2 }
     }
-}
-
-/// What to repair.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Repair {
-    /// Leaked clusters.
-    Leaks,
-    /// Everything that can be.
-    All,
 }
 
 /// What is checked, and under which rules.

@@ -5,13 +5,13 @@ use qcow2_format::L1Entry;
 use super::bitmaps;
 use super::l2::Shape;
 use super::read_ahead::{Source, for_each_table};
-use super::report::{FindingCode, Tally};
 use super::snapshots::SnapshotTable;
 use super::stored::StoredRefcounts;
-use super::target::{File, Repair, Stop, Target, short_l1};
+use super::target::{File, Stop, Target, short_l1};
 use super::walk::{Walk, Walked};
 use crate::image::l1_damage;
 use crate::{MemMut, StorageExt};
+use qcow2_core::check::{FindingCode, Repair, Tally};
 
 /// L1 entries that are looked at together: their tables are read ahead.
 const L1_WINDOW: usize = 1 << 16;

@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use qcow2_format::L2Entry;
 
 use super::counts::ReferenceCounts;
-use super::report::{FindingCode, Tally};
 use super::stored::StoredRefcounts;
 use super::target::{Stop, Target};
 use super::uncounted::Uncounted;
+use qcow2_core::check::{FindingCode, Tally};
 
 /// How the active guest clusters lie in the file.
 #[derive(Debug, Default, Clone, Copy)]

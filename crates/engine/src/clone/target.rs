@@ -2,13 +2,12 @@
 
 use std::sync::Arc;
 
-use qcow2_luks::NewLuks;
+use qcow2_core::NewImage;
+use qcow2_core::new_image::Hosts;
 use qcow2_transform::zero;
 
 use crate::convert::{Compression, DEFAULT_SPARSE_SIZE, check_compressed};
-use crate::create::{
-    CreateOptions, NewTarget, Preallocation, create_raw, create_withheld, publish, write_zero_bytes,
-};
+use crate::create::{CreateOptions, NewTarget, create_raw, create_withheld, publish};
 use crate::image::{Image, OpenOptions, Qcow2};
 use crate::{DiskOptions, Error, ErrorKind, Job, Layer, Mem, Raw, Result, Storage, StorageExt, WriteOptions};
 
@@ -49,12 +48,23 @@ impl CloneTarget {
                 storage.zero(0, size, true)?;
                 Sink::raw(storage)
             }
-            NewTarget::Luks { .. } if self.compression.is_some() => {
-                let message = "a luks target cannot be compressed";
+            NewTarget::Format { image, .. } if self.compression.is_some() => {
+                let message = format!("a {} copy cannot be compressed", image.format());
                 Err(Error::new(ErrorKind::InvalidArgument, message).with_field("compress"))
             }
-            NewTarget::Luks { storage, luks, preallocation } => {
-                Self::make_luks(storage, luks, size, preallocation, job)
+            NewTarget::Format { image, .. } if image.has_backing() => {
+                let message = "a clone holds the whole disk: it has no backing file";
+                Err(Error::new(ErrorKind::InvalidArgument, message).with_field("backing_file"))
+            }
+            NewTarget::Format { image, hosts } => {
+                let disk = image.disk(&hosts, job)?;
+                let unit = disk.unit();
+                let sink = Sink::of(disk)?;
+                Ok(Sink {
+                    cluster: unit.unwrap_or(sink.cluster),
+                    withheld: Withheld::Format(image, hosts),
+                    ..sink
+                })
             }
             NewTarget::Qcow2 { storage, data_file, mut create } => {
                 check(&create, self.compression)?;
@@ -62,23 +72,6 @@ impl CloneTarget {
                 Self::make_qcow2(storage, data_file, &create, self.compression, job)
             }
         }
-    }
-
-    /// Zeroes are written to all of it first: without them, it reads as noise.
-    fn make_luks(
-        storage: Arc<dyn Storage>,
-        luks: NewLuks,
-        size: u64,
-        preallocation: Preallocation,
-        job: &Job,
-    ) -> Result<Sink> {
-        luks.begin(&*storage, size, job)?;
-        let data = luks.data(Arc::clone(&storage));
-        if preallocation == Preallocation::Falloc && !storage.traits().block_device {
-            data.reserve(0, size)?;
-        }
-        write_zero_bytes(&*data, 0, size, job)?;
-        Ok(Sink { withheld: Withheld::Luks(luks, storage), ..Sink::raw(data)? })
     }
 
     fn make_qcow2(
@@ -150,17 +143,21 @@ enum Withheld {
     Nothing,
     /// The image's own header.
     Qcow2,
-    /// The header in front of the data in this file.
-    Luks(NewLuks, Arc<dyn Storage>),
+    /// What its format leaves to the end.
+    Format(Arc<dyn NewImage>, Hosts),
 }
 
 impl Sink {
     fn raw(storage: Arc<dyn Storage>) -> Result<Self> {
         let mut raw = Raw::new(storage)?;
         raw.make_writable(DiskOptions::default())?;
-        let image = Image::new(vec![Box::new(raw)])?;
+        Self::of(Box::new(raw))
+    }
+
+    /// Of a disk that reads as zeroes and is written to.
+    fn of(disk: Box<dyn Layer>) -> Result<Self> {
         Ok(Self {
-            image,
+            image: Image::new(vec![disk])?,
             cluster: 1,
             unit: DEFAULT_SPARSE_SIZE as usize,
             compressed: false,
@@ -194,7 +191,7 @@ impl Sink {
         match &self.withheld {
             Withheld::Nothing => Ok(()),
             Withheld::Qcow2 => self.image.layers().iter().try_for_each(|layer| publish(&**layer.storage())),
-            Withheld::Luks(luks, host) => luks.publish(&**host, true),
+            Withheld::Format(image, hosts) => image.publish(hosts),
         }
     }
 }

@@ -1,11 +1,10 @@
-//! Convert: copies the disk of a [`GuestSource`] into a new raw or qcow2 target, or one that exists ([`core`](qcow2_core::convert) has
+//! Convert: copies the disk of a [`GuestSource`] into a new target, or one that exists ([`core`](qcow2_core::convert) has
 //! the way that all of them share).
 //!
 //! For a new qcow2 image, host clusters are allocated strictly in the order of the chunks, and written by whichever worker is there:
 //! the target's bytes do not depend on the number of workers. The header comes last: a target that was not finished is no image.
 
 mod bitmaps;
-mod luks;
 mod prepare;
 mod qcow2;
 
@@ -14,7 +13,6 @@ pub use qcow2_core::convert::{
 };
 use qcow2_core::convert::{DiskSink, RawSink, Sink, copy_disk};
 
-use self::luks::LuksSink;
 use self::qcow2::Qcow2Sink;
 use crate::create::{CreateOptions, NewTarget, Preallocation, check_data_file};
 use crate::{Error, ErrorKind, GuestSource, Image, Job, Qcow2, Result};
@@ -46,9 +44,7 @@ pub fn convert(
             ConvertTarget::New(NewTarget::Raw { storage, preallocation, keep }) => {
                 Box::new(RawSink::new(context, storage, preallocation, keep)?)
             }
-            ConvertTarget::New(NewTarget::Luks { storage, luks, preallocation }) => {
-                Box::new(LuksSink::new(context, storage, luks, preallocation)?)
-            }
+            ConvertTarget::New(NewTarget::Format { image, hosts }) => image.sink(hosts, context, workers)?,
             ConvertTarget::New(NewTarget::Qcow2 { storage, data_file, mut create }) => {
                 create.size = source.virtual_size();
                 Box::new(Qcow2Sink::new(context, storage, data_file, *create, workers)?)
@@ -73,19 +69,27 @@ fn check(target: &ConvertTarget<'_>, options: &ConvertOptions) -> Result<()> {
         ConvertTarget::New(NewTarget::Raw { .. }) if options.compression.is_some() => {
             refuse("compress", "a raw target cannot be compressed")
         }
-        ConvertTarget::New(NewTarget::Luks { .. }) if options.compression.is_some() => {
-            refuse("compress", "a luks target cannot be compressed")
+        ConvertTarget::New(NewTarget::Format { image, .. })
+            if options.compression.is_some() && !image.compresses() =>
+        {
+            refuse("compress", &format!("a {} target cannot be compressed", image.format()))
         }
         ConvertTarget::New(NewTarget::Raw { .. }) if options.delta.is_some() => {
             refuse("base", "a raw target cannot have a backing file")
         }
-        ConvertTarget::New(NewTarget::Luks { .. }) if options.delta.is_some() => {
-            refuse("base", "a luks target cannot have a backing file")
+        ConvertTarget::New(NewTarget::Format { image, .. })
+            if options.delta.is_some() != image.has_backing() =>
+        {
+            let message = match image.has_backing() {
+                true => "a convert onto a backing file needs its base".to_owned(),
+                false => format!("a {} target has no backing file", image.format()),
+            };
+            refuse("base", &message)
         }
         ConvertTarget::New(NewTarget::Raw { preallocation: Preallocation::Metadata, .. }) => {
             refuse("preallocation", "a raw target has no metadata to preallocate")
         }
-        ConvertTarget::New(NewTarget::Raw { .. } | NewTarget::Luks { .. }) => Ok(()),
+        ConvertTarget::New(NewTarget::Raw { .. } | NewTarget::Format { .. }) => Ok(()),
         ConvertTarget::Existing(_) if options.delta.is_some() && options.target_is_zero => {
             refuse("target_is_zero", "a target that is zero everywhere lacks what the base has")
         }

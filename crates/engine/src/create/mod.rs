@@ -17,7 +17,6 @@ pub use qcow2_core::space::Preallocation;
 pub(crate) use qcow2_core::space::{empty, lengthen, size_raw, write_zero_bytes, zero_out};
 use qcow2_format::limits::MAX_VIRTUAL_SIZE;
 use qcow2_format::{Header, HostOffset, SubclusterBitmap};
-use qcow2_luks::NewLuks;
 pub use target::NewTarget;
 
 pub(crate) use builder::{ImageBuilder, NewCluster, publish};
@@ -90,34 +89,17 @@ pub fn create_raw(storage: &dyn Storage, size: u64, preallocation: Preallocation
         let message = "a raw image has no metadata to preallocate: falloc and full are possible";
         return Err(Error::new(ErrorKind::InvalidArgument, message).with_field("preallocation"));
     }
-    let size = whole_sectors(size, 0)?;
+    let size = whole_sectors(size)?;
     job.set_total(size);
     size_raw(storage, size, preallocation, job)?;
     storage.flush()
 }
 
-/// Makes a LUKS file with a disk of `size` bytes, rounded up to a sector, in `storage`. What it held is lost. Nothing is written where
-/// the data goes: it reads as noise. Returns when it is durable; before that, `storage` holds no image.
-///
-/// # Errors
-/// `Limit`, `Aborted`, `Io`.
-pub fn create_luks(
-    storage: &Arc<dyn Storage>,
-    luks: &NewLuks,
-    size: u64,
-    preallocation: Preallocation,
-    job: &Job,
-) -> Result<()> {
-    let size = whole_sectors(size, luks.header_length())?;
-    job.set_total(size);
-    luks.create(storage, size, preallocation, job)
-}
-
-/// The size of a disk that lies in its file as it is, behind `header` bytes.
-fn whole_sectors(size: u64, header: u64) -> Result<u64> {
-    let whole = size.checked_next_multiple_of(SECTOR).filter(|&size| size <= MAX_VIRTUAL_SIZE - header);
+/// The size of a disk that lies in its file as it is.
+fn whole_sectors(size: u64) -> Result<u64> {
+    let whole = size.checked_next_multiple_of(SECTOR).filter(|&size| size <= MAX_VIRTUAL_SIZE);
     whole.ok_or_else(|| {
-        let message = format!("the largest virtual size is {} bytes", MAX_VIRTUAL_SIZE - header);
+        let message = format!("the largest virtual size is {MAX_VIRTUAL_SIZE} bytes");
         Error::new(ErrorKind::Limit, message)
     })
 }

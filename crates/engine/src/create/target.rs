@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use qcow2_luks::NewLuks;
+use qcow2_core::NewImage;
+use qcow2_core::new_image::Hosts;
 
 use super::{CreateOptions, Preallocation};
 use crate::Storage;
@@ -19,14 +20,12 @@ pub enum NewTarget {
         /// Keep the file's length and zero it explicitly, as a device's: it must be large enough.
         keep: bool,
     },
-    /// A new LUKS file.
-    Luks {
-        /// File or device.
-        storage: Arc<dyn Storage>,
-        /// Its header and its cipher.
-        luks: NewLuks,
-        /// Space to take for a file.
-        preallocation: Preallocation,
+    /// A new image of any other format.
+    Format {
+        /// The image; its size is that of the disk that goes into it.
+        image: Arc<dyn NewImage>,
+        /// Files or device.
+        hosts: Hosts,
     },
     /// A new qcow2 image.
     Qcow2 {

@@ -128,8 +128,8 @@ impl ConvertJob<'_> {
         let (door, durable) = match &disk {
             // Synced with its name.
             NewDisk::Raw { .. } => (None, false),
-            NewDisk::Luks { .. } => (None, self.options.durable && files.disk().is_visible()),
             // What others see becomes an image when all else is there.
+            NewDisk::Format(_) => (None, self.options.durable && files.disk().is_visible()),
             NewDisk::Qcow2 { create, .. } => {
                 (create.data_door.clone(), self.options.durable && files.disk().is_visible())
             }
@@ -157,13 +157,17 @@ impl ConvertJob<'_> {
                 let message = "a disk that is made in an open file has no external data file";
                 return Err(Error::new(ErrorKind::InvalidArgument, message).with_field("data_file"));
             }
+            NewDisk::Format(image) if !image.other_files().is_empty() => {
+                let message = "an image that is made in an open file has no other files";
+                return Err(Error::new(ErrorKind::InvalidArgument, message).with_field("subformat"));
+            }
             NewDisk::Qcow2 { create, .. } => {
                 create.validate()?;
                 create.data_door.clone()
             }
-            NewDisk::Raw { .. } | NewDisk::Luks { .. } => None,
+            NewDisk::Raw { .. } | NewDisk::Format(_) => None,
         };
-        let target = ConvertTarget::New(disk.onto(Arc::clone(storage), None));
+        let target = ConvertTarget::New(disk.onto(Arc::clone(storage), Vec::new()));
         let result = convert(source, target, &self.options, job)?;
         if let Some(bitmaps) = bitmaps {
             bitmaps.copy_to(Arc::clone(storage), None, door)?;

@@ -1,13 +1,14 @@
 //! The files of a new disk.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use qcow2_luks::NewLuks;
+use qcow2_core::NewImage;
+use qcow2_core::new_image::Hosts;
 
 use super::Target;
 use crate::convert::data_bytes;
-use crate::create::{self, CreateOptions, NewTarget, Preallocation, create_luks, create_raw};
+use crate::create::{self, CreateOptions, NewTarget, Preallocation, create_raw};
 use crate::storage::{NewFile, Overwrite, Room};
 use crate::{Error, ErrorKind, GuestSource, Job, Result, Storage};
 
@@ -21,15 +22,6 @@ pub enum NewDisk {
         /// Space to take.
         preallocation: Preallocation,
     },
-    /// A LUKS file.
-    Luks {
-        /// Size of the disk in bytes.
-        size: u64,
-        /// Its header and its cipher.
-        luks: NewLuks,
-        /// Space to take.
-        preallocation: Preallocation,
-    },
     /// A qcow2 image.
     Qcow2 {
         /// Its options.
@@ -37,73 +29,107 @@ pub enum NewDisk {
         /// Where its external data file goes, if the options name one.
         data_path: Option<PathBuf>,
     },
+    /// An image of any other format.
+    Format(Arc<dyn NewImage>),
 }
 
 impl NewDisk {
     /// Starts the disk's files at `target`. `source` is the disk that is copied to it.
     ///
     /// # Errors
-    /// Those of [`NewFile::create_with_room`]; `InvalidArgument` or `Limit` for options that contradict each other, and for a data file
-    /// that is the image itself.
+    /// Those of [`NewFile::create_with_room`]; `InvalidArgument` or `Limit` for options that contradict each other, and for another file
+    /// of the disk that is the image itself.
     pub fn start(&self, target: &Target, source: Option<&dyn GuestSource>, job: &Job) -> Result<NewFiles> {
         let content = self.content(source, job);
-        let start =
-            |room: &Room<'_>| NewFile::create_with_room(&target.path, target.overwrite, &target.in_use, room);
-        let (create, data_path) = match self {
-            Self::Qcow2 { create, data_path } => (create, data_path),
-            Self::Raw { .. } | Self::Luks { .. } => {
-                return Ok(NewFiles { disk: content.with_room(start)?, data: None });
+        let create = |path: &Path, overwrite, room: &Room<'_>| {
+            NewFile::create_with_room(path, overwrite, &target.in_use, room)
+        };
+        let (others, field, overwrite) = match self {
+            Self::Raw { .. } => (&[][..], "", target.overwrite),
+            Self::Format(image) => (image.other_files(), "subformat", target.overwrite),
+            Self::Qcow2 { create, data_path } => {
+                create.validate()?;
+                let overwrite = if create.keep_data_file { Overwrite::Keep } else { target.overwrite };
+                (data_path.as_slice(), "data_file", overwrite)
             }
         };
-        create.validate()?;
-        let Some(path) = data_path else {
-            return Ok(NewFiles { disk: content.with_room(start)?, data: None });
+        // The guest's data goes into the others, where there are any.
+        let Some((last, but_last)) = others.split_last() else {
+            let disk = content.with_room(|room| create(&target.path, target.overwrite, room))?;
+            return Ok(NewFiles { disk, others: Vec::new() });
         };
-        let disk = start(&Room::LITTLE)?;
-        let overwrite = if create.keep_data_file { Overwrite::Keep } else { target.overwrite };
-        let data =
-            content.with_room(|room| NewFile::create_with_room(path, overwrite, &target.in_use, room))?;
-        if data.is_where(&disk) {
-            let message = "the external data file cannot be the image itself";
-            let error = Error::new(ErrorKind::InvalidArgument, message);
-            return Err(error.with_field("data_file").with_path(data.path()));
+        let disk = create(&target.path, target.overwrite, &Room::LITTLE)?;
+        let mut made = Vec::new();
+        for path in but_last {
+            made.push(create(path, overwrite, &Room::LITTLE)?);
         }
-        Ok(NewFiles { disk, data: Some(data) })
+        made.push(content.with_room(|room| create(last, overwrite, room))?);
+        if let Some(same) = made.iter().find(|file| file.is_where(&disk)) {
+            let message = match field {
+                "data_file" => "the external data file cannot be the image itself",
+                _ => "a file of the image's data cannot be the image itself",
+            };
+            let error = Error::new(ErrorKind::InvalidArgument, message);
+            return Err(error.with_field(field).with_path(same.path()));
+        }
+        Ok(NewFiles { disk, others: made })
     }
 
     /// The disk, made in files that are open.
-    pub(super) fn onto(self, storage: Arc<dyn Storage>, data_file: Option<Arc<dyn Storage>>) -> NewTarget {
+    pub(super) fn onto(self, own: Arc<dyn Storage>, others: Vec<Arc<dyn Storage>>) -> NewTarget {
         match self {
             Self::Raw { preallocation, .. } => {
-                let keep = storage.traits().block_device;
-                NewTarget::Raw { storage, preallocation, keep }
+                let keep = own.traits().block_device;
+                NewTarget::Raw { storage: own, preallocation, keep }
             }
-            Self::Luks { luks, preallocation, .. } => NewTarget::Luks { storage, luks, preallocation },
-            Self::Qcow2 { create, .. } => NewTarget::Qcow2 { storage, data_file, create },
+            Self::Qcow2 { create, .. } => {
+                NewTarget::Qcow2 { storage: own, data_file: others.into_iter().next(), create }
+            }
+            Self::Format(image) => NewTarget::Format { image, hosts: Hosts { own, others } },
         }
     }
 
-    fn content<'a>(&self, source: Option<&'a dyn GuestSource>, job: &'a Job) -> Content<'a> {
-        let (size, preallocation, cluster_size) = match self {
-            Self::Raw { size, preallocation } => (*size, *preallocation, 1),
-            // What is copied to it takes all of its space: zeroes are written, too.
-            Self::Luks { size, luks, preallocation } => {
-                let space = if source.is_some() { Preallocation::Full } else { *preallocation };
-                (size.saturating_add(luks.header_length()), space, 1)
+    fn content<'a>(&'a self, source: Option<&'a dyn GuestSource>, job: &'a Job) -> Content<'a> {
+        let (size, preallocation) = match self {
+            Self::Raw { size, preallocation } => (*size, *preallocation),
+            // What is copied to it takes all of its space.
+            Self::Format(image) if source.is_some() && !image.is_sparse() => {
+                (image.size(), Preallocation::Full)
             }
-            Self::Qcow2 { create, .. } => (create.size, create.preallocation, create.cluster_size),
+            Self::Format(image) => (image.size(), image.preallocation()),
+            Self::Qcow2 { create, .. } => (create.size, create.preallocation),
         };
-        Content { size, preallocation, cluster_size, source, job }
+        Content { disk: self, size, preallocation, source, job }
+    }
+
+    /// Bytes at which guest data takes space.
+    fn unit(&self) -> u64 {
+        match self {
+            Self::Raw { .. } => 1,
+            Self::Qcow2 { create, .. } => create.cluster_size,
+            Self::Format(image) => image.unit(),
+        }
+    }
+
+    /// Bytes of the files with `data` bytes of guest data.
+    fn length(&self, data: u64) -> u64 {
+        match self {
+            Self::Raw { .. } => data,
+            // Metadata is a small part, and some.
+            Self::Qcow2 { create, .. } => {
+                data.saturating_add(data / 256).saturating_add(create.cluster_size.saturating_mul(8))
+            }
+            Self::Format(image) => image.length(data),
+        }
     }
 }
 
 /// What a new file will hold, as far as its space goes.
 struct Content<'a> {
+    disk: &'a NewDisk,
     /// Size of the disk in bytes.
     size: u64,
     preallocation: Preallocation,
-    /// Bytes of a cluster; 1 for a raw disk.
-    cluster_size: u64,
     /// The disk that is copied.
     source: Option<&'a dyn GuestSource>,
     job: &'a Job,
@@ -111,19 +137,14 @@ struct Content<'a> {
 
 impl Content<'_> {
     fn with_room<T>(&self, start: impl FnOnce(&Room<'_>) -> Result<T>) -> Result<T> {
-        // Metadata is a small part, and some.
-        let with_metadata = |data: u64| match self.cluster_size {
-            1 => data,
-            cluster => data.saturating_add(data / 256).saturating_add(cluster.saturating_mul(8)),
-        };
-        let most = with_metadata(self.size);
+        let most = self.disk.length(self.size);
         let full = matches!(self.preallocation, Preallocation::Falloc | Preallocation::Full);
         match self.source {
             _ if full => start(&Room { most, closer: &|| Ok(most) }),
             None => start(&Room::LITTLE),
             Some(source) => {
-                let closer = || data_bytes(source, self.cluster_size, self.job).map(with_metadata);
-                start(&Room { most, closer: &closer })
+                let data = || data_bytes(source, self.disk.unit(), self.job);
+                start(&Room { most, closer: &|| data().map(|data| self.disk.length(data)) })
             }
         }
     }
@@ -133,7 +154,7 @@ impl Content<'_> {
 #[derive(Debug)]
 pub struct NewFiles {
     disk: NewFile,
-    data: Option<NewFile>,
+    others: Vec<NewFile>,
 }
 
 impl NewFiles {
@@ -149,12 +170,12 @@ impl NewFiles {
 
     /// Where the external data file is written.
     pub fn data_file(&self) -> Option<Arc<dyn Storage>> {
-        self.data.as_ref().map(NewFile::storage)
+        self.others.first().map(NewFile::storage)
     }
 
     /// What is made in them: the disk that they were started for.
     pub(super) fn target(&self, disk: NewDisk) -> NewTarget {
-        disk.onto(self.storage(), self.data_file())
+        disk.onto(self.storage(), self.others.iter().map(NewFile::storage).collect())
     }
 
     /// Gives the files their names; `durable`: on stable storage. The image last: it is not there without its data.
@@ -163,7 +184,7 @@ impl NewFiles {
     /// Those of [`NewFile::commit`].
     pub fn commit(self, durable: bool) -> Result<()> {
         let commit = |file: NewFile| if durable { file.commit() } else { file.commit_unsynced() };
-        self.data.map(commit).transpose()?;
+        self.others.into_iter().try_for_each(commit)?;
         commit(self.disk)
     }
 }
@@ -176,8 +197,10 @@ pub fn create(target: &Target, disk: &NewDisk, job: &Job) -> Result<()> {
     let files = disk.start(target, None, job)?;
     match disk {
         NewDisk::Raw { size, preallocation } => create_raw(&*files.storage(), *size, *preallocation, job)?,
-        NewDisk::Luks { size, luks, preallocation } => {
-            create_luks(&files.storage(), luks, *size, *preallocation, job)?;
+        NewDisk::Format(image) => {
+            job.set_total(image.size());
+            let others = files.others.iter().map(NewFile::storage).collect();
+            image.create(&Hosts { own: files.storage(), others }, job)?;
         }
         NewDisk::Qcow2 { create, .. } => create::create(files.storage(), files.data_file(), create, job)?,
     }

@@ -24,7 +24,7 @@ use crate::luks1::HEADER_BYTES;
 use crate::{Limits, Luks1Header, Luks2Header, Unlocked, luks1, luks2, version};
 
 pub use inspect::{Inspection, inspect, inspect_bytes};
-pub use new::{NewLuks, space_of};
+pub use new::NewLuks;
 
 /// How to open a disk.
 #[derive(Debug, Clone)]

@@ -2,12 +2,12 @@
 
 use qcow2_format::L1Entry;
 
-use super::super::report::FindingCode;
 use super::super::target::Stop;
 use super::bytes::write;
 use super::detach::detach;
 use super::judge::Flags;
 use crate::{MemMut, StorageExt};
+use qcow2_core::check::FindingCode;
 
 /// L1 entries that are read at once.
 const WINDOW: u64 = 1 << 13;

@@ -2,13 +2,13 @@
 
 use std::ops::Range;
 
-use super::super::report::Tally;
 use super::super::snapshots::SnapshotTable;
 use super::super::stored::StoredRefcounts;
 use super::super::target::{Stop, Target};
 use super::super::walk::Walked;
 use super::refcounts;
 use crate::StorageExt;
+use qcow2_core::check::Tally;
 
 /// Where the header's structures were before a rebuild.
 pub(super) struct Former {

@@ -3,12 +3,12 @@
 use qcow2_format::L2Entry;
 
 use super::super::compare::Fix;
-use super::super::report::Tally;
 use super::super::stored::StoredRefcounts;
 use super::super::target::{Stop, Target};
 use super::super::walk::Walked;
 use super::metadata::Metadata;
 use crate::{MemMut, StorageExt};
+use qcow2_core::check::Tally;
 
 /// Entries with a wrong flag, and the refcounts of their clusters.
 type Wrong = Vec<(L2Entry, u64)>;

@@ -36,16 +36,16 @@ use self::judge::Flags;
 use self::metadata::Metadata;
 pub(crate) use self::restructure::{expand_zeroes, restructure};
 use super::compare::{self, Compared, Fix};
-use super::report::{CheckReport, FindingCode, Severity, Tally};
 use super::snapshots::{self, SnapshotTable};
 use super::stored::StoredRefcounts;
-use super::target::{CheckOptions, File, Repair, Stop, Target, short_l1};
+use super::target::{CheckOptions, File, Stop, Target, short_l1};
 use super::visit::walk_all;
 use super::walk::Walked;
 use super::{conclude, describe};
 use crate::image::read_header_for_check;
 use crate::patch::write_patch;
 use crate::{Error, ErrorKind, Job, Result, Storage, StorageExt};
+use qcow2_core::check::{CheckReport, FindingCode, Repair, Severity, Tally};
 
 /// Checks the image in `storage` and repairs what `repair` allows. The caller has the file to itself: no other user,
 /// in this process or another. The report counts what is left, and what was repaired; check again to be sure.

@@ -8,16 +8,16 @@ use qcow2_format::{CryptMethod, Header, HostOffset, L1Entry, L2Entry, L2Mapping}
 use super::super::check;
 use super::super::compare::{self, Fix};
 use super::super::counts::ReferenceCounts;
-use super::super::report::{FindingCode, Tally};
 use super::super::snapshots::{self, SnapshotTable};
 use super::super::stored::StoredRefcounts;
-use super::super::target::{CheckOptions, File, Repair, Stop, Target};
+use super::super::target::{CheckOptions, File, Stop, Target};
 use super::super::visit::walk_all;
 use super::super::walk::Walked;
 use super::bytes;
 use super::rebuild::{Builder, switch};
 use super::refcounts;
 use crate::{Error, ErrorKind, Job, MemMut, Result, Storage, StorageExt};
+use qcow2_core::check::{FindingCode, Repair, Tally};
 
 /// Only what is counted matters: the image is sound, but for leaks.
 const COUNTED: Fix = Fix { leaks: true, errors: true };

@@ -1,10 +1,42 @@
-//! The result of a check: QEMU's counters, and a bounded list of what they stand for.
+//! Checking the metadata of one image, of any format: the seam ([`CheckLayer`]), and the result: QEMU's counters, and a bounded list of
+//! what they stand for.
 
 use std::collections::HashSet;
 use std::fmt;
 use std::ops::Range;
 
-use crate::Error;
+use crate::layer::Layer;
+use crate::{Error, ErrorKind, Job, Result, StorageExt};
+
+/// What to repair.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Repair {
+    /// Leaked clusters.
+    Leaks,
+    /// Everything that can be.
+    All,
+}
+
+/// A layer whose metadata can be held against itself.
+pub trait CheckLayer: Layer {
+    /// Checks the metadata without changing it. At most `max_findings` are kept with their message; all are counted.
+    ///
+    /// # Errors
+    /// `Aborted`; `Limit` where counting would take too much memory; `Io`. What is so damaged that the check cannot go on is no error
+    /// but [`CheckReport::failure`].
+    fn check(&self, max_findings: usize, job: &Job) -> Result<CheckReport>;
+
+    /// As [`CheckLayer::check`], and repairs what `repair` allows. The caller has the file to itself, and uses the layer for nothing
+    /// afterwards. An error leaves the image no worse than it was.
+    ///
+    /// # Errors
+    /// As [`CheckLayer::check`]; `ReadOnly`; `UnsupportedFeature` for a format that is only checked.
+    fn repair(&self, repair: Repair, max_findings: usize, job: &Job) -> Result<CheckReport> {
+        let _ = (repair, max_findings, job);
+        let message = format!("repairing {} images is not supported", self.format());
+        Err(self.storage().located(Error::new(ErrorKind::UnsupportedFeature, message)))
+    }
+}
 
 /// Which of the counters a finding adds to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -59,6 +91,20 @@ pub enum FindingCode {
     Bitmap,
     /// A repair writes new refcount structures.
     Rebuild,
+    /// An entry of a table of blocks, in a format that has one, that contradicts the format.
+    TableEntry,
+    /// Two entries of tables of blocks refer to the same place.
+    BlockShared,
+    /// A copy of a structure that differs from the other one, or is damaged.
+    Copy,
+    /// A checksum that is not that of its structure.
+    Checksum,
+    /// A field of the header that contradicts the format or the file.
+    Header,
+    /// The image was not closed.
+    NotClosed,
+    /// A log that cannot be replayed.
+    Log,
 }
 
 impl FindingCode {
@@ -84,6 +130,13 @@ impl FindingCode {
             Self::Snapshot => "SNAPSHOT",
             Self::Bitmap => "BITMAP",
             Self::Rebuild => "REBUILD",
+            Self::TableEntry => "TABLE_ENTRY",
+            Self::BlockShared => "BLOCK_SHARED",
+            Self::Copy => "COPY",
+            Self::Checksum => "CHECKSUM",
+            Self::Header => "HEADER",
+            Self::NotClosed => "NOT_CLOSED",
+            Self::Log => "LOG",
         }
     }
 }
@@ -163,7 +216,8 @@ impl CheckReport {
         self.failure.is_none() && self.corruptions == 0 && self.leaks == 0 && self.check_errors == 0
     }
 
-    pub(super) fn take(&mut self, tally: Tally) {
+    /// Takes over what was counted.
+    pub fn take(&mut self, tally: Tally) {
         self.corruptions = tally.corruptions;
         self.leaks = tally.leaks;
         self.check_errors = tally.check_errors;
@@ -176,21 +230,27 @@ impl CheckReport {
 
 /// Counters and findings while they are collected.
 #[derive(Debug)]
-pub(super) struct Tally {
-    pub(super) corruptions: u64,
-    pub(super) leaks: u64,
-    pub(super) check_errors: u64,
-    pub(super) corruptions_fixed: u64,
-    pub(super) leaks_fixed: u64,
+pub struct Tally {
+    /// See [`CheckReport`], as the next four.
+    pub corruptions: u64,
+    /// Leaked clusters.
+    pub leaks: u64,
+    /// Places that could not be judged.
+    pub check_errors: u64,
+    /// Corruptions that were repaired.
+    pub corruptions_fixed: u64,
+    /// Leaks that were repaired.
+    pub leaks_fixed: u64,
     /// Corruptions behind which references may be hidden that could not be counted.
-    pub(super) hidden: u64,
+    pub hidden: u64,
     findings: Vec<Finding>,
     omitted: u64,
     limit: usize,
 }
 
 impl Tally {
-    pub(super) fn new(limit: usize) -> Self {
+    /// Nothing yet; keeps `limit` findings.
+    pub fn new(limit: usize) -> Self {
         Self {
             corruptions: 0,
             leaks: 0,
@@ -204,7 +264,8 @@ impl Tally {
         }
     }
 
-    pub(super) fn corruption(
+    /// Counts a corruption.
+    pub fn corruption(
         &mut self,
         code: FindingCode,
         offset: impl Into<Option<u64>>,
@@ -228,12 +289,14 @@ impl Tally {
         self.add(Severity::Corruption, false, code, offset.into(), message);
     }
 
-    pub(super) fn leak(&mut self, offset: u64, message: impl FnOnce() -> String) {
+    /// Counts a leaked cluster.
+    pub fn leak(&mut self, offset: u64, message: impl FnOnce() -> String) {
         self.leaks += 1;
         self.add(Severity::Leak, false, FindingCode::Leak, Some(offset), message);
     }
 
-    pub(super) fn check_error(
+    /// Counts a place that cannot be judged.
+    pub fn check_error(
         &mut self,
         code: FindingCode,
         offset: impl Into<Option<u64>>,
@@ -244,24 +307,19 @@ impl Tally {
     }
 
     /// A corruption that is repaired.
-    pub(super) fn fixed_corruption(
-        &mut self,
-        code: FindingCode,
-        offset: u64,
-        message: impl FnOnce() -> String,
-    ) {
+    pub fn fixed_corruption(&mut self, code: FindingCode, offset: u64, message: impl FnOnce() -> String) {
         self.corruptions_fixed += 1;
         self.add(Severity::Corruption, true, code, Some(offset), message);
     }
 
     /// A leak that is repaired.
-    pub(super) fn fixed_leak(&mut self, offset: u64, message: impl FnOnce() -> String) {
+    pub fn fixed_leak(&mut self, offset: u64, message: impl FnOnce() -> String) {
         self.leaks_fixed += 1;
         self.add(Severity::Leak, true, FindingCode::Leak, Some(offset), message);
     }
 
     /// A finding that is counted elsewhere.
-    pub(super) fn announce(
+    pub fn announce(
         &mut self,
         severity: Severity,
         repaired: bool,
@@ -289,7 +347,7 @@ impl Tally {
     }
 
     /// Adds what `later` holds behind what is here.
-    pub(super) fn append(&mut self, later: Self) {
+    pub fn append(&mut self, later: Self) {
         self.corruptions += later.corruptions;
         self.leaks += later.leaks;
         self.check_errors += later.check_errors;
@@ -300,7 +358,7 @@ impl Tally {
     }
 
     /// Tells again, as repaired, the leaks that are told here and that `later` does not tell as left.
-    pub(super) fn append_freed(&mut self, later: &Self) {
+    pub fn append_freed(&mut self, later: &Self) {
         let leaked = |f: &&Finding| f.code == FindingCode::Leak && !f.repaired;
         let left: HashSet<_> = later.findings.iter().filter(leaked).map(|f| f.offset).collect();
         let freed = self.findings.iter().filter(leaked).filter(|f| !left.contains(&f.offset));
@@ -311,12 +369,12 @@ impl Tally {
     }
 
     /// Forgets what is told about clusters in `range`, which is not counted as repaired.
-    pub(super) fn forget(&mut self, range: &Range<u64>) {
+    pub fn forget(&mut self, range: &Range<u64>) {
         self.findings.retain(|f| !f.offset.is_some_and(|offset| range.contains(&offset)));
     }
 
     /// Adds the findings of `later` alone.
-    pub(super) fn append_findings(&mut self, mut later: Self) {
+    pub fn append_findings(&mut self, mut later: Self) {
         let room = self.limit.saturating_sub(self.findings.len());
         self.omitted += later.omitted + later.findings.len().saturating_sub(room) as u64;
         later.findings.truncate(room);

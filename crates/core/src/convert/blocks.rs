@@ -1,0 +1,201 @@
+//! A target whose guest data lies in blocks of one size, each at a place that the format's table says. Blocks get their places in
+//! guest order, whatever the number of workers; those without data get none. Lock: `turn`, alone.
+
+use std::sync::Arc;
+
+use parking_lot::{Condvar, Mutex, MutexGuard};
+use qcow2_transform::zero;
+
+use super::copy::{Ahead, Copier};
+use super::scan::{Chunk, Rules, Zeroes};
+use super::{Context, ConvertOptions, Sink, Worker};
+use crate::{Error, Job, Mem, Result, Storage, StorageExt};
+
+/// Bytes of a chunk, as far as blocks allow.
+const CHUNK: u64 = 1 << 20;
+/// Bytes of a write from which on taking its space first costs less than it gains.
+const WORTH_ALLOCATING: usize = 64 << 10;
+
+/// What a format does with blocks.
+pub trait BlockTarget: Send {
+    /// Bytes of a block, a multiple of 512.
+    fn block_size(&self) -> u64;
+
+    /// Takes a place for the block with this number, and notes it: the offset in the file of its first byte. Asked once for each block
+    /// that has data, in guest order. The place reads as zeroes unless the file is stale (see [`BlockSink::new`]).
+    ///
+    /// # Errors
+    /// `Limit` where the format's offsets end; `Io`.
+    fn place(&mut self, block: u64) -> Result<u64>;
+
+    /// All blocks are written: writes the tables, and makes the file an image at the very end; `durable`: in this order also on stable
+    /// storage.
+    ///
+    /// # Errors
+    /// `Io`; `Aborted`.
+    fn finish(self: Box<Self>, durable: bool, job: &Job) -> Result<()>;
+}
+
+/// Into blocks.
+pub struct BlockSink {
+    storage: Arc<dyn Storage>,
+    /// Granularity in bytes at which zeroes are left out; 0 writes them.
+    sparse_size: usize,
+    /// The file holds something where nothing was written: a device.
+    stale: bool,
+    block: u64,
+    chunk: u64,
+    ahead: Ahead,
+    turn: Mutex<Turn>,
+    moved: Condvar,
+}
+
+struct Turn {
+    /// Number of the chunk that takes its places next.
+    ticket: u64,
+    stopped: bool,
+    /// The last block that got a place: the next chunk may go on in it.
+    last: Option<(u64, u64)>,
+    target: Box<dyn BlockTarget>,
+}
+
+/// Bytes of a chunk that go to one place.
+struct Part {
+    /// In the chunk.
+    start: usize,
+    end: usize,
+    /// In the file.
+    host: u64,
+}
+
+impl BlockSink {
+    /// Into `storage`, which reads as zeroes where the target has written nothing, unless it is a device.
+    pub fn new(context: &Context<'_>, storage: Arc<dyn Storage>, target: Box<dyn BlockTarget>) -> Self {
+        let block = target.block_size().max(1);
+        let stale = storage.traits().block_device;
+        // Whole blocks, or a whole part of one.
+        let chunk = match block {
+            ..=CHUNK => CHUNK / block * block,
+            _ if block.is_multiple_of(CHUNK) => CHUNK,
+            _ => block,
+        };
+        let turn = Turn { ticket: 0, stopped: false, last: None, target };
+        Self {
+            ahead: Ahead::new(!stale),
+            storage,
+            sparse_size: usize::try_from(context.options.sparse_size).unwrap_or(usize::MAX),
+            stale,
+            block,
+            chunk,
+            turn: Mutex::new(turn),
+            moved: Condvar::new(),
+        }
+    }
+
+    fn write(&self, copier: &mut Copier<'_>, chunk: &Chunk) -> Result<()> {
+        copier.with_chunk(chunk, |copier, bytes| {
+            let blocks = self.blocks_with_data(chunk.start, bytes);
+            for part in self.places(chunk, &blocks)? {
+                let data = bytes.get(part.start..part.end).unwrap_or_default();
+                self.put_sparse(copier, data, part.host)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// The ranges of the chunk, a block's each, that are not all zeroes.
+    fn blocks_with_data(&self, start: u64, bytes: &[u8]) -> Vec<(usize, usize)> {
+        let mut blocks = Vec::new();
+        let mut at = 0;
+        while at < bytes.len() {
+            let rest = self.block - (start + at as u64) % self.block;
+            let end = bytes.len().min(at + rest as usize);
+            let part = bytes.get(at..end).unwrap_or_default();
+            if self.sparse_size == 0 || !zero::is_zero(part) {
+                blocks.push((at, end));
+            }
+            at = end;
+        }
+        blocks
+    }
+
+    /// Where they go, neighbours together.
+    fn places(&self, chunk: &Chunk, blocks: &[(usize, usize)]) -> Result<Vec<Part>> {
+        let mut parts: Vec<Part> = Vec::new();
+        let mut turn = self.wait(chunk)?;
+        for &(start, end) in blocks {
+            let guest = chunk.start + start as u64;
+            let place = self.place(&mut turn, guest / self.block)?;
+            let host = place + guest % self.block;
+            match parts.last_mut() {
+                Some(last) if last.end == start && last.host + (start - last.start) as u64 == host => {
+                    last.end = end;
+                }
+                _ => parts.push(Part { start, end, host }),
+            }
+        }
+        turn.ticket += 1;
+        drop(turn);
+        self.moved.notify_all();
+        Ok(parts)
+    }
+
+    fn place(&self, turn: &mut Turn, block: u64) -> Result<u64> {
+        if let Some((_, place)) = turn.last.filter(|(last, _)| *last == block) {
+            return Ok(place);
+        }
+        let place = turn.target.place(block)?;
+        turn.last = Some((block, place));
+        if self.stale {
+            self.storage.zero(place, self.block, false)?;
+        }
+        Ok(place)
+    }
+
+    /// Waits until all chunks before this one have their places.
+    fn wait(&self, chunk: &Chunk) -> Result<MutexGuard<'_, Turn>> {
+        let mut turn = self.turn.lock();
+        while !turn.stopped && turn.ticket != chunk.ticket {
+            self.moved.wait(&mut turn);
+        }
+        if turn.stopped { Err(Error::aborted()) } else { Ok(turn) }
+    }
+
+    fn put_sparse(&self, copier: &Copier<'_>, bytes: &[u8], host: u64) -> Result<()> {
+        if self.sparse_size == 0 {
+            return self.put(copier, bytes, host);
+        }
+        zero::runs(bytes, self.sparse_size).filter(|run| !run.zero).try_for_each(|run| {
+            let data = bytes.get(run.start..run.start + run.length).unwrap_or_default();
+            self.put(copier, data, host + run.start as u64)
+        })
+    }
+
+    fn put(&self, copier: &Copier<'_>, bytes: &[u8], host: u64) -> Result<()> {
+        copier.context.count_written(bytes.len() as u64);
+        if bytes.len() >= WORTH_ALLOCATING {
+            self.ahead.take(&*self.storage, host, bytes.len() as u64);
+        }
+        self.storage.write_all_at(Mem::from(bytes), host)
+    }
+}
+
+impl Sink for BlockSink {
+    fn rules(&self) -> Rules {
+        let zeroes = if self.sparse_size == 0 { Zeroes::Written } else { Zeroes::Skip };
+        Rules { chunk: self.chunk, zeroes, delta: None }
+    }
+
+    fn worker(&self) -> Result<Worker<'_>> {
+        Ok(Box::new(|copier, chunk| self.write(copier, &chunk)))
+    }
+
+    fn stop(&self) {
+        self.turn.lock().stopped = true;
+        self.moved.notify_all();
+    }
+
+    fn finish(self: Box<Self>, options: &ConvertOptions, job: &Job) -> Result<()> {
+        self.turn.into_inner().target.finish(options.durable, job)
+    }
+}
