@@ -1,0 +1,338 @@
+//! Files as storage: transfers, holes, kernel copies, and targets that appear only when complete.
+
+use std::fs::{self, File};
+use std::io;
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::path::Path;
+use std::sync::Arc;
+
+use qcow2_core::forward_storage;
+use qcow2_engine::storage::{
+    Access, CacheMode, FileStorage, Identity, MemoryStorage, NewFile, Operation, Overwrite, ReadOnly, Run,
+    Tail, Traits,
+};
+use qcow2_engine::{ErrorKind, Mem, MemMut, ReadStorage, Storage, StorageExt};
+use qcow2_testkit::contract::{StorageContract, check_read_only};
+use qcow2_testkit::recorder::RecordingStorage;
+use qcow2_testkit::storage::{
+    AlignedOnly, CountingStorage, Device, Fault, FaultStorage, Hooked, Op, ShortIo,
+};
+use qcow2_testkit::{Sparse, skipped};
+
+fn scratch() -> tempfile::TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+fn read_write(path: &Path) -> FileStorage {
+    File::create_new(path).unwrap();
+    FileStorage::open(path, Access::ReadWrite).unwrap()
+}
+
+fn bytes_of(storage: &dyn Storage) -> Vec<u8> {
+    let mut bytes = vec![1; usize::try_from(storage.size().unwrap()).unwrap()];
+    storage.read_exact_at(MemMut::from(&mut bytes[..]), 0).unwrap();
+    bytes
+}
+
+fn pattern(length: usize) -> Vec<u8> {
+    (0..length).map(|i| (i * 7 + i / 251) as u8 | 1).collect()
+}
+
+/// Whole transfers, with errors that say where.
+#[test]
+fn what_lies_behind_the_end_is_padded_or_an_error() {
+    let storage = MemoryStorage::from_bytes(&[1; 130_000]);
+    let mut padded = vec![9; 1000];
+    storage.read_padded_at(MemMut::from(&mut padded[..]), 129_500).unwrap();
+    assert!(padded[..500] == [1; 500] && padded[500..] == [0; 500]);
+    let short = storage.read_exact_at(MemMut::from(&mut padded[..]), 129_500).unwrap_err();
+    assert_eq!((short.kind(), short.offset()), (ErrorKind::Corrupt, Some(129_500)));
+}
+
+/// What only reads, with all else left to the defaults; its operations have names of their own.
+#[derive(Debug)]
+struct Remote(Vec<u8>);
+
+impl ReadStorage for Remote {
+    fn read_at(&self, mut buf: MemMut<'_>, offset: u64) -> io::Result<usize> {
+        if offset == 13 {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        let start = usize::try_from(offset).unwrap_or(usize::MAX).min(self.0.len());
+        // As much as one request brings.
+        Ok(buf.copy_from(&self.0[start..self.0.len().min(start.saturating_add(1000))]))
+    }
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.0.len() as u64)
+    }
+    fn identity(&self) -> Option<Identity> {
+        Some(Identity::new("url", "x:y"))
+    }
+    fn operation(&self, operation: Operation) -> &'static str {
+        if operation == Operation::Read { "GET" } else { operation.system_call() }
+    }
+}
+
+/// As a file that is written to, with all else left to the defaults.
+#[derive(Debug, Default)]
+struct Least(MemoryStorage);
+
+impl ReadStorage for Least {
+    fn traits(&self) -> Traits {
+        Traits { writable: true, ..Traits::default() }
+    }
+    forward_storage!(0: read_at len);
+}
+
+impl Storage for Least {
+    forward_storage!(0: write_at set_len sync_data);
+}
+
+#[test]
+fn every_storage_keeps_the_contract() {
+    let dir = scratch();
+    let memory = || Arc::new(MemoryStorage::new()) as Arc<dyn Storage>;
+    let file = |name: &str| {
+        let path = dir.path().join(name);
+        let _ = fs::remove_file(&path);
+        Arc::new(read_write(&path)) as Arc<dyn Storage>
+    };
+    let direct = || {
+        let path = dir.path().join("direct");
+        let _ = fs::remove_file(&path);
+        File::create_new(&path).unwrap();
+        FileStorage::open_cached(&path, Access::ReadWrite, CacheMode::None).map(FileStorage::into_storage)
+    };
+    let direct_works = direct().is_ok();
+    type Make<'a> = &'a dyn Fn() -> Arc<dyn Storage>;
+    let kinds: [(&str, Make<'_>); 11] = [
+        ("memory", &memory),
+        ("the least", &|| Arc::new(Least::default())),
+        ("file", &|| file("plain")),
+        ("file, short transfers", &|| Arc::new(ShortIo::new(file("short"), 4099))),
+        ("memory, short transfers", &|| Arc::new(ShortIo::new(memory(), 777))),
+        ("aligned requests", &|| Arc::new(AlignedOnly::new(memory(), 512, 512))),
+        ("counted", &|| Arc::new(CountingStorage::new(memory()))),
+        ("hooked", &|| Arc::new(Hooked::with(memory(), |_: Op, _: Range<u64>| Ok(())))),
+        ("recorded", &|| Arc::new(RecordingStorage::plain(Sparse::new(0)))),
+        ("device", &|| Device::new(1 << 20)),
+        ("the rest of another one", &|| Arc::new(Tail::new(memory(), 5000))),
+    ];
+    for (name, make) in kinds {
+        StorageContract { name, make }.check();
+    }
+    match direct_works {
+        true => StorageContract { name: "direct", make: &|| direct().unwrap() }.check(),
+        false => skipped("no direct I/O in the temporary folder"),
+    }
+}
+
+#[test]
+fn what_only_reads_is_a_storage_that_refuses_writes() {
+    let bytes = pattern(70_000);
+    let remote = ReadOnly(Remote(bytes.clone()));
+    check_read_only(&remote, &bytes);
+    assert_eq!(remote.identity().map(|identity| identity.to_string()).as_deref(), Some("url:x:y"));
+    assert_eq!(Identity::from_text("url:x:y"), Identity::new("url", "x:y"));
+    let error = remote.read_exact_at(MemMut::from(&mut [0; 4][..]), 13).unwrap_err();
+    assert_eq!((error.syscall(), error.is_transient()), (Some("GET"), true));
+    let error = remote.write_all_at(Mem::from(&b"x"[..]), 0).unwrap_err();
+    assert_eq!((error.syscall(), error.is_transient()), (Some("pwrite"), false));
+
+    let dir = scratch();
+    fs::write(dir.path().join("f"), &bytes).unwrap();
+    check_read_only(&FileStorage::open(dir.path().join("f"), Access::ReadOnly).unwrap(), &bytes);
+}
+
+#[test]
+fn holes_are_found() {
+    let dir = scratch();
+    for storage in
+        [Arc::new(read_write(&dir.path().join("a"))) as Arc<dyn Storage>, Arc::new(MemoryStorage::new())]
+    {
+        storage.write_all_at(Mem::from(&[1; 65536][..]), 1 << 20).unwrap();
+        storage.resize(4 << 20).unwrap();
+        assert_eq!(storage.run_in(0..u64::MAX).unwrap(), Run { end: 1 << 20, data: false });
+        assert_eq!(storage.run_in(4096..u64::MAX).unwrap(), Run { end: 1 << 20, data: false });
+        assert_eq!(storage.run_in((1 << 20)..u64::MAX).unwrap(), Run { end: (1 << 20) + 65536, data: true });
+        assert_eq!(storage.run_in((2 << 20)..u64::MAX).unwrap(), Run { end: 4 << 20, data: false });
+        assert_eq!(storage.run_in((4 << 20)..u64::MAX).unwrap(), Run { end: u64::MAX, data: false });
+        assert!(storage.allocated_bytes().unwrap() < 1 << 20);
+        storage.discard(1 << 20, 65536).unwrap();
+        assert_eq!(storage.run_in(0..u64::MAX).unwrap(), Run { end: 4 << 20, data: false });
+        storage.reserve(0, 1 << 20).unwrap();
+    }
+    assert!(fs::metadata(dir.path().join("a")).unwrap().blocks() * 512 >= 1 << 20);
+}
+
+#[test]
+fn space_is_shared_or_the_answer_is_unsupported() {
+    let dir = scratch();
+    let from = read_write(&dir.path().join("from"));
+    let to = CountingStorage::new(Arc::new(read_write(&dir.path().join("to"))));
+    let data = pattern(1 << 20);
+    from.write_all_at(Mem::from(&data[..]), 0).unwrap();
+    match to.clone_range(&from, 0, 0, 1 << 20) {
+        Ok(()) => assert!(bytes_of(&to) == data),
+        Err(e) => assert_eq!(e.kind(), std::io::ErrorKind::Unsupported),
+    }
+    let memory = MemoryStorage::new();
+    let none = to.clone_range(&memory, 0, 0, 1).unwrap_err();
+    assert_eq!(none.kind(), std::io::ErrorKind::Unsupported);
+}
+
+#[test]
+fn what_is_no_disk_is_refused_at_once() {
+    let dir = scratch();
+    let fifo = dir.path().join("fifo");
+    assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    for access in [Access::ReadOnly, Access::ReadWrite] {
+        let error = FileStorage::open(&fifo, access).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+        assert!(error.to_string().contains("a FIFO"), "{error}");
+        let error = FileStorage::open(dir.path(), access).unwrap_err();
+        assert_eq!((error.kind(), error.errno()), (ErrorKind::Io, Some(21)));
+        assert_eq!(error.path(), Some(dir.path()));
+    }
+    let error = FileStorage::open("/dev/null", Access::ReadOnly).unwrap_err();
+    assert!(error.to_string().contains("a character device"), "{error}");
+    let error = FileStorage::open(dir.path().join("absent"), Access::ReadOnly).unwrap_err();
+    assert_eq!((error.errno(), error.syscall()), (Some(2), Some("open")));
+    let error = NewFile::create(&fifo, Overwrite::Replace, &[]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+}
+
+#[test]
+fn a_borrowed_descriptor_keeps_its_cursor() {
+    use std::io::{Read, Seek};
+    let dir = scratch();
+    fs::write(dir.path().join("f"), b"0123456789").unwrap();
+    let mut owner = File::open(dir.path().join("f")).unwrap();
+    owner.read_exact(&mut [0; 3]).unwrap();
+    let storage = FileStorage::from_borrowed(owner.as_fd()).unwrap();
+    assert!(!storage.traits().writable);
+    assert_eq!(storage.run_in(0..u64::MAX).unwrap(), Run { end: 10, data: true });
+    assert_eq!(bytes_of(&storage), b"0123456789");
+    assert_eq!(owner.stream_position().unwrap(), 3);
+    assert_eq!(storage.path().unwrap().file_name().unwrap(), "f");
+    drop(owner);
+    assert_eq!(bytes_of(&storage), b"0123456789");
+    let error = storage.write_all_at(Mem::from(&b"x"[..]), 0).unwrap_err();
+    assert_eq!(error.errno(), Some(9));
+}
+
+#[test]
+fn a_borrowed_descriptor_gives_no_more_than_it_has() {
+    use qcow2_engine::storage::CacheMode;
+    let dir = scratch();
+    let path = dir.path().join("f");
+    fs::write(&path, b"0123456789").unwrap();
+    let cached =
+        |file: &File, access| FileStorage::from_borrowed_cached(file.as_fd(), access, CacheMode::Writeback);
+    let reading = File::open(&path).unwrap();
+    let error = cached(&reading, Some(Access::ReadWrite)).unwrap_err();
+    assert_eq!((error.kind(), error.path()), (ErrorKind::ReadOnly, Some(&*path)));
+    let writing = File::options().read(true).write(true).open(&path).unwrap();
+    assert!(cached(&writing, None).unwrap().traits().writable);
+    let less = cached(&writing, Some(Access::ReadOnly)).unwrap();
+    assert!(!less.traits().writable);
+    assert_eq!(less.write_all_at(Mem::from(&b"x"[..]), 0).unwrap_err().errno(), Some(9));
+}
+
+#[test]
+fn a_new_file_appears_complete_or_never() {
+    let dir = scratch();
+    let path = dir.path().join("new");
+    let new = NewFile::create(&path, Overwrite::Refuse, &[]).unwrap();
+    new.storage().write_all_at(Mem::from(&b"content"[..]), 0).unwrap();
+    assert!(!path.exists());
+    drop(new);
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+
+    let new = NewFile::create(&path, Overwrite::Refuse, &[]).unwrap();
+    new.storage().write_all_at(Mem::from(&b"content"[..]), 0).unwrap();
+    new.commit().unwrap();
+    assert_eq!(fs::read(&path).unwrap(), b"content");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+
+    let error = NewFile::create(&path, Overwrite::Refuse, &[]).unwrap_err();
+    assert_eq!((error.kind(), error.errno()), (ErrorKind::Io, Some(17)));
+}
+
+#[test]
+fn a_name_taken_meanwhile_is_not_overwritten() {
+    let dir = scratch();
+    let path = dir.path().join("new");
+    let new = NewFile::create(&path, Overwrite::Refuse, &[]).unwrap();
+    fs::write(&path, b"other").unwrap();
+    assert_eq!(new.commit().unwrap_err().errno(), Some(17));
+    assert_eq!(fs::read(&path).unwrap(), b"other");
+}
+
+#[test]
+fn replacing_is_one_step_and_keeps_permissions() {
+    let dir = scratch();
+    let path = dir.path().join("real");
+    fs::write(&path, b"old").unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
+    let link = dir.path().join("link");
+    symlink("real", &link).unwrap();
+
+    let new = NewFile::create(&link, Overwrite::Replace, &[]).unwrap();
+    new.storage().write_all_at(Mem::from(&b"half"[..]), 0).unwrap();
+    drop(new);
+    assert_eq!(fs::read(&path).unwrap(), b"old");
+
+    let new = NewFile::create(&link, Overwrite::Replace, &[]).unwrap();
+    new.storage().write_all_at(Mem::from(&b"whole"[..]), 0).unwrap();
+    assert_eq!(fs::read(&path).unwrap(), b"old");
+    new.commit().unwrap();
+    assert_eq!(fs::read(&path).unwrap(), b"whole");
+    assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o640);
+    assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
+}
+
+#[test]
+fn a_source_is_no_target() {
+    let dir = scratch();
+    let path = dir.path().join("disk");
+    fs::write(&path, b"precious").unwrap();
+    let hard = dir.path().join("hard");
+    fs::hard_link(&path, &hard).unwrap();
+    let identity = FileStorage::open(&path, Access::ReadOnly).unwrap().identity().unwrap();
+    let error = NewFile::create(&hard, Overwrite::Replace, &[identity]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+    assert_eq!(fs::read(&path).unwrap(), b"precious");
+}
+
+#[test]
+fn links_are_followed_and_loops_refused() {
+    let dir = scratch();
+    symlink("absent", dir.path().join("dangling")).unwrap();
+    let new = NewFile::create(dir.path().join("dangling"), Overwrite::Refuse, &[]).unwrap();
+    new.commit().unwrap();
+    assert!(dir.path().join("absent").exists());
+    symlink("b", dir.path().join("a")).unwrap();
+    symlink("a", dir.path().join("b")).unwrap();
+    let error = NewFile::create(dir.path().join("a"), Overwrite::Replace, &[]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Io);
+}
+
+#[test]
+fn faults_name_call_file_and_offset() {
+    let dir = scratch();
+    let file: Arc<dyn Storage> = Arc::new(read_write(&dir.path().join("f")));
+    let full = FaultStorage::new(file.clone(), Fault::from(Op::Write, 1, 28));
+    full.write_all_at(Mem::from(&b"fits"[..]), 0).unwrap();
+    let error = full.write_all_at(Mem::from(&b"does not"[..]), 4).unwrap_err();
+    assert_eq!((error.errno(), error.syscall(), error.offset()), (Some(28), Some("pwrite"), Some(4)));
+    assert_eq!(error.path(), Some(dir.path().join("f").as_path()));
+    let broken = FaultStorage::new(file, Fault::nth(1, 5));
+    bytes_of(&broken);
+    assert_eq!(broken.read_exact_at(MemMut::from(&mut [0; 4][..]), 0).unwrap_err().errno(), Some(5));
+    bytes_of(&broken);
+    assert_eq!(broken.failed(), 1);
+}
