@@ -46,11 +46,6 @@ impl Stream {
         })
     }
 
-    /// Bytes of a grain.
-    pub(crate) fn grain_bytes(&self) -> u64 {
-        self.geometry.grain_bytes()
-    }
-
     /// The header of the file.
     pub(crate) fn header(&self) -> &Header {
         &self.header
@@ -118,7 +113,7 @@ impl Stream {
 
 /// Writes a stream without grains.
 pub(crate) fn create_empty(new: &NewVmdk, own: &dyn Storage) -> Result<()> {
-    let stream = Stream::new(new.size() / SECTOR, new.options().zeroed_grain)?;
+    let stream = Stream::new(new.sectors(), new.options().zeroed_grain)?;
     finish(new, stream, own, true)
 }
 
@@ -128,5 +123,5 @@ pub(crate) fn finish(new: &NewVmdk, stream: Stream, own: &dyn Storage, durable: 
     for (sector, bytes) in stream.end()? {
         own.write_all_at(Mem::from(&bytes[..]), sector * SECTOR)?;
     }
-    new.publish(own, Some(&header), durable)
+    new.publish_in(own, Some(&header), durable)
 }

@@ -9,12 +9,12 @@ use qcow2_testkit::Rng;
 use qcow2_vmdk::{OpenOptions, Vmdk};
 
 /// A file of the system.
-pub fn file(path: &Path, access: Access) -> Arc<dyn Storage> {
+pub(crate) fn file(path: &Path, access: Access) -> Arc<dyn Storage> {
     FileStorage::open_cached(path, access, CacheMode::Writeback).unwrap().into_storage()
 }
 
 /// Opens the image in `storage`, and its extents by `find`.
-pub fn open_with(storage: Arc<dyn Storage>, find: &dyn Fn(&str) -> Arc<dyn Storage>) -> Result<Vmdk> {
+pub(crate) fn open_with(storage: Arc<dyn Storage>, find: &dyn Fn(&str) -> Arc<dyn Storage>) -> Result<Vmdk> {
     let mut vmdk = Vmdk::open(storage, &OpenOptions::default())?;
     for (index, extent) in vmdk.references().extents.iter().enumerate() {
         vmdk.attach_extent(index, find(std::str::from_utf8(&extent.filename).unwrap()))?;
@@ -23,30 +23,30 @@ pub fn open_with(storage: Arc<dyn Storage>, find: &dyn Fn(&str) -> Arc<dyn Stora
 }
 
 /// Opens an image with its extents beside it.
-pub fn open(path: &Path, access: Access) -> Result<Vmdk> {
+pub(crate) fn open(path: &Path, access: Access) -> Result<Vmdk> {
     let folder = path.parent().unwrap().to_owned();
     open_with(file(path, access), &|name| file(&folder.join(name), access))
 }
 
 /// Opens an image of one file, given as bytes.
-pub fn open_bytes(bytes: &[u8]) -> Result<Vmdk> {
+pub(crate) fn open_bytes(bytes: &[u8]) -> Result<Vmdk> {
     Vmdk::open(Arc::new(MemoryStorage::from_bytes(bytes)), &OpenOptions::default())
 }
 
 /// The bytes of a disk.
-pub fn guest(source: &dyn GuestSource) -> Vec<u8> {
+pub(crate) fn guest(source: &dyn GuestSource) -> Vec<u8> {
     let mut bytes = vec![1; source.virtual_size() as usize];
     source.read_at(MemMut::from(&mut bytes[..]), 0).unwrap();
     bytes
 }
 
 /// A chain of one image.
-pub fn chain(vmdk: Vmdk) -> Chain {
+pub(crate) fn chain(vmdk: Vmdk) -> Chain {
     Chain::new(vec![Box::new(vmdk)]).unwrap()
 }
 
 /// A disk with text, noise and holes.
-pub fn disk(seed: u64, size: usize) -> Vec<u8> {
+pub(crate) fn disk(seed: u64, size: usize) -> Vec<u8> {
     let mut rng = Rng::new(seed);
     let mut bytes = vec![0; size];
     let mut text = |at: usize, length: usize| {

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use qcow2_core::storage::Access;
 use qcow2_core::{Disk, Durability, ErrorKind, Layer, Mem};
-use qcow2_engine::Image;
+use qcow2_engine::{Image, ResizeOptions};
 use qcow2_testkit::contract::DiskContract;
 use qcow2_testkit::{Fixture, Qemu};
 use qcow2_vmdk::Vmdk;
@@ -89,7 +89,8 @@ fn a_disk_grows_and_qemu_reads_it() {
             qemu.io(&path, "vmdk", &[format!("write -P 6 {} 512", size / 2)]);
         }
         let image = writable(&path);
-        let kind = image.grow(last - 512).unwrap_err().kind();
+        let shrink = ResizeOptions { shrink: true, ..ResizeOptions::default() };
+        let kind = image.resize_with(last - 512, shrink).unwrap_err().kind();
         assert_eq!(kind, ErrorKind::UnsupportedFeature);
         if subformat.starts_with("two") {
             assert_eq!(image.grow((2 << 30) + 512).unwrap_err().kind(), ErrorKind::UnsupportedFeature);

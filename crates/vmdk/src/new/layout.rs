@@ -12,24 +12,24 @@ const TABLE: u64 = 4;
 /// The structures of a new sparse extent: behind its descriptor the copy of the grain directory with its tables, then the directory
 /// with its own, then grains.
 #[derive(Debug, Clone, Copy)]
-pub struct SparseLayout {
+pub(crate) struct SparseLayout {
     /// The header.
-    pub header: Header,
+    pub(crate) header: Header,
     /// How the extent is cut.
-    pub geometry: Geometry,
+    pub(crate) geometry: Geometry,
     /// Sectors of a directory.
     directory: u64,
 }
 
 impl SparseLayout {
     /// Bytes that there are for a descriptor.
-    pub const DESCRIPTOR_BYTES: u64 = 20 * SECTOR;
+    pub(crate) const DESCRIPTOR_BYTES: u64 = 20 * SECTOR;
 
     /// That of an extent of so many sectors.
     ///
     /// # Errors
     /// `Limit` for one that is too large.
-    pub fn new(sectors: u64, zero_grains: bool) -> Result<Self> {
+    pub(crate) fn new(sectors: u64, zero_grains: bool) -> Result<Self> {
         let header = Header::new(sectors, false, zero_grains);
         let tables = header.geometry()?.tables();
         let directory = (tables * 4).div_ceil(SECTOR);
@@ -46,7 +46,7 @@ impl SparseLayout {
     }
 
     /// The sector of a table in the copy, and in the tables.
-    pub fn tables(&self, index: u64) -> [u64; 2] {
+    pub(crate) fn tables(&self, index: u64) -> [u64; 2] {
         [self.header.redundant, self.header.directory].map(|start| start + self.directory + index * TABLE)
     }
 
@@ -54,7 +54,7 @@ impl SparseLayout {
     ///
     /// # Errors
     /// `Io`.
-    pub fn write_tables(&self, file: &dyn Storage) -> Result<()> {
+    pub(crate) fn write_tables(&self, file: &dyn Storage) -> Result<()> {
         file.resize(self.header.overhead * SECTOR)?;
         for start in [self.header.redundant, self.header.directory] {
             let first = start + self.directory;
