@@ -25,6 +25,8 @@ export type {
   LuksSlotInfo,
   Qcow2SpecificInfo,
   SnapshotInfo,
+  VmdkExtentInfo,
+  VmdkInfo,
 } from './info.js'
 export { type Finding, type FindingCode, type Inspection, type InspectOptions, inspect } from './inspect.js'
 export type { AddKeyOptions, ChangeKeyOptions, Keys, RemoveKeyOptions } from './keys.js'
@@ -47,7 +49,7 @@ export type { ReadOptions } from './read.js'
 export { type RebaseOptions, rebase } from './rebase.js'
 export type { TruncateOptions } from './resize.js'
 export type { Encrypt, EncryptedLayer, Secret, SecretBytes, Secrets } from './secret.js'
-export type { Compression, LuksShape, Preallocation, Qcow2Shape, RawShape, Shape, Shapes } from './shape.js'
+export type { Compression, LuksShape, Preallocation, Qcow2Shape, RawShape, Shape, Shapes, VmdkShape } from './shape.js'
 export type { Snapshots } from './snapshot/snapshots.js'
 export type { DetachedImage, ImageSource, PathLike } from './source.js'
 export type { ReadStreamOptions, SparseChunk, WebStreamOptions } from './stream.js'

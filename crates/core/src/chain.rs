@@ -23,7 +23,7 @@ impl Chain {
     ///
     /// # Errors
     /// `InvalidArgument` without layers, or with one that has another below and takes none; `Chain` when one file appears
-    /// twice.
+    /// twice; those of [`Layer::judge_below`].
     pub fn new(layers: Vec<Box<dyn Layer>>) -> Result<Self> {
         let Some((_, above)) = layers.split_last() else {
             return Err(Error::new(ErrorKind::InvalidArgument, "a chain needs at least one layer"));
@@ -40,8 +40,8 @@ impl Chain {
                 return Err(again.storage().located(error));
             }
         }
-        for (above, below) in layers.iter().zip(layers.iter().skip(1)) {
-            above.judge_backing(&**below)?;
+        for (index, layer) in layers.iter().enumerate() {
+            layer.judge_below(layers.get(index + 1).map(|below| &**below))?;
         }
         Ok(Self { layers })
     }

@@ -188,6 +188,16 @@ pub trait Layer: Any + Send + Sync + fmt::Debug {
         References::default()
     }
 
+    /// Refuses `below` as what lies below the layer in a chain; nothing where that ends. What a layer without a parent of its own does
+    /// not have is zero.
+    ///
+    /// # Errors
+    /// `Chain` for another image than the one that the layer was made on; `UnsupportedFeature` where it cannot be read without one.
+    fn judge_below(&self, below: Option<&dyn Layer>) -> Result<()> {
+        let _ = below;
+        Ok(())
+    }
+
     /// The layer's own file, which names it in messages and tells it apart.
     fn storage(&self) -> &Arc<dyn Storage>;
 
@@ -254,6 +264,11 @@ pub trait Layer: Any + Send + Sync + fmt::Debug {
         if several { self.read_segments(together) } else { Ok(()) }
     }
 
+    /// What images that are made on this one store to know it again: it changes whenever the disk does. Of VMDK, its CID.
+    fn content_id(&self) -> Option<u32> {
+        None
+    }
+
     /// Takes one of the files of [`References::extents`], by its number there, which was opened.
     ///
     /// # Errors
@@ -263,15 +278,6 @@ pub trait Layer: Any + Send + Sync + fmt::Debug {
         let _ = file;
         let message = format!("a {} image has no extent {index}", self.format());
         Err(self.storage().located(Error::new(ErrorKind::Internal, message)))
-    }
-
-    /// Judges the layer below, which is the one that this one's backing file is.
-    ///
-    /// # Errors
-    /// `Chain` where it is not the one that this layer was made on.
-    fn judge_backing(&self, below: &dyn Layer) -> Result<()> {
-        let _ = below;
-        Ok(())
     }
 
     /// How the guest data is encrypted, by QEMU's name (`luks`, `aes`); `None` where it is not.

@@ -11,9 +11,9 @@ use crate::descriptor::NO_PARENT;
 pub(crate) fn random_cid(width: u32, before: u32) -> Result<u32> {
     let mask = u32::MAX >> (32 - 4 * width.clamp(1, 8));
     loop {
-        let number = getrandom::u32().map_err(|e| {
-            Error::new(ErrorKind::Io, format!("the system gives no random bytes: {e}"))
-        })? & mask;
+        let number = getrandom::u32()
+            .map_err(|e| Error::new(ErrorKind::Io, format!("the system gives no random bytes: {e}")))?
+            & mask;
         if number != 0 && number != before && number != NO_PARENT {
             return Ok(number);
         }

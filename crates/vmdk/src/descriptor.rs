@@ -131,14 +131,17 @@ impl Descriptor {
 pub(crate) fn resized(text: &[u8], sectors: u64, size: u64) -> Vec<u8> {
     let text = text.split(|byte| *byte == 0).next().unwrap_or_default();
     let lines: Vec<&[u8]> = text.split(|byte| *byte == b'\n').collect();
-    let is_extent = |line: &[u8]| matches!(extent_line(line.trim_ascii()), Ok(Some(extent)) if extent.sectors > 0);
+    let is_extent =
+        |line: &[u8]| matches!(extent_line(line.trim_ascii()), Ok(Some(extent)) if extent.sectors > 0);
     let last = lines.iter().rposition(|line| is_extent(line));
     let value = |key: &str| {
         let line = lines.iter().find(|line| line.trim_ascii_start().starts_with(key.as_bytes()))?;
         let value = unquoted(line.split(|byte| *byte == b'=').nth(1)?.trim_ascii());
         std::str::from_utf8(value).ok()?.parse::<u64>().ok()
     };
-    let track = value("ddb.geometry.heads").zip(value("ddb.geometry.sectors")).map(|(heads, of)| heads.saturating_mul(of));
+    let track = value("ddb.geometry.heads")
+        .zip(value("ddb.geometry.sectors"))
+        .map(|(heads, of)| heads.saturating_mul(of));
     let cylinders = track.filter(|track| *track > 0).map(|track| size / SECTOR / track);
     let changed = lines.iter().enumerate().map(|(number, line)| {
         if Some(number) == last {
@@ -212,7 +215,8 @@ impl Found {
 
     fn finish(self) -> Result<Descriptor> {
         let missing = |field: &'static str| {
-            let message = format!("the descriptor has no {field}: not a VMDK image, or only an extent of one");
+            let message =
+                format!("the descriptor has no {field}: not a VMDK image, or only an extent of one");
             Error::new(ErrorKind::InvalidHeader, message).with_field(field)
         };
         let (cid, cid_digits) = self.cid.ok_or_else(|| missing("CID"))?;
@@ -220,7 +224,12 @@ impl Found {
         let parent_cid = self.parent_cid.unwrap_or(NO_PARENT);
         if self.parent.is_none() && parent_cid != NO_PARENT && parent_cid != 0 {
             let reason = "the disk has a parent, and no parentFileNameHint says which file that is";
-            return Err(invalid(ErrorKind::InvalidHeader, "parentCID", format_args!("{parent_cid:08x}"), reason));
+            return Err(invalid(
+                ErrorKind::InvalidHeader,
+                "parentCID",
+                format_args!("{parent_cid:08x}"),
+                reason,
+            ));
         }
         Ok(Descriptor {
             cid,
@@ -244,7 +253,12 @@ fn unquoted(value: &[u8]) -> &[u8] {
 fn cid(field: &'static str, value: &[u8]) -> Result<u32> {
     let text = String::from_utf8_lossy(value);
     u32::from_str_radix(&text, 16).map_err(|_| {
-        invalid(ErrorKind::InvalidHeader, field, format_args!("'{text}'"), "not a number of at most 8 hexadecimal digits")
+        invalid(
+            ErrorKind::InvalidHeader,
+            field,
+            format_args!("'{text}'"),
+            "not a number of at most 8 hexadecimal digits",
+        )
     })
 }
 
@@ -369,5 +383,96 @@ impl NewDescriptor<'_> {
             .as_bytes(),
         );
         text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const TEXT: &[u8] =
+        b"# Disk DescriptorFile\r\nversion=1\nencoding=\"UTF-8\"\nCID= 0a1b2c3d\r\nparentCID=ffffffff\n\
+        createType=\"twoGbMaxExtentFlat\"\n\n# Extent description\nRW 4192256 FLAT \"a disk-f001.vmdk\" 0\n\
+        RDONLY 63 ZERO \n RW 100 VMFS \"b\"\nddb.geometry.cylinders = \"7\"\nddb.geometry.heads = \"2\"\n\
+        ddb.geometry.sectors = \"63\"\n\0\0RW 1 FLAT \"c\" 0\n";
+
+    fn fault(text: &str) -> (ErrorKind, Option<&'static str>) {
+        let error = Descriptor::parse(text.as_bytes()).unwrap_err();
+        (error.kind(), error.field())
+    }
+
+    #[test]
+    fn a_descriptor() {
+        let found = Descriptor::parse(TEXT).unwrap();
+        assert_eq!(
+            (found.cid, found.parent_cid, &found.create_type[..]),
+            (0x0a1b_2c3d, NO_PARENT, "twoGbMaxExtentFlat")
+        );
+        assert_eq!(TEXT.get(found.cid_digits.clone()), Some(&b"0a1b2c3d"[..]));
+        let kinds: Vec<_> =
+            found.extents.iter().map(|extent| (extent.kind, extent.access, extent.sectors)).collect();
+        assert_eq!(
+            kinds,
+            [
+                (ExtentType::Flat, Access::ReadWrite, 4_192_256),
+                (ExtentType::Zero, Access::ReadOnly, 63),
+                (ExtentType::Vmfs, Access::ReadWrite, 100)
+            ]
+        );
+        assert_eq!(found.extents[0].filename.as_deref(), Some(&b"a disk-f001.vmdk"[..]));
+        assert_eq!(found.size(), (4_192_256 + 163) * 512);
+    }
+
+    #[test]
+    fn what_is_refused_is_named() {
+        use ErrorKind::{InvalidHeader, Limit, UnsupportedFeature};
+        let whole = |line: &str| format!("CID=1\nparentCID=ffffffff\ncreateType=\"custom\"\n{line}\n");
+        for (text, expected) in [
+            ("".to_owned(), (InvalidHeader, "CID")),
+            ("CID=1\n".to_owned(), (InvalidHeader, "createType")),
+            (whole("CID=1").replace("CID=1", "CID=123456789"), (InvalidHeader, "CID")),
+            ("CID=1\nparentCID=5\ncreateType=\"x\"\n".to_owned(), (InvalidHeader, "parentCID")),
+            (whole("RW x FLAT \"a\" 0"), (InvalidHeader, "extent")),
+            (whole("RW -5 FLAT \"a\" 0"), (InvalidHeader, "extent")),
+            (whole("RW 5"), (InvalidHeader, "extent")),
+            (whole("RW 5 FLAT \"a\""), (InvalidHeader, "extent")),
+            (whole("RW 5 FLAT \"\" 0"), (InvalidHeader, "extent")),
+            (whole("RW 5 FLAT a 0"), (InvalidHeader, "extent")),
+            (whole("RW 5 SPARSE \"a\" 7"), (InvalidHeader, "extent")),
+            (whole("RW 5 VMFSRDM \"a\""), (UnsupportedFeature, "extent type")),
+            (whole("RW 18446744073709551615 ZERO"), (Limit, "extent")),
+            (whole("RW 5 FLAT \"a\" 18446744073709551615"), (Limit, "extent")),
+            (
+                whole(&format!("parentFileNameHint=\"{}\"", "a".repeat(1024))),
+                (InvalidHeader, "parentFileNameHint"),
+            ),
+        ] {
+            assert_eq!(fault(&text), (expected.0, Some(expected.1)), "{text}");
+        }
+    }
+
+    #[test]
+    fn another_size() {
+        let text = b"CID=1\ncreateType=\"x\"\nRW 7 FLAT \"f\" 3\nRW  16 SPARSE \"RW 9\"\nddb.geometry.cylinders = \"0\"\n\
+            ddb.geometry.heads = \"16\"\nddb.geometry.sectors = \"63\"\n";
+        let resized = resized(text, 123, 16 * 63 * 512 * 9);
+        let expected = String::from_utf8_lossy(text).replace("RW  16 ", "RW 123 ").replace("\"0\"", "\"9\"");
+        assert_eq!(String::from_utf8_lossy(&resized), expected);
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_a_descriptor_or_an_error(
+            bytes in prop::collection::vec(any::<u8>(), 0..300),
+            lines in prop::collection::vec("(RW|RDONLY) [0-9]{1,20} (FLAT|SPARSE|ZERO) \"?[a-z]{0,4}\"? ?[0-9]{0,20}", 0..5),
+        ) {
+            let _ = Descriptor::parse(&bytes);
+            let text = format!("CID=1\nparentCID=ffffffff\ncreateType=\"x\"\n{}\n", lines.join("\n"));
+            if let Ok(found) = Descriptor::parse(text.as_bytes()) {
+                prop_assert!(found.size() <= i64::MAX as u64);
+                let _ = resized(text.as_bytes(), 5, 5 * 512);
+            }
+        }
     }
 }

@@ -82,9 +82,11 @@ impl Geometry {
         }
         check_limit("capacity", self.capacity, i64::MAX as u64 / SECTOR)?;
         check_limit("grain directory entries", self.tables(), MAX_TABLES)?;
-        for (field, sector) in
-            [("gdOffset", self.directory), ("rgdOffset", self.redundant.unwrap_or(0)), ("overHead", self.overhead)]
-        {
+        for (field, sector) in [
+            ("gdOffset", self.directory),
+            ("rgdOffset", self.redundant.unwrap_or(0)),
+            ("overHead", self.overhead),
+        ] {
             check_limit(field, sector, i64::MAX as u64 / SECTOR)?;
         }
         Ok(self)
@@ -145,8 +147,11 @@ impl Geometry {
             // The upper half says that the table is there, the lower one is its number.
             Encoding::SeSparse { tables, .. } if entry >> 32 == 0x1000_0000 => {
                 let number = entry & u64::from(u32::MAX);
-                let place = number.checked_mul(self.table_bytes()).and_then(|at| at.checked_add(tables * SECTOR));
-                place.map(Some).ok_or_else(|| damaged("grain directory entry", entry, "beyond the end of any file"))
+                let place =
+                    number.checked_mul(self.table_bytes()).and_then(|at| at.checked_add(tables * SECTOR));
+                place
+                    .map(Some)
+                    .ok_or_else(|| damaged("grain directory entry", entry, "beyond the end of any file"))
             }
             Encoding::SeSparse { .. } => Err(damaged("grain directory entry", entry, "of no known kind")),
         }
@@ -169,7 +174,9 @@ impl Geometry {
                     let number = (entry >> 48 & 0xfff) | (entry & 0xffff_ffff_ffff) << 12;
                     let sector = number.checked_mul(self.grain).and_then(|at| at.checked_add(grains));
                     let place = sector.and_then(|sector| sector.checked_mul(SECTOR));
-                    place.map(Grain::Data).ok_or_else(|| damaged("grain table entry", entry, "beyond the end of any file"))
+                    place
+                        .map(Grain::Data)
+                        .ok_or_else(|| damaged("grain table entry", entry, "beyond the end of any file"))
                 }
                 _ => Err(damaged("grain table entry", entry, "of no known kind")),
             },

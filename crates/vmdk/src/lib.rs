@@ -15,6 +15,7 @@ pub mod cowd;
 pub mod descriptor;
 mod fields;
 pub mod geometry;
+mod inspect;
 mod layer;
 mod new;
 pub mod sesparse;
@@ -22,5 +23,6 @@ pub mod sparse;
 mod stream;
 
 pub use fields::SECTOR;
+pub use inspect::{Inspection, inspect, inspect_bytes};
 pub use layer::{ExtentInfo, OpenOptions, Vmdk};
 pub use new::{AdapterType, CreateOptions, NewVmdk, Parent, Subformat};

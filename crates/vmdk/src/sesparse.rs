@@ -53,7 +53,9 @@ pub fn parse(bytes: &[u8]) -> Result<Header> {
     let tables = fields.u64("grainTablesOffset")?;
     fields.bytes(5 * 8, "grainTablesSize")?;
     let grains = fields.u64("grainOffset")?;
-    for (field, sector) in [("volatileHeaderOffset", volatile), ("grainTablesOffset", tables), ("grainOffset", grains)] {
+    for (field, sector) in
+        [("volatileHeaderOffset", volatile), ("grainTablesOffset", tables), ("grainOffset", grains)]
+    {
         check_limit(field, sector, i64::MAX as u64 / SECTOR)?;
     }
     let geometry = Geometry {
@@ -80,7 +82,12 @@ fn known(fields: &mut Fields<'_>, field: &'static str, value: u64) -> Result<()>
     if found == value {
         return Ok(());
     }
-    Err(invalid(ErrorKind::UnsupportedFeature, field, format_args!("{found:#x}"), "a value that is not known"))
+    Err(invalid(
+        ErrorKind::UnsupportedFeature,
+        field,
+        format_args!("{found:#x}"),
+        "a value that is not known",
+    ))
 }
 
 /// Judges the header that changes, at the start of `bytes`.
@@ -92,7 +99,12 @@ pub fn judge_volatile(bytes: &[u8]) -> Result<()> {
     let magic = fields.u64("volatile header magic")?;
     if magic != VOLATILE_MAGIC {
         let value = format_args!("{magic:#x}");
-        return Err(invalid(ErrorKind::InvalidHeader, "volatile header magic", value, "not that of a seSparse extent"));
+        return Err(invalid(
+            ErrorKind::InvalidHeader,
+            "volatile header magic",
+            value,
+            "not that of a seSparse extent",
+        ));
     }
     fields.u64("freeGTNumber")?;
     fields.u64("nextTxnSeqNumber")?;

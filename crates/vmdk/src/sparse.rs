@@ -66,7 +66,12 @@ impl Header {
     pub fn parse(bytes: &[u8]) -> Result<Self> {
         let mut fields = Fields(bytes);
         if fields.bytes(4, "magicNumber")? != MAGIC {
-            return Err(invalid(ErrorKind::InvalidHeader, "magicNumber", "of the extent", "not a sparse extent of VMDK"));
+            return Err(invalid(
+                ErrorKind::InvalidHeader,
+                "magicNumber",
+                "of the extent",
+                "not a sparse extent of VMDK",
+            ));
         }
         let header = Self {
             version: fields.u32("version")?,
@@ -82,10 +87,16 @@ impl Header {
             unclean: fields.bytes(1, "uncleanShutdown")? != [0],
             compression: {
                 let newlines = fields.bytes(4, "singleEndLineChar")?;
-                let flags = u32::from_le_bytes(bytes.get(8..12).and_then(|b| b.try_into().ok()).unwrap_or_default());
+                let flags =
+                    u32::from_le_bytes(bytes.get(8..12).and_then(|b| b.try_into().ok()).unwrap_or_default());
                 if flags & FLAG_NEWLINES != 0 && newlines != NEWLINES {
                     let reason = "line ends were changed: the file was transferred as text";
-                    return Err(invalid(ErrorKind::InvalidHeader, "singleEndLineChar", format_args!("{newlines:x?}"), reason));
+                    return Err(invalid(
+                        ErrorKind::InvalidHeader,
+                        "singleEndLineChar",
+                        format_args!("{newlines:x?}"),
+                        reason,
+                    ));
                 }
                 fields.u16("compressAlgorithm")?
             },
@@ -99,10 +110,20 @@ impl Header {
             return Err(invalid(unsupported, "version", self.version, "not 1 to 3"));
         }
         if self.compression > DEFLATE {
-            return Err(invalid(unsupported, "compressAlgorithm", self.compression, "neither 0 nor 1 (deflate)"));
+            return Err(invalid(
+                unsupported,
+                "compressAlgorithm",
+                self.compression,
+                "neither 0 nor 1 (deflate)",
+            ));
         }
         if self.table_entries > MAX_TABLE_ENTRIES {
-            return Err(invalid(ErrorKind::InvalidHeader, "numGTEsPerGT", self.table_entries, "more than 512"));
+            return Err(invalid(
+                ErrorKind::InvalidHeader,
+                "numGTEsPerGT",
+                self.table_entries,
+                "more than 512",
+            ));
         }
         Ok(self)
     }
@@ -265,4 +286,101 @@ pub fn footer(bytes: &[u8]) -> Result<Header> {
 fn no_footer() -> qcow2_core::Error {
     let reason = "the grain directory is said to be at the end, and no footer is there: the file is cut off";
     invalid(ErrorKind::Corrupt, "gdOffset", format_args!("{GD_AT_END:#x}"), reason)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn header() -> Header {
+        Header { redundant: 21, directory: 30, overhead: 128, ..Header::new(1 << 20, false, true) }
+    }
+
+    #[test]
+    fn a_header_goes_there_and_back() {
+        for header in [header(), Header::new(5, true, false).without_redundant()] {
+            assert_eq!(Header::parse(&header.encode()).unwrap(), header);
+        }
+        let geometry = header().geometry().unwrap();
+        assert_eq!((geometry.tables(), geometry.coverage(), geometry.redundant), (16, 32 << 20, Some(21)));
+        assert_eq!(geometry.encoding, Encoding::Sectors { zero_grains: true });
+    }
+
+    #[test]
+    fn what_is_refused_is_named() {
+        use ErrorKind::{InvalidHeader, Limit, UnsupportedFeature};
+        for (offset, bytes, expected) in [
+            (0, &b"KDMW"[..], (InvalidHeader, "magicNumber")),
+            (4, &4u32.to_le_bytes(), (UnsupportedFeature, "version")),
+            (4, &0u32.to_le_bytes(), (UnsupportedFeature, "version")),
+            (12, &u64::MAX.to_le_bytes(), (Limit, "capacity")),
+            (20, &3u64.to_le_bytes(), (InvalidHeader, "grainSize")),
+            (20, &0u64.to_le_bytes(), (InvalidHeader, "grainSize")),
+            (20, &(1u64 << 40).to_le_bytes(), (Limit, "grainSize")),
+            (44, &0u32.to_le_bytes(), (InvalidHeader, "numGTEsPerGT")),
+            (44, &513u32.to_le_bytes(), (InvalidHeader, "numGTEsPerGT")),
+            (48, &u64::MAX.to_le_bytes(), (Limit, "rgdOffset")),
+            (64, &u64::MAX.to_le_bytes(), (Limit, "overHead")),
+            // As a transfer as text leaves it.
+            (73, &b"\n \n\n"[..], (InvalidHeader, "singleEndLineChar")),
+            (77, &2u16.to_le_bytes(), (UnsupportedFeature, "compressAlgorithm")),
+        ] {
+            let mut forged = header().encode();
+            forged[offset..offset + bytes.len()].copy_from_slice(bytes);
+            let error = Header::parse(&forged).and_then(|header| header.geometry()).unwrap_err();
+            assert_eq!((error.kind(), error.field()), (expected.0, Some(expected.1)), "{offset}");
+        }
+        for length in 0..79 {
+            assert_eq!(
+                Header::parse(&header().encode()[..length]).unwrap_err().kind(),
+                InvalidHeader,
+                "{length}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_footer_is_whole_or_none() {
+        let whole = [Marker::Footer.encode(1), header().encode(), Marker::EndOfStream.encode(0)].concat();
+        assert_eq!(footer(&whole).unwrap(), header());
+        for (at, byte) in [(12, 1), (8, 1), (512, 0), (1024, 1), (1036, 3)] {
+            let mut damaged = whole.clone();
+            damaged[at] = byte;
+            assert_eq!(footer(&damaged).unwrap_err().kind(), ErrorKind::Corrupt, "{at}");
+        }
+        let again = [
+            Marker::Footer.encode(1),
+            Header { directory: GD_AT_END, ..header() }.encode(),
+            Marker::EndOfStream.encode(0),
+        ];
+        assert_eq!(footer(&again.concat()).unwrap_err().kind(), ErrorKind::Corrupt);
+        assert_eq!(footer(&whole[..1500]).unwrap_err().kind(), ErrorKind::Corrupt);
+    }
+
+    proptest! {
+        #[test]
+        fn any_header_keeps_to_the_limits_or_is_refused(
+            rest in prop::collection::vec(any::<u8>(), 75),
+            grain in 0u32..70,
+            entries in 0u32..514,
+            entry in any::<u64>(),
+        ) {
+            let mut bytes = header().encode();
+            bytes[4..79].copy_from_slice(&rest);
+            let _ = Header::parse(&bytes);
+            bytes[4] = 1 + rest[0] % 3;
+            bytes[5..8].fill(0);
+            bytes[8] &= !1;
+            bytes[20..28].copy_from_slice(&1u64.checked_shl(grain).unwrap_or(0).to_le_bytes());
+            bytes[44..48].copy_from_slice(&entries.to_le_bytes());
+            bytes[77..79].copy_from_slice(&[rest[73] & 1, 0]);
+            if let Ok(geometry) = Header::parse(&bytes).and_then(|header| header.geometry()) {
+                prop_assert!(geometry.directory_bytes() <= 128 << 20 && geometry.table_bytes() <= 4096);
+                prop_assert!(geometry.size() <= i64::MAX as u64);
+                prop_assert!(geometry.used_table_bytes(u64::MAX) == 0);
+                let _ = (geometry.grain(entry), geometry.table(u64::from(entry as u32)));
+            }
+        }
+    }
 }

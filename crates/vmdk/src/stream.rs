@@ -33,7 +33,8 @@ pub(crate) type Placed = (u64, Vec<u8>);
 
 impl Stream {
     pub(crate) fn new(sectors: u64, zero_grains: bool) -> Result<Self> {
-        let header = Header { directory: GD_AT_END, overhead: OVERHEAD, ..Header::new(sectors, true, zero_grains) };
+        let header =
+            Header { directory: GD_AT_END, overhead: OVERHEAD, ..Header::new(sectors, true, zero_grains) };
         let header = header.without_redundant();
         let geometry = Header { directory: 0, ..header }.geometry()?;
         Ok(Self {

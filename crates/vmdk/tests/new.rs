@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use qcow2_core::storage::{Access, Overwrite};
 use qcow2_core::{Chain, ErrorKind, GuestSource, Job, Layer, NewImage, Raw};
+use qcow2_engine::Image;
 use qcow2_engine::convert::{ConvertOptions, Delta};
 use qcow2_engine::files::{ConvertJob, Destination, NewDisk, Target, create};
-use qcow2_engine::Image;
 use qcow2_testkit::{Fixture, Qemu};
 use qcow2_vmdk::{AdapterType, CreateOptions, NewVmdk, Parent, Subformat};
 
@@ -66,8 +66,14 @@ fn an_empty_image_has_the_bytes_of_qemus() {
     let Some(qemu) = Qemu::find() else { return };
     for (options, line) in [
         (CreateOptions::default(), "subformat=monolithicSparse"),
-        (CreateOptions { zeroed_grain: true, compat6: true, ..Default::default() }, "zeroed_grain=on,compat6=on"),
-        (CreateOptions { subformat: Subformat::MonolithicFlat, ..Default::default() }, "subformat=monolithicFlat"),
+        (
+            CreateOptions { zeroed_grain: true, compat6: true, ..Default::default() },
+            "zeroed_grain=on,compat6=on",
+        ),
+        (
+            CreateOptions { subformat: Subformat::MonolithicFlat, ..Default::default() },
+            "subformat=monolithicFlat",
+        ),
         (
             CreateOptions {
                 subformat: Subformat::TwoGbMaxExtentSparse,
@@ -94,13 +100,20 @@ fn an_empty_image_has_the_bytes_of_qemus() {
             }
             let (ours, theirs) = (Fixture::new(), Fixture::new());
             let path = ours.path("disk.v1.vmdk");
-            create(&target(&path), &new_disk(CreateOptions { size, ..options.clone() }, &path), &Job::new()).unwrap();
+            create(&target(&path), &new_disk(CreateOptions { size, ..options.clone() }, &path), &Job::new())
+                .unwrap();
             let path = theirs.path("disk.v1.vmdk");
-            qemu.img(&["create", "-q", "-f", "vmdk", "-o", line, path.to_str().unwrap(), &size.to_string()]).ok();
+            qemu.img(&["create", "-q", "-f", "vmdk", "-o", line, path.to_str().unwrap(), &size.to_string()])
+                .ok();
             let (ours, theirs) = (files(ours.dir()), files(theirs.dir()));
             assert_eq!(ours.len(), theirs.len(), "{line}, {size}");
             for ((name, a), (other, b)) in ours.iter().zip(&theirs) {
-                assert!(name == other && a == b, "{line}, {size}: {name} {other}: {} {} bytes", a.len(), b.len());
+                assert!(
+                    name == other && a == b,
+                    "{line}, {size}: {name} {other}: {} {} bytes",
+                    a.len(),
+                    b.len()
+                );
             }
         }
     }
@@ -141,8 +154,12 @@ fn an_empty_stream_is_one() {
     let fixture = Fixture::new();
     for subformat in Subformat::ALL {
         let path = fixture.path(subformat.name());
-        create(&target(&path), &new_disk(CreateOptions { subformat, ..Default::default() }, &path), &Job::new())
-            .unwrap();
+        create(
+            &target(&path),
+            &new_disk(CreateOptions { subformat, ..Default::default() }, &path),
+            &Job::new(),
+        )
+        .unwrap();
         assert_eq!(open(&path, Access::ReadOnly).unwrap().virtual_size(), 0);
     }
 }
@@ -154,13 +171,20 @@ fn a_large_disk_has_the_same_bytes_whatever_the_number_of_workers() {
     let fixture = Fixture::new();
     let source = fixture.path("source.qcow2");
     qemu.create(&source, "", Some(5 << 30));
-    let places: [u64; 6] = [0, (32 << 20) - 4096, 700 << 20, (2 << 30) - 8192, (4 << 30) - 512, (5 << 30) - 512];
-    let writes: Vec<String> =
-        (1..).zip(places).map(|(n, at)| format!("write -P {n} {at} {}", 512 * (n * n).min(if at == places[5] { 1 } else { 99 }))).collect();
+    let places: [u64; 6] =
+        [0, (32 << 20) - 4096, 700 << 20, (2 << 30) - 8192, (4 << 30) - 512, (5 << 30) - 512];
+    let writes: Vec<String> = (1..)
+        .zip(places)
+        .map(|(n, at)| {
+            format!("write -P {n} {at} {}", 512 * (n * n).min(if at == places[5] { 1 } else { 99 }))
+        })
+        .collect();
     qemu.io(&source, "qcow2", &writes);
     let flat = fixture.path("raw");
     qemu.convert(&source, "qcow2", &flat, "raw", &[]);
-    for subformat in [Subformat::MonolithicSparse, Subformat::TwoGbMaxExtentSparse, Subformat::StreamOptimized] {
+    for subformat in
+        [Subformat::MonolithicSparse, Subformat::TwoGbMaxExtentSparse, Subformat::StreamOptimized]
+    {
         let made = [1, 4].map(|workers| {
             let folder = Fixture::new();
             let path = folder.path("disk.vmdk");
@@ -178,7 +202,9 @@ fn a_large_disk_has_the_same_bytes_whatever_the_number_of_workers() {
 #[test]
 fn an_overlay_holds_what_its_parent_does_not() {
     let Some(qemu) = Qemu::find() else { return };
-    for subformat in [Subformat::MonolithicSparse, Subformat::TwoGbMaxExtentSparse, Subformat::StreamOptimized] {
+    for subformat in
+        [Subformat::MonolithicSparse, Subformat::TwoGbMaxExtentSparse, Subformat::StreamOptimized]
+    {
         let fixture = Fixture::new();
         let size = (3 << 20) + 512;
         let below = disk(7, size);
@@ -191,11 +217,14 @@ fn an_overlay_holds_what_its_parent_does_not() {
         qemu.img(&["create", "-q", "-f", "vmdk", "-b", names[0], "-F", "vmdk", names[1]]).ok();
         qemu.io(&top, "vmdk", &["write -P 3 1000 70000", "write -z 2000000 5000"]);
         let expected = qemu.guest_bytes(&top, "vmdk", &[]);
-        let layers: Vec<Box<dyn Layer>> =
-            [&top, &base].map(|path| Box::new(open(path, Access::ReadOnly).unwrap()) as Box<dyn Layer>).into();
-        let parent = Parent { filename: b"base.vmdk".to_vec(), cid: open(&base, Access::ReadOnly).unwrap().cid() };
+        let layers: Vec<Box<dyn Layer>> = [&top, &base]
+            .map(|path| Box::new(open(path, Access::ReadOnly).unwrap()) as Box<dyn Layer>)
+            .into();
+        let parent =
+            Parent { filename: b"base.vmdk".to_vec(), cid: open(&base, Access::ReadOnly).unwrap().cid() };
         let path = fixture.path("copy.vmdk");
-        let options = CreateOptions { size: size as u64, subformat, parent: Some(parent), ..Default::default() };
+        let options =
+            CreateOptions { size: size as u64, subformat, parent: Some(parent), ..Default::default() };
         let delta = Some(Delta { layers: 1, base_size: size as u64 });
         convert(&Image::new(layers).unwrap(), options, &path, ConvertOptions { delta, ..Default::default() });
         assert!(qemu.guest_bytes(&path, "vmdk", &[]) == expected, "{subformat:?}");
@@ -212,7 +241,10 @@ fn what_contradicts_itself_is_refused() {
     let parent = Some(Parent { filename: b"base.vmdk".to_vec(), cid: 5 });
     let flat = Subformat::MonolithicFlat;
     for (options, field) in [
-        (CreateOptions { compat6: true, hardware_version: Some("7".to_owned()), ..Default::default() }, "compat6"),
+        (
+            CreateOptions { compat6: true, hardware_version: Some("7".to_owned()), ..Default::default() },
+            "compat6",
+        ),
         (CreateOptions { subformat: flat, parent, ..Default::default() }, "backing_file"),
         (CreateOptions { subformat: flat, zeroed_grain: true, ..Default::default() }, "zeroed_grain"),
         (CreateOptions { tools_version: Some("\"".to_owned()), ..Default::default() }, "toolsversion"),

@@ -80,13 +80,17 @@ fn an_overlay_keeps_the_contract_of_layers_on_its_own_parent_alone() {
     qemu.convert(&raw, "raw", &base, "vmdk", &[]);
     let path = fixture.path("overlay.vmdk");
     let (name, base_name) = (path.to_str().unwrap(), base.to_str().unwrap());
-    qemu.img(&["create", "-q", "-f", "vmdk", "-o", "zeroed_grain=on", "-b", base_name, "-F", "vmdk", name]).ok();
+    qemu.img(&["create", "-q", "-f", "vmdk", "-o", "zeroed_grain=on", "-b", base_name, "-F", "vmdk", name])
+        .ok();
     qemu.io(&path, "vmdk", &["write -P 7 1000 3000", "write -P 9 2097152 66000", "write -z 0x40000 0x20000"]);
     let expected = qemu.guest_bytes(&path, "vmdk", &[]);
     assert_ne!(expected, below);
     let overlay = open(&path, Access::ReadOnly).unwrap();
     let backing = overlay.references().backing.unwrap();
-    assert_eq!((&backing.filename[..], backing.format.as_deref()), (base_name.as_bytes(), Some(&b"vmdk"[..])));
+    assert_eq!(
+        (&backing.filename[..], backing.format.as_deref()),
+        (base_name.as_bytes(), Some(&b"vmdk"[..]))
+    );
     let parent = open(&base, Access::ReadOnly).unwrap();
     let whole = Chain::new(vec![Box::new(overlay), Box::new(parent)]).unwrap();
     assert!(guest(&whole) == expected);
@@ -148,5 +152,8 @@ fn a_fuzzed_image_is_an_error_as_for_qemu() {
     let fixture = Fixture::new();
     let Some(path) = sample(&fixture, "afl9.vmdk") else { return };
     let error = open(&path, Access::ReadOnly).unwrap_err();
-    assert!(matches!(error.kind(), ErrorKind::InvalidHeader | ErrorKind::Limit | ErrorKind::Corrupt), "{error}");
+    assert!(
+        matches!(error.kind(), ErrorKind::InvalidHeader | ErrorKind::Limit | ErrorKind::Corrupt),
+        "{error}"
+    );
 }

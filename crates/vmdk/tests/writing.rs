@@ -11,7 +11,8 @@ use qcow2_vmdk::Vmdk;
 
 use crate::support::{chain, guest, open};
 
-const SUBFORMATS: [&str; 4] = ["monolithicSparse", "monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat"];
+const SUBFORMATS: [&str; 4] =
+    ["monolithicSparse", "monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat"];
 
 fn writable(path: &Path) -> Image {
     let mut vmdk = open(path, Access::ReadWrite).unwrap();
@@ -33,7 +34,8 @@ fn what_is_written_to_keeps_the_contract_of_disks_and_is_what_qemu_reads() {
         create(&qemu, &path, &format!("subformat={subformat}"), (3 << 20) + 1536);
         let before = open(&path, Access::ReadOnly).unwrap().cid();
         let image = writable(&path);
-        let reopen = || Box::new(chain(open(&path, Access::ReadOnly).unwrap())) as Box<dyn qcow2_core::GuestSource>;
+        let reopen =
+            || Box::new(chain(open(&path, Access::ReadOnly).unwrap())) as Box<dyn qcow2_core::GuestSource>;
         DiskContract { name: subformat, disk: &image, reopen: &reopen }.check();
         image.close().unwrap();
         let vmdk = open(&path, Access::ReadOnly).unwrap();
@@ -51,12 +53,18 @@ fn qemu_and_we_take_turns_at_an_image() {
     create(&qemu, &path, "zeroed_grain=on", 100 << 20);
     for round in 0..3u8 {
         let at = u64::from(round) * 40_000;
-        qemu.io(&path, "vmdk", &[format!("write -P {} {at} 20000", round + 1), format!("write -z {} 65536", 4 << 20)]);
+        qemu.io(
+            &path,
+            "vmdk",
+            &[format!("write -P {} {at} 20000", round + 1), format!("write -z {} 65536", 4 << 20)],
+        );
         let image = writable(&path);
         image.write_at(Mem::from(&[round + 10; 100_000][..]), at + 20_000).unwrap();
         image.write_at(Mem::from(&[round + 20; 70_000][..]), (4 << 20) + at).unwrap();
         image.close().unwrap();
-        assert!(guest(&chain(open(&path, Access::ReadOnly).unwrap())) == qemu.guest_bytes(&path, "vmdk", &[]));
+        assert!(
+            guest(&chain(open(&path, Access::ReadOnly).unwrap())) == qemu.guest_bytes(&path, "vmdk", &[])
+        );
         qemu.img(&["check", "-q", "-f", "vmdk", path.to_str().unwrap()]).ok();
     }
 }
@@ -81,8 +89,10 @@ fn a_disk_grows_and_qemu_reads_it() {
             image.write_at(Mem::from(&[5; 1024][..]), size - 1024).unwrap();
             image.close().unwrap();
             last = size;
-            let commands = [format!("read -P 5 {} 1024", size - 1024), format!("read -P 0 {} 1024", size / 2)];
-            let (length, _) = (qemu.io(&path, "vmdk", &["length".to_owned()]), qemu.io(&path, "vmdk", &commands));
+            let commands =
+                [format!("read -P 5 {} 1024", size - 1024), format!("read -P 0 {} 1024", size / 2)];
+            let (length, _) =
+                (qemu.io(&path, "vmdk", &["length".to_owned()]), qemu.io(&path, "vmdk", &commands));
             assert!(!length.is_empty());
             let vmdk = open(&path, Access::ReadOnly).unwrap();
             assert_eq!((vmdk.virtual_size(), vmdk.descriptor().size()), (size, size), "{subformat}");
@@ -112,7 +122,8 @@ fn writes_that_meet_in_a_grain_are_all_there() {
             scope.spawn(move || {
                 for sector in (thread..16384).step_by(4) {
                     let durability = if sector % 1000 == 0 { Durability::Now } else { Durability::AtFlush };
-                    Disk::write_at(image, Mem::from(&[sector as u8 | 1; 512][..]), sector * 512, durability).unwrap();
+                    Disk::write_at(image, Mem::from(&[sector as u8 | 1; 512][..]), sector * 512, durability)
+                        .unwrap();
                 }
             });
         }

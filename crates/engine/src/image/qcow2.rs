@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 
 use parking_lot::RwLock;
 
-pub use qcow2_core::layer::{BackingReference, DataFileReference, References};
+pub use qcow2_core::layer::{BackingReference, DataFileReference, ExtentReference, References};
 use qcow2_format::header::extension::BitmapsExtension;
 use qcow2_format::header::feature::Autoclear;
 use qcow2_format::{CryptMethod, Geometry, Header, Limits, SnapshotRecord};

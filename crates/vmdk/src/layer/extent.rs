@@ -72,7 +72,12 @@ impl Extent {
     }
 
     /// Takes the file that its line names.
-    pub(super) fn attach(&mut self, file: Arc<dyn Storage>, is_last: bool, options: &OpenOptions) -> Result<()> {
+    pub(super) fn attach(
+        &mut self,
+        file: Arc<dyn Storage>,
+        is_last: bool,
+        options: &OpenOptions,
+    ) -> Result<()> {
         self.data = if self.line.kind.is_plain() {
             let (end, length) = (self.line.offset * SECTOR + self.size(), file.size()?);
             if end > length {
@@ -86,7 +91,9 @@ impl Extent {
             let (sectors, capacity) = (self.line.sectors, grains.geometry().capacity);
             // The last one may have grown already when its line did not, after a power cut.
             if sectors > capacity || (sectors < capacity && !is_last) {
-                let message = format!("the extent has {capacity} sectors, and its line in the descriptor says {sectors}");
+                let message = format!(
+                    "the extent has {capacity} sectors, and its line in the descriptor says {sectors}"
+                );
                 let error = Error::new(ErrorKind::Corrupt, message).with_field("capacity");
                 return Err(grains.storage.located(error));
             }

@@ -8,10 +8,10 @@ use parking_lot::RwLock;
 use qcow2_core::layer::{Place, PlanBuilder, SegmentKind, Token};
 use qcow2_core::{Error, ErrorKind, MemMut, Result, Storage, StorageExt};
 
+use super::OpenOptions;
 use super::inflate::Stream;
 use super::tables::{Table, TableCache};
 use super::write::GrainWriter;
-use super::OpenOptions;
 use crate::fields::{SECTOR, check_limit};
 use crate::geometry::{Geometry, Grain};
 use crate::{cowd, sesparse, sparse};
@@ -64,21 +64,10 @@ impl Directory {
     }
 }
 
-/// What a file with grains says of itself.
-pub(super) struct Head {
-    pub(super) geometry: Geometry,
-    /// The header of a hosted sparse extent: the one that counts.
-    pub(super) header: Option<sparse::Header>,
-}
-
 /// Reads the header of a sparse extent.
-pub(super) fn head(storage: &dyn Storage) -> Result<Head> {
+fn sparse_geometry(storage: &dyn Storage) -> Result<Geometry> {
     let bytes = front(storage, 0, sparse::HEADER_BYTES)?;
-    if bytes.starts_with(&cowd::MAGIC) {
-        return Ok(Head { geometry: cowd::parse(&bytes)?, header: None });
-    }
-    let header = hosted(storage, &bytes)?;
-    Ok(Head { geometry: header.geometry()?, header: Some(header) })
+    if bytes.starts_with(&cowd::MAGIC) { cowd::parse(&bytes) } else { hosted(storage, &bytes)?.geometry() }
 }
 
 /// The header that counts of a hosted sparse extent whose first bytes are given.
@@ -94,10 +83,10 @@ pub(super) fn hosted(storage: &dyn Storage, bytes: &[u8]) -> Result<sparse::Head
 }
 
 /// Reads the headers of a seSparse extent.
-fn se_sparse(storage: &dyn Storage) -> Result<Head> {
+fn se_sparse_geometry(storage: &dyn Storage) -> Result<Geometry> {
     let header = sesparse::parse(&front(storage, 0, sesparse::HEADER_BYTES)?)?;
     sesparse::judge_volatile(&front(storage, header.volatile * SECTOR, sesparse::HEADER_BYTES)?)?;
-    Ok(Head { geometry: header.geometry, header: None })
+    Ok(header.geometry)
 }
 
 /// `length` bytes at `offset`, fewer where the file ends before.
@@ -114,9 +103,9 @@ impl Grains {
     /// # Errors
     /// As its header; `Corrupt` for a directory that is not in the file; `Limit`; `Io`.
     pub(super) fn open(storage: Arc<dyn Storage>, is_se_sparse: bool, options: &OpenOptions) -> Result<Self> {
-        let read = if is_se_sparse { se_sparse } else { head };
-        let head = read(&*storage).map_err(|e| storage.located(e))?;
-        Self::with_geometry(storage, head.geometry, options)
+        let read = if is_se_sparse { se_sparse_geometry } else { sparse_geometry };
+        let geometry = read(&*storage).map_err(|e| storage.located(e))?;
+        Self::with_geometry(storage, geometry, options)
     }
 
     pub(super) fn with_geometry(
@@ -180,8 +169,11 @@ impl Grains {
 
     fn load(&self, index: u64, place: u64) -> Result<Table> {
         let used = self.geometry().used_table_bytes(index);
-        if place.checked_add(used).is_none_or(|end| end == 0) || !self.reaches(place + used.saturating_sub(1))? {
-            let message = format!("the grain table {index} at {place:#x} with {used} bytes lies outside the file");
+        if place.checked_add(used).is_none_or(|end| end == 0)
+            || !self.reaches(place + used.saturating_sub(1))?
+        {
+            let message =
+                format!("the grain table {index} at {place:#x} with {used} bytes lies outside the file");
             return Err(self.error(ErrorKind::Corrupt, message, "grain directory entry").with_offset(place));
         }
         let mut bytes = vec![0; self.base.table_bytes() as usize];
@@ -281,12 +273,14 @@ pub(super) fn read_directory(
     options: &OpenOptions,
 ) -> Result<Directory> {
     let length = geometry.directory_bytes();
-    check_limit("grain directory size", length, options.max_metadata_bytes).map_err(|e| storage.located(e))?;
+    check_limit("grain directory size", length, options.max_metadata_bytes)
+        .map_err(|e| storage.located(e))?;
     let offset = sector.saturating_mul(SECTOR);
     let file_size = storage.size()?;
     if length != 0 && offset.checked_add(length).is_none_or(|end| end > file_size) {
-        let message =
-            format!("invalid {field} {sector}: the {length} bytes of the grain directory lie outside the file ({file_size} bytes)");
+        let message = format!(
+            "invalid {field} {sector}: the {length} bytes of the grain directory lie outside the file ({file_size} bytes)"
+        );
         let error = Error::new(ErrorKind::Corrupt, message).with_field(field).with_offset(offset);
         return Err(storage.located(error));
     }

@@ -1,5 +1,6 @@
 //! An open image: a layer of a chain. What it names is opened by nobody here.
 
+mod check;
 mod extent;
 mod grains;
 mod inflate;
@@ -12,6 +13,7 @@ use std::any::Any;
 use std::ops::Range;
 use std::sync::Arc;
 
+use qcow2_core::check::CheckLayer;
 use qcow2_core::disk::{DiskOptions, WriteLayer};
 use qcow2_core::layer::{
     BackingReference, ExtentReference, Holes, Layer, Place, PlanBuilder, References, Segment, SegmentKind,
@@ -98,11 +100,15 @@ impl Vmdk {
         }
         if bytes.starts_with(&cowd::MAGIC) || bytes.starts_with(&sesparse::MAGIC) {
             let message = "this is an extent of a disk: open the descriptor that names it";
-            return Err(located(Error::new(ErrorKind::UnsupportedFeature, message).with_field("magicNumber")));
+            return Err(located(
+                Error::new(ErrorKind::UnsupportedFeature, message).with_field("magicNumber"),
+            ));
         }
         let length = storage.size()?;
         if length > descriptor::MAX_BYTES {
-            let message = format!("not a VMDK image: no magic number, and {length} bytes are too many for a descriptor");
+            let message = format!(
+                "not a VMDK image: no magic number, and {length} bytes are too many for a descriptor"
+            );
             return Err(located(Error::new(ErrorKind::InvalidHeader, message).with_field("magicNumber")));
         }
         let text = front(&*storage, 0, length as usize)?;
@@ -226,7 +232,8 @@ impl Vmdk {
     }
 
     fn read_compressed(&self, start: u64, host: u64, mut buf: MemMut<'_>) -> Result<()> {
-        let found = self.from(start).next().and_then(|(index, extent)| Some((index, extent, extent.grains()?)));
+        let found =
+            self.from(start).next().and_then(|(index, extent)| Some((index, extent, extent.grains()?)));
         let Some((index, extent, grains)) = found else {
             return Err(Error::new(ErrorKind::Internal, "a compressed grain is none"));
         };
@@ -270,7 +277,8 @@ impl Vmdk {
 /// The descriptor inside a sparse extent, and the room for it.
 fn embedded(storage: &dyn Storage, header: &sparse::Header) -> Result<(Descriptor, Range<u64>)> {
     if header.descriptor_offset == 0 || header.descriptor_size == 0 {
-        let message = "the file has no descriptor: it is an extent of a disk, open the descriptor that names it";
+        let message =
+            "the file has no descriptor: it is an extent of a disk, open the descriptor that names it";
         return Err(Error::new(ErrorKind::UnsupportedFeature, message).with_field("descriptorOffset"));
     }
     check_limit("descriptorOffset", header.descriptor_offset, i64::MAX as u64 / SECTOR)?;
@@ -377,7 +385,12 @@ impl Layer for Vmdk {
         Ok(())
     }
 
-    fn judge_backing(&self, below: &dyn Layer) -> Result<()> {
+    fn content_id(&self) -> Option<u32> {
+        Some(self.cid())
+    }
+
+    fn judge_below(&self, below: Option<&dyn Layer>) -> Result<()> {
+        let Some(below) = below else { return Ok(()) };
         let parent = (below as &dyn Any).downcast_ref::<Self>();
         let reason = match parent {
             // QEMU, too, takes no other parent: nothing tells whether it is the same as it was.
@@ -393,6 +406,10 @@ impl Layer for Vmdk {
     }
 
     fn as_writable(&self) -> Option<&dyn WriteLayer> {
+        Some(self)
+    }
+
+    fn as_checkable(&self) -> Option<&dyn CheckLayer> {
         Some(self)
     }
 
@@ -433,8 +450,10 @@ impl Vmdk {
             plain && (a.offset + a.sectors <= b.offset || b.offset + b.sectors <= a.offset)
         };
         let others = self.extents.iter().enumerate().filter(|(other, _)| *other != number);
-        let twice = others.filter(|(_, other)| other.storage().is_some_and(|s| s.identity().as_ref() == Some(&identity)));
-        let clash = twice.map(|(_, other)| &other.line).any(|other| !line.is_some_and(|line| apart(line, other)));
+        let twice = others
+            .filter(|(_, other)| other.storage().is_some_and(|s| s.identity().as_ref() == Some(&identity)));
+        let clash =
+            twice.map(|(_, other)| &other.line).any(|other| !line.is_some_and(|line| apart(line, other)));
         if !clash && self.storage.identity().as_ref() != Some(&identity) {
             return Ok(());
         }

@@ -31,14 +31,20 @@ impl Vmdk {
         if size == old {
             return Ok(());
         }
-        let refuse = |kind, message: String| Err(self.storage.located(Error::new(kind, message).with_field("size")));
+        let refuse =
+            |kind, message: String| Err(self.storage.located(Error::new(kind, message).with_field("size")));
         let Some(last) = self.extents.last().filter(|_| size > old) else {
-            return refuse(ErrorKind::UnsupportedFeature, "a vmdk image cannot be made smaller, or larger than empty".to_owned());
+            return refuse(
+                ErrorKind::UnsupportedFeature,
+                "a vmdk image cannot be made smaller, or larger than empty".to_owned(),
+            );
         };
         check_limit("size", size, self.options.max_virtual_size).map_err(|e| self.storage.located(e))?;
         let bytes = last.size() + (size - old);
         if self.create_type().starts_with("twoGbMaxExtent") && bytes > SPLIT {
-            let message = format!("the last extent would have {bytes} bytes, more than 2 GiB: the disk needs another one");
+            let message = format!(
+                "the last extent would have {bytes} bytes, more than 2 GiB: the disk needs another one"
+            );
             return refuse(ErrorKind::UnsupportedFeature, message);
         }
         self.change_cid()?;
@@ -53,7 +59,12 @@ impl Vmdk {
                     let error = Error::new(ErrorKind::InvalidArgument, message).with_field("preallocation");
                     return Err(self.storage.located(error));
                 }
-                grains.grow(self.tables(self.extents.len() - 1), sectors, self.options.max_metadata_bytes, job)?;
+                grains.grow(
+                    self.tables(self.extents.len() - 1),
+                    sectors,
+                    self.options.max_metadata_bytes,
+                    job,
+                )?;
             }
             Data::Missing | Data::Zero => return Err(self.not_open(last)),
         }
@@ -79,7 +90,13 @@ impl Vmdk {
     }
 }
 
-fn grow_plain(extent: &Extent, storage: &dyn Storage, bytes: u64, mode: Preallocation, job: &Job) -> Result<()> {
+fn grow_plain(
+    extent: &Extent,
+    storage: &dyn Storage,
+    bytes: u64,
+    mode: Preallocation,
+    job: &Job,
+) -> Result<()> {
     let start = extent.line.offset * SECTOR;
     let (old, new) = (start + extent.size(), start + bytes);
     let refuse = |message: &str| {
@@ -92,7 +109,9 @@ fn grow_plain(extent: &Extent, storage: &dyn Storage, bytes: u64, mode: Prealloc
         return refuse("the file has bytes behind the extent: it cannot grow");
     }
     let prepared = match mode {
-        Preallocation::Metadata => refuse("a flat extent has no metadata to preallocate: falloc and full are possible"),
+        Preallocation::Metadata => {
+            refuse("a flat extent has no metadata to preallocate: falloc and full are possible")
+        }
         Preallocation::Falloc => reserve(storage, old..new, job),
         Preallocation::Full => write_zero_bytes(storage, old, new - old, job),
         Preallocation::Off => Ok(()),
@@ -109,9 +128,11 @@ impl Grains {
     fn grow(&self, tables: Tables<'_>, sectors: u64, most: u64, job: &Job) -> Result<()> {
         let old = self.geometry();
         let new = Geometry { capacity: sectors, ..old }.checked().map_err(|e| self.storage.located(e))?;
-        check_limit("grain directory size", new.directory_bytes(), most).map_err(|e| self.storage.located(e))?;
+        check_limit("grain directory size", new.directory_bytes(), most)
+            .map_err(|e| self.storage.located(e))?;
         self.clear_end(tables, old)?;
-        let directories = if new.tables() > old.tables() { Some(self.write_directories(old, new, job)?) } else { None };
+        let directories =
+            if new.tables() > old.tables() { Some(self.write_directories(old, new, job)?) } else { None };
         self.storage.flush()?;
         self.write_header(sectors, directories.as_ref())?;
         if let Some((redundant, directory)) = directories {
@@ -128,7 +149,9 @@ impl Grains {
     fn clear_end(&self, tables: Tables<'_>, old: Geometry) -> Result<()> {
         let grain = old.grain_bytes();
         let end = old.size().next_multiple_of(grain);
-        self.stored(tables, old.size(), end - old.size(), |host, length| self.storage.zero(host, length, false))?;
+        self.stored(tables, old.size(), end - old.size(), |host, length| {
+            self.storage.zero(host, length, false)
+        })?;
         let (index, number) = (end / old.coverage(), end % old.coverage() / grain);
         let rest = if number == 0 { None } else { self.table(tables.cache, tables.extent, index)? };
         let unused = rest.is_some_and(|table| table.empty_from(number) + number != old.table_entries);
@@ -140,7 +163,12 @@ impl Grains {
     }
 
     /// Both directories anew, with new tables that are empty.
-    fn write_directories(&self, old: Geometry, new: Geometry, job: &Job) -> Result<(Option<Directory>, Directory)> {
+    fn write_directories(
+        &self,
+        old: Geometry,
+        new: Geometry,
+        job: &Job,
+    ) -> Result<(Option<Directory>, Directory)> {
         let writer = self.writer()?;
         let added = new.tables() - old.tables();
         let table = new.table_bytes().next_multiple_of(SECTOR);
@@ -159,7 +187,8 @@ impl Grains {
             at += list + added * table;
             Ok(directory)
         };
-        let redundant = writer.redundant.as_ref().map(|mine| make(mine.read().all().collect())).transpose()?;
+        let redundant =
+            writer.redundant.as_ref().map(|mine| make(mine.read().all().collect())).transpose()?;
         let directory = make(self.directory.read().all().collect())?;
         Ok((redundant, directory))
     }

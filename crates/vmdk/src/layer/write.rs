@@ -115,7 +115,10 @@ impl Grains {
         let end = self.storage.size()?.max(geometry.overhead * SECTOR);
         self.writer = Some(GrainWriter {
             redundant: redundant.map(RwLock::new),
-            space: Mutex::new(Space { next: end.next_multiple_of(geometry.grain_bytes()), spare: Vec::new() }),
+            space: Mutex::new(Space {
+                next: end.next_multiple_of(geometry.grain_bytes()),
+                spare: Vec::new(),
+            }),
             changed: RwLock::default(),
             publishing: Mutex::default(),
             flushing: Mutex::default(),
@@ -125,7 +128,8 @@ impl Grains {
     }
 
     pub(super) fn writer(&self) -> Result<&GrainWriter> {
-        let message = || self.error(ErrorKind::ReadOnly, "the extent is open for reading only".to_owned(), "extent");
+        let message =
+            || self.error(ErrorKind::ReadOnly, "the extent is open for reading only".to_owned(), "extent");
         self.writer.as_ref().ok_or_else(message)
     }
 
@@ -185,11 +189,16 @@ impl Grains {
         let is_new = |kind: &SegmentKind| matches!(kind, SegmentKind::Zero(_) | SegmentKind::Unallocated(_));
         match first.kind {
             SegmentKind::Data(place) if place.host < geometry.overhead * SECTOR => {
-                let message = format!("byte {at:#x} of the extent: the grain at {:#x} lies in the metadata", place.host);
+                let message = format!(
+                    "byte {at:#x} of the extent: the grain at {:#x} lies in the metadata",
+                    place.host
+                );
                 Err(self.error(ErrorKind::Corrupt, message, "grain table entry").with_offset(place.host))
             }
             SegmentKind::Data(place) => Ok(Run::Stored { host: place.host, length: first.length }),
-            SegmentKind::Opaque(_) => Err(Error::new(ErrorKind::Internal, "a compressed grain was written to")),
+            SegmentKind::Opaque(_) => {
+                Err(Error::new(ErrorKind::Internal, "a compressed grain was written to"))
+            }
             SegmentKind::Zero(_) | SegmentKind::Unallocated(_) => {
                 let run = segments.iter().take_while(|segment| is_new(&segment.kind));
                 Ok(Run::New { length: run.map(|segment| segment.length).sum() })
@@ -238,7 +247,9 @@ impl Grains {
         }
         let first = at / grain;
         for number in 0..length / grain {
-            let Some(other) = self.publish(writer, tables, first + number, place + number * grain)? else { continue };
+            let Some(other) = self.publish(writer, tables, first + number, place + number * grain)? else {
+                continue;
+            };
             // Another request was quicker: its grain counts, with the bytes of this one.
             let from = (number * grain).max(head);
             let to = (number * grain + grain).min(head + part.len() as u64);
@@ -259,14 +270,22 @@ impl Grains {
         if tail > PAD {
             self.storage.zero(behind, tail, false)?;
         }
-        let pad = |length: u64| Mem::from(ZEROES.get(..length as usize).filter(|_| length <= PAD).unwrap_or_default());
+        let pad = |length: u64| {
+            Mem::from(ZEROES.get(..length as usize).filter(|_| length <= PAD).unwrap_or_default())
+        };
         let front = pad(head);
         let start = from - front.len() as u64;
         self.storage.write_all_vectored_at(&mut [front, part, pad(tail)], start)
     }
 
     /// Sets the entry of a grain, which is empty or one of zeroes, in memory; gives the place of the grain that has one already.
-    fn publish(&self, writer: &GrainWriter, tables: Tables<'_>, grain: u64, place: u64) -> Result<Option<u64>> {
+    fn publish(
+        &self,
+        writer: &GrainWriter,
+        tables: Tables<'_>,
+        grain: u64,
+        place: u64,
+    ) -> Result<Option<u64>> {
         let geometry = self.geometry();
         let (index, number) = (grain / geometry.table_entries, grain % geometry.table_entries);
         let _alone = writer.publishing.lock();
@@ -274,7 +293,9 @@ impl Grains {
             Some(table) => (table, false),
             None => (self.new_table(writer, index)?, true),
         };
-        if let crate::geometry::Grain::Data(host) = self.grain(table.get(number), grain * geometry.grain_bytes())? {
+        if let crate::geometry::Grain::Data(host) =
+            self.grain(table.get(number), grain * geometry.grain_bytes())?
+        {
             return Ok(Some(host));
         }
         let mut changed = writer.changed.write();
@@ -335,7 +356,8 @@ impl Grains {
             let Some(table) = geometry.table(entry).map_err(|e| self.storage.located(e))? else { continue };
             for run in entries.chunk_by(|(a, _), (b, _)| a + 1 == *b) {
                 let Some((first, _)) = run.first() else { continue };
-                let bytes: Vec<u8> = run.iter().flat_map(|(_, value)| (*value as u32).to_le_bytes()).collect();
+                let bytes: Vec<u8> =
+                    run.iter().flat_map(|(_, value)| (*value as u32).to_le_bytes()).collect();
                 self.storage.write_all_at(Mem::from(&bytes[..]), table + first * 4)?;
             }
             if *is_new {

@@ -66,13 +66,18 @@ impl Vmdk {
             return refuse(ErrorKind::UnsupportedFeature, message, "parentFileNameHint");
         }
         if self.descriptor.change_tracking.is_some() {
-            let message = "changed blocks of the image are tracked in another file, which a write would leave wrong";
+            let message =
+                "changed blocks of the image are tracked in another file, which a write would leave wrong";
             return refuse(ErrorKind::UnsupportedFeature, message, "changeTrackPath");
         }
         for extent in &self.extents {
             match (&extent.data, extent.line.access) {
                 (_, Access::None | Access::ReadOnly) => {
-                    return refuse(ErrorKind::ReadOnly, "the descriptor says that an extent is not written to", "extent");
+                    return refuse(
+                        ErrorKind::ReadOnly,
+                        "the descriptor says that an extent is not written to",
+                        "extent",
+                    );
                 }
                 (Data::Missing, _) => return Err(self.not_open(extent)),
                 (Data::Zero, _) => {

@@ -24,7 +24,8 @@ impl Joined {
     fn at(&self, offset: u64) -> io::Result<(&Arc<dyn Storage>, u64, u64)> {
         let file = usize::try_from(offset / self.stride).ok().and_then(|number| self.files.get(number));
         let inside = offset % self.stride;
-        file.map(|file| (file, inside, self.stride - inside)).ok_or_else(|| io::ErrorKind::InvalidInput.into())
+        file.map(|file| (file, inside, self.stride - inside))
+            .ok_or_else(|| io::ErrorKind::InvalidInput.into())
     }
 
     /// Runs `then` on the parts of a range: a file, the first byte in it, how many, and how many came before.
@@ -117,7 +118,15 @@ impl Storage for Joined {
         self.parts(offset, length, |file, at, part, _| file.allocate_ahead(at, part))
     }
 
-    fn clone_range(&self, from: &dyn ReadStorage, from_offset: u64, offset: u64, length: u64) -> io::Result<()> {
-        self.parts(offset, length, |file, at, part, done| file.clone_range(from, from_offset + done, at, part))
+    fn clone_range(
+        &self,
+        from: &dyn ReadStorage,
+        from_offset: u64,
+        offset: u64,
+        length: u64,
+    ) -> io::Result<()> {
+        self.parts(offset, length, |file, at, part, done| {
+            file.clone_range(from, from_offset + done, at, part)
+        })
     }
 }

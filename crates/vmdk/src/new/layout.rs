@@ -36,12 +36,8 @@ impl SparseLayout {
         let redundant = header.descriptor_offset + header.descriptor_size;
         let first = redundant + directory + tables * TABLE;
         let end = first + directory + tables * TABLE;
-        let header = Header {
-            redundant,
-            directory: first,
-            overhead: end.next_multiple_of(header.grain),
-            ..header
-        };
+        let header =
+            Header { redundant, directory: first, overhead: end.next_multiple_of(header.grain), ..header };
         Ok(Self { header, geometry: header.geometry()?, directory })
     }
 

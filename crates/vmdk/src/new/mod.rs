@@ -107,7 +107,8 @@ impl NewVmdk {
         }
         for file in std::iter::once(&hosts.own).chain(&hosts.others) {
             if file.traits().block_device {
-                let message = "a vmdk image is made in files, not on a device: the format has no size of its own there";
+                let message =
+                    "a vmdk image is made in files, not on a device: the format has no size of its own there";
                 return Err(file.located(Error::new(ErrorKind::InvalidArgument, message)));
             }
             empty(&**file)?;
@@ -296,6 +297,7 @@ fn lines(options: &CreateOptions, name: &[u8]) -> Vec<ExtentLine> {
     }
     let letter = if subformat.is_flat() { 'f' } else { 's' };
     let most = SPLIT / SECTOR;
-    let part = |number: u64| line(most.min(total - number * most), named(format!("-{letter}{:03}", number + 1)));
+    let part =
+        |number: u64| line(most.min(total - number * most), named(format!("-{letter}{:03}", number + 1)));
     (0..total.div_ceil(most)).map(part).collect()
 }

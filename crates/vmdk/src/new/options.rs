@@ -154,7 +154,8 @@ impl CreateOptions {
 
     /// Checks what options demand of each other.
     pub(crate) fn check(&self) -> Result<()> {
-        let refuse = |field, value: &str, reason| Err(invalid(ErrorKind::InvalidArgument, field, value, reason));
+        let refuse =
+            |field, value: &str, reason| Err(invalid(ErrorKind::InvalidArgument, field, value, reason));
         if self.compat6 && self.hardware_version.is_some() {
             return refuse("compat6", "true", "the hardware version is given, too");
         }
@@ -171,7 +172,8 @@ impl CreateOptions {
             }
         }
         if let Some(parent) = &self.parent
-            && (parent.filename.is_empty() || parent.filename.iter().any(|byte| matches!(byte, b'"' | b'\n' | b'\r' | 0)))
+            && (parent.filename.is_empty()
+                || parent.filename.iter().any(|byte| matches!(byte, b'"' | b'\n' | b'\r' | 0)))
         {
             let shown = String::from_utf8_lossy(&parent.filename).into_owned();
             return refuse("backing_file", &format!("'{shown}'"), "a descriptor cannot name such a file");

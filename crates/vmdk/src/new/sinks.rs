@@ -124,7 +124,8 @@ impl BlockTarget for Grains {
 
     fn place(&mut self, block: u64) -> Result<u64> {
         let split = self.new.options.subformat.is_split();
-        let (number, grain) = if split { (block / (SPLIT / GRAIN), block % (SPLIT / GRAIN)) } else { (0, block) };
+        let (number, grain) =
+            if split { (block / (SPLIT / GRAIN), block % (SPLIT / GRAIN)) } else { (0, block) };
         let entries = self.table.len().max(1) as u64;
         let current = (number as usize, grain / entries);
         if current != self.current {

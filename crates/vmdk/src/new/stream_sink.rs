@@ -133,7 +133,8 @@ impl Packed {
         let length = deflater
             .deflate(grain, room)
             .map_err(|e| Error::new(ErrorKind::Internal, e.to_string()).with_source(e))?;
-        let marker = [&(number * (GRAIN / SECTOR)).to_le_bytes()[..], &(length as u32).to_le_bytes()].concat();
+        let marker =
+            [&(number * (GRAIN / SECTOR)).to_le_bytes()[..], &(length as u32).to_le_bytes()].concat();
         if let Some(place) = self.bytes.get_mut(start..data) {
             place.copy_from_slice(&marker);
         }
