@@ -223,10 +223,7 @@ export function infoIn(info: AnyImageInfo, big: boolean | undefined): AnyImageIn
   }
 }
 
-function extentIn(
-  extent: VmdkExtentInfo<number | bigint>,
-  big: boolean | undefined,
-): VmdkExtentInfo<number | bigint> {
+function extentIn(extent: VmdkExtentInfo<number | bigint>, big: boolean | undefined): VmdkExtentInfo<number | bigint> {
   const size = sizesIn(big)
   return {
     ...extent,

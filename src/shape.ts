@@ -290,7 +290,7 @@ export function toTarget(
   exists = false,
 ): Target {
   const made = toTargetFormat(owner, to)
-  if (compress && !can(made, 'compress')) {
+  if (compress && !can(made, 'compress') && (exists || creationOf(made).compressed !== true)) {
     throw invalidArgument('compress', `${owner}: a ${made} image cannot be compressed`)
   }
   const type = compress?.type

@@ -349,8 +349,7 @@ class Opening {
   #refuseHalf({ backing, dataFile, extents }: NativeLayer, { path }: NativeFile, { write }: Access): void {
     // A repair writes no guest data.
     if (write === undefined || this.#options.forCheck || this.#policyNow() !== 'layer') return
-    const missing =
-      (backing && 'backing') ?? (dataFile && 'data-file') ?? (extents.length > 0 ? 'extent' : undefined)
+    const missing = (backing && 'backing') ?? (dataFile && 'data-file') ?? (extents.length > 0 ? 'extent' : undefined)
     if (missing === undefined) return
     const { name, field } = KINDS[missing]
     const message = `${path === undefined ? '' : `${path}: `}references is 'layer', and writing needs the ${name} too`

@@ -191,14 +191,14 @@ function toLuksShape(values: OptionValues, options: AnyShape, objects: Objects):
 }
 
 function toVmdkShape(values: OptionValues, options: AnyShape): AnyShape {
-  const { subformats = [], presets = [] } = creationOf('vmdk')
+  const { subformats = [], presets = [], backingFormat: ofBacking } = creationOf('vmdk')
   const known = (name: string, allowed: readonly string[]): string | undefined => {
     const value = text(values, name)
     if (value === undefined || allowed.includes(value)) return value
     throw new CommandFailure(`invalid parameter value: ${value}`)
   }
   const backingFormat = text(values, 'backing_fmt')
-  if (backingFormat !== undefined && backingFormat !== 'vmdk') {
+  if (backingFormat !== undefined && backingFormat !== ofBacking) {
     throw new CommandFailure('backing_file must be a vmdk image')
   }
   const [adapterType, subformat] = [known('adapter_type', ADAPTER_TYPES), known('subformat', subformats)]
@@ -220,7 +220,7 @@ function toVmdkShape(values: OptionValues, options: AnyShape): AnyShape {
     toolsVersion: text(values, 'toolsversion'),
     compat6,
     zeroedGrain,
-    ...(backingFile !== undefined && { backingFile: toName(backingFile), backingFormat: 'vmdk' }),
+    ...(backingFile !== undefined && { backingFile: toName(backingFile), backingFormat: ofBacking }),
   }
 }
 

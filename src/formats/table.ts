@@ -103,6 +103,8 @@ export interface Creation {
   readonly subformats?: readonly string[]
   /** What `preset` can be: products that take images of a certain shape alone. */
   readonly presets?: readonly string[]
+  /** Some of its subformats are compressed as a whole, and written once. */
+  readonly compressed?: boolean
   /** The only format of a backing file. */
   readonly backingFormat?: 'vmdk'
 }
@@ -212,7 +214,7 @@ const FORMATS: Table = {
       aliases: [],
       backingFile: true,
       requestAlignment: 1,
-      can: ['write', 'compress', 'check'],
+      can: ['write', 'check'],
       create: {
         shape: [
           'preset',
@@ -225,7 +227,8 @@ const FORMATS: Table = {
           'backingFile',
           'backingFormat',
         ],
-        preallocation: ['off'],
+        preallocation: [],
+        compressed: true,
         presets: ['esxi', 'ovf'],
         subformats: [
           'monolithicSparse',

@@ -435,7 +435,8 @@ impl Layer for Vmdk {
 
     fn holes(&self) -> Result<Holes> {
         let plain = |extent: &Extent| matches!(extent.data, Data::Plain(_) | Data::Zero);
-        Ok(if self.extents.iter().all(plain) { Holes::Zero } else { Holes::Ignored })
+        // A hole of a flat extent is allocated all the same, as QEMU has it.
+        Ok(if self.extents.iter().all(plain) { Holes::Preallocated } else { Holes::Ignored })
     }
 }
 
