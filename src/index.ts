@@ -26,6 +26,8 @@ export type {
   LuksSlotInfo,
   Qcow2SpecificInfo,
   SnapshotInfo,
+  VmdkExtentInfo,
+  VmdkInfo,
 } from './info.js'
 export { type Finding, type FindingCode, type Inspection, type InspectOptions, inspect } from './inspect.js'
 export type { AddKeyOptions, ChangeKeyOptions, Keys, RemoveKeyOptions } from './keys.js'
@@ -48,7 +50,17 @@ export type { ReadOptions } from './read.js'
 export { type RebaseOptions, rebase } from './rebase.js'
 export type { TruncateOptions } from './resize.js'
 export type { Encrypt, EncryptedLayer, Secret, SecretBytes, Secrets } from './secret.js'
-export type { Compression, LuksShape, Preallocation, Qcow2Shape, RawShape, Shape, Shapes, VhdxShape } from './shape.js'
+export type {
+  Compression,
+  LuksShape,
+  Preallocation,
+  Qcow2Shape,
+  RawShape,
+  Shape,
+  Shapes,
+  VhdxShape,
+  VmdkShape,
+} from './shape.js'
 export type { Snapshots } from './snapshot/snapshots.js'
 export type { DetachedImage, ImageInFile, ImageSource, PathLike } from './source.js'
 export type { ReadStreamOptions, SparseChunk, WebStreamOptions } from './stream.js'

@@ -67,6 +67,10 @@ export interface NativeLayer {
   readonly encryption?: 'aes' | 'luks'
   readonly backing?: NativeNamedFile
   readonly dataFile?: NativeNamedFile
+  /** The files that its disk is made of beside its own. */
+  readonly extents: readonly { readonly filename: string; readonly writable: boolean }[]
+  /** What an image that is made on it stores to know it again. */
+  readonly contentId?: number
 }
 
 /** Limits; what is absent has the engine's default. */
@@ -139,6 +143,21 @@ export interface NativeLayerInfo {
   readonly clusterSize?: number
   readonly encryption?: 'aes' | 'luks'
   readonly backing?: NativeNamedFile
+  readonly vmdk?: {
+    readonly createType: string
+    readonly cid: number
+    readonly parentCid: number
+    readonly extents: readonly {
+      readonly filename?: string
+      readonly opened: boolean
+      readonly format?: string
+      readonly virtualSize: number
+      readonly fileLength?: number
+      readonly actualSize?: number
+      readonly compressed: boolean
+      readonly clusterSize?: number
+    }[]
+  }
   readonly qcow2?: {
     readonly version: 2 | 3
     readonly refcountBits: number
@@ -468,6 +487,8 @@ export interface Addon {
   /** Tells the key slots that are free now. */
   removeKeys(request: number, job: number, image: number, order: NativeKeyRemovalOrder): void
   setDataFile(request: number, layer: number, file: number, lock: NativeLock | undefined): void
+  /** The layer has another number then. */
+  attachExtents(request: number, layer: number, files: readonly number[], lock: NativeLock | undefined): void
   /** The top layer is read only without `write`. */
   assemble(request: number, layers: readonly number[], write: NativeWriting | undefined): void
   release(request: number, number: number): void

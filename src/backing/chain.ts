@@ -28,7 +28,7 @@ import { runJob, type StartJob } from '../support/jobs.js'
 import { isAborted, request } from '../support/requests.js'
 import { canBeInexact, exactName, type Name } from '../text.js'
 import { onlyDiskOf } from './appliance.js'
-import { decide, nameOf, type ReferencePolicy } from './policy.js'
+import { decide, KINDS, nameOf, type ReferencePolicy } from './policy.js'
 
 const MAX_CHAIN_DEPTH = 200
 
@@ -70,6 +70,8 @@ export interface Chain {
   /** The same from the root of the file system: the process may work in another directory later. */
   readonly absolutePath: string | undefined
   readonly virtualSize: number
+  /** What an image that is made on the top layer stores to know it again, where its format has that. */
+  readonly contentId: number | undefined
   /** The top layer's. */
   readonly format: Format
   /** The top layer's; undefined where it has no clusters. */
@@ -119,6 +121,7 @@ export async function openChain(located: Located, options: ChainOptions): Promis
       path: top.path,
       absolutePath: top.absolutePath,
       virtualSize: top.opened.virtualSize,
+      contentId: top.opened.contentId,
       format: top.format,
       clusterSize: top.opened.clusterSize,
       depth: layers.length,
@@ -239,11 +242,12 @@ class Opening {
     this.#refuseLoop(file)
     const header = located.header && (await this.#openHeader(located.header))
     const format = header === undefined ? formatOf(file) : DETACHABLE_FORMAT
-    const opened = await this.#unlock(await this.#openLayer(file, format, access, header), file.path)
-    this.#layers.push(opened.layer)
+    const alone = await this.#unlock(await this.#openLayer(file, format, access, header), file.path)
+    this.#layers.push(alone.layer)
     this.layerIdentities.push(file.identity)
-    this.#refuseHalf(opened, file, access)
+    this.#refuseHalf(alone, file, access)
     throwIfAborted(this.#options.signal)
+    const opened = await this.#attachExtents(alone, file.path, folderPath(located, file.path), access)
     if (opened.dataFile !== undefined) await this.#attachDataFile(opened, file.path, access)
     const { path, absolutePath } = file
     return { path, absolutePath, format, opened, next: await this.#next(opened, path, folderPath(located, path)) }
@@ -354,13 +358,13 @@ class Opening {
   }
 
   /** A write copies what surrounds it from the backing file: without that file, the copy would be zeroes. */
-  #refuseHalf({ backing, dataFile }: NativeLayer, { path }: NativeFile, { write }: Access): void {
+  #refuseHalf({ backing, dataFile, extents }: NativeLayer, { path }: NativeFile, { write }: Access): void {
     // A repair writes no guest data.
     if (write === undefined || this.#options.forCheck || this.#policyNow() !== 'layer') return
-    const missing = backing === undefined ? dataFile && 'data file' : 'backing file'
+    const missing = (backing && 'backing') ?? (dataFile && 'data-file') ?? (extents.length > 0 ? 'extent' : undefined)
     if (missing === undefined) return
-    const message = `${path === undefined ? '' : `${path}: `}references is 'layer', and writing needs the ${missing} too`
-    const field = backing === undefined ? 'external data file name' : 'backing_file'
+    const { name, field } = KINDS[missing]
+    const message = `${path === undefined ? '' : `${path}: `}references is 'layer', and writing needs the ${name} too`
     throw new Qcow2Error('ERR_QCOW2_REFERENCE_DENIED', message, { path, field })
   }
 
@@ -375,6 +379,37 @@ class Opening {
     } catch (error) {
       throw inReference(error, `the ${nameOf({ kind: 'data-file', filename: dataFile.filename })} of '${from}'`)
     }
+  }
+
+  /** Opens the files that the disk of a layer is made of, which has another number then. With `'layer'` it stays without them. */
+  async #attachExtents(
+    opened: NativeLayer,
+    from: string | undefined,
+    folder: string | undefined,
+    access: Access,
+  ): Promise<NativeLayer> {
+    const { layer, extents } = opened
+    const policy = this.#policyNow()
+    if (extents.length === 0 || policy === 'layer') return opened
+    const others = new Set(this.#seen)
+    const files: number[] = []
+    for (const { filename, writable } of extents) {
+      const located = await decide(policy, 'extent', { filename }, from, folder, this.#options.signal)
+      if (located === undefined) return opened
+      try {
+        const file = await this.#open(located, writable ? access : { ...access, write: undefined })
+        if (file.identity !== undefined && others.has(file.identity)) this.#refuseLoop(file)
+        if (file.identity !== undefined) this.#seen.add(file.identity)
+        files.push(file.file)
+      } catch (error) {
+        throw inReference(error, `the ${nameOf({ kind: 'extent', filename })} of '${from}'`)
+      }
+    }
+    const whole = await request<NativeLayer>((number, addon) =>
+      addon.attachExtents(number, layer, files, lockFor(access)),
+    )
+    this.#layers[this.#layers.length - 1] = whole.layer
+    return whole
   }
 
   async #next(
