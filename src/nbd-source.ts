@@ -3,7 +3,7 @@
 import type { ConnectionOptions } from 'node:tls'
 import { invalidArgument, Qcow2Error } from './errors.js'
 import { type Addon, type NativeListedExport, type NativeNbdConnect, native } from './native.js'
-import { clientTls, Encrypting, type NbdClientTls, withHost } from './nbd-tls.js'
+import { clientEncryption, clientTls, Encrypting, type NbdClientTls, withHost } from './nbd-tls.js'
 import { ABORTABLE, type Abortable, integer, readOptions, throwIfAborted } from './options.js'
 import { type Held, runHeld } from './support/jobs.js'
 import { toError } from './support/requests.js'
@@ -55,7 +55,7 @@ export class NbdSource {
     const uri = uriOf(name)
     this.uri = uri
     const connect = { connectTime: connectTimeout, silenceTime: silenceTimeout, reconnectTime: reconnect }
-    this.#place = { uri, connect, tls }
+    this.#place = { uri, connect, tls: tls && withHost(tls, hostOf(uri), `${owner}: tls`) }
     Object.freeze(this)
   }
 
@@ -92,7 +92,7 @@ export async function reach<T>(place: NbdPlace, signal: AbortSignal | undefined,
   const { uri, connect, tls } = place
   if (tls === undefined) return runHeld<T>(signal, (request, job, addon) => start(request, job, addon, connect))
   throwIfAborted(signal)
-  const encrypting = new Encrypting(withHost(tls, hostOf(uri)))
+  const encrypting = new Encrypting(clientEncryption(tls))
   try {
     const held = await runHeld<T>(signal, (request, job, addon) =>
       start(request, job, addon, { ...connect, tls: encrypting.number }),
@@ -169,7 +169,11 @@ export async function listNbd(uri: string, options?: NbdListOptions): Promise<re
   const { signal, connectTimeout: connectTime, tls } = readOptions(options, 'listNbd', LIST)
   const source = new NbdSource(uri, undefined, 'listNbd')
   throwIfAborted(signal)
-  const place = { uri: source.uri, connect: { connectTime }, tls }
+  const place = {
+    uri: source.uri,
+    connect: { connectTime },
+    tls: tls && withHost(tls, hostOf(source.uri), 'listNbd: tls'),
+  }
   const held = await reach<NativeListedExport[]>(place, signal, (request, job, addon, connect) =>
     addon.listNbd(request, job, source.uri, connect),
   )

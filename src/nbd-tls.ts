@@ -48,7 +48,7 @@ export interface NbdClientX509 {
   key?: Pem | undefined
   /** What `key` is encrypted with. */
   passphrase?: string | undefined
-  /** The name or address that the server's certificate must be for. Default: that of the URI; on a unix socket any will do. */
+  /** The name or address that the server's certificate must be for. Default: that of the URI, which has none for a unix socket. */
   hostname?: string | undefined
 }
 
@@ -163,7 +163,7 @@ export const serverTls: Reader<Encryption> = (value, name) => {
   }
 }
 
-/** Reads a {@link NbdClientTls}, for a server of any host: {@link withHost} says of which. */
+/** Reads a {@link NbdClientTls}, for a server of any host: {@link withHost} says of which one. */
 export const clientTls: Reader<ConnectionOptions> = (value, name) => {
   const options = isPsk(value) ? readPsk(value, name) : readX509(value, name)
   return checked<ConnectionOptions>(options, name)
@@ -180,17 +180,26 @@ function readX509(value: unknown, name: string): ConnectionOptions {
   return { ...options, ...(host !== undefined && { host }) }
 }
 
-/** How connections to a server of this host are encrypted; undefined: it has none, and may have a certificate for any. */
-export function withHost(options: ConnectionOptions, uriHost: string | undefined): Encryption {
+/** The host of a URI, as what certificates must be for, where nothing else is said. A key that is shared names nobody. */
+export function withHost(options: ConnectionOptions, uriHost: string | undefined, name: string): ConnectionOptions {
   const { host = uriHost } = options
+  if (host !== undefined || options.pskCallback !== undefined)
+    return { ...options, ...(host !== undefined && { host }) }
+  throw invalidArgument(
+    'hostname',
+    `${name}: hostname is needed for a unix socket: whom the certificate there must be for`,
+  )
+}
+
+/** How connections to a server are encrypted. */
+export function clientEncryption(options: ConnectionOptions): Encryption {
   const { isIP } = process.getBuiltinModule('node:net')
-  const named: ConnectionOptions =
-    host === undefined
-      ? { checkServerIdentity: () => undefined }
-      : { host, ...(isIP(host) === 0 && { servername: host }) }
+  const { host } = options
+  // An address is no name to ask for.
+  const named = host !== undefined && isIP(host) === 0 ? { servername: host } : {}
   return (plain, secured, failed) => {
     const { connect } = process.getBuiltinModule('node:tls')
-    const secure = connect({ ...named, ...options, socket: plain })
+    const secure = connect({ ...options, ...named, socket: plain })
     secure.on('error', failed).once('secureConnect', () => secured(secure))
   }
 }
