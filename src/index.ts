@@ -33,15 +33,33 @@ export { type Finding, type FindingCode, type Inspection, type InspectOptions, i
 export type { AddKeyOptions, ChangeKeyOptions, Keys, RemoveKeyOptions } from './keys.js'
 export type { MapEntry, MapOptions } from './map.js'
 export { type MeasureOptions, type MeasureResult, measure } from './measure.js'
-export { type NbdAddress, type NbdOptions, NbdServer, serveNbd } from './nbd.js'
+export {
+  type NbdAddress,
+  type NbdOptions,
+  type NbdServed,
+  NbdServer,
+  type NbdServerOptions,
+  type NbdServing,
+  serveNbd,
+} from './nbd.js'
 export {
   listNbd,
   type NbdExport,
   type NbdListOptions,
   type NbdSource,
+  type NbdSourceOptions,
   type NbdTimes,
   nbdSource,
 } from './nbd-source.js'
+export type {
+  NbdClientPsk,
+  NbdClientTls,
+  NbdClientX509,
+  NbdServerPsk,
+  NbdServerTls,
+  NbdServerX509,
+  Pem,
+} from './nbd-tls.js'
 export { type OpenOptions, open } from './open.js'
 export type { Abortable, Limits, LongRunning, Progress } from './options.js'
 export type { OverlayOptions } from './overlay.js'

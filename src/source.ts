@@ -5,9 +5,9 @@ import { fileURLToPath } from 'node:url'
 import { invalidArgument, Qcow2Error } from './errors.js'
 import { type Format, quoted, SOURCE_FORMATS, TARGET_FORMATS, type TargetFormat } from './formats/table.js'
 import type { NativeFile, NativeFileOptions } from './native.js'
-import { type NbdPlace, NbdSource } from './nbd-source.js'
+import { type NbdPlace, NbdSource, reach } from './nbd-source.js'
 import { bytes, oneOf, type Reader } from './options.js'
-import { type Held, runHeld } from './support/jobs.js'
+import type { Held } from './support/jobs.js'
 import { request } from './support/requests.js'
 import { decodeText, userText } from './text.js'
 import { describe } from './units.js'
@@ -140,9 +140,9 @@ export async function openFile(
   signal?: AbortSignal,
 ): Promise<NativeFile> {
   if ('nbd' in located) {
-    const { uri, times } = located.nbd
-    const held = await runHeld<NativeFile>(signal, (number, job, addon) =>
-      addon.openNbd(number, job, uri, { ...times, writable: options.writable }),
+    const { nbd } = located
+    const held = await reach<NativeFile>(nbd, signal, (number, job, addon, connect) =>
+      addon.openNbd(number, job, nbd.uri, { ...connect, writable: options.writable }),
     )
     connections.set(held.value.file, [held])
     return held.value
