@@ -74,6 +74,19 @@ export interface LuksShape {
   encrypt: Encrypt
 }
 
+/** The shape of a VHDX image. */
+export interface VhdxShape {
+  preallocation?: 'off' | undefined
+  /** `'dynamic'` takes blocks as they are written to, `'fixed'` has all of them from the start. Default `'dynamic'`. */
+  subformat?: 'dynamic' | 'fixed' | undefined
+  /** Bytes, a power of two of 1 MiB to 256 MiB. Default 8 MiB, and more for disks of more than 1 GiB, as `qemu-img` chooses. */
+  blockSize?: number | undefined
+  /** Bytes of the log, a multiple of 1 MiB. Default 1 MiB. */
+  logSize?: number | undefined
+  /** Blocks that were never written to are zero, and not just absent. Default true, as for `qemu-img`. */
+  blockStateZero?: boolean | undefined
+}
+
 /** The shape of a VMDK image. */
 export interface VmdkShape {
   /**
@@ -112,6 +125,7 @@ export interface Shapes {
   qcow2: Qcow2Shape
   raw: RawShape
   luks: LuksShape
+  vhdx: VhdxShape
   vmdk: VmdkShape
 }
 
@@ -125,6 +139,9 @@ export interface AnyShape extends Qcow2Shape, Partial<Record<FormatOption, strin
 const FORMAT_OPTIONS = {
   preset: text,
   subformat: text,
+  blockSize: integer(0, 2 ** 32),
+  logSize: integer(0, 2 ** 32),
+  blockStateZero: flag,
   adapterType: text,
   hardwareVersion: text,
   toolsVersion: text,

@@ -5,6 +5,7 @@
 
 import { type Access, READING } from '../access.js'
 import { AbortError, Qcow2Error } from '../errors.js'
+import { isOva } from '../formats/ova.js'
 import { detectFormat } from '../formats/probe.js'
 import {
   type Ability,
@@ -14,6 +15,7 @@ import {
   type Format,
   formatNamed,
   isFormat,
+  isKnownByStart,
   PLAIN_FORMAT,
 } from '../formats/table.js'
 import type { NativeFile, NativeLayer, NativeLayerOptions, NativeLock, NativeSecret, NativeWriting } from '../native.js'
@@ -25,6 +27,7 @@ import { handOver, type Located, openFile, release } from '../source.js'
 import { runJob, type StartJob } from '../support/jobs.js'
 import { isAborted, request } from '../support/requests.js'
 import { canBeInexact, exactName, type Name } from '../text.js'
+import { onlyDiskOf } from './appliance.js'
 import { decide, KINDS, nameOf, type ReferencePolicy } from './policy.js'
 
 const MAX_CHAIN_DEPTH = 200
@@ -232,7 +235,10 @@ class Opening {
     const depth = this.#layers.length
     const written = depth === 0 || depth === this.#options.base
     const access: Access = written ? this.#access : { ...this.#access, write: undefined }
-    const file = await this.#open(located, access)
+    let file = await this.#open(located, access)
+    if (depth === 0 && located.header === undefined && isOva(file.head) && this.#mayLookInside()) {
+      file = await this.#open(await onlyDiskOf(located, file.path), access)
+    }
     this.#refuseLoop(file)
     const header = located.header && (await this.#openHeader(located.header))
     const format = header === undefined ? formatOf(file) : DETACHABLE_FORMAT
@@ -245,6 +251,12 @@ class Opening {
     if (opened.dataFile !== undefined) await this.#attachDataFile(opened, file.path, access)
     const { path, absolutePath } = file
     return { path, absolutePath, format, opened, next: await this.#next(opened, path, folderPath(located, path)) }
+  }
+
+  /** Whether a file that begins as an appliance is none of the format that the caller says. A guest can write any bytes in front. */
+  #mayLookInside(): boolean {
+    const { format } = this.#options
+    return format === undefined || isKnownByStart(format)
   }
 
   /** Opens the next layer; a failure names both files. */

@@ -69,6 +69,30 @@ const LUKS_OPTIONS: readonly OptionSpec[] = [
   { name: 'detached-header', type: 'bool', help: 'Create a detached LUKS header' },
 ]
 
+/** In the order in which qemu-img prints them. */
+const VHDX_OPTIONS: readonly OptionSpec[] = [
+  { name: 'size', type: 'size', help: 'Virtual disk size; max of 64TB.' },
+  { name: 'log_size', type: 'size', help: 'Log size; min 1MB.', fallback: '1048576' },
+  {
+    name: 'block_size',
+    type: 'size',
+    help: 'Block Size; min 1MB, max 256MB. 0 means auto-calculate based on image size.',
+    fallback: '0',
+  },
+  {
+    name: 'subformat',
+    type: 'string',
+    help: "VHDX format type, can be either 'dynamic' or 'fixed'. Default is 'dynamic'.",
+  },
+  {
+    name: 'block_state_zero',
+    type: 'bool',
+    help:
+      "Force use of payload blocks of type 'ZERO'. Non-standard, but default.  Do not set to 'off' when using 'qemu-img convert' with " +
+      'subformat=dynamic.',
+  },
+]
+
 /** Some of them, for an image that exists: what is not given stays as it is. */
 export const qcow2Options = (...names: readonly string[]): readonly OptionSpec[] =>
   QCOW2_OPTIONS.filter(({ name }) => names.includes(name)).map(({ name, type, help }) => ({ name, type, help }))
@@ -122,6 +146,7 @@ const OF_FORMAT: Readonly<
   qcow2: { options: QCOW2_OPTIONS, toShape: toQcow2Shape },
   raw: { options: SIZE_OPTIONS, toShape: (_, options) => options },
   luks: { options: LUKS_OPTIONS, toShape: toLuksShape },
+  vhdx: { options: VHDX_OPTIONS, toShape: toVhdxShape },
   vmdk: { options: VMDK_OPTIONS, toShape: toVmdkShape },
 }
 
@@ -188,6 +213,22 @@ function toLuksShape(values: OptionValues, options: AnyShape, objects: Objects):
     throw unsupported("Option 'detached-header'", 'this version writes the header in front of the data')
   }
   return { ...options, encrypt: toEncryption('luks', values, '', objects) }
+}
+
+const MIB = 1n << 20n
+
+/** As QEMU does, sizes are rounded up to what the format has. */
+function toVhdxShape(values: OptionValues, options: AnyShape): AnyShape {
+  const subformat = text(values, 'subformat')
+  if (subformat !== undefined) options.subformat = choice(values, 'subformat', ['dynamic', 'fixed'])
+  const whole = (bytes: bigint) => ((bytes + MIB - 1n) / MIB) * MIB
+  const blockSize = values.get('block_size')
+  if (typeof blockSize === 'bigint') options.blockSize = Number(whole(blockSize))
+  const logSize = values.get('log_size')
+  if (typeof logSize === 'bigint') options.logSize = Number(whole(logSize))
+  const blockStateZero = values.get('block_state_zero')
+  if (typeof blockStateZero === 'boolean') options.blockStateZero = blockStateZero
+  return options
 }
 
 function toVmdkShape(values: OptionValues, options: AnyShape): AnyShape {

@@ -64,27 +64,3 @@ export const vpcSize: SizeReader = async file => {
   const exact = SIZED_CREATORS.has(footer.toString('latin1', 28, 32)) || sectors >= LARGEST_GEOMETRY
   return exact ? u64be(footer, 48) : sectors * SECTOR
 }
-
-/** GUIDs as they lie in the file. */
-const VHDX_METADATA = Buffer.from('06a27c8b90479a4bb8fe575f050f886e', 'hex')
-const VHDX_DISK_SIZE = Buffer.from('2442a52f1bcd7648b2115dbed83bf4b8', 'hex')
-const VHDX_REGIONS = 192 << 10
-const VHDX_TABLE = 64 << 10
-
-export const vhdxSize: SizeReader = async file => {
-  const region = findEntry(await file.at(VHDX_REGIONS, VHDX_TABLE), 16, 8, VHDX_METADATA)
-  if (region === undefined) return undefined
-  const start = u64le(region, 16)
-  if (!Number.isSafeInteger(start)) return undefined
-  const item = findEntry(await file.at(start, VHDX_TABLE), 32, 10, VHDX_DISK_SIZE)
-  return item && u64le(await file.at(start + item.readUInt32LE(16), 8), 0)
-}
-
-/** The entry of 32 bytes with this GUID in a table whose entries begin at `first`; their number is at `count`. */
-function findEntry(table: Buffer, first: number, count: number, guid: Buffer): Buffer | undefined {
-  const most = Math.min(table.readUInt16LE(count), Math.floor((table.length - first) / 32))
-  const entries = Array.from({ length: most }, (_, index) =>
-    table.subarray(first + index * 32, first + index * 32 + 32),
-  )
-  return entries.find(entry => startsWith(entry, guid))
-}

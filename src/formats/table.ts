@@ -13,7 +13,6 @@ import {
   type SizeReader,
   startsWith,
   vdiSize,
-  vhdxSize,
   vpcSize,
 } from './sizes.js'
 
@@ -92,6 +91,9 @@ export type FormatOption =
   | 'toolsVersion'
   | 'compat6'
   | 'zeroedGrain'
+  | 'blockSize'
+  | 'logSize'
+  | 'blockStateZero'
 
 /** What a new image of a format can be made with. */
 export interface Creation {
@@ -110,13 +112,13 @@ export interface Creation {
 }
 
 /** The formats that images are read in, by QEMU's names. `qcow` is version 1 of qcow2, `luks` is LUKS of both versions. */
-export type Format = 'qcow2' | 'raw' | 'qcow' | 'luks' | 'vmdk'
+export type Format = 'qcow2' | 'raw' | 'qcow' | 'luks' | 'vhdx' | 'vmdk'
 
 /** The formats that new images are made in. `luks` is LUKS of version 1 then. */
-export type TargetFormat = 'qcow2' | 'raw' | 'luks' | 'vmdk'
+export type TargetFormat = 'qcow2' | 'raw' | 'luks' | 'vhdx' | 'vmdk'
 
 /** Formats that are recognised in order to refuse them. */
-export type KnownFormat = 'bochs' | 'cloop' | 'dmg' | 'parallels' | 'qed' | 'vdi' | 'vhdx' | 'vpc'
+export type KnownFormat = 'bochs' | 'cloop' | 'dmg' | 'parallels' | 'qed' | 'vdi' | 'vpc'
 
 /** Every format of the table. */
 export type FormatName = Format | KnownFormat
@@ -143,7 +145,7 @@ const QCOW = ascii('QFI\xfb')
 const QCOW_VERSION_1 = ascii('QFI\xfb\0\0\0\x01')
 
 /** Those that are opened first, in the order in which messages name them. */
-const FORMATS: Table = {
+const FORMATS: Table & Readonly<Record<FormatName, Row>> = {
   qcow2: {
     // Version 1 is another format of the same magic; an unknown version is this one's to refuse.
     marks: { matches: head => startsWith(head, QCOW) && !startsWith(head, QCOW_VERSION_1) },
@@ -206,6 +208,22 @@ const FORMATS: Table = {
       },
     },
   },
+  vhdx: {
+    marks: { magics: [{ bytes: ascii('vhdxfile') }] },
+    image: {
+      probed: true,
+      plain: false,
+      aliases: [],
+      backingFile: true,
+      requestAlignment: 512,
+      can: ['write', 'check'],
+      create: {
+        shape: ['subformat', 'blockSize', 'logSize', 'blockStateZero', 'preallocation'],
+        preallocation: ['off'],
+        subformats: ['dynamic', 'fixed'],
+      },
+    },
+  },
   vmdk: {
     marks: { magics: [{ bytes: ascii('KDMV') }, { bytes: ascii('COWD') }], matches: isVmdkDescriptor },
     image: {
@@ -253,7 +271,6 @@ const FORMATS: Table = {
   },
   qed: { marks: { magics: [{ bytes: ascii('QED\0') }] }, virtualSize: qedSize },
   vdi: { marks: { magics: [{ bytes: Buffer.from([0x7f, 0x10, 0xda, 0xbe]), offset: 0x40 }] }, virtualSize: vdiSize },
-  vhdx: { marks: { magics: [{ bytes: ascii('vhdxfile') }] }, virtualSize: vhdxSize },
   vpc: {
     marks: { magics: [{ bytes: ascii('conectix') }], footer: { bytes: ascii('conectix'), length: 512 } },
     virtualSize: vpcSize,
@@ -302,6 +319,10 @@ export const creationOf = (format: TargetFormat): Creation => FORMATS[format].im
 
 /** Whether the file is the disk. */
 export const isPlain = (format: Format): boolean => traitsOf(format).plain
+
+/** Whether a file is of the format by its first bytes alone, which nothing else has. */
+export const isKnownByStart = (format: Format): boolean =>
+  traitsOf(format).probed && FORMATS[format].marks.footer === undefined
 
 /** Whether a format has an ability. */
 export const can = (format: Format, ability: Ability): boolean => traitsOf(format).can.includes(ability)

@@ -124,6 +124,14 @@ pub trait WriteLayer: Layer {
     /// `Io`.
     fn flush(&self) -> Result<()>;
 
+    /// Makes everything durable, and ends writing: no request comes any more.
+    ///
+    /// # Errors
+    /// `Io`.
+    fn close(&self) -> Result<()> {
+        self.flush()
+    }
+
     /// Gives the disk `size` bytes; a new part reads as zeroes, and has what `preallocation` says. The disk has its old size after an
     /// error.
     ///

@@ -1,5 +1,6 @@
 //! The formats that layers are opened and new images made in, in one table. What each can do besides is `src/formats/table.ts`.
 
+mod vhdx;
 mod vmdk;
 
 use std::any::Any;
@@ -43,7 +44,7 @@ pub(crate) struct Format {
     pub(crate) measure: fn(&Shape, Purpose<'_>) -> Result<MeasureTarget>,
 }
 
-static FORMATS: [Format; 5] = [QCOW2, RAW, QCOW, LUKS, vmdk::VMDK];
+static FORMATS: [Format; 6] = [QCOW2, RAW, QCOW, LUKS, vhdx::VHDX, vmdk::VMDK];
 
 const QCOW2: Format = Format {
     name: "qcow2",

@@ -9,7 +9,7 @@ use napi_derive::napi;
 use qcow2_engine::files::Lock;
 use qcow2_engine::format::Limits;
 use qcow2_engine::image::{BackingReference, ExtentReference};
-use qcow2_engine::storage::{Access, CacheMode, FileStorage, Locking};
+use qcow2_engine::storage::{Access, CacheMode, FileStorage, Locking, Part, ReadOnly};
 use qcow2_engine::{
     DetectZeroes, Discard, Error, ErrorKind, Image, Layer, LayerExt, MemMut, OpenOptions, Result, Storage,
     StorageExt, WriteOptions,
@@ -48,12 +48,22 @@ pub struct FileOptions {
     pub writable: Option<bool>,
     /// The cache mode's name; `writeback` without one.
     pub cache: Option<String>,
+    /// Bytes in front of the part of the file that is meant, which is only read then.
+    pub offset: Option<f64>,
+    /// Bytes of that part; to the end without it.
+    pub length: Option<f64>,
 }
 
 impl FileOptions {
     fn read(&self) -> napi::Result<(Access, CacheMode)> {
         let access = if self.writable == Some(true) { Access::ReadWrite } else { Access::ReadOnly };
         Ok((access, cache_mode(self.cache.as_deref())?))
+    }
+
+    /// The part of the file that is meant.
+    fn part(&self) -> Option<(u64, u64)> {
+        let offset = self.offset? as u64;
+        Some((offset, self.length.map_or(u64::MAX, |length| length as u64)))
     }
 }
 
@@ -74,7 +84,7 @@ fn unknown(what: &str, name: &str) -> napi::Error {
 pub fn open_file(env: Env, request: u32, path: Text, options: FileOptions) -> napi::Result<()> {
     let path = path.into_path()?;
     let (access, cache) = options.read()?;
-    open_storage(&env, request, move || FileStorage::open_cached(path, access, cache))
+    open_storage(&env, request, options.part(), move || FileStorage::open_cached(path, access, cache))
 }
 
 /// A path from the root of the file system, by the directory that the process works in now. None where that is gone.
@@ -91,7 +101,7 @@ pub fn open_descriptor(env: Env, request: u32, descriptor: i32, options: FileOpt
     // duplicated before the call returns.
     let borrowed = unsafe { std::os::fd::BorrowedFd::borrow_raw(descriptor) };
     let own = borrowed.try_clone_to_owned().map_err(|e| napi::Error::from_reason(e.to_string()))?;
-    open_storage(&env, request, move || {
+    open_storage(&env, request, options.part(), move || {
         use std::os::fd::AsFd;
         FileStorage::from_borrowed_cached(own.as_fd(), Some(access), cache)
     })
@@ -100,9 +110,16 @@ pub fn open_descriptor(env: Env, request: u32, descriptor: i32, options: FileOpt
 fn open_storage(
     env: &Env,
     request: u32,
+    part: Option<(u64, u64)>,
     open: impl FnOnce() -> Result<FileStorage> + Send + 'static,
 ) -> napi::Result<()> {
-    let work = move || Looked::at(open()?.into_storage());
+    let work = move || {
+        let storage = open()?.into_storage();
+        Looked::at(match part {
+            Some((start, length)) => Arc::new(ReadOnly(Part::new(storage, start, length))),
+            None => storage,
+        })
+    };
     Runtime::of(env)?.run(env, request, work, Looked::hold)
 }
 

@@ -45,7 +45,7 @@ impl Image {
                 writer.close();
                 Ok(())
             }
-            (_, Some(layer)) => layer.flush(),
+            (_, Some(layer)) => layer.close(),
             _ => Ok(()),
         }
     }

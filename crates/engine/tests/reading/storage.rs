@@ -130,6 +130,20 @@ fn every_storage_keeps_the_contract() {
 }
 
 #[test]
+fn a_part_of_a_file_is_a_file_that_refuses_writes() {
+    let bytes = pattern(70_000);
+    let around = [&[1; 5000][..], &bytes, &[2; 5000]].concat();
+    let part = ReadOnly(Part::new(Arc::new(MemoryStorage::from_bytes(&around)), 5000, 70_000));
+    check_read_only(&part, &bytes);
+    // The host ends inside it, or in front of it.
+    for (start, left) in [(5000, 75_000), (79_999, 1), (80_000, 0), (90_000, 0), (u64::MAX, 0)] {
+        let part = Part::new(Arc::new(MemoryStorage::from_bytes(&around)), start, u64::MAX);
+        assert_eq!(part.len().unwrap(), left);
+        assert_eq!(part.read_at(MemMut::from(&mut [0; 4][..]), left).unwrap(), 0);
+    }
+}
+
+#[test]
 fn what_only_reads_is_a_storage_that_refuses_writes() {
     let bytes = pattern(70_000);
     let remote = ReadOnly(Remote(bytes.clone()));
