@@ -91,6 +91,8 @@ describe.skipIf(process.platform === 'win32' || !haveOpenssl || !haveQemu)('TLS 
         const map = ['map', '--object', object, '--output=json', '--image-opts', each]
         expect(await ok(asQemuImg(map, folder))).toBe(await ok(execute('qemu-img', map, folder)))
       }
+      const read = ['io', '-r', '--object', object, '-c', 'read -P 7 1M 64k', '--image-opts', described]
+      expect(await ok(asQemuImg(read, folder))).toContain('read 65536/65536 bytes')
       const listed = ['-L', '--object', object, '--tls-creds', 't', ...list]
       // qemu-nbd tells more of a server of its own: it asks for 64-bit lengths.
       const ours = await asQemuNbd(listed, folder)

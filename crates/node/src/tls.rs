@@ -33,6 +33,7 @@ pub struct TlsConnection {
     pub output: i32,
 }
 
+#[cfg_attr(not(unix), allow(dead_code, reason = "where descriptors are not handed on, there is none"))]
 struct Plain {
     outer: Descriptor,
     input: Descriptor,
