@@ -119,7 +119,7 @@ describe('creation options', () => {
         'The protocol level may support further options.\n' +
         'Specify the target filename to include those options.\n',
     )
-    expect(() => targetFormat('vmdk')).toThrow("Format driver 'vmdk' is not supported")
+    expect(() => targetFormat('qed')).toThrow("Format driver 'qed' is not supported")
     expect(() => targetFormat('foo')).toThrow("Unknown file format 'foo'")
   })
 })

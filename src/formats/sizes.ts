@@ -54,19 +54,6 @@ export const qedSize: SizeReader = async file => u64le(await file.at(0, 56), 48)
 
 export const vdiSize: SizeReader = async file => u64le(await file.at(0, 376), 368)
 
-/** The longest descriptor that is looked at. */
-const DESCRIPTOR = 1 << 20
-
-export const vmdkSize: SizeReader = async file => {
-  const head = await file.at(0, 20)
-  if (startsWith(head, ascii('KDMV'))) return u64le(head, 12) * SECTOR
-  if (startsWith(head, ascii('COWD'))) return head.readUInt32LE(12) * SECTOR
-  const text = (await file.at(0, DESCRIPTOR)).toString('latin1')
-  // One line for each extent: how it is accessed, its sectors, its kind, its file.
-  const extents = text.matchAll(/^(?:RW|RDONLY|NOACCESS)[ \t]+(\d+)[ \t]+[A-Z]/gm)
-  return [...extents].reduce((sum, [, sectors]) => sum + Number(sectors) * SECTOR, 0)
-}
-
 /** Programs whose disks have the size that the footer says, not the one of its geometry. */
 const SIZED_CREATORS: ReadonlySet<string> = new Set(['win ', 'qem2', 'd2v ', 'tap\0', 'wa\0\0', 'CTXS'])
 const LARGEST_GEOMETRY = 65535 * 16 * 255

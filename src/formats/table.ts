@@ -13,7 +13,6 @@ import {
   type SizeReader,
   startsWith,
   vdiSize,
-  vmdkSize,
   vpcSize,
 } from './sizes.js'
 
@@ -84,7 +83,17 @@ export type ShapeOption =
   | FormatOption
 
 /** Those of them that a format reads by itself: they reach its crate by these names. */
-export type FormatOption = 'subformat' | 'blockSize' | 'logSize' | 'blockStateZero'
+export type FormatOption =
+  | 'preset'
+  | 'subformat'
+  | 'adapterType'
+  | 'hardwareVersion'
+  | 'toolsVersion'
+  | 'compat6'
+  | 'zeroedGrain'
+  | 'blockSize'
+  | 'logSize'
+  | 'blockStateZero'
 
 /** What a new image of a format can be made with. */
 export interface Creation {
@@ -94,16 +103,22 @@ export interface Creation {
   readonly needs?: ShapeOption
   /** What `subformat` can be; the first one is made where nothing is said. */
   readonly subformats?: readonly string[]
+  /** What `preset` can be: products that take images of a certain shape alone. */
+  readonly presets?: readonly string[]
+  /** Some of its subformats are compressed as a whole, and written once. */
+  readonly compressed?: boolean
+  /** The only format of a backing file. */
+  readonly backingFormat?: 'vmdk'
 }
 
 /** The formats that images are read in, by QEMU's names. `qcow` is version 1 of qcow2, `luks` is LUKS of both versions. */
-export type Format = 'qcow2' | 'raw' | 'qcow' | 'luks' | 'vhdx'
+export type Format = 'qcow2' | 'raw' | 'qcow' | 'luks' | 'vhdx' | 'vmdk'
 
 /** The formats that new images are made in. `luks` is LUKS of version 1 then. */
-export type TargetFormat = 'qcow2' | 'raw' | 'luks' | 'vhdx'
+export type TargetFormat = 'qcow2' | 'raw' | 'luks' | 'vhdx' | 'vmdk'
 
 /** Formats that are recognised in order to refuse them. */
-export type KnownFormat = 'bochs' | 'cloop' | 'dmg' | 'parallels' | 'qed' | 'vdi' | 'vmdk' | 'vpc'
+export type KnownFormat = 'bochs' | 'cloop' | 'dmg' | 'parallels' | 'qed' | 'vdi' | 'vpc'
 
 /** Every format of the table. */
 export type FormatName = Format | KnownFormat
@@ -130,7 +145,7 @@ const QCOW = ascii('QFI\xfb')
 const QCOW_VERSION_1 = ascii('QFI\xfb\0\0\0\x01')
 
 /** Those that are opened first, in the order in which messages name them. */
-const FORMATS: Table = {
+const FORMATS: Table & Readonly<Record<FormatName, Row>> = {
   qcow2: {
     // Version 1 is another format of the same magic; an unknown version is this one's to refuse.
     marks: { matches: head => startsWith(head, QCOW) && !startsWith(head, QCOW_VERSION_1) },
@@ -209,6 +224,41 @@ const FORMATS: Table = {
       },
     },
   },
+  vmdk: {
+    marks: { magics: [{ bytes: ascii('KDMV') }, { bytes: ascii('COWD') }], matches: isVmdkDescriptor },
+    image: {
+      probed: true,
+      plain: false,
+      aliases: [],
+      backingFile: true,
+      requestAlignment: 1,
+      can: ['write', 'check'],
+      create: {
+        shape: [
+          'preset',
+          'subformat',
+          'adapterType',
+          'hardwareVersion',
+          'toolsVersion',
+          'compat6',
+          'zeroedGrain',
+          'backingFile',
+          'backingFormat',
+        ],
+        preallocation: [],
+        compressed: true,
+        presets: ['esxi', 'ovf'],
+        subformats: [
+          'monolithicSparse',
+          'monolithicFlat',
+          'twoGbMaxExtentSparse',
+          'twoGbMaxExtentFlat',
+          'streamOptimized',
+        ],
+        backingFormat: 'vmdk',
+      },
+    },
+  },
   bochs: { marks: { magics: [{ bytes: ascii('Bochs Virtual HD Image') }] }, virtualSize: bochsSize },
   cloop: { marks: { magics: [{ bytes: ascii('#!/bin/sh\n#V2.0 Format\nmodprobe cloop') }] }, virtualSize: cloopSize },
   dmg: {
@@ -221,10 +271,6 @@ const FORMATS: Table = {
   },
   qed: { marks: { magics: [{ bytes: ascii('QED\0') }] }, virtualSize: qedSize },
   vdi: { marks: { magics: [{ bytes: Buffer.from([0x7f, 0x10, 0xda, 0xbe]), offset: 0x40 }] }, virtualSize: vdiSize },
-  vmdk: {
-    marks: { magics: [{ bytes: ascii('KDMV') }, { bytes: ascii('COWD') }], matches: isVmdkDescriptor },
-    virtualSize: vmdkSize,
-  },
   vpc: {
     marks: { magics: [{ bytes: ascii('conectix') }], footer: { bytes: ascii('conectix'), length: 512 } },
     virtualSize: vpcSize,
@@ -273,6 +319,10 @@ export const creationOf = (format: TargetFormat): Creation => FORMATS[format].im
 
 /** Whether the file is the disk. */
 export const isPlain = (format: Format): boolean => traitsOf(format).plain
+
+/** Whether a file is of the format by its first bytes alone, which nothing else has. */
+export const isKnownByStart = (format: Format): boolean =>
+  traitsOf(format).probed && FORMATS[format].marks.footer === undefined
 
 /** Whether a format has an ability. */
 export const can = (format: Format, ability: Ability): boolean => traitsOf(format).can.includes(ability)

@@ -1,6 +1,7 @@
 //! The formats that layers are opened and new images made in, in one table. What each can do besides is `src/formats/table.ts`.
 
 mod vhdx;
+mod vmdk;
 
 use std::any::Any;
 use std::sync::Arc;
@@ -11,6 +12,7 @@ use qcow2_engine::measure::MeasureTarget;
 use qcow2_engine::{Error, ErrorKind, Layer, OpenOptions, Qcow2, Raw, Result, Storage};
 use qcow2_luks::Luks;
 use qcow2_qcow1::Qcow1;
+use qcow2_vmdk::Vmdk;
 
 use crate::inspect::Inspected;
 use crate::shape::{Purpose, Shape};
@@ -42,7 +44,7 @@ pub(crate) struct Format {
     pub(crate) measure: fn(&Shape, Purpose<'_>) -> Result<MeasureTarget>,
 }
 
-static FORMATS: [Format; 5] = [QCOW2, RAW, QCOW, LUKS, vhdx::VHDX];
+static FORMATS: [Format; 6] = [QCOW2, RAW, QCOW, LUKS, vhdx::VHDX, vmdk::VMDK];
 
 const QCOW2: Format = Format {
     name: "qcow2",
@@ -159,5 +161,10 @@ impl Format {
 
 /// The LUKS file, if the layer is one.
 pub(crate) fn luks(layer: &dyn Layer) -> Option<&Luks> {
+    (layer as &dyn Any).downcast_ref()
+}
+
+/// The VMDK image, if the layer is one.
+pub(crate) fn vmdk(layer: &dyn Layer) -> Option<&Vmdk> {
     (layer as &dyn Any).downcast_ref()
 }

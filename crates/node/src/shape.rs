@@ -59,7 +59,6 @@ pub(crate) struct Purpose<'a> {
     /// Bytes of the disk.
     pub(crate) size: u64,
     /// The image's file, where it is one with a name.
-    #[allow(dead_code, reason = "formats with several files use it")]
     pub(crate) path: Option<&'a Path>,
     /// How it is encrypted.
     pub(crate) encryption: Option<&'a Encryption>,

@@ -265,7 +265,7 @@ impl Layer for Vhdx {
             filename: name.into_bytes(),
             format: Some(self.format().as_bytes().to_vec()),
         });
-        References { backing, data_file: None }
+        References { backing, ..References::default() }
     }
 
     fn judge_below(&self, below: Option<&dyn Layer>) -> Result<()> {
