@@ -159,9 +159,16 @@ pub struct Finding {
 impl Finding {
     /// Whether QEMU words it with a colon, which programs compare.
     fn has_colon(&self) -> bool {
-        ["counting reference", "overflow cluster", "coffset=", "Unallocated cluster"]
-            .iter()
-            .any(|start| self.message.starts_with(start))
+        [
+            "counting reference",
+            "overflow cluster",
+            "coffset=",
+            "Unallocated cluster",
+            "block index",
+            "allocated blocks",
+        ]
+        .iter()
+        .any(|start| self.message.starts_with(start))
     }
 }
 
@@ -169,6 +176,8 @@ impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self.severity {
             _ if self.repaired => "Repairing ",
+            // Not one by one: what lies behind all that is in use.
+            Severity::Leak if self.message.starts_with("space leaked") => "ERROR ",
             Severity::Leak => "Leaked ",
             Severity::Corruption if self.has_colon() => "ERROR: ",
             Severity::Corruption => "ERROR ",

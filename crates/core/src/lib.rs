@@ -3,6 +3,7 @@
 //!
 //! Nothing here names a format: a crate for one stands on this one, beside the others.
 
+pub mod blocks;
 pub mod chain;
 pub mod check;
 pub mod compare;

@@ -10,8 +10,8 @@ use std::sync::Arc;
 
 use qcow2_core::forward_storage;
 use qcow2_engine::storage::{
-    Access, CacheMode, FileStorage, Identity, MemoryStorage, NewFile, Operation, Overwrite, ReadOnly, Run,
-    Tail, Traits,
+    Access, CacheMode, FileStorage, Identity, MemoryStorage, NewFile, Operation, Overwrite, Part, ReadOnly,
+    Run, Tail, Traits,
 };
 use qcow2_engine::{ErrorKind, Mem, MemMut, ReadStorage, Storage, StorageExt};
 use qcow2_testkit::contract::{StorageContract, check_read_only};

@@ -3,7 +3,9 @@
 mod disk;
 mod layer;
 mod storage;
+mod writer;
 
 pub use disk::DiskContract;
 pub use layer::{LayerContract, Open};
 pub use storage::{StorageContract, check_read_only};
+pub use writer::WriterContract;

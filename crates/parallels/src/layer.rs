@@ -1,0 +1,177 @@
+//! An open image: what is special about Parallels.
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use qcow2_core::blocks::{BlockLayer, Layout, Scheme};
+use qcow2_core::check::{CheckReport, Repair};
+use qcow2_core::layer::SegmentKind;
+use qcow2_core::{Error, ErrorKind, Job, Layer, Mem, MemMut, Result, Storage, StorageExt};
+
+use crate::check::check;
+use crate::structures::{
+    DATA_OFF, HEADER_LENGTH, Header, IN_USE, IN_USE_OFFSET, MAX_BAT_ENTRIES, SECTOR, SIZE_FIELDS,
+    SIZE_FIELDS_END,
+};
+
+/// How to open an image. Sizes are bytes.
+#[derive(Debug, Clone)]
+pub struct OpenOptions {
+    /// Largest virtual size.
+    pub max_virtual_size: u64,
+    /// Largest BAT.
+    pub max_metadata_bytes: u64,
+    /// Most bytes of the BAT to keep.
+    pub cache_bytes: Option<u64>,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        Self { max_virtual_size: i64::MAX as u64, max_metadata_bytes: 4 << 30, cache_bytes: None }
+    }
+}
+
+/// An open image.
+pub type Parallels = BlockLayer<ParallelsScheme>;
+
+/// What is special about Parallels.
+#[derive(Debug)]
+pub struct ParallelsScheme {
+    /// As the file has it, but for the mark of an image that is in use: it stays as it was read.
+    header: Mutex<Header>,
+    layout: Layout,
+}
+
+/// Opens the image in `storage`.
+///
+/// # Errors
+/// As [`Header::parse`]; `Limit`; `Corrupt` for a BAT that is not in the file; `Io`.
+pub fn open(storage: Arc<dyn Storage>, options: &OpenOptions) -> Result<Parallels> {
+    let mut bytes = [0; HEADER_LENGTH];
+    let got = storage.read_up_to_at(MemMut::from(&mut bytes[..]), 0)?;
+    let header = Header::parse(bytes.get(..got).unwrap_or_default()).map_err(|e| storage.located(e))?;
+    let scheme = ParallelsScheme::new(header, storage.size()?);
+    for (field, value, limit) in [
+        ("size", scheme.layout.size, options.max_virtual_size),
+        ("BAT", scheme.layout.table_bytes(), options.max_metadata_bytes),
+    ] {
+        if value > limit {
+            let message = format!("{field} of {value} exceeds the limit of {limit}");
+            return Err(storage.located(Error::new(ErrorKind::Limit, message).with_field(field)));
+        }
+    }
+    Parallels::new(storage, scheme, options.cache_bytes)
+}
+
+impl ParallelsScheme {
+    pub(crate) fn new(header: Header, length: u64) -> Self {
+        Self { layout: header.layout(length), header: Mutex::new(header) }
+    }
+
+    /// The header as the file has it; the mark as it was read.
+    #[must_use]
+    pub fn header(&self) -> Header {
+        self.header.lock().clone()
+    }
+
+    fn write_mark(storage: &dyn Storage, mark: u32) -> Result<()> {
+        storage.write_all_at(Mem::from(&mark.to_le_bytes()[..]), IN_USE_OFFSET)?;
+        storage.flush()
+    }
+
+    /// The image is in nobody's use.
+    pub(crate) fn clear_mark(&self, storage: &dyn Storage) -> Result<()> {
+        Self::write_mark(storage, 0)?;
+        self.header.lock().in_use = 0;
+        Ok(())
+    }
+
+    /// Says where the data begins.
+    pub(crate) fn write_data_start(&self, storage: &dyn Storage) -> Result<()> {
+        let sectors = u32::try_from(self.layout.data / SECTOR).unwrap_or(u32::MAX);
+        self.header.lock().data_off = sectors;
+        storage.write_all_at(Mem::from(&sectors.to_le_bytes()[..]), DATA_OFF as u64)
+    }
+}
+
+impl Scheme for ParallelsScheme {
+    fn format(&self) -> &'static str {
+        "parallels"
+    }
+
+    fn entry_name(&self) -> &'static str {
+        "BAT entry"
+    }
+
+    fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    fn absent(&self) -> SegmentKind {
+        SegmentKind::Unallocated(None)
+    }
+
+    fn check(
+        layer: &Parallels,
+        repair: Option<Repair>,
+        max_findings: usize,
+        job: &Job,
+    ) -> Result<CheckReport> {
+        check(layer, repair, max_findings, job)
+    }
+
+    /// As QEMU: what was not closed is repaired first, and is marked as in use from here on.
+    fn begin(layer: &Parallels) -> Result<()> {
+        let (scheme, storage) = (layer.scheme(), &**layer.storage());
+        let header = scheme.header();
+        if header.ext_off != 0 {
+            let message = "the image has a format extension (dirty bitmaps, say), which writing would make wrong: convert it";
+            let error = Error::new(ErrorKind::UnsupportedFeature, message).with_field("ext_off");
+            return Err(storage.located(error));
+        }
+        if header.is_in_use() || !header.has_data_start(storage.size()?) {
+            check(layer, Some(Repair::All), 0, &Job::new())?;
+        }
+        Self::write_mark(storage, IN_USE)
+    }
+
+    fn resized(&self, size: u64) -> Result<()> {
+        let header = self.header.lock();
+        let sectors = if header.counts_clusters { i64::MAX as u64 / SECTOR } else { u32::MAX.into() };
+        let most = sectors
+            .saturating_mul(SECTOR)
+            .min(u64::from(MAX_BAT_ENTRIES).saturating_mul(header.cluster_size()));
+        if size <= most {
+            return Ok(());
+        }
+        let message = format!("the image has a disk of at most {most} bytes, not of {size}");
+        Err(Error::new(ErrorKind::Limit, message).with_field("size"))
+    }
+
+    /// The fields lie in one sector. The mark is between them.
+    fn resize(&self, storage: &dyn Storage, size: u64, entries: u32, _: u64) -> Result<()> {
+        let mut header = self.header.lock();
+        let resized = Header {
+            bat_entries: entries,
+            nb_sectors: size / SECTOR,
+            data_off: u32::try_from(self.layout.data / SECTOR).unwrap_or(u32::MAX),
+            ..header.clone()
+        };
+        let bytes = Header { in_use: IN_USE, ..resized.clone() }.to_bytes();
+        let fields = bytes.get(SIZE_FIELDS..SIZE_FIELDS_END).unwrap_or_default();
+        storage.write_all_at(Mem::from(fields), SIZE_FIELDS as u64)?;
+        *header = resized;
+        Ok(())
+    }
+
+    /// Nothing is behind the last cluster of an image that was closed.
+    fn finish(&self, storage: &dyn Storage, end: Option<u64>) -> Result<()> {
+        if let Some(end) = end
+            && !storage.traits().block_device
+            && storage.size()? > end
+        {
+            storage.resize(end)?;
+        }
+        self.clear_mark(storage)
+    }
+}

@@ -1,0 +1,236 @@
+//! New images.
+
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use qcow2_core::blocks::{Blueprint, NewBlocks};
+use qcow2_core::convert::{Context, ConvertOptions, RawSink, Rules, Sink, Worker};
+use qcow2_core::layer::References;
+use qcow2_core::new_image::{Hosts, NewImage};
+use qcow2_core::space::{Preallocation, size_raw};
+use qcow2_core::{DiskOptions, Error, ErrorKind, Job, Layer, Mem, Result, Storage, StorageExt};
+
+use crate::fixed::Fixed;
+use crate::layer::VpcScheme;
+use crate::structures::{BLOCK_SIZE, DiskType, FOOTER_LENGTH, Footer, Geometry, Header, MAX_SECTORS, SECTOR};
+
+/// Seconds from 1970 to 2000, from which VHD counts.
+const YEAR_2000: u64 = 946_684_800;
+
+/// The kind of a new image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Subformat {
+    /// Blocks have a place when they are written to.
+    #[default]
+    Dynamic,
+    /// The file is the disk and a footer.
+    Fixed,
+}
+
+/// A new image with a disk of `size` bytes, whole sectors. Without `force_size` the disk is as large as the next geometry, as Virtual PC
+/// and QEMU have it; with it, exactly so, as Hyper-V and Azure do.
+///
+/// # Errors
+/// `Limit` above 2040 GiB; `InvalidArgument` for a size that is not whole sectors, or a preallocation of a dynamic image; `Io` without
+/// random numbers.
+pub fn new_vpc(
+    size: u64,
+    subformat: Subformat,
+    force_size: bool,
+    preallocation: Preallocation,
+) -> Result<Arc<dyn NewImage>> {
+    let refuse =
+        |kind, field: &'static str, message: String| Err(Error::new(kind, message).with_field(field));
+    if !size.is_multiple_of(SECTOR) {
+        let message = format!("the size of a disk is a multiple of {SECTOR} bytes, not {size}");
+        return refuse(ErrorKind::InvalidArgument, "size", message);
+    }
+    if size > MAX_SECTORS * SECTOR {
+        return refuse(ErrorKind::Limit, "size", format!("a VHD has at most 2040 GiB, not {size} bytes"));
+    }
+    let (geometry, creator) = match force_size {
+        true => (Geometry::LARGEST, *b"qem2"),
+        false => (Geometry::at_least(size / SECTOR), *b"qemu"),
+    };
+    let size = if geometry == Geometry::LARGEST { size } else { geometry.total() * SECTOR };
+    match subformat {
+        Subformat::Dynamic if preallocation != Preallocation::Off => {
+            let message = "a dynamic VHD has no preallocation: a fixed one has".to_owned();
+            refuse(ErrorKind::InvalidArgument, "preallocation", message)
+        }
+        Subformat::Dynamic => {
+            let footer = Footer::new(DiskType::Dynamic, size, geometry, creator, uuid()?, seconds());
+            let entries = u32::try_from(size.div_ceil(BLOCK_SIZE.into())).unwrap_or(u32::MAX);
+            Ok(Arc::new(NewBlocks::new(NewDynamic { footer, header: Header::new(entries) })))
+        }
+        Subformat::Fixed => {
+            let footer = Footer::new(DiskType::Fixed, size, geometry, creator, uuid()?, seconds());
+            Ok(Arc::new(NewFixed { footer, preallocation }))
+        }
+    }
+}
+
+/// The blueprint of a dynamic disk.
+#[derive(Debug)]
+struct NewDynamic {
+    footer: Footer,
+    header: Header,
+}
+
+impl Blueprint for NewDynamic {
+    type Scheme = VpcScheme;
+
+    fn scheme(&self) -> VpcScheme {
+        VpcScheme::new(&self.footer, self.header.clone(), References::default())
+    }
+
+    fn tail(&self) -> u64 {
+        FOOTER_LENGTH as u64
+    }
+
+    fn head(&self) -> u64 {
+        FOOTER_LENGTH as u64
+    }
+
+    fn publish(&self, storage: &dyn Storage, end: u64, durable: bool) -> Result<()> {
+        let sync = || if durable { storage.flush() } else { Ok(()) };
+        // The BAT is whole sectors of unused entries.
+        let layout = self.header.layout(FOOTER_LENGTH as u64, self.footer.virtual_size());
+        let table_end = layout.table + layout.table_bytes();
+        let rest = vec![0xff; (layout.data - table_end) as usize];
+        storage.write_all_at(Mem::from(&rest[..]), table_end)?;
+        storage.write_all_at(Mem::from(&self.header.bytes()[..]), FOOTER_LENGTH as u64)?;
+        storage.write_all_at(Mem::from(&self.footer.bytes()[..]), end)?;
+        sync()?;
+        storage.write_all_at(Mem::from(&self.footer.bytes()[..]), 0)?;
+        sync()
+    }
+}
+
+/// A fixed disk.
+#[derive(Debug)]
+struct NewFixed {
+    footer: Footer,
+    preallocation: Preallocation,
+}
+
+impl NewFixed {
+    /// A device has to be exactly as long, as the footer is where it ends.
+    fn begin(&self, host: &dyn Storage) -> Result<()> {
+        let length = self.size() + FOOTER_LENGTH as u64;
+        if !host.traits().block_device {
+            return Ok(());
+        }
+        if host.size()? != length {
+            let message =
+                format!("the footer is where the device ends: it would have to have {length} bytes");
+            return Err(host.located(Error::new(ErrorKind::InvalidArgument, message).with_field("size")));
+        }
+        host.zero(self.size(), FOOTER_LENGTH as u64, false)?;
+        host.flush()
+    }
+
+    fn write_footer(&self, host: &dyn Storage, durable: bool) -> Result<()> {
+        let sync = || if durable { host.flush() } else { Ok(()) };
+        sync()?;
+        host.write_all_at(Mem::from(&self.footer.bytes()[..]), self.size())?;
+        sync()
+    }
+}
+
+impl NewImage for NewFixed {
+    fn format(&self) -> &'static str {
+        "vpc"
+    }
+
+    fn size(&self) -> u64 {
+        self.footer.virtual_size()
+    }
+
+    fn unit(&self) -> u64 {
+        1
+    }
+
+    fn length(&self, data: u64) -> u64 {
+        data.saturating_add(FOOTER_LENGTH as u64)
+    }
+
+    fn preallocation(&self) -> Preallocation {
+        self.preallocation
+    }
+
+    fn create(&self, hosts: &Hosts, job: &Job) -> Result<()> {
+        let host = &*hosts.own;
+        self.begin(host)?;
+        if !host.traits().block_device {
+            size_raw(host, self.size(), self.preallocation, job)?;
+        }
+        self.write_footer(host, true)
+    }
+
+    fn sink(self: Arc<Self>, hosts: Hosts, context: &Context<'_>, _: usize) -> Result<Box<dyn Sink>> {
+        self.begin(&*hosts.own)?;
+        let data = RawSink::new(context, Arc::clone(&hosts.own), self.preallocation, false)?;
+        Ok(Box::new(FixedSink { data, image: self, host: hosts.own }))
+    }
+
+    fn disk(&self, hosts: &Hosts, job: &Job) -> Result<Box<dyn Layer>> {
+        let host = &hosts.own;
+        self.begin(&**host)?;
+        match host.traits().block_device {
+            true => host.zero(0, self.size(), true)?,
+            false => size_raw(&**host, self.size(), self.preallocation, job)?,
+        }
+        let mut layer = Fixed::new(Arc::clone(host), &self.footer, self.size())?;
+        layer.make_writable(DiskOptions::default())?;
+        Ok(Box::new(layer))
+    }
+
+    fn publish(&self, hosts: &Hosts) -> Result<()> {
+        self.write_footer(&*hosts.own, true)
+    }
+}
+
+/// A raw disk, and the footer behind it when all is there.
+struct FixedSink {
+    data: RawSink,
+    image: Arc<NewFixed>,
+    host: Arc<dyn Storage>,
+}
+
+impl Sink for FixedSink {
+    fn rules(&self) -> Rules {
+        self.data.rules()
+    }
+
+    fn worker(&self) -> Result<Worker<'_>> {
+        self.data.worker()
+    }
+
+    fn finish(self: Box<Self>, options: &ConvertOptions, job: &Job) -> Result<()> {
+        let Self { data, image, host } = *self;
+        Box::new(data).finish(options, job)?;
+        image.write_footer(&*host, options.durable)
+    }
+}
+
+fn uuid() -> Result<[u8; 16]> {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes).map_err(|e| {
+        match e.raw_os_error().map(std::io::Error::from_raw_os_error) {
+            Some(io) => Error::io(io, "getrandom"),
+            None => Error::new(ErrorKind::Io, format!("the system gives no randomness: {e}")),
+        }
+    })?;
+    // RFC 9562, version 4.
+    let [_, _, _, _, _, _, version, _, variant, ..] = &mut bytes;
+    *version = (*version & 0x0f) | 0x40;
+    *variant = (*variant & 0x3f) | 0x80;
+    Ok(bytes)
+}
+
+/// Seconds since 2000; 0 on a clock that is wrong.
+fn seconds() -> u32 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    u32::try_from(now.saturating_sub(YEAR_2000)).unwrap_or(0)
+}
