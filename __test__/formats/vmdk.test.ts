@@ -160,8 +160,10 @@ describe('a backing file', () => {
     const shape = { format: 'vmdk', backingFile: 'base.vmdk', backingFormat: 'vmdk', references: 'allow' } as const
     const image = await create(top, shape)
     expect(image.virtualSize).toBe(SIZE)
+    // What is around a write in its grain stays the backing file's.
+    await image.write(Buffer.alloc(1000, 9), { position: 3000 })
     await image.close()
-    expect((await bytesOf(top)).equals(readFileSync(source))).toBe(true)
+    expect((await bytesOf(top)).equals(Buffer.from(readFileSync(source)).fill(9, 3000, 4000))).toBe(true)
     {
       await using below = await open(base, { flags: 'r+' })
       await below.write(Buffer.alloc(512, 1), { position: 0 })

@@ -12,6 +12,7 @@ mod writing;
 use std::any::Any;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use qcow2_core::check::CheckLayer;
 use qcow2_core::disk::{DiskOptions, WriteLayer};
@@ -61,6 +62,8 @@ pub struct Vmdk {
     inflated: Inflated,
     options: OpenOptions,
     writing: Option<Writing>,
+    /// Bytes of the disk below, as far as one is known.
+    below: AtomicU64,
 }
 
 /// An extent as it is, for who shows it.
@@ -176,6 +179,7 @@ impl Vmdk {
             inflated: Inflated::new(),
             options: options.clone(),
             writing: None,
+            below: AtomicU64::new(0),
         };
         check_limit("size", vmdk.virtual_size(), options.max_virtual_size)
             .map_err(|e| vmdk.storage.located(e))?;
@@ -391,6 +395,7 @@ impl Layer for Vmdk {
 
     fn judge_below(&self, below: Option<&dyn Layer>) -> Result<()> {
         let Some(below) = below else { return Ok(()) };
+        self.below.store(below.virtual_size(), Ordering::Release);
         let parent = (below as &dyn Any).downcast_ref::<Self>();
         let reason = match parent {
             // QEMU, too, takes no other parent: nothing tells whether it is the same as it was.

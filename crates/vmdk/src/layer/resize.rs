@@ -39,6 +39,10 @@ impl Vmdk {
                 "a vmdk image cannot be made smaller, or larger than empty".to_owned(),
             );
         };
+        if self.below.load(Ordering::Acquire) > old {
+            let message = "the parent is longer than the disk, and its end would show in the new part";
+            return refuse(ErrorKind::UnsupportedFeature, message.to_owned());
+        }
         check_limit("size", size, self.options.max_virtual_size).map_err(|e| self.storage.located(e))?;
         let bytes = last.size() + (size - old);
         if self.create_type().starts_with("twoGbMaxExtent") && bytes > SPLIT {

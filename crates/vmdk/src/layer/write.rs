@@ -9,13 +9,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::{Mutex, RwLock};
+use qcow2_core::disk::OldBytes;
 use qcow2_core::layer::{PlanBuilder, SegmentKind};
-use qcow2_core::{Error, ErrorKind, Mem, Result, StorageExt};
+use qcow2_core::{Error, ErrorKind, Mem, MemMut, Result, StorageExt};
 
 use super::OpenOptions;
 use super::grains::{Directory, Grains, read_directory};
 use super::tables::{Table, TableCache};
 use crate::fields::SECTOR;
+use crate::geometry::{Encoding, Grain, ZERO_GRAIN};
 
 /// Most bytes of a run that gets its place at once.
 const MAX_RUN: u64 = 4 << 20;
@@ -73,6 +75,17 @@ struct Batch {
 enum Run {
     Stored { host: u64, length: u64 },
     New { length: u64 },
+}
+
+/// What became of an entry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Published {
+    /// It was set.
+    Done,
+    /// The grain has this place already.
+    Taken(u64),
+    /// The grain became one of zeroes.
+    Zeroed,
 }
 
 /// The caller's cache, and the number that the extent has there.
@@ -133,8 +146,14 @@ impl Grains {
         self.writer.as_ref().ok_or_else(message)
     }
 
-    /// Writes `buf` at the byte `at` of the extent.
-    pub(super) fn write(&self, tables: Tables<'_>, mut at: u64, mut buf: Mem<'_>) -> Result<()> {
+    /// Writes `buf` at the byte `at` of the extent. Around it, a new grain has what `old` reads of the extent, zeroes without it.
+    pub(super) fn write(
+        &self,
+        tables: Tables<'_>,
+        mut at: u64,
+        mut buf: Mem<'_>,
+        old: Option<OldBytes<'_>>,
+    ) -> Result<()> {
         let writer = self.writer()?;
         while !buf.is_empty() {
             let run = self.run(tables, at, buf.len() as u64)?;
@@ -142,7 +161,7 @@ impl Grains {
             let (part, rest) = buf.split_at(length as usize);
             let written = match run {
                 Run::Stored { host, .. } => self.storage.write_all_at(part, host),
-                Run::New { .. } => self.write_new(writer, tables, at, part),
+                Run::New { .. } => self.write_new(writer, tables, at, part, old),
             };
             // Behind the write: a flush that ended before it has not seen it.
             writer.touched.store(true, Ordering::Release);
@@ -235,29 +254,143 @@ impl Grains {
     }
 
     /// Writes what has no place yet.
-    fn write_new(&self, writer: &GrainWriter, tables: Tables<'_>, at: u64, part: Mem<'_>) -> Result<()> {
+    fn write_new(
+        &self,
+        writer: &GrainWriter,
+        tables: Tables<'_>,
+        at: u64,
+        part: Mem<'_>,
+        old: Option<OldBytes<'_>>,
+    ) -> Result<()> {
         let grain = self.geometry().grain_bytes();
         let head = at % grain;
         let length = (head + part.len() as u64).next_multiple_of(grain);
         let tail = length - head - part.len() as u64;
+        let (first, last) = (at / grain, (at + part.len() as u64 - 1) / grain);
+        // Before what is around is read: a grain of the parent's can become one of zeroes meanwhile.
+        let parents = match old {
+            Some(_) => [self.is_absent(tables, first)?, self.is_absent(tables, last)?],
+            None => [false; 2],
+        };
+        let (front, back) = match old {
+            Some(old) => (self.old(old, at - head, head)?, self.old(old, at + part.len() as u64, tail)?),
+            None => (Vec::new(), Vec::new()),
+        };
         let place = self.allocate(writer, length)?;
-        if let Err(error) = self.write_padded(place, head, part, tail) {
+        let written = match old {
+            Some(_) => {
+                let mut bytes = [Mem::from(&front[..]), part, Mem::from(&back[..])];
+                self.storage.write_all_vectored_at(&mut bytes, place)
+            }
+            None => self.write_padded(place, head, part, tail),
+        };
+        if let Err(error) = written {
             self.give_back(writer, place, length);
             return Err(error);
         }
-        let first = at / grain;
-        for number in 0..length / grain {
-            let Some(other) = self.publish(writer, tables, first + number, place + number * grain)? else {
-                continue;
-            };
-            // Another request was quicker: its grain counts, with the bytes of this one.
-            let from = (number * grain).max(head);
-            let to = (number * grain + grain).min(head + part.len() as u64);
-            let bytes = part.split_at((from - head) as usize).1.split_at((to - from) as usize).0;
-            self.storage.write_all_at(bytes, other + from - number * grain)?;
-            writer.space.lock().spare.push(place + number * grain);
+        for number in first..=last {
+            let start = (number - first) * grain;
+            let from = start.max(head);
+            let to = (start + grain).min(head + part.len() as u64);
+            let parents = (number == first && parents[0]) || (number == last && parents[1]);
+            let mut published = self.publish(writer, tables, number, Some(place + start), parents)?;
+            if published == Published::Zeroed {
+                // So is what is around the bytes.
+                for (start, length) in [(start, from - start), (to, start + grain - to)] {
+                    if length > 0 {
+                        self.storage.zero(place + start, length, false)?;
+                    }
+                }
+                published = self.publish(writer, tables, number, Some(place + start), false)?;
+            }
+            if let Published::Taken(other) = published {
+                // Another request was quicker: its grain counts, with the bytes of this one.
+                let bytes = part.split_at((from - head) as usize).1.split_at((to - from) as usize).0;
+                self.storage.write_all_at(bytes, other + from - start)?;
+                writer.space.lock().spare.push(place + start);
+            }
         }
         Ok(())
+    }
+
+    /// The entry of a grain; 0 where it has none.
+    fn entry_of(&self, tables: Tables<'_>, grain: u64) -> Result<u64> {
+        let entries = self.geometry().table_entries;
+        let table = self.table(tables.cache, tables.extent, grain / entries)?;
+        Ok(table.map_or(0, |table| table.get(grain % entries)))
+    }
+
+    /// Whether the extent does not have a grain.
+    fn is_absent(&self, tables: Tables<'_>, grain: u64) -> Result<bool> {
+        Ok(self.entry_of(tables, grain)? == 0)
+    }
+
+    /// The bytes of the extent at `at` as they are; zeroes behind its end.
+    fn old(&self, old: OldBytes<'_>, at: u64, length: u64) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; length as usize];
+        let inside = self.geometry().size().saturating_sub(at).min(length) as usize;
+        if let Some(part) = bytes.get_mut(..inside).filter(|part| !part.is_empty()) {
+            old(MemMut::from(part), at)?;
+        }
+        Ok(bytes)
+    }
+
+    /// Makes a range read as zeroes where a parent shows through what the extent does not have.
+    pub(super) fn zero_over(
+        &self,
+        tables: Tables<'_>,
+        mut at: u64,
+        length: u64,
+        unmap: bool,
+        old: OldBytes<'_>,
+    ) -> Result<()> {
+        let writer = self.writer()?;
+        let geometry = self.geometry();
+        let grain = geometry.grain_bytes();
+        let entries = matches!(geometry.encoding, Encoding::Sectors { zero_grains: true });
+        let end = at + length;
+        while at < end {
+            // Grain by grain: each is stored, zero already, or the parent's.
+            let step = (grain - at % grain).min(end - at);
+            let done = match self.run(tables, at, step)? {
+                Run::Stored { host, .. } => self.storage.zero(host, step, unmap),
+                Run::New { .. } if self.is_zero(tables, at)? => Ok(()),
+                Run::New { .. }
+                    if entries
+                        && (step == grain || at + step == geometry.size() && at.is_multiple_of(grain)) =>
+                {
+                    match self.publish(writer, tables, at / grain, None, false)? {
+                        // Another request was quicker.
+                        Published::Taken(host) => self.storage.zero(host, step, unmap),
+                        Published::Done | Published::Zeroed => Ok(()),
+                    }
+                }
+                Run::New { .. } => self.write_zero_bytes(writer, tables, at, step, old),
+            };
+            writer.touched.store(true, Ordering::Release);
+            done?;
+            at += step;
+        }
+        if writer.changed.read().len() > MAX_CHANGED { self.flush(tables) } else { Ok(()) }
+    }
+
+    /// Zeroes as data, in a part of one grain that has no place yet.
+    fn write_zero_bytes(
+        &self,
+        writer: &GrainWriter,
+        tables: Tables<'_>,
+        at: u64,
+        length: u64,
+        old: OldBytes<'_>,
+    ) -> Result<()> {
+        let zeroes = vec![0; length as usize];
+        self.write_new(writer, tables, at, Mem::from(&zeroes[..]), Some(old))
+    }
+
+    /// Whether the grain with the byte `at` is one of zeroes.
+    fn is_zero(&self, tables: Tables<'_>, at: u64) -> Result<bool> {
+        let entry = self.entry_of(tables, at / self.geometry().grain_bytes())?;
+        Ok(self.grain(entry, at)? == Grain::Zero)
     }
 
     /// Writes data with zeroes around it.
@@ -278,14 +411,16 @@ impl Grains {
         self.storage.write_all_vectored_at(&mut [front, part, pad(tail)], start)
     }
 
-    /// Sets the entry of a grain, which is empty or one of zeroes, in memory; gives the place of the grain that has one already.
+    /// Sets the entry of a grain, which is empty or one of zeroes, in memory: to a place, or to one of zeroes. `absent`: only if it is
+    /// empty.
     fn publish(
         &self,
         writer: &GrainWriter,
         tables: Tables<'_>,
         grain: u64,
-        place: u64,
-    ) -> Result<Option<u64>> {
+        place: Option<u64>,
+        absent: bool,
+    ) -> Result<Published> {
         let geometry = self.geometry();
         let (index, number) = (grain / geometry.table_entries, grain % geometry.table_entries);
         let _alone = writer.publishing.lock();
@@ -293,16 +428,16 @@ impl Grains {
             Some(table) => (table, false),
             None => (self.new_table(writer, index)?, true),
         };
-        if let crate::geometry::Grain::Data(host) =
-            self.grain(table.get(number), grain * geometry.grain_bytes())?
-        {
-            return Ok(Some(host));
+        match self.grain(table.get(number), grain * geometry.grain_bytes())? {
+            Grain::Data(host) => return Ok(Published::Taken(host)),
+            Grain::Zero if absent => return Ok(Published::Zeroed),
+            Grain::Zero | Grain::Unallocated => {}
         }
         let mut changed = writer.changed.write();
         let entry = changed.entry(index).or_insert_with(|| Changed { table, entries: Vec::new(), is_new });
-        entry.table.set(number, place / SECTOR);
+        entry.table.set(number, place.map_or(ZERO_GRAIN, |place| place / SECTOR));
         entry.entries.push(number);
-        Ok(None)
+        Ok(Published::Done)
     }
 
     /// Room for a table and its copy, all zeroes.

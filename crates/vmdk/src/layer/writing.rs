@@ -3,10 +3,10 @@
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use parking_lot::Mutex;
-use qcow2_core::disk::{DiskOptions, WriteLayer};
+use qcow2_core::disk::{DiskOptions, OldBytes, WriteLayer};
 use qcow2_core::layer::Layer;
 use qcow2_core::space::Preallocation;
-use qcow2_core::{Error, ErrorKind, Job, Mem, Result, StorageExt};
+use qcow2_core::{Error, ErrorKind, Job, Mem, MemMut, Result, StorageExt};
 
 use super::Vmdk;
 use super::extent::{Data, Extent};
@@ -61,9 +61,14 @@ impl Vmdk {
         if let Some(file) = self.files().into_iter().find(|file| !file.traits().writable) {
             return Err(file.located(Error::new(ErrorKind::ReadOnly, "the file is open for reading only")));
         }
-        if self.has_parent() {
-            let message = "the image has a parent: writing to one is not supported";
-            return refuse(ErrorKind::UnsupportedFeature, message, "parentFileNameHint");
+        let split = |extent: &Extent| {
+            extent
+                .grains()
+                .is_some_and(|grains| !extent.start.is_multiple_of(grains.geometry().grain_bytes()))
+        };
+        if self.has_parent() && self.extents.iter().any(split) {
+            let message = "the image has a parent, and extents that begin inside a grain: it is only read";
+            return refuse(ErrorKind::UnsupportedFeature, message, "extent");
         }
         if self.descriptor.change_tracking.is_some() {
             let message =
@@ -135,6 +140,54 @@ impl Vmdk {
         Ok(())
     }
 
+    fn write_parts(&self, buf: Mem<'_>, offset: u64, old: Option<OldBytes<'_>>) -> Result<()> {
+        if buf.is_empty() {
+            return Ok(());
+        }
+        let writing = self.change_cid()?;
+        let mut rest = buf;
+        self.parts(offset, buf.len() as u64, |index, extent, at, length| {
+            let (part, behind) = rest.split_at(length as usize);
+            rest = behind;
+            match &extent.data {
+                Data::Plain(storage) => {
+                    let written = storage.write_all_at(part, plain_place(extent, at));
+                    touch(writing, index);
+                    written
+                }
+                Data::Grains(grains) => {
+                    let inside = old.map(|old| move |buf: MemMut<'_>, at| old(buf, extent.start + at));
+                    let inside = inside.as_ref().map(|old| old as OldBytes<'_>);
+                    grains.write(self.tables(index), at, part, inside)
+                }
+                Data::Missing | Data::Zero => Err(self.not_open(extent)),
+            }
+        })
+    }
+
+    fn zero_parts(&self, offset: u64, length: u64, unmap: bool, old: Option<OldBytes<'_>>) -> Result<()> {
+        if length == 0 {
+            return Ok(());
+        }
+        let writing = self.change_cid()?;
+        self.parts(offset, length, |index, extent, at, length| match (&extent.data, old) {
+            (Data::Plain(storage), _) => {
+                let zeroed = storage.zero(plain_place(extent, at), length, unmap);
+                touch(writing, index);
+                zeroed
+            }
+            (Data::Grains(grains), Some(old)) => {
+                let inside = |buf: MemMut<'_>, at| old(buf, extent.start + at);
+                grains.zero_over(self.tables(index), at, length, unmap, &inside)
+            }
+            (Data::Grains(grains), None) => {
+                let zero = |host, length| grains.storage.zero(host, length, unmap);
+                grains.stored(self.tables(index), at, length, zero)
+            }
+            (Data::Missing | Data::Zero, _) => Err(self.not_open(extent)),
+        })
+    }
+
     pub(super) fn tables(&self, extent: usize) -> Tables<'_> {
         Tables { cache: &self.tables, extent }
     }
@@ -161,44 +214,20 @@ impl WriteLayer for Vmdk {
     }
 
     fn write_at(&self, buf: Mem<'_>, offset: u64) -> Result<()> {
-        if buf.is_empty() {
-            return Ok(());
-        }
-        let writing = self.change_cid()?;
-        let mut rest = buf;
-        self.parts(offset, buf.len() as u64, |index, extent, at, length| {
-            let (part, behind) = rest.split_at(length as usize);
-            rest = behind;
-            match &extent.data {
-                Data::Plain(storage) => {
-                    let written = storage.write_all_at(part, plain_place(extent, at));
-                    touch(writing, index);
-                    written
-                }
-                Data::Grains(grains) => grains.write(self.tables(index), at, part),
-                Data::Missing | Data::Zero => Err(self.not_open(extent)),
-            }
-        })
+        self.write_parts(buf, offset, None)
     }
 
-    /// What is not stored is zero already: nothing shows through an image that is written to.
+    /// What is not stored is zero already, without a parent.
     fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> Result<()> {
-        if length == 0 {
-            return Ok(());
-        }
-        let writing = self.change_cid()?;
-        self.parts(offset, length, |index, extent, at, length| match &extent.data {
-            Data::Plain(storage) => {
-                let zeroed = storage.zero(plain_place(extent, at), length, unmap);
-                touch(writing, index);
-                zeroed
-            }
-            Data::Grains(grains) => {
-                let zero = |host, length| grains.storage.zero(host, length, unmap);
-                grains.stored(self.tables(index), at, length, zero)
-            }
-            Data::Missing | Data::Zero => Err(self.not_open(extent)),
-        })
+        self.zero_parts(offset, length, unmap, None)
+    }
+
+    fn write_over(&self, buf: Mem<'_>, offset: u64, old: OldBytes<'_>) -> Result<()> {
+        self.write_parts(buf, offset, Some(old).filter(|_| self.has_parent()))
+    }
+
+    fn zero_over(&self, offset: u64, length: u64, unmap: bool, old: OldBytes<'_>) -> Result<()> {
+        self.zero_parts(offset, length, unmap, Some(old).filter(|_| self.has_parent()))
     }
 
     fn discard(&self, offset: u64, length: u64) -> Result<()> {
