@@ -152,7 +152,9 @@ function onXfs() {
 
 /** The benchmarks of the engine alone, examples of its crate: the recorded installation, and random writes. */
 function engine(example, flags, ...small) {
-  const cargo = ['run', '--quiet', '--release', '-p', 'qcow2-engine', '--example', example, '--']
+  // To see that nothing rots, what the tests have built will do.
+  const profile = smoke ? [] : ['--release']
+  const cargo = ['run', '--quiet', ...profile, '-p', 'qcow2-engine', '--example', example, '--']
   const runs = smoke ? ['--runs', '1', ...small] : ['--runs', String(trials)]
   const { status } = spawnSync('cargo', [...cargo, '--dir', folder, ...flags, ...runs], {
     stdio: ['ignore', 'inherit', 'inherit'],

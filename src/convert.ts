@@ -39,6 +39,7 @@ import {
   type Shape,
   shape,
   toTarget,
+  withParent,
 } from './shape.js'
 import {
   format,
@@ -260,6 +261,7 @@ async function convertImages(
     const converted = await runJob<NativeConverted>('convert', read, (request, job, addon) =>
       addon.convertImage(request, job, sources, path, {
         ...order,
+        shape: withParent('convert', order.shape, delta),
         ...delta?.order,
         inUse,
         target: onto,
@@ -444,7 +446,10 @@ async function lookAtBase(
   base: Located,
   source: Chain,
   read: ReadConvert,
-): Promise<{ identities: readonly string[]; order: Pick<NativeConvertJob, 'deltaLayers' | 'baseSize'> }> {
+): Promise<
+  Pick<Chain, 'identities'> &
+    Partial<Pick<Chain, 'contentId'>> & { order: Pick<NativeConvertJob, 'deltaLayers' | 'baseSize'> }
+> {
   const { references, limits, signal } = read
   if (read.existingTarget) {
     const { file, identity, path } = await openFile(base, {}, signal)
@@ -462,5 +467,6 @@ async function lookAtBase(
   const place = identity === undefined ? -1 : source.layers.indexOf(identity)
   // Nothing is known of what another image has: no layer is left out, and zeroes hide what it has there.
   const deltaLayers = place < 1 ? source.layers.length : place
-  return { identities: chain.identities, order: { deltaLayers, baseSize: chain.virtualSize } }
+  const { identities, contentId } = chain
+  return { identities, contentId, order: { deltaLayers, baseSize: chain.virtualSize } }
 }

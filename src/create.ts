@@ -1,15 +1,15 @@
 /** Creating images. */
 
 import { READING, WRITING } from './access.js'
-import { lookAtChain, openChain } from './backing/chain.js'
+import { type Chain, type ChainOptions, lookAtChain, openChain } from './backing/chain.js'
 import { readFileName } from './backing/filename.js'
 import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
-import { AbortError, invalidArgument } from './errors.js'
+import { AbortError, invalidArgument, Qcow2Error } from './errors.js'
 import { DEFAULT_FORMAT, type Format, type TargetFormat } from './formats/table.js'
 import { Image } from './image.js'
 import { bytes, flag, LONG_RUNNING, type LongRunning, readOptions, throwIfAborted } from './options.js'
 import { copyOf, forgetting, type ReadSecrets, type Secrets, secrets } from './secret.js'
-import { SHAPE, type Shapes, toNativeShape } from './shape.js'
+import { SHAPE, type Shapes, toNativeShape, withParent } from './shape.js'
 import { type PathLike, release, targetFormat, toPath } from './source.js'
 import { exactStat } from './support/files.js'
 import { runJob } from './support/jobs.js'
@@ -50,7 +50,7 @@ const CREATE = {
 } as const
 
 /**
- * Creates an image and opens it, for writing too. The file has its name only when it is complete: nothing is left of a failure or abort.
+ * Creates an image and opens it, for writing too, unless it is of a kind that is written once. The file has its name only when it is complete: nothing is left of a failure or abort.
  * Both are on stable storage then.
  *
  * @throws {@link Qcow2Error} `EEXIST` unless `overwrite` is set; `ERR_QCOW2_INVALID_ARGUMENT` for options that contradict each
@@ -65,7 +65,7 @@ async function createImage(path: PathLike, options: CreateOptions): Promise<Imag
   const read = readOptions(options, 'create', CREATE)
   const { format = DEFAULT_FORMAT, size, overwrite, references = 'deny', secret: below, ...rest } = read
   const { signal, onProgress, progressInterval, concurrency, ...shape } = rest
-  const wanted = toNativeShape('create', format, shape)
+  const unaware = toNativeShape('create', format, shape)
   const { backingFile, dataFile } = shape
   throwIfAborted(signal)
   const backing = await lookAtBacking(target, backingFile, shape.backingFormat, references, signal)
@@ -74,6 +74,7 @@ async function createImage(path: PathLike, options: CreateOptions): Promise<Imag
     const why = backingFile === undefined ? 'without a backing file' : "where references: 'layer' leaves it unopened"
     throw invalidArgument('size', `create: size is needed ${why}`)
   }
+  const wanted = withParent('create', unaware, backing)
   const job = { signal, onProgress, progressInterval, concurrency }
   await runJob<void>('create', job, (request, number, addon) =>
     addon.createImage(request, number, target, bytesInAll, wanted, overwrite ?? false, backing?.identities ?? []),
@@ -83,12 +84,23 @@ async function createImage(path: PathLike, options: CreateOptions): Promise<Imag
   const access = writable ? WRITING : READING
   const own = shape.encrypt?.secret
   const secret: ReadSecrets = async layer => (layer.depth === 0 ? own && copyOf(own) : below?.(layer))
-  const chain = await openChain({ path: target }, { format, references, secret, trustTop: true, signal, access })
+  const chain = await openNew(target, { format, references, secret, trustTop: true, signal, access })
   if (signal?.aborted) {
     await release(chain.image)
     throw new AbortError(signal.reason)
   }
   return new Image(chain)
+}
+
+/** Opens what was made: for reading where it is of a kind that is written once. */
+async function openNew(path: string, options: ChainOptions): Promise<Chain> {
+  try {
+    return await openChain({ path }, options)
+  } catch (error) {
+    const once = error instanceof Qcow2Error && error.code === 'ERR_QCOW2_UNSUPPORTED_FEATURE'
+    if (!once || options.access?.write === undefined) throw error
+    return openChain({ path }, { ...options, access: READING })
+  }
 }
 
 /**
@@ -101,7 +113,7 @@ async function lookAtBacking(
   format: Format | undefined,
   references: ReferencePolicy,
   signal: AbortSignal | undefined,
-): Promise<{ virtualSize?: number; identities: readonly string[] } | undefined> {
+): Promise<(Partial<Pick<Chain, 'virtualSize' | 'contentId'>> & Pick<Chain, 'identities'>) | undefined> {
   if (backingFile === undefined) return undefined
   const name = readFileName(backingFile, target)
   if (references === 'layer') return { identities: 'path' in name ? await identityOf(name.path) : [] }

@@ -2,6 +2,7 @@
 
 export type { AccessOptions, CacheMode, SharingOptions } from './access.js'
 export { type AmendOptions, amend } from './amend.js'
+export type { ApplianceDisk } from './backing/appliance.js'
 export type { Reference, ReferencePolicy } from './backing/policy.js'
 export type { AddBitmapOptions, Bitmaps, DirtyRange } from './bitmap.js'
 export { type CheckFinding, type CheckOptions, type CheckResult, check } from './check.js'
@@ -25,20 +26,40 @@ export type {
   LuksSlotInfo,
   Qcow2SpecificInfo,
   SnapshotInfo,
+  VmdkExtentInfo,
+  VmdkInfo,
 } from './info.js'
 export { type Finding, type FindingCode, type Inspection, type InspectOptions, inspect } from './inspect.js'
 export type { AddKeyOptions, ChangeKeyOptions, Keys, RemoveKeyOptions } from './keys.js'
 export type { MapEntry, MapOptions } from './map.js'
 export { type MeasureOptions, type MeasureResult, measure } from './measure.js'
-export { type NbdAddress, type NbdOptions, NbdServer, serveNbd } from './nbd.js'
+export {
+  type NbdAddress,
+  type NbdOptions,
+  type NbdServed,
+  NbdServer,
+  type NbdServerOptions,
+  type NbdServing,
+  serveNbd,
+} from './nbd.js'
 export {
   listNbd,
   type NbdExport,
   type NbdListOptions,
   type NbdSource,
+  type NbdSourceOptions,
   type NbdTimes,
   nbdSource,
 } from './nbd-source.js'
+export type {
+  NbdClientPsk,
+  NbdClientTls,
+  NbdClientX509,
+  NbdServerPsk,
+  NbdServerTls,
+  NbdServerX509,
+  Pem,
+} from './nbd-tls.js'
 export { type OpenOptions, open } from './open.js'
 export type { Abortable, Limits, LongRunning, Progress } from './options.js'
 export type { OverlayOptions } from './overlay.js'
@@ -57,10 +78,12 @@ export type {
   Shape,
   Shapes,
   VdiShape,
+  VhdxShape,
+  VmdkShape,
   VpcShape,
 } from './shape.js'
 export type { Snapshots } from './snapshot/snapshots.js'
-export type { DetachedImage, ImageSource, PathLike } from './source.js'
+export type { DetachedImage, ImageInFile, ImageSource, PathLike } from './source.js'
 export type { ReadStreamOptions, SparseChunk, WebStreamOptions } from './stream.js'
 export type { Name } from './text.js'
 export type { BigIntResults, Size } from './units.js'

@@ -108,6 +108,37 @@ export interface Qcow2SpecificInfo {
   readonly bitmaps?: readonly BitmapInfo[]
 }
 
+/** An extent of a VMDK image, as QAPI's `VmdkExtentInfo`. */
+export interface VmdkExtentInfo<N extends number | bigint = number> {
+  /** Its file as it was opened; where it was not, the name that the descriptor has. Absent of one without a file, which is zero. */
+  readonly filename?: string
+  /** The bytes of `filename`, where they are not UTF-8. */
+  readonly filenameBytes?: Buffer
+  /** Whether the file was opened: {@link ReferencePolicy}. */
+  readonly opened: boolean
+  /** Its type in the descriptor, as `FLAT` or `SPARSE`; absent where the image's own file holds it. */
+  readonly format?: string
+  readonly virtualSize: N
+  /** Length of the file, and the space that it takes; of one in a file of its own that was opened. */
+  readonly fileLength?: N
+  readonly actualSize?: N
+  readonly compressed: boolean
+  /** Bytes of a grain, of an extent with grains that was opened. */
+  readonly clusterSize?: number
+}
+
+/** What a VMDK image says, as QAPI's `ImageInfoSpecificVmdk`. */
+export interface VmdkInfo<N extends number | bigint = number> {
+  /** As `monolithicSparse`. */
+  readonly createType: string
+  /** Content identifier: another one whenever the disk changed. */
+  readonly cid: number
+  /** That of the backing file when this image was made on it; 0xffffffff without one. */
+  readonly parentCid: number
+  /** In guest order. */
+  readonly extents: readonly VmdkExtentInfo<N>[]
+}
+
 /** What requests should look like, as QAPI's `BlockLimitsInfo`: bytes, absent where there is no such limit. */
 export interface BlockLimits {
   /** Multiple that offsets and lengths must be of. */
@@ -168,6 +199,8 @@ export interface ImageInfo<N extends number | bigint = number> {
   readonly formatSpecific?: Qcow2SpecificInfo
   /** Of LUKS files. */
   readonly luks?: LuksInfo
+  /** Of VMDK images. */
+  readonly vmdk?: VmdkInfo<N>
   /** What requests on the disk should look like, and those on its file. They depend on how the image is opened: `cache`. */
   readonly limits: { readonly disk: BlockLimits; readonly file: BlockLimits }
 }
@@ -186,6 +219,17 @@ export function infoIn(info: AnyImageInfo, big: boolean | undefined): AnyImageIn
     ...(info.actualSize !== undefined && { actualSize: size(info.actualSize, 'actualSize') }),
     fileLength: size(info.fileLength, 'fileLength'),
     snapshots: info.snapshots.map(snapshot => snapshotIn(snapshot, big)),
+    ...(info.vmdk && { vmdk: { ...info.vmdk, extents: info.vmdk.extents.map(extent => extentIn(extent, big)) } }),
+  }
+}
+
+function extentIn(extent: VmdkExtentInfo<number | bigint>, big: boolean | undefined): VmdkExtentInfo<number | bigint> {
+  const size = sizesIn(big)
+  return {
+    ...extent,
+    virtualSize: size(extent.virtualSize, 'virtualSize'),
+    ...(extent.fileLength !== undefined && { fileLength: size(extent.fileLength, 'fileLength') }),
+    ...(extent.actualSize !== undefined && { actualSize: size(extent.actualSize, 'actualSize') }),
   }
 }
 
@@ -202,7 +246,7 @@ export async function layersInfo(image: number): Promise<AnyImageInfo[]> {
 }
 
 function toImageInfo(native: NativeLayerInfo): AnyImageInfo {
-  const { qcow2, luks, filename, backing, encryption, ...layer } = native
+  const { qcow2, luks, vmdk, filename, backing, encryption, ...layer } = native
   // The addon opens no others.
   const format = layer.format as Format
   return {
@@ -219,12 +263,22 @@ function toImageInfo(native: NativeLayerInfo): AnyImageInfo {
     })),
     ...(backing && backingInfo(backing, native)),
     ...(luks && { luks: { ...luks, uuid: shownText(luks.uuid) } }),
+    ...(vmdk && { vmdk: vmdkInfo(vmdk) }),
     ...(qcow2 && {
       formatSpecific: specificInfo(qcow2, encryption),
       ...(qcow2.damaged.length > 0 && { damaged: qcow2.damaged.map(failure => toError(failure) as Qcow2Error) }),
     }),
   }
 }
+
+const vmdkInfo = ({ createType, extents, ...vmdk }: NonNullable<NativeLayerInfo['vmdk']>): VmdkInfo => ({
+  ...vmdk,
+  createType: shownText(createType),
+  extents: extents.map(({ filename, ...extent }) => ({
+    ...extent,
+    ...(filename !== undefined && shown('filename', filename)),
+  })),
+})
 
 /** Pieces of memory that the system takes in one request. */
 const MAX_IOV = 1024

@@ -1,6 +1,8 @@
 /** Inspection of untrusted images: looks at the header, opens nothing else, promises nothing. */
 
+import { type ApplianceDisk, disksIn } from './backing/appliance.js'
 import { prefixBytes, withFileBytes } from './backing/file-bytes.js'
+import { isOva } from './formats/ova.js'
 import { describeKnown, detectFormat } from './formats/probe.js'
 import type { FileBytes } from './formats/sizes.js'
 import { DEFAULT_FORMAT, type Format, isFormat } from './formats/table.js'
@@ -50,6 +52,8 @@ export interface Finding {
 
 /** What the first bytes of a file say. Spec: "Header", "Header extensions". */
 export interface Inspection<N extends number | bigint = number> {
+  /** The images in an appliance, which `detected` calls `'ova'`. Each can be opened as it is: the option `file` and these two. */
+  readonly disks?: readonly ApplianceDisk[]
   /** By its magic, where that is one of a format that is opened; `'unknown'` otherwise: raw is never guessed. */
   readonly format: Format | 'unknown'
   /** Another format that the file has the structures of (`'vmdk'`), if any: at its start, or (`'vpc'`, `'dmg'`) at its end. */
@@ -157,9 +161,25 @@ async function inspectLocated(
     )
     if (found.header !== undefined) return await toInspection(format, found)
     if ('nbd' in located) return await toInspection(format, found, prefixBytes(head))
-    return await withFileBytes(located, bytes => toInspection(format, found, bytes))
+    return await withFileBytes(located, async bytes => {
+      const inspection = await toInspection(format, found, bytes)
+      return isOva(head) ? { ...inspection, ...(await appliance(bytes, inspection.findings)) } : inspection
+    })
   } finally {
     await release(file)
+  }
+}
+
+/** What is said of an appliance beside that it is no image. */
+async function appliance(
+  bytes: FileBytes,
+  findings: readonly Finding[],
+): Promise<Pick<Inspection, 'detected' | 'disks' | 'findings'>> {
+  try {
+    return { detected: 'ova', disks: await disksIn(bytes), findings }
+  } catch (error) {
+    if (!(error instanceof RangeError)) throw error
+    return { detected: 'ova', findings: [...findings, { code: 'HEADER_INVALID', message: error.message }] }
   }
 }
 

@@ -46,6 +46,9 @@ export interface NativeNbdConnect {
   readonly writable?: boolean | undefined
   readonly connectTime?: number | undefined
   readonly silenceTime?: number | undefined
+  readonly reconnectTime?: number | undefined
+  /** Number of what encrypts the connection. */
+  readonly tls?: number | undefined
 }
 
 /** An export that a server tells of. */
@@ -67,6 +70,10 @@ export interface NativeLayer {
   readonly encryption?: 'aes' | 'luks'
   readonly backing?: NativeNamedFile
   readonly dataFile?: NativeNamedFile
+  /** The files that its disk is made of beside its own. */
+  readonly extents: readonly { readonly filename: string; readonly writable: boolean }[]
+  /** What an image that is made on it stores to know it again. */
+  readonly contentId?: number
 }
 
 /** Limits; what is absent has the engine's default. */
@@ -82,6 +89,9 @@ export interface NativeLimits {
 export interface NativeFileOptions {
   readonly writable?: boolean | undefined
   readonly cache?: string | undefined
+  /** The part of the file that is meant: it is only read. */
+  readonly offset?: number | undefined
+  readonly length?: number | undefined
 }
 
 /** How to lock a file. */
@@ -136,6 +146,21 @@ export interface NativeLayerInfo {
   readonly clusterSize?: number
   readonly encryption?: 'aes' | 'luks'
   readonly backing?: NativeNamedFile
+  readonly vmdk?: {
+    readonly createType: string
+    readonly cid: number
+    readonly parentCid: number
+    readonly extents: readonly {
+      readonly filename?: string
+      readonly opened: boolean
+      readonly format?: string
+      readonly virtualSize: number
+      readonly fileLength?: number
+      readonly actualSize?: number
+      readonly compressed: boolean
+      readonly clusterSize?: number
+    }[]
+  }
   readonly qcow2?: {
     readonly version: 2 | 3
     readonly refcountBits: number
@@ -377,22 +402,40 @@ export interface NativeOverlayOrder {
   readonly l2CacheSize: number | undefined
 }
 
-/** How to serve an image. */
+/** How to serve images. */
 export interface NativeNbdOrder {
   /** Of a unix socket; else TCP. */
   readonly path?: string | undefined
   readonly host?: string | undefined
   readonly port: number
+  readonly persistent: boolean
+  readonly maxConnections: number
+  /** Milliseconds. */
+  readonly handshakeTime?: number | undefined
+  /** Number of what encrypts connections. */
+  readonly tls?: number | undefined
+  readonly exports: readonly NativeNbdExportOrder[]
+}
+
+/** How to serve one of them. */
+export interface NativeNbdExportOrder {
+  readonly image: number
   readonly exportName: string
   readonly description: string
   readonly offset: number
   readonly readOnly: boolean
-  readonly persistent: boolean
-  readonly maxConnections: number
   readonly allocationDepth: boolean
   readonly bitmaps: readonly string[]
-  /** Milliseconds. */
-  readonly handshakeTime?: number | undefined
+}
+
+/** A connection to encrypt: descriptors, to be closed by who gets them. */
+export interface NativeTlsConnection {
+  /** The other side's. */
+  readonly outer: number
+  /** To write to the engine. */
+  readonly input: number
+  /** To read from the engine. */
+  readonly output: number
 }
 
 /** A server that runs. */
@@ -465,6 +508,8 @@ export interface Addon {
   /** Tells the key slots that are free now. */
   removeKeys(request: number, job: number, image: number, order: NativeKeyRemovalOrder): void
   setDataFile(request: number, layer: number, file: number, lock: NativeLock | undefined): void
+  /** The layer has another number then. */
+  attachExtents(request: number, layer: number, files: readonly number[], lock: NativeLock | undefined): void
   /** The top layer is read only without `write`. */
   assemble(request: number, layers: readonly number[], write: NativeWriting | undefined): void
   release(request: number, number: number): void
@@ -575,11 +620,15 @@ export interface Addon {
   layerSnapshots(request: number, layer: number): void
   /** Executes a snapshot plan; tells the disk's size afterwards. */
   executePlan(request: number, image: number, plan: Plan, watch: number | undefined): void
-  startNbd(request: number, image: number, order: NativeNbdOrder): void
+  startNbd(request: number, order: NativeNbdOrder): void
   /** Delivered when the server has ended. */
   awaitNbd(request: number, server: number): void
   endNbd(server: number): void
   nbdConnections(server: number): number
+  /** The number of a place to which connections come that are to be encrypted; `release` ends it. */
+  startTls(): number
+  /** The next one: a `NativeTlsConnection`, or undefined where no more come. */
+  nextTls(request: number, tls: number): void
   /** Whether one of the requests that are waited for keeps the event loop alive. Taken back when it was delivered. */
   referenceRequest(holds: boolean): void
   cancelRequest(watch: number): void

@@ -1,8 +1,9 @@
-/** Serving an open image over NBD, the network block device protocol. */
+/** Serving open images over NBD, the network block device protocol. */
 
 import { invalidArgument, Qcow2Error } from './errors.js'
 import type { Image } from './image.js'
-import { type NativeNbdOrder, type NativeNbdStarted, native } from './native.js'
+import { type NativeNbdExportOrder, type NativeNbdOrder, type NativeNbdStarted, native } from './native.js'
+import { Encrypting, type Encryption, type NbdServerTls, serverTls } from './nbd-tls.js'
 import {
   ABORTABLE,
   type Abortable,
@@ -23,34 +24,55 @@ import { onAbort } from './support/signals.js'
 import { encodeText, exactName, type Name, shownText } from './text.js'
 import { describe, type Size } from './units.js'
 
-/** Options of {@link serveNbd}. Either `path` or `port` says where. */
-export interface NbdOptions extends Abortable {
-  /** Path of a unix socket, which is made, and removed at the end. One that a server left behind which is no more is taken over. */
-  path?: PathLike | undefined
-  /** TCP port, 0 for any that is free. NBD without TLS: nothing is encrypted, and every client is let in. */
-  port?: number | undefined
-  /** Name or address to listen on. Default `'127.0.0.1'`. `'::'` is all of the machine, of both kinds where the system has it so. */
-  host?: string | undefined
-  /** Name that clients ask for. Default `''`, which those mean who give none. */
-  exportName?: Name | undefined
+/** How one image is served. */
+export interface NbdServing {
   /** What it is, for a person. */
   description?: string | undefined
   /** First byte of the disk that is served: what lies before is neither read nor written. Default 0. */
   offset?: Size | undefined
   /** Refuse writes. Default: as the image was opened. */
   readOnly?: boolean | undefined
-  /** Go on when the last client has gone. Default true; false ends the server then. */
-  persistent?: boolean | undefined
-  /** Clients at once, 1 to 1024; others wait until one has gone. Default 100. */
-  maxConnections?: number | undefined
   /** Tell how deep in the backing chain data is, as `qemu:allocation-depth`. Default false. */
   allocationDepth?: boolean | undefined
   /** Persistent bitmaps to tell of, as `qemu:dirty-bitmap:NAME`: as they are when a client asks. */
   bitmaps?: readonly Name[] | undefined
-  /** Milliseconds that a client may take to begin. Default 10000. */
+}
+
+/** One of several images that a server has. */
+export interface NbdServed extends NbdServing {
+  /** An open image. */
+  image: Image
+  /** Name that clients ask for; each has another one. Default `''`, which those mean who give none. */
+  name?: Name | undefined
+}
+
+/** How a server listens and goes on. Either `path` or `port` says where. */
+export interface NbdServerOptions extends Abortable {
+  /** Path of a unix socket, which is made, and removed at the end. One that a server left behind which is no more is taken over. */
+  path?: PathLike | undefined
+  /** TCP port, 0 for any that is free. Without `tls` nothing is encrypted, and every client is let in. */
+  port?: number | undefined
+  /** Name or address to listen on. Default `'127.0.0.1'`. `'::'` is all of the machine, of both kinds where the system has it so. */
+  host?: string | undefined
+  /** Go on when the last client has gone. Default true; false ends the server then. */
+  persistent?: boolean | undefined
+  /** Clients at once, 1 to 1024; others wait until one has gone. Default 100. */
+  maxConnections?: number | undefined
+  /** Milliseconds that a client may take to begin, with TLS too. Default 10000. */
   handshakeTimeout?: number | undefined
+  /**
+   * Clients begin with TLS, and are told nothing before it. Default: nothing is encrypted. Node encrypts, on this thread: what keeps its event loop
+   * busy keeps clients waiting. Not on Windows.
+   */
+  tls?: NbdServerTls | undefined
   /** Ends the server, as {@link NbdServer.close} does; one that is aborted already rejects the call. */
   signal?: AbortSignal | undefined
+}
+
+/** Options of {@link serveNbd} for one image. */
+export interface NbdOptions extends NbdServerOptions, NbdServing {
+  /** Name that clients ask for. Default `''`, which those mean who give none. */
+  exportName?: Name | undefined
 }
 
 /** Where a server listens. */
@@ -61,6 +83,9 @@ export type NbdAddress =
       readonly pathBytes?: Buffer
     }
   | { readonly host: string; readonly port: number }
+
+/** Images of one server: what clients of this library list at most, and more than anybody has. */
+const MAX_EXPORTS = 1024
 
 /** Longest names and descriptions of the protocol, in bytes. */
 const MAX_NAME = 4096
@@ -93,21 +118,27 @@ const names: Reader<readonly string[]> = (value, name) => {
   return value.map((entry: unknown, index) => storedName(entry, `${name}[${index}]`))
 }
 
-const SERVE = {
+const SERVER = {
   ...ABORTABLE,
   path: (value: unknown, name: string) => toPath(value, name),
   port: integer(0, 65535),
   host: text,
-  exportName,
-  description,
-  offset: bytes,
-  readOnly: flag,
   persistent: flag,
   maxConnections: integer(1, 1024),
-  allocationDepth: flag,
-  bitmaps: names,
   handshakeTimeout: integer(1, 2 ** 31 - 1),
+  tls: serverTls,
 } as const
+
+const SERVING = { description, offset: bytes, readOnly: flag, allocationDepth: flag, bitmaps: names } as const
+
+const ONE = { ...SERVER, ...SERVING, exportName } as const
+
+const anImage: Reader<Image> = (value, name) => {
+  if (typeof value === 'object' && value !== null && ownerOf(value) !== undefined) return value as Image
+  throw invalidArgument(name, `${name} must be an Image, not ${describe(value)}`)
+}
+
+const SERVED = { ...SERVING, name: exportName, image: anImage } as const
 
 /**
  * A server that runs. It keeps the process alive, as `net.Server` does, unless {@link NbdServer.unref} says otherwise. It ends with
@@ -120,7 +151,7 @@ export class NbdServer implements AsyncDisposable {
   #referenced = true
 
   /** @internal Servers are made by `serveNbd`. */
-  constructor(started: NativeNbdStarted, signal: AbortSignal | undefined) {
+  constructor(started: NativeNbdStarted, signal: AbortSignal | undefined, encrypting?: Encrypting) {
     if (typeof started !== 'object' || started === null || !('server' in started)) {
       throw invalidArgument('NbdServer', 'an NbdServer is made by serveNbd(), not by its constructor')
     }
@@ -132,6 +163,7 @@ export class NbdServer implements AsyncDisposable {
       this.ref()
       forget()
       await release(started.server)
+      await encrypting?.end()
     })
   }
 
@@ -189,73 +221,152 @@ function toAddress({ path, host, port }: NativeNbdStarted): NbdAddress {
 }
 
 /**
- * Serves the disk of an open image over NBD, for `qemu-img`, `nbdcopy`, a hypervisor or the kernel. The image stays usable meanwhile:
- * requests of clients and of this process see each other's writes. Closing the image ends the server first. A client that breaks the
- * protocol, goes away or wants too much loses its connection, nothing else. There is no TLS and no password: on a unix socket the file system says who may connect.
+ * Serves the disk of an open image over NBD, for `qemu-img`, `nbdcopy`, a hypervisor or the kernel; or those of several, by name. The images
+ * stay usable meanwhile: requests of clients and of this process see each other's writes. Closing one of them ends the server first. A client
+ * that breaks the protocol, goes away or wants too much loses its connection, nothing else. Who may connect says the file system, on a unix
+ * socket, or `tls`; without both everybody may.
+ *
+ * @example
+ * ```ts
+ * await using server = await serveNbd([{ name: 'a', image: a }, { name: 'b', image: b, readOnly: true }], {
+ *   port: 10809,
+ *   host: '0.0.0.0',
+ *   tls: { cert: await readFile('server-cert.pem'), key: await readFile('server-key.pem'), ca: await readFile('ca-cert.pem') },
+ * })
+ * ```
  *
  * @throws {@link Qcow2Error} `ERR_QCOW2_CLOSED`; `ERR_QCOW2_READ_ONLY` for `readOnly: false` of an image that is open for reading;
- *   `ERR_QCOW2_NO_BITMAP`; `ERR_QCOW2_CORRUPT` for an inconsistent bitmap; `ERR_QCOW2_INVALID_ARGUMENT`; the system's code (`EADDRINUSE`, `EACCES`)
+ *   `ERR_QCOW2_NO_BITMAP`; `ERR_QCOW2_CORRUPT` for an inconsistent bitmap; `ERR_QCOW2_INVALID_ARGUMENT`, for certificates and keys that
+ *   cannot be used, too; the system's code (`EADDRINUSE`, `EACCES`)
  */
-export async function serveNbd(image: Image, options: NbdOptions): Promise<NbdServer> {
-  const owner = ownerOf(image)
-  if (owner === undefined) throw invalidArgument('image', `image must be an Image, not ${describe(image)}`)
-  const read = readOptions(options, 'serveNbd', SERVE)
-  const order = toOrder(read, image)
-  throwIfAborted(read.signal)
+export function serveNbd(image: Image, options: NbdOptions): Promise<NbdServer>
+export function serveNbd(exports: readonly NbdServed[], options: NbdServerOptions): Promise<NbdServer>
+export async function serveNbd(served: Image | readonly NbdServed[], options: NbdOptions): Promise<NbdServer> {
+  const { server, tls, exports, signal } = Array.isArray(served)
+    ? readSeveral(served, options)
+    : readOne(served as Image, options)
+  throwIfAborted(signal)
   return new Promise<NbdServer>((resolve, reject) => {
-    owner.read(() => serve(owner, order, read.signal, resolve)).catch(reject)
+    const holders = exports.map(({ owner }) => owner)
+    holding(holders, () =>
+      serve(holders, { ...server, exports: exports.map(each => each.order) }, tls, signal, resolve),
+    ).catch(reject)
   })
 }
 
-/** Until the server has ended: the image is kept open meanwhile. */
+/** What a call asks for. */
+interface Wanted {
+  readonly server: Omit<NativeNbdOrder, 'exports' | 'tls'>
+  readonly tls: Encryption | undefined
+  readonly exports: readonly { readonly owner: ImageOwner; readonly order: NativeNbdExportOrder }[]
+  readonly signal: AbortSignal | undefined
+}
+
+function readOne(image: Image, options: NbdOptions): Wanted {
+  const owner = ownerOf(image)
+  if (owner === undefined) {
+    throw invalidArgument('image', `image must be an Image, or a list of what is served, not ${describe(image)}`)
+  }
+  const read = readOptions(options, 'serveNbd', ONE)
+  const order = toExportOrder(owner, image, read.exportName, read, 'serveNbd')
+  return { server: toServerOrder(read), tls: read.tls, signal: read.signal, exports: [{ owner, order }] }
+}
+
+function readSeveral(served: readonly NbdServed[], options: NbdServerOptions): Wanted {
+  const read = readOptions(options, 'serveNbd', SERVER)
+  if (served.length === 0 || served.length > MAX_EXPORTS) {
+    throw invalidArgument('exports', `serveNbd: 1 to ${MAX_EXPORTS} images are served, not ${served.length}`)
+  }
+  const exports = served.map((each, index) => {
+    const who = `serveNbd: exports[${index}]`
+    const { image, name, ...how } = readOptions(each, who, SERVED)
+    const owner = image && ownerOf(image)
+    if (image === undefined || owner === undefined) throw invalidArgument('image', `${who} has no image`)
+    return { owner, order: toExportOrder(owner, image, name, how, who) }
+  })
+  const taken = new Set<string>()
+  for (const { order } of exports) {
+    const { exportName: name } = order
+    if (taken.has(name)) throw invalidArgument('name', `serveNbd: two exports have the name '${shownText(name)}'`)
+    taken.add(name)
+  }
+  return { server: toServerOrder(read), tls: read.tls, signal: read.signal, exports }
+}
+
+/** Runs work while all the images are kept open. */
+const holding = (owners: readonly ImageOwner[], work: () => Promise<void>): Promise<void> =>
+  owners.reduceRight<() => Promise<void>>((inner, owner) => () => owner.read(inner), work)()
+
+/** Until the server has ended: the images are kept open meanwhile. */
 async function serve(
-  owner: ImageOwner,
+  owners: readonly ImageOwner[],
   order: NativeNbdOrder,
+  tls: Encryption | undefined,
   signal: AbortSignal | undefined,
   tell: (server: NbdServer) => void,
 ): Promise<void> {
   let closing = false
   let server: NbdServer | undefined
-  const forget = owner.onClose(() => {
+  const close = (): void => {
     closing = true
     void server?.close()
-  })
+  }
+  const forget = owners.map(owner => owner.onClose(close))
   try {
-    const started = await request<NativeNbdStarted>((number, addon) => addon.startNbd(number, owner.image, order))
-    server = new NbdServer(started, signal)
+    const encrypting = tls && new Encrypting(tls)
+    const started = await request<NativeNbdStarted>((number, addon) =>
+      addon.startNbd(number, { ...order, tls: encrypting?.number }),
+    ).catch(async (error: unknown) => {
+      await encrypting?.end()
+      throw error
+    })
+    server = new NbdServer(started, signal, encrypting)
     // What came meanwhile.
     if (closing || signal?.aborted) void server.close()
     tell(server)
     await server.closed
   } finally {
-    forget()
+    for (const each of forget) each()
   }
 }
 
-function toOrder(read: Read<typeof SERVE>, image: Image): NativeNbdOrder {
-  const { path, port, host, readOnly = image.readOnly } = read
+function toServerOrder(read: Read<typeof SERVER>): Wanted['server'] {
+  const { path, port, host } = read
   if ((path === undefined) === (port === undefined)) {
     throw invalidArgument('path', 'serveNbd: either path or port says where to listen')
   }
   if (host !== undefined && path !== undefined) {
     throw invalidArgument('host', 'serveNbd: host goes with port, not with path')
   }
-  if (!readOnly && image.readOnly) {
-    const message = "serveNbd: readOnly: false needs an image that is open for writing: open it with flags: 'r+'"
-    throw new Qcow2Error('ERR_QCOW2_READ_ONLY', message, { field: 'readOnly' })
-  }
   return {
     path,
     host: host ?? '127.0.0.1',
     port: port ?? 0,
-    exportName: exactName(read.exportName ?? ''),
+    persistent: read.persistent ?? true,
+    maxConnections: read.maxConnections ?? 100,
+    handshakeTime: read.handshakeTimeout,
+  }
+}
+
+function toExportOrder(
+  owner: ImageOwner,
+  image: Image,
+  name: string | undefined,
+  read: Read<typeof SERVING>,
+  who: string,
+): NativeNbdExportOrder {
+  const { readOnly = image.readOnly } = read
+  if (!readOnly && image.readOnly) {
+    const message = `${who}: readOnly: false needs an image that is open for writing: open it with flags: 'r+'`
+    throw new Qcow2Error('ERR_QCOW2_READ_ONLY', message, { field: 'readOnly' })
+  }
+  return {
+    image: owner.image,
+    exportName: exactName(name ?? ''),
     description: read.description ?? '',
     offset: read.offset ?? 0,
     readOnly,
-    persistent: read.persistent ?? true,
-    maxConnections: read.maxConnections ?? 100,
     allocationDepth: read.allocationDepth ?? false,
     bitmaps: read.bitmaps ?? [],
-    handshakeTime: read.handshakeTimeout,
   }
 }

@@ -102,6 +102,52 @@ export interface ParallelsShape {
   clusterSize?: number | undefined
 }
 
+/** The shape of a VHDX image. */
+export interface VhdxShape {
+  preallocation?: 'off' | undefined
+  /** `'dynamic'` takes blocks as they are written to, `'fixed'` has all of them from the start. Default `'dynamic'`. */
+  subformat?: 'dynamic' | 'fixed' | undefined
+  /** Bytes, a power of two of 1 MiB to 256 MiB. Default 8 MiB, and more for disks of more than 1 GiB, as `qemu-img` chooses. */
+  blockSize?: number | undefined
+  /** Bytes of the log, a multiple of 1 MiB. Default 1 MiB. */
+  logSize?: number | undefined
+  /** Blocks that were never written to are zero, and not just absent. Default true, as for `qemu-img`. */
+  blockStateZero?: boolean | undefined
+}
+
+/** The shape of a VMDK image. */
+export interface VmdkShape {
+  /**
+   * What a product takes: `'esxi'`, and `'ovf'` for packages (`.ova`), is streamOptimized, for hardware version 10 with an LSI Logic
+   * controller. The other options are stronger.
+   */
+  preset?: 'esxi' | 'ovf' | undefined
+  /**
+   * One file that grows (`'monolithicSparse'`, the default) or is written once, compressed (`'streamOptimized'`); or a descriptor with files
+   * beside it, named after it: one that is the disk (`'monolithicFlat'`), or some of 2 GiB each.
+   */
+  subformat?:
+    | 'monolithicSparse'
+    | 'monolithicFlat'
+    | 'twoGbMaxExtentSparse'
+    | 'twoGbMaxExtentFlat'
+    | 'streamOptimized'
+    | undefined
+  /** Controller that the guest sees. Default `'ide'`. */
+  adapterType?: 'ide' | 'buslogic' | 'lsilogic' | 'legacyESX' | undefined
+  /** Version of the virtual hardware. Default `'4'`. */
+  hardwareVersion?: string | undefined
+  /** Version of VMware's tools for the guest. Default: managed by the guest. */
+  toolsVersion?: string | undefined
+  /** Version 6 of the virtual hardware. Default false. */
+  compat6?: boolean | undefined
+  /** Zeroes have entries of their own in the tables: for images with a backing file. Default false. */
+  zeroedGrain?: boolean | undefined
+  /** Backing file, as the image names it: relative to its own directory. It is a `vmdk` image. */
+  backingFile?: Name | undefined
+  backingFormat?: 'vmdk' | undefined
+}
+
 /** The shape of a new image of each format. */
 export interface Shapes {
   qcow2: Qcow2Shape
@@ -110,6 +156,8 @@ export interface Shapes {
   vdi: VdiShape
   vpc: VpcShape
   parallels: ParallelsShape
+  vhdx: VhdxShape
+  vmdk: VmdkShape
 }
 
 /** The shape of a new image; which options it has depends on the format. */
@@ -120,9 +168,18 @@ export interface AnyShape extends Qcow2Shape, Partial<Record<FormatOption, strin
 
 /** The table entries of those options that a format reads by itself. */
 const FORMAT_OPTIONS = {
+  preset: text,
   subformat: text,
   static: flag,
   forceSize: flag,
+  blockSize: integer(0, 2 ** 32),
+  logSize: integer(0, 2 ** 32),
+  blockStateZero: flag,
+  adapterType: text,
+  hardwareVersion: text,
+  toolsVersion: text,
+  compat6: flag,
+  zeroedGrain: flag,
 } as const satisfies Readonly<Record<FormatOption, Reader<string | number | boolean>>>
 
 /** The table entries of {@link Shape}. */
@@ -157,10 +214,19 @@ export function toNativeShape(owner: string, format: TargetFormat, read: ReadSha
     ([name, value]) => value !== undefined && !own.some(option => option === name),
   )
   if (foreign !== undefined) throw invalidArgument(foreign[0], `${owner}: a ${format} image has no ${foreign[0]}`)
-  const { needs, subformats } = creationOf(format)
-  if (read.subformat !== undefined && !subformats?.includes(read.subformat)) {
-    const message = `${owner}: the subformat of a ${format} image is ${quoted(subformats ?? [])}, not '${read.subformat}'`
-    throw invalidArgument('subformat', message)
+  const { needs, subformats = [], presets = [], backingFormat: ofBacking } = creationOf(format)
+  for (const [name, known] of [
+    ['subformat', subformats],
+    ['preset', presets],
+  ] as const) {
+    const given = read[name]
+    if (given !== undefined && !known.includes(given)) {
+      throw invalidArgument(name, `${owner}: the ${name} of a ${format} image is ${quoted(known)}, not '${given}'`)
+    }
+  }
+  if (ofBacking !== undefined && read.backingFormat !== undefined && read.backingFormat !== ofBacking) {
+    const message = `${owner}: the backing file of a ${format} image is a ${ofBacking} image, not ${read.backingFormat}`
+    throw invalidArgument('backingFormat', message)
   }
   if (!exists && needs !== undefined && read[needs] === undefined) {
     throw invalidArgument(needs, `${owner}: a ${format} image needs the option ${needs}`)
@@ -187,6 +253,22 @@ export function toNativeShape(owner: string, format: TargetFormat, read: ReadSha
     ...(dataFile !== undefined && { dataPath: dataPathOf(owner, dataFile) }),
     ...(Object.keys(options).length > 0 && { options }),
   }
+}
+
+/** The shape with what it stores of its backing file, where the format is one that knows that again. */
+export function withParent(
+  owner: string,
+  shape: NativeShape,
+  backing: { readonly contentId?: number | undefined } | undefined,
+): NativeShape {
+  const format = toTargetFormat(owner, shape.format as TargetFormat)
+  if (shape.backingFile === undefined || creationOf(format).backingFormat === undefined) return shape
+  const parentCid = backing?.contentId
+  if (parentCid === undefined) {
+    const message = `${owner}: a ${format} image stores what its backing file is: it must be opened for that`
+    throw invalidArgument('backingFile', message)
+  }
+  return { ...shape, options: { ...shape.options, parentCid } }
 }
 
 const isFormatOption = (name: string): boolean => Object.hasOwn(FORMAT_OPTIONS, name)
@@ -258,7 +340,7 @@ export function toTarget(
   exists = false,
 ): Target {
   const made = toTargetFormat(owner, to)
-  if (compress && !can(made, 'compress')) {
+  if (compress && !can(made, 'compress') && (exists || creationOf(made).compressed !== true)) {
     throw invalidArgument('compress', `${owner}: a ${made} image cannot be compressed`)
   }
   const type = compress?.type

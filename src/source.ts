@@ -5,9 +5,9 @@ import { fileURLToPath } from 'node:url'
 import { invalidArgument, Qcow2Error } from './errors.js'
 import { type Format, quoted, SOURCE_FORMATS, TARGET_FORMATS, type TargetFormat } from './formats/table.js'
 import type { NativeFile, NativeFileOptions } from './native.js'
-import { type NbdPlace, NbdSource } from './nbd-source.js'
-import { oneOf, type Reader } from './options.js'
-import { type Held, runHeld } from './support/jobs.js'
+import { type NbdPlace, NbdSource, reach } from './nbd-source.js'
+import { bytes, oneOf, type Reader } from './options.js'
+import type { Held } from './support/jobs.js'
 import { request } from './support/requests.js'
 import { decodeText, userText } from './text.js'
 import { describe } from './units.js'
@@ -19,7 +19,16 @@ export type PathLike = string | Buffer | URL
  * What can be opened: a file name, or a `FileHandle` of Node's. A handle stays the caller's: the library reads through a
  * descriptor of its own and leaves the handle, its cursor and its closing alone. An export of an NBD server is what `nbdSource` makes.
  */
-export type ImageSource = PathLike | FileHandle | DetachedImage | NbdSource
+export type ImageSource = PathLike | FileHandle | DetachedImage | ImageInFile | NbdSource
+
+/** An image inside of another file, which is read in place: in an archive, say. What lies around it cannot be reached through it. */
+export interface ImageInFile {
+  readonly file: PathLike
+  /** Bytes of the file in front of the image. */
+  readonly offset: number
+  /** Bytes of the image. */
+  readonly length: number
+}
 
 /**
  * A LUKS disk whose header lies in another file: `cryptsetup luksFormat --header`. The header's file is only read. An overlay stores the name
@@ -51,6 +60,14 @@ export type Located = FileLocated | { readonly nbd: NbdPlace; readonly header?: 
 export type FileLocated = ({ readonly path: string } | { readonly descriptor: number }) & {
   /** Where its header is, if that is another file. */
   readonly header?: { readonly path: string }
+  /** The part of the file that is the image, if that is not all of it. */
+  readonly part?: Part
+}
+
+/** A part of a file, in bytes. */
+export interface Part {
+  readonly offset: number
+  readonly length: number
 }
 
 const NO_DESCRIPTOR = -1
@@ -72,6 +89,13 @@ export function toLocated(source: unknown, name: string): Located {
         path: toPath(source.file, `${name}.file`),
         header: { path: toPath(source.header, `${name}.header`) },
       }
+    }
+    if ('file' in source && 'offset' in source && 'length' in source) {
+      const part = {
+        offset: bytes(source.offset, `${name}.offset`),
+        length: bytes(source.length, `${name}.length`),
+      }
+      return { path: toPath(source.file, `${name}.file`), part }
     }
   }
   return { path: toPath(source, name, 'a string, Buffer, file: URL, FileHandle or what nbdSource() made') }
@@ -116,16 +140,17 @@ export async function openFile(
   signal?: AbortSignal,
 ): Promise<NativeFile> {
   if ('nbd' in located) {
-    const { uri, times } = located.nbd
-    const held = await runHeld<NativeFile>(signal, (number, job, addon) =>
-      addon.openNbd(number, job, uri, { ...times, writable: options.writable }),
+    const { nbd } = located
+    const held = await reach<NativeFile>(nbd, signal, (number, job, addon, connect) =>
+      addon.openNbd(number, job, nbd.uri, { ...connect, writable: options.writable }),
     )
     connections.set(held.value.file, [held])
     return held.value
   }
+  const given = { ...options, ...located.part }
   return request<NativeFile>((number, addon) => {
-    if ('path' in located) addon.openFile(number, located.path, options)
-    else if (addon.openDescriptor !== undefined) addon.openDescriptor(number, located.descriptor, options)
+    if ('path' in located) addon.openFile(number, located.path, given)
+    else if (addon.openDescriptor !== undefined) addon.openDescriptor(number, located.descriptor, given)
     else
       throw new Qcow2Error(
         'ERR_QCOW2_UNSUPPORTED_FEATURE',

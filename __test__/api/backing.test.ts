@@ -168,15 +168,15 @@ describe('the format of a backing file that the image does not tell', () => {
 
   it('is not raw with the first bytes of another format', async () => {
     const foreign = Buffer.alloc(4096)
-    foreign.write('KDMV')
-    writeFileSync(at('foreign.vmdk'), foreign)
-    const path = forgetFormat(await overlay('c.qcow2', 'foreign.vmdk', 'raw'))
+    foreign.write('QED\0')
+    writeFileSync(at('foreign.qed'), foreign)
+    const path = forgetFormat(await overlay('c.qcow2', 'foreign.qed', 'raw'))
     const error = await failure(() => open(path, { references: 'allow' }))
-    expect(error).toMatchObject({ code: 'ERR_QCOW2_UNSUPPORTED_FEATURE', path: at('foreign.vmdk') })
-    expect(error.message).toContain('vmdk')
+    expect(error).toMatchObject({ code: 'ERR_QCOW2_UNSUPPORTED_FEATURE', path: at('foreign.qed') })
+    expect(error.message).toContain('qed')
     // Said by the image, raw is raw.
-    expect((await firstBytes(await overlay('d.qcow2', 'foreign.vmdk', 'raw'), 'allow')).toString('latin1', 0, 4)).toBe(
-      'KDMV',
+    expect((await firstBytes(await overlay('d.qcow2', 'foreign.qed', 'raw'), 'allow')).toString('latin1', 0, 4)).toBe(
+      'QED\0',
     )
   })
 })

@@ -21,13 +21,13 @@ import { takenBy } from '../../src/support/option-hints.js'
 import { failure, temporaryFolder, writeRaw } from './fixtures.js'
 
 const folder = temporaryFolder()
-const [raw, image, v2, vmdk, target] = ['disk.raw', 'disk.qcow2', 'v2.qcow2', 'disk.vmdk', 'target'].map(name =>
+const [raw, image, v2, qed, target] = ['disk.raw', 'disk.qcow2', 'v2.qcow2', 'disk.qed', 'target'].map(name =>
   join(folder, name),
 ) as [string, string, string, string, string]
 
 beforeAll(async () => {
   writeRaw(raw, 1 << 20, [[0, 4096]])
-  writeFileSync(vmdk, Buffer.concat([Buffer.from('KDMV'), Buffer.alloc(1020)]))
+  writeFileSync(qed, Buffer.concat([Buffer.from('QED\0'), Buffer.alloc(1020)]))
   await (await create(image, { size: 1 << 20 })).close()
   await (await create(v2, { size: 1 << 20, version: 2 })).close()
 })
@@ -53,8 +53,8 @@ const CASES: readonly [name: string, run: () => Promise<unknown>, said: string][
   ['measure raw', () => call('measure', raw, { to: 'raw' }), "say so: from: 'raw'"],
   ['compare raw', () => call('compare', raw, image), "say so: formatA: 'raw'"],
   ['compare with raw', () => call('compare', image, raw), "say so: formatB: 'raw'"],
-  ['open vmdk', () => call('open', vmdk), "of a vmdk image, which is not supported (format: 'raw' takes it"],
-  ['convert vmdk', () => call('convert', vmdk, target, { to: 'raw' }), "(from: 'raw' takes it"],
+  ['open qed', () => call('open', qed), "of a qed image, which is not supported (format: 'raw' takes it"],
+  ['convert qed', () => call('convert', qed, target, { to: 'raw' }), "(from: 'raw' takes it"],
   // Options that are known elsewhere, by another name, or misspelt.
   [
     'convert: format',

@@ -40,7 +40,7 @@ const cases: [name: string, call: () => Promise<unknown>, field: RegExp][] = [
   ['probe nothing', () => loose('probe')(null), /source/],
   // Options.
   ['open with a misspelt option', () => loose('open')(empty, { reference: 'allow' }), /reference/],
-  ['open with an unknown format', () => loose('open')(empty, { format: 'vmdk' }), /format/],
+  ['open with an unknown format', () => loose('open')(empty, { format: 'qed' }), /format/],
   ['open with flags of another kind', () => loose('open')(empty, { flags: 'w+' }), /flags/],
   ['open with a wrong policy', () => loose('open')(empty, { references: true }), /references/],
   ['open with a wrong signal', () => loose('open')(empty, { signal: {} }), /signal/],

@@ -1,6 +1,7 @@
 import { mkdirSync, readdirSync, rmSync } from 'node:fs'
 import { join } from 'node:path'
 import { expect, it } from 'vitest'
+import { listed, SOURCE_FORMATS } from '../../src/formats/table.js'
 import { asQemuImg, describeWithQemu, execute, haveQemu, qcow2, qemuVersion, workspace } from './run.js'
 
 const folder = workspace()
@@ -23,7 +24,7 @@ const worded = (text: string): string =>
   text
     .replace(/^\S*qemu-img \w+:/, 'qemu-img:')
     .replace(/\nTry .*/s, '\n')
-    .replace('The formats are qcow2, raw, qcow and luks.\n', '')
+    .replace(`The formats are ${listed(SOURCE_FORMATS, 'and')}.\n`, '')
 
 describeWithQemu('long options by their first letters, and file: names, as qemu-img takes them', () => {
   it.each([

@@ -67,12 +67,12 @@ describe('a wrong command line', () => {
     [['create', 'a', '1Z'], "Invalid image size specified: '1Z'.\nOptional suffix k, M, G, T, P or E"],
     [['create', 'a', '8E'], 'Invalid image size specified. Must be between 0 and 9223372036854775807.'],
     [['create', '-f', 'qcow2', '-o', 'encryption=on', 'a', '1M'], "Option 'encryption' is not supported"],
-    [['create', '-f', 'vmdk', 'a', '1M'], "Format driver 'vmdk' is not supported"],
+    [['create', '-f', 'qed', 'a', '1M'], "Format driver 'qed' is not supported"],
     [['map', '--picture', '--output=json', 'a'], '--picture cannot be used together with --output=json.'],
     [['map', '-o', 'x', 'a'], '-o requires --output=svg.'],
     [['info', 'ssh://localhost/x'], "Could not open 'ssh://localhost/x': Unknown protocol 'ssh'"],
     [['create', 'json:{"driver":"qcow2"}', '1M'], 'json: descriptions are not followed'],
-    [['map', '-f', 'vmdk', 'a'], "Could not open 'a': Unknown driver 'vmdk'"],
+    [['map', '-f', 'qed', 'a'], "Could not open 'a': Unknown driver 'qed'"],
   ])('%j is refused', async (args, message) => {
     const { code, stdout, stderr } = await run(...args)
     expect({ code, stdout }).toEqual({ code: 1, stdout: expect.stringMatching(/^(Formatting .*\n)?$/) })
@@ -130,14 +130,14 @@ describe('help', () => {
 
 describe('a file of another kind', () => {
   it('is raw only if it looks like nothing known', async () => {
-    writeFileSync(join(folder, 'disk.vmdk'), Buffer.concat([Buffer.from('KDMV\x01\0\0\0', 'latin1'), noise(4096)]))
+    writeFileSync(join(folder, 'disk.qed'), Buffer.concat([Buffer.from('QED\0', 'latin1'), noise(4096)]))
     for (const args of [['map'], ['check'], ['convert', '-O', 'qcow2']]) {
-      const { code, stderr } = await run(...args, 'disk.vmdk', ...(args[0] === 'convert' ? ['out.qcow2'] : []))
+      const { code, stderr } = await run(...args, 'disk.qed', ...(args[0] === 'convert' ? ['out.qcow2'] : []))
       expect(code).toBe(1)
-      expect(stderr).toContain("Could not open 'disk.vmdk': Image is in vmdk format, which is not supported")
+      expect(stderr).toContain("Could not open 'disk.qed': Image is in qed format, which is not supported")
     }
-    expect((await run('info', 'disk.vmdk')).stdout).toContain('file format: vmdk\n')
-    expect((await run('info', '-f', 'raw', 'disk.vmdk')).stdout).toContain('file format: raw\n')
+    expect((await run('info', 'disk.qed')).stdout).toContain('file format: qed\n')
+    expect((await run('info', '-f', 'raw', 'disk.qed')).stdout).toContain('file format: raw\n')
     writeFileSync(join(folder, 'small.raw'), noise(1 << 20))
     expect((await run('info', 'small.raw')).stdout).toContain('file format: raw\n')
     expect(existsSync(join(folder, 'out.qcow2'))).toBe(false)

@@ -1,7 +1,7 @@
 import { describe, expect, it } from 'vitest'
-import { describeFormat, optionSpecs, targetFormat, toCreateOptions } from '../../src/cli/create-options.js'
-import { asksForHelp, describeOptions, joinOptionLists, parseOptionList } from '../../src/cli/options.js'
-import { Objects } from '../../src/cli/secrets.js'
+import { describeFormat, optionSpecs, targetFormat, toCreateOptions } from '../../dist/cli/create-options.js'
+import { asksForHelp, describeOptions, joinOptionLists, parseOptionList } from '../../dist/cli/options.js'
+import { Objects } from '../../dist/cli/secrets.js'
 
 const qcow2 = optionSpecs('qcow2')
 const parse = (list: string) => Object.fromEntries(parseOptionList(list, qcow2))
@@ -119,7 +119,7 @@ describe('creation options', () => {
         'The protocol level may support further options.\n' +
         'Specify the target filename to include those options.\n',
     )
-    expect(() => targetFormat('vmdk')).toThrow("Format driver 'vmdk' is not supported")
+    expect(() => targetFormat('qed')).toThrow("Format driver 'qed' is not supported")
     expect(() => targetFormat('foo')).toThrow("Unknown file format 'foo'")
   })
 })

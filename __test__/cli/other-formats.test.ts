@@ -11,13 +11,7 @@ const folder = workspace()
 const MIB = 2 ** 20
 
 /** Format, options, and the size that is asked for. */
-const made: readonly (readonly [format: string, options: string, size: number])[] = [
-  ['vmdk', '', 7 * MIB],
-  ['vmdk', 'subformat=streamOptimized', 5 * MIB],
-  ['vmdk', 'subformat=monolithicFlat', 3 * MIB],
-  ['vhdx', '', 17 * MIB],
-  ['qed', '', 6 * MIB],
-]
+const made: readonly (readonly [format: string, options: string, size: number])[] = [['qed', '', 6 * MIB]]
 
 describeWithQemu('images of other formats', () => {
   it.each(made)('%s %s has its name and size', async (format, options, size) => {
@@ -47,11 +41,11 @@ describeWithQemu('images of other formats', () => {
   })
 
   it('a backing file of such a format ends the listing of a chain', async () => {
-    ok(qemuImg('create', '-q', '-f', 'vmdk', join(folder, 'base.vmdk'), '4M'))
-    ok(qemuImg('create', '-q', '-f', 'qcow2', '-b', 'base.vmdk', '-F', 'vmdk', join(folder, 'top.qcow2')))
+    ok(qemuImg('create', '-q', '-f', 'qed', join(folder, 'base.qed'), '4M'))
+    ok(qemuImg('create', '-q', '-f', 'qcow2', '-b', 'base.qed', '-F', 'qed', join(folder, 'top.qcow2')))
     const { code, stdout } = await qcow2(['info', '--backing-chain', '--output=json', 'top.qcow2'], folder)
     expect(code).toBe(0)
-    expect(JSON.parse(stdout).map((each: { format: string }) => each.format)).toEqual(['qcow2', 'vmdk'])
+    expect(JSON.parse(stdout).map((each: { format: string }) => each.format)).toEqual(['qcow2', 'qed'])
   })
 })
 
@@ -79,7 +73,6 @@ describe('structures of other formats', () => {
   it.each([
     ['bochs', 'Bochs Virtual HD Image', (b: Buffer) => b.writeBigUInt64LE(1024n, b.writeUInt32LE(0x20000, 64) + 20)],
     ['cloop', '#!/bin/sh\n#V2.0 Format\nmodprobe cloop', (b: Buffer) => b.writeUInt32BE(2, b.writeUInt32BE(512, 128))],
-    ['vmdk', 'COWD', (b: Buffer) => b.writeUInt32LE(2, 12)],
   ] as const)('%s has its size', async (format, magic, put) => {
     const bytes = Buffer.alloc(512)
     bytes.write(magic, 'latin1')
@@ -88,7 +81,7 @@ describe('structures of other formats', () => {
   })
 
   it('that are cut short have a name and no size', async () => {
-    for (const magic of ['KDMV', 'vhdxfile', 'QED\0']) {
+    for (const magic of ['QED\0']) {
       const { detected, virtualSize } = await inspect(Buffer.from(magic, 'latin1'))
       expect([typeof detected, virtualSize], magic).toEqual(['string', 0])
     }

@@ -3,6 +3,7 @@
 import { cpSync, existsSync, readFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { beforeAll, expect, it } from 'vitest'
+import { listed, TARGET_FORMATS } from '../../src/formats/table.js'
 import { asQemuImg, describeWithQemu, execute, type Outcome, workspace } from './run.js'
 
 const folder = workspace()
@@ -23,6 +24,8 @@ const said = ({ code, stdout, stderr }: Outcome) => ({
   stdout,
   stderr: stderr.split('\n').filter(line => line.startsWith('qemu-img')),
 })
+
+const NOT_MADE = `Format driver 'qcow' is not supported: formats are ${listed(TARGET_FORMATS, 'and')}`
 
 describeWithQemu('qcow on the command line', () => {
   beforeAll(async () => {
@@ -120,14 +123,11 @@ convert --bitmaps -O qcow2 plain.qcow out`
   })
 
   it.each([
-    ['convert -O qcow disk.raw out', "Format driver 'qcow' is not supported: formats are qcow2, raw and luks"],
-    ['create -f qcow out 1M', "Format driver 'qcow' is not supported: formats are qcow2, raw and luks"],
-    ['dd -O qcow if=plain.qcow of=out', "Format driver 'qcow' is not supported: formats are qcow2, raw and luks"],
-    ['measure -O qcow --size 1M', "Format driver 'qcow' is not supported: formats are qcow2, raw and luks"],
-    [
-      'convert -n -O qcow disk.raw plain.qcow',
-      "Format driver 'qcow' is not supported: formats are qcow2, raw and luks",
-    ],
+    ['convert -O qcow disk.raw out', NOT_MADE],
+    ['create -f qcow out 1M', NOT_MADE],
+    ['dd -O qcow if=plain.qcow of=out', NOT_MADE],
+    ['measure -O qcow --size 1M', NOT_MADE],
+    ['convert -n -O qcow disk.raw plain.qcow', NOT_MADE],
     ['bitmap --add plain.qcow b', 'Operation add on bitmap b failed: Operation not supported'],
     ['bitmap --remove-all plain.qcow', 'Operation remove-all failed: Operation not supported'],
     ['compact plain.qcow', 'This image format does not support compaction'],

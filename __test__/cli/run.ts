@@ -61,8 +61,14 @@ export const qcow2 = (args: readonly string[], cwd: string, env?: NodeJS.Process
  * lines waits for a thousand starts of Node otherwise. Streams, signals and what else is the process's own have tests of their own, by
  * {@link qcow2} and {@link asQemuImgProcess}.
  */
-export function asQemuImg(args: readonly string[], folder: string, cwd = folder): Promise<Outcome> {
-  const outcome = turn.then(() => inThisProcess(args, cwd))
+export const asQemuImg = (args: readonly string[], folder: string, cwd = folder): Promise<Outcome> =>
+  inTurn('qemu-img', args, cwd)
+
+/** The same, as qemu-nbd: for what does not serve. */
+export const asQemuNbd = (args: readonly string[], folder: string): Promise<Outcome> => inTurn('qemu-nbd', args, folder)
+
+function inTurn(tool: string, args: readonly string[], cwd: string): Promise<Outcome> {
+  const outcome = turn.then(() => inThisProcess(tool, args, cwd))
   turn = outcome.catch(() => undefined)
   return outcome
 }
@@ -70,11 +76,11 @@ export function asQemuImg(args: readonly string[], folder: string, cwd = folder)
 /** A process has one working directory: one command line at a time. */
 let turn: Promise<unknown> = Promise.resolve()
 
-async function inThisProcess(args: readonly string[], cwd: string): Promise<Outcome> {
+async function inThisProcess(tool: string, args: readonly string[], cwd: string): Promise<Outcome> {
   process.chdir(cwd)
   const [stdout, stderr] = [new Collected(), new Collected()]
   const session: Session = {
-    program: 'qemu-img',
+    program: tool,
     stdin: Readable.from([]),
     stdout: new Output(stdout),
     stderr: new Output(stderr),

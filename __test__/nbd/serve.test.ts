@@ -5,7 +5,7 @@ import { existsSync, mkdtempSync, readFileSync, rmSync, symlinkSync, writeFileSy
 import { connect, type Socket } from 'node:net'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { create, type Image, open, serveNbd } from 'qcow2'
+import { create, type Image, listNbd, nbdSource, open, serveNbd } from 'qcow2'
 import { afterAll, describe, expect, it } from 'vitest'
 import { CLI, execute, haveQemu } from '../cli/run.js'
 import { library } from '../lifecycle/child.js'
@@ -106,6 +106,55 @@ describe.skipIf(process.platform === 'win32')('serveNbd', () => {
     await (await create(read, { size: MIB })).close()
     await using reading = await open(read)
     await expect(serveNbd(reading, { path, readOnly: false })).rejects.toMatchObject({ code: 'ERR_QCOW2_READ_ONLY' })
+  })
+
+  it('has several images by name, until one of them is closed', async () => {
+    const [a, b] = [await disk(['b']), await disk()]
+    await b.write(Buffer.from('the other one'), { position: 0 })
+    const path = name('sock')
+    const exports = [
+      { name: 'a', image: a, bitmaps: ['b'], description: 'the first' },
+      { name: 'b', image: b, readOnly: true },
+      { image: b, offset: MIB },
+    ]
+    const server = await serveNbd(exports, { path })
+    const listed = (await listNbd(uri(path))).map(({ name, description, size, contexts }) => [
+      name,
+      description,
+      size,
+      contexts.length,
+    ])
+    expect(listed).toEqual([
+      ['a', 'the first', 8 * MIB, 2],
+      ['b', '', 8 * MIB, 1],
+      ['', '', 7 * MIB, 1],
+    ])
+    const opened = (of: string, flags: 'r' | 'r+' = 'r') => open(nbdSource(uri(path, of)), { format: 'raw', flags })
+    await expect(opened('c')).rejects.toMatchObject({ message: expect.stringContaining("no export 'c'") })
+    await expect(opened('b', 'r+')).rejects.toMatchObject({ code: 'ERR_QCOW2_READ_ONLY' })
+    const first = await opened('a', 'r+')
+    await first.write(Buffer.from('over there'), { position: 0 })
+    await first.close()
+    expect((await a.read(Buffer.alloc(10), { position: 0 })).buffer.toString()).toBe('over there')
+    const second = await opened('b')
+    expect((await second.read(Buffer.alloc(13), { position: 0 })).buffer.toString()).toBe('the other one')
+    await b.close()
+    await server.closed
+    await second.close()
+    await expect(serveNbd(exports, { path })).rejects.toMatchObject({ code: 'ERR_QCOW2_CLOSED' })
+    const refused = (list: unknown, options: object, field: string) =>
+      expect(serveNbd(list as never, options), JSON.stringify(options)).rejects.toMatchObject({
+        code: 'ERR_QCOW2_INVALID_ARGUMENT',
+        field,
+      })
+    await refused([], { path }, 'exports')
+    await refused([{ image: a }, { image: a }], { path }, 'name')
+    await refused([{ image: a }], { path, exportName: 'x' }, 'exportName')
+    await refused([{ image: a, exportName: 'x' }], { path }, 'exportName')
+    await refused([{ name: 'x' }], { path }, 'image')
+    await refused([{ image: {} }], { path }, 'image')
+    await refused([{ image: a, offset: 9 * MIB }], { path }, 'offset')
+    await a.close()
   })
 
   it('keeps the process alive, or does not after unref(), and an exit closes the image', async () => {

@@ -1,6 +1,6 @@
 /** Exports of NBD servers as images: whatever opens a file opens one, and no name becomes a connection by itself. */
 
-import { existsSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs'
+import { existsSync, mkdtempSync, readFileSync, rmSync, truncateSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import {
@@ -22,6 +22,7 @@ import {
 import { afterAll, describe, expect, it } from 'vitest'
 import { execute, qcow2 } from '../cli/run.js'
 import { library } from '../lifecycle/child.js'
+import { kill, serverProcess } from './process.js'
 import { silentServer } from './silent.js'
 
 const folder = mkdtempSync(join(tmpdir(), 'qcow2-nbd-'))
@@ -250,6 +251,41 @@ describe.skipIf(process.platform === 'win32')('nbdSource', () => {
     await server.image.close()
     await expect(first(image, 0)).rejects.toMatchObject({ code: 'ERR_QCOW2_IO', syscall: 'NBD_CMD_READ' })
     expect(performance.now() - begin).toBeLessThan(20_000)
+  })
+
+  it('comes back to a server that does, for as long as it may', async () => {
+    const [file, path] = [name('raw'), name('sock')]
+    writeFileSync(file, Buffer.alloc(8 * MIB, 0xee))
+    let server = await serverProcess(file, path)
+    const source = (reconnect: number) => nbdSource(uri(path), { reconnect })
+    const patient = await open(source(60_000), { format: 'raw', flags: 'r+' })
+    await using hasty = await open(source(100), { format: 'raw' })
+    await kill(server)
+    const late = { code: 'ERR_QCOW2_IO', message: expect.stringContaining('and another one failed') }
+    await expect(first(hasty, 0)).rejects.toMatchObject(late)
+    const waits = [
+      patient.write(Buffer.from('again'), { position: 3 * MIB }),
+      patient.writeZeroes(MIB, 65536),
+      patient.datasync(),
+      first(patient, MIB + 80_000),
+    ] as const
+    server = await serverProcess(file, path)
+    expect((await Promise.all(waits))[3]).toBe(0xee)
+    await expect(first(hasty, 0)).rejects.toMatchObject({ code: 'ERR_QCOW2_IO' })
+    await kill(server)
+    const bytes = readFileSync(file)
+    expect([bytes.toString('latin1', 3 * MIB, 3 * MIB + 5), bytes[MIB], bytes[MIB + 65536]]).toEqual(['again', 0, 0xee])
+    // What comes back is another disk.
+    truncateSync(file, MIB)
+    server = await serverProcess(file, path)
+    await expect(first(patient, 0)).rejects.toMatchObject({
+      code: 'ERR_QCOW2_IO',
+      message: expect.stringContaining('it had 8388608 bytes and has 1048576'),
+    })
+    await kill(server)
+    // What was written is not known to be durable.
+    await expect(patient.close()).rejects.toMatchObject({ code: 'ERR_QCOW2_IO', syscall: 'NBD_CMD_FLUSH' })
+    expect(() => nbdSource(uri(path), { reconnect: -1 })).toThrow(expect.objectContaining({ field: 'reconnect' }))
   })
 
   it('does not keep a process that ends', async () => {

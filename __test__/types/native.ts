@@ -54,6 +54,7 @@ type WrongFunctions = {
 
 /** What is delivered, and what else no function has as a parameter. `unit/native-types.test.ts` says whether one is missing. */
 interface Delivered {
+  TlsConnection: [binding.TlsConnection, native.NativeTlsConnection]
   CheckOutcome: [binding.CheckOutcome, native.NativeCheckOutcome]
   Cloned: [binding.Cloned, native.NativeCloned]
   Compacted: [binding.Compacted, native.NativeCompacted]

@@ -84,7 +84,7 @@ it('no other file tells formats by their names', () => {
 })
 
 it('names are found', () => {
-  expect(['raw', 'file', 'host_device', 'qcow', 'vmdk', 'toString'].map(formatNamed)).toEqual([
+  expect(['raw', 'file', 'host_device', 'qcow', 'qed', 'toString'].map(formatNamed)).toEqual([
     'raw',
     'raw',
     'raw',
@@ -92,9 +92,9 @@ it('names are found', () => {
     undefined,
     undefined,
   ])
-  expect(['qcow2', 'qcow', 'vmdk', 'toString'].map(isKnown)).toEqual([true, true, true, false])
-  expect(['qcow2', 'qcow', 'vmdk', 'toString', undefined].map(isFormat)).toEqual([true, true, false, false, false])
-  expect(['qcow2', 'raw', 'qcow', 'vmdk'].map(isTarget)).toEqual([true, true, false, false])
+  expect(['qcow2', 'qcow', 'qed', 'toString'].map(isKnown)).toEqual([true, true, true, false])
+  expect(['qcow2', 'qcow', 'qed', 'toString', undefined].map(isFormat)).toEqual([true, true, false, false, false])
+  expect(['qcow2', 'raw', 'qcow', 'qed'].map(isTarget)).toEqual([true, true, false, false])
 })
 
 it('names are listed', () => {

@@ -5,6 +5,7 @@
 
 import { type Access, READING } from '../access.js'
 import { AbortError, Qcow2Error } from '../errors.js'
+import { isOva } from '../formats/ova.js'
 import { detectFormat } from '../formats/probe.js'
 import {
   type Ability,
@@ -14,6 +15,7 @@ import {
   type Format,
   formatNamed,
   isFormat,
+  isKnownByStart,
   PLAIN_FORMAT,
 } from '../formats/table.js'
 import type { NativeFile, NativeLayer, NativeLayerOptions, NativeLock, NativeSecret, NativeWriting } from '../native.js'
@@ -25,7 +27,8 @@ import { handOver, type Located, openFile, release } from '../source.js'
 import { runJob, type StartJob } from '../support/jobs.js'
 import { isAborted, request } from '../support/requests.js'
 import { canBeInexact, exactName, type Name } from '../text.js'
-import { decide, nameOf, type ReferencePolicy } from './policy.js'
+import { onlyDiskOf } from './appliance.js'
+import { decide, KINDS, nameOf, type ReferencePolicy } from './policy.js'
 
 const MAX_CHAIN_DEPTH = 200
 
@@ -67,6 +70,8 @@ export interface Chain {
   /** The same from the root of the file system: the process may work in another directory later. */
   readonly absolutePath: string | undefined
   readonly virtualSize: number
+  /** What an image that is made on the top layer stores to know it again, where its format has that. */
+  readonly contentId: number | undefined
   /** The top layer's. */
   readonly format: Format
   /** The top layer's; undefined where it has no clusters. */
@@ -116,6 +121,7 @@ export async function openChain(located: Located, options: ChainOptions): Promis
       path: top.path,
       absolutePath: top.absolutePath,
       virtualSize: top.opened.virtualSize,
+      contentId: top.opened.contentId,
       format: top.format,
       clusterSize: top.opened.clusterSize,
       depth: layers.length,
@@ -229,18 +235,28 @@ class Opening {
     const depth = this.#layers.length
     const written = depth === 0 || depth === this.#options.base
     const access: Access = written ? this.#access : { ...this.#access, write: undefined }
-    const file = await this.#open(located, access)
+    let file = await this.#open(located, access)
+    if (depth === 0 && located.header === undefined && isOva(file.head) && this.#mayLookInside()) {
+      file = await this.#open(await onlyDiskOf(located, file.path), access)
+    }
     this.#refuseLoop(file)
     const header = located.header && (await this.#openHeader(located.header))
     const format = header === undefined ? formatOf(file) : DETACHABLE_FORMAT
-    const opened = await this.#unlock(await this.#openLayer(file, format, access, header), file.path)
-    this.#layers.push(opened.layer)
+    const alone = await this.#unlock(await this.#openLayer(file, format, access, header), file.path)
+    this.#layers.push(alone.layer)
     this.layerIdentities.push(file.identity)
-    this.#refuseHalf(opened, file, access)
+    this.#refuseHalf(alone, file, access)
     throwIfAborted(this.#options.signal)
+    const opened = await this.#attachExtents(alone, file.path, folderPath(located, file.path), access)
     if (opened.dataFile !== undefined) await this.#attachDataFile(opened, file.path, access)
     const { path, absolutePath } = file
     return { path, absolutePath, format, opened, next: await this.#next(opened, path, folderPath(located, path)) }
+  }
+
+  /** Whether a file that begins as an appliance is none of the format that the caller says. A guest can write any bytes in front. */
+  #mayLookInside(): boolean {
+    const { format } = this.#options
+    return format === undefined || isKnownByStart(format)
   }
 
   /** Opens the next layer; a failure names both files. */
@@ -342,13 +358,13 @@ class Opening {
   }
 
   /** A write copies what surrounds it from the backing file: without that file, the copy would be zeroes. */
-  #refuseHalf({ backing, dataFile }: NativeLayer, { path }: NativeFile, { write }: Access): void {
+  #refuseHalf({ backing, dataFile, extents }: NativeLayer, { path }: NativeFile, { write }: Access): void {
     // A repair writes no guest data.
     if (write === undefined || this.#options.forCheck || this.#policyNow() !== 'layer') return
-    const missing = backing === undefined ? dataFile && 'data file' : 'backing file'
+    const missing = (backing && 'backing') ?? (dataFile && 'data-file') ?? (extents.length > 0 ? 'extent' : undefined)
     if (missing === undefined) return
-    const message = `${path === undefined ? '' : `${path}: `}references is 'layer', and writing needs the ${missing} too`
-    const field = backing === undefined ? 'external data file name' : 'backing_file'
+    const { name, field } = KINDS[missing]
+    const message = `${path === undefined ? '' : `${path}: `}references is 'layer', and writing needs the ${name} too`
     throw new Qcow2Error('ERR_QCOW2_REFERENCE_DENIED', message, { path, field })
   }
 
@@ -363,6 +379,37 @@ class Opening {
     } catch (error) {
       throw inReference(error, `the ${nameOf({ kind: 'data-file', filename: dataFile.filename })} of '${from}'`)
     }
+  }
+
+  /** Opens the files that the disk of a layer is made of, which has another number then. With `'layer'` it stays without them. */
+  async #attachExtents(
+    opened: NativeLayer,
+    from: string | undefined,
+    folder: string | undefined,
+    access: Access,
+  ): Promise<NativeLayer> {
+    const { layer, extents } = opened
+    const policy = this.#policyNow()
+    if (extents.length === 0 || policy === 'layer') return opened
+    const others = new Set(this.#seen)
+    const files: number[] = []
+    for (const { filename, writable } of extents) {
+      const located = await decide(policy, 'extent', { filename }, from, folder, this.#options.signal)
+      if (located === undefined) return opened
+      try {
+        const file = await this.#open(located, writable ? access : { ...access, write: undefined })
+        if (file.identity !== undefined && others.has(file.identity)) this.#refuseLoop(file)
+        if (file.identity !== undefined) this.#seen.add(file.identity)
+        files.push(file.file)
+      } catch (error) {
+        throw inReference(error, `the ${nameOf({ kind: 'extent', filename })} of '${from}'`)
+      }
+    }
+    const whole = await request<NativeLayer>((number, addon) =>
+      addon.attachExtents(number, layer, files, lockFor(access)),
+    )
+    this.#layers[this.#layers.length - 1] = whole.layer
+    return whole
   }
 
   async #next(

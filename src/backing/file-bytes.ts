@@ -1,15 +1,17 @@
 /** Reads of a file by Node itself, for what is no image of this library's. */
 
 import type { FileBytes } from '../formats/sizes.js'
-import type { FileLocated } from '../source.js'
+import type { FileLocated, Part } from '../source.js'
 import { closeDescriptor, descriptorStat, openDescriptor, readDescriptor } from '../support/files.js'
 
 /** Runs `work` on the bytes of a file, which is closed behind it; a descriptor stays the caller's. */
 export async function withFileBytes<T>(located: FileLocated, work: (bytes: FileBytes) => Promise<T>): Promise<T> {
-  if ('descriptor' in located) return work(await bytesOf(located.descriptor))
+  const { part } = located
+  const read = (bytes: FileBytes): Promise<T> => work(part === undefined ? bytes : partOf(bytes, part))
+  if ('descriptor' in located) return read(await bytesOf(located.descriptor))
   const descriptor = await openDescriptor(located.path, 'r')
   try {
-    return await work(await bytesOf(descriptor))
+    return await read(await bytesOf(descriptor))
   } finally {
     await closeDescriptor(descriptor)
   }
@@ -31,6 +33,12 @@ async function bytesOf(descriptor: number): Promise<FileBytes> {
     },
   }
 }
+
+/** The bytes of a part of a file. */
+export const partOf = (file: FileBytes, { offset, length }: Part): FileBytes => ({
+  length: file.length === undefined ? length : Math.max(0, Math.min(length, file.length - offset)),
+  at: (position, wanted) => file.at(offset + position, Math.max(0, Math.min(wanted, length - position))),
+})
 
 /** The bytes that there are, of a file that is not known further. */
 export const prefixBytes = (bytes: Buffer): FileBytes => ({

@@ -36,6 +36,20 @@ export function readFileName(name: string, from: string | undefined): FileName {
   return { path: `${DIRECTORY.exec(from)?.[0] ?? ''}${name}` }
 }
 
+/** What separates folders on any system that images come from, or ends a name. */
+const SEPARATOR = /[/\\:\0]/
+
+/**
+ * Reads the name of a file that a disk is made of. It lies in the folder of the image at `from`, and nowhere else: an image is not to
+ * read what its owner could not name.
+ */
+export function readExtentName(name: string, from: string | undefined): FileName {
+  if (name === '' || name === '.' || name === '..') return { refused: 'it is none of a file' }
+  if (SEPARATOR.test(name)) return { refused: 'the parts of a disk lie in its own folder, and it names another place' }
+  if (from === undefined) return { refused: 'it is relative, and the image was opened without a path' }
+  return { path: `${DIRECTORY.exec(from)?.[0] ?? ''}${name}` }
+}
+
 /** Reads the name of an external data file, which is as the process sees it: so does QEMU. */
 export function readDataFileName(name: string): FileName {
   return decide(name) ?? { path: name }

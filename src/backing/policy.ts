@@ -7,16 +7,16 @@ import { type ImageSource, type Located, toLocated } from '../source.js'
 import { answer } from '../support/signals.js'
 import { shown, shownText } from '../text.js'
 import { describe } from '../units.js'
-import { readDataFileName, readFileName } from './filename.js'
+import { type FileName, readDataFileName, readExtentName, readFileName } from './filename.js'
 
 /** A file that an image names. */
 export interface Reference {
-  readonly kind: 'backing' | 'data-file'
+  readonly kind: 'backing' | 'data-file' | 'extent'
   /** The name exactly as the image has it: not resolved, not trusted. */
   readonly filename: string
   /** The bytes of `filename`, where they are not UTF-8: it then has replacement characters. */
   readonly filenameBytes?: Buffer
-  /** The format that the image claims for it, if any. A data file is always raw. */
+  /** The format that the image claims for it, if any. A data file is always raw. An extent is a part of the image. */
   readonly format?: string
   /** The file that names it, as it was opened. */
   readonly from: string
@@ -28,10 +28,11 @@ export interface Reference {
  * What an image may pull in:
  *
  * - `'deny'` (the default): an image that names a backing file or a data file is refused
- * - `'layer'`: the image is opened alone. What only a backing file has reads as zeroes, and reading what is in an external data file
- *   fails. For tools that look at one layer; `convert` refuses it
+ * - `'layer'`: the image is opened alone. What only a backing file has reads as zeroes, and reading what is in an external data file or
+ *   an extent fails. For tools that look at one layer; `convert` refuses it
  * - `'allow'`: names are followed as QEMU follows them: a backing file's from the directory of the image that names it, a data
- *   file's from the working directory of the process. Never `json:` descriptions or protocols (`nbd:`, `http:`)
+ *   file's from the working directory of the process. Never `json:` descriptions or protocols (`nbd:`, `http:`). An extent (`vmdk`) has a
+ *   plain name, of a file in the directory of the image: QEMU follows any
  * - a function: called for every reference, returns what to open instead, or `null` to refuse
  */
 export type ReferencePolicy =
@@ -46,11 +47,24 @@ export const referencePolicy: Reader<ReferencePolicy> = (value, name) => {
   throw invalidArgument(name, `${name} must be 'deny', 'layer', 'allow' or a function, not ${describe(value)}`)
 }
 
-const KIND = { backing: 'backing file', 'data-file': 'external data file' } as const
+interface Kind {
+  readonly name: string
+  /** What the formats call the field. */
+  readonly field: string
+  /** Reads a name, which may start from the directory of the image at `from`. */
+  readonly read: (name: string, from: string | undefined) => FileName
+}
+
+/** What an image can name. */
+export const KINDS: Readonly<Record<Reference['kind'], Kind>> = {
+  backing: { name: 'backing file', field: 'backing_file', read: readFileName },
+  'data-file': { name: 'external data file', field: 'external data file name', read: readDataFileName },
+  extent: { name: 'extent', field: 'extent', read: readExtentName },
+}
 
 /** `backing file 'base.qcow2'` */
 export const nameOf = ({ kind, filename }: Pick<Reference, 'kind' | 'filename'>): string =>
-  `${KIND[kind]} '${filename}'`
+  `${KINDS[kind].name} '${filename}'`
 
 /** What to open for a reference; undefined for nothing (`'layer'`). */
 export async function decide(
@@ -58,7 +72,7 @@ export async function decide(
   kind: Reference['kind'],
   named: NativeNamedFile,
   path: string | undefined,
-  /** The path whose directory a relative name of a backing file starts from. */
+  /** The path whose directory a relative name of a backing file or an extent starts from. */
   folder: string | undefined,
   signal: AbortSignal | undefined,
 ): Promise<Located | undefined> {
@@ -75,7 +89,7 @@ export async function decide(
     throw denied(reference, path, `nothing that an image names is opened unless the caller allows it: ${hint}`)
   }
   if (policy === 'allow') {
-    const name = kind === 'backing' ? readFileName(filename, folder) : readDataFileName(filename)
+    const name = KINDS[kind].read(filename, folder)
     if ('refused' in name) throw denied(reference, path, `its name cannot be followed: ${name.refused}`)
     return { path: name.path }
   }
@@ -85,7 +99,7 @@ export async function decide(
 }
 
 function denied(reference: Reference, path: string | undefined, reason: string): Qcow2Error {
-  const field = reference.kind === 'backing' ? 'backing_file' : 'external data file name'
+  const { field } = KINDS[reference.kind]
   const message = `${path === undefined ? '' : `${path}: `}the ${nameOf(reference)} was not opened: ${reason}`
   return new Qcow2Error('ERR_QCOW2_REFERENCE_DENIED', message, { path, field })
 }

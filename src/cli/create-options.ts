@@ -104,11 +104,61 @@ const PARALLELS_OPTIONS: readonly OptionSpec[] = [
   { name: 'cluster_size', type: 'size', help: 'Parallels image cluster size', fallback: '1048576' },
 ]
 
+/** In the order in which qemu-img prints them. */
+const VHDX_OPTIONS: readonly OptionSpec[] = [
+  { name: 'size', type: 'size', help: 'Virtual disk size; max of 64TB.' },
+  { name: 'log_size', type: 'size', help: 'Log size; min 1MB.', fallback: '1048576' },
+  {
+    name: 'block_size',
+    type: 'size',
+    help: 'Block Size; min 1MB, max 256MB. 0 means auto-calculate based on image size.',
+    fallback: '0',
+  },
+  {
+    name: 'subformat',
+    type: 'string',
+    help: "VHDX format type, can be either 'dynamic' or 'fixed'. Default is 'dynamic'.",
+  },
+  {
+    name: 'block_state_zero',
+    type: 'bool',
+    help:
+      "Force use of payload blocks of type 'ZERO'. Non-standard, but default.  Do not set to 'off' when using 'qemu-img convert' with " +
+      'subformat=dynamic.',
+  },
+]
+
 /** Some of them, for an image that exists: what is not given stays as it is. */
 export const qcow2Options = (...names: readonly string[]): readonly OptionSpec[] =>
   QCOW2_OPTIONS.filter(({ name }) => names.includes(name)).map(({ name, type, help }) => ({ name, type, help }))
 
 const SIZE_OPTIONS = qcow2Options('size')
+
+/** In the order in which qemu-img prints them. */
+const VMDK_OPTIONS: readonly OptionSpec[] = [
+  ...SIZE_OPTIONS,
+  {
+    name: 'adapter_type',
+    type: 'string',
+    help: 'Virtual adapter type, can be one of ide (default), lsilogic, buslogic or legacyESX',
+  },
+  { name: 'backing_file', type: 'string', help: 'File name of a base image' },
+  { name: 'backing_fmt', type: 'string', help: "Must be 'vmdk' if present" },
+  { name: 'compat6', type: 'bool', help: 'VMDK version 6 image', fallback: 'off' },
+  { name: 'hwversion', type: 'string', help: 'VMDK hardware version', fallback: 'undefined' },
+  { name: 'toolsversion', type: 'string', help: 'VMware guest tools version' },
+  {
+    name: 'subformat',
+    type: 'string',
+    help:
+      'VMDK flat extent format, can be one of ' +
+      '{monolithicSparse (default) | monolithicFlat | twoGbMaxExtentSparse | twoGbMaxExtentFlat | streamOptimized} ',
+  },
+  { name: 'zeroed_grain', type: 'bool', help: 'Enable efficient zero writes using the zeroed-grain GTE feature' },
+  { name: 'preset', type: 'string', help: 'What a product takes: esxi, ovf' },
+]
+
+const ADAPTER_TYPES: readonly string[] = ['ide', 'lsilogic', 'buslogic', 'legacyESX']
 
 /** Options of the file that an image is stored in. */
 const FILE_OPTIONS: readonly OptionSpec[] = [
@@ -134,6 +184,8 @@ const OF_FORMAT: Readonly<
   vdi: { options: VDI_OPTIONS, toShape: toVdiShape },
   vpc: { options: VPC_OPTIONS, toShape: toVpcShape },
   parallels: { options: PARALLELS_OPTIONS, toShape: toParallelsShape },
+  vhdx: { options: VHDX_OPTIONS, toShape: toVhdxShape },
+  vmdk: { options: VMDK_OPTIONS, toShape: toVmdkShape },
 }
 
 export function targetFormat(name: string): TargetFormat {
@@ -158,7 +210,7 @@ export function optionSpecs(format: TargetFormat): readonly OptionSpec[] {
 export const isCreateOption = (name: string): boolean => QCOW2_OPTIONS.some(spec => spec.name === name)
 
 /** What QEMU's own tool does not have, or not in each version: not listed under its name. */
-const isOwn = (name: string): boolean => name === 'encrypt.allow-weak' || name === 'keep_data_file'
+const isOwn = (name: string): boolean => ['encrypt.allow-weak', 'keep_data_file', 'preset'].includes(name)
 
 /** Formats that QEMU knows and makes no images of, or that are not made here. */
 const ONLY_READ: readonly string[] = ['bochs', 'cloop', 'dmg', 'qcow']
@@ -222,6 +274,56 @@ function toParallelsShape(values: OptionValues, options: AnyShape): AnyShape {
   const clusterSize = values.get('cluster_size')
   if (typeof clusterSize !== 'bigint') return options
   return { ...options, clusterSize: Number(((clusterSize + 511n) / 512n) * 512n) }
+}
+
+const MIB = 1n << 20n
+
+/** As QEMU does, sizes are rounded up to what the format has. */
+function toVhdxShape(values: OptionValues, options: AnyShape): AnyShape {
+  const subformat = text(values, 'subformat')
+  if (subformat !== undefined) options.subformat = choice(values, 'subformat', ['dynamic', 'fixed'])
+  const whole = (bytes: bigint) => ((bytes + MIB - 1n) / MIB) * MIB
+  const blockSize = values.get('block_size')
+  if (typeof blockSize === 'bigint') options.blockSize = Number(whole(blockSize))
+  const logSize = values.get('log_size')
+  if (typeof logSize === 'bigint') options.logSize = Number(whole(logSize))
+  const blockStateZero = values.get('block_state_zero')
+  if (typeof blockStateZero === 'boolean') options.blockStateZero = blockStateZero
+  return options
+}
+
+function toVmdkShape(values: OptionValues, options: AnyShape): AnyShape {
+  const { subformats = [], presets = [], backingFormat: ofBacking } = creationOf('vmdk')
+  const known = (name: string, allowed: readonly string[]): string | undefined => {
+    const value = text(values, name)
+    if (value === undefined || allowed.includes(value)) return value
+    throw new CommandFailure(`invalid parameter value: ${value}`)
+  }
+  const backingFormat = text(values, 'backing_fmt')
+  if (backingFormat !== undefined && backingFormat !== ofBacking) {
+    throw new CommandFailure('backing_file must be a vmdk image')
+  }
+  const [adapterType, subformat] = [known('adapter_type', ADAPTER_TYPES), known('subformat', subformats)]
+  const hardware = text(values, 'hwversion')
+  const hardwareVersion = hardware === 'undefined' ? undefined : hardware
+  const compat6 = values.get('compat6') === true
+  if (compat6 && hardwareVersion !== undefined) throw new CommandFailure('compat6 cannot be enabled with hwversion set')
+  const backingFile = text(values, 'backing_file')
+  const zeroedGrain = values.get('zeroed_grain') === true
+  const flat = subformat?.endsWith('Flat') ?? false
+  if (flat && backingFile !== undefined) throw new CommandFailure("Flat image can't have backing file")
+  if (flat && zeroedGrain) throw new CommandFailure("Flat image can't enable zeroed grain")
+  return {
+    ...options,
+    preset: known('preset', presets),
+    subformat,
+    adapterType,
+    hardwareVersion,
+    toolsVersion: text(values, 'toolsversion'),
+    compat6,
+    zeroedGrain,
+    ...(backingFile !== undefined && { backingFile: toName(backingFile), backingFormat: ofBacking }),
+  }
 }
 
 function toQcow2Shape(values: OptionValues, options: AnyShape, objects: Objects): AnyShape {

@@ -6,7 +6,7 @@
 import { isFormat, PLAIN_FORMAT } from '../formats/table.js'
 import type { CacheMode, Format } from '../index.js'
 import { CommandFailure } from './failure.js'
-import { describedExport, NBD_DRIVER, takeOfExport } from './nbd-description.js'
+import { describedExport, type ExportConnection, NBD_DRIVER, takeOfExport } from './nbd-description.js'
 import { parseValue, settings } from './options.js'
 import { OVERLAP_TEMPLATES, runtimeOption } from './runtime-options.js'
 
@@ -16,6 +16,8 @@ export interface Description {
   readonly filename: string
   readonly isFile: boolean
   readonly format: Format | undefined
+  /** How the export is reached, where it is one. */
+  readonly connection: ExportConnection
   /** The file with its header, where that is another one. */
   readonly header: string | undefined
   /** Ids of the secrets of its layers, top first. */
@@ -97,6 +99,7 @@ interface Reading {
   readonly top: string
   /** Its file is an export of an NBD server, by options. */
   readonly exported: boolean
+  readonly connection: { -readonly [K in keyof ExportConnection]: ExportConnection[K] }
   readonly secrets: (string | undefined)[]
   readonly weak: boolean[]
   readOnly: boolean
@@ -129,6 +132,7 @@ function toDescription(values: Values): Description {
   const reading: Reading = {
     top: driver ?? 'qcow2',
     exported,
+    connection: {},
     secrets: [],
     weak: [],
     readOnly: false,
@@ -138,11 +142,12 @@ function toDescription(values: Values): Description {
     noFlush: false,
   }
   for (const [name, value] of values) take(name, value, bare, reading)
-  const { direct, noFlush, secrets, weak, readOnly, forceShare, locking } = reading
+  const { direct, noFlush, connection, secrets, weak, readOnly, forceShare, locking } = reading
   return {
     filename,
     isFile: !exported,
     format: bare ? PLAIN_FORMAT : isFormat(driver) ? driver : undefined,
+    connection,
     header: values.get('header.filename'),
     secrets,
     weak,
@@ -168,7 +173,7 @@ function take(option: string, value: string, bare: boolean, reading: Reading): v
   const name = rest.slice(file.length)
   if (takeOfNode(name, value, depth, reading)) return
   if (reading.exported && depth === 0 && (bare || file === 'file.')) {
-    if (takeOfExport(name, value)) return
+    if (takeOfExport(name, value, reading.connection)) return
     throw new CommandFailure(`Block protocol '${NBD_DRIVER}' doesn't support the option '${name}'`)
   }
   if (file !== '' || (bare && depth === 0)) {

@@ -22,5 +22,8 @@ export const EXAMPLES: Readonly<Record<string, readonly [string, string]>> = {
   shims: ['shims ~/.local/qcow2', 'shims --force ./bin'],
   completion: ['completion bash > ~/.local/share/bash-completion/completions/qcow2', 'completion fish | source'],
   io: ["io -c 'read -P 0 0 64k' disk.qcow2", "io -f raw -c 'write -z 0 1M' -c flush disk.raw"],
-  nbd: ['nbd -t -k /run/disk.sock -f qcow2 disk.qcow2', 'nbd -r -p 10809 -f raw disk.raw'],
+  nbd: [
+    'nbd -t -k /run/disk.sock -f qcow2 disk.qcow2',
+    'nbd -p 10809 --object tls-creds-x509,id=t,dir=/etc/pki/nbd,endpoint=server --tls-creds t disk.qcow2',
+  ],
 }

@@ -41,9 +41,14 @@ export function refuse(command: Command, flags: string, why: string): void {
   })
 }
 
-/** `--object secret,…`, as often as there are secrets. */
+/** `--object secret,…` and `--object tls-creds-…`, as often as there are such. */
 export function takeObjects(command: Command): void {
-  command.addOption(new Option('--object <definition>', 'a secret: secret,id=ID,file=NAME (or data=TEXT)'))
+  command.addOption(
+    new Option(
+      '--object <definition>',
+      'a secret: secret,id=ID,file=NAME (or data=TEXT); or what TLS begins with: tls-creds-x509 (or tls-creds-psk),id=ID,dir=FOLDER',
+    ),
+  )
 }
 
 /** `--object` and `--image-opts`: how encrypted images are opened. */

@@ -27,7 +27,7 @@ export async function formatOf(filename: string, requested: string | undefined, 
   if (filename === '') throw new CommandFailure("Could not open '': The 'file' block driver requires a file name")
   const named = requested ?? session.objects.formatOf(filename)
   if (named !== undefined) return namedFormat(filename, named)
-  const format = await probe(imageSource(filename), { signal: session.signal })
+  const format = await probe(imageSource(filename, session), { signal: session.signal })
   if (isFormat(format)) return format
   throw new CommandFailure(
     `Could not open '${filename}': Image is in ${format} format, which is not supported ` +

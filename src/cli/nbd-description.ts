@@ -44,8 +44,25 @@ export function describedExport(values: ReadonlyMap<string, string>, prefix: str
   }
 }
 
+/** How the server of an export is reached. */
+export interface ExportConnection {
+  /** The id of what TLS begins with. */
+  readonly tlsCreds?: string
+  /** What the server's certificate must be for. */
+  readonly tlsHostname?: string
+  /** Seconds for which a lost connection is made again. */
+  readonly reconnectDelay?: number
+}
+
+/** The longest time that requests wait: what the library takes in milliseconds. */
+const MAX_DELAY = 2_147_483n
+
 /** One option of the driver; false where it has none of this name. */
-export function takeOfExport(name: string, value: string): boolean {
+export function takeOfExport(
+  name: string,
+  value: string,
+  connection: { -readonly [K in keyof ExportConnection]: ExportConnection[K] },
+): boolean {
   switch (name) {
     case 'driver':
       return value === NBD_DRIVER
@@ -61,12 +78,20 @@ export function takeOfExport(name: string, value: string): boolean {
     case 'open-timeout':
       parseValue({ name, type: 'number' }, value)
       return true
-    case 'reconnect-delay':
-      if (parseValue({ name, type: 'number' }, value) === 0n) return true
-      throw unsupported(`The option '${name}'`, 'a connection that fails does not come back in this version')
+    case 'reconnect-delay': {
+      const seconds = parseValue({ name, type: 'number' }, value)
+      if (typeof seconds !== 'bigint' || seconds > MAX_DELAY) {
+        throw new CommandFailure(`Parameter '${name}' expects a number of 0 to ${MAX_DELAY} seconds`)
+      }
+      connection.reconnectDelay = Number(seconds)
+      return true
+    }
     case 'tls-creds':
+      connection.tlsCreds = value
+      return true
     case 'tls-hostname':
-      throw unsupported(`The option '${name}'`, 'connections are not encrypted in this version')
+      connection.tlsHostname = value
+      return true
     default:
       return false
   }

@@ -2,31 +2,56 @@
 
 import { readFileSync } from 'node:fs'
 import { isAbsolute } from 'node:path'
-import type { CacheMode, EncryptedLayer, Format, Secret, SecretBytes, Secrets, SharingOptions } from '../index.js'
+import type {
+  CacheMode,
+  EncryptedLayer,
+  Format,
+  NbdClientTls,
+  NbdServerTls,
+  NbdSourceOptions,
+  Secret,
+  SecretBytes,
+  Secrets,
+  SharingOptions,
+} from '../index.js'
 import { toName } from '../text.js'
 import { type Description, readDescription } from './descriptions.js'
 import { CommandFailure, unsupported } from './failure.js'
 import { argumentOf, isExport } from './filename.js'
 import { settings } from './options.js'
+import { isTlsObject, namedTls, readTlsObject, type TlsCredentials } from './tls-objects.js'
 
 /** The objects of a command line. */
 export class Objects {
   readonly #secrets = new Map<string, SecretBytes>()
+  readonly #tls = new Map<string, TlsCredentials>()
   readonly #images = new Map<string, Description & { readonly typed: string }>()
 
-  /** Takes an object as qemu-img does: `secret,id=ID` with `data=TEXT` or `file=NAME`, and `format=base64`. */
+  /**
+   * Takes an object as qemu-img does: `secret,id=ID` with `data=TEXT` or `file=NAME`, and `format=base64`; `tls-creds-x509,id=ID,dir=FOLDER` and
+   * `tls-creds-psk,id=ID,dir=FOLDER`, with `endpoint=client` or `server`.
+   */
   add(definition: string): void {
     const [type, ...rest] = settings(definition)
     if (type === undefined || (type.value !== undefined && type.name !== 'qom-type')) {
       throw new CommandFailure("Parameter 'qom-type' is missing")
     }
     const kind = type.value ?? type.name
-    if (kind !== 'secret') throw unsupported(`Object '${kind}'`, 'this version has secrets only')
+    const isTls = isTlsObject(kind)
+    if (kind !== 'secret' && !isTls)
+      throw unsupported(`Object '${kind}'`, 'this version has secrets and credentials of TLS')
     const values = new Map(rest.map(({ name, value }) => [name, value ?? 'on']))
     const id = values.get('id')
     if (id === undefined || id === '') throw new CommandFailure("Parameter 'id' is missing")
-    if (this.#secrets.has(id)) throw new CommandFailure(`attempt to add duplicate property '${id}' to object`)
-    this.#secrets.set(id, toSecret(values))
+    if (this.#secrets.has(id) || this.#tls.has(id)) {
+      throw new CommandFailure(`attempt to add duplicate property '${id}' to object`)
+    }
+    if (isTls)
+      this.#tls.set(
+        id,
+        readTlsObject(kind, values, secret => this.secret(secret)),
+      )
+    else this.#secrets.set(id, toSecret(values))
   }
 
   /** The secret with an id. */
@@ -36,10 +61,45 @@ export class Objects {
     return found
   }
 
+  /** What TLS begins with for clients of ours, by the id of an object. */
+  serverTls(id: string): NbdServerTls {
+    const found = this.#credentials(id)
+    if (found.endpoint === 'server') return found.tls
+    throw new CommandFailure('Expected TLS credentials for a server endpoint')
+  }
+
+  /** What TLS with a server begins with, by the id of an object. */
+  clientTls(id: string): NbdClientTls {
+    const found = this.#credentials(id)
+    if (found.endpoint === 'client') return found.tls
+    throw new CommandFailure('Expected TLS credentials for a client endpoint')
+  }
+
+  #credentials(id: string): TlsCredentials {
+    const found = this.#tls.get(id)
+    if (found !== undefined) return found
+    const other = this.#secrets.has(id)
+    throw new CommandFailure(
+      other ? `Object with id '${id}' is not TLS credentials` : `No TLS credentials with id '${id}'`,
+    )
+  }
+
+  /** How the export is reached that a name describes. */
+  connectionOf(filename: string): NbdSourceOptions {
+    const { tlsCreds, tlsHostname, reconnectDelay = 0 } = this.#images.get(filename)?.connection ?? {}
+    const tls = tlsCreds === undefined ? undefined : this.clientTls(tlsCreds)
+    return {
+      ...(reconnectDelay > 0 && { reconnect: reconnectDelay * 1000 }),
+      ...(tls !== undefined && { tls: namedTls(tls, tlsHostname) }),
+    }
+  }
+
   /** Takes an image that is described; returns its name. */
   describe(typed: string): string {
     const description = readDescription(typed)
     for (const id of description.secrets) if (id !== undefined) this.secret(id)
+    const { tlsCreds } = description.connection
+    if (tlsCreds !== undefined) saying(`Could not open '${typed}'`, () => this.clientTls(tlsCreds))
     const { filename, isFile } = description
     let name = isFile ? argumentOf(filename) : filename
     // One file may be described twice, as what it is and as its plain bytes: each has a name of its own.
@@ -100,6 +160,15 @@ export class Objects {
   secretsOf(filename: string): Secrets | undefined {
     if (!this.#images.has(filename)) return undefined
     return ({ depth }: EncryptedLayer) => this.secretOfLayer(filename, depth)
+  }
+}
+
+/** Runs what fails in few words, and puts others in front. */
+export function saying<T>(what: string, run: () => T): T {
+  try {
+    return run()
+  } catch (error) {
+    throw error instanceof CommandFailure ? new CommandFailure(`${what}: ${error.message}`, { cause: error }) : error
   }
 }
 

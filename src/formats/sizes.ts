@@ -45,19 +45,6 @@ export const dmgSize: SizeReader = async file => u64be(await trailer(file, 'koly
 
 export const qedSize: SizeReader = async file => u64le(await file.at(0, 56), 48)
 
-/** The longest descriptor that is looked at. */
-const DESCRIPTOR = 1 << 20
-
-export const vmdkSize: SizeReader = async file => {
-  const head = await file.at(0, 20)
-  if (startsWith(head, ascii('KDMV'))) return u64le(head, 12) * SECTOR
-  if (startsWith(head, ascii('COWD'))) return head.readUInt32LE(12) * SECTOR
-  const text = (await file.at(0, DESCRIPTOR)).toString('latin1')
-  // One line for each extent: how it is accessed, its sectors, its kind, its file.
-  const extents = text.matchAll(/^(?:RW|RDONLY|NOACCESS)[ \t]+(\d+)[ \t]+[A-Z]/gm)
-  return [...extents].reduce((sum, [, sectors]) => sum + Number(sectors) * SECTOR, 0)
-}
-
 /** Programs whose disks have the size of their geometry, unless that is the largest one. */
 const SIZED_BY_GEOMETRY: ReadonlySet<string> = new Set(['vpc ', 'qemu'])
 const LARGEST_GEOMETRY = 65535 * 16 * 255
@@ -67,28 +54,4 @@ export const vpcSize: SizeReader = async file => {
   const sectors = footer.readUInt16BE(56) * footer.readUInt8(58) * footer.readUInt8(59)
   const exact = !SIZED_BY_GEOMETRY.has(footer.toString('latin1', 28, 32)) || sectors === LARGEST_GEOMETRY
   return exact ? u64be(footer, 48) : sectors * SECTOR
-}
-
-/** GUIDs as they lie in the file. */
-const VHDX_METADATA = Buffer.from('06a27c8b90479a4bb8fe575f050f886e', 'hex')
-const VHDX_DISK_SIZE = Buffer.from('2442a52f1bcd7648b2115dbed83bf4b8', 'hex')
-const VHDX_REGIONS = 192 << 10
-const VHDX_TABLE = 64 << 10
-
-export const vhdxSize: SizeReader = async file => {
-  const region = findEntry(await file.at(VHDX_REGIONS, VHDX_TABLE), 16, 8, VHDX_METADATA)
-  if (region === undefined) return undefined
-  const start = u64le(region, 16)
-  if (!Number.isSafeInteger(start)) return undefined
-  const item = findEntry(await file.at(start, VHDX_TABLE), 32, 10, VHDX_DISK_SIZE)
-  return item && u64le(await file.at(start + item.readUInt32LE(16), 8), 0)
-}
-
-/** The entry of 32 bytes with this GUID in a table whose entries begin at `first`; their number is at `count`. */
-function findEntry(table: Buffer, first: number, count: number, guid: Buffer): Buffer | undefined {
-  const most = Math.min(table.readUInt16LE(count), Math.floor((table.length - first) / 32))
-  const entries = Array.from({ length: most }, (_, index) =>
-    table.subarray(first + index * 32, first + index * 32 + 32),
-  )
-  return entries.find(entry => startsWith(entry, guid))
 }

@@ -3,18 +3,7 @@
  * that is opened has a row in `crates/node/src/formats.rs`, too; one that is made has its `-o` options in `cli/create-options.ts`.
  */
 
-import {
-  ascii,
-  bochsSize,
-  cloopSize,
-  dmgSize,
-  qedSize,
-  type SizeReader,
-  startsWith,
-  vhdxSize,
-  vmdkSize,
-  vpcSize,
-} from './sizes.js'
+import { ascii, bochsSize, cloopSize, dmgSize, qedSize, type SizeReader, startsWith, vpcSize } from './sizes.js'
 
 /** Bytes that only files of one format have, at this offset (0 without it). */
 export interface Magic {
@@ -87,7 +76,19 @@ export type ShapeOption =
   | FormatOption
 
 /** Those of them that a format reads by itself: they reach its crate by these names. */
-export type FormatOption = 'subformat' | 'static' | 'forceSize'
+export type FormatOption =
+  | 'preset'
+  | 'subformat'
+  | 'adapterType'
+  | 'hardwareVersion'
+  | 'toolsVersion'
+  | 'compat6'
+  | 'zeroedGrain'
+  | 'blockSize'
+  | 'logSize'
+  | 'blockStateZero'
+  | 'static'
+  | 'forceSize'
 
 /** What a new image of a format can be made with. */
 export interface Creation {
@@ -97,16 +98,22 @@ export interface Creation {
   readonly needs?: ShapeOption
   /** What `subformat` can be; the first one is made where nothing is said. */
   readonly subformats?: readonly string[]
+  /** What `preset` can be: products that take images of a certain shape alone. */
+  readonly presets?: readonly string[]
+  /** Some of its subformats are compressed as a whole, and written once. */
+  readonly compressed?: boolean
+  /** The only format of a backing file. */
+  readonly backingFormat?: 'vmdk'
 }
 
 /** The formats that images are read in, by QEMU's names. `qcow` is version 1 of qcow2, `luks` is LUKS of both versions, `vpc` is VHD. */
-export type Format = 'qcow2' | 'raw' | 'qcow' | 'luks' | 'vdi' | 'vpc' | 'parallels'
+export type Format = 'qcow2' | 'raw' | 'qcow' | 'luks' | 'vdi' | 'vpc' | 'parallels' | 'vhdx' | 'vmdk'
 
 /** The formats that new images are made in. `luks` is LUKS of version 1 then. */
-export type TargetFormat = 'qcow2' | 'raw' | 'luks' | 'vdi' | 'vpc' | 'parallels'
+export type TargetFormat = 'qcow2' | 'raw' | 'luks' | 'vdi' | 'vpc' | 'parallels' | 'vhdx' | 'vmdk'
 
 /** Formats that are recognised in order to refuse them. */
-export type KnownFormat = 'bochs' | 'cloop' | 'dmg' | 'qed' | 'vhdx' | 'vmdk'
+export type KnownFormat = 'bochs' | 'cloop' | 'dmg' | 'qed'
 
 /** Every format of the table. */
 export type FormatName = Format | KnownFormat
@@ -133,7 +140,7 @@ const QCOW = ascii('QFI\xfb')
 const QCOW_VERSION_1 = ascii('QFI\xfb\0\0\0\x01')
 
 /** Those that are opened first, in the order in which messages name them. */
-const FORMATS: Table = {
+const FORMATS: Table & Readonly<Record<FormatName, Row>> = {
   qcow2: {
     // Version 1 is another format of the same magic; an unknown version is this one's to refuse.
     marks: { matches: head => startsWith(head, QCOW) && !startsWith(head, QCOW_VERSION_1) },
@@ -239,6 +246,57 @@ const FORMATS: Table = {
       create: { shape: ['preallocation', 'clusterSize'], preallocation: ['off'] },
     },
   },
+  vhdx: {
+    marks: { magics: [{ bytes: ascii('vhdxfile') }] },
+    image: {
+      probed: true,
+      plain: false,
+      aliases: [],
+      backingFile: true,
+      requestAlignment: 512,
+      can: ['write', 'check'],
+      create: {
+        shape: ['subformat', 'blockSize', 'logSize', 'blockStateZero', 'preallocation'],
+        preallocation: ['off'],
+        subformats: ['dynamic', 'fixed'],
+      },
+    },
+  },
+  vmdk: {
+    marks: { magics: [{ bytes: ascii('KDMV') }, { bytes: ascii('COWD') }], matches: isVmdkDescriptor },
+    image: {
+      probed: true,
+      plain: false,
+      aliases: [],
+      backingFile: true,
+      requestAlignment: 1,
+      can: ['write', 'check'],
+      create: {
+        shape: [
+          'preset',
+          'subformat',
+          'adapterType',
+          'hardwareVersion',
+          'toolsVersion',
+          'compat6',
+          'zeroedGrain',
+          'backingFile',
+          'backingFormat',
+        ],
+        preallocation: [],
+        compressed: true,
+        presets: ['esxi', 'ovf'],
+        subformats: [
+          'monolithicSparse',
+          'monolithicFlat',
+          'twoGbMaxExtentSparse',
+          'twoGbMaxExtentFlat',
+          'streamOptimized',
+        ],
+        backingFormat: 'vmdk',
+      },
+    },
+  },
   bochs: { marks: { magics: [{ bytes: ascii('Bochs Virtual HD Image') }] }, virtualSize: bochsSize },
   cloop: { marks: { magics: [{ bytes: ascii('#!/bin/sh\n#V2.0 Format\nmodprobe cloop') }] }, virtualSize: cloopSize },
   dmg: {
@@ -246,11 +304,6 @@ const FORMATS: Table = {
     virtualSize: dmgSize,
   },
   qed: { marks: { magics: [{ bytes: ascii('QED\0') }] }, virtualSize: qedSize },
-  vhdx: { marks: { magics: [{ bytes: ascii('vhdxfile') }] }, virtualSize: vhdxSize },
-  vmdk: {
-    marks: { magics: [{ bytes: ascii('KDMV') }, { bytes: ascii('COWD') }], matches: isVmdkDescriptor },
-    virtualSize: vmdkSize,
-  },
 }
 
 /** A VMDK descriptor is a text file: comments and blank lines, then `version=` 1 to 3. */
@@ -295,6 +348,10 @@ export const creationOf = (format: TargetFormat): Creation => FORMATS[format].im
 
 /** Whether the file is the disk. */
 export const isPlain = (format: Format): boolean => traitsOf(format).plain
+
+/** Whether a file is of the format by its first bytes alone, which nothing else has. */
+export const isKnownByStart = (format: Format): boolean =>
+  traitsOf(format).probed && FORMATS[format].marks.footer === undefined
 
 /** Whether a format has an ability. */
 export const can = (format: Format, ability: Ability): boolean => traitsOf(format).can.includes(ability)

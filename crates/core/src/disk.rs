@@ -3,7 +3,7 @@
 use crate::layer::Layer;
 use crate::source::GuestSource;
 use crate::space::Preallocation;
-use crate::{Error, ErrorKind, Job, Mem, Result};
+use crate::{Error, ErrorKind, Job, Mem, MemMut, Result};
 
 /// What a guest's discard does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -91,7 +91,11 @@ pub trait Disk: GuestSource {
     }
 }
 
-/// A layer that takes a guest's requests, as the top of a chain whose other layers never show through it. Who calls it checked that
+/// Reads the disk as it is before a request: the layer, and what shows through it.
+pub type OldBytes<'a> = &'a dyn Fn(MemMut<'_>, u64) -> Result<()>;
+
+/// A layer that takes a guest's requests, as the top of a chain. What shows through it from below stays as it was around a request:
+/// [`WriteLayer::write_over`]. Who calls it checked that
 /// the range lies inside the disk, and that nobody resizes it meanwhile.
 pub trait WriteLayer: Layer {
     /// Whether it takes requests: it was made writable, and its file is.
@@ -111,6 +115,25 @@ pub trait WriteLayer: Layer {
     /// # Errors
     /// `Io`, `Corrupt`.
     fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> Result<()>;
+
+    /// As [`WriteLayer::write_at`], where `old` is what the disk holds: for a layer that writes units as a whole, and has another
+    /// below it.
+    ///
+    /// # Errors
+    /// `Io`, `Corrupt`; those of `old`.
+    fn write_over(&self, buf: Mem<'_>, offset: u64, old: OldBytes<'_>) -> Result<()> {
+        let _ = old;
+        self.write_at(buf, offset)
+    }
+
+    /// As [`WriteLayer::write_zeroes`], where `old` is what the disk holds.
+    ///
+    /// # Errors
+    /// As [`WriteLayer::write_over`].
+    fn zero_over(&self, offset: u64, length: u64, unmap: bool, old: OldBytes<'_>) -> Result<()> {
+        let _ = old;
+        self.write_zeroes(offset, length, unmap)
+    }
 
     /// Gives up the contents of the guest bytes, which are unspecified then.
     ///

@@ -121,6 +121,17 @@ pub struct References {
     pub backing: Option<BackingReference>,
     /// The external data file, if there is one.
     pub data_file: Option<DataFileReference>,
+    /// The files that the disk is made of beside the image's own, by the number that [`Layer::attach_extent`] takes.
+    pub extents: Vec<ExtentReference>,
+}
+
+/// A file with a part of the disk, as the image names it: never more than the plain name of a file beside the image is followed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExtentReference {
+    /// File name, as bytes.
+    pub filename: Vec<u8>,
+    /// Whether the image allows that it is written to.
+    pub writable: bool,
 }
 
 /// A backing file as the image names it.
@@ -251,6 +262,22 @@ pub trait Layer: Any + Send + Sync + fmt::Debug {
             }
         }
         if several { self.read_segments(together) } else { Ok(()) }
+    }
+
+    /// What images that are made on this one store to know it again: it changes whenever the disk does. Of VMDK, its CID.
+    fn content_id(&self) -> Option<u32> {
+        None
+    }
+
+    /// Takes one of the files of [`References::extents`], by its number there, which was opened.
+    ///
+    /// # Errors
+    /// What is wrong with the file: `Corrupt`, `InvalidHeader`, `UnsupportedFeature`, `Limit`; `Chain` for one that the image is made
+    /// of already; `Io`.
+    fn attach_extent(&mut self, index: usize, file: Arc<dyn Storage>) -> Result<()> {
+        let _ = file;
+        let message = format!("a {} image has no extent {index}", self.format());
+        Err(self.storage().located(Error::new(ErrorKind::Internal, message)))
     }
 
     /// How the guest data is encrypted, by QEMU's name (`luks`, `aes`); `None` where it is not.

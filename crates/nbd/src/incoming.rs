@@ -46,6 +46,11 @@ impl Incoming {
         Ok(())
     }
 
+    /// Bytes were taken from the socket that nobody has read yet.
+    pub(crate) fn has_more(&self) -> bool {
+        self.start < self.end
+    }
+
     /// Reads `length` bytes that nobody wants.
     pub(crate) fn skip(&mut self, transport: &dyn Transport, length: u64) -> io::Result<()> {
         let mut left = length;

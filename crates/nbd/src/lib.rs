@@ -13,3 +13,4 @@ pub mod server;
 mod transport;
 
 pub use qcow2_core::{Disk, Durability};
+pub use transport::{Encrypt, Socket};

@@ -39,6 +39,16 @@ pub trait Transport: Send + Sync {
     fn shutdown(&self);
 }
 
+/// TLS, which this crate does not have: it knows only when it begins.
+pub trait Encrypt: Send + Sync {
+    /// Begins with TLS on a connection, on which nothing else is read or written here from now on. What is returned takes its place: at
+    /// once, before TLS has agreed on anything, and it ends where TLS does.
+    ///
+    /// # Errors
+    /// Of the system.
+    fn encrypt(&self, plain: &Socket) -> io::Result<Socket>;
+}
+
 /// Sends all of the parts, one behind the other.
 pub(crate) fn write_all(
     transport: &dyn Transport,
@@ -81,6 +91,15 @@ macro_rules! each {
 }
 
 impl Socket {
+    /// Another descriptor of the same socket.
+    ///
+    /// # Errors
+    /// Of the system, as where it has no descriptor left.
+    #[cfg(unix)]
+    pub fn duplicate(&self) -> io::Result<std::os::fd::OwnedFd> {
+        each!(self, stream => stream.try_clone().map(Into::into))
+    }
+
     /// Nothing more is read from the other side; what is under way is still answered.
     pub(crate) fn end_reading(&self) {
         let _gone = each!(self, stream => stream.shutdown(Shutdown::Read));

@@ -1,5 +1,8 @@
 //! The formats that layers are opened and new images made in, in one table. What each can do besides is `src/formats/table.ts`.
 
+mod vhdx;
+mod vmdk;
+
 use std::any::Any;
 use std::sync::Arc;
 
@@ -12,6 +15,7 @@ use qcow2_parallels::NewParallels;
 use qcow2_parallels::structures::DEFAULT_CLUSTER_SIZE;
 use qcow2_qcow1::Qcow1;
 use qcow2_vdi::NewVdi;
+use qcow2_vmdk::Vmdk;
 use qcow2_vpc::Subformat;
 
 use crate::inspect::{Inspected, Seen};
@@ -44,7 +48,7 @@ pub(crate) struct Format {
     pub(crate) measure: fn(&Shape, Purpose<'_>) -> Result<MeasureTarget>,
 }
 
-static FORMATS: [Format; 7] = [QCOW2, RAW, QCOW, LUKS, VDI, VPC, PARALLELS];
+static FORMATS: [Format; 9] = [QCOW2, RAW, QCOW, LUKS, VDI, VPC, PARALLELS, vhdx::VHDX, vmdk::VMDK];
 
 const QCOW2: Format = Format {
     name: "qcow2",
@@ -265,5 +269,10 @@ impl Format {
 
 /// The LUKS file, if the layer is one.
 pub(crate) fn luks(layer: &dyn Layer) -> Option<&Luks> {
+    (layer as &dyn Any).downcast_ref()
+}
+
+/// The VMDK image, if the layer is one.
+pub(crate) fn vmdk(layer: &dyn Layer) -> Option<&Vmdk> {
     (layer as &dyn Any).downcast_ref()
 }

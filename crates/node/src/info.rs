@@ -11,10 +11,11 @@ use qcow2_engine::storage::IoLimits;
 use qcow2_engine::{ErrorKind, Layer, LayerExt, Qcow2, Result, StorageExt};
 use qcow2_luks::{Details, Header as LuksHeader, Luks, SlotDetails};
 use qcow2_nbd::client::PROTOCOL;
+use qcow2_vmdk::Vmdk;
 
 use crate::bytes::Bytes;
 use crate::failure::Failure;
-use crate::formats::luks;
+use crate::formats::{luks, vmdk};
 use crate::open::NamedFile;
 use crate::runtime::Runtime;
 use crate::text::{Text, path_text};
@@ -47,6 +48,42 @@ pub struct LayerInfo {
     pub qcow2: Option<Qcow2Info>,
     /// What only LUKS files have.
     pub luks: Option<LuksInfo>,
+    /// What only VMDK images have.
+    pub vmdk: Option<VmdkInfo>,
+}
+
+/// What a VMDK image says, as QAPI's `ImageInfoSpecificVmdk`.
+#[napi(object, object_from_js = false)]
+pub struct VmdkInfo {
+    /// As the descriptor has it.
+    pub create_type: Text,
+    /// Content identifier.
+    pub cid: u32,
+    /// That of the parent.
+    pub parent_cid: u32,
+    /// In guest order.
+    pub extents: Vec<VmdkExtentInfo>,
+}
+
+/// An extent of a VMDK image.
+#[napi(object, object_from_js = false)]
+pub struct VmdkExtentInfo {
+    /// Its file: as it was opened, else as the descriptor names it.
+    pub filename: Option<Text>,
+    /// Whether it was opened.
+    pub opened: bool,
+    /// The type in the descriptor; absent of one in the image's own file.
+    pub format: Option<String>,
+    /// Bytes of the disk.
+    pub virtual_size: f64,
+    /// Bytes of the file, of one in a file of its own that was opened.
+    pub file_length: Option<f64>,
+    /// Bytes that the file takes, of one in a file of its own that was opened.
+    pub actual_size: Option<f64>,
+    /// Grains are compressed.
+    pub compressed: bool,
+    /// Bytes of a grain.
+    pub cluster_size: Option<f64>,
 }
 
 /// What a LUKS header says, as QAPI's `QCryptoBlockInfoLUKS`.
@@ -235,6 +272,36 @@ impl LayerInfo {
             backing: layer.references().backing.map(NamedFile::from),
             qcow2: layer.as_qcow2().map(Qcow2Info::new).transpose()?,
             luks: luks(layer).map(LuksInfo::of).transpose()?,
+            vmdk: vmdk(layer).map(VmdkInfo::of).transpose()?,
+        })
+    }
+}
+
+impl VmdkInfo {
+    fn of(vmdk: &Vmdk) -> Result<Self> {
+        let extents = vmdk.extents().map(|extent| {
+            let path = extent.storage.map(|storage| path_text(storage.path()));
+            let apart = extent.storage.filter(|_| !extent.own);
+            let named = extent.line.filename.as_deref().map(Text::from);
+            Ok(VmdkExtentInfo {
+                opened: path.is_some(),
+                filename: path.or(named),
+                format: (!extent.own).then(|| extent.line.kind.name().to_owned()),
+                virtual_size: extent.size as f64,
+                file_length: apart.map(|storage| storage.size()).transpose()?.map(|bytes| bytes as f64),
+                actual_size: apart
+                    .map(|storage| storage.space_in_use())
+                    .transpose()?
+                    .map(|bytes| bytes as f64),
+                compressed: extent.compressed,
+                cluster_size: extent.grain.map(|bytes| bytes as f64),
+            })
+        });
+        Ok(Self {
+            create_type: Text::from(vmdk.create_type().as_bytes()),
+            cid: vmdk.cid(),
+            parent_cid: vmdk.descriptor().parent_cid,
+            extents: extents.collect::<Result<_>>()?,
         })
     }
 }

@@ -188,6 +188,53 @@ impl Inspected {
     }
 }
 
+impl Inspected {
+    /// What a VHDX image claims. The disk's size is 0 where the first bytes do not say it.
+    pub(crate) fn of_vhdx(found: &qcow2_vhdx::Inspection) -> Self {
+        let metadata = found.metadata.as_ref();
+        let backing_filename = || found.backing_file.as_deref().map(Text::from);
+        let header = found.header.map(|_| InspectedHeader {
+            version: None,
+            virtual_size: Bytes(metadata.map_or(0, |metadata| metadata.virtual_size)),
+            cluster_size: metadata.map(|metadata| metadata.block_size as f64),
+            backing_filename: backing_filename(),
+            backing_format: found.backing_file.as_ref().map(|_| Text::from(&b"vhdx"[..])),
+            data_file: None,
+            encryption: None,
+            compression_type: None,
+            extended_l2: None,
+            incompatible: Vec::new(),
+            compatible: Vec::new(),
+            autoclear: Vec::new(),
+        });
+        let findings = to_findings(&found.findings);
+        Self { header, backing_filename: backing_filename(), unknown_incompatible: Vec::new(), findings }
+    }
+}
+
+impl Inspected {
+    /// What a VMDK image claims. The disk's size is 0 where it is not known.
+    pub(crate) fn of_vmdk(found: &qcow2_vmdk::Inspection) -> Self {
+        let parent = found.descriptor.as_ref().and_then(|descriptor| descriptor.parent.as_deref());
+        let header = found.descriptor.as_ref().map(|_| InspectedHeader {
+            version: None,
+            virtual_size: Bytes(found.virtual_size.unwrap_or_default()),
+            cluster_size: found.grain.map(|grain| grain as f64),
+            backing_filename: parent.map(Text::from),
+            backing_format: parent.map(|_| Text::from(&b"vmdk"[..])),
+            data_file: None,
+            encryption: None,
+            compression_type: None,
+            extended_l2: None,
+            incompatible: Vec::new(),
+            compatible: Vec::new(),
+            autoclear: Vec::new(),
+        });
+        let findings = to_findings(&found.findings);
+        Self { header, backing_filename: parent.map(Text::from), unknown_incompatible: Vec::new(), findings }
+    }
+}
+
 fn to_findings(findings: &[Finding]) -> Vec<InspectFinding> {
     let findings = findings.iter().map(|finding| InspectFinding {
         code: finding.code.as_str().to_owned(),

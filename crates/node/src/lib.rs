@@ -49,6 +49,7 @@ pub mod runtime;
 pub mod shape;
 pub mod snapshots;
 mod text;
+pub mod tls;
 mod watch;
 pub mod watched;
 pub mod write;

@@ -1,4 +1,4 @@
-//! A disk served over NBD.
+//! Disks served over NBD.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -8,14 +8,14 @@ use napi_derive::napi;
 use parking_lot::Mutex;
 use qcow2_engine::{Error, ErrorKind, Extent, GuestSource, Image, Job, Mem, MemMut, Result};
 use qcow2_nbd::server::{Address, Bitmap, DirtyRanges, Export, HANDSHAKE_TIME, Server, ServerOptions};
-use qcow2_nbd::{Disk, Durability};
+use qcow2_nbd::{Disk, Durability, Encrypt};
 
 use crate::delivery::{Completion, Delivery, Outcome};
 use crate::resource::{Handle, Resource};
 use crate::runtime::Runtime;
 use crate::text::{Text, path_text};
 
-/// How to serve an image. Checked in TypeScript.
+/// How to serve images. Checked in TypeScript.
 #[napi(object, object_to_js = false)]
 pub struct NbdOrder {
     /// Path of a unix socket; else TCP.
@@ -24,6 +24,23 @@ pub struct NbdOrder {
     pub host: Option<String>,
     /// Port; 0 for any.
     pub port: u32,
+    /// Go on when the last client has gone.
+    pub persistent: bool,
+    /// Clients at once.
+    pub max_connections: u32,
+    /// Milliseconds that a client may take to begin.
+    pub handshake_time: Option<f64>,
+    /// Number of what encrypts connections.
+    pub tls: Option<u32>,
+    /// What is served.
+    pub exports: Vec<NbdExportOrder>,
+}
+
+/// How to serve one image.
+#[napi(object, object_to_js = false)]
+pub struct NbdExportOrder {
+    /// The image.
+    pub image: u32,
     /// The export's name.
     pub export_name: Text,
     /// What it is, for a person.
@@ -32,16 +49,10 @@ pub struct NbdOrder {
     pub offset: f64,
     /// Refuse writes.
     pub read_only: bool,
-    /// Go on when the last client has gone.
-    pub persistent: bool,
-    /// Clients at once.
-    pub max_connections: u32,
     /// Tell how deep in the chain data is.
     pub allocation_depth: bool,
     /// Bitmaps to tell of.
     pub bitmaps: Vec<Text>,
-    /// Milliseconds that a client may take to begin.
-    pub handshake_time: Option<f64>,
 }
 
 /// A server that runs.
@@ -198,7 +209,9 @@ impl NbdOrder {
             handshake_time: time.unwrap_or(HANDSHAKE_TIME),
         }
     }
+}
 
+impl NbdExportOrder {
     /// The image as it is served.
     ///
     /// # Errors
@@ -230,18 +243,24 @@ impl NbdOrder {
     }
 }
 
-/// Serves an image; tells where.
+/// Serves images; tells where.
 #[napi(catch_unwind)]
-pub fn start_nbd(env: Env, request: u32, image: u32, mut order: NbdOrder) -> napi::Result<()> {
+pub fn start_nbd(env: Env, request: u32, mut order: NbdOrder) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
-    let handle = runtime.image(image)?;
+    let served = std::mem::take(&mut order.exports).into_iter();
+    let served: Vec<_> =
+        served.map(|export| Ok((runtime.image(export.image)?, export))).collect::<napi::Result<_>>()?;
+    let tls = order.tls.map(|tls| runtime.encrypting(tls)).transpose()?;
+    let tls = tls.map(|tls| -> Arc<dyn Encrypt> { tls });
     let address = order.address()?;
     let options = order.options();
     let end = Arc::new(End { delivery: runtime.completions(), state: Mutex::default() });
     let work = move || {
-        let export = order.export(&handle)?;
+        let exports = served.into_iter().map(|(handle, export)| export.export(&handle));
+        let exports = exports.collect::<Result<Vec<_>>>()?;
         let ending = Arc::clone(&end);
-        let server = Server::start(&address, vec![export], options, Box::new(move || ending.comes()))?;
+        let on_end = Box::new(move || ending.comes());
+        let server = Server::start_over(tls, &address, exports, options, on_end)?;
         Ok(Serving { server, end })
     };
     runtime.run(&env, request, work, |runtime, env, serving| {

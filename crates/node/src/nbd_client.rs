@@ -8,7 +8,8 @@ use napi::bindgen_prelude::{Env, ToNapiValue};
 use napi_derive::napi;
 use qcow2_engine::storage::DirectStorage;
 use qcow2_engine::{Error, ErrorKind, Result};
-use qcow2_nbd::client::{Listed, Location, NbdStorage, Times, list};
+use qcow2_nbd::Encrypt;
+use qcow2_nbd::client::{Listed, Location, NbdStorage, Times, Way, list};
 
 use crate::failure::Failure;
 use crate::job::{Lane, Ticket};
@@ -25,17 +26,26 @@ pub struct NbdConnectOptions {
     pub connect_time: Option<f64>,
     /// Milliseconds that the server may say nothing while requests wait.
     pub silence_time: Option<f64>,
+    /// Milliseconds for which a lost connection is made again.
+    pub reconnect_time: Option<f64>,
+    /// Number of what encrypts the connection.
+    pub tls: Option<u32>,
 }
 
 impl NbdConnectOptions {
-    fn times(&self) -> Times {
+    fn way(&self, env: &Env) -> napi::Result<Way> {
         let default = Times::default();
         let time =
             |given: Option<f64>, default| given.map_or(default, |time| Duration::from_millis(time as u64));
-        Times {
-            connect: time(self.connect_time, default.connect),
-            silence: time(self.silence_time, default.silence),
-        }
+        let tls = self.tls.map(|tls| Runtime::of(env)?.encrypting(tls)).transpose()?;
+        Ok(Way {
+            times: Times {
+                connect: time(self.connect_time, default.connect),
+                silence: time(self.silence_time, default.silence),
+            },
+            tls: tls.map(|tls| -> Arc<dyn Encrypt> { tls }),
+            reconnect: time(self.reconnect_time, Duration::ZERO),
+        })
     }
 }
 
@@ -67,9 +77,10 @@ pub fn open_nbd(
     name: Text,
     options: NbdConnectOptions,
 ) -> napi::Result<()> {
+    let way = options.way(&env)?;
     let work = move |job: &Arc<_>| {
         let writable = options.writable == Some(true);
-        let storage = NbdStorage::open(&location(&name)?, writable, options.times(), job)?;
+        let storage = NbdStorage::open(&location(&name)?, writable, way, job)?;
         Looked::at(DirectStorage::over(Arc::new(storage)))
     };
     Runtime::of(&env)?.start_job_in(Lane::Connecting, &env, Ticket { request, job }, work, Looked::hold)
@@ -114,7 +125,8 @@ pub fn list_nbd(
     name: Text,
     options: NbdConnectOptions,
 ) -> napi::Result<()> {
-    let work = move |job: &Arc<_>| list(&location(&name)?, options.times(), job);
+    let way = options.way(&env)?;
+    let work = move |job: &Arc<_>| list(&location(&name)?, way, job);
     let lane = Lane::Connecting;
     Runtime::of(&env)?.start_job_in(lane, &env, Ticket { request, job }, work, |_, env, listed| {
         let exports: Vec<ListedExport> = listed.into_iter().map(ListedExport::from).collect();

@@ -8,8 +8,8 @@ use napi::sys;
 use napi_derive::napi;
 use qcow2_engine::files::Lock;
 use qcow2_engine::format::Limits;
-use qcow2_engine::image::BackingReference;
-use qcow2_engine::storage::{Access, CacheMode, FileStorage, Locking};
+use qcow2_engine::image::{BackingReference, ExtentReference};
+use qcow2_engine::storage::{Access, CacheMode, FileStorage, Locking, Part, ReadOnly};
 use qcow2_engine::{
     DetectZeroes, Discard, Error, ErrorKind, Image, Layer, LayerExt, MemMut, OpenOptions, Result, Storage,
     StorageExt, WriteOptions,
@@ -48,12 +48,22 @@ pub struct FileOptions {
     pub writable: Option<bool>,
     /// The cache mode's name; `writeback` without one.
     pub cache: Option<String>,
+    /// Bytes in front of the part of the file that is meant, which is only read then.
+    pub offset: Option<f64>,
+    /// Bytes of that part; to the end without it.
+    pub length: Option<f64>,
 }
 
 impl FileOptions {
     fn read(&self) -> napi::Result<(Access, CacheMode)> {
         let access = if self.writable == Some(true) { Access::ReadWrite } else { Access::ReadOnly };
         Ok((access, cache_mode(self.cache.as_deref())?))
+    }
+
+    /// The part of the file that is meant.
+    fn part(&self) -> Option<(u64, u64)> {
+        let offset = self.offset? as u64;
+        Some((offset, self.length.map_or(u64::MAX, |length| length as u64)))
     }
 }
 
@@ -74,7 +84,7 @@ fn unknown(what: &str, name: &str) -> napi::Error {
 pub fn open_file(env: Env, request: u32, path: Text, options: FileOptions) -> napi::Result<()> {
     let path = path.into_path()?;
     let (access, cache) = options.read()?;
-    open_storage(&env, request, move || FileStorage::open_cached(path, access, cache))
+    open_storage(&env, request, options.part(), move || FileStorage::open_cached(path, access, cache))
 }
 
 /// A path from the root of the file system, by the directory that the process works in now. None where that is gone.
@@ -91,7 +101,7 @@ pub fn open_descriptor(env: Env, request: u32, descriptor: i32, options: FileOpt
     // duplicated before the call returns.
     let borrowed = unsafe { std::os::fd::BorrowedFd::borrow_raw(descriptor) };
     let own = borrowed.try_clone_to_owned().map_err(|e| napi::Error::from_reason(e.to_string()))?;
-    open_storage(&env, request, move || {
+    open_storage(&env, request, options.part(), move || {
         use std::os::fd::AsFd;
         FileStorage::from_borrowed_cached(own.as_fd(), Some(access), cache)
     })
@@ -100,9 +110,16 @@ pub fn open_descriptor(env: Env, request: u32, descriptor: i32, options: FileOpt
 fn open_storage(
     env: &Env,
     request: u32,
+    part: Option<(u64, u64)>,
     open: impl FnOnce() -> Result<FileStorage> + Send + 'static,
 ) -> napi::Result<()> {
-    let work = move || Looked::at(open()?.into_storage());
+    let work = move || {
+        let storage = open()?.into_storage();
+        Looked::at(match part {
+            Some((start, length)) => Arc::new(ReadOnly(Part::new(storage, start, length))),
+            None => storage,
+        })
+    };
     Runtime::of(env)?.run(env, request, work, Looked::hold)
 }
 
@@ -271,6 +288,19 @@ pub struct OpenedLayer {
     pub backing: Option<NamedFile>,
     /// The data file it needs.
     pub data_file: Option<NamedFile>,
+    /// The files that its disk is made of beside its own.
+    pub extents: Vec<NamedExtent>,
+    /// What an image that is made on it stores to know it again.
+    pub content_id: Option<u32>,
+}
+
+/// A file with a part of a disk, as an image names it.
+#[napi(object, object_from_js = false)]
+pub struct NamedExtent {
+    /// The name.
+    pub filename: Text,
+    /// Whether it may be written to.
+    pub writable: bool,
 }
 
 /// A file that an image names.
@@ -285,6 +315,12 @@ pub struct NamedFile {
 impl NamedFile {
     fn new(filename: &[u8], format: Option<&[u8]>) -> Self {
         Self { filename: Text::from(filename), format: format.map(Text::from) }
+    }
+}
+
+impl From<&ExtentReference> for NamedExtent {
+    fn from(extent: &ExtentReference) -> Self {
+        Self { filename: Text::from(&extent.filename[..]), writable: extent.writable }
     }
 }
 
@@ -346,6 +382,8 @@ fn hold_layer(runtime: &Runtime, env: &Env, layer: Box<dyn Layer>) -> napi::Resu
         data_file: references
             .data_file
             .map(|data| NamedFile::new(data.filename.as_deref().unwrap_or_default(), Some(b"raw"))),
+        extents: references.extents.iter().map(NamedExtent::from).collect(),
+        content_id: layer.content_id(),
         layer: runtime.hold(Resource::Layer(layer)),
     };
     // SAFETY: on the environment's thread, with its own env.
@@ -371,6 +409,33 @@ pub fn set_data_file(
         }
     })?;
     runtime.run(&env, request, move || lock.claim(&*data, true), nothing)
+}
+
+/// Attaches the files of a layer's extents, in their order, to the layer, which has another number then. The files' numbers stay valid.
+#[napi(catch_unwind)]
+pub fn attach_extents(
+    env: Env,
+    request: u32,
+    layer: u32,
+    files: Vec<u32>,
+    lock: Option<LockOptions>,
+) -> napi::Result<()> {
+    let runtime = Runtime::of(&env)?;
+    let lock = LockOptions::read(lock.as_ref())?;
+    let files = files.into_iter().map(|file| runtime.storage(file)).collect::<napi::Result<Vec<_>>>()?;
+    let Some(Resource::Layer(layer)) = runtime.release(layer) else {
+        return Err(napi::Error::from_reason("no such layer"));
+    };
+    let work = move || {
+        let mut layer = layer;
+        for (index, file) in files.into_iter().enumerate() {
+            // Before anything of it is believed.
+            lock.claim(&*file, true)?;
+            layer.attach_extent(index, file)?;
+        }
+        Ok(layer)
+    };
+    runtime.run(&env, request, work, hold_layer)
 }
 
 /// Makes an image of layers, top first, which become part of it. With `write`, the top layer is made writable: only now, when

@@ -10,6 +10,7 @@ use qcow2_engine::{Error, ErrorKind, Image, Layer, Result, Storage};
 use crate::clone::Begun;
 use crate::guard::guarded;
 use crate::nbd::Serving;
+use crate::tls::Encrypting;
 
 /// An open image. Requests share it; it closes when the last of them is done and JavaScript has released it.
 pub(crate) struct Handle {
@@ -92,6 +93,8 @@ pub(crate) enum Resource {
     Clone(Box<Begun>),
     /// A server of an image.
     Server(Box<Serving>),
+    /// Connections to encrypt.
+    Encrypting(Arc<Encrypting>),
 }
 
 impl Resource {
@@ -101,6 +104,10 @@ impl Resource {
             Self::Image(handle) => handle.close(),
             Self::Server(serving) => {
                 serving.close();
+                Ok(())
+            }
+            Self::Encrypting(encrypting) => {
+                encrypting.end();
                 Ok(())
             }
             Self::Storage(_) | Self::Layer(_) | Self::Clone(_) => Ok(()),
@@ -147,6 +154,14 @@ impl Resources {
     pub(crate) fn layer_mut(&mut self, number: u32) -> Option<&mut dyn Layer> {
         match self.held.get_mut(&number) {
             Some(Resource::Layer(layer)) => Some(&mut **layer),
+            _ => None,
+        }
+    }
+
+    /// The connections to encrypt of that number.
+    pub(crate) fn encrypting(&self, number: u32) -> Option<&Arc<Encrypting>> {
+        match self.held.get(&number) {
+            Some(Resource::Encrypting(encrypting)) => Some(encrypting),
             _ => None,
         }
     }

@@ -21,6 +21,7 @@ use crate::job::Jobs;
 use crate::nbd::Serving;
 use crate::pool::{Pool, Task, default_threads};
 use crate::resource::{Handle, Resource, Resources};
+use crate::tls::Encrypting;
 use crate::watch::Watch;
 use crate::watched::Watched;
 
@@ -162,6 +163,13 @@ impl Runtime {
     pub(crate) fn storage(&self, number: u32) -> napi::Result<Arc<dyn Storage>> {
         let resources = self.resources.borrow();
         resources.storage(number).cloned().ok_or_else(|| napi::Error::from_reason("no such file"))
+    }
+
+    /// The connections to encrypt of that number.
+    pub(crate) fn encrypting(&self, number: u32) -> napi::Result<Arc<Encrypting>> {
+        let resources = self.resources.borrow();
+        let found = resources.encrypting(number).cloned();
+        found.ok_or_else(|| napi::Error::from_reason("no such connections to encrypt"))
     }
 
     /// Looks at the server of that number.

@@ -59,7 +59,6 @@ pub(crate) struct Purpose<'a> {
     /// Bytes of the disk.
     pub(crate) size: u64,
     /// The image's file, where it is one with a name.
-    #[allow(dead_code, reason = "formats with several files use it")]
     pub(crate) path: Option<&'a Path>,
     /// How it is encrypted.
     pub(crate) encryption: Option<&'a Encryption>,
@@ -94,7 +93,6 @@ impl Shape {
     }
 
     /// An option of some formats that is a word.
-    #[allow(dead_code, reason = "the formats that have such options use it")]
     pub(crate) fn word(&self, name: &str) -> Option<&str> {
         match self.options.as_ref()?.get(name)? {
             Either3::C(word) => Some(word),
@@ -103,7 +101,6 @@ impl Shape {
     }
 
     /// An option of some formats that is a number.
-    #[allow(dead_code, reason = "the formats that have such options use it")]
     pub(crate) fn number(&self, name: &str) -> Option<u64> {
         match self.options.as_ref()?.get(name)? {
             Either3::B(number) => Some(*number as u64),
@@ -112,7 +109,6 @@ impl Shape {
     }
 
     /// An option of some formats that is set or not.
-    #[allow(dead_code, reason = "the formats that have such options use it")]
     pub(crate) fn flag(&self, name: &str) -> Option<bool> {
         match self.options.as_ref()?.get(name)? {
             Either3::A(flag) => Some(*flag),

@@ -201,7 +201,7 @@ impl Layer for Qcow1 {
 
     fn references(&self) -> References {
         let backing = self.backing_file.clone().map(|filename| BackingReference { filename, format: None });
-        References { backing, data_file: None }
+        References { backing, ..References::default() }
     }
 
     fn storage(&self) -> &Arc<dyn Storage> {

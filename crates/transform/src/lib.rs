@@ -6,11 +6,13 @@
 
 mod codec;
 mod error;
+mod stream;
 pub mod zero;
 pub mod zlib;
 pub mod zstd;
 
 pub use codec::{Codec, CompressOptions, Compressor, Decompressor};
 pub use error::{Error, Result};
+pub use stream::{StreamDeflater, StreamInflater};
 pub use zero::is_zero;
 pub use zlib::Window;

@@ -29,7 +29,7 @@ pub(crate) fn references(storage: &dyn Storage, header: &Header) -> Result<Refer
     });
     let backing =
         name.map(|name| BackingReference { filename: name.into_bytes(), format: Some(b"vpc".to_vec()) });
-    Ok(References { backing, data_file: None })
+    Ok(References { backing, ..References::default() })
 }
 
 /// The bytes of a name, fewer where the file ends before.

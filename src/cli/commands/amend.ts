@@ -96,7 +96,7 @@ async function amendFile(files: readonly string[], options: AmendArguments, sess
   const choice = { progress: progress && !quiet, quiet, verb: 'Amending', step: 1 }
   await withProgress(session, choice, async job => {
     if (keys === undefined || Object.keys(changes).length > 0) {
-      await amend(imageSource(filename), {
+      await amend(imageSource(filename, session), {
         ...job,
         ...lockingOf(filename, session),
         ...changes,

@@ -86,7 +86,7 @@ async function checked(
       throw new CommandFailure('This image format does not support checks', { exitCode: CHECK_NOT_SUPPORTED })
     }
     return await withProgress(session, choice, job =>
-      check(imageSource(filename), {
+      check(imageSource(filename, session), {
         ...job,
         ...session.objects.sharingOf(filename),
         ...(forceShare !== undefined && { forceShare }),

@@ -57,7 +57,7 @@ async function commitFile(files: readonly string[], options: CommitArguments, se
   const drop = options.drop || options.base !== undefined
   const cache: CacheMode = toCacheMode(options.cache)
   await withProgress(session, choice, job =>
-    commit(imageSource(filename), {
+    commit(imageSource(filename, session), {
       ...job,
       ...lockingOf(filename, session),
       references: 'allow',

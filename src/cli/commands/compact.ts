@@ -68,7 +68,7 @@ async function compacted(filename: string, options: CompactArguments, session: S
   const mode = rewrite ? 'rewrite' : 'in-place'
   try {
     return await withProgress(session, choice, job =>
-      compact(imageSource(filename), {
+      compact(imageSource(filename, session), {
         ...job,
         ...lockingOf(filename, session),
         mode,

@@ -214,7 +214,7 @@ async function convertNamed(
     const converted = await withProgress(session, choice, job =>
       convert(
         sources.map(name => sourceOf(name, session)),
-        imageSource(target),
+        imageSource(target, session),
         { ...options, ...job, bigint: true },
       ),
     )
@@ -265,7 +265,7 @@ async function lookAt(
     ).catch(async error => {
       // An image that is to be salvaged need not open: its header is enough.
       const { virtualSize } = salvage
-        ? await inspect(isExport(filename) ? exportOf(filename) : localPath(filename), { bigint: true })
+        ? await inspect(isExport(filename) ? exportOf(filename, session) : localPath(filename), { bigint: true })
         : { virtualSize: 0n }
       if (virtualSize === 0n) throw error
       return Number(virtualSize)

@@ -105,7 +105,7 @@ async function dd(list: readonly string[], options: DdArguments, session: Sessio
   const sharing = { ...session.objects.sharingOf(input), ...(forceShare !== undefined && { forceShare }) }
   const copy = { from, to, ...range, ...sharing, references: 'allow', secret, overwrite: true } as const
   await withProgress(session, choice, job =>
-    convert(sourceOf(input, session), imageSource(output), { ...copy, ...job, bigint: true }),
+    convert(sourceOf(input, session), imageSource(output, session), { ...copy, ...job, bigint: true }),
   ).catch(error => {
     if (session.signal.aborted) throw error
     const closed = unlockFailure([input], error, session)

@@ -1,7 +1,17 @@
-import { isAbsolute } from 'node:path'
+import { basename, isAbsolute } from 'node:path'
 import { type Command, Option } from 'commander'
 import { isFormat, traitsOf } from '../../formats/table.js'
-import { type BlockLimits, type EncryptInfo, type ImageInfo, inspect, type LuksInfo, probe } from '../../index.js'
+import {
+  type BlockLimits,
+  type EncryptInfo,
+  type ImageInfo,
+  inspect,
+  type LuksInfo,
+  probe,
+  type ReferencePolicy,
+  type VmdkExtentInfo,
+  type VmdkInfo,
+} from '../../index.js'
 import { fileStat } from '../../support/files.js'
 import { exactText } from '../../text.js'
 import { openFailure } from '../errors.js'
@@ -66,17 +76,25 @@ async function collect(top: string, options: InfoArguments, session: Session): P
       documents.push(other)
       return documents
     }
-    const info: ImageInfo<bigint> = await withImage(
-      { filename, format, references: 'layer', forceShare, cache, closed: true },
-      session,
-      image => image.info({ bigint: true }),
-    )
+    const request = { filename, format, forceShare, cache, closed: true } as const
+    const look = (references: ReferencePolicy): Promise<ImageInfo<bigint>> =>
+      withImage({ ...request, references }, session, image => image.info({ bigint: true }))
+    const info = await withExtents(await look('layer'), look)
     warnOfDamage(filename, info, session)
     const document = infoDocument(shownName(filename), info)
     documents.push(limits ? withLimits(document, info, format === undefined) : document)
     next = options.backingChain ? below(info) : undefined
   }
   return documents
+}
+
+/** The image with the files that its disk is made of, as far as that is no matter of its backing file. */
+async function withExtents(
+  info: ImageInfo<bigint>,
+  look: (references: ReferencePolicy) => Promise<ImageInfo<bigint>>,
+): Promise<ImageInfo<bigint>> {
+  if (info.backingFilename !== undefined || (info.vmdk?.extents.every(extent => extent.opened) ?? true)) return info
+  return look('allow')
 }
 
 /** An image of a format that is recognised and not read: its name and its size. What is below it is not known. */
@@ -127,7 +145,7 @@ function infoDocument(filename: string, info: ImageInfo<bigint>): InfoDocument {
     filename,
     format: info.format,
     'virtual-size': info.virtualSize,
-    ...(info.actualSize !== undefined && { 'actual-size': info.actualSize }),
+    ...(info.actualSize !== undefined && { 'actual-size': sizeInAll(info) }),
     ...(info.clusterSize !== undefined && !silent && { 'cluster-size': info.clusterSize }),
     ...(info.encrypted && { encrypted: true }),
     // QEMU asks the export where the format has nothing to say, and no server tells.
@@ -142,9 +160,45 @@ function infoDocument(filename: string, info: ImageInfo<bigint>): InfoDocument {
     ...(info.snapshots.length > 0 && { snapshots: snapshotDocuments(info.snapshots) }),
     ...(specific && { 'format-specific': { type: specific.type, data: specificData(specific) } }),
     ...(info.luks && { 'format-specific': { type: 'luks', data: luksData(info.luks) } }),
-    children: [{ name: 'file', info: fileDocument(filename, info) }],
+    ...(info.vmdk && { 'format-specific': { type: 'vmdk', data: vmdkData(info.vmdk, filename) } }),
+    children: [...extentFiles(info, filename), { name: 'file', info: fileDocument(filename, info) }],
   }
 }
+
+/** With the files of extents. */
+const sizeInAll = ({ actualSize = 0n, vmdk }: ImageInfo<bigint>): bigint =>
+  (vmdk?.extents ?? []).reduce((sum, { actualSize: more = 0n }) => sum + more, actualSize)
+
+/** The name of an extent's file, behind the folder of the image as that is shown. */
+function extentName({ filename, filenameBytes, format }: VmdkExtentInfo<bigint>, image: string): string {
+  if (format === undefined) return image
+  return `${/^.*\//s.exec(image)?.[0] ?? ''}${basename(exactText(filename ?? '', filenameBytes))}`
+}
+
+/** QAPI's document of what only VMDK images have. */
+export const vmdkData = (vmdk: VmdkInfo<bigint>, image: string) => ({
+  cid: vmdk.cid,
+  'parent-cid': vmdk.parentCid,
+  'create-type': vmdk.createType,
+  extents: vmdk.extents.map(extent => ({
+    ...(extent.compressed && { compressed: true }),
+    'virtual-size': extent.virtualSize,
+    filename: extentName(extent, image),
+    'cluster-size': extent.clusterSize,
+    format: extent.format ?? '',
+  })),
+})
+
+/** The files of extents, the last one first. */
+const extentFiles = ({ vmdk, protocol }: ImageInfo<bigint>, image: string): InfoDocument['children'] =>
+  (vmdk?.extents ?? [])
+    .flatMap((extent, number) => {
+      const { fileLength, actualSize } = extent
+      if (fileLength === undefined || actualSize === undefined) return []
+      const file = fileDocument(extentName(extent, image), { fileLength, actualSize, protocol })
+      return [{ name: `extents.${number}`, info: file }]
+    })
+    .reverse()
 
 /** With the protocol `file:`, a name is no other from anywhere; any other is behind the folder of the image, as that is shown. */
 function fullName(image: string, stored: string, info: ImageInfo<bigint>): string {

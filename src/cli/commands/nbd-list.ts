@@ -5,7 +5,9 @@ import { exactText } from '../../text.js'
 import { describeError } from '../errors.js'
 import { CommandFailure } from '../failure.js'
 import { uriOf } from '../nbd-names.js'
+import { saying } from '../secrets.js'
 import type { Session } from '../session.js'
+import { namedTls } from '../tls-objects.js'
 
 /** What can be said with `--list`: where the server is. */
 export interface ListArguments {
@@ -13,6 +15,8 @@ export interface ListArguments {
   readonly socket?: string
   readonly port?: number
   readonly bind?: string
+  readonly tlsCreds?: string
+  readonly tlsHostname?: string
 }
 
 /** Names of the transmission flags, from the second bit on: the first one says that the others mean something. */
@@ -46,6 +50,11 @@ const OF_EXPORTS: ReadonlySet<string> = new Set([
   'nocache',
 ])
 
+/** What TLS begins with, in qemu-nbd's words where that is nothing. */
+export function tlsOf<T>(id: string | undefined, read: (id: string) => T): T | undefined {
+  return id === undefined ? undefined : saying('Failed to get TLS creds', () => read(id))
+}
+
 /** Lists the exports of a server. */
 export async function listExports(
   files: readonly string[],
@@ -58,8 +67,11 @@ export async function listExports(
     throw new CommandFailure('List mode is incompatible with per-device settings')
   }
   const { socket, bind: host = '0.0.0.0', port = defaultPort } = options
+  const { tlsCreds, tlsHostname } = options
+  const credentials = tlsOf(tlsCreds, id => session.objects.clientTls(id))
+  const tls = credentials && namedTls(credentials, tlsHostname ?? host)
   const server = socket === undefined ? { host, port: String(port) } : { path: socket }
-  const exports = await listNbd(uriOf(server, ''), { signal: session.signal }).catch(error => {
+  const exports = await listNbd(uriOf(server, ''), { signal: session.signal, tls }).catch(error => {
     if (session.signal.aborted) throw error
     throw new CommandFailure(describeError(error), { cause: error })
   })

@@ -3,7 +3,15 @@ import { tmpdir } from 'node:os'
 import { join, resolve } from 'node:path'
 import { type Command, Option } from 'commander'
 import { PLAIN_FORMAT } from '../../formats/table.js'
-import { create, type Format, type Image, type NbdOptions, Qcow2Error, serveNbd } from '../../index.js'
+import {
+  create,
+  type Format,
+  type Image,
+  type NbdOptions,
+  type NbdServerTls,
+  Qcow2Error,
+  serveNbd,
+} from '../../index.js'
 import { decodeText, toName } from '../../text.js'
 import { describeError, openFailure, strerror } from '../errors.js'
 import { CommandFailure } from '../failure.js'
@@ -12,7 +20,7 @@ import { refuse, SOURCES, takeDriverSyntax, toCacheMode } from '../grammar.js'
 import { formatOf, snapshotOf, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import type { Session } from '../session.js'
-import { type ListArguments, listExports } from './nbd-list.js'
+import { type ListArguments, listExports, tlsOf } from './nbd-list.js'
 
 interface NbdArguments extends ListArguments {
   readonly format?: string
@@ -76,8 +84,8 @@ export function declareNbd(program: Command, run: Runner): void {
     .summary('serve an image over NBD')
     .description(
       'Serve the disk of an image over NBD, the network block device protocol, on a unix socket or a TCP port. The server ends with its ' +
-        'last client, or goes on with -t until it is interrupted. With -L, list what another server exports. There is no encryption and no ' +
-        'password.',
+        'last client, or goes on with -t until it is interrupted. With -L, list what another server exports. Nothing is encrypted ' +
+        'without --tls-creds.',
     )
     .usage('[options] FILE')
     .argument('[files...]', 'the image')
@@ -123,9 +131,9 @@ export function declareNbd(program: Command, run: Runner): void {
     )
   command.option('-V, --version', 'print the version')
   takeDriverSyntax(command)
-  for (const flags of ['--tls-creds <id>', '--tls-authz <id>', '--tls-hostname <name>']) {
-    refuse(command, flags, 'connections are not encrypted in this version')
-  }
+  command.option('--tls-creds <id>', 'encrypt connections with this object: tls-creds-x509 or tls-creds-psk')
+  command.option('--tls-hostname <name>', "with -L: what the server's certificate must be for")
+  refuse(command, '--tls-authz <id>', 'certificates and keys say who may connect')
   refuse(command, '-c, --connect <device>', "the kernel's client is attached with nbd-client")
   refuse(command, '-d, --disconnect', "the kernel's client is detached with nbd-client")
   refuse(command, '-T, --trace <events>', 'there are no trace events')
@@ -152,7 +160,12 @@ const toDetectZeroes = oneOf(
 )
 
 async function nbd(files: readonly string[], options: NbdArguments, session: Session): Promise<number> {
+  if (options.tlsHostname !== undefined && options.tlsCreds === undefined) {
+    throw new CommandFailure('--tls-hostname is not permitted without --tls-creds')
+  }
   if (options.list) return listExports(files, options, DEFAULT_PORT, session)
+  if (options.tlsHostname !== undefined) throw new CommandFailure('TLS hostname is only supported with export list')
+  const tls = tlsOf(options.tlsCreds, id => session.objects.serverTls(id))
   const [filename] = files
   if (filename === undefined || files.length !== 1) {
     throw new CommandFailure('Invalid number of arguments', {
@@ -181,7 +194,7 @@ async function nbd(files: readonly string[], options: NbdArguments, session: Ses
     })
   }
   const format = await formatOf(filename, options.format, session).catch(cannot)
-  if (options.snapshot) return overlaid(filename, format, options, session)
+  if (options.snapshot) return overlaid(filename, format, options, tls, session)
   const readOnly = options.readOnly || options.loadSnapshot !== undefined
   if (!readOnly) refuseGuess(filename, format, options, session)
   const snapshot = await snapshotOf(filename, format, options.loadSnapshot, undefined, session)
@@ -202,7 +215,7 @@ async function nbd(files: readonly string[], options: NbdArguments, session: Ses
   let served = false
   await withImage(request, session, image => {
     served = true
-    return serve(image, options, session)
+    return serve(image, options, tls, session)
   }).catch((error: unknown) => {
     if (served) throw error
     return cannot(error)
@@ -219,7 +232,13 @@ function refuseGuess(filename: string, format: Format, { format: said }: NbdArgu
 }
 
 /** Serves a temporary overlay of the image, which goes with the server. */
-async function overlaid(filename: string, format: Format, options: NbdArguments, session: Session): Promise<number> {
+async function overlaid(
+  filename: string,
+  format: Format,
+  options: NbdArguments,
+  tls: NbdServerTls | undefined,
+  session: Session,
+): Promise<number> {
   if (options.loadSnapshot !== undefined) throw new CommandFailure('-s and -l cannot be used together')
   if (session.objects.secretsOf(filename) !== undefined) {
     throw new CommandFailure('-s cannot be used with images that are described by options')
@@ -232,14 +251,19 @@ async function overlaid(filename: string, format: Format, options: NbdArguments,
     const overlay = await create(path, { size, backingFile: backing, backingFormat: format })
     await overlay.close()
     const request = { filename: path, format: 'qcow2', flags: 'r+', cache: 'unsafe' } as const
-    await withImage(request, session, image => serve(image, options, session))
+    await withImage(request, session, image => serve(image, options, tls, session))
   } finally {
     rmSync(folder, { recursive: true, force: true })
   }
   return 0
 }
 
-async function serve(image: Image, options: NbdArguments, session: Session): Promise<void> {
+async function serve(
+  image: Image,
+  options: NbdArguments,
+  tls: NbdServerTls | undefined,
+  session: Session,
+): Promise<void> {
   const { offset = 0n, shared = 1, handshakeLimit } = options
   if (offset > 0n && offset >= image.virtualSizeBigInt) {
     throw new CommandFailure(`Offset (${offset}) has to be smaller than the image size (${image.virtualSizeBigInt})`)
@@ -260,6 +284,7 @@ async function serve(image: Image, options: NbdArguments, session: Session): Pro
     bitmaps: (options.bitmap ?? []).map(toName),
     // 0 is as long as it takes.
     handshakeTimeout: handshakeLimit === 0 ? 2 ** 31 - 1 : (handshakeLimit ?? 10) * 1000,
+    tls,
     signal: session.signal,
   }
   const server = await serveNbd(image, how).catch(error => {

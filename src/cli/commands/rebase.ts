@@ -77,7 +77,7 @@ async function rebaseFile(files: readonly string[], options: RebaseArguments, se
   const choice = { progress: options.progress ?? false, quiet, verb: 'Rebasing', step: 2 }
   const cache: CacheMode = toCacheMode(options.cache)
   await withProgress(session, choice, job =>
-    rebase(imageSource(filename), next === null ? null : toName(next), {
+    rebase(imageSource(filename, session), next === null ? null : toName(next), {
       ...job,
       ...lockingOf(filename, session),
       // Unsafe is unsafe: nothing but the name is looked at.

@@ -1,11 +1,11 @@
-//! Which byte ranges of a file are being written, so that a read-modify-write has its blocks for itself.
+//! Which ranges of a file or a disk are being written, so that a read-modify-write or an allocation has its blocks for itself.
 
 use parking_lot::{Condvar, Mutex};
 
 /// Ranges held at this moment. Served in order of arrival where they conflict, so nobody starves; a holder
 /// never waits for another range, so nobody deadlocks.
 #[derive(Debug, Default)]
-pub(super) struct RangeLock {
+pub struct RangeLock {
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -36,14 +36,14 @@ impl State {
 
 /// A range that is held until this is dropped.
 #[derive(Debug)]
-pub(super) struct HeldRange<'a> {
+pub struct HeldRange<'a> {
     lock: &'a RangeLock,
     ticket: u64,
 }
 
 impl RangeLock {
     /// Waits until nobody who came before holds a part of `start..end`; two that are not exclusive get along.
-    pub(super) fn hold(&self, start: u64, end: u64, exclusive: bool) -> HeldRange<'_> {
+    pub fn hold(&self, start: u64, end: u64, exclusive: bool) -> HeldRange<'_> {
         let mut state = self.state.lock();
         let ticket = state.next;
         state.next += 1;

@@ -26,7 +26,7 @@ pub(crate) use clones::{Clones, LiveCopy};
 pub(crate) use mapping::{Loaded, Mapping, Missing};
 pub use open::{read_header, read_header_for_check};
 pub use options::OpenOptions;
-pub use qcow2::{BackingReference, DataFileReference, Qcow2, References};
+pub use qcow2::{BackingReference, DataFileReference, ExtentReference, Qcow2, References};
 pub use qcow2_core::layer::{Segment, SegmentKind};
 pub use qcow2_core::{Layer, Raw};
 pub(crate) use slices::Slice;

@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 
 use parking_lot::RwLock;
 
-pub use qcow2_core::layer::{BackingReference, DataFileReference, References};
+pub use qcow2_core::layer::{BackingReference, DataFileReference, ExtentReference, References};
 use qcow2_format::header::extension::BitmapsExtension;
 use qcow2_format::header::feature::Autoclear;
 use qcow2_format::{CryptMethod, Geometry, Header, Limits, SnapshotRecord};
@@ -98,6 +98,7 @@ impl Qcow2 {
                 filename: self.header.data_file().map(<[u8]>::to_vec),
                 raw: self.header.data_file_raw(),
             }),
+            extents: Vec::new(),
         }
     }
 

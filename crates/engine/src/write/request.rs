@@ -56,13 +56,14 @@ impl Image {
     /// metadata write, the image refuses writes until it is reopened.
     pub fn write_at(&self, buf: Mem<'_>, offset: u64) -> Result<()> {
         let range = self.guest_range(offset, buf.len() as u64)?;
+        let old = |buf: MemMut<'_>, offset| self.read_at(buf, offset);
         self.guest_request(&range.clone(), |top| match top {
             Top::Layer(layer) => match layer.disk_options().detect_zeroes {
-                DetectZeroes::Off => layer.write_at(buf, offset),
+                DetectZeroes::Off => layer.write_over(buf, offset, &old),
                 detect if !buf.is_empty() && buf.is_zero() => {
-                    layer.write_zeroes(offset, buf.len() as u64, detect == DetectZeroes::Unmap)
+                    layer.zero_over(offset, buf.len() as u64, detect == DetectZeroes::Unmap, &old)
                 }
-                _ => layer.write_at(buf, offset),
+                _ => layer.write_over(buf, offset, &old),
             },
             Top::Qcow2(active) => {
                 let range = range.clone();

@@ -11,7 +11,7 @@ use super::link::Change;
 use super::request::{Payload, Top};
 use crate::image::{Image, Qcow2};
 use crate::walk::{Steps, for_each_extent};
-use crate::{Discard, ErrorKind, Extent, ExtentKind, Job, Result, StorageExt};
+use crate::{Discard, ErrorKind, Extent, ExtentKind, Job, MemMut, Result, StorageExt};
 
 /// How many extents are looked at together.
 const STEPS: Steps = Steps::of(u64::MAX, 256);
@@ -27,7 +27,10 @@ impl Image {
             return Ok(());
         }
         self.guest_request(&range.clone(), |top| match top {
-            Top::Layer(layer) => layer.write_zeroes(offset, length, unmap),
+            Top::Layer(layer) => {
+                let old = |buf: MemMut<'_>, offset| self.read_at(buf, offset);
+                layer.zero_over(offset, length, unmap, &old)
+            }
             Top::Qcow2(active) => {
                 active.zero_range(range.clone(), unmap)?;
                 active.limit_dirty()

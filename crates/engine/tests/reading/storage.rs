@@ -10,8 +10,8 @@ use std::sync::Arc;
 
 use qcow2_core::forward_storage;
 use qcow2_engine::storage::{
-    Access, CacheMode, FileStorage, Identity, MemoryStorage, NewFile, Operation, Overwrite, ReadOnly, Run,
-    Tail, Traits,
+    Access, CacheMode, FileStorage, Identity, MemoryStorage, NewFile, Operation, Overwrite, Part, ReadOnly,
+    Run, Tail, Traits,
 };
 use qcow2_engine::{ErrorKind, Mem, MemMut, ReadStorage, Storage, StorageExt};
 use qcow2_testkit::contract::{StorageContract, check_read_only};
@@ -126,6 +126,20 @@ fn every_storage_keeps_the_contract() {
     match direct_works {
         true => StorageContract { name: "direct", make: &|| direct().unwrap() }.check(),
         false => skipped("no direct I/O in the temporary folder"),
+    }
+}
+
+#[test]
+fn a_part_of_a_file_is_a_file_that_refuses_writes() {
+    let bytes = pattern(70_000);
+    let around = [&[1; 5000][..], &bytes, &[2; 5000]].concat();
+    let part = ReadOnly(Part::new(Arc::new(MemoryStorage::from_bytes(&around)), 5000, 70_000));
+    check_read_only(&part, &bytes);
+    // The host ends inside it, or in front of it.
+    for (start, left) in [(5000, 75_000), (79_999, 1), (80_000, 0), (90_000, 0), (u64::MAX, 0)] {
+        let part = Part::new(Arc::new(MemoryStorage::from_bytes(&around)), start, u64::MAX);
+        assert_eq!(part.len().unwrap(), left);
+        assert_eq!(part.read_at(MemMut::from(&mut [0; 4][..]), left).unwrap(), 0);
     }
 }
 

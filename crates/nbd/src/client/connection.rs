@@ -22,7 +22,7 @@ use super::uri::Location;
 use crate::incoming::Incoming;
 use crate::protocol::answers::BlockSizes;
 use crate::protocol::transmission::{Command, Request};
-use crate::transport::{Transport, write_all};
+use crate::transport::{Encrypt, Transport, write_all};
 
 /// Requests that are under way at once; more wait.
 pub const MAX_IN_FLIGHT: usize = 16;
@@ -45,6 +45,23 @@ pub struct Times {
 impl Default for Times {
     fn default() -> Self {
         Self { connect: Duration::from_secs(30), silence: Duration::from_secs(60) }
+    }
+}
+
+/// How a server is reached.
+#[derive(Clone, Default)]
+pub struct Way {
+    /// How long it may take.
+    pub times: Times,
+    /// What encrypts the connection, if it is to be.
+    pub tls: Option<Arc<dyn Encrypt>>,
+    /// For how long a connection that was lost is made again; requests wait meanwhile.
+    pub reconnect: Duration,
+}
+
+impl From<Times> for Way {
+    fn from(times: Times) -> Self {
+        Self { times, ..Self::default() }
     }
 }
 
@@ -91,24 +108,32 @@ pub(super) struct Ticket(Arc<Slot>);
 /// Connects to a server for `then`, which has the time that is left.
 fn greet<T>(
     location: &Location,
-    times: Times,
+    way: &Way,
     job: &Job,
     then: impl FnOnce(Handshake<'_>) -> Result<T>,
 ) -> Result<(Box<dyn Transport>, Incoming, T)> {
-    let patience = Patience { deadline: Instant::now() + times.connect, job };
-    let socket = connect(&location.place, &patience)?;
+    let patience = Patience { deadline: Instant::now() + way.times.connect, job };
+    let plain = connect(&location.place, &patience)?;
     let mut incoming = Incoming::new();
-    let watched = Watched { transport: &socket, patience: &patience };
-    let value = Handshake::begin(&watched, &mut incoming).and_then(then)?;
-    Ok((Box::new(socket), incoming, value))
+    let watched = Watched { transport: &plain, patience: &patience };
+    let handshake = Handshake::begin(&watched, &mut incoming)?;
+    let Some(tls) = &way.tls else {
+        let value = then(handshake)?;
+        return Ok((Box::new(plain), incoming, value));
+    };
+    let no_zeroes = handshake.start_tls()?;
+    let secured = tls.encrypt(&plain).map_err(|error| Error::io(error, "NBD_OPT_STARTTLS"))?;
+    let watched = Watched { transport: &secured, patience: &patience };
+    let value = then(Handshake::go_on(&watched, &mut incoming, no_zeroes))?;
+    Ok((Box::new(secured), incoming, value))
 }
 
 /// The exports of a server, whichever one `location` names.
 ///
 /// # Errors
 /// Those of [`Connection::open`]; `Io` where the server tells of none.
-pub fn list(location: &Location, times: Times, job: &Job) -> Result<Vec<Listed>> {
-    let listed = greet(location, times, job, |handshake| handshake.list());
+pub fn list(location: &Location, way: impl Into<Way>, job: &Job) -> Result<Vec<Listed>> {
+    let listed = greet(location, &way.into(), job, |handshake| handshake.list());
     listed.map(|(.., exports)| exports).map_err(|error| error.with_path(location.to_string()))
 }
 
@@ -118,10 +143,10 @@ impl Connection {
     /// # Errors
     /// `Io` with the system's error or what the server refuses, says wrongly or does not say in time; `UnsupportedFeature` for a server that is too
     /// old; `Aborted` where the job is cancelled.
-    pub fn open(location: &Location, times: Times, job: &Arc<Job>) -> Result<Self> {
-        let greeted = greet(location, times, job, |handshake| handshake.go(&location.export));
+    pub fn open(location: &Location, way: &Way, job: &Arc<Job>) -> Result<Self> {
+        let greeted = greet(location, way, job, |handshake| handshake.go(&location.export));
         let opened = greeted.and_then(|(transport, incoming, agreed)| {
-            Self::over(transport, incoming, agreed, times.silence, job)
+            Self::over(transport, incoming, agreed, way.times.silence, job)
         });
         opened.map_err(|error| error.with_path(location.to_string()))
     }
@@ -182,6 +207,17 @@ impl Connection {
     /// Whether the server tells of holes and zeroes.
     pub fn tells_status(&self) -> bool {
         self.shared.agreed.allocation.is_some()
+    }
+
+    /// It failed: the server went away, broke the protocol, or said nothing for too long. Nobody gave it up.
+    pub(super) fn is_lost(&self) -> bool {
+        matches!(self.shared.state.lock().ended, Some(End::Failed(..)))
+    }
+
+    /// Whether another connection leads to the same, as far as requests can tell.
+    pub(super) fn is_like(&self, other: &Self) -> bool {
+        let export = |it: &Self| (it.size(), it.flags(), it.block_sizes());
+        export(self) == export(other)
     }
 
     /// Ends it, now: whoever waits hears that it was given up ([`ErrorKind::Aborted`](qcow2_core::ErrorKind::Aborted)).

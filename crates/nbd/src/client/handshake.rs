@@ -103,6 +103,24 @@ impl<'a> Handshake<'a> {
         Ok(this)
     }
 
+    /// Goes on over another transport behind which the same server is.
+    pub(super) fn go_on(transport: &'a Watched<'a>, incoming: &'a mut Incoming, no_zeroes: bool) -> Self {
+        Self { transport, incoming, no_zeroes }
+    }
+
+    /// Asks for TLS, with which the server goes on then. Tells how [`Handshake::go_on`].
+    pub(super) fn start_tls(mut self) -> Result<bool> {
+        if let Err((refusal, words)) = self.ask(OptionKind::StartTls, b"", |_| Ok(()))? {
+            self.leave();
+            return Err(refused(OptionKind::StartTls, b"", refusal, &words));
+        }
+        // It says nothing more in clear: what is there already, somebody else has put there.
+        if self.incoming.has_more() {
+            return Err(broken(Malformed("it goes on in clear where TLS begins")));
+        }
+        Ok(self.no_zeroes)
+    }
+
     /// Begins with an export.
     pub(super) fn go(mut self, name: &[u8]) -> Result<Agreed> {
         let structured = self.ask(OptionKind::StructuredReply, b"", |_| Ok(()))?.is_ok();
@@ -288,10 +306,14 @@ fn refused(option: OptionKind, name: &[u8], refusal: Refusal, words: &str) -> Er
     let said = if words.is_empty() { String::new() } else { format!(" (it says: {words})") };
     let what = match refusal {
         Refusal::Unknown => format!("the server has no export '{name}'"),
+        _ if option == OptionKind::StartTls => {
+            format!("the server does not begin with TLS: {}", refusal.describe())
+        }
         other => other.describe().to_owned(),
     };
     let call = match option {
         OptionKind::List => "NBD_OPT_LIST",
+        OptionKind::StartTls => "NBD_OPT_STARTTLS",
         OptionKind::ExportName => "NBD_OPT_EXPORT_NAME",
         _ => "NBD_OPT_GO",
     };

@@ -6,11 +6,12 @@
 mod connect;
 mod connection;
 mod handshake;
+mod link;
 mod replies;
 mod storage;
 pub mod uri;
 
-pub use connection::{Connection, MAX_IN_FLIGHT, Times, list};
+pub use connection::{Connection, MAX_IN_FLIGHT, Times, Way, list};
 pub use handshake::{Listed, MAX_EXPORTS};
 pub use storage::{NbdStorage, PROTOCOL};
 pub use uri::{Location, Place, is_location};

@@ -4,12 +4,15 @@ use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use qcow2_core::storage::{Identity, Operation, ReadTransfer, Run, Traits, WriteTransfer, no_space};
 use qcow2_core::{Error, ErrorKind, Job, Mem, MemMut, ReadStorage, Result, Storage};
 
-use super::connection::{Connection, Ticket, Times};
+use super::connection::{Connection, Ticket, Times, Way};
+use super::link::{Again, Link};
 use super::uri::{Location, Place};
+use crate::protocol::answers::BlockSizes;
 use crate::protocol::transmission::Command;
 use crate::protocol::{MAX_PAYLOAD, allocation, command_flags, export_flags};
 use crate::transport::Transport;
@@ -26,7 +29,10 @@ const SPAN: u32 = 1 << 30;
 /// An export of a server. Nobody changes its size from here, so it is a device; what it demands of the alignment of requests is in its
 /// traits ([`qcow2_core::storage::DirectStorage`] takes any).
 pub struct NbdStorage {
-    connection: Arc<Connection>,
+    link: Link,
+    /// What it can do: transmission flags. These and what follows are the same on every connection.
+    flags: u16,
+    blocks: BlockSizes,
     /// Its URI, for messages.
     name: PathBuf,
     /// None behind a transport of the caller's.
@@ -42,19 +48,25 @@ impl std::fmt::Debug for NbdStorage {
 }
 
 impl NbdStorage {
-    /// Connects to an export, for reading, or for writing too. Cancelling the job ends the attempt, and what waits for an answer later.
+    /// Connects to an export, for reading, or for writing too. Cancelling the job ends the attempt, and what waits for an answer later. A
+    /// connection that is lost is made again where the way says so: requests that were not answered are made once more on the new one. What
+    /// the server had answered to and not made durable is the server's to keep.
     ///
     /// # Errors
     /// Those of [`Connection::open`]; `ReadOnly` to write to an export that takes no writes.
-    pub fn open(location: &Location, writable: bool, times: Times, job: &Arc<Job>) -> Result<Self> {
-        let connection = Connection::open(location, times, job)?;
+    pub fn open(location: &Location, writable: bool, way: impl Into<Way>, job: &Arc<Job>) -> Result<Self> {
+        let way = way.into();
+        let connection = Connection::open(location, &way, job)?;
         let name = PathBuf::from(location.to_string());
         if writable && connection.flags() & export_flags::READ_ONLY != 0 {
             return Err(
                 Error::new(ErrorKind::ReadOnly, "the server exports it for reading only").with_path(name)
             );
         }
-        Ok(Self::new(connection, name, Some(identity(location)), writable))
+        let (reconnects, identity) = (!way.reconnect.is_zero(), identity(location));
+        let (location, job) = (location.clone(), Arc::clone(job));
+        let again = reconnects.then(|| Again { location, way, job, gone: AtomicBool::new(false) });
+        Ok(Self::new(connection, again, name, Some(identity), writable))
     }
 
     /// The default export of a server behind a transport of the caller's, whose calls end by themselves; for writing, too, where it takes
@@ -65,34 +77,41 @@ impl NbdStorage {
     pub fn begin(transport: Box<dyn Transport>, times: Times) -> Result<Self> {
         let connection = Connection::begin(transport, times)?;
         let writable = connection.flags() & export_flags::READ_ONLY == 0;
-        Ok(Self::new(connection, PathBuf::new(), None, writable))
+        Ok(Self::new(connection, None, PathBuf::new(), None, writable))
     }
 
-    fn new(connection: Connection, name: PathBuf, identity: Option<Identity>, writable: bool) -> Self {
+    fn new(
+        connection: Connection,
+        again: Option<Again>,
+        name: PathBuf,
+        identity: Option<Identity>,
+        writable: bool,
+    ) -> Self {
+        let (flags, blocks) = (connection.flags(), connection.block_sizes());
         // What lies behind the last whole block cannot be reached.
-        let size = down(connection.size(), connection.block_sizes().minimum);
-        Self { connection: Arc::new(connection), name, identity, writable, size }
+        let size = down(connection.size(), blocks.minimum);
+        Self { link: Link::new(connection, again), flags, blocks, name, identity, writable, size }
     }
 
-    /// The connection, to end it.
-    pub fn connection(&self) -> &Arc<Connection> {
-        &self.connection
+    /// The connection that there is, to end it.
+    pub fn connection(&self) -> Arc<Connection> {
+        self.link.current()
     }
 
     fn has(&self, flag: u16) -> bool {
-        self.connection.flags() & flag != 0
+        self.flags & flag != 0
     }
 
     /// Bytes of one request with as many bytes of payload, at most.
     fn piece(&self) -> u64 {
-        let sizes = self.connection.block_sizes();
+        let sizes = self.blocks;
         let most = sizes.maximum.min(MAX_PAYLOAD).min(PIECE);
         down(most.into(), sizes.minimum).max(sizes.minimum.into())
     }
 
     /// Bytes of one request without payload, at most.
     fn span(&self) -> u64 {
-        down(SPAN.into(), self.connection.block_sizes().minimum)
+        down(SPAN.into(), self.blocks.minimum)
     }
 
     /// Where a server cannot flush, each write is durable by itself, if it can do that.
@@ -119,57 +138,48 @@ impl NbdStorage {
 
     /// Asks for a range, a piece after the other; for the beginning of one that has more than `most` pieces, since the connection
     /// holds what came until it is collected.
-    fn ask(&self, offset: u64, length: usize, most: usize) -> Vec<io::Result<Ticket>> {
+    fn ask(
+        &self,
+        connection: &Connection,
+        offset: u64,
+        length: usize,
+        most: usize,
+    ) -> Vec<io::Result<Ticket>> {
         let length = (length as u64).min(self.piece() * most as u64);
         let end = offset.saturating_add(self.inside(offset, length));
-        let read = |at: u64, length: u32| self.connection.send(0, Command::Read, at, length, &[]);
+        let read = |at: u64, length: u32| connection.send(0, Command::Read, at, length, &[]);
         pieces(offset, end, self.piece()).map(|(at, length)| read(at, length)).collect()
     }
 
-    /// Fills `buf` with what was asked for; how many bytes came before the first failure, or that.
-    fn collect(&self, asked: Vec<io::Result<Ticket>>, mut buf: MemMut<'_>) -> io::Result<usize> {
-        let (mut got, mut failure) = (0, None);
-        for ticket in asked {
-            // All are waited for: their answers come in any case.
-            match ticket.and_then(|ticket| self.connection.wait(ticket)) {
-                Ok(answer) if failure.is_none() => {
-                    got += buf.take_front(answer.data.len()).copy_from(&answer.data);
-                }
-                Ok(_) => {}
-                Err(error) => failure = failure.or(Some(error)),
-            }
-        }
-        match failure {
-            Some(error) if got == 0 => Err(error),
-            _ => Ok(got),
-        }
-    }
-
     /// Sends what is written at `offset`, a piece after the other.
-    fn put(&self, bufs: &[Mem<'_>], offset: u64) -> Vec<(u32, io::Result<Ticket>)> {
+    fn put(&self, connection: &Connection, bufs: &[Mem<'_>], offset: u64) -> Vec<(u32, io::Result<Ticket>)> {
         let length: u64 = bufs.iter().map(|buf| buf.len() as u64).sum();
         let end = offset.saturating_add(self.inside(offset, length));
         let write = |(at, length): (u64, u32)| {
             let payload = part(bufs, at - offset, length as usize);
-            (length, self.connection.send(self.durable(), Command::Write, at, length, &payload))
+            (length, connection.send(self.durable(), Command::Write, at, length, &payload))
         };
         pieces(offset, end, self.piece()).map(write).collect()
     }
 
-    /// Waits for what was sent; how many bytes were written before the first failure, or that.
-    fn written(&self, sent: Vec<(u32, io::Result<Ticket>)>) -> io::Result<usize> {
-        let (mut done, mut failure) = (0, None);
-        for (length, ticket) in sent {
-            match ticket.and_then(|ticket| self.connection.wait(ticket)) {
-                Ok(_) if failure.is_none() => done += length as usize,
-                Ok(_) => {}
-                Err(error) => failure = failure.or(Some(error)),
-            }
+    /// What a range that begins inside is.
+    fn run_on(&self, connection: &Connection, range: Range<u64>) -> io::Result<Run> {
+        if !connection.tells_status() {
+            return Ok(Run { end: self.size, data: true });
         }
-        match failure {
-            Some(error) if done == 0 => Err(error),
-            _ => Ok(done),
-        }
+        let minimum = self.blocks.minimum;
+        let start = down(range.start, minimum);
+        let behind = range.end.min(self.size).checked_next_multiple_of(minimum.into()).unwrap_or(self.size);
+        let length = behind.min(self.size).saturating_sub(start).min(self.span());
+        let length = u32::try_from(length).unwrap_or(u32::MAX);
+        let flags = command_flags::REQ_ONE;
+        let asked = connection.send(flags, Command::BlockStatus, start, length, &[])?;
+        let Some(found) = connection.wait(asked)?.status else {
+            return Ok(Run { end: self.size, data: true });
+        };
+        // It may end behind what was asked for, and the disk; before where it was asked from it says nothing.
+        let end = (start + u64::from(found.length)).clamp(range.start + 1, self.size);
+        Ok(Run { end, data: found.status & allocation::ZERO == 0 })
     }
 
     /// A write that can begin.
@@ -184,19 +194,67 @@ impl NbdStorage {
 
     /// Does a command without payload on a range.
     fn each(&self, flags: u16, command: Command, range: Range<u64>, most: u64) -> io::Result<()> {
-        let send = |(at, length): (u64, u32)| self.connection.send(flags, command, at, length, &[]);
-        // So many at once: all of a large disk would be a long list.
-        let mut rest = pieces(range.start, range.end, most).peekable();
-        while rest.peek().is_some() {
-            let sent: Vec<_> = rest.by_ref().take(super::MAX_IN_FLIGHT).map(send).collect();
-            let waited: Vec<_> = sent
-                .into_iter()
-                .map(|ticket| ticket.and_then(|ticket| self.connection.wait(ticket)))
-                .collect();
-            waited.into_iter().try_for_each(|done| done.map(drop))?;
-        }
-        Ok(())
+        self.link.run(|connection| each(connection, flags, command, range.clone(), most))
     }
+}
+
+/// Fills `buf` with what was asked for; how many bytes came before the first failure, or that.
+fn collect(
+    connection: &Connection,
+    asked: Vec<io::Result<Ticket>>,
+    mut buf: MemMut<'_>,
+) -> io::Result<usize> {
+    let (mut got, mut failure) = (0, None);
+    for ticket in asked {
+        // All are waited for: their answers come in any case.
+        match ticket.and_then(|ticket| connection.wait(ticket)) {
+            Ok(answer) if failure.is_none() => {
+                got += buf.take_front(answer.data.len()).copy_from(&answer.data);
+            }
+            Ok(_) => {}
+            Err(error) => failure = failure.or(Some(error)),
+        }
+    }
+    match failure {
+        Some(error) if got == 0 => Err(error),
+        _ => Ok(got),
+    }
+}
+
+/// Waits for what was sent; how many bytes were written before the first failure, or that.
+fn written(connection: &Connection, sent: Vec<(u32, io::Result<Ticket>)>) -> io::Result<usize> {
+    let (mut done, mut failure) = (0, None);
+    for (length, ticket) in sent {
+        match ticket.and_then(|ticket| connection.wait(ticket)) {
+            Ok(_) if failure.is_none() => done += length as usize,
+            Ok(_) => {}
+            Err(error) => failure = failure.or(Some(error)),
+        }
+    }
+    match failure {
+        Some(error) if done == 0 => Err(error),
+        _ => Ok(done),
+    }
+}
+
+/// Does a command without payload on a range.
+fn each(
+    connection: &Connection,
+    flags: u16,
+    command: Command,
+    range: Range<u64>,
+    most: u64,
+) -> io::Result<()> {
+    let send = |(at, length): (u64, u32)| connection.send(flags, command, at, length, &[]);
+    // So many at once: all of a large disk would be a long list.
+    let mut rest = pieces(range.start, range.end, most).peekable();
+    while rest.peek().is_some() {
+        let sent: Vec<_> = rest.by_ref().take(super::MAX_IN_FLIGHT).map(send).collect();
+        let waited: Vec<_> =
+            sent.into_iter().map(|ticket| ticket.and_then(|ticket| connection.wait(ticket))).collect();
+        waited.into_iter().try_for_each(|done| done.map(drop))?;
+    }
+    Ok(())
 }
 
 /// Equal ones are the same export. A socket is told apart by its path from the root.
@@ -241,7 +299,12 @@ fn part<'a>(bufs: &[Mem<'a>], skip: u64, length: usize) -> Vec<Mem<'a>> {
 
 impl ReadStorage for NbdStorage {
     fn read_at(&self, buf: MemMut<'_>, offset: u64) -> io::Result<usize> {
-        self.collect(self.ask(offset, buf.len(), super::MAX_IN_FLIGHT), buf)
+        let mut buf = buf;
+        let (length, buf) = (buf.len(), std::cell::RefCell::new(buf.reborrow()));
+        self.link.run(|connection| {
+            let asked = self.ask(connection, offset, length, super::MAX_IN_FLIGHT);
+            collect(connection, asked, buf.borrow_mut().reborrow())
+        })
     }
 
     fn len(&self) -> io::Result<u64> {
@@ -250,9 +313,16 @@ impl ReadStorage for NbdStorage {
 
     fn read_batch(&self, batch: &mut [ReadTransfer<'_>]) {
         for some in batch.chunks_mut(super::MAX_IN_FLIGHT) {
-            let asked: Vec<_> = some.iter().map(|read| self.ask(read.offset, read.buf.len(), 1)).collect();
+            let connection = self.link.current();
+            let ask = |read: &ReadTransfer<'_>| self.ask(&connection, read.offset, read.buf.len(), 1);
+            let asked: Vec<_> = some.iter().map(ask).collect();
             for (read, asked) in some.iter_mut().zip(asked) {
-                read.done = self.collect(asked, read.buf.reborrow());
+                read.done = collect(&connection, asked, read.buf.reborrow());
+            }
+            let failed =
+                |read: &&mut ReadTransfer<'_>| read.done.is_err() && self.link.comes_back(&connection);
+            for read in some.iter_mut().filter(failed) {
+                read.done = self.read_at(read.buf.reborrow(), read.offset);
             }
         }
     }
@@ -261,22 +331,7 @@ impl ReadStorage for NbdStorage {
         if range.start >= self.size {
             return Ok(Run { end: u64::MAX, data: false });
         }
-        if !self.connection.tells_status() {
-            return Ok(Run { end: self.size, data: true });
-        }
-        let minimum = self.connection.block_sizes().minimum;
-        let start = down(range.start, minimum);
-        let behind = range.end.min(self.size).checked_next_multiple_of(minimum.into()).unwrap_or(self.size);
-        let length = behind.min(self.size).saturating_sub(start).min(self.span());
-        let length = u32::try_from(length).unwrap_or(u32::MAX);
-        let flags = command_flags::REQ_ONE;
-        let asked = self.connection.send(flags, Command::BlockStatus, start, length, &[])?;
-        let Some(found) = self.connection.wait(asked)?.status else {
-            return Ok(Run { end: self.size, data: true });
-        };
-        // It may end behind what was asked for, and the disk; before where it was asked from it says nothing.
-        let end = (start + u64::from(found.length)).clamp(range.start + 1, self.size);
-        Ok(Run { end, data: found.status & allocation::ZERO == 0 })
+        self.link.run(|connection| self.run_on(connection, range.clone()))
     }
 
     fn identity(&self) -> Option<Identity> {
@@ -284,7 +339,7 @@ impl ReadStorage for NbdStorage {
     }
 
     fn traits(&self) -> Traits {
-        let alignment = self.connection.block_sizes().minimum;
+        let alignment = self.blocks.minimum;
         Traits { alignment, memory_alignment: 1, block_device: true, writable: self.writable }
     }
 
@@ -304,7 +359,7 @@ impl ReadStorage for NbdStorage {
     }
 
     fn is_transient(&self, _: &io::Error) -> bool {
-        // A connection that has ended does not come back.
+        // A connection that has ended, and was made again in vain if it was to be, does not come back.
         false
     }
 }
@@ -318,18 +373,23 @@ impl Storage for NbdStorage {
         if !self.check_write(bufs, offset)? {
             return Ok(0);
         }
-        self.written(self.put(bufs, offset))
+        self.link.run(|connection| written(connection, self.put(connection, bufs, offset)))
     }
 
     fn write_batch(&self, batch: &mut [WriteTransfer<'_>]) {
-        let sent: Vec<_> = batch
-            .iter()
-            .map(|write| {
-                self.check_write(write.bufs, write.offset).map(|_| self.put(write.bufs, write.offset))
-            })
-            .collect();
+        let connection = self.link.current();
+        let put = |write: &WriteTransfer<'_>| {
+            let begins = self.check_write(write.bufs, write.offset);
+            begins.map(|_| self.put(&connection, write.bufs, write.offset))
+        };
+        let sent: Vec<_> = batch.iter().map(put).collect();
         for (write, sent) in batch.iter_mut().zip(sent) {
-            write.done = sent.and_then(|sent| self.written(sent));
+            write.done = sent.and_then(|sent| written(&connection, sent));
+        }
+        let failed =
+            |write: &&mut WriteTransfer<'_>| write.done.is_err() && self.link.comes_back(&connection);
+        for write in batch.iter_mut().filter(failed) {
+            write.done = self.write_vectored_at(write.bufs, write.offset);
         }
     }
 
@@ -342,8 +402,10 @@ impl Storage for NbdStorage {
         if !self.writable || !self.has(export_flags::SEND_FLUSH) {
             return Ok(());
         }
-        let sent = self.connection.send(0, Command::Flush, 0, 0, &[])?;
-        self.connection.wait(sent).map(drop)
+        self.link.run(|connection| {
+            let sent = connection.send(0, Command::Flush, 0, 0, &[])?;
+            connection.wait(sent).map(drop)
+        })
     }
 
     fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
@@ -360,7 +422,7 @@ impl Storage for NbdStorage {
         }
         let space = if unmap { 0 } else { command_flags::NO_HOLE };
         // Servers write zeroes where they know no better: as many at once as they would take bytes.
-        let sizes = self.connection.block_sizes();
+        let sizes = self.blocks;
         let most = down(sizes.maximum.min(MAX_PAYLOAD).into(), sizes.minimum);
         self.each(space | self.durable(), Command::WriteZeroes, offset..end, most)
     }

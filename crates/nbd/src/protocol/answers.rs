@@ -86,7 +86,7 @@ impl Refusal {
             Self::Policy => "the server does not allow it",
             Self::Invalid => "the server finds the option wrong",
             Self::Platform => "the server's system does not support it",
-            Self::TlsRequired => "the server wants TLS, which is not supported",
+            Self::TlsRequired => "the server wants TLS",
             Self::Unknown => "the server has no such export",
             Self::Shutdown => "the server is ending",
             Self::BlockSizeRequired => "the server wants block sizes to be asked for",

@@ -30,6 +30,8 @@ pub enum OptionKind {
     Abort,
     /// The names of the exports.
     List,
+    /// Go on over TLS.
+    StartTls,
     /// What an export is.
     Info,
     /// What an export is, and begin.
@@ -40,7 +42,7 @@ pub enum OptionKind {
     ListMetaContext,
     /// Which contexts `BLOCK_STATUS` is to tell of.
     SetMetaContext,
-    /// Anything else, `STARTTLS` among it.
+    /// Anything else.
     Unknown(u32),
 }
 
@@ -59,6 +61,7 @@ impl OptionKind {
             1 => Self::ExportName,
             2 => Self::Abort,
             3 => Self::List,
+            5 => Self::StartTls,
             6 => Self::Info,
             7 => Self::Go,
             8 => Self::StructuredReply,
@@ -74,6 +77,7 @@ impl OptionKind {
             Self::ExportName => 1,
             Self::Abort => 2,
             Self::List => 3,
+            Self::StartTls => 5,
             Self::Info => 6,
             Self::Go => 7,
             Self::StructuredReply => 8,
@@ -187,6 +191,8 @@ pub enum Reply {
     ErrUnsup = (1 << 31) + 1,
     /// The data makes no sense.
     ErrInvalid = (1 << 31) + 3,
+    /// Only over TLS.
+    ErrTlsReqd = (1 << 31) + 5,
     /// No such export.
     ErrUnknown = (1 << 31) + 6,
 }

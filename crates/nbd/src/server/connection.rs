@@ -5,6 +5,7 @@
 //! gets answers in the order in which they are ready.
 
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::{self, Scope};
 use std::time::Instant;
@@ -19,7 +20,7 @@ use super::requests::{Refused, check};
 use crate::incoming::Incoming;
 use crate::protocol::MAX_PAYLOAD;
 use crate::protocol::transmission::{Command, REQUEST_HEAD, Request};
-use crate::transport::Transport;
+use crate::transport::{Socket, Transport};
 
 /// A thread keeps as many bytes from one request to the next: a larger buffer is made for each that needs it.
 const KEPT: usize = 2 << 20;
@@ -64,26 +65,44 @@ pub(super) struct Order<'a> {
     _held: Held<'a>,
 }
 
-/// Serves one client to its end. Tells whether it had begun.
+/// What begins with TLS on the connection of a client.
+pub(super) type StartTls<'a> = &'a dyn Fn() -> io::Result<Arc<Socket>>;
+
+/// Serves one client to its end, over TLS where that is given. Tells whether it had begun.
 pub(super) fn serve(
-    transport: &dyn Transport,
+    plain: &dyn Transport,
     exports: &[Export],
     several: bool,
     limits: &Limits,
     ending: &AtomicBool,
+    start_tls: Option<StartTls<'_>>,
 ) -> bool {
     let mut incoming = Incoming::new();
-    let handshake = Handshake {
-        transport,
+    let mut handshake = Handshake {
+        transport: plain,
         incoming: &mut incoming,
         exports,
         several,
         deadline: limits.deadline,
+        encrypted: start_tls.is_some(),
         structured: false,
         contexts: None,
     };
     // A client that vanishes, or says what no client says, has nothing to hear.
-    let agreed = handshake.run().ok().flatten();
+    let greeted = handshake.greet().ok().flatten();
+    let greeted = greeted
+        .filter(|greeted| start_tls.is_none() || handshake.until_tls(*greeted).is_ok_and(|asked| asked));
+    let secured = start_tls.filter(|_| greeted.is_some()).map(|start_tls| start_tls());
+    let transport: &dyn Transport = match &secured {
+        None => plain,
+        Some(Ok(secured)) => &**secured,
+        Some(Err(_)) => {
+            plain.shutdown();
+            return false;
+        }
+    };
+    handshake.transport = transport;
+    let agreed = greeted.and_then(|greeted| handshake.run(greeted).ok().flatten());
     let begun = agreed.filter(|_| transport.forget_deadlines().is_ok());
     let had_begun = begun.is_some();
     if let Some(agreed) = begun {
@@ -108,7 +127,7 @@ pub(super) fn serve(
 /// Serves one client on the calling thread alone, one request after the other, without a limit on time. Tells whether it had begun.
 pub fn serve_connection(transport: &dyn Transport, exports: &[Export]) -> bool {
     let limits = Limits { deadline: None, threads: 1 };
-    serve(transport, exports, false, &limits, &AtomicBool::new(false))
+    serve(transport, exports, false, &limits, &AtomicBool::new(false), None)
 }
 
 impl Connection<'_> {

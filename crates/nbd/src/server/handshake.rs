@@ -33,9 +33,20 @@ pub(super) struct Handshake<'a, 'i> {
     /// There can be more than one client.
     pub(super) several: bool,
     pub(super) deadline: Option<Instant>,
+    /// TLS has begun.
+    pub(super) encrypted: bool,
     pub(super) structured: bool,
     /// Number of the export that contexts were chosen for, and which.
     pub(super) contexts: Option<(usize, Vec<Context>)>,
+}
+
+/// What a client says of itself before its options.
+#[derive(Clone, Copy)]
+pub(super) struct Greeted {
+    /// It knows of answers to options.
+    fixed: bool,
+    /// It waits for zeroes behind the answer to `EXPORT_NAME`.
+    zeroes: bool,
 }
 
 /// How an option ends the handshake.
@@ -46,8 +57,8 @@ enum Turn<'a> {
 }
 
 impl<'a> Handshake<'a, '_> {
-    /// Runs it. Nothing where the client does not want to begin, or says what no client says.
-    pub(super) fn run(mut self) -> io::Result<Option<Agreed<'a>>> {
+    /// Greets. Nothing where the client says what no client says.
+    pub(super) fn greet(&mut self) -> io::Result<Option<Greeted>> {
         self.send(&greeting())?;
         let mut flags = [0; 4];
         self.receive(&mut flags)?;
@@ -58,22 +69,60 @@ impl<'a> Handshake<'a, '_> {
         }
         let fixed = flags & u32::from(FIXED_NEWSTYLE) != 0;
         let zeroes = flags & u32::from(NO_ZEROES) == 0;
-        loop {
-            let mut head = [0; OPTION_HEAD];
-            self.receive(&mut head)?;
-            let Ok(OptionHead { kind, length }) = OptionHead::parse(&head) else { return Ok(None) };
-            // Who does not know the fixed handshake knows of no answers to options.
-            if !fixed && kind != OptionKind::ExportName {
-                return Ok(None);
+        Ok(Some(Greeted { fixed, zeroes }))
+    }
+
+    /// The next option and its data. Nothing where the client says what no client says.
+    fn next(&mut self, greeted: Greeted) -> io::Result<Option<(OptionKind, Vec<u8>)>> {
+        let mut head = [0; OPTION_HEAD];
+        self.receive(&mut head)?;
+        let Ok(OptionHead { kind, length }) = OptionHead::parse(&head) else { return Ok(None) };
+        // Who does not know the fixed handshake knows of no answers to options.
+        if !greeted.fixed && kind != OptionKind::ExportName {
+            return Ok(None);
+        }
+        let mut data = vec![0; length as usize];
+        self.receive(&mut data)?;
+        Ok(Some((kind, data)))
+    }
+
+    /// Refuses every option until the client asks for TLS. False where it goes without.
+    pub(super) fn until_tls(&mut self, greeted: Greeted) -> io::Result<bool> {
+        while let Some((kind, data)) = self.next(greeted)? {
+            match kind {
+                OptionKind::StartTls if data.is_empty() => {
+                    // The client says nothing before the answer: what is there already, somebody else has put there.
+                    let alone = !self.incoming.has_more();
+                    if alone {
+                        self.answer(kind, Reply::Ack, b"")?;
+                    }
+                    return Ok(alone);
+                }
+                OptionKind::StartTls => {
+                    self.answer(kind, Reply::ErrInvalid, b"the option takes no data")?;
+                }
+                OptionKind::Abort => {
+                    self.answer(kind, Reply::Ack, b"")?;
+                    return Ok(false);
+                }
+                // There is no answer that could refuse.
+                OptionKind::ExportName => return Ok(false),
+                _ => self.answer(kind, Reply::ErrTlsReqd, b"the server wants TLS before anything else")?,
             }
-            let mut data = vec![0; length as usize];
-            self.receive(&mut data)?;
-            match self.option(kind, &data, zeroes)? {
+        }
+        Ok(false)
+    }
+
+    /// Answers options. Nothing where the client does not want to begin, or says what no client says.
+    pub(super) fn run(mut self, greeted: Greeted) -> io::Result<Option<Agreed<'a>>> {
+        while let Some((kind, data)) = self.next(greeted)? {
+            match self.option(kind, &data, greeted.zeroes)? {
                 Turn::GoesOn => {}
                 Turn::Begins(agreed) => return Ok(Some(agreed)),
                 Turn::Ends => return Ok(None),
             }
         }
+        Ok(None)
     }
 
     fn option(&mut self, kind: OptionKind, data: &[u8], zeroes: bool) -> io::Result<Turn<'a>> {
@@ -94,7 +143,12 @@ impl<'a> Handshake<'a, '_> {
                 self.answer(kind, Reply::Ack, b"")?;
             }
             OptionKind::ListMetaContext | OptionKind::SetMetaContext => self.meta_context(kind, data)?,
-            OptionKind::Unknown(_) => self.answer(kind, Reply::ErrUnsup, b"the option is not supported")?,
+            OptionKind::StartTls if self.encrypted => {
+                self.answer(kind, Reply::ErrInvalid, b"TLS has begun already")?;
+            }
+            OptionKind::StartTls | OptionKind::Unknown(_) => {
+                self.answer(kind, Reply::ErrUnsup, b"the option is not supported")?;
+            }
         }
         Ok(Turn::GoesOn)
     }

@@ -13,6 +13,7 @@ mod replies;
 mod requests;
 
 use std::collections::HashMap;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -26,7 +27,7 @@ pub use connection::serve_connection;
 pub use export::{Bitmap, DirtyRanges, Export};
 use listener::{Listener, Next};
 
-pub use crate::transport::{Socket, Transport};
+pub use crate::transport::{Encrypt, Socket, Transport};
 
 /// Requests of one client that are under way at once: more wait in its socket.
 pub const MAX_IN_FLIGHT: usize = 16;
@@ -78,6 +79,8 @@ pub struct Server {
 struct Shared {
     exports: Arc<[Export]>,
     options: ServerOptions,
+    /// What clients have to begin with, if that is TLS.
+    tls: Option<Arc<dyn Encrypt>>,
     listener: Listener,
     /// The server ends: of all that looks at it, requests are the last.
     ending: Arc<AtomicBool>,
@@ -103,10 +106,25 @@ impl Server {
         options: ServerOptions,
         on_end: OnEnd,
     ) -> Result<Self> {
+        Self::start_over(None, address, exports, options, on_end)
+    }
+
+    /// As [`Server::start`], over TLS where that is given: clients are told nothing before it.
+    ///
+    /// # Errors
+    /// Those of [`Server::start`].
+    pub fn start_over(
+        tls: Option<Arc<dyn Encrypt>>,
+        address: &Address,
+        exports: Vec<Export>,
+        options: ServerOptions,
+        on_end: OnEnd,
+    ) -> Result<Self> {
         let (listener, address) = Listener::bind(address)?;
         let shared = Arc::new(Shared {
             exports: exports.into(),
             options,
+            tls,
             listener,
             ending: Arc::default(),
             clients: Mutex::default(),
@@ -194,7 +212,9 @@ impl Shared {
         let deadline = Instant::now() + self.options.handshake_time;
         let limits = connection::Limits { deadline: Some(deadline), threads: MAX_IN_FLIGHT };
         let several = self.options.max_connections > 1;
-        let had_begun = connection::serve(socket, &self.exports, several, &limits, &self.ending);
+        let start_tls = || self.secure(number, socket);
+        let start_tls = self.tls.as_ref().map(|_| &start_tls as connection::StartTls<'_>);
+        let had_begun = connection::serve(socket, &self.exports, several, &limits, &self.ending, start_tls);
         let mut clients = self.clients.lock();
         clients.sockets.remove(&number);
         let last = clients.sockets.is_empty();
@@ -205,6 +225,19 @@ impl Shared {
         }
         // There is room for another one.
         self.listener.wake();
+    }
+
+    /// Begins with TLS on a client's connection, which is another one to us from then on.
+    fn secure(&self, number: u64, plain: &Socket) -> io::Result<Arc<Socket>> {
+        let tls = self.tls.as_ref().ok_or(io::ErrorKind::Unsupported)?;
+        let secured = Arc::new(tls.encrypt(plain)?);
+        let mut clients = self.clients.lock();
+        // Those that end with the server were told so already.
+        if self.ending.load(Ordering::Acquire) {
+            return Err(io::ErrorKind::ConnectionAborted.into());
+        }
+        clients.sockets.insert(number, Arc::clone(&secured));
+        Ok(secured)
     }
 
     fn end(&self) {

@@ -1,0 +1,141 @@
+/** Appliances and other images inside of files: read in place, and nothing of what lies around them. */
+
+import { execFileSync } from 'node:child_process'
+import { mkdirSync, readFileSync, renameSync, statSync, writeFileSync } from 'node:fs'
+import { join } from 'node:path'
+import { check, convert, create, inspect, open, probe } from 'qcow2'
+import { beforeAll, describe, expect, it } from 'vitest'
+import { qcow2, workspace } from '../cli/run.js'
+import { failure } from './fixtures.js'
+
+const folder = workspace()
+const at = (name: string): string => join(folder, name)
+const SIZE = 1 << 20
+const DISK = Buffer.concat([Buffer.alloc(300_000, 7), Buffer.alloc(SIZE - 300_000)])
+const LONG = `${'a-long-name-'.repeat(12)}.qcow2`
+
+/** An archive of the members, in that order. */
+function tar(name: string, members: readonly string[], ...options: readonly string[]): string {
+  execFileSync('tar', ['-cf', at(name), ...options, '-C', folder, ...members])
+  return at(name)
+}
+
+beforeAll(async () => {
+  writeFileSync(at('disk.raw'), DISK)
+  writeFileSync(at('machine.ovf'), '<Envelope/>')
+  writeFileSync(at('machine.mf'), 'SHA256(machine.ovf)= 0')
+  await convert(at('disk.raw'), at('disk1.qcow2'), { from: 'raw', to: 'qcow2', compress: true })
+  await convert(at('disk.raw'), at(LONG), { from: 'raw', to: 'qcow2' })
+})
+
+describe('an appliance', () => {
+  it.each(['ustar', 'gnu', 'pax'])('is opened as its disk, which lies in it: %s', async format => {
+    const path = tar(`${format}.ova`, ['machine.ovf', 'machine.mf', 'disk1.qcow2'], `--format=${format}`)
+    expect(await convert(path, at('back.raw'), { to: 'raw', overwrite: true })).toMatchObject({ virtualSize: SIZE })
+    expect(readFileSync(at('back.raw')).equals(DISK)).toBe(true)
+    expect(await check(path)).toMatchObject({ ok: true, format: 'qcow2' })
+    await using image = await open(path)
+    const start = Buffer.alloc(4)
+    await image.read(start, { position: 0 })
+    expect(start).toEqual(Buffer.alloc(4, 7))
+  })
+
+  it.each(['gnu', 'pax'])('has members with long names: %s', async format => {
+    const path = tar(`long-${format}.ova`, ['machine.ovf', LONG], `--format=${format}`)
+    const { detected, disks } = await inspect(path)
+    expect(detected).toBe('ova')
+    expect(disks).toMatchObject([{ name: LONG, format: 'qcow2', length: statSync(at(LONG)).size }])
+    await (await open(path)).close()
+  })
+
+  it('with several disks says which there are, and each is opened by its place', async () => {
+    const path = tar('two.ova', ['machine.ovf', 'disk1.qcow2', LONG])
+    expect(await failure(() => open(path))).toMatchObject({
+      code: 'ERR_QCOW2_FORMAT_UNKNOWN',
+      path,
+      message: expect.stringMatching(/has 2 disks, disk1\.qcow2 \(offset \d+, length \d+\), .*: say which/),
+    })
+    const { disks = [] } = await inspect(path)
+    expect(disks).toHaveLength(2)
+    for (const { offset, length } of disks) {
+      await convert({ file: path, offset, length }, at('back.raw'), { to: 'raw', overwrite: true })
+      expect(readFileSync(at('back.raw')).equals(DISK)).toBe(true)
+      expect(await inspect({ file: path, offset, length })).toMatchObject({ format: 'qcow2', safe: true })
+      expect(await probe({ file: path, offset, length })).toBe('qcow2')
+    }
+  })
+
+  it('is only read, and stays as it is', async () => {
+    const path = tar('read.ova', ['machine.ovf', 'disk1.qcow2'])
+    const before = readFileSync(path)
+    expect(await failure(() => open(path, { flags: 'r+' }))).toMatchObject({ code: 'ERR_QCOW2_READ_ONLY' })
+    expect(readFileSync(path).equals(before)).toBe(true)
+  })
+
+  it('that is cut short, damaged or empty says where', async () => {
+    const path = tar('whole.ova', ['machine.ovf', 'disk1.qcow2'])
+    const bytes = readFileSync(path)
+    const second = 1024
+    const damaged = Buffer.from(bytes)
+    damaged.writeUInt8(damaged.readUInt8(second) ^ 1, second)
+    for (const [name, content, message] of [
+      ['cut', bytes.subarray(0, 3000), "the member 'disk1.qcow2' at 1024 goes on behind the archive's end"],
+      ['damaged', damaged, 'the archive has no header at 1024'],
+      ['bare', bytes.subarray(0, 1024), 'the appliance has no disk image that is known'],
+    ] as const) {
+      writeFileSync(at(name), content)
+      expect(await failure(() => open(at(name)))).toMatchObject({
+        code: 'ERR_QCOW2_FORMAT_UNKNOWN',
+        message: `${at(name)}: ${message}`,
+      })
+    }
+    expect((await inspect(at('damaged'))).findings.at(-1)?.message).toContain('no header at 1024')
+  })
+
+  it('is no appliance where the caller says that it is a disk, or where the descriptor is missing', async () => {
+    const path = tar('plain.ova', ['machine.ovf', 'disk1.qcow2'])
+    await using raw = await open(path, { format: 'raw' })
+    expect(raw.virtualSize).toBe(statSync(path).size)
+    expect(await failure(() => open(tar('other.tar', ['disk1.qcow2'])))).toMatchObject({
+      code: 'ERR_QCOW2_FORMAT_UNKNOWN',
+    })
+  })
+
+  it('is taken by the command line', async () => {
+    const path = tar('shell.ova', ['machine.ovf', 'disk1.qcow2'])
+    expect(await qcow2(['convert', '-O', 'raw', path, 'shell.raw'], folder)).toMatchObject({ code: 0, stderr: '' })
+    expect(readFileSync(at('shell.raw')).equals(DISK)).toBe(true)
+    const { code, stdout } = await qcow2(['info', path], folder)
+    expect([code, stdout]).toEqual([0, expect.stringContaining('file format: qcow2\nvirtual size: 1 MiB')])
+  })
+})
+
+describe('an image in a file', () => {
+  it('names nothing that lies around it', async () => {
+    const inner = at('inner.qcow2')
+    await (await create(inner, { size: SIZE })).close()
+    const bytes = readFileSync(inner)
+    writeFileSync(at('around'), Buffer.concat([Buffer.alloc(777, 1), bytes, Buffer.alloc(5000, 2)]))
+    const source = { file: at('around'), offset: 777, length: bytes.length }
+    expect(await check(source)).toMatchObject({ ok: true })
+    // A raw disk ends where the part does.
+    await using raw = await open({ ...source, length: 512 }, { format: 'raw' })
+    expect(raw.virtualSize).toBe(512)
+    for (const bad of [
+      { ...source, offset: -1 },
+      { ...source, length: 0.5 },
+    ]) {
+      expect(await failure(() => open(bad))).toMatchObject({ code: 'ERR_QCOW2_INVALID_ARGUMENT' })
+    }
+  })
+
+  it('finds what it names beside the file that it is in', async () => {
+    mkdirSync(at('kept'))
+    await (await create(at('base.qcow2'), { size: SIZE })).close()
+    await (await create(at('top.qcow2'), { backingFile: 'base.qcow2', backingFormat: 'qcow2' })).close()
+    const path = tar('kept/chain.ova', ['machine.ovf', 'top.qcow2'])
+    expect(await failure(() => open(path))).toMatchObject({ code: 'ERR_QCOW2_REFERENCE_DENIED' })
+    renameSync(at('base.qcow2'), at('kept/base.qcow2'))
+    await (await open(path, { references: 'allow' })).close()
+  })
+})

@@ -1,0 +1,58 @@
+//! VHDX: its row, and the options of new images by their names in the API.
+
+use std::sync::Arc;
+
+use qcow2_engine::files::NewDisk;
+use qcow2_engine::measure::MeasureTarget;
+use qcow2_engine::{Error, ErrorKind, OpenOptions, Result};
+use qcow2_vhdx::{NewOptions, NewVhdx, Subformat, Vhdx};
+
+use super::{Format, Untrusted};
+use crate::inspect::Inspected;
+use crate::shape::{Purpose, Shape};
+
+pub(super) const VHDX: Format = Format {
+    name: "vhdx",
+    plain: false,
+    open: |files, options| Ok(Box::new(Vhdx::open(files.own, &open_options(options))?)),
+    inspect: |image, options| {
+        let options = open_options(options);
+        let found = match image {
+            Untrusted::File(storage) => qcow2_vhdx::inspect(*storage, &options)?,
+            Untrusted::Bytes(bytes) => qcow2_vhdx::inspect_bytes(bytes, &options),
+        };
+        Ok(Inspected::of_vhdx(&found))
+    },
+    make: |shape, Purpose { size, .. }| Ok(NewDisk::Format(new(shape, size)?)),
+    measure: |shape, Purpose { size, .. }| Ok(MeasureTarget::Format(new(shape, size)?)),
+};
+
+fn open_options(options: &OpenOptions) -> qcow2_vhdx::OpenOptions {
+    qcow2_vhdx::OpenOptions {
+        max_virtual_size: options.limits.max_virtual_size,
+        max_metadata_bytes: options.limits.max_metadata_bytes,
+        cache_bytes: options.l2_cache_bytes,
+    }
+}
+
+/// A disk of `size` bytes, rounded up to a sector.
+fn new(shape: &Shape, size: u64) -> Result<Arc<NewVhdx>> {
+    let defaults = NewOptions::default();
+    let subformat = match shape.word("subformat") {
+        None | Some("dynamic") => Subformat::Dynamic,
+        Some("fixed") => Subformat::Fixed,
+        Some(other) => {
+            let message = format!("unknown subformat '{other}' of a vhdx image: known are dynamic and fixed");
+            return Err(Error::new(ErrorKind::InvalidArgument, message).with_field("subformat"));
+        }
+    };
+    let options = NewOptions {
+        size: size.checked_next_multiple_of(defaults.sector_size.into()).unwrap_or(size),
+        subformat,
+        block_size: shape.number("blockSize").unwrap_or_default(),
+        log_size: shape.number("logSize").unwrap_or_default(),
+        block_state_zero: shape.flag("blockStateZero").unwrap_or(defaults.block_state_zero),
+        ..defaults
+    };
+    options.plan().map(Arc::new)
+}
