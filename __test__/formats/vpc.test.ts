@@ -2,7 +2,7 @@
 
 import { readFileSync, statSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
-import { check, compare, convert, create, inspect, open, probe, type TargetFormat } from 'qcow2'
+import { check, compare, convert, create, inspect, open, probe } from 'qcow2'
 import { beforeAll, describe, expect, it } from 'vitest'
 import { failure } from '../api/fixtures.js'
 import { bothTools, describeWithQemu, workspace } from '../cli/run.js'
@@ -164,23 +164,5 @@ describe('vpc by the API', () => {
     })
     expect(await refused({ static: true })).toMatchObject({ code: 'ERR_QCOW2_INVALID_ARGUMENT', field: 'static' })
     expect(await refused({ clusterSize: 65536 })).toMatchObject({ field: 'clusterSize' })
-  })
-})
-
-/** The size of a VHD without `forceSize` is that of a geometry. */
-const SHAPES: Partial<Record<TargetFormat, object>> = { vpc: { forceSize: true }, parallels: { clusterSize: 65536 } }
-const PAIRED = ['raw', 'qcow2', 'vdi', 'vpc', 'parallels'] as const
-
-describe('every pair of formats', () => {
-  it.each(PAIRED)('from %s', async from => {
-    const source = at(`pair.${from}`)
-    const made = (to: TargetFormat) => ({ to, create: SHAPES[to], overwrite: true })
-    await convert(at('disk.raw'), source, { from: 'raw', ...made(from) } as Parameters<typeof convert>[2])
-    for (const to of PAIRED) {
-      const target = at(`${from}.${to}`)
-      await convert(source, target, { from, ...made(to) } as Parameters<typeof convert>[2])
-      const found = await compare(at('disk.raw'), target, { formatA: 'raw', formatB: to })
-      expect([to, found.identical]).toEqual([to, true])
-    }
   })
 })
