@@ -16,13 +16,15 @@ import {
   readOptions,
   throwIfAborted,
 } from './options.js'
-import { type ImageSource, toLocated } from './source.js'
+import { format, type ImageSource, toLocated } from './source.js'
 import { runJob } from './support/jobs.js'
 import { toError } from './support/requests.js'
 import { shown } from './text.js'
 
 /** Options of {@link check}. */
 export interface CheckOptions extends LongRunning, SharingOptions {
+  /** Default: by its magic. A fixed VHD has none. */
+  format?: Format | undefined
   /**
    * Only the top layer is checked, so what it names need not be opened. Default `'layer'`; with `'allow'`, a backing chain that does
    * not open is an error.
@@ -87,6 +89,7 @@ export interface CheckResult {
 
 const CHECK = {
   ...LONG_RUNNING,
+  format,
   ...SHARING,
   references: referencePolicy,
   limits,
@@ -101,8 +104,8 @@ export const readCheckOptions = (options: unknown): Read<typeof LONG_RUNNING> =>
   readOptions(options, 'Image.check', IMAGE_CHECK)
 
 /**
- * Checks the metadata of a qcow2 image against itself: refcounts, leaks, overlaps, COPIED flags, the snapshot table, the bitmap
- * directory. Findings are a result, not an error; an image that is too damaged to be opened at all is one.
+ * Checks the metadata of an image against itself: of qcow2 refcounts, leaks, overlaps, COPIED flags, the snapshot table, the bitmap
+ * directory; of formats with a table of blocks that, its header and its copies. Findings are a result, not an error; an image that is too damaged to be opened at all is one.
  *
  * Without `repair` nothing is changed. A repair never changes what the disk and its snapshots read as. It is safe to interrupt: it
  * leaves an image that is no worse than before, and that can be repaired again. Leaked clusters are kept while damage remains that
@@ -115,14 +118,23 @@ export const readCheckOptions = (options: unknown): Read<typeof LONG_RUNNING> =>
  */
 export async function check(source: ImageSource, options?: CheckOptions): Promise<CheckResult> {
   const located = toLocated(source, 'source')
-  const { references = 'layer', repair, ...read } = readOptions(options, 'check', CHECK)
+  const { format: given, references = 'layer', repair, ...read } = readOptions(options, 'check', CHECK)
   throwIfAborted(read.signal)
   const { limits, signal } = read
   if (repair !== undefined && read.forceShare) {
     throw invalidArgument('forceShare', 'check: forceShare is for reading: a repair excludes everybody else')
   }
   const access = { ...toReadAccess(read), ...(repair !== undefined && { write: {} }) }
-  const opening = { needs: 'check', references, limits, signal, access, forCheck: true, salvage: true } as const
+  const opening = {
+    format: given,
+    needs: 'check',
+    references,
+    limits,
+    signal,
+    access,
+    forCheck: true,
+    salvage: true,
+  } as const
   return withChain(located, opening, async chain => {
     const found = await checkImage(chain, read, repair)
     const { corruptionsFixed, leaksFixed } = found

@@ -71,13 +71,16 @@ export type { Encrypt, EncryptedLayer, Secret, SecretBytes, Secrets } from './se
 export type {
   Compression,
   LuksShape,
+  ParallelsShape,
   Preallocation,
   Qcow2Shape,
   RawShape,
   Shape,
   Shapes,
+  VdiShape,
   VhdxShape,
   VmdkShape,
+  VpcShape,
 } from './shape.js'
 export type { Snapshots } from './snapshot/snapshots.js'
 export type { DetachedImage, ImageInFile, ImageSource, PathLike } from './source.js'

@@ -74,6 +74,34 @@ export interface LuksShape {
   encrypt: Encrypt
 }
 
+/** The shape of a VirtualBox disk image. */
+export interface VdiShape {
+  /** All blocks have their place from the start. Default false. */
+  static?: boolean | undefined
+  /** Anything but `'off'` makes the image static. */
+  preallocation?: Preallocation | undefined
+}
+
+/** The shape of a VHD. */
+export interface VpcShape {
+  /** Default `'dynamic'`: blocks have a place when they are written to. `'fixed'`: the file is the disk, and a footer. */
+  subformat?: 'dynamic' | 'fixed' | undefined
+  /**
+   * The disk has exactly the size that is asked for, as Hyper-V and Azure have it. Default false: it is as large as the next geometry of
+   * cylinders, heads and sectors, as Virtual PC and `qemu-img` have it.
+   */
+  forceSize?: boolean | undefined
+  /** Anything but `'off'` gives every block of a dynamic one its place. */
+  preallocation?: Preallocation | undefined
+}
+
+/** The shape of a Parallels image, an expanding one. */
+export interface ParallelsShape {
+  preallocation?: 'off' | undefined
+  /** Bytes, a multiple of 512 up to 2097152. Default 1048576. */
+  clusterSize?: number | undefined
+}
+
 /** The shape of a VHDX image. */
 export interface VhdxShape {
   preallocation?: 'off' | undefined
@@ -125,6 +153,9 @@ export interface Shapes {
   qcow2: Qcow2Shape
   raw: RawShape
   luks: LuksShape
+  vdi: VdiShape
+  vpc: VpcShape
+  parallels: ParallelsShape
   vhdx: VhdxShape
   vmdk: VmdkShape
 }
@@ -139,6 +170,8 @@ export interface AnyShape extends Qcow2Shape, Partial<Record<FormatOption, strin
 const FORMAT_OPTIONS = {
   preset: text,
   subformat: text,
+  static: flag,
+  forceSize: flag,
   blockSize: integer(0, 2 ** 32),
   logSize: integer(0, 2 ** 32),
   blockStateZero: flag,

@@ -81,7 +81,7 @@ const cases: [name: string, call: () => Promise<unknown>, field: RegExp][] = [
     /backingFile/,
   ],
   ['convert without a format', () => loose('convert')(empty, target), /to/],
-  ['convert to an unknown format', () => loose('convert')(empty, target, { to: 'vdi' }), /to/],
+  ['convert to an unknown format', () => loose('convert')(empty, target, { to: 'qed' }), /to/],
   ['convert one layer', () => loose('convert')(empty, target, { to: 'raw', references: 'layer' }), /references/],
   ['compress raw', () => loose('convert')(empty, target, { to: 'raw', compress: true }), /compress/],
   [

@@ -2,7 +2,15 @@
 
 import { statfsSync } from 'node:fs'
 import { CIPHER_ALGS, CIPHER_MODES, HASH_ALGS, IVGEN_ALGS } from '../cipher-names.js'
-import { creationOf, isKnown, isTarget, listed, SOURCE_FORMATS, TARGET_FORMATS } from '../formats/table.js'
+import {
+  creationOf,
+  formatOfWord,
+  isKnown,
+  isTarget,
+  listed,
+  SOURCE_FORMATS,
+  TARGET_FORMATS,
+} from '../formats/table.js'
 import type { Encrypt, Format, TargetFormat } from '../index.js'
 import type { AnyShape } from '../shape.js'
 import { toName } from '../text.js'
@@ -67,6 +75,33 @@ const LUKS_OPTIONS: readonly OptionSpec[] = [
     return own === undefined ? [] : [{ ...spec, name: own }]
   }),
   { name: 'detached-header', type: 'bool', help: 'Create a detached LUKS header' },
+]
+
+/** Of a VDI image. */
+const VDI_OPTIONS: readonly OptionSpec[] = [
+  ...QCOW2_OPTIONS.filter(({ name }) => name === 'size'),
+  { name: 'static', type: 'bool', help: 'VDI static (pre-allocated) image', fallback: 'off' },
+]
+
+/** Of a VHD. */
+const VPC_OPTIONS: readonly OptionSpec[] = [
+  ...QCOW2_OPTIONS.filter(({ name }) => name === 'size'),
+  {
+    name: 'subformat',
+    type: 'string',
+    help: 'Type of virtual hard disk format. Supported formats are {dynamic (default) | fixed} ',
+  },
+  {
+    name: 'force_size',
+    type: 'bool',
+    help: 'Force disk size calculation to use the actual size specified, rather than using the nearest CHS-based calculation',
+  },
+]
+
+/** Of a Parallels image. */
+const PARALLELS_OPTIONS: readonly OptionSpec[] = [
+  ...QCOW2_OPTIONS.filter(({ name }) => name === 'size'),
+  { name: 'cluster_size', type: 'size', help: 'Parallels image cluster size', fallback: '1048576' },
 ]
 
 /** In the order in which qemu-img prints them. */
@@ -146,12 +181,16 @@ const OF_FORMAT: Readonly<
   qcow2: { options: QCOW2_OPTIONS, toShape: toQcow2Shape },
   raw: { options: SIZE_OPTIONS, toShape: (_, options) => options },
   luks: { options: LUKS_OPTIONS, toShape: toLuksShape },
+  vdi: { options: VDI_OPTIONS, toShape: toVdiShape },
+  vpc: { options: VPC_OPTIONS, toShape: toVpcShape },
+  parallels: { options: PARALLELS_OPTIONS, toShape: toParallelsShape },
   vhdx: { options: VHDX_OPTIONS, toShape: toVhdxShape },
   vmdk: { options: VMDK_OPTIONS, toShape: toVmdkShape },
 }
 
 export function targetFormat(name: string): TargetFormat {
-  if (isTarget(name)) return name
+  const format = formatOfWord(name)
+  if (format !== undefined && isTarget(format)) return format
   // One that QEMU has is not unknown.
   if (isKnown(name)) {
     const made = listed(TARGET_FORMATS, 'and')
@@ -213,6 +252,28 @@ function toLuksShape(values: OptionValues, options: AnyShape, objects: Objects):
     throw unsupported("Option 'detached-header'", 'this version writes the header in front of the data')
   }
   return { ...options, encrypt: toEncryption('luks', values, '', objects) }
+}
+
+function toVdiShape(values: OptionValues, options: AnyShape): AnyShape {
+  const isStatic = values.get('static')
+  return typeof isStatic === 'boolean' ? { ...options, static: isStatic } : options
+}
+
+function toVpcShape(values: OptionValues, options: AnyShape): AnyShape {
+  const subformat = choice(values, 'subformat', creationOf('vpc').subformats ?? [])
+  const forceSize = values.get('force_size')
+  return {
+    ...options,
+    ...(subformat !== undefined && { subformat }),
+    ...(typeof forceSize === 'boolean' && { forceSize }),
+  }
+}
+
+/** As QEMU, which takes whole sectors. */
+function toParallelsShape(values: OptionValues, options: AnyShape): AnyShape {
+  const clusterSize = values.get('cluster_size')
+  if (typeof clusterSize !== 'bigint') return options
+  return { ...options, clusterSize: Number(((clusterSize + 511n) / 512n) * 512n) }
 }
 
 const MIB = 1n << 20n

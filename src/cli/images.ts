@@ -1,6 +1,6 @@
 /** Images that the command line names: their format, and opening them as qemu-img does. */
 
-import { can, isFormat, listed, PLAIN_FORMAT, SOURCE_FORMATS } from '../formats/table.js'
+import { can, formatOfWord, isFormat, listed, PLAIN_FORMAT, SOURCE_FORMATS } from '../formats/table.js'
 import { type Format, type Image, type ImageInfo, type OpenOptions, open, probe, Qcow2Error } from '../index.js'
 import { exactText, toName } from '../text.js'
 import { describeError, openFailure, pathOf } from './errors.js'
@@ -12,7 +12,8 @@ const FORMATS = listed(SOURCE_FORMATS, 'and')
 
 /** The format given with `-f`, by name. */
 export function namedFormat(filename: string, name: string): Format {
-  if (isFormat(name)) return name
+  const format = formatOfWord(name)
+  if (format !== undefined) return format
   throw new CommandFailure(`Could not open '${filename}': Unknown driver '${name}'`, {
     hint: `The formats are ${FORMATS}.`,
   })

@@ -1,7 +1,7 @@
 /** Telling formats by the bytes of a file. */
 
 import { type FileBytes, startsWith } from './sizes.js'
-import { type FormatName, isFormat, type KnownFormat, ROWS } from './table.js'
+import { type FormatName, isFormat, ROWS } from './table.js'
 
 /**
  * The format that the first bytes of a file (1024 are enough) have the magic number of. Undefined for everything else: that
@@ -15,17 +15,21 @@ export function detectFormat(head: Buffer): FormatName | undefined {
   return found?.[0]
 }
 
-/** What a file of a format that is not opened says about itself. */
+/** What a file says about itself of a format that it is not opened in. */
 export interface KnownImage {
-  readonly format: KnownFormat
+  readonly format: FormatName
   /** Bytes of the disk; undefined where the file does not say. */
   readonly virtualSize: number | undefined
 }
 
-/** What a file is of a format that is not opened, by its first bytes or by its last ones; undefined for everything else. */
+/**
+ * What a file is of a format that is not opened, by its first bytes, or of any format that nothing but its last bytes tell; undefined for
+ * everything else.
+ */
 export async function describeKnown(file: FileBytes): Promise<KnownImage | undefined> {
-  const format = detectFormat(await file.at(0, 1024)) ?? (await byFooter(file))
-  if (format === undefined || isFormat(format)) return undefined
+  const detected = detectFormat(await file.at(0, 1024))
+  const format = detected ?? (await byFooter(file))
+  if (format === undefined || isFormat(detected)) return undefined
   const row = ROWS.find(([name]) => name === format)?.[1]
   // A file that is cut short has a format, and no size.
   const size = await row?.virtualSize?.(file).catch((error: unknown) => {

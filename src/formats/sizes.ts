@@ -43,24 +43,15 @@ export const cloopSize: SizeReader = async file => {
 
 export const dmgSize: SizeReader = async file => u64be(await trailer(file, 'koly'), 492) * SECTOR
 
-/** The older kind has a size of 32 bits. */
-export const parallelsSize: SizeReader = async file => {
-  const head = await file.at(0, 64)
-  const old = startsWith(head, ascii('WithoutFreeSpace'))
-  return (old ? head.readUInt32LE(36) : u64le(head, 36)) * SECTOR
-}
-
 export const qedSize: SizeReader = async file => u64le(await file.at(0, 56), 48)
 
-export const vdiSize: SizeReader = async file => u64le(await file.at(0, 376), 368)
-
-/** Programs whose disks have the size that the footer says, not the one of its geometry. */
-const SIZED_CREATORS: ReadonlySet<string> = new Set(['win ', 'qem2', 'd2v ', 'tap\0', 'wa\0\0', 'CTXS'])
+/** Programs whose disks have the size of their geometry, unless that is the largest one. */
+const SIZED_BY_GEOMETRY: ReadonlySet<string> = new Set(['vpc ', 'qemu'])
 const LARGEST_GEOMETRY = 65535 * 16 * 255
 
 export const vpcSize: SizeReader = async file => {
   const footer = await trailer(file, 'conectix')
   const sectors = footer.readUInt16BE(56) * footer.readUInt8(58) * footer.readUInt8(59)
-  const exact = SIZED_CREATORS.has(footer.toString('latin1', 28, 32)) || sectors >= LARGEST_GEOMETRY
+  const exact = !SIZED_BY_GEOMETRY.has(footer.toString('latin1', 28, 32)) || sectors === LARGEST_GEOMETRY
   return exact ? u64be(footer, 48) : sectors * SECTOR
 }

@@ -3,18 +3,7 @@
  * that is opened has a row in `crates/node/src/formats.rs`, too; one that is made has its `-o` options in `cli/create-options.ts`.
  */
 
-import {
-  ascii,
-  bochsSize,
-  cloopSize,
-  dmgSize,
-  parallelsSize,
-  qedSize,
-  type SizeReader,
-  startsWith,
-  vdiSize,
-  vpcSize,
-} from './sizes.js'
+import { ascii, bochsSize, cloopSize, dmgSize, qedSize, type SizeReader, startsWith, vpcSize } from './sizes.js'
 
 /** Bytes that only files of one format have, at this offset (0 without it). */
 export interface Magic {
@@ -56,10 +45,14 @@ export interface Traits {
   readonly plain: boolean
   /** What else QEMU calls it where an image names the format of its backing file. */
   readonly aliases: readonly string[]
+  /** Other words for it on the command line. */
+  readonly words?: readonly string[]
   /** Another image can lie below. */
   readonly backingFile: boolean
   /** Multiple in bytes that QEMU takes requests on the disk in. */
   readonly requestAlignment: number
+  /** QEMU's driver of it says nothing of its clusters, and nothing of whether it is dirty. */
+  readonly silent?: true
   readonly can: readonly Ability[]
   /** How new ones are made; absent where they are not. */
   readonly create?: Creation
@@ -94,6 +87,8 @@ export type FormatOption =
   | 'blockSize'
   | 'logSize'
   | 'blockStateZero'
+  | 'static'
+  | 'forceSize'
 
 /** What a new image of a format can be made with. */
 export interface Creation {
@@ -111,14 +106,14 @@ export interface Creation {
   readonly backingFormat?: 'vmdk'
 }
 
-/** The formats that images are read in, by QEMU's names. `qcow` is version 1 of qcow2, `luks` is LUKS of both versions. */
-export type Format = 'qcow2' | 'raw' | 'qcow' | 'luks' | 'vhdx' | 'vmdk'
+/** The formats that images are read in, by QEMU's names. `qcow` is version 1 of qcow2, `luks` is LUKS of both versions, `vpc` is VHD. */
+export type Format = 'qcow2' | 'raw' | 'qcow' | 'luks' | 'vdi' | 'vpc' | 'parallels' | 'vhdx' | 'vmdk'
 
 /** The formats that new images are made in. `luks` is LUKS of version 1 then. */
-export type TargetFormat = 'qcow2' | 'raw' | 'luks' | 'vhdx' | 'vmdk'
+export type TargetFormat = 'qcow2' | 'raw' | 'luks' | 'vdi' | 'vpc' | 'parallels' | 'vhdx' | 'vmdk'
 
 /** Formats that are recognised in order to refuse them. */
-export type KnownFormat = 'bochs' | 'cloop' | 'dmg' | 'parallels' | 'qed' | 'vdi' | 'vpc'
+export type KnownFormat = 'bochs' | 'cloop' | 'dmg' | 'qed'
 
 /** Every format of the table. */
 export type FormatName = Format | KnownFormat
@@ -128,7 +123,7 @@ interface Row {
   readonly marks: Marks
   /** Of those that are opened. */
   readonly image?: Traits
-  /** Of the others. */
+  /** Of the others, and of one that is known by a footer: what is raw to a reader can be one. */
   readonly virtualSize?: SizeReader
 }
 
@@ -208,6 +203,49 @@ const FORMATS: Table & Readonly<Record<FormatName, Row>> = {
       },
     },
   },
+  vdi: {
+    marks: { magics: [{ bytes: Buffer.from([0x7f, 0x10, 0xda, 0xbe]), offset: 0x40 }] },
+    image: {
+      probed: true,
+      plain: false,
+      aliases: [],
+      backingFile: false,
+      requestAlignment: 512,
+      can: ['write', 'check'],
+      create: { shape: ['preallocation', 'static'], preallocation: ['off', 'metadata', 'falloc', 'full'] },
+    },
+  },
+  vpc: {
+    marks: { magics: [{ bytes: ascii('conectix') }], footer: { bytes: ascii('conectix'), length: 512 } },
+    image: {
+      probed: true,
+      plain: false,
+      aliases: ['vhd'],
+      words: ['vhd'],
+      backingFile: true,
+      requestAlignment: 512,
+      can: ['write', 'check'],
+      create: {
+        shape: ['preallocation', 'subformat', 'forceSize'],
+        preallocation: ['off', 'metadata', 'falloc', 'full'],
+        subformats: ['dynamic', 'fixed'],
+      },
+    },
+    virtualSize: vpcSize,
+  },
+  parallels: {
+    marks: { magics: [{ bytes: ascii('WithoutFreeSpace') }, { bytes: ascii('WithouFreSpacExt') }] },
+    image: {
+      probed: true,
+      plain: false,
+      aliases: [],
+      backingFile: false,
+      requestAlignment: 512,
+      silent: true,
+      can: ['write', 'check'],
+      create: { shape: ['preallocation', 'clusterSize'], preallocation: ['off'] },
+    },
+  },
   vhdx: {
     marks: { magics: [{ bytes: ascii('vhdxfile') }] },
     image: {
@@ -265,16 +303,7 @@ const FORMATS: Table & Readonly<Record<FormatName, Row>> = {
     marks: { magics: [{ bytes: ascii('koly') }], footer: { bytes: ascii('koly'), length: 512 } },
     virtualSize: dmgSize,
   },
-  parallels: {
-    marks: { magics: [{ bytes: ascii('WithoutFreeSpace') }, { bytes: ascii('WithouFreSpacExt') }] },
-    virtualSize: parallelsSize,
-  },
   qed: { marks: { magics: [{ bytes: ascii('QED\0') }] }, virtualSize: qedSize },
-  vdi: { marks: { magics: [{ bytes: Buffer.from([0x7f, 0x10, 0xda, 0xbe]), offset: 0x40 }] }, virtualSize: vdiSize },
-  vpc: {
-    marks: { magics: [{ bytes: ascii('conectix') }], footer: { bytes: ascii('conectix'), length: 512 } },
-    virtualSize: vpcSize,
-  },
 }
 
 /** A VMDK descriptor is a text file: comments and blank lines, then `version=` 1 to 3. */
@@ -326,6 +355,10 @@ export const isKnownByStart = (format: Format): boolean =>
 
 /** Whether a format has an ability. */
 export const can = (format: Format, ability: Ability): boolean => traitsOf(format).can.includes(ability)
+
+/** The format that a word of the command line is. */
+export const formatOfWord = (word: string): Format | undefined =>
+  SOURCE_FORMATS.find(format => format === word || traitsOf(format).words?.includes(word))
 
 /** The format that is opened under a name which an image has for its backing file's. */
 export const formatNamed = (name: string): Format | undefined =>

@@ -36,7 +36,7 @@ pub use image::{Image, OpenOptions, Qcow2};
 pub use maintenance::ResizeOptions;
 pub use qcow2_core::{
     DetectZeroes, Discard, DiskOptions, Error, ErrorKind, Extent, ExtentKind, GuestSource, Job, Layer, Mem,
-    MemMut, Raw, ReadStorage, Result, Storage, StorageExt,
+    MemMut, NewImage, Raw, ReadStorage, Result, Storage, StorageExt,
 };
 pub use qcow2_core::{compare, error, job, memory, salvage, source, splice, storage};
 use qcow2_core::{walk, workers};

@@ -9,12 +9,16 @@ use std::sync::Arc;
 use qcow2_engine::files::NewDisk;
 use qcow2_engine::inspect::{inspect, inspect_bytes};
 use qcow2_engine::measure::MeasureTarget;
-use qcow2_engine::{Error, ErrorKind, Layer, OpenOptions, Qcow2, Raw, Result, Storage};
+use qcow2_engine::{Error, ErrorKind, Layer, NewImage, OpenOptions, Qcow2, Raw, Result, Storage};
 use qcow2_luks::Luks;
+use qcow2_parallels::NewParallels;
+use qcow2_parallels::structures::DEFAULT_CLUSTER_SIZE;
 use qcow2_qcow1::Qcow1;
+use qcow2_vdi::NewVdi;
 use qcow2_vmdk::Vmdk;
+use qcow2_vpc::Subformat;
 
-use crate::inspect::Inspected;
+use crate::inspect::{Inspected, Seen};
 use crate::shape::{Purpose, Shape};
 
 /// The files that a layer is opened on.
@@ -44,7 +48,7 @@ pub(crate) struct Format {
     pub(crate) measure: fn(&Shape, Purpose<'_>) -> Result<MeasureTarget>,
 }
 
-static FORMATS: [Format; 6] = [QCOW2, RAW, QCOW, LUKS, vhdx::VHDX, vmdk::VMDK];
+static FORMATS: [Format; 9] = [QCOW2, RAW, QCOW, LUKS, VDI, VPC, PARALLELS, vhdx::VHDX, vmdk::VMDK];
 
 const QCOW2: Format = Format {
     name: "qcow2",
@@ -109,6 +113,110 @@ const LUKS: Format = Format {
     // Without the key that a new image makes.
     measure: |_, purpose| purpose.needed_encryption()?.header_length().map(MeasureTarget::Behind),
 };
+
+const VDI: Format = Format {
+    name: "vdi",
+    plain: false,
+    open: |files, options| Ok(Box::new(qcow2_vdi::open(files.own, &vdi_options(options))?)),
+    inspect: |image, options| {
+        let options = vdi_options(options);
+        let found = match image {
+            Untrusted::File(storage) => qcow2_vdi::inspect(*storage, &options)?,
+            Untrusted::Bytes(bytes) => qcow2_vdi::inspect_bytes(bytes, None, &options),
+        };
+        let seen = found.header.map(|header| Seen {
+            virtual_size: header.virtual_size(),
+            cluster_size: Some(header.block_size.into()),
+        });
+        Ok(Inspected::of_blocks(seen, None, &found.findings))
+    },
+    make: |shape, purpose| new_vdi(shape, purpose).map(NewDisk::Format),
+    measure: |shape, purpose| new_vdi(shape, purpose).map(MeasureTarget::Format),
+};
+
+fn new_vdi(shape: &Shape, purpose: Purpose<'_>) -> Result<Arc<dyn NewImage>> {
+    let is_static = shape.flag("static").unwrap_or(false);
+    Ok(Arc::new(NewVdi::new(purpose.size, is_static, shape.preallocation())?))
+}
+
+const VPC: Format = Format {
+    name: "vpc",
+    plain: false,
+    open: |files, options| qcow2_vpc::open(files.own, &vpc_options(options)),
+    inspect: |image, options| {
+        let options = vpc_options(options);
+        let found = match image {
+            Untrusted::File(storage) => qcow2_vpc::inspect(*storage, &options)?,
+            Untrusted::Bytes(bytes) => qcow2_vpc::inspect_bytes(bytes, None, &options),
+        };
+        let cluster_size = found.header.map(|header| header.block_size().into());
+        let seen = found.footer.map(|footer| Seen { virtual_size: footer.virtual_size(), cluster_size });
+        Ok(Inspected::of_blocks(seen, found.backing_file.as_deref(), &found.findings))
+    },
+    make: |shape, purpose| new_vpc(shape, purpose).map(NewDisk::Format),
+    measure: |shape, purpose| new_vpc(shape, purpose).map(MeasureTarget::Format),
+};
+
+fn new_vpc(shape: &Shape, purpose: Purpose<'_>) -> Result<Arc<dyn NewImage>> {
+    // TypeScript has checked it.
+    let subformat = match shape.word("subformat") {
+        Some("fixed") => Subformat::Fixed,
+        _ => Subformat::Dynamic,
+    };
+    let force_size = shape.flag("forceSize").unwrap_or(false);
+    qcow2_vpc::new_vpc(purpose.size, subformat, force_size, shape.preallocation())
+}
+
+const PARALLELS: Format = Format {
+    name: "parallels",
+    plain: false,
+    open: |files, options| Ok(Box::new(qcow2_parallels::open(files.own, &parallels_options(options))?)),
+    inspect: |image, options| {
+        let options = parallels_options(options);
+        let found = match image {
+            Untrusted::File(storage) => qcow2_parallels::inspect(*storage, &options)?,
+            Untrusted::Bytes(bytes) => qcow2_parallels::inspect_bytes(bytes, None, &options),
+        };
+        let seen = found.header.map(|header| Seen {
+            virtual_size: header.virtual_size(),
+            cluster_size: Some(header.cluster_size()),
+        });
+        Ok(Inspected::of_blocks(seen, None, &found.findings))
+    },
+    make: |shape, purpose| new_parallels(shape, purpose).map(NewDisk::Format),
+    measure: |shape, purpose| new_parallels(shape, purpose).map(MeasureTarget::Format),
+};
+
+fn new_parallels(shape: &Shape, purpose: Purpose<'_>) -> Result<Arc<dyn NewImage>> {
+    let cluster_size = shape.cluster_size.map_or(DEFAULT_CLUSTER_SIZE, |size| size as u64);
+    Ok(Arc::new(NewParallels::new(purpose.size, cluster_size)?))
+}
+
+fn vdi_options(OpenOptions { limits, l2_cache_bytes, .. }: &OpenOptions) -> qcow2_vdi::OpenOptions {
+    qcow2_vdi::OpenOptions {
+        max_virtual_size: limits.max_virtual_size,
+        max_metadata_bytes: limits.max_metadata_bytes,
+        cache_bytes: *l2_cache_bytes,
+    }
+}
+
+fn vpc_options(OpenOptions { limits, l2_cache_bytes, .. }: &OpenOptions) -> qcow2_vpc::OpenOptions {
+    qcow2_vpc::OpenOptions {
+        max_virtual_size: limits.max_virtual_size,
+        max_metadata_bytes: limits.max_metadata_bytes,
+        cache_bytes: *l2_cache_bytes,
+    }
+}
+
+fn parallels_options(
+    OpenOptions { limits, l2_cache_bytes, .. }: &OpenOptions,
+) -> qcow2_parallels::OpenOptions {
+    qcow2_parallels::OpenOptions {
+        max_virtual_size: limits.max_virtual_size,
+        max_metadata_bytes: limits.max_metadata_bytes,
+        cache_bytes: *l2_cache_bytes,
+    }
+}
 
 /// TypeScript makes no image in such a format: asking for one is a bug.
 fn only_read(format: &str) -> Error {

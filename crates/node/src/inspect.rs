@@ -134,7 +134,39 @@ impl Inspected {
     }
 }
 
+/// What the header of an image of equal blocks says.
+pub(crate) struct Seen {
+    /// Bytes.
+    pub(crate) virtual_size: u64,
+    /// Bytes; of an image that has blocks.
+    pub(crate) cluster_size: Option<u64>,
+}
+
 impl Inspected {
+    /// What an image of equal blocks claims.
+    pub(crate) fn of_blocks(seen: Option<Seen>, backing: Option<&[u8]>, findings: &[Finding]) -> Self {
+        let header = seen.map(|seen| InspectedHeader {
+            version: None,
+            virtual_size: Bytes(seen.virtual_size),
+            cluster_size: seen.cluster_size.map(|size| size as f64),
+            backing_filename: backing.map(Text::from),
+            backing_format: None,
+            data_file: None,
+            encryption: None,
+            compression_type: None,
+            extended_l2: None,
+            incompatible: Vec::new(),
+            compatible: Vec::new(),
+            autoclear: Vec::new(),
+        });
+        Self {
+            header,
+            backing_filename: backing.map(Text::from),
+            unknown_incompatible: Vec::new(),
+            findings: to_findings(findings),
+        }
+    }
+
     /// What a LUKS file claims. The disk's size is 0 where the first bytes do not say it.
     pub(crate) fn of_luks(found: &qcow2_luks::layer::Inspection) -> Self {
         let header = found.header.as_ref().map(|_| InspectedHeader {

@@ -9,7 +9,7 @@ use crate::Parallels;
 use crate::structures::{DATA_OFF, IN_USE_OFFSET, SECTOR};
 
 /// What a look at the BAT found.
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Found {
     /// Entries that name what is not in the file.
     outside: Vec<u32>,
@@ -17,6 +17,8 @@ struct Found {
     shared: Vec<(u32, u64)>,
     /// Behind the last cluster.
     end: u64,
+    /// Places of which a cluster has some bytes.
+    taken: Option<UsedPlaces>,
 }
 
 pub(crate) fn check(
@@ -46,7 +48,7 @@ pub(crate) fn check(
         corruption(FindingCode::Header, DATA_OFF as u64, &|| "data_off field has incorrect value".to_owned());
     }
     let table = scheme.layout().table;
-    let (found, mut report) = look(layer, length, job)?;
+    let (mut found, mut report) = look(layer, length, job)?;
     for index in &found.outside {
         corruption(FindingCode::BeyondEndOfFile, table + u64::from(*index) * 4, &|| {
             format!("cluster {index} is outside image")
@@ -67,7 +69,7 @@ pub(crate) fn check(
         }
     }
     if repairs {
-        end_of_repair(layer, &found, moved, &mut report)?;
+        end_of_repair(layer, &mut found, moved, &mut report)?;
     } else if repair.is_some() && lost > 0 {
         storage.resize(end)?;
         storage.flush()?;
@@ -103,44 +105,52 @@ fn look(layer: &Parallels, length: u64, job: &Job) -> Result<(Found, CheckReport
     let mut report = CheckReport { total_clusters: layout.entries.into(), ..CheckReport::default() };
     let mut found = Found { end: layout.data, ..Found::default() };
     let mut used = UsedPlaces::new(layout.data, layout.block, length);
-    let mut last = 0;
+    let mut taken = UsedPlaces::new(layout.data, layout.block, length);
+    // The entry behind the last one that was good, and the place that would follow it.
+    let mut next = (0, 0);
     layer.places(job, |index, place| {
         if place + layout.block > length || place < layout.data {
             found.outside.push(index);
-            last = 0;
             return Ok(());
         }
         report.allocated_clusters += 1;
-        report.fragmented_clusters += u64::from(last != 0 && last != place);
-        last = place + layout.block;
-        found.end = found.end.max(last);
+        report.fragmented_clusters += u64::from(next.0 == index && next.1 != place && index > 0);
+        next = (index + 1, place + layout.block);
+        found.end = found.end.max(next.1);
+        taken.note(place);
+        taken.note(place + layout.block - 1);
         if !used.note(place) {
             found.shared.push((index, place));
         }
         Ok(())
     })?;
+    found.taken = Some(taken);
     report.image_end_offset = Some(found.end);
     Ok((found, report))
 }
 
-/// Repairs what was found: shared clusters are copied behind all others, and are durable before an entry names them.
-fn end_of_repair(layer: &Parallels, found: &Found, moved: bool, report: &mut CheckReport) -> Result<()> {
+/// Repairs what was found: shared clusters are copied to where nothing else is, and are durable before an entry names them.
+fn end_of_repair(layer: &Parallels, found: &mut Found, moved: bool, report: &mut CheckReport) -> Result<()> {
     let (scheme, storage) = (layer.scheme(), &**layer.storage());
     let layout = scheme.layout();
     let mut entries: Vec<(u32, u32)> = found.outside.iter().map(|index| (*index, layout.absent)).collect();
     let mut end = found.end;
     let mut cluster = vec![0; usize::try_from(layout.block).unwrap_or(usize::MAX)];
-    for (index, place) in &found.shared {
-        end = layout.next_place(end);
-        let Some(entry) = layout.entry_of(end) else {
+    let mut place = layout.next_place(layout.data);
+    for (index, shared) in &found.shared {
+        while found.taken.as_mut().is_some_and(|taken| !taken.note(place)) {
+            place += layout.block;
+        }
+        let Some(entry) = layout.entry_of(place) else {
             let message =
-                format!("no BAT entry names {end:#x}: the file is as long as the format can have it");
+                format!("no BAT entry names {place:#x}: the file is as long as the format can have it");
             return Err(storage.located(Error::new(ErrorKind::Limit, message)));
         };
-        storage.read_padded_at(MemMut::from(&mut cluster[..]), *place)?;
-        storage.write_all_at(Mem::from(&cluster[..]), end)?;
+        storage.read_padded_at(MemMut::from(&mut cluster[..]), *shared)?;
+        storage.write_all_at(Mem::from(&cluster[..]), place)?;
         entries.push((*index, entry));
-        end += layout.block;
+        place += layout.block;
+        end = end.max(place);
     }
     lengthen(storage, end)?;
     storage.flush()?;

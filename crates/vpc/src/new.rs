@@ -31,8 +31,7 @@ pub enum Subformat {
 /// and QEMU have it; with it, exactly so, as Hyper-V and Azure do.
 ///
 /// # Errors
-/// `Limit` above 2040 GiB; `InvalidArgument` for a size that is not whole sectors, or a preallocation of a dynamic image; `Io` without
-/// random numbers.
+/// `Limit` above 2040 GiB; `InvalidArgument` for a size that is not whole sectors; `Io` without random numbers.
 pub fn new_vpc(
     size: u64,
     subformat: Subformat,
@@ -54,14 +53,10 @@ pub fn new_vpc(
     };
     let size = if geometry == Geometry::LARGEST { size } else { geometry.total() * SECTOR };
     match subformat {
-        Subformat::Dynamic if preallocation != Preallocation::Off => {
-            let message = "a dynamic VHD has no preallocation: a fixed one has".to_owned();
-            refuse(ErrorKind::InvalidArgument, "preallocation", message)
-        }
         Subformat::Dynamic => {
             let footer = Footer::new(DiskType::Dynamic, size, geometry, creator, uuid()?, seconds());
             let entries = u32::try_from(size.div_ceil(BLOCK_SIZE.into())).unwrap_or(u32::MAX);
-            Ok(Arc::new(NewBlocks::new(NewDynamic { footer, header: Header::new(entries) })))
+            Ok(Arc::new(NewBlocks::new(NewDynamic { footer, header: Header::new(entries), preallocation })))
         }
         Subformat::Fixed => {
             let footer = Footer::new(DiskType::Fixed, size, geometry, creator, uuid()?, seconds());
@@ -75,6 +70,8 @@ pub fn new_vpc(
 struct NewDynamic {
     footer: Footer,
     header: Header,
+    /// All blocks have their place, unless it is `Off`.
+    preallocation: Preallocation,
 }
 
 impl Blueprint for NewDynamic {
@@ -82,6 +79,17 @@ impl Blueprint for NewDynamic {
 
     fn scheme(&self) -> VpcScheme {
         VpcScheme::new(&self.footer, self.header.clone(), References::default())
+    }
+
+    fn is_preallocated(&self) -> bool {
+        self.preallocation != Preallocation::Off
+    }
+
+    fn preallocation(&self) -> Preallocation {
+        match self.preallocation {
+            Preallocation::Metadata => Preallocation::Off,
+            other => other,
+        }
     }
 
     fn tail(&self) -> u64 {

@@ -90,6 +90,7 @@ async function checked(
         ...job,
         ...session.objects.sharingOf(filename),
         ...(forceShare !== undefined && { forceShare }),
+        format: from,
         repair,
         references: 'allow',
       }),

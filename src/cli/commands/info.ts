@@ -140,15 +140,16 @@ function below(info: ImageInfo<bigint>): { filename: string; format: string | un
 /** The QAPI document of one image: names with dashes, and the file that holds it as a node of its own. */
 function infoDocument(filename: string, info: ImageInfo<bigint>): InfoDocument {
   const specific = info.formatSpecific
+  const { silent = false } = traitsOf(info.format)
   return {
     filename,
     format: info.format,
     'virtual-size': info.virtualSize,
     ...(info.actualSize !== undefined && { 'actual-size': sizeInAll(info) }),
-    ...(info.clusterSize !== undefined && { 'cluster-size': info.clusterSize }),
+    ...(info.clusterSize !== undefined && !silent && { 'cluster-size': info.clusterSize }),
     ...(info.encrypted && { encrypted: true }),
     // QEMU asks the export where the format has nothing to say, and no server tells.
-    ...((info.protocol !== 'nbd' || specific !== undefined) && { 'dirty-flag': info.dirtyFlag }),
+    ...((info.protocol !== 'nbd' || specific !== undefined) && !silent && { 'dirty-flag': info.dirtyFlag }),
     ...(info.backingFilename !== undefined && {
       'backing-filename': exactText(info.backingFilename, info.backingFilenameBytes),
     }),

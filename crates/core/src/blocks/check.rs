@@ -33,13 +33,6 @@ impl UsedPlaces {
         *word |= bit;
         is_new
     }
-
-    /// Whether the place, or another one in the same piece, was noted.
-    #[must_use]
-    pub fn is_noted(&self, place: u64) -> bool {
-        let piece = place.saturating_sub(self.origin) / self.step;
-        self.bits.get((piece / 64) as usize).is_some_and(|word| word & (1 << (piece % 64)) != 0)
-    }
 }
 
 impl<S: Scheme> BlockLayer<S> {

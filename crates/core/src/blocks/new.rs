@@ -113,8 +113,10 @@ impl<B: Blueprint> NewBlocks<B> {
     fn write_table(&self, host: &dyn Storage, job: &Job) -> Result<()> {
         let mut table = TableWriter::new(&self.layout);
         if self.blueprint.is_preallocated() {
+            let scheme = self.blueprint.scheme();
             for block in 0..self.blocks() {
                 job.checkpoint()?;
+                scheme.fresh(host, self.end_of(block), false)?;
                 table.put(host, block as u32, self.end_of(block))?;
             }
         }
