@@ -428,12 +428,14 @@ export interface NativeNbdExportOrder {
   readonly bitmaps: readonly string[]
 }
 
-/** A connection to encrypt: two descriptors, to be closed by who gets them. */
+/** A connection to encrypt: descriptors, to be closed by who gets them. */
 export interface NativeTlsConnection {
   /** The other side's. */
   readonly outer: number
-  /** The engine's. */
-  readonly inner: number
+  /** To write to the engine. */
+  readonly input: number
+  /** To read from the engine. */
+  readonly output: number
 }
 
 /** A server that runs. */

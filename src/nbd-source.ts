@@ -99,7 +99,8 @@ export async function reach<T>(place: NbdPlace, signal: AbortSignal | undefined,
     )
     const end = (): void => {
       held.end()
-      void encrypting.end()
+      // Where the process ends, so does this.
+      encrypting.end().catch(() => undefined)
     }
     return { value: held.value, detach: held.detach, end }
   } catch (error) {

@@ -250,39 +250,50 @@ export class Encrypting {
 
 /** One connection: bytes pass between the other side, where they are encrypted, and the engine. Pipes hold no more than their buffers. */
 class Bridge {
-  readonly closed: Promise<void>
-  readonly #sockets: Set<Socket>
+  /** Resolves when nothing of it is open. */
+  readonly closed: Promise<unknown>
+  readonly #sockets: Socket[]
   #secured = false
 
-  constructor({ outer, inner }: NativeTlsConnection, encryption: Encryption, failed: (error: Error) => void) {
-    const [plain, engine] = [adopt(outer, false), adopt(inner, true)]
-    this.#sockets = new Set([plain, engine])
-    this.closed = Promise.all([...this.#sockets].map(each => new Promise(resolve => each.once('close', resolve)))).then(
-      () => undefined,
-    )
-    for (const each of this.#sockets) this.#watch(each)
+  constructor(connection: NativeTlsConnection, encryption: Encryption, failed: (error: Error) => void) {
+    const { Socket } = process.getBuiltinModule('node:net')
+    // They keep no process alive: requests do.
+    const adopt = (fd: number, readable: boolean, writable: boolean): Socket =>
+      new Socket({ fd, readable, writable }).unref()
+    const plain = adopt(connection.outer, true, true)
+    const input = adopt(connection.input, false, true)
+    const output = adopt(connection.output, true, false)
+    this.#sockets = [plain, input, output]
+    this.closed = Promise.all(this.#sockets.map(each => new Promise(resolve => each.once('close', resolve))))
+    const destroy = (): void => this.#destroy()
+    plain.on('error', destroy).once('close', destroy)
+    // The engine takes no more; what it answers is still sent.
+    input.on('error', () => {})
     // The engine ends it: it has its limits, also on how long a handshake may take.
-    engine.once('end', () => {
-      if (this.#secured) setTimeout(() => this.#destroy(), FAREWELL).unref()
-      else this.#destroy()
+    output.on('error', destroy).once('end', () => {
+      if (this.#secured) setTimeout(destroy, FAREWELL).unref()
+      else destroy()
     })
     // Read from the beginning, so that its end is seen: it says one option before it waits for an answer.
     const early: Buffer[] = []
     const keep = (bytes: Buffer): void => {
       early.push(bytes)
     }
-    engine.on('data', keep)
+    output.on('data', keep)
     const secured = (secure: Socket): void => {
       this.#secured = true
-      this.#watch(secure)
-      engine.off('data', keep)
+      this.#sockets.push(secure)
+      secure.on('error', destroy).once('close', destroy)
+      output.off('data', keep)
       for (const bytes of early) secure.write(bytes)
-      secure.pipe(engine)
-      engine.pipe(secure)
+      output.pipe(secure)
+      secure.pipe(input)
+      // Nobody wants it any more, but its end is to be seen.
+      input.once('close', () => secure.resume())
     }
     const end = (error: Error): void => {
       if (!this.#secured) failed(error)
-      this.#destroy()
+      destroy()
     }
     try {
       encryption(plain, secured, end)
@@ -299,18 +310,7 @@ class Bridge {
     clearTimeout(late)
   }
 
-  #watch(socket: Socket): void {
-    this.#sockets.add(socket)
-    socket.on('error', () => this.#destroy()).once('close', () => this.#destroy())
-  }
-
   #destroy(): void {
     for (const socket of this.#sockets) socket.destroy()
   }
-}
-
-/** A socket of a descriptor, which it closes. It keeps no process alive: requests do. */
-function adopt(fd: number, allowHalfOpen: boolean): Socket {
-  const { Socket } = process.getBuiltinModule('node:net')
-  return new Socket({ fd, readable: true, writable: true, allowHalfOpen }).unref()
 }

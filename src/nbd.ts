@@ -60,7 +60,10 @@ export interface NbdServerOptions extends Abortable {
   maxConnections?: number | undefined
   /** Milliseconds that a client may take to begin, with TLS too. Default 10000. */
   handshakeTimeout?: number | undefined
-  /** Clients begin with TLS, and are told nothing before it. Default: nothing is encrypted. Not on Windows. */
+  /**
+   * Clients begin with TLS, and are told nothing before it. Default: nothing is encrypted. Node encrypts, on this thread: what keeps its event loop
+   * busy keeps clients waiting. Not on Windows.
+   */
   tls?: NbdServerTls | undefined
   /** Ends the server, as {@link NbdServer.close} does; one that is aborted already rejects the call. */
   signal?: AbortSignal | undefined

@@ -1,7 +1,7 @@
 import { describe, expect, it } from 'vitest'
-import { describeFormat, optionSpecs, targetFormat, toCreateOptions } from '../../src/cli/create-options.js'
-import { asksForHelp, describeOptions, joinOptionLists, parseOptionList } from '../../src/cli/options.js'
-import { Objects } from '../../src/cli/secrets.js'
+import { describeFormat, optionSpecs, targetFormat, toCreateOptions } from '../../dist/cli/create-options.js'
+import { asksForHelp, describeOptions, joinOptionLists, parseOptionList } from '../../dist/cli/options.js'
+import { Objects } from '../../dist/cli/secrets.js'
 
 const qcow2 = optionSpecs('qcow2')
 const parse = (list: string) => Object.fromEntries(parseOptionList(list, qcow2))

@@ -91,6 +91,8 @@ describe.skipIf(process.platform === 'win32' || !haveOpenssl || !haveQemu)('TLS 
         const map = ['map', '--object', object, '--output=json', '--image-opts', each]
         expect(await ok(asQemuImg(map, folder))).toBe(await ok(execute('qemu-img', map, folder)))
       }
+      const read = ['io', '-r', '--object', object, '-c', 'read -P 7 1M 64k', '--image-opts', described]
+      expect(await ok(asQemuImg(read, folder))).toContain('read 65536/65536 bytes')
       const listed = ['-L', '--object', object, '--tls-creds', 't', ...list]
       // qemu-nbd tells more of a server of its own: it asks for 64-bit lengths.
       const ours = await asQemuNbd(listed, folder)
@@ -160,6 +162,25 @@ describe.skipIf(process.platform === 'win32' || !haveOpenssl || !haveQemu)('TLS 
     expect(await refused('--object', server, '--tls-creds', 't', '--tls-authz', 'a')).toContain(
       "'--tls-authz' is not supported",
     )
+    // A key that is encrypted needs what it is encrypted with.
+    const locked = join(folder, 'locked')
+    mkdirSync(locked)
+    const copy = (file: string): void => writeFileSync(join(locked, file), readFileSync(join(credentials.server, file)))
+    for (const file of ['ca-cert.pem', 'server-cert.pem']) copy(file)
+    const key = ['-in', join(credentials.server, 'server-key.pem'), '-out', join(locked, 'server-key.pem')]
+    await ok(execute('openssl', ['pkey', ...key, '-aes256', '-passout', 'pass:sesame'], folder))
+    const opened = (word: string) =>
+      refused(
+        ...[
+          '--object',
+          `secret,id=s,data=${word}`,
+          '--object',
+          `tls-creds-x509,id=t,dir=${locked},endpoint=server,passwordid=s`,
+        ],
+        ...['--tls-creds', 't', '-r', '-k', '/nonexistent/sock'],
+      )
+    expect(await opened('sesame')).toContain('Failed to bind socket')
+    expect(await opened('simsim')).toContain('these make no TLS')
     expect(await refused('--object', `${server},priority=NORMAL`)).toContain("'priority' is not supported")
     expect(await refused('--object', `tls-creds-anon,id=t,dir=${folder}`)).toContain(
       "'tls-creds-anon' is not supported",

@@ -1,10 +1,12 @@
 /** NBD over TLS, in both directions: this library's server and client, and the tools that there are, which judge them. */
 
 import { type ChildProcess, execFileSync, spawn, spawnSync } from 'node:child_process'
+import { once } from 'node:events'
 import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { connect, createServer, type Socket } from 'node:net'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { connect as secureConnect } from 'node:tls'
 import {
   compare,
   convert,
@@ -212,6 +214,40 @@ describe.skipIf(process.platform === 'win32' || !haveOpenssl)('NBD over TLS', ()
     await using opened = await open(nbdSource(at(slow), { tls: named }), { format: 'raw' })
     await Promise.all([slow.close(), waiting])
     await expect(opened.read(Buffer.alloc(1), { position: 0 })).rejects.toMatchObject({ code: 'ERR_QCOW2_IO' })
+  })
+
+  it('answers what is under way when the server ends, also where the client goes on asking', async () => {
+    await using image = await disk()
+    const server = await serveNbd(image, { path: name('sock'), tls: { psk } })
+    const secure = secureConnect({
+      socket: await startTls(server),
+      pskCallback: () => ({ identity: 'bob', psk: Buffer.from(KEYS.bob, 'hex') }),
+      checkServerIdentity: () => undefined,
+      ciphers: 'PSK',
+      maxVersion: 'TLSv1.2',
+    })
+    // NBD_OPT_EXPORT_NAME is answered by 10 bytes.
+    secure.write(Buffer.from('IHAVEOPT\0\0\0\x01\0\0\0\0', 'latin1'))
+    await once(secure, 'readable')
+    const LENGTH = 256 * 1024
+    const read = Buffer.alloc(28)
+    read.writeUInt32BE(0x25609513)
+    read.writeUInt32BE(LENGTH, 24)
+    // Some are under way at any time: for each answer it asks once more.
+    let [heard, asked] = [0, 0]
+    const answer = LENGTH + 16
+    const all = new Promise(resolve => secure.on('error', () => {}).once('close', resolve))
+    const ask = (): void => {
+      for (; asked < (heard - 10) / answer + 12; asked++) if (secure.writable) secure.write(read)
+    }
+    secure.on('data', bytes => {
+      heard += bytes.length
+      ask()
+    })
+    await expect.poll(() => heard).toBeGreaterThan(10 * answer)
+    await server.close()
+    await all
+    expect((heard - 10) % answer).toBe(0)
   })
 
   it('gives a server up that does not shake hands', async () => {

@@ -49,7 +49,7 @@ export class Objects {
     if (isTls)
       this.#tls.set(
         id,
-        readTlsObject(kind, values, secret => this.#passphrase(secret)),
+        readTlsObject(kind, values, secret => this.secret(secret)),
       )
     else this.#secrets.set(id, toSecret(values))
   }
@@ -59,11 +59,6 @@ export class Objects {
     const found = this.#secrets.get(id)
     if (found === undefined) throw new CommandFailure(`No secret with id '${id}'`)
     return found
-  }
-
-  #passphrase(id: string): string {
-    const secret = this.secret(id)
-    return typeof secret === 'string' ? secret : Buffer.from(secret as Uint8Array).toString()
   }
 
   /** What TLS begins with for clients of ours, by the id of an object. */

@@ -2,7 +2,7 @@
 
 import { readFileSync } from 'node:fs'
 import { join } from 'node:path'
-import type { NbdClientTls, NbdServerTls } from '../index.js'
+import type { NbdClientTls, NbdServerTls, SecretBytes } from '../index.js'
 import { toName } from '../text.js'
 import { describeError, strerror } from './errors.js'
 import { CommandFailure, unsupported } from './failure.js'
@@ -38,11 +38,11 @@ const PROPERTIES: Readonly<Record<string, readonly string[]>> = {
 /** Whether an object is of these; `tls-creds-anon` is not: nobody would know who the other side is. */
 export const isTlsObject = (kind: string): boolean => Object.hasOwn(PROPERTIES, kind)
 
-/** Reads an object; `passphrase` is the secret of an id. */
+/** Reads an object; `secretOf` finds what its key is encrypted with. */
 export function readTlsObject(
   kind: string,
   values: ReadonlyMap<string, string>,
-  passphrase: (id: string) => string,
+  secretOf: (id: string) => SecretBytes,
 ): TlsCredentials {
   const other = [...values.keys()].find(name => !PROPERTIES[kind]?.includes(name))
   if (other !== undefined) throw new CommandFailure(`Parameter '${other}' is unexpected`)
@@ -60,7 +60,7 @@ export function readTlsObject(
   const ca = wanted(folder, FILES.ca)
   const crl = found(folder, FILES.crl)
   const own = FILES[endpoint]
-  const password = id === undefined ? {} : { passphrase: passphrase(id) }
+  const password = id === undefined ? {} : { passphrase: toText(secretOf(id)) }
   const authority = { ca, ...(crl !== undefined && { crl }) }
   if (endpoint === 'server') {
     const [cert, key] = [wanted(folder, own.cert), wanted(folder, own.key)]
@@ -70,6 +70,10 @@ export function readTlsObject(
   const certificate = cert !== undefined && key !== undefined ? { cert, key, ...password } : {}
   return { endpoint, tls: { ...authority, ...certificate } }
 }
+
+/** OpenSSL takes a passphrase as text. */
+const toText = (secret: SecretBytes): string =>
+  secret instanceof Uint8Array ? Buffer.from(secret).toString() : String(secret)
 
 const parseBool = (values: ReadonlyMap<string, string>, name: string): boolean =>
   parseValue({ name, type: 'bool' }, values.get(name) ?? 'on') === true

@@ -1,7 +1,8 @@
 //! Connections that JavaScript encrypts: Node has TLS, the engine has none.
 //!
-//! A connection on which TLS begins is handed to JavaScript as two descriptors, and JavaScript passes bytes between them: the socket to the
-//! other side, which has TLS on it, and one end of a pair of sockets, whose other end the engine goes on with.
+//! A connection on which TLS begins is handed to JavaScript as descriptors, and JavaScript passes bytes between them: the socket to the other
+//! side, which has TLS on it, and one end of a pair of sockets, whose other end the engine goes on with. That end has two descriptors, one
+//! for each direction: where the engine reads no more, what it says is still to be passed on.
 
 use std::collections::VecDeque;
 use std::io;
@@ -26,13 +27,17 @@ type Descriptor = std::convert::Infallible;
 pub struct TlsConnection {
     /// The other side's.
     pub outer: i32,
-    /// The engine's.
-    pub inner: i32,
+    /// To write to the engine.
+    pub input: i32,
+    /// To read from the engine.
+    pub output: i32,
 }
 
+#[cfg_attr(not(unix), allow(dead_code, reason = "where descriptors are not handed on, there is none"))]
 struct Plain {
     outer: Descriptor,
-    inner: Descriptor,
+    input: Descriptor,
+    output: Descriptor,
 }
 
 /// Connections on their way to JavaScript.
@@ -81,10 +86,11 @@ impl Encrypting {
 }
 
 #[cfg(unix)]
-fn into_js(Plain { outer, inner }: Plain) -> IntoJs {
+fn into_js(Plain { outer, input, output }: Plain) -> IntoJs {
     use std::os::fd::IntoRawFd;
     Box::new(move |_, env| {
-        let connection = TlsConnection { outer: outer.into_raw_fd(), inner: inner.into_raw_fd() };
+        let [outer, input, output] = [outer, input, output].map(IntoRawFd::into_raw_fd);
+        let connection = TlsConnection { outer, input, output };
         // SAFETY: on the environment's thread, with its own env.
         unsafe { TlsConnection::to_napi_value(env.raw(), connection) }
     })
@@ -99,12 +105,13 @@ impl Encrypt for Encrypting {
     #[cfg(unix)]
     fn encrypt(&self, plain: &Socket) -> io::Result<Socket> {
         let outer = plain.duplicate()?;
-        let (ours, inner) = std::os::unix::net::UnixStream::pair()?;
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
+        let (input, output) = (theirs.try_clone()?.into(), theirs.into());
         let mut state = self.state.lock();
         if state.ended {
             return Err(io::ErrorKind::ConnectionAborted.into());
         }
-        state.plain.push_back(Plain { outer, inner: inner.into() });
+        state.plain.push_back(Plain { outer, input, output });
         self.tell(&mut state);
         Ok(Socket::Unix(ours))
     }

@@ -102,6 +102,15 @@ impl Vhdx {
         })
     }
 
+    fn check_now(&self, max_findings: usize, job: &Job) -> Result<CheckReport> {
+        let mut tally = Tally::new(max_findings);
+        if self.is_dirty() {
+            let message = || "the image was not closed cleanly: its log has to be brought in".to_owned();
+            tally.corruption(FindingCode::NotClosed, self.front.header.log_offset, message);
+        }
+        self.check_with(tally, job)
+    }
+
     fn check_with(&self, mut tally: Tally, job: &Job) -> Result<CheckReport> {
         self.check_copies(&mut tally)?;
         let mut walk = self.walk()?;
@@ -144,14 +153,12 @@ impl Vhdx {
 }
 
 impl CheckLayer for Vhdx {
+    /// As the file is now: a repair may have changed it since the layer was opened.
     fn check(&self, max_findings: usize, job: &Job) -> Result<CheckReport> {
-        let mut tally = Tally::new(max_findings);
-        if self.is_dirty() {
-            let message = || "the image was not closed cleanly: its log has to be brought in".to_owned();
-            let place = self.front.header.log_offset;
-            tally.corruption(FindingCode::NotClosed, place, message);
+        match self.writer {
+            Some(_) => self.check_now(max_findings, job),
+            None => Self::open(Arc::clone(self.storage()), &self.options)?.check_now(max_findings, job),
         }
-        self.check_with(tally, job)
     }
 
     /// Brings the log in, and replaces damaged copies by whole ones. Entries of the table stay as they are: what they lost is not known.

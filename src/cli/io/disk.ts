@@ -3,12 +3,14 @@
 import { rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join, resolve } from 'node:path'
+import { PLAIN_FORMAT } from '../../formats/table.js'
 import { type CacheMode, create, type Image, type ImageInfo, type OpenOptions } from '../../index.js'
 import { encodeText } from '../../text.js'
 import { describeError, openHint } from '../errors.js'
 import { CommandFailure } from '../failure.js'
 import { localPath } from '../filename.js'
 import { formatOf, openImage } from '../images.js'
+import { NBD_DRIVER } from '../nbd-description.js'
 import { settings } from '../options.js'
 import type { Session } from '../session.js'
 import { toSize } from '../size.js'
@@ -158,13 +160,14 @@ export function describedBy(
   session: Session,
 ): Pick<Opening, 'filename' | 'format' | 'options'> {
   const { values, others } = readDriverOptions(list)
-  for (const name of others.keys()) {
+  const exported = [others.get('driver'), others.get('file.driver')].includes(NBD_DRIVER)
+  for (const name of exported ? [] : others.keys()) {
     if (/^(?:backing\.)*(?:encrypt\.[a-z-]+|key-secret)$|^(?:driver|(?:file\.)?filename|file\.driver)$/.test(name))
       continue
     throw new CommandFailure(`Block format '${others.get('driver') ?? 'qcow2'}' does not support the option '${name}'`)
   }
   if (filename !== undefined) others.set('file.filename', filename)
-  if (!others.has('file.filename') && !others.has('filename')) {
+  if (!exported && !others.has('file.filename') && !others.has('filename')) {
     throw new CommandFailure(
       settings(list).length === 0
         ? 'Must specify either driver or file'
@@ -173,5 +176,6 @@ export function describedBy(
   }
   const doubled = (value: string): string => value.replaceAll(',', ',,')
   const name = session.objects.describe([...others].map(([key, value]) => `${key}=${doubled(value)}`).join(','))
-  return { filename: name, format: others.get('driver'), options: values }
+  const driver = others.get('driver')
+  return { filename: name, format: driver === NBD_DRIVER ? PLAIN_FORMAT : driver, options: values }
 }

@@ -400,9 +400,7 @@ mod tests {
         put(&mut log, 0, &entry);
         let found = active_sequence(&log, GUID).unwrap().unwrap();
         assert_eq!(found.patches(&log, GUID).unwrap(), [Patch::Zero(0x5000, 0x3000)]);
-        for (at, field) in
-            [(8, 1u64), (8, u64::MAX & !4095), (16, 0x5001), (16, (i64::MAX as u64) - 4095), (24, 2)]
-        {
+        for (at, field) in [(8, 1u64), (8, !4095), (16, 0x5001), (16, (i64::MAX as u64) - 4095), (24, 2)] {
             let mut damaged = entry.clone();
             put(&mut damaged, ENTRY_HEADER + at, &field.to_le_bytes());
             seal(&mut damaged);

@@ -267,7 +267,9 @@ fn a_repair_brings_the_log_in_and_replaces_damaged_copies() {
     let of_leaks = open().repair(Repair::Leaks, 1000, &Job::new()).unwrap();
     assert_eq!((of_leaks.corruptions, of_leaks.corruptions_fixed), (3, 0));
     // The headers are written when the log was brought in: that makes both whole.
-    let repaired = open().repair(Repair::All, 1000, &Job::new()).unwrap();
+    let layer = open();
+    let repaired = layer.repair(Repair::All, 1000, &Job::new()).unwrap();
+    assert!(layer.check(1000, &Job::new()).unwrap().is_clean());
     assert_eq!((repaired.corruptions, repaired.corruptions_fixed, repaired.allocated_clusters), (0, 2, 1));
     assert!(open().check(1000, &Job::new()).unwrap().is_clean());
     let mut none = vec![9; MIB as usize];

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use qcow2_core::layer::SegmentKind;
 use qcow2_core::space::Preallocation;
 use qcow2_core::storage::MemoryStorage;
 use qcow2_core::{ErrorKind, Job, Layer, Mem, MemMut, Storage};
@@ -207,10 +208,8 @@ fn what_the_table_had_behind_its_end_is_nothing_to_a_larger_disk() {
         disk.close().unwrap();
         let mut segments = Vec::new();
         disk.layers()[0].plan(0..1, &mut segments).unwrap();
-        match segments[0].kind {
-            qcow2_core::layer::SegmentKind::Data(place) => place.host,
-            other => panic!("{other:?}"),
-        }
+        let SegmentKind::Data(place) = segments[0].kind else { panic!("{segments:?}") };
+        place.host
     };
     storage.write_at(Mem::from(&(place | 6).to_le_bytes()[..]), 2 * MIB + 3 * 8).unwrap();
     let disk = open_disk(Arc::clone(&storage)).unwrap();
@@ -218,6 +217,27 @@ fn what_the_table_had_behind_its_end_is_nothing_to_a_larger_disk() {
     assert!(bytes_of(&disk)[2 * MIB as usize..] == vec![0; 4 * MIB as usize]);
     disk.close().unwrap();
     is_sound(&storage);
+}
+
+/// The last block has more than the disk, and can have anything there.
+#[test]
+fn what_the_last_block_had_behind_the_end_is_nothing_to_a_larger_disk() {
+    let storage = new(&small(MIB + 512));
+    let disk = open_disk(Arc::clone(&storage)).unwrap();
+    write(&disk, MIB, 1, 512);
+    disk.flush().unwrap();
+    let mut segments = Vec::new();
+    disk.layers()[0].plan(MIB..MIB + 512, &mut segments).unwrap();
+    let SegmentKind::Data(place) = segments[0].kind else { panic!("{segments:?}") };
+    storage.write_at(Mem::from(&[7; 4096][..]), place.host + 512).unwrap();
+    disk.resize(2 * MIB).unwrap();
+    let mut expected = vec![0; 2 * MIB as usize];
+    expected[MIB as usize..MIB as usize + 512].fill(1);
+    assert!(bytes_of(&disk) == expected);
+    // An image that nobody closed brings its log in when it is dropped.
+    drop(disk);
+    is_sound(&storage);
+    assert!(bytes_of(&open_source(storage).unwrap()) == expected);
 }
 
 /// Each call fails once: what was flushed is there, what was not is old or new, and the file is sound.
