@@ -27,6 +27,11 @@ impl LogState {
     pub(super) fn new(header: Header, slot: usize) -> Self {
         Self { header, slot, position: 0, sequence_number: 1, guid: Guid::default() }
     }
+
+    /// Whether the file has to be brought in by who opens it now.
+    pub(super) fn is_in_use(&self) -> bool {
+        !self.guid.is_zero() && self.header.log_guid == self.guid
+    }
 }
 
 impl Vhdx {
@@ -146,7 +151,7 @@ impl Vhdx {
         let writer = self.writer()?;
         let mut log = writer.log.lock();
         self.commit_with(writer, &mut log)?;
-        if !log.header.log_guid.is_zero() && writer.begun.load(Ordering::Acquire) {
+        if log.is_in_use() {
             self.sync(writer)?;
             self.end_log(writer, &mut log)?;
         }

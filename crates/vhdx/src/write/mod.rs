@@ -7,7 +7,7 @@
 mod commit;
 mod grow;
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
@@ -356,7 +356,7 @@ impl WriteLayer for Vhdx {
 impl Drop for Vhdx {
     /// An image that nobody closed: what was flushed is there in any case, but others would have to bring the log in first.
     fn drop(&mut self) {
-        if self.writer.as_ref().is_some_and(|writer| writer.begun.load(Ordering::Acquire)) {
+        if self.writer.as_ref().is_some_and(|writer| writer.log.lock().is_in_use()) {
             let _ = self.close();
         }
     }

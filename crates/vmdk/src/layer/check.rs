@@ -1,7 +1,7 @@
 //! Holding the metadata against itself: tables and their copies, places in the file, and grains that lie over each other.
 
-use qcow2_core::check::{CheckLayer, CheckReport, FindingCode, Tally};
-use qcow2_core::{Error, ErrorKind, Job, MemMut, Result, StorageExt};
+use qcow2_core::check::{CheckLayer, CheckReport, FindingCode, Repair, Tally};
+use qcow2_core::{Error, ErrorKind, Job, Mem, MemMut, Result, StorageExt};
 
 use super::extent::{Data, Extent};
 use super::grains::{Directory, Grains, read_directory};
@@ -17,6 +17,23 @@ const STEP: u64 = 64;
 impl CheckLayer for Vmdk {
     /// What QEMU does not count stays 0, so that both say the same.
     fn check(&self, max_findings: usize, job: &Job) -> Result<CheckReport> {
+        self.judge(max_findings, false, job)
+    }
+
+    /// Copies of tables become those of the tables, which count. Nothing else has a second source.
+    fn repair(&self, repair: Repair, max_findings: usize, job: &Job) -> Result<CheckReport> {
+        let report = self.judge(max_findings, repair == Repair::All, job)?;
+        for extent in &self.extents {
+            if let Some(grains) = extent.grains().filter(|_| report.corruptions_fixed > 0) {
+                grains.storage.flush()?;
+            }
+        }
+        Ok(report)
+    }
+}
+
+impl Vmdk {
+    fn judge(&self, max_findings: usize, repair: bool, job: &Job) -> Result<CheckReport> {
         job.set_total(self.extents.iter().map(Extent::size).sum());
         let mut tally = Tally::new(max_findings);
         let mut report = CheckReport::default();
@@ -25,7 +42,8 @@ impl CheckLayer for Vmdk {
                 Data::Missing => report.failure = Some(self.not_open(extent)),
                 Data::Zero | Data::Plain(_) => {}
                 Data::Grains(grains) => {
-                    Check { grains, extent, options: &self.options, tally: &mut tally, places: Vec::new() }
+                    let options = &self.options;
+                    Check { grains, extent, options, repair, tally: &mut tally, places: Vec::new() }
                         .run(job)?;
                 }
             }
@@ -40,6 +58,8 @@ struct Check<'a> {
     grains: &'a Grains,
     extent: &'a Extent,
     options: &'a OpenOptions,
+    /// Copies that differ are written.
+    repair: bool,
     tally: &'a mut Tally,
     /// The first byte of each grain and table, and how many bytes it has.
     places: Vec<(u64, u32)>,
@@ -54,10 +74,16 @@ impl Check<'_> {
             if table % STEP == 0 {
                 job.checkpoint()?;
             }
-            let own = self.table(table, self.grains.entry(table), "grain directory", end)?;
+            let mut own = self.table(table, self.grains.entry(table), "grain directory", end)?;
             if let Some(copy) = &copy {
                 let other = self.table(table, copy.get(table), "copy of the grain directory", end)?;
-                self.compare(table, own.as_deref(), other.as_deref());
+                if own.is_some() != other.is_some() {
+                    let message = format!("grain table {table} and its copy are not both there");
+                    self.corrupt(FindingCode::Copy, message, 0);
+                }
+                if let Some((entries, other)) = own.take_if(|_| other.is_some()).zip(other) {
+                    own = Some(self.compare(table, entries, copy, &other, end)?);
+                }
             }
             self.entries(table, &own.unwrap_or_default(), end)?;
             job.advance(
@@ -133,22 +159,49 @@ impl Check<'_> {
         Ok(())
     }
 
-    fn compare(&mut self, index: u64, own: Option<&[u64]>, other: Option<&[u64]>) {
-        let (Some(own), Some(other)) = (own, other) else {
-            if own.is_some() != other.is_some() {
-                let message = format!("grain table {index} and its copy are not both there");
-                self.corrupt(FindingCode::Copy, message, 0);
-            }
-            return;
-        };
-        let different = own.iter().zip(other).position(|(a, b)| a != b);
-        if let Some(number) = different {
-            let count = own.iter().zip(other).filter(|(a, b)| a != b).count();
-            let message =
-                format!("grain table {index} and its copy differ in {count} entries, from entry {number} on");
+    /// Holds a table against its copy, and gives the entries that count from here on.
+    fn compare(
+        &mut self,
+        index: u64,
+        own: Vec<u64>,
+        copy: &Directory,
+        other: &[u64],
+        end: u64,
+    ) -> Result<Vec<u64>> {
+        let differs = |(a, b): (&u64, &u64)| a != b;
+        let Some(number) = own.iter().zip(other).position(differs) else { return Ok(own) };
+        let count = own.iter().zip(other).filter(|(a, b)| a != b).count();
+        let message =
+            || format!("grain table {index} and its copy differ in {count} entries, from entry {number} on");
+        let geometry = self.grains.geometry();
+        let place = |entry| geometry.table(entry).ok().flatten();
+        let places = place(self.grains.entry(index)).zip(place(copy.get(index)));
+        let Some((table, copied)) = places.filter(|_| self.repair) else {
             // A power cut can leave the copy behind: nothing is lost, and nobody reads it while the table is whole.
-            let place = self.grains.geometry().table(self.grains.entry(index)).ok().flatten();
-            self.tally.corruption(FindingCode::Copy, place, || message);
+            self.tally.corruption(FindingCode::Copy, place(self.grains.entry(index)), message);
+            return Ok(own);
+        };
+        // The table counts, but for entries that are damaged there and not in the copy.
+        let better = |(own, other): (&u64, &u64)| {
+            let restored = !self.is_sound(*own, end) && self.is_sound(*other, end);
+            if restored { *other } else { *own }
+        };
+        let entries: Vec<u64> = own.iter().zip(other).map(better).collect();
+        let bytes: Vec<u8> = entries.iter().flat_map(|entry| (*entry as u32).to_le_bytes()).collect();
+        for to in [table, copied] {
+            self.grains.storage.write_all_at(Mem::from(&bytes[..]), to)?;
+        }
+        self.tally.fixed_corruption(FindingCode::Copy, table, message);
+        Ok(entries)
+    }
+
+    /// Whether an entry can be one.
+    fn is_sound(&self, entry: u64, end: u64) -> bool {
+        let geometry = self.grains.geometry();
+        match geometry.grain(entry) {
+            Ok(Grain::Data(place)) => place < end && place >= geometry.overhead * SECTOR,
+            Ok(Grain::Zero | Grain::Unallocated) => true,
+            Err(_) => false,
         }
     }
 

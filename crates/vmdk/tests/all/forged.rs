@@ -220,6 +220,27 @@ fn a_check_finds_what_was_damaged() {
     }
 }
 
+/// The table counts, but for what is damaged there and whole in its copy.
+#[test]
+fn a_repair_makes_a_table_and_its_copy_one() {
+    use qcow2_core::check::Repair;
+    let data = disk(3, 3 << 20);
+    let sound = image(Subformat::MonolithicSparse, &data);
+    let (copy, own) = (22 * 512, 27 * 512);
+    let mut damaged = sound.clone();
+    damaged[copy..copy + 8].fill(0);
+    damaged[own + 4..own + 8].copy_from_slice(&(1u32 << 24).to_le_bytes());
+    damaged[copy + 4..copy + 8].copy_from_slice(&sound[own + 4..own + 8]);
+    let storage = Arc::new(MemoryStorage::from_bytes(&damaged));
+    let open = || Vmdk::open(Arc::clone(&storage) as Arc<dyn Storage>, &OpenOptions::default()).unwrap();
+    let repair = |what| open().as_checkable().unwrap().repair(what, 10, &Job::new()).unwrap();
+    assert_eq!(repair(Repair::Leaks).corruptions, 2);
+    let report = repair(Repair::All);
+    assert_eq!((report.corruptions, report.corruptions_fixed), (0, 1), "{:?}", report.findings);
+    assert!(open().as_checkable().unwrap().check(10, &Job::new()).unwrap().is_clean());
+    assert!(storage.to_vec() == sound);
+}
+
 /// Reading what is damaged gives an error with its place, never something else's bytes.
 #[test]
 fn damaged_tables_and_grains_are_errors_of_what_they_map() {

@@ -1,9 +1,8 @@
 //! Raw bytes to a server over a pair of sockets: what clients say, and what comes back.
 
 #![cfg(unix)]
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
-mod client;
+use crate::client;
 
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;

@@ -1,7 +1,6 @@
 //! Servers that say what no server says: the client ends with an error that says so, in bounded time and memory.
 
 #![cfg(unix)]
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
 
 use std::io::{Read, Write};
 use std::net::TcpListener;

@@ -1,9 +1,8 @@
 //! An export as a file: what every storage keeps, on servers of several makes.
 
 #![cfg(unix)]
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
 
-mod client;
+use crate::client;
 
 use std::os::unix::net::UnixStream;
 use std::path::Path;

@@ -1,9 +1,8 @@
 //! When TLS begins, and what is said before it. What stands for TLS here turns every byte over: the protocol cannot tell.
 
 #![cfg(unix)]
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
 
-mod client;
+use crate::client;
 
 use std::fs::File;
 use std::io::{self, Read, Write};

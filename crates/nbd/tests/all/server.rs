@@ -1,9 +1,8 @@
 //! A server that listens: several clients, bad ones among them, and its end.
 
 #![cfg(unix)]
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
-mod client;
+use crate::client;
 
 use std::io::Read;
 use std::net::TcpStream;

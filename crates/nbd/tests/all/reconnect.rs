@@ -1,9 +1,8 @@
 //! A connection that is lost, and made again: what was asked is asked once more, and nothing of it is lost or done by halves.
 
 #![cfg(unix)]
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
 
-mod client;
+use crate::client;
 
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
