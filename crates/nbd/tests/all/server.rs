@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use client::{Client, MIB, disk, export, request};
+use client::{Client, MIB, disk, export, request, until};
 use qcow2_engine::{Extent, GuestSource, Image, Job, Mem, MemMut, Result};
 use qcow2_nbd::server::{Address, Export, MAX_IN_FLIGHT, Server, ServerOptions};
 use qcow2_nbd::{Disk, Durability};
@@ -37,14 +37,6 @@ fn connect(server: &Server) -> Client<UnixStream> {
     let stream = UnixStream::connect(server.address().path().unwrap()).unwrap();
     stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     Client(stream)
-}
-
-fn until(what: impl Fn() -> bool) {
-    let end = Instant::now() + Duration::from_secs(20);
-    while !what() {
-        assert!(Instant::now() < end, "it does not come");
-        thread::sleep(Duration::from_millis(2));
-    }
 }
 
 /// Reads a byte: the client is alive.

@@ -5,6 +5,8 @@
 
 use std::io::{Read, Write};
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use qcow2_engine::create::{CreateOptions, create};
 use qcow2_engine::storage::MemoryStorage;
@@ -161,5 +163,14 @@ impl<S: Read + Write> Client<S> {
         let cookie = u64::from_be_bytes(self.take());
         let length = u32::from_be_bytes(self.take());
         Chunk { done: flags == 1, kind, cookie, data: self.bytes(length as usize) }
+    }
+}
+
+/// Waits for what comes soon.
+pub(crate) fn until(what: impl Fn() -> bool) {
+    let end = Instant::now() + Duration::from_secs(20);
+    while !what() {
+        assert!(Instant::now() < end, "it does not come");
+        thread::sleep(Duration::from_millis(2));
     }
 }
