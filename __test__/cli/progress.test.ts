@@ -1,9 +1,9 @@
 import { PassThrough } from 'node:stream'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { describe, expect, it } from 'vitest'
-import { type ProgressChoice, withProgress } from '../../src/cli/progress.js'
-import { Objects } from '../../src/cli/secrets.js'
-import { Output, type Session } from '../../src/cli/session.js'
+import { type ProgressChoice, withProgress } from '../../dist/cli/progress.js'
+import { Objects } from '../../dist/cli/secrets.js'
+import { Output, type Session } from '../../dist/cli/session.js'
 
 const GIB = 2 ** 30
 
