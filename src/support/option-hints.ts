@@ -71,7 +71,7 @@ const MEANT: Readonly<Record<string, Readonly<Record<string, string>>>> = {
 }
 
 /** Calls that work on qcow2 images only, or tell the format themselves. */
-const QCOW2_ONLY: ReadonlySet<string> = new Set(['check', 'amend', 'commit', 'compact'])
+const QCOW2_ONLY: ReadonlySet<string> = new Set(['amend', 'commit', 'compact'])
 
 /** Which calls take an option. A name that means the same everywhere and that many take is not here. */
 const TAKEN_BY: Readonly<Record<string, string>> = {
