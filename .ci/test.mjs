@@ -46,8 +46,6 @@ if (nextest) {
     'nextest',
     'run',
     '--workspace',
-    // The addon that panics on demand is built with all else: a test in TypeScript loads it.
-    '--features=qcow2-node/panics',
     '--no-fail-fast',
     '--status-level=slow',
     '--final-status-level=fail',
