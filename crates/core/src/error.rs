@@ -7,6 +7,18 @@ use std::path::{Path, PathBuf};
 /// Result of every engine call.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
+/// Refuses a value above its limit.
+///
+/// # Errors
+/// `Limit`, naming the field and both numbers.
+pub fn check_limit(field: &'static str, value: u64, limit: u64) -> Result<()> {
+    if value <= limit {
+        return Ok(());
+    }
+    let message = format!("{field} of {value} exceeds the limit of {limit}");
+    Err(Error::new(ErrorKind::Limit, message).with_field(field))
+}
+
 /// What went wrong, by who can do something about it. Codes are API, messages are not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]

@@ -1,5 +1,7 @@
 //! What an inspection of an untrusted image can find, whatever its format.
 
+use crate::{Error, ErrorKind};
+
 /// Why an image is not safe to open as it is. Stable, unlike the messages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum FindingCode {
@@ -24,6 +26,16 @@ pub enum FindingCode {
 }
 
 impl FindingCode {
+    /// What an error of reading a header says of it.
+    #[must_use]
+    pub fn of(kind: ErrorKind) -> Self {
+        match kind {
+            ErrorKind::Limit => Self::Limit,
+            ErrorKind::UnsupportedFeature => Self::UnknownFeature,
+            _ => Self::HeaderInvalid,
+        }
+    }
+
     /// The code as JavaScript sees it.
     #[must_use]
     pub fn as_str(self) -> &'static str {
@@ -59,6 +71,12 @@ impl Finding {
     /// A finding.
     pub fn new(code: FindingCode, message: impl Into<String>) -> Self {
         Self { code, message: message.into() }
+    }
+
+    /// What reading a header met.
+    #[must_use]
+    pub fn error(error: &Error) -> Self {
+        Self::new(FindingCode::of(error.kind()), error.message())
     }
 
     /// The image names another file.

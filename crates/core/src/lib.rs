@@ -16,6 +16,7 @@ pub mod job;
 pub mod layer;
 pub mod memory;
 pub mod new_image;
+pub mod random;
 pub mod raw;
 pub mod salvage;
 pub mod source;
@@ -27,7 +28,7 @@ pub mod workers;
 
 pub use chain::Chain;
 pub use disk::{DetectZeroes, Discard, Disk, DiskOptions, Durability};
-pub use error::{Error, ErrorKind, Result};
+pub use error::{Error, ErrorKind, Result, check_limit};
 pub use job::Job;
 pub use layer::Layer;
 pub use memory::{Mem, MemMut};

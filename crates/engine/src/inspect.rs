@@ -193,11 +193,7 @@ impl Inspection {
     fn judge_luks(&mut self, bytes: &[u8], offset: u64, length: u64) {
         let limits = qcow2_luks::Limits::default();
         let mut add = |error: &Error| {
-            let code = match error.kind() {
-                ErrorKind::Limit => FindingCode::Limit,
-                ErrorKind::UnsupportedFeature => FindingCode::UnknownFeature,
-                _ => FindingCode::HeaderInvalid,
-            };
+            let code = FindingCode::of(error.kind());
             let at = offset.saturating_add(error.offset().unwrap_or_default());
             self.findings
                 .push(Finding::new(code, format!("encryption header, {at:#x}: {}", error.message())));

@@ -36,9 +36,9 @@ pub use image::{Image, OpenOptions, Qcow2};
 pub use maintenance::ResizeOptions;
 pub use qcow2_core::{
     DetectZeroes, Discard, DiskOptions, Error, ErrorKind, Extent, ExtentKind, GuestSource, Job, Layer, Mem,
-    MemMut, NewImage, Raw, ReadStorage, Result, Storage, StorageExt,
+    MemMut, NewImage, Raw, ReadStorage, Result, Storage, StorageExt, check_limit,
 };
-pub use qcow2_core::{compare, error, job, memory, salvage, source, splice, storage};
+pub use qcow2_core::{blocks, compare, error, job, memory, salvage, source, splice, storage};
 use qcow2_core::{walk, workers};
 pub use qcow2_format as format;
 pub use writer::WriteOptions;

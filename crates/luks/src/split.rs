@@ -12,7 +12,7 @@ pub(crate) fn split(hash: Hash, key: &[u8], stripes: u32) -> Result<Zeroizing<Ve
     let mut out = Zeroizing::new(vec![0; key.len() * stripes as usize]);
     let at = out.len().checked_sub(key.len()).ok_or_else(|| Error::new(ErrorKind::Internal, "no stripes"))?;
     let (random, last) = out.split_at_mut(at);
-    crate::luks1::random(random)?;
+    qcow2_core::random::fill(random)?;
     let sum = diffused_sum(hash, random, key.len());
     for ((to, sum), key) in last.iter_mut().zip(sum.iter()).zip(key) {
         *to = sum ^ key;

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use qcow2_engine::files::NewDisk;
 use qcow2_engine::inspect::{inspect, inspect_bytes};
 use qcow2_engine::measure::MeasureTarget;
-use qcow2_engine::{Error, ErrorKind, Layer, NewImage, OpenOptions, Qcow2, Raw, Result, Storage};
+use qcow2_engine::{Error, ErrorKind, Layer, NewImage, OpenOptions, Qcow2, Raw, Result, Storage, blocks};
 use qcow2_luks::Luks;
 use qcow2_parallels::NewParallels;
 use qcow2_parallels::structures::DEFAULT_CLUSTER_SIZE;
@@ -103,7 +103,12 @@ const LUKS: Format = Format {
             Untrusted::File(storage) => qcow2_luks::layer::inspect(*storage, &options)?,
             Untrusted::Bytes(bytes) => qcow2_luks::layer::inspect_bytes(bytes, None, &options),
         };
-        Ok(Inspected::of_luks(&found))
+        let seen = found.header.map(|_| Seen {
+            virtual_size: found.virtual_size.unwrap_or_default(),
+            encryption: Some("luks"),
+            ..Seen::default()
+        });
+        Ok(Inspected::of_other(seen, None, &found.findings))
     },
     make: |shape, purpose| {
         let encryption = purpose.needed_encryption()?;
@@ -117,9 +122,9 @@ const LUKS: Format = Format {
 const VDI: Format = Format {
     name: "vdi",
     plain: false,
-    open: |files, options| Ok(Box::new(qcow2_vdi::open(files.own, &vdi_options(options))?)),
+    open: |files, options| Ok(Box::new(qcow2_vdi::open(files.own, &block_options(options))?)),
     inspect: |image, options| {
-        let options = vdi_options(options);
+        let options = block_options(options);
         let found = match image {
             Untrusted::File(storage) => qcow2_vdi::inspect(*storage, &options)?,
             Untrusted::Bytes(bytes) => qcow2_vdi::inspect_bytes(bytes, None, &options),
@@ -127,8 +132,9 @@ const VDI: Format = Format {
         let seen = found.header.map(|header| Seen {
             virtual_size: header.virtual_size(),
             cluster_size: Some(header.block_size.into()),
+            ..Seen::default()
         });
-        Ok(Inspected::of_blocks(seen, None, &found.findings))
+        Ok(Inspected::of_other(seen, None, &found.findings))
     },
     make: |shape, purpose| new_vdi(shape, purpose).map(NewDisk::Format),
     measure: |shape, purpose| new_vdi(shape, purpose).map(MeasureTarget::Format),
@@ -142,16 +148,20 @@ fn new_vdi(shape: &Shape, purpose: Purpose<'_>) -> Result<Arc<dyn NewImage>> {
 const VPC: Format = Format {
     name: "vpc",
     plain: false,
-    open: |files, options| qcow2_vpc::open(files.own, &vpc_options(options)),
+    open: |files, options| qcow2_vpc::open(files.own, &block_options(options)),
     inspect: |image, options| {
-        let options = vpc_options(options);
+        let options = block_options(options);
         let found = match image {
             Untrusted::File(storage) => qcow2_vpc::inspect(*storage, &options)?,
             Untrusted::Bytes(bytes) => qcow2_vpc::inspect_bytes(bytes, None, &options),
         };
         let cluster_size = found.header.map(|header| header.block_size().into());
-        let seen = found.footer.map(|footer| Seen { virtual_size: footer.virtual_size(), cluster_size });
-        Ok(Inspected::of_blocks(seen, found.backing_file.as_deref(), &found.findings))
+        let seen = found.footer.map(|footer| Seen {
+            virtual_size: footer.virtual_size(),
+            cluster_size,
+            ..Seen::default()
+        });
+        Ok(Inspected::of_other(seen, found.backing_file.as_deref(), &found.findings))
     },
     make: |shape, purpose| new_vpc(shape, purpose).map(NewDisk::Format),
     measure: |shape, purpose| new_vpc(shape, purpose).map(MeasureTarget::Format),
@@ -170,9 +180,9 @@ fn new_vpc(shape: &Shape, purpose: Purpose<'_>) -> Result<Arc<dyn NewImage>> {
 const PARALLELS: Format = Format {
     name: "parallels",
     plain: false,
-    open: |files, options| Ok(Box::new(qcow2_parallels::open(files.own, &parallels_options(options))?)),
+    open: |files, options| Ok(Box::new(qcow2_parallels::open(files.own, &block_options(options))?)),
     inspect: |image, options| {
-        let options = parallels_options(options);
+        let options = block_options(options);
         let found = match image {
             Untrusted::File(storage) => qcow2_parallels::inspect(*storage, &options)?,
             Untrusted::Bytes(bytes) => qcow2_parallels::inspect_bytes(bytes, None, &options),
@@ -180,8 +190,9 @@ const PARALLELS: Format = Format {
         let seen = found.header.map(|header| Seen {
             virtual_size: header.virtual_size(),
             cluster_size: Some(header.cluster_size()),
+            ..Seen::default()
         });
-        Ok(Inspected::of_blocks(seen, None, &found.findings))
+        Ok(Inspected::of_other(seen, None, &found.findings))
     },
     make: |shape, purpose| new_parallels(shape, purpose).map(NewDisk::Format),
     measure: |shape, purpose| new_parallels(shape, purpose).map(MeasureTarget::Format),
@@ -192,26 +203,9 @@ fn new_parallels(shape: &Shape, purpose: Purpose<'_>) -> Result<Arc<dyn NewImage
     Ok(Arc::new(NewParallels::new(purpose.size, cluster_size)?))
 }
 
-fn vdi_options(OpenOptions { limits, l2_cache_bytes, .. }: &OpenOptions) -> qcow2_vdi::OpenOptions {
-    qcow2_vdi::OpenOptions {
-        max_virtual_size: limits.max_virtual_size,
-        max_metadata_bytes: limits.max_metadata_bytes,
-        cache_bytes: *l2_cache_bytes,
-    }
-}
-
-fn vpc_options(OpenOptions { limits, l2_cache_bytes, .. }: &OpenOptions) -> qcow2_vpc::OpenOptions {
-    qcow2_vpc::OpenOptions {
-        max_virtual_size: limits.max_virtual_size,
-        max_metadata_bytes: limits.max_metadata_bytes,
-        cache_bytes: *l2_cache_bytes,
-    }
-}
-
-fn parallels_options(
-    OpenOptions { limits, l2_cache_bytes, .. }: &OpenOptions,
-) -> qcow2_parallels::OpenOptions {
-    qcow2_parallels::OpenOptions {
+/// Of a format of equal blocks.
+fn block_options(OpenOptions { limits, l2_cache_bytes, .. }: &OpenOptions) -> blocks::OpenOptions {
+    blocks::OpenOptions {
         max_virtual_size: limits.max_virtual_size,
         max_metadata_bytes: limits.max_metadata_bytes,
         cache_bytes: *l2_cache_bytes,

@@ -134,25 +134,30 @@ impl Inspected {
     }
 }
 
-/// What the header of an image of equal blocks says.
+/// What the header of an image says that is not of qcow2.
+#[derive(Default)]
 pub(crate) struct Seen {
-    /// Bytes.
+    /// Bytes; 0 where it is not known.
     pub(crate) virtual_size: u64,
     /// Bytes; of an image that has blocks.
     pub(crate) cluster_size: Option<u64>,
+    /// The format that its backing file has, where it can have one of that alone.
+    pub(crate) backing_format: Option<&'static str>,
+    /// How it is encrypted.
+    pub(crate) encryption: Option<&'static str>,
 }
 
 impl Inspected {
-    /// What an image of equal blocks claims.
-    pub(crate) fn of_blocks(seen: Option<Seen>, backing: Option<&[u8]>, findings: &[Finding]) -> Self {
+    /// What an image of another format than qcow2 claims; `seen` is nothing where its header could not be read.
+    pub(crate) fn of_other(seen: Option<Seen>, backing: Option<&[u8]>, findings: &[Finding]) -> Self {
         let header = seen.map(|seen| InspectedHeader {
             version: None,
             virtual_size: Bytes(seen.virtual_size),
             cluster_size: seen.cluster_size.map(|size| size as f64),
             backing_filename: backing.map(Text::from),
-            backing_format: None,
+            backing_format: backing.and(seen.backing_format).map(|name| Text::from(name.as_bytes())),
             data_file: None,
-            encryption: None,
+            encryption: seen.encryption.map(str::to_owned),
             compression_type: None,
             extended_l2: None,
             incompatible: Vec::new(),
@@ -165,73 +170,6 @@ impl Inspected {
             unknown_incompatible: Vec::new(),
             findings: to_findings(findings),
         }
-    }
-
-    /// What a LUKS file claims. The disk's size is 0 where the first bytes do not say it.
-    pub(crate) fn of_luks(found: &qcow2_luks::layer::Inspection) -> Self {
-        let header = found.header.as_ref().map(|_| InspectedHeader {
-            version: None,
-            virtual_size: Bytes(found.virtual_size.unwrap_or_default()),
-            cluster_size: None,
-            backing_filename: None,
-            backing_format: None,
-            data_file: None,
-            encryption: Some("luks".to_owned()),
-            compression_type: None,
-            extended_l2: None,
-            incompatible: Vec::new(),
-            compatible: Vec::new(),
-            autoclear: Vec::new(),
-        });
-        let findings = to_findings(&found.findings);
-        Self { header, backing_filename: None, unknown_incompatible: Vec::new(), findings }
-    }
-}
-
-impl Inspected {
-    /// What a VHDX image claims. The disk's size is 0 where the first bytes do not say it.
-    pub(crate) fn of_vhdx(found: &qcow2_vhdx::Inspection) -> Self {
-        let metadata = found.metadata.as_ref();
-        let backing_filename = || found.backing_file.as_deref().map(Text::from);
-        let header = found.header.map(|_| InspectedHeader {
-            version: None,
-            virtual_size: Bytes(metadata.map_or(0, |metadata| metadata.virtual_size)),
-            cluster_size: metadata.map(|metadata| metadata.block_size as f64),
-            backing_filename: backing_filename(),
-            backing_format: found.backing_file.as_ref().map(|_| Text::from(&b"vhdx"[..])),
-            data_file: None,
-            encryption: None,
-            compression_type: None,
-            extended_l2: None,
-            incompatible: Vec::new(),
-            compatible: Vec::new(),
-            autoclear: Vec::new(),
-        });
-        let findings = to_findings(&found.findings);
-        Self { header, backing_filename: backing_filename(), unknown_incompatible: Vec::new(), findings }
-    }
-}
-
-impl Inspected {
-    /// What a VMDK image claims. The disk's size is 0 where it is not known.
-    pub(crate) fn of_vmdk(found: &qcow2_vmdk::Inspection) -> Self {
-        let parent = found.descriptor.as_ref().and_then(|descriptor| descriptor.parent.as_deref());
-        let header = found.descriptor.as_ref().map(|_| InspectedHeader {
-            version: None,
-            virtual_size: Bytes(found.virtual_size.unwrap_or_default()),
-            cluster_size: found.grain.map(|grain| grain as f64),
-            backing_filename: parent.map(Text::from),
-            backing_format: parent.map(|_| Text::from(&b"vmdk"[..])),
-            data_file: None,
-            encryption: None,
-            compression_type: None,
-            extended_l2: None,
-            incompatible: Vec::new(),
-            compatible: Vec::new(),
-            autoclear: Vec::new(),
-        });
-        let findings = to_findings(&found.findings);
-        Self { header, backing_filename: parent.map(Text::from), unknown_incompatible: Vec::new(), findings }
     }
 }
 

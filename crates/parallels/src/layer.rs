@@ -3,33 +3,16 @@
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use qcow2_core::blocks::{BlockLayer, Layout, Scheme};
+use qcow2_core::blocks::{BlockLayer, Layout, OpenOptions, Scheme};
 use qcow2_core::check::{CheckReport, Repair};
 use qcow2_core::layer::SegmentKind;
-use qcow2_core::{Error, ErrorKind, Job, Layer, Mem, MemMut, Result, Storage, StorageExt};
+use qcow2_core::{Error, ErrorKind, Job, Layer, Mem, MemMut, Result, Storage, StorageExt, check_limit};
 
 use crate::check::check;
 use crate::structures::{
     DATA_OFF, HEADER_LENGTH, Header, IN_USE, IN_USE_OFFSET, MAX_BAT_ENTRIES, SECTOR, SIZE_FIELDS,
     SIZE_FIELDS_END,
 };
-
-/// How to open an image. Sizes are bytes.
-#[derive(Debug, Clone)]
-pub struct OpenOptions {
-    /// Largest virtual size.
-    pub max_virtual_size: u64,
-    /// Largest BAT.
-    pub max_metadata_bytes: u64,
-    /// Most bytes of the BAT to keep.
-    pub cache_bytes: Option<u64>,
-}
-
-impl Default for OpenOptions {
-    fn default() -> Self {
-        Self { max_virtual_size: i64::MAX as u64, max_metadata_bytes: 4 << 30, cache_bytes: None }
-    }
-}
 
 /// An open image.
 pub type Parallels = BlockLayer<ParallelsScheme>;
@@ -51,15 +34,9 @@ pub fn open(storage: Arc<dyn Storage>, options: &OpenOptions) -> Result<Parallel
     let got = storage.read_up_to_at(MemMut::from(&mut bytes[..]), 0)?;
     let header = Header::parse(bytes.get(..got).unwrap_or_default()).map_err(|e| storage.located(e))?;
     let scheme = ParallelsScheme::new(header, storage.size()?);
-    for (field, value, limit) in [
-        ("size", scheme.layout.size, options.max_virtual_size),
-        ("BAT", scheme.layout.table_bytes(), options.max_metadata_bytes),
-    ] {
-        if value > limit {
-            let message = format!("{field} of {value} exceeds the limit of {limit}");
-            return Err(storage.located(Error::new(ErrorKind::Limit, message).with_field(field)));
-        }
-    }
+    check_limit("size", scheme.layout.size, options.max_virtual_size)
+        .and_then(|()| check_limit("BAT", scheme.layout.table_bytes(), options.max_metadata_bytes))
+        .map_err(|e| storage.located(e))?;
     Parallels::new(storage, scheme, options.cache_bytes)
 }
 

@@ -16,5 +16,6 @@ mod new;
 pub mod structures;
 
 pub use inspect::{Inspection, inspect, inspect_bytes};
-pub use layer::{OpenOptions, Parallels, ParallelsScheme, open};
+pub use layer::{Parallels, ParallelsScheme, open};
 pub use new::NewParallels;
+pub use qcow2_core::blocks::OpenOptions;

@@ -7,7 +7,7 @@ use qcow2_core::layer::{
     BackingReference, Layer, Place, PlanBuilder, References, Segment, SegmentKind, Token,
 };
 use qcow2_core::storage::Sectors;
-use qcow2_core::{Error, ErrorKind, Job, MemMut, Result, Storage, StorageExt};
+use qcow2_core::{Error, ErrorKind, Job, MemMut, Result, Storage, StorageExt, check_limit};
 use qcow2_luks::legacy_aes;
 use quick_cache::sync::{Cache, GuardResult};
 
@@ -266,14 +266,6 @@ impl Layer for Qcow1 {
             .min(self.virtual_size().saturating_sub(at - at % coverage))
             .saturating_sub(at % coverage)
     }
-}
-
-fn check_limit(field: &'static str, value: u64, limit: u64) -> Result<()> {
-    if value <= limit {
-        return Ok(());
-    }
-    let message = format!("{field} of {value} exceeds the limit of {limit}");
-    Err(Error::new(ErrorKind::Limit, message).with_field(field))
 }
 
 /// `length` bytes at `offset`, which must be in the file: checked before they are allocated.

@@ -9,6 +9,7 @@
 //! - [`recorder`], [`crash`], [`audit`]: power cuts, and the judgement of what they leave
 //! - [`contents`], [`plans`]: all that an image holds, with snapshots and bitmaps, and the plans that change them
 //! - [`contract`]: what any layer that is read must keep
+//! - [`disks`]: whole disks, and the files that they are in
 //! - [`trace`]: the recorded installation of a system
 //! - [`loop_device`]: real block devices
 //! - [`skip`]: says which test cannot run here
@@ -29,6 +30,7 @@ pub mod contents;
 pub mod contract;
 pub mod crash;
 pub mod disk_model;
+pub mod disks;
 pub mod folder;
 pub mod forge;
 pub mod loop_device;

@@ -1,7 +1,7 @@
 //! What the first bytes of an untrusted image say. Opens nothing else, follows nothing, and reports instead of failing.
 
 use qcow2_core::inspect::{Finding, FindingCode};
-use qcow2_core::{ErrorKind, MemMut, Result, Storage, StorageExt};
+use qcow2_core::{MemMut, Result, Storage, StorageExt};
 
 use crate::OpenOptions;
 use crate::layer::text_of;
@@ -32,12 +32,7 @@ pub fn inspect_bytes(bytes: &[u8], file_size: Option<u64>, limits: &OpenOptions)
     let header = match Header::parse(bytes) {
         Ok(header) => header,
         Err(error) => {
-            let code = match error.kind() {
-                ErrorKind::Limit => FindingCode::Limit,
-                ErrorKind::UnsupportedFeature => FindingCode::UnknownFeature,
-                _ => FindingCode::HeaderInvalid,
-            };
-            return Inspection { header: None, findings: vec![Finding::new(code, error.message())] };
+            return Inspection { header: None, findings: vec![Finding::error(&error)] };
         }
     };
     let (layout, mut findings) = (header.layout(), Vec::new());

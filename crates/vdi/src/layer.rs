@@ -2,30 +2,13 @@
 
 use std::sync::Arc;
 
-use qcow2_core::blocks::{BlockLayer, Layout, Scheme};
+use qcow2_core::blocks::{BlockLayer, Layout, OpenOptions, Scheme};
 use qcow2_core::check::{CheckReport, Repair};
 use qcow2_core::layer::{Holes, SegmentKind};
-use qcow2_core::{Error, ErrorKind, Job, Layer, Mem, MemMut, Result, Storage, StorageExt};
+use qcow2_core::{Error, ErrorKind, Job, Layer, Mem, MemMut, Result, Storage, StorageExt, check_limit};
 
 use crate::check::check;
 use crate::structures::{BLOCKS_ALLOCATED, DISK_SIZE, HEADER_LENGTH, Header, ImageType, MAX_BLOCKS};
-
-/// How to open an image. Sizes are bytes.
-#[derive(Debug, Clone)]
-pub struct OpenOptions {
-    /// Largest virtual size.
-    pub max_virtual_size: u64,
-    /// Largest block map.
-    pub max_metadata_bytes: u64,
-    /// Most bytes of the block map to keep.
-    pub cache_bytes: Option<u64>,
-}
-
-impl Default for OpenOptions {
-    fn default() -> Self {
-        Self { max_virtual_size: i64::MAX as u64, max_metadata_bytes: 4 << 30, cache_bytes: None }
-    }
-}
 
 /// An open image.
 pub type Vdi = BlockLayer<VdiScheme>;
@@ -44,15 +27,9 @@ pub struct VdiScheme {
 pub fn open(storage: Arc<dyn Storage>, options: &OpenOptions) -> Result<Vdi> {
     let scheme = VdiScheme::new(read_header(&*storage)?);
     let layout = &scheme.layout;
-    for (field, value, limit) in [
-        ("size", layout.size, options.max_virtual_size),
-        ("block map", layout.table_bytes(), options.max_metadata_bytes),
-    ] {
-        if value > limit {
-            let message = format!("{field} of {value} exceeds the limit of {limit}");
-            return Err(storage.located(Error::new(ErrorKind::Limit, message).with_field(field)));
-        }
-    }
+    check_limit("size", layout.size, options.max_virtual_size)
+        .and_then(|()| check_limit("block map", layout.table_bytes(), options.max_metadata_bytes))
+        .map_err(|e| storage.located(e))?;
     Vdi::new(storage, scheme, options.cache_bytes)
 }
 

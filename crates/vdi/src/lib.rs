@@ -16,5 +16,6 @@ mod new;
 pub mod structures;
 
 pub use inspect::{Inspection, inspect, inspect_bytes};
-pub use layer::{OpenOptions, Vdi, VdiScheme, open};
+pub use layer::{Vdi, VdiScheme, open};
 pub use new::NewVdi;
+pub use qcow2_core::blocks::OpenOptions;

@@ -2,31 +2,16 @@
 
 use qcow2_core::blocks::{Blueprint, NewBlocks};
 use qcow2_core::space::Preallocation;
-use qcow2_core::{Error, ErrorKind, Mem, Result, Storage, StorageExt};
+use qcow2_core::{Error, ErrorKind, Mem, Result, Storage, StorageExt, random};
 
 use crate::layer::VdiScheme;
-use crate::structures::{HEADER_LENGTH, Header, ImageType, Uuid};
+use crate::structures::{HEADER_LENGTH, Header, ImageType};
 
 /// The blueprint of a new image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NewVdi {
     header: Header,
     preallocation: Preallocation,
-}
-
-fn uuid() -> Result<Uuid> {
-    let mut bytes = [0; 16];
-    getrandom::fill(&mut bytes).map_err(|e| {
-        match e.raw_os_error().map(std::io::Error::from_raw_os_error) {
-            Some(io) => Error::io(io, "getrandom"),
-            None => Error::new(ErrorKind::Io, format!("the system gives no randomness: {e}")),
-        }
-    })?;
-    // RFC 9562, version 4; the number with the version lies in the other byte order.
-    let [_, _, _, _, _, _, _, version, variant, ..] = &mut bytes;
-    *version = (*version & 0x0f) | 0x40;
-    *variant = (*variant & 0x3f) | 0x80;
-    Ok(bytes)
 }
 
 impl NewVdi {
@@ -42,7 +27,7 @@ impl NewVdi {
         }
         let is_static = is_static || preallocation != Preallocation::Off;
         let image_type = if is_static { ImageType::Static } else { ImageType::Dynamic };
-        let header = Header::new(size, image_type, [uuid()?, uuid()?])?;
+        let header = Header::new(size, image_type, [random::guid()?, random::guid()?])?;
         Ok(NewBlocks::new(Self { header, preallocation }))
     }
 }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use qcow2_core::{Error, ErrorKind, Mem, MemMut, Result, Storage, StorageExt};
+use qcow2_core::{Error, ErrorKind, Mem, MemMut, Result, Storage, StorageExt, random};
 
 use crate::OpenOptions;
 use crate::overlay::Replayed;
@@ -223,13 +223,5 @@ pub(crate) fn write_headers(storage: &dyn Storage, header: &Header, slot: usize)
 /// # Errors
 /// `Io` where the system has no random numbers.
 pub(crate) fn new_guid() -> Result<Guid> {
-    let mut bytes = [0; 16];
-    getrandom::fill(&mut bytes).map_err(|e| {
-        Error::new(ErrorKind::Io, format!("the system gives no random numbers: {e}")).with_source(e)
-    })?;
-    // The version is the upper part of a little-endian field.
-    let [.., version, variant, _, _, _, _, _, _, _] = &mut bytes;
-    *version = *version & 0x0f | 0x40;
-    *variant = *variant & 0x3f | 0x80;
-    Ok(Guid(bytes))
+    random::guid().map(Guid)
 }

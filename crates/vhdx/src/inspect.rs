@@ -41,10 +41,8 @@ impl Inspection {
     fn add(&mut self, error: Error) -> Result<()> {
         let code = match error.kind() {
             ErrorKind::Io => return Err(error),
-            ErrorKind::Limit => FindingCode::Limit,
-            ErrorKind::UnsupportedFeature => FindingCode::UnknownFeature,
             ErrorKind::Corrupt if error.field() == Some("BAT") => FindingCode::TableOutOfBounds,
-            _ => FindingCode::HeaderInvalid,
+            kind => FindingCode::of(kind),
         };
         self.findings.push(Finding::new(code, error.message()));
         Ok(())

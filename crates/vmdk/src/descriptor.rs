@@ -2,9 +2,9 @@
 
 use std::ops::Range;
 
-use qcow2_core::{Error, ErrorKind, Result};
+use qcow2_core::{Error, ErrorKind, Result, check_limit};
 
-use crate::fields::{SECTOR, check_limit, invalid};
+use crate::fields::{SECTOR, invalid};
 
 /// Most bytes of a descriptor: what QEMU reads of one.
 pub const MAX_BYTES: u64 = (1 << 20) - 1;

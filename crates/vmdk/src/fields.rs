@@ -42,12 +42,3 @@ impl<'a> Fields<'a> {
 pub(crate) fn invalid(kind: ErrorKind, field: &'static str, value: impl Display, reason: &str) -> Error {
     Error::new(kind, format!("invalid {field} {value}: {reason}")).with_field(field)
 }
-
-/// A value above its limit.
-pub(crate) fn check_limit(field: &'static str, value: u64, limit: u64) -> Result<()> {
-    if value <= limit {
-        return Ok(());
-    }
-    let message = format!("{field} of {value} exceeds the limit of {limit}");
-    Err(Error::new(ErrorKind::Limit, message).with_field(field))
-}

@@ -1,8 +1,8 @@
 //! How an extent with grain tables is cut, whatever its header: in grains, tables of their places, and a directory of the tables.
 
-use qcow2_core::{ErrorKind, Result};
+use qcow2_core::{ErrorKind, Result, check_limit};
 
-use crate::fields::{SECTOR, check_limit, invalid};
+use crate::fields::{SECTOR, invalid};
 
 /// Largest grain in sectors: 1 GiB, as QEMU has it.
 const MAX_GRAIN: u64 = 0x20_0000;

@@ -1,9 +1,9 @@
 //! The headers of a seSparse extent: snapshots on VMFS 6. VMware documents them nowhere; what is taken is what QEMU takes, and a
 //! field of another value is refused.
 
-use qcow2_core::{ErrorKind, Result};
+use qcow2_core::{ErrorKind, Result, check_limit};
 
-use crate::fields::{Fields, SECTOR, check_limit, invalid};
+use crate::fields::{Fields, SECTOR, invalid};
 use crate::geometry::{Encoding, Geometry};
 
 /// The first eight bytes.

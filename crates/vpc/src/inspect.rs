@@ -76,12 +76,7 @@ fn judge(
 
 impl Inspection {
     fn add(&mut self, error: &qcow2_core::Error) {
-        let code = match error.kind() {
-            ErrorKind::Limit => FindingCode::Limit,
-            ErrorKind::UnsupportedFeature => FindingCode::UnknownFeature,
-            _ => FindingCode::HeaderInvalid,
-        };
-        self.findings.push(Finding::new(code, error.message()));
+        self.findings.push(Finding::error(error));
     }
 
     fn judge_header(

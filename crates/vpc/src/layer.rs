@@ -5,10 +5,10 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use qcow2_core::blocks::{BlockLayer, Layout, Scheme};
+use qcow2_core::blocks::{BlockLayer, Layout, OpenOptions, Scheme};
 use qcow2_core::check::{CheckReport, Repair};
 use qcow2_core::layer::{References, SegmentKind};
-use qcow2_core::{Error, ErrorKind, Job, Layer, Mem, MemMut, Result, Storage, StorageExt};
+use qcow2_core::{Error, ErrorKind, Job, Layer, Mem, MemMut, Result, Storage, StorageExt, check_limit};
 use quick_cache::sync::Cache;
 
 use crate::check::check;
@@ -21,23 +21,6 @@ use crate::structures::{
 
 /// Bitmaps of sectors that are kept.
 const KEPT_BITMAPS: usize = 4096;
-
-/// How to open an image. Sizes are bytes.
-#[derive(Debug, Clone)]
-pub struct OpenOptions {
-    /// Largest virtual size.
-    pub max_virtual_size: u64,
-    /// Largest BAT.
-    pub max_metadata_bytes: u64,
-    /// Most bytes of the BAT to keep.
-    pub cache_bytes: Option<u64>,
-}
-
-impl Default for OpenOptions {
-    fn default() -> Self {
-        Self { max_virtual_size: i64::MAX as u64, max_metadata_bytes: 4 << 30, cache_bytes: None }
-    }
-}
 
 /// An open dynamic or differencing disk.
 pub type Vpc = BlockLayer<VpcScheme>;
@@ -65,7 +48,7 @@ pub struct VpcScheme {
 pub fn open(storage: Arc<dyn Storage>, options: &OpenOptions) -> Result<Box<dyn Layer>> {
     let footers = read_footers(&*storage)?;
     let footer = footers.chosen().map_err(|e| storage.located(e))?;
-    check_limit(&*storage, "size", footer.virtual_size(), options.max_virtual_size)?;
+    check_limit("size", footer.virtual_size(), options.max_virtual_size).map_err(|e| storage.located(e))?;
     if footer.disk_type() == DiskType::Fixed {
         return Ok(Box::new(Fixed::new(storage, footer, footers.back_offset)?));
     }
@@ -76,16 +59,9 @@ pub fn open(storage: Arc<dyn Storage>, options: &OpenOptions) -> Result<Box<dyn 
         false => References::default(),
     };
     let scheme = VpcScheme::new(footer, header, references);
-    check_limit(&*storage, "BAT", scheme.layout.table_bytes(), options.max_metadata_bytes)?;
+    check_limit("BAT", scheme.layout.table_bytes(), options.max_metadata_bytes)
+        .map_err(|e| storage.located(e))?;
     Ok(Box::new(Vpc::new(storage, scheme, options.cache_bytes)?))
-}
-
-fn check_limit(storage: &dyn Storage, field: &'static str, value: u64, limit: u64) -> Result<()> {
-    if value <= limit {
-        return Ok(());
-    }
-    let message = format!("{field} of {value} exceeds the limit of {limit}");
-    Err(storage.located(Error::new(ErrorKind::Limit, message).with_field(field)))
 }
 
 pub(crate) fn read_header(storage: &dyn Storage, offset: u64) -> Result<Header> {

@@ -22,5 +22,6 @@ pub mod structures;
 pub use fixed::Fixed;
 pub use footers::{Footers, read_footers};
 pub use inspect::{Inspection, inspect, inspect_bytes};
-pub use layer::{OpenOptions, Vpc, VpcScheme, footer_of, open};
+pub use layer::{Vpc, VpcScheme, footer_of, open};
 pub use new::{Subformat, new_vpc};
+pub use qcow2_core::blocks::OpenOptions;

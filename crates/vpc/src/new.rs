@@ -8,7 +8,7 @@ use qcow2_core::convert::{Context, ConvertOptions, RawSink, Rules, Sink, Worker}
 use qcow2_core::layer::References;
 use qcow2_core::new_image::{Hosts, NewImage};
 use qcow2_core::space::{Preallocation, size_raw};
-use qcow2_core::{DiskOptions, Error, ErrorKind, Job, Layer, Mem, Result, Storage, StorageExt};
+use qcow2_core::{DiskOptions, Error, ErrorKind, Job, Layer, Mem, Result, Storage, StorageExt, random};
 
 use crate::fixed::Fixed;
 use crate::layer::VpcScheme;
@@ -54,12 +54,12 @@ pub fn new_vpc(
     let size = if geometry == Geometry::LARGEST { size } else { geometry.total() * SECTOR };
     match subformat {
         Subformat::Dynamic => {
-            let footer = Footer::new(DiskType::Dynamic, size, geometry, creator, uuid()?, seconds());
+            let footer = Footer::new(DiskType::Dynamic, size, geometry, creator, random::uuid()?, seconds());
             let entries = u32::try_from(size.div_ceil(BLOCK_SIZE.into())).unwrap_or(u32::MAX);
             Ok(Arc::new(NewBlocks::new(NewDynamic { footer, header: Header::new(entries), preallocation })))
         }
         Subformat::Fixed => {
-            let footer = Footer::new(DiskType::Fixed, size, geometry, creator, uuid()?, seconds());
+            let footer = Footer::new(DiskType::Fixed, size, geometry, creator, random::uuid()?, seconds());
             Ok(Arc::new(NewFixed { footer, preallocation }))
         }
     }
@@ -220,21 +220,6 @@ impl Sink for FixedSink {
         Box::new(data).finish(options, job)?;
         image.write_footer(&*host, options.durable)
     }
-}
-
-fn uuid() -> Result<[u8; 16]> {
-    let mut bytes = [0; 16];
-    getrandom::fill(&mut bytes).map_err(|e| {
-        match e.raw_os_error().map(std::io::Error::from_raw_os_error) {
-            Some(io) => Error::io(io, "getrandom"),
-            None => Error::new(ErrorKind::Io, format!("the system gives no randomness: {e}")),
-        }
-    })?;
-    // RFC 9562, version 4.
-    let [_, _, _, _, _, _, version, _, variant, ..] = &mut bytes;
-    *version = (*version & 0x0f) | 0x40;
-    *variant = (*variant & 0x3f) | 0x80;
-    Ok(bytes)
 }
 
 /// Seconds since 2000; 0 on a clock that is wrong.

@@ -43,6 +43,23 @@ pub struct Layout {
     pub metadata: Vec<Range<u64>>,
 }
 
+/// How to open an image. Sizes are bytes.
+#[derive(Debug, Clone)]
+pub struct OpenOptions {
+    /// Largest virtual size.
+    pub max_virtual_size: u64,
+    /// Largest table.
+    pub max_metadata_bytes: u64,
+    /// Most bytes of the table to keep.
+    pub cache_bytes: Option<u64>,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        Self { max_virtual_size: i64::MAX as u64, max_metadata_bytes: 4 << 30, cache_bytes: None }
+    }
+}
+
 /// What an entry of the table says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Entry {

@@ -22,5 +22,5 @@ mod write;
 pub use check::UsedPlaces;
 pub use fields::{Fields, put};
 pub use layer::BlockLayer;
-pub use layout::{Entry, Layout, Scheme};
+pub use layout::{Entry, Layout, OpenOptions, Scheme};
 pub use new::{Blueprint, NewBlocks};

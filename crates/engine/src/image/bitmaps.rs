@@ -5,7 +5,7 @@ use qcow2_format::bitmap::{BitmapCluster, BitmapDirectoryEntry, BitmapTableEntry
 use super::qcow2::Qcow2;
 use crate::invalid::invalid;
 use crate::tracker::Bits;
-use crate::{Error, ErrorKind, MemMut, Result, StorageExt};
+use crate::{Error, ErrorKind, MemMut, Result, StorageExt, check_limit};
 
 /// One persistent bitmap of an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -55,20 +55,12 @@ impl Qcow2 {
             error.with_offset(extension.directory_offset.0)
         };
         extension.validate(self.geometry().cluster_size()).map_err(corrupt)?;
-        let limit = |field: &'static str, value: u64, limit: u64| {
-            let message = format!("{field} of {value} exceeds the limit of {limit}");
-            Err(self.error(ErrorKind::Limit, message).with_field(field))
-        };
-        if extension.count > self.limits().max_bitmaps {
-            return limit("nb_bitmaps", extension.count.into(), self.limits().max_bitmaps.into());
-        }
-        if extension.directory_size > self.limits().max_metadata_bytes {
-            return limit(
-                "bitmap_directory_size",
-                extension.directory_size,
-                self.limits().max_metadata_bytes,
-            );
-        }
+        let limits = self.limits();
+        check_limit("nb_bitmaps", extension.count.into(), limits.max_bitmaps.into())
+            .and_then(|()| {
+                check_limit("bitmap_directory_size", extension.directory_size, limits.max_metadata_bytes)
+            })
+            .map_err(|e| self.storage().located(e))?;
         // A file that is shorter than the claimed directory is refused before its size is allocated.
         let file_size = self.storage().size()?;
         let end = extension.directory_offset.0.saturating_add(extension.directory_size);

@@ -11,7 +11,7 @@ use super::qcow2::{Qcow2, View};
 use super::slices::SliceCache;
 use super::snapshots::{self, LoadedSnapshots};
 use crate::invalid::invalid;
-use crate::{Error, ErrorKind, MemMut, Result, Storage, StorageExt};
+use crate::{Error, ErrorKind, MemMut, Result, Storage, StorageExt, check_limit};
 
 /// Reads and parses the header of the qcow2 image in `storage`; reads only the first cluster.
 ///
@@ -138,16 +138,9 @@ impl Qcow2 {
 }
 
 fn check_limits(header: &Header, limits: &Limits) -> Result<()> {
-    let limit = |field: &'static str, value: u64, limit: u64| {
-        if value <= limit {
-            return Ok(());
-        }
-        let message = format!("{field} of {value} exceeds the limit of {limit}");
-        Err(Error::new(ErrorKind::Limit, message).with_field(field))
-    };
-    limit("size", header.size, limits.max_virtual_size)?;
-    limit("l1_size", u64::from(header.l1_size) * 8, limits.max_metadata_bytes)?;
-    limit(
+    check_limit("size", header.size, limits.max_virtual_size)?;
+    check_limit("l1_size", u64::from(header.l1_size) * 8, limits.max_metadata_bytes)?;
+    check_limit(
         "refcount_table_clusters",
         u64::from(header.refcount_table_clusters) * header.geometry.cluster_size(),
         limits.max_metadata_bytes,

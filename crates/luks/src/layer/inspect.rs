@@ -45,12 +45,7 @@ fn judge(header: Result<Header>, file_size: Option<u64>, limits: &OpenOptions) -
         Ok(header) => header,
         Err(error) if error.kind() == ErrorKind::Io => return Err(error),
         Err(error) => {
-            let code = match error.kind() {
-                ErrorKind::Limit => FindingCode::Limit,
-                ErrorKind::UnsupportedFeature => FindingCode::UnknownFeature,
-                _ => FindingCode::HeaderInvalid,
-            };
-            found.findings.push(Finding::new(code, error.message()));
+            found.findings.push(Finding::error(&error));
             return Ok(found);
         }
     };

@@ -17,7 +17,7 @@ use qcow2_core::disk::{DiskOptions, WriteLayer};
 use qcow2_core::layer::{Layer, Place, Segment, SegmentKind};
 use qcow2_core::space::{Preallocation, reserve, write_zero_bytes};
 use qcow2_core::storage::{Sectors, Tail};
-use qcow2_core::{Error, ErrorKind, Job, Mem, MemMut, Result, Storage, StorageExt};
+use qcow2_core::{Error, ErrorKind, Job, Mem, MemMut, Result, Storage, StorageExt, check_limit};
 
 use crate::cipher::SECTOR;
 use crate::luks1::HEADER_BYTES;
@@ -161,10 +161,7 @@ impl Luks {
 
     fn with_header(storage: Arc<dyn Storage>, header: Arc<Header>, options: &OpenOptions) -> Result<Self> {
         let size = header.virtual_size(storage.size()?).map_err(|e| storage.located(e))?;
-        if size > options.max_virtual_size {
-            let message = format!("size of {size} exceeds the limit of {}", options.max_virtual_size);
-            return Err(storage.located(Error::new(ErrorKind::Limit, message).with_field("size")));
-        }
+        check_limit("size", size, options.max_virtual_size).map_err(|e| storage.located(e))?;
         Ok(Self {
             storage,
             header,

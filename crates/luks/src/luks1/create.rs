@@ -2,11 +2,11 @@
 
 use std::fmt;
 
-use qcow2_core::{Error, ErrorKind, Job, Result};
+use qcow2_core::{Error, ErrorKind, Job, Result, random};
 use zeroize::Zeroizing;
 
 use super::header::{DIGEST, KeySlot, Luks1Header, SALT, SLOTS};
-use super::{keys, random};
+use super::keys;
 use crate::cipher::SECTOR;
 use crate::kdf::{MIN_ITERATIONS, pbkdf2};
 use crate::{CipherSpec, Cost, Hash, SectorCipher, VolumeKey};
@@ -105,9 +105,9 @@ pub fn format(options: &FormatOptions<'_>, job: &Job) -> Result<Formatted> {
     options.check()?;
     let (spec, hash) = (options.spec, options.hash);
     let mut key = Zeroizing::new(vec![0; spec.key_bytes()]);
-    random(&mut key)?;
+    random::fill(&mut key)?;
     let mut mk_digest_salt = [0; SALT];
-    random(&mut mk_digest_salt)?;
+    random::fill(&mut mk_digest_salt)?;
     // The digest is asked once for each slot that is tried: an eighth of the time, as other tools do it.
     let mk_digest_iter = (options.cost.iterations(hash, DIGEST, job)? / SLOTS as u32).max(MIN_ITERATIONS);
     let digest = pbkdf2(hash, &key, &mk_digest_salt, mk_digest_iter, DIGEST, job)?;
@@ -144,10 +144,7 @@ pub fn format(options: &FormatOptions<'_>, job: &Job) -> Result<Formatted> {
 
 /// A random UUID (RFC 9562, version 4) as text.
 fn uuid() -> Result<String> {
-    let mut bytes = [0; 16];
-    random(&mut bytes)?;
-    let value = u128::from_be_bytes(bytes) & !(0xf << 76) & !(0x3 << 62) | (0x4 << 76) | (0x2 << 62);
-    let hex = format!("{value:032x}");
+    let hex = format!("{:032x}", u128::from_be_bytes(random::uuid()?));
     let part = |from: usize, to: usize| hex.get(from..to).unwrap_or_default();
     Ok([part(0, 8), part(8, 12), part(12, 16), part(16, 20), part(20, 32)].join("-"))
 }

@@ -1,10 +1,9 @@
 //! Key slots: adding, changing, erasing. Plans only: what is to be written, in an order that a power cut may interrupt anywhere.
 
-use qcow2_core::{Error, ErrorKind, Job, Result};
+use qcow2_core::{Error, ErrorKind, Job, Result, random};
 use zeroize::Zeroizing;
 
 use super::header::{Luks1Header, SALT, SLOTS, no_such_slot};
-use super::random;
 use crate::kdf::pbkdf2;
 use crate::{Cost, Limits, SectorCipher, VolumeKey, split};
 
@@ -135,7 +134,7 @@ pub fn erase_slot(header: &Luks1Header, slot: usize, force: bool) -> Result<Plan
     let mut writes = Vec::new();
     if header.check_place(slot, &limits).is_ok() {
         let mut bytes = vec![0; header.material_bytes(this) as usize];
-        random(&mut bytes)?;
+        random::fill(&mut bytes)?;
         writes.push(Write { offset: this.key_offset, bytes });
     }
     let free = super::header::KeySlot::free(this.key_offset, this.stripes);
@@ -202,7 +201,7 @@ pub(super) fn fill_slot(
     let len = header.spec.key_bytes();
     let iterations = cost.iterations(header.hash, len, job)?;
     let mut salt = [0; SALT];
-    random(&mut salt)?;
+    random::fill(&mut salt)?;
     let this = header.slots.get_mut(slot).ok_or_else(|| no_such_slot(slot))?;
     *this = this.taken(salt, iterations);
     let this = *this;

@@ -8,7 +8,7 @@ use qcow2_engine::{Error, ErrorKind, OpenOptions, Result};
 use qcow2_vhdx::{NewOptions, NewVhdx, Subformat, Vhdx};
 
 use super::{Format, Untrusted};
-use crate::inspect::Inspected;
+use crate::inspect::{Inspected, Seen};
 use crate::shape::{Purpose, Shape};
 
 pub(super) const VHDX: Format = Format {
@@ -21,7 +21,14 @@ pub(super) const VHDX: Format = Format {
             Untrusted::File(storage) => qcow2_vhdx::inspect(*storage, &options)?,
             Untrusted::Bytes(bytes) => qcow2_vhdx::inspect_bytes(bytes, &options),
         };
-        Ok(Inspected::of_vhdx(&found))
+        let metadata = found.metadata.as_ref();
+        let seen = found.header.map(|_| Seen {
+            virtual_size: metadata.map_or(0, |metadata| metadata.virtual_size),
+            cluster_size: metadata.map(|metadata| metadata.block_size),
+            backing_format: Some("vhdx"),
+            ..Seen::default()
+        });
+        Ok(Inspected::of_other(seen, found.backing_file.as_deref(), &found.findings))
     },
     make: |shape, Purpose { size, .. }| Ok(NewDisk::Format(new(shape, size)?)),
     measure: |shape, Purpose { size, .. }| Ok(MeasureTarget::Format(new(shape, size)?)),

@@ -9,7 +9,7 @@ use qcow2_engine::{Error, ErrorKind, OpenOptions, Result};
 use qcow2_vmdk::{AdapterType, CreateOptions, NewVmdk, Parent, Subformat, Vmdk};
 
 use super::{Format, Untrusted};
-use crate::inspect::Inspected;
+use crate::inspect::{Inspected, Seen};
 use crate::shape::{Purpose, Shape};
 
 pub(super) const VMDK: Format = Format {
@@ -22,7 +22,15 @@ pub(super) const VMDK: Format = Format {
             Untrusted::File(storage) => qcow2_vmdk::inspect(*storage, &options)?,
             Untrusted::Bytes(bytes) => qcow2_vmdk::inspect_bytes(bytes, None, &options),
         };
-        Ok(Inspected::of_vmdk(&found))
+        let descriptor = found.descriptor.as_ref();
+        let seen = descriptor.map(|_| Seen {
+            virtual_size: found.virtual_size.unwrap_or_default(),
+            cluster_size: found.grain,
+            backing_format: Some("vmdk"),
+            ..Seen::default()
+        });
+        let parent = descriptor.and_then(|descriptor| descriptor.parent.as_deref());
+        Ok(Inspected::of_other(seen, parent, &found.findings))
     },
     make: |shape, Purpose { size, path, .. }| {
         Ok(NewDisk::Format(Arc::new(NewVmdk::new(create_options(shape, size)?, path)?)))

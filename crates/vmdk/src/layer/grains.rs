@@ -6,13 +6,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::RwLock;
 use qcow2_core::layer::{Place, PlanBuilder, SegmentKind, Token};
-use qcow2_core::{Error, ErrorKind, MemMut, Result, Storage, StorageExt};
+use qcow2_core::{Error, ErrorKind, MemMut, Result, Storage, StorageExt, check_limit};
 
 use super::OpenOptions;
 use super::inflate::Stream;
 use super::tables::{Table, TableCache};
 use super::write::GrainWriter;
-use crate::fields::{SECTOR, check_limit};
+use crate::fields::SECTOR;
 use crate::geometry::{Geometry, Grain};
 use crate::{cowd, sesparse, sparse};
 

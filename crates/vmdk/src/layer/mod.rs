@@ -19,7 +19,7 @@ use qcow2_core::disk::{DiskOptions, WriteLayer};
 use qcow2_core::layer::{
     BackingReference, ExtentReference, Holes, Layer, Place, PlanBuilder, References, Segment, SegmentKind,
 };
-use qcow2_core::{Error, ErrorKind, MemMut, Result, Storage, StorageExt};
+use qcow2_core::{Error, ErrorKind, MemMut, Result, Storage, StorageExt, check_limit};
 
 use self::extent::{Data, Extent};
 use self::grains::{Grains, front, hosted};
@@ -27,7 +27,7 @@ use self::inflate::Inflated;
 use self::tables::TableCache;
 use self::writing::Writing;
 use crate::descriptor::{self, Access, Descriptor, ExtentLine, ExtentType, NO_PARENT};
-use crate::fields::{SECTOR, check_limit, invalid};
+use crate::fields::{SECTOR, invalid};
 use crate::{cowd, sesparse, sparse};
 
 /// How to open an image. Sizes are bytes.

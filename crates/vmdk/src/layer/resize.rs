@@ -7,14 +7,14 @@ use std::sync::atomic::Ordering;
 use qcow2_core::disk::WriteLayer;
 use qcow2_core::layer::Layer;
 use qcow2_core::space::{Preallocation, reserve, write_zero_bytes, zero_out};
-use qcow2_core::{Error, ErrorKind, Job, Mem, MemMut, Result, Storage, StorageExt};
+use qcow2_core::{Error, ErrorKind, Job, Mem, MemMut, Result, Storage, StorageExt, check_limit};
 
 use super::Vmdk;
 use super::extent::{Data, Extent};
 use super::grains::{Directory, Grains, front};
 use super::write::Tables;
 use crate::descriptor::{self, MAX_BYTES};
-use crate::fields::{SECTOR, check_limit};
+use crate::fields::SECTOR;
 use crate::geometry::Geometry;
 use crate::sparse;
 

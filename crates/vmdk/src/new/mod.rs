@@ -13,7 +13,7 @@ use qcow2_core::convert::{BlockSink, Context, RawSink, Sink};
 use qcow2_core::disk::DiskOptions;
 use qcow2_core::new_image::{Hosts, NewImage};
 use qcow2_core::space::{Preallocation, empty};
-use qcow2_core::{Error, ErrorKind, Job, Layer, Mem, Result, Storage, StorageExt};
+use qcow2_core::{Error, ErrorKind, Job, Layer, Mem, Result, Storage, StorageExt, check_limit};
 
 use self::joined::Joined;
 use self::layout::SparseLayout;
@@ -22,7 +22,7 @@ use self::sinks::{Completing, Delta, Grains};
 use self::stream_sink::StreamSink;
 use crate::cid::random_cid;
 use crate::descriptor::{Access, ExtentLine, ExtentType, NO_PARENT, NewDescriptor};
-use crate::fields::{SECTOR, check_limit, invalid};
+use crate::fields::{SECTOR, invalid};
 use crate::sparse::Header;
 use crate::{OpenOptions, Vmdk, stream};
 

@@ -1,8 +1,8 @@
 //! What a new image can be made with: the options of `qemu-img create -f vmdk`.
 
-use qcow2_core::{ErrorKind, Result};
+use qcow2_core::{ErrorKind, Result, check_limit};
 
-use crate::fields::{SECTOR, check_limit, invalid};
+use crate::fields::{SECTOR, invalid};
 
 /// Sectors that the entries of an extent reach.
 const MAX_SECTORS: u64 = 1 << 32;
