@@ -1,16 +1,10 @@
 // npm run build:cli: the command line as one file, dist/command-line.js, with the packages that it is made of, and their licences beside it. One small file is
 // found, read and compiled several times as fast as what it is made of.
-import { readdirSync, readFileSync, writeFileSync } from 'node:fs'
+import { createHash } from 'node:crypto'
+import { chmodSync, readdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { build } from 'esbuild'
 import { fail, root } from './lib.mjs'
-
-// What is started: it has the rest compiled once, where Node keeps what it compiled.
-const starter = `#!/usr/bin/env node
-require('node:module').enableCompileCache?.()
-require('./command-line.js')
-`
-writeFileSync(join(root, 'dist', 'cli.js'), starter, { mode: 0o755 })
 
 const { metafile } = await build({
   absWorkingDir: root,
@@ -29,6 +23,23 @@ const { metafile } = await build({
   allowOverwrite: true,
   logLevel: 'warning',
 })
+
+// What is started, beside it.
+const bundle = readFileSync(join(root, 'dist', 'command-line.js'))
+await build({
+  absWorkingDir: root,
+  entryPoints: ['src/cli/start.ts'],
+  outfile: 'dist/cli.js',
+  platform: 'node',
+  format: 'cjs',
+  target: 'node20',
+  banner: { js: '#!/usr/bin/env node' },
+  define: { BUNDLE: JSON.stringify(createHash('sha256').update(bundle).digest('hex').slice(0, 16)) },
+  minify: true,
+  allowOverwrite: true,
+  logLevel: 'warning',
+})
+chmodSync(join(root, 'dist', 'cli.js'), 0o755)
 
 /** The folder of the package that a file belongs to; nothing for this package's own. */
 const packageOf = file => /^(?:.*\/)?node_modules\/(?:@[^/]+\/)?[^/]+/.exec(file)?.[0]

@@ -9,7 +9,7 @@ import { declared } from '../../dist/cli/manual.js'
 
 const path = fileURLToPath(new URL('../../dist/man/qcow2.1', import.meta.url))
 const page = readFileSync(path, 'utf8')
-const program = declared('qcow2')
+const program = await declared('qcow2')
 
 /** What roff makes of its escapes. */
 const read = (text: string): string =>

@@ -1,7 +1,7 @@
 /** What a short command loads: a script that looks at many images pays it for each. */
 
 import { spawnSync } from 'node:child_process'
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { chmodSync, existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { create } from 'qcow2'
@@ -31,4 +31,75 @@ test('a short command loads neither what starts programs nor a second way to fil
   for (const name of ['child_process', 'fs/promises', 'readline', 'http', 'worker_threads', 'tls', 'crypto']) {
     expect(loaded).not.toContain(`NativeModule ${name}`)
   }
+})
+
+/** What runs through a pipe of the shell, as scripts have it: Node gives its children sockets. */
+const piped = (line: string, env: NodeJS.ProcessEnv = {}) =>
+  spawnSync('sh', ['-c', line], {
+    cwd: folder,
+    encoding: 'utf8',
+    env: { ...process.env, NODE: process.execPath, CLI, XDG_CACHE_HOME: join(folder, 'cache'), ...env },
+  })
+
+test('what is printed into a file or a pipe opens no stream', () => {
+  for (const line of [
+    '$NODE --require ./tell.cjs $CLI info disk.qcow2 | cat',
+    '$NODE --require ./tell.cjs $CLI info disk.qcow2 > out; cat out',
+  ]) {
+    const run = piped(line)
+    expect(run.stdout).toContain('file format: qcow2')
+    const loaded = readFileSync(join(folder, 'loaded'), 'utf8').split('\n')
+    for (const name of ['stream', 'net']) expect(loaded).not.toContain(`NativeModule ${name}`)
+  }
+})
+
+test('a pipe that is full waits for its reader, and what is printed arrives whole and in order', async () => {
+  const image = await create(join(folder, 'noisy.qcow2'), { size: 2 ** 30 })
+  for (let at = 0; at < 2 ** 30; at += 2 ** 18) await image.write(Buffer.alloc(512, 1), { position: at })
+  await image.close()
+  const whole = piped('$NODE $CLI map --output=json noisy.qcow2 > whole; wc -c < whole')
+  expect(Number(whole.stdout)).toBeGreaterThan(2 ** 18)
+  const slow = piped(
+    '$NODE $CLI map --output=json noisy.qcow2 | { sleep 0.3; cat; } > slow; cmp whole slow && echo same',
+  )
+  expect(slow).toMatchObject({ stdout: 'same\n', stderr: '' })
+  const enough = piped('{ $NODE $CLI map --output=json noisy.qcow2; echo $? >&2; } | head -c 10')
+  expect(enough).toMatchObject({ stdout: '[{ "start"', stderr: '0\n' })
+})
+
+test('compiled code is kept for the user alone, and what is damaged or of others is not run', () => {
+  const cache = join(folder, 'kept')
+  const info = () => piped('$NODE $CLI info disk.qcow2', { XDG_CACHE_HOME: cache })
+  const first = info()
+  const [name = '', ...more] = readdirSync(join(cache, 'qcow2'))
+  expect(more).toEqual([])
+  const file = join(cache, 'qcow2', name)
+  expect(statSync(file).mode & 0o777).toBe(0o600)
+  const whole = readFileSync(file)
+  const { ino } = statSync(file)
+  expect(info().stdout).toBe(first.stdout)
+  expect(statSync(file).ino).toBe(ino)
+  for (const damage of [Buffer.alloc(0), whole.subarray(0, 1000), Buffer.alloc(whole.length)]) {
+    writeFileSync(file, damage)
+    expect(info()).toMatchObject({ stdout: first.stdout, stderr: '', status: 0 })
+    expect(readFileSync(file).length).toBeGreaterThan(1000)
+  }
+  // Whatever it holds: others could have written it.
+  chmodSync(file, 0o666)
+  const writable = statSync(file).ino
+  expect(info().stdout).toBe(first.stdout)
+  expect(statSync(file)).toMatchObject({ mode: expect.toSatisfy((mode: number) => (mode & 0o777) === 0o600) })
+  expect(statSync(file).ino).not.toBe(writable)
+})
+
+test('without a folder to keep it in, everything works', () => {
+  for (const env of [
+    { XDG_CACHE_HOME: '/proc/none' },
+    { XDG_CACHE_HOME: 'relative' },
+    { NODE_DISABLE_COMPILE_CACHE: '1', XDG_CACHE_HOME: join(folder, 'off') },
+  ]) {
+    expect(piped('$NODE $CLI info disk.qcow2', env)).toMatchObject({ stderr: '', status: 0 })
+  }
+  expect(existsSync(join(folder, 'off'))).toBe(false)
+  expect(existsSync(join(folder, 'relative'))).toBe(false)
 })

@@ -10,6 +10,9 @@ import { isLater } from './grammar.js'
 /** Whether a word that begins with a dash is an operand all the same; `operands` are those before it. */
 export type IsOperand = (word: string, operands: readonly string[]) => boolean
 
+/** A size with a minus looks like an option; it comes behind the image. */
+export const isRelativeSize: IsOperand = (word, [filename]) => filename !== undefined && /^-[\d.]/.test(word)
+
 /** What a word is: arguments for commander, and whether the word behind it is its value. */
 interface Taken {
   readonly words: readonly string[]

@@ -2,6 +2,7 @@
 
 import { basename, extname } from 'node:path'
 import { exactArguments } from './arguments.js'
+import { directWriter } from './direct-writer.js'
 import { runProgram } from './program.js'
 import { report } from './report.js'
 import { Objects } from './secrets.js'
@@ -15,7 +16,7 @@ export async function main(argv: readonly string[]): Promise<void> {
   const abort = new AbortController()
   let exitCode = 0
   const program = programName(argv[1])
-  const stderr = new Output(process.stderr)
+  const stderr = new Output(() => process.stderr, undefined, directWriter(2))
   // It can come when all is done: files are written to at once, and tell a moment later.
   const lost = (error: Error): void => {
     stderr.write(`${program}: the output cannot be written: ${error.message}\n`)
@@ -28,7 +29,7 @@ export async function main(argv: readonly string[]): Promise<void> {
     get stdin() {
       return process.stdin
     },
-    stdout: new Output(process.stdout, lost),
+    stdout: new Output(() => process.stdout, lost, directWriter(1)),
     stderr,
     env: process.env,
     signal: abort.signal,

@@ -61,12 +61,12 @@ function commandLines(program: string, command: Command): string[] {
 }
 
 /** The program with all of its commands, by that name, as it is declared; nothing of it runs. */
-export const declared = (name: string): Command =>
+export const declared = (name: string): Promise<Command> =>
   buildProgram({ program: name, stdout: new Output(new PassThrough()), objects: new Objects() }, async () => undefined)
 
 /** The page of the program by that name. */
-export function manualPage(name: string, version: string): string {
-  const program = declared(name)
+export async function manualPage(name: string, version: string): Promise<string> {
+  const program = await declared(name)
   const lines = [
     `.TH ${argument(name.toUpperCase())} 1 "" ${argument(`${name} ${version}`)} "User Commands"`,
     '.SH NAME',

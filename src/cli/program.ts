@@ -2,30 +2,10 @@
 
 import { Command, CommanderError } from 'commander'
 import { isTarget, listed, SOURCE_FORMATS, TARGET_FORMATS } from '../formats/table.js'
-import { declareAmend } from './commands/amend.js'
-import { declareBench } from './commands/bench.js'
-import { declareBitmap } from './commands/bitmap.js'
-import { declareCheck } from './commands/check.js'
-import { declareCommit } from './commands/commit.js'
-import { declareCompact } from './commands/compact.js'
-import { declareCompare } from './commands/compare.js'
-import { declareCompletion } from './commands/completion.js'
-import { declareConvert } from './commands/convert.js'
-import { declareCreate } from './commands/create.js'
-import { declareDd } from './commands/dd.js'
-import { declareInfo } from './commands/info.js'
-import { declareIo } from './commands/io.js'
-import { declareMap } from './commands/map.js'
-import { declareMeasure } from './commands/measure.js'
-import { declareNbd } from './commands/nbd.js'
-import { declareRebase } from './commands/rebase.js'
-import { declareResize, isSize } from './commands/resize.js'
-import { declareShims } from './commands/shims.js'
-import { declareSnapshot } from './commands/snapshot.js'
 import { isDescription } from './descriptions.js'
 import { EXAMPLES } from './examples.js'
 import { CommandFailure, OptionFailure, UsageFailure } from './failure.js'
-import { arrange } from './getopt.js'
+import { arrange, isRelativeSize } from './getopt.js'
 import type { Session } from './session.js'
 
 /** Runs what a command line asked for; resolves to its exit code. */
@@ -39,28 +19,30 @@ export const VALUES = `
 Sizes take the suffixes k, M, G, T, P and E, powers of 1024. Formats are ${TARGETS}; only read: ${ONLY_READ}.
 Backing files are followed by file name only, never json: or a protocol.`
 
-/** What each command is declared by, in the order of the help. */
-const COMMANDS: Readonly<Record<string, (program: Command, run: Runner, whole: () => Command) => void>> = {
-  create: declareCreate,
-  convert: declareConvert,
-  info: declareInfo,
-  map: declareMap,
-  check: declareCheck,
-  measure: declareMeasure,
-  compare: declareCompare,
-  snapshot: declareSnapshot,
-  bitmap: declareBitmap,
-  resize: declareResize,
-  amend: declareAmend,
-  commit: declareCommit,
-  rebase: declareRebase,
-  compact: declareCompact,
-  dd: declareDd,
-  io: declareIo,
-  nbd: declareNbd,
-  bench: declareBench,
-  shims: declareShims,
-  completion: declareCompletion,
+type Declare = (program: Command, run: Runner, whole: () => Promise<Command>) => void
+
+/** What each command is declared by, in the order of the help. Only that of the command that runs is loaded: all of them together take longer than most of them run. */
+const COMMANDS: Readonly<Record<string, () => Promise<Declare>>> = {
+  create: async () => (await import('./commands/create.js')).declareCreate,
+  convert: async () => (await import('./commands/convert.js')).declareConvert,
+  info: async () => (await import('./commands/info.js')).declareInfo,
+  map: async () => (await import('./commands/map.js')).declareMap,
+  check: async () => (await import('./commands/check.js')).declareCheck,
+  measure: async () => (await import('./commands/measure.js')).declareMeasure,
+  compare: async () => (await import('./commands/compare.js')).declareCompare,
+  snapshot: async () => (await import('./commands/snapshot.js')).declareSnapshot,
+  bitmap: async () => (await import('./commands/bitmap.js')).declareBitmap,
+  resize: async () => (await import('./commands/resize.js')).declareResize,
+  amend: async () => (await import('./commands/amend.js')).declareAmend,
+  commit: async () => (await import('./commands/commit.js')).declareCommit,
+  rebase: async () => (await import('./commands/rebase.js')).declareRebase,
+  compact: async () => (await import('./commands/compact.js')).declareCompact,
+  dd: async () => (await import('./commands/dd.js')).declareDd,
+  io: async () => (await import('./commands/io.js')).declareIo,
+  nbd: async () => (await import('./commands/nbd.js')).declareNbd,
+  bench: async () => (await import('./commands/bench.js')).declareBench,
+  shims: async () => (await import('./commands/shims.js')).declareShims,
+  completion: async () => (await import('./commands/completion.js')).declareCompletion,
 }
 
 /** The commands that are tools of their own in QEMU: a program of such a name is that command. */
@@ -69,8 +51,8 @@ const TOOLS: Readonly<Record<string, string>> = { 'qemu-io': 'io', 'qemu-nbd': '
 /** What declaring the commands needs of a session; the rest is for running one. */
 type Declaring = Pick<Session, 'program' | 'stdout' | 'objects'>
 
-/** The whole program, or what it is with one command only: declaring all of them takes longer than a short command. */
-export function buildProgram(session: Declaring, run: Runner, only?: string): Command {
+/** The whole program, or what it is with one command only. */
+export async function buildProgram(session: Declaring, run: Runner, only?: string): Promise<Command> {
   const printVersion = (): never => {
     session.stdout.write(`${session.program} version ${packageVersion()}\n`)
     throw new CommanderError(0, 'commander.version', 'the version was printed')
@@ -91,8 +73,10 @@ export function buildProgram(session: Declaring, run: Runner, only?: string): Co
       // Errors are thrown too, and worded in one place.
       writeErr: () => undefined,
     })
-  for (const [name, declare] of Object.entries(COMMANDS)) {
-    if (only === undefined || name === only) declare(program, run, () => buildProgram(session, run))
+  for (const [name, load] of Object.entries(COMMANDS)) {
+    if (only !== undefined && name !== only) continue
+    const declare = await load()
+    declare(program, run, () => buildProgram(session, run))
   }
   for (const command of program.commands) {
     // Of a tool it is the program's later.
@@ -187,7 +171,7 @@ export async function runProgram(given: readonly string[], session: Session): Pr
   const run: Runner = async work => {
     exitCode = await work(session)
   }
-  const program = buildProgram(session, run, command)
+  const program = await buildProgram(session, run, command)
   const hint = (command?: string) =>
     `Try '${[session.program, command].filter(Boolean).join(' ')} --help' for more information`
   if (first === undefined) throw new CommandFailure('Not enough arguments', { hint: hint() })
@@ -202,7 +186,7 @@ export async function runProgram(given: readonly string[], session: Session): Pr
   try {
     if (chosen === undefined) await program.parseAsync(arrange([...args], program), { from: 'user' })
     else {
-      const rest = arrange(args.slice(1), chosen, command === 'resize' ? isSize : undefined)
+      const rest = arrange(args.slice(1), chosen, command === 'resize' ? isRelativeSize : undefined)
       if (own === undefined) await program.parseAsync([chosen.name(), ...rest], { from: 'user' })
       else await chosen.parseAsync(rest, { from: 'user' })
     }

@@ -56,9 +56,9 @@ export async function withProgress<T>(
 function reporterFor(session: Session, choice: ProgressChoice): Reporter {
   const { progress, quiet, verb } = choice
   if (quiet) return new Silent(session)
-  const terminal = session.stderr.stream.isTTY && session.env['TERM'] !== 'dumb'
+  const terminal = session.stderr.isTerminal && session.env['TERM'] !== 'dumb'
   // `-p` with the output going elsewhere is a program that reads qemu-img's lines.
-  const lines = progress && !(terminal && session.stdout.stream.isTTY)
+  const lines = progress && !(terminal && session.stdout.isTerminal)
   if (lines) return new Lines(session, choice)
   return terminal ? new Bar(session, verb) : new Silent(session)
 }

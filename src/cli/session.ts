@@ -1,6 +1,7 @@
 /** What a command may use of the process: its streams, its environment, and the signal that ends it early. */
 
 import { encodeText, isText } from '../text.js'
+import type { DirectWriter } from './direct-writer.js'
 import type { Objects } from './secrets.js'
 
 export interface Session {
@@ -34,7 +35,10 @@ const CHUNK = 1 << 16
  * who has seen enough (`| head`) ends the output quietly, not the work.
  */
 export class Output {
-  readonly stream: Sink
+  readonly #open: () => Sink
+  #opened: Sink | undefined
+  readonly #lost: ((error: Error) => void) | undefined
+  #direct: DirectWriter | undefined
   #pending = ''
   #closed = false
   /** Pieces that the stream has not written yet. */
@@ -42,13 +46,24 @@ export class Output {
   /** Who waits for the stream to move on. */
   #waiting: (() => void)[] = []
 
-  /** `lost` hears of an error that is not just a reader who has seen enough. */
-  constructor(stream: Sink, lost?: (error: Error) => void) {
-    this.stream = stream
+  /**
+   * The stream is opened when it is needed: most of what is printed the `direct` writer takes at once. `lost` hears of an error that is not
+   * just a reader who has seen enough.
+   */
+  constructor(stream: Sink | (() => Sink), lost?: (error: Error) => void, direct?: DirectWriter) {
+    this.#open = typeof stream === 'function' ? stream : () => stream
+    this.#lost = lost
+    this.#direct = direct
+    // A stream that is there already may fail before anything is written.
+    if (typeof stream !== 'function') void this.stream
+  }
+
+  get stream(): Sink {
+    if (this.#opened !== undefined) return this.#opened
+    const stream = this.#open()
+    this.#opened = stream
     stream.on('error', (error: NodeJS.ErrnoException) => {
-      const first = !this.#closed
-      this.#closed = true
-      if (first && error.code !== 'EPIPE' && error.code !== 'ERR_STREAM_DESTROYED') lost?.(error)
+      this.#end(error)
       this.#wake()
     })
     // Once for all that will ever wait.
@@ -57,6 +72,11 @@ export class Output {
       this.#closed = true
       this.#wake()
     })
+    return stream
+  }
+
+  get isTerminal(): boolean {
+    return this.#direct === undefined && this.stream.isTTY === true
   }
 
   /** Nobody reads any more. */
@@ -74,8 +94,10 @@ export class Output {
     const text = this.#pending
     this.#pending = ''
     if (text === '' || this.#closed) return
+    const rest = this.#writeDirectly(text)
+    if (rest.length === 0) return
     this.#unwritten += 1
-    this.stream.write(isText(text) ? text : encodeText(text), () => {
+    this.stream.write(rest, () => {
       this.#unwritten -= 1
       this.#wake()
     })
@@ -83,7 +105,7 @@ export class Output {
 
   /** Waits until the reader has caught up. */
   async drained(): Promise<void> {
-    while (this.stream.writableNeedDrain && !this.#closed) await this.#moved()
+    while (this.#opened?.writableNeedDrain && !this.#closed) await this.#moved()
   }
 
   /**
@@ -93,6 +115,26 @@ export class Output {
   async written(): Promise<void> {
     this.flush()
     while (this.#unwritten > 0 && !this.#closed) await this.#moved()
+  }
+
+  /** What is left for the stream. From the first such piece on all goes that way, in its order. */
+  #writeDirectly(text: string): string | Buffer {
+    if (this.#direct === undefined) return isText(text) ? text : encodeText(text)
+    const bytes = encodeText(text)
+    try {
+      const taken = this.#direct(bytes)
+      if (taken < bytes.length) this.#direct = undefined
+      return bytes.subarray(taken)
+    } catch (error) {
+      this.#end(error as NodeJS.ErrnoException)
+      return ''
+    }
+  }
+
+  #end(error: NodeJS.ErrnoException): void {
+    const first = !this.#closed
+    this.#closed = true
+    if (first && error.code !== 'EPIPE' && error.code !== 'ERR_STREAM_DESTROYED') this.#lost?.(error)
   }
 
   #moved(): Promise<void> {

@@ -14,7 +14,7 @@ interface Entry {
   }[]
 }
 
-export function declareCompletion(program: Command, run: Runner, whole: () => Command): void {
+export function declareCompletion(program: Command, run: Runner, whole: () => Promise<Command>): void {
   program
     .command('completion')
     .summary('print what a shell completes commands and options by')
@@ -26,7 +26,7 @@ export function declareCompletion(program: Command, run: Runner, whole: () => Co
         const [shell = ''] = shells
         const write = Object.hasOwn(SCRIPTS, shell) ? SCRIPTS[shell] : undefined
         if (write === undefined || shells.length !== 1) throw new UsageFailure('Expecting a shell: bash, zsh or fish')
-        session.stdout.write(write(entriesOf(whole())))
+        session.stdout.write(write(entriesOf(await whole())))
         return 0
       }),
     )

@@ -3,7 +3,6 @@ import { isPlain } from '../../formats/table.js'
 import type { Preallocation } from '../../index.js'
 import { describeError } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
-import type { IsOperand } from '../getopt.js'
 import { SOURCES, takeDriverSyntax } from '../grammar.js'
 import { withImage } from '../images.js'
 import { parseValue } from '../options.js'
@@ -35,9 +34,6 @@ export function declareResize(program: Command, run: Runner): void {
   takeDriverSyntax(command)
   command.action((files: string[], options: ResizeArguments) => run(session => resize(files, options, session)))
 }
-
-/** A size with a minus looks like an option; it comes behind the image. */
-export const isSize: IsOperand = (word, [filename]) => filename !== undefined && /^-[\d.]/.test(word)
 
 async function resize(args: readonly string[], options: ResizeArguments, session: Session): Promise<number> {
   const [filename, text, excess] = args
