@@ -31,6 +31,42 @@ const QEMU_IMG: readonly (readonly [ours: RegExp, theirs: string])[] = [
   ]),
 ]
 
+/** What QEMU says of an image that a request finds corrupt and marks so, by what the library says of it. */
+const CORRUPTIONS: readonly (readonly [ours: RegExp, theirs: (...found: string[]) => string])[] = [
+  [
+    /^the header has a refcount of 0 (\(field L2 table\b)?/,
+    (_, table) => `Preventing invalid allocation of ${table === undefined ? 'data cluster' : 'L2 table'} at offset 0`,
+  ],
+  [
+    /^refcount block (\d+): invalid refcount table entry (0x[0-9a-f]+): the refcount block offset is not a multiple/,
+    (_, index, offset) => `Refblock offset ${offset} unaligned (reftable index: ${prefixedHex(Number(index))})`,
+  ],
+  [
+    /^a write of guest data would overwrite the (.*): the image is marked corrupt/,
+    (_, name = '') => `Preventing invalid write on metadata (overlaps with ${STRUCTURES[name] ?? name})`,
+  ],
+]
+
+/** Structures of an image by QEMU's names. */
+const STRUCTURES: Readonly<Record<string, string>> = {
+  header: 'qcow2_header',
+  'snapshot L1 table': 'inactive L1 table',
+  'L2 table or refcount block': 'active L2 table',
+}
+
+const prefixedHex = (value: number): string => (value === 0 ? '0' : `0x${value.toString(16)}`)
+
+/** The line that QEMU prints when a request that failed marked the image corrupt. Undefined where it did not. */
+export function corruptionLine(message: string): string | undefined {
+  for (const [ours, theirs] of CORRUPTIONS) {
+    const found = ours.exec(message)
+    if (found !== null) {
+      return `qcow2: Marking image as corrupt: ${theirs(...found)}; further corruption events will be suppressed`
+    }
+  }
+  return undefined
+}
+
 const OVERHANGING = 'You can force-remove all $2 overhanging snapshots'
 const TABLE = 'failed to read the snapshot table: '
 const EXTRA = 'Too much extra metadata in snapshot table entry \\d+'
@@ -41,6 +77,28 @@ const CHECK_FAILURES: readonly (readonly [ours: RegExp, theirs: string, hint: st
   [new RegExp(`^(${TABLE}Snapshot table is too big): .*last (\\d+) up.*`), '$1', OVERHANGING],
   [/^(snapshot table too large): .*last (\d+) up.*/, '$1', OVERHANGING],
 ]
+
+/** Snapshot tables for which qemu-img opens no image, by why the library shows what is left of them. */
+const REFUSED_TABLES: readonly (readonly [ours: RegExp, theirs: string, hint?: string])[] = [
+  [/^nb_snapshots of \d+ exceeds the limit of .*/s, 'Snapshot table too large'],
+  [/^snapshot table of more than \d+ bytes exceeds the limit.*/s, 'Snapshot table is too big'],
+  [
+    /^snapshot table entry (\d+): extra data of .* exceeds the limit of .*/s,
+    'Too much extra metadata in snapshot table entry $1',
+    'You can force-remove this extra metadata with qemu-img check -r all',
+  ],
+]
+
+/** Why a program under qemu-img's name does not open an image whose snapshot table is damaged, and the way out. */
+export function refusedTable(
+  reason: string,
+  program: string,
+): { readonly message: string; readonly hint?: string } | undefined {
+  const found = program === 'qemu-img' ? REFUSED_TABLES.find(([ours]) => ours.test(reason)) : undefined
+  if (found === undefined) return undefined
+  const [ours, theirs, hint] = found
+  return { message: reason.replace(ours, theirs), ...(hint !== undefined && { hint }) }
+}
 
 /** What the program says of a check that failed: lines in front, and the reason. */
 export function spokenCheckFailure(
