@@ -6,6 +6,27 @@
 /** Programs look for no codes, and QEMU has none. */
 const CODE = /( \(field [^()]*\))?( \(ERR_[A-Z0-9_]+\))$/
 
+/** Why an image is not opened: what a message ends with, and what all of QEMU's programs say there. */
+const OPENING: readonly (readonly [ours: RegExp, theirs: string])[] = [
+  [/: invalid header_length 0x[0-9a-f]+: the header exceeds the first cluster$/, ': qcow2 header exceeds cluster size'],
+  [/: invalid backing_file_offset 0x[0-9a-f]+: [^:]*$/, ': Invalid backing file offset'],
+  [/: invalid backing_file_size 0x[0-9a-f]+: longer than [^:]*$/, ': Backing file name too long'],
+  [/: invalid header extension length 0x[0-9a-f]+: the extension is larger [^:]*$/, ': Header extension too large'],
+  [/: refcount_table_offset of \d+ exceeds the limit of \d+$/, ': Reference count table too large'],
+  [/: invalid refcount_table_offset 0x[0-9a-f]+: [^:]*$/, ': Reference count table offset invalid'],
+  [/: l1_table_offset of \d+ exceeds the limit of \d+$/, ': Active L1 table too large'],
+  [/: invalid l1_table_offset 0x[0-9a-f]+: [^:]*$/, ': Active L1 table offset invalid'],
+  [/: the snapshot table is damaged \(nb_snapshots of \d+ exceeds [^()]*\): [^:]*$/, ': Snapshot table too large'],
+  [
+    /: the snapshot table is damaged \(invalid snapshots_offset 0x[0-9a-f]+: [^()]*\): [^:]*$/,
+    ': Snapshot table offset invalid',
+  ],
+  [
+    /: the image is marked corrupt: repair it before writing$/,
+    ': qcow2: Image is corrupt; cannot be opened read/write',
+  ],
+]
+
 /** What a message is, and what qemu-img says for it. All that fit are said, in this order. */
 const QEMU_IMG: readonly (readonly [ours: RegExp, theirs: string])[] = [
   [/: invalid l1_size 0x[0-9a-f]+: the virtual size is too big$/, ': Image is too big'],
@@ -81,6 +102,7 @@ const CHECK_FAILURES: readonly (readonly [ours: RegExp, theirs: string, hint: st
 /** Snapshot tables for which qemu-img opens no image, by why the library shows what is left of them. */
 const REFUSED_TABLES: readonly (readonly [ours: RegExp, theirs: string, hint?: string])[] = [
   [/^nb_snapshots of \d+ exceeds the limit of .*/s, 'Snapshot table too large'],
+  [/^invalid snapshots_offset 0x[0-9a-f]+: .*/s, 'Snapshot table offset invalid'],
   [/^snapshot table of more than \d+ bytes exceeds the limit.*/s, 'Snapshot table is too big'],
   [
     /^snapshot table entry (\d+): extra data of .* exceeds the limit of .*/s,
@@ -115,6 +137,6 @@ export function spokenCheckFailure(
 /** A message as the program says it. */
 export function spoken(message: string, program: string): string {
   if (!program.startsWith('qemu-')) return message
-  const words = program === 'qemu-img' ? QEMU_IMG : []
+  const words = program === 'qemu-img' ? [...OPENING, ...QEMU_IMG] : OPENING
   return words.reduce((said, [ours, theirs]) => said.replace(ours, theirs), message.replace(CODE, ''))
 }
