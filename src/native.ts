@@ -107,6 +107,7 @@ export interface NativeWriting {
   readonly discard?: string | undefined
   readonly detectZeroes?: string | undefined
   readonly lazyRefcounts?: boolean | undefined
+  readonly firstFit?: boolean | undefined
 }
 
 export interface NativeLayerOptions {

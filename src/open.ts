@@ -58,10 +58,21 @@ export async function openFor(needs: Need | undefined, source: ImageSource, opti
   return await forgetting(() => openImage(needs, source, options))
 }
 
-async function openImage(needs: Need | undefined, source: ImageSource, options?: OpenOptions): Promise<Image> {
+/** As {@link open}, for a program that lays out what it writes as QEMU does: the first free clusters, one behind the other. */
+export async function openFirstFit(source: ImageSource, options?: OpenOptions): Promise<Image> {
+  return await forgetting(() => openImage(undefined, source, options, true))
+}
+
+async function openImage(
+  needs: Need | undefined,
+  source: ImageSource,
+  options: OpenOptions | undefined,
+  firstFit?: boolean,
+): Promise<Image> {
   const located = toLocated(source, 'source')
   const read = readOptions(options, 'open', OPEN)
-  const access = toAccess('open', read)
+  const given = toAccess('open', read)
+  const access = { ...given, write: given.write && { ...given.write, firstFit } }
   if (access.write !== undefined && read.snapshot !== undefined) {
     throw invalidArgument('snapshot', "open: a snapshot is a read-only view: it cannot be opened with flags: 'r+'")
   }

@@ -91,6 +91,16 @@ describeWithQemu('damaged tables', () => {
         stdout: theirs.stdout,
         stderr: theirs.stderr,
       })
+      for (const command of ['info', 'snapshot -l']) {
+        const args = [...command.split(' '), name]
+        const said = await execute('qemu-img', args, folder)
+        const { code, stdout, stderr } = await asQemuImg(args, folder)
+        expect({ code, stdout }).toEqual({ code: said.code, stdout: said.stdout })
+        // How many snapshots would have to go is known to a check.
+        if (name === long) expect(said.stderr).toMatch(new RegExp(`^${stderr}You can force-remove all \\d+ `))
+        else expect(stderr).toBe(said.stderr)
+        expect((await run(...args)).code, 'under our name it is shown, with a warning').toBe(0)
+      }
       expect((await run('check', name)).stderr, 'under our name').toMatch(/^qcow2: Check failed: .*a repair of all/)
     }
   })

@@ -67,6 +67,9 @@ export const asQemuImg = (args: readonly string[], folder: string, cwd = folder)
 /** The same, as qemu-nbd: for what does not serve. */
 export const asQemuNbd = (args: readonly string[], folder: string): Promise<Outcome> => inTurn('qemu-nbd', args, folder)
 
+/** The same, as qemu-io. */
+export const asQemuIo = (args: readonly string[], folder: string): Promise<Outcome> => inTurn('qemu-io', args, folder)
+
 function inTurn(tool: string, args: readonly string[], cwd: string): Promise<Outcome> {
   const outcome = turn.then(() => inThisProcess(tool, args, cwd))
   turn = outcome.catch(() => undefined)

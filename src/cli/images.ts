@@ -5,6 +5,7 @@ import { type Format, type Image, type ImageInfo, type OpenOptions, open, probe,
 import { exactText, toName } from '../text.js'
 import { describeError, openFailure, pathOf } from './errors.js'
 import { CommandFailure } from './failure.js'
+import { refusedTable } from './qemu-words.js'
 import type { Session } from './session.js'
 import { imageSource, placeOf, sourceOf } from './sources.js'
 
@@ -35,7 +36,10 @@ export async function formatOf(filename: string, requested: string | undefined, 
   )
 }
 
-/** Says what of an image is not shown because its tables, or its LUKS header, are damaged. */
+/**
+ * Says what of an image is not shown because its tables, or its LUKS header, are damaged. Under qemu-img's name nothing is shown of an
+ * image that qemu-img does not open.
+ */
 export function warnOfDamage(
   filename: string,
   { damaged = [], formatSpecific }: Pick<ImageInfo, 'damaged' | 'formatSpecific'>,
@@ -43,6 +47,11 @@ export function warnOfDamage(
 ): void {
   const warn = (error: Error): string => `${session.program}: warning: ${filename}: ${describeError(error)}`
   for (const error of damaged) {
+    const refused = refusedTable(describeError(error), session.program)
+    if (refused !== undefined) {
+      const { message, ...how } = refused
+      throw new CommandFailure(`Could not open '${filename}': ${message}`, { ...how, cause: error })
+    }
     session.stderr.write(`${warn(error)}: '${session.program} check -r all' keeps what is left of it\n`)
   }
   const header = formatSpecific?.encrypt?.damaged
@@ -107,10 +116,11 @@ export async function openImage(
   options: Omit<OpenOptions, 'format' | 'signal'>,
   session: Session,
   unwritable?: string,
+  opener = open,
 ): Promise<Image> {
   const format = await formatOf(filename, requested, session)
   const opening = { ...options, format, signal: session.signal }
-  if (options.flags !== 'r+' || can(format, 'write')) return open(sourceOf(filename, session), opening)
+  if (options.flags !== 'r+' || can(format, 'write')) return opener(sourceOf(filename, session), opening)
   // What is wrong with the file itself comes first.
   const image = await open(sourceOf(filename, session), { ...opening, flags: 'r' })
   await image.close()

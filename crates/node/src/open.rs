@@ -219,6 +219,8 @@ pub struct WritingOptions {
     pub detect_zeroes: Option<String>,
     /// Late refcounts.
     pub lazy_refcounts: Option<bool>,
+    /// The first free clusters, none reserved ahead.
+    pub first_fit: Option<bool>,
 }
 
 impl WritingOptions {
@@ -237,6 +239,7 @@ impl WritingOptions {
             },
             flush_each: cache_mode(self.cache.as_deref())?.flushes_every_write(),
             lazy_refcounts: self.lazy_refcounts == Some(true),
+            first_fit: self.first_fit == Some(true),
             ..WriteOptions::default()
         })
     }

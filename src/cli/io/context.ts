@@ -2,7 +2,7 @@
 
 import { Qcow2Error } from '../../index.js'
 import { describeError, strerror } from '../errors.js'
-import { spoken } from '../qemu-words.js'
+import { corruptionLine, spoken } from '../qemu-words.js'
 import type { Session } from '../session.js'
 import type { OpenDisk } from './disk.js'
 import { LineFailure } from './line.js'
@@ -51,11 +51,17 @@ export class Context {
   readonly complainAs = (message: string): Promise<void> =>
     this.complain(`${this.session.program}: ${spoken(message, this.session.program)}`)
 
-  /** A failed request: in the C library's words on stdout, and under our own name what it was on stderr. */
+  /**
+   * A failed request: in the C library's words on stdout, and on stderr what it was under our own name, that the image is marked corrupt
+   * under QEMU's.
+   */
   async fail(what: string, error: unknown): Promise<void> {
-    this.out(`${what}: ${errno(error)}\n`)
+    const named = this.session.program.startsWith('qemu-')
     const own = error instanceof Qcow2Error && error.code.startsWith('ERR_')
-    if (own && !this.session.program.startsWith('qemu-')) await this.complainAs(describeError(error))
+    const corruption = own && named ? corruptionLine(describeError(error)) : undefined
+    if (corruption !== undefined) await this.complain(corruption)
+    this.out(`${what}: ${errno(error)}\n`)
+    if (own && !named) await this.complainAs(describeError(error))
   }
 
   /** Runs a request; what comes of it is said as soon as it is done. Resolves to whether it was. */

@@ -5,6 +5,7 @@ import { tmpdir } from 'node:os'
 import { join, resolve } from 'node:path'
 import { PLAIN_FORMAT } from '../../formats/table.js'
 import { type CacheMode, create, type Image, type ImageInfo, type OpenOptions } from '../../index.js'
+import { openFirstFit } from '../../open.js'
 import { encodeText } from '../../text.js'
 import { describeError, openHint } from '../errors.js'
 import { CommandFailure } from '../failure.js'
@@ -75,13 +76,14 @@ async function openItself(how: Opening, session: Session): Promise<OpenDisk> {
     ...(cacheSize !== undefined && { l2CacheSize: toSize(cacheSize) }),
     ...(how.readOnly ? { flags: 'r' } : { flags: 'r+', discard: how.discard }),
   }
-  const image = await openImage(how.filename, how.format, access, session)
+  const openAs = (as: Access) => openImage(how.filename, how.format, as, session, undefined, openFirstFit)
+  const image = await openAs(access)
   const disk = await described(how, image)
   const { lazyRefcounts = false } = disk.info.formatSpecific ?? {}
   if (how.readOnly || !(how.options.get('lazy-refcounts') ?? lazyRefcounts)) return disk
   // As the image says, which is known only now.
   await image.close()
-  return described(how, await openImage(how.filename, how.format, { ...access, lazyRefcounts: true }, session))
+  return described(how, await openAs({ ...access, lazyRefcounts: true }))
 }
 
 /** Looks at an image that was opened, and checks options that depend on it. It is closed if they do not fit. */

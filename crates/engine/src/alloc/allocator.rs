@@ -91,6 +91,8 @@ pub(crate) struct Allocator {
     pub(super) search: u64,
     /// Behind the last allocation: going on there keeps the file in guest order.
     next: u64,
+    /// The first free clusters are taken, wherever the guest's neighbours are, and none are reserved ahead.
+    first_fit: bool,
     /// The start of a chunk was placed. The first one begins at the first free cluster, so that nothing in front of it stays a hole.
     chunked: bool,
     /// Clusters handed out since the last flush, to be written to.
@@ -131,10 +133,16 @@ impl Allocator {
             end,
             search: 0,
             next: 0,
+            first_fit: false,
             chunked: false,
             recent: 0,
             packing: None,
         })
+    }
+
+    /// The same with [`WriteOptions::first_fit`](crate::WriteOptions::first_fit) as given.
+    pub(crate) fn with_first_fit(self, first_fit: bool) -> Self {
+        Self { first_fit, ..self }
     }
 
     /// Takes at least 1 and at most `count` contiguous clusters. `covered` says that every byte of them will be written
@@ -147,7 +155,7 @@ impl Allocator {
         metadata: &mut MetadataMap,
     ) -> Result<Allocation> {
         let chunk = chunk_clusters(&self.geometry);
-        let mut wish = wish;
+        let mut wish = if self.first_fit { Wish { sparse: wish.sparse, ..Wish::default() } } else { wish };
         if wish.within == Some(0) && !std::mem::replace(&mut self.chunked, true) {
             wish.within = None;
         }
@@ -157,7 +165,7 @@ impl Allocator {
                 for clean in order {
                     let pool = if durable { &mut self.ready } else { &mut self.fresh };
                     if let Some((cluster, count)) = take(pool.of(clean), count, wish, chunk, self.next) {
-                        self.next = cluster + count;
+                        self.next = if self.first_fit { 0 } else { cluster + count };
                         self.recent += if wish.sparse { 0 } else { count };
                         return Ok(Allocation { cluster, count, host_zero: clean, durable });
                     }
@@ -212,7 +220,11 @@ impl Allocator {
         pool.stale.insert(allocation.cluster, allocation.count);
     }
 
+    /// Clusters to reserve ahead.
     fn batch(&self) -> u64 {
+        if self.first_fit {
+            return 0;
+        }
         let bytes = |b: &u64| (b / self.geometry.cluster_size()).max(4);
         (self.recent * 2).clamp(bytes(BATCH_BYTES.start()), bytes(BATCH_BYTES.end()))
     }

@@ -9,7 +9,6 @@ use qcow2_format::refcount::{self, RefcountTableEntry};
 use qcow2_format::{Geometry, Header, HostOffset, words};
 
 use super::forked::Fork;
-use crate::invalid::invalid;
 use crate::patch::write_patch;
 use crate::{Error, ErrorKind, Mem, MemMut, Result, Storage, StorageExt};
 
@@ -213,9 +212,9 @@ impl Refcounts {
         if !self.blocks.contains_key(&index) {
             let entry = RefcountTableEntry(self.table.get(index as usize).copied().unwrap_or(0));
             let offset = entry.block(&self.geometry).map_err(|e| {
-                self.storage
-                    .located(invalid(e, ErrorKind::Corrupt))
-                    .with_offset(self.table_offset + index * 8)
+                let error = Error::new(ErrorKind::Corrupt, format!("refcount block {index}: {e}"));
+                let error = error.with_field("refcount table entry").with_source(e);
+                self.storage.located(error).with_offset(self.table_offset + index * 8)
             })?;
             let Some(offset) = offset else { return Ok(None) };
             let mut bytes = vec![0u8; self.geometry.cluster_len()];

@@ -76,7 +76,8 @@ fn flush_pending(image: &Qcow2, writer: &Writer, lazy: bool) -> Result<()> {
     let _one = writer.flushing.lock();
     writer.check()?;
     let pending = image.changing().take_pending();
-    writer.write_pending(image, pending, lazy).map_err(|e| writer.poison(e))
+    let written = writer.write_pending(image, pending, lazy).map_err(|e| writer.poison(e));
+    written.map_err(|e| writer.note_corruption(image, e))
 }
 
 impl Writer {

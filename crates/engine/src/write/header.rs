@@ -7,7 +7,7 @@ use qcow2_format::header::field::{self, Patch};
 use crate::image::Qcow2;
 use crate::patch::write_patch;
 use crate::writer::Writer;
-use crate::{Result, StorageExt};
+use crate::{Error, ErrorKind, Result, StorageExt};
 
 /// What one write of the header switches: fields that lie in one sector.
 #[derive(Debug, Clone, Copy)]
@@ -66,6 +66,15 @@ impl Writer {
             let _ = self.write_incompatible(image, header.incompatible | Incompatible::CORRUPT | dirty);
             let _ = image.storage().flush();
         }
+    }
+
+    /// After an error: where it is that structures contradict each other, and nothing more is written for that, the file says so, too.
+    /// Whoever opens it next would trust the same refcounts.
+    pub(super) fn note_corruption(&self, image: &Qcow2, error: Error) -> Error {
+        if error.kind() == ErrorKind::Corrupt && self.is_poisoned_by(ErrorKind::Corrupt) {
+            self.mark_corrupt(image);
+        }
+        error
     }
 
     /// Everything is in the file and durable: the image is no longer dirty.

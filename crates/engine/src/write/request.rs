@@ -100,13 +100,14 @@ impl Image {
                 writer.begin(image)?;
                 self.preserve(range);
                 writer.bitmaps.mark(range);
-                match request(Top::Qcow2(active)) {
+                let done = match request(Top::Qcow2(active)) {
                     Err(error) if error.is_no_space() => {
                         active.reclaim()?;
-                        request(Top::Qcow2(active))?;
+                        request(Top::Qcow2(active))
                     }
-                    done => done?,
-                }
+                    done => done,
+                };
+                done.map_err(|e| writer.note_corruption(image, e))?;
                 if writer.options.flush_each { active.flush_guest() } else { Ok(()) }
             }
         }

@@ -63,7 +63,10 @@ impl Writer {
         let allocation = {
             let mut alloc = self.alloc.lock();
             let allocation = alloc.allocate(1, old.is_some(), Wish::default(), &mut self.metadata.lock());
-            allocation.map_err(|e| self.poison_unless_full(e))?
+            allocation.map_err(|e| {
+                let corrupt = e.kind() == ErrorKind::Corrupt;
+                self.poison_unless_full(if corrupt { e.with_field("L2 table") } else { e })
+            })?
         };
         if let Err(error) = self.space_for_table(image, &allocation, index) {
             self.alloc.lock().abandon(allocation);

@@ -50,6 +50,7 @@ impl Writer {
         let refcounts = Refcounts::load(image.storage(), header)?;
         let metadata = MetadataMap::of(image, refcounts.block_offsets());
         let alloc = Allocator::new(image.storage(), refcounts, header.geometry)?;
+        let alloc = alloc.with_first_fit(options.first_fit);
         Ok(Self::of(alloc, metadata, options, header.l1_table_offset.0))
     }
 

@@ -77,6 +77,11 @@ impl Writer {
         }
     }
 
+    /// Whether what ended all writing is an error of this kind.
+    pub(crate) fn is_poisoned_by(&self, kind: ErrorKind) -> bool {
+        self.poisoned.get().is_some_and(|poison| poison.kind == kind)
+    }
+
     /// After a failed metadata write, memory and file differ in unknown ways: nothing more is written.
     pub(crate) fn poison(&self, error: Error) -> Error {
         self.poisoned.get_or_init(|| Poison { kind: error.kind(), message: error.to_string() });

@@ -16,6 +16,9 @@ pub struct WriteOptions {
     /// Mark the image dirty while it is open, and write refcounts late: QEMU's `lazy-refcounts`. One that is not closed
     /// cleanly is repaired when it is opened again.
     pub lazy_refcounts: bool,
+    /// Take the first free clusters in the order in which requests need them, and reserve none ahead: files are laid out as QEMU
+    /// lays them out. Slower: each flush of new data syncs twice, and neighbours of the guest need not be neighbours in the file.
+    pub first_fit: bool,
     /// Level of compressed writes; the codec's default without one.
     pub compression_level: Option<u32>,
     /// Window of a zlib stream.

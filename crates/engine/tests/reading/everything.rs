@@ -288,6 +288,7 @@ fn run(geometry: &Geometry, seed: u64) {
     let write = WriteOptions {
         discard: Discard::Unmap,
         lazy_refcounts: seed.is_multiple_of(4) && geometry.version >= 3,
+        first_fit: seed.is_multiple_of(3),
         ..WriteOptions::default()
     };
     let mut opening = Opening { write: Some(write), ..Opening::default() };

@@ -19,7 +19,11 @@ use qcow2_testkit::storage::Door;
 use qcow2_testkit::{Fixture, Qemu, Sparse, trace};
 
 fn writable(flush_each: bool) -> Opening {
-    let write = WriteOptions { discard: Discard::Unmap, flush_each, ..WriteOptions::default() };
+    laid_out(flush_each, false)
+}
+
+fn laid_out(flush_each: bool, first_fit: bool) -> Opening {
+    let write = WriteOptions { discard: Discard::Unmap, flush_each, first_fit, ..WriteOptions::default() };
     Opening { write: Some(write), ..Opening::default() }
 }
 
@@ -200,6 +204,7 @@ fn share_tables(rig: &mut Rig, qemu: &Qemu) {
 /// takes as a whole, 1 with a page cache.
 fn explore(geometry: &Geometry, seed: u64, (ops, random): (usize, usize), block: u32, qemu: Option<&Qemu>) {
     let flush_each = seed.is_multiple_of(5);
+    let first_fit = seed.is_multiple_of(3);
     let mut rig = Rig::forge(geometry, seed);
     if let Some(qemu) = qemu.filter(|_| geometry.snapshots()) {
         share_tables(&mut rig, qemu);
@@ -207,8 +212,14 @@ fn explore(geometry: &Geometry, seed: u64, (ops, random): (usize, usize), block:
     let durability = if flush_each { Durability::Each } else { Durability::Flush };
     let (mut session, files) = Session::aligned(rig.files(), durability, block);
     let files: Vec<_> = files.into_iter().map(|f| DirectStorage::over(f as Arc<dyn Storage>)).collect();
-    let what = format!("{} seed {seed} flush_each {flush_each} block {block}", geometry.name());
-    let open = || rig.open(&files, &writable(flush_each)).map(|i| Box::new(i) as Box<dyn Target>);
+    let what = format!(
+        "{} seed {seed} flush_each {flush_each} first_fit {first_fit} block {block}",
+        geometry.name()
+    );
+    let open = || {
+        let opened = rig.open(&files, &laid_out(flush_each, first_fit));
+        opened.map(|i| Box::new(i) as Box<dyn Target>)
+    };
     session.start(&rig.open(&files, &Opening::default()).unwrap_or_else(|e| panic!("{what}: {e:?}")));
     let mut sequence = rig.menu().sequence(seed, ops);
     sequence.push(Op::Reopen);

@@ -208,3 +208,37 @@ fn the_table_of_a_first_snapshot_lies_where_qemu_has_it() {
         assert_eq!(ours, theirs, "{written} bytes written");
     }
 }
+
+/// The first free clusters, one behind the other, and nothing ahead of them: neither space nor refcount blocks. Data is as safe.
+#[test]
+fn first_fit_leaves_no_holes() {
+    let Some(qemu) = Qemu::find() else { return };
+    let fixture = Fixture::new();
+    let path = fixture.path("a.qcow2");
+    qemu.create(&path, "cluster_size=512", Some(1 << 20));
+    let file = load(&path);
+    let first_fit = || {
+        let storage = Arc::clone(&file) as Arc<dyn Storage>;
+        let mut image = Qcow2::open(storage, &OpenOptions::default()).unwrap();
+        image.enable_writing(WriteOptions { first_fit: true, ..WriteOptions::default() }).unwrap();
+        Image::new(vec![Box::new(image)]).unwrap()
+    };
+    let image = first_fit();
+    // Header, refcount table and block, L1 table, four L2 tables, and data: all that one refcount block counts.
+    for (offset, length) in [(64 << 10, 60 << 10), (0, 64 << 10)] {
+        image.write(offset, &stamped(offset, length, 3)).unwrap();
+        image.flush().unwrap();
+    }
+    assert_eq!(file.len().unwrap(), 256 * 512, "while it is open, too");
+    image.close().unwrap();
+    assert_eq!(file.len().unwrap(), 256 * 512);
+    let image = first_fit();
+    image.write(124 << 10, &stamped(124 << 10, 512, 3)).unwrap();
+    image.close().unwrap();
+    assert_eq!(file.len().unwrap(), 258 * 512, "with a refcount block more");
+    assert_clean(&qemu, &file, &path);
+    assert_eq!(
+        qemu.guest_bytes(&path, "qcow2", &[])[..(124 << 10) + 512],
+        stamped(0, (124 << 10) + 512, 3)[..]
+    );
+}
