@@ -28,7 +28,7 @@ pub struct WriterContract<'a> {
     /// The file of an image whose disk is at least 16 units long, and reads as zeroes unless there is one below.
     pub file: &'a [u8],
     /// The file of the image below, whose disk has zeroes and stamped sectors.
-    pub below: Option<&'a [u8]>,
+    pub below: Option<Arc<dyn Storage>>,
     /// Opens them.
     pub open: Open<'a>,
     /// Bytes in which the format allocates, small: the contract writes all over the disk.
@@ -53,8 +53,8 @@ impl WriterContract<'_> {
             layer.make_writable(DiskOptions { discard: Discard::Unmap, ..DiskOptions::default() })?;
         }
         let mut layers = vec![layer];
-        if let Some(below) = self.below {
-            layers.push((self.open)(Arc::new(MemoryStorage::from_bytes(below)))?);
+        if let Some(below) = &self.below {
+            layers.push((self.open)(Arc::clone(below))?);
         }
         Image::new(layers)
     }
