@@ -11,6 +11,9 @@ use crate::structures::BLOCKS_ALLOCATED;
 /// Bytes that are copied at once.
 const PIECE: u64 = 1 << 20;
 
+/// Notes damage: what it is, where, and its words.
+type Corruption<'a> = dyn FnMut(FindingCode, u64, &dyn Fn() -> String) + 'a;
+
 /// What a look at the block map found. Places are numbers, as entries have them.
 #[derive(Default)]
 struct Found {
@@ -75,12 +78,7 @@ pub(crate) fn check(
 }
 
 /// Reads the block map; how many entries name a place that an image of this size can have.
-fn look(
-    layer: &Vdi,
-    job: &Job,
-    found: &mut Found,
-    corruption: &mut dyn FnMut(FindingCode, u64, &dyn Fn() -> String),
-) -> Result<u32> {
+fn look(layer: &Vdi, job: &Job, found: &mut Found, corruption: &mut Corruption<'_>) -> Result<u32> {
     let (header, layout, length) =
         (layer.scheme().header(), layer.scheme().layout(), layer.storage().size()?);
     let end = layout.origin + u64::from(header.blocks_in_image) * layout.grain;

@@ -79,7 +79,6 @@ fn new(shape: &Shape, size: u64) -> Result<Arc<NewVhdx>> {
         log_size: shape.number("logSize").unwrap_or_default(),
         block_state_zero: shape.flag("blockStateZero").unwrap_or(defaults.block_state_zero),
         parent,
-        ..defaults
     };
     options.plan().map(Arc::new)
 }

@@ -6,7 +6,7 @@ use qcow2_core::check::FindingCode;
 use qcow2_core::convert::{ConvertOptions, Delta};
 use qcow2_core::disk::DiskOptions;
 use qcow2_core::new_image::{Hosts, NewImage};
-use qcow2_core::{Disk, ErrorKind, GuestSource, Job, Mem, MemMut, Storage};
+use qcow2_core::{Disk, ErrorKind, Job, Mem, MemMut, Storage};
 use qcow2_engine::Image;
 use qcow2_engine::convert::{ConvertTarget, convert};
 use qcow2_engine::create::NewTarget;
