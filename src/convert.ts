@@ -258,10 +258,11 @@ async function convertImages(
     if (targetFile !== undefined) files.push(targetFile)
     const path = 'path' in place ? place.path : place.nbd.uri
     const sources = chains.map(chain => chain.image)
+    const shape = await withParent('convert', order.shape, delta)
     const converted = await runJob<NativeConverted>('convert', read, (request, job, addon) =>
       addon.convertImage(request, job, sources, path, {
         ...order,
-        shape: withParent('convert', order.shape, delta),
+        shape,
         ...delta?.order,
         inUse,
         target: onto,
@@ -448,7 +449,7 @@ async function lookAtBase(
   read: ReadConvert,
 ): Promise<
   Pick<Chain, 'identities'> &
-    Partial<Pick<Chain, 'contentId'>> & { order: Pick<NativeConvertJob, 'deltaLayers' | 'baseSize'> }
+    Partial<Pick<Chain, 'contentId' | 'absolutePath'>> & { order: Pick<NativeConvertJob, 'deltaLayers' | 'baseSize'> }
 > {
   const { references, limits, signal } = read
   if (read.existingTarget) {
@@ -467,6 +468,6 @@ async function lookAtBase(
   const place = identity === undefined ? -1 : source.layers.indexOf(identity)
   // Nothing is known of what another image has: no layer is left out, and zeroes hide what it has there.
   const deltaLayers = place < 1 ? source.layers.length : place
-  const { identities, contentId } = chain
-  return { identities, contentId, order: { deltaLayers, baseSize: chain.virtualSize } }
+  const { identities, contentId, absolutePath } = chain
+  return { identities, contentId, absolutePath, order: { deltaLayers, baseSize: chain.virtualSize } }
 }

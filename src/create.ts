@@ -5,12 +5,12 @@ import { type Chain, type ChainOptions, lookAtChain, openChain } from './backing
 import { readFileName } from './backing/filename.js'
 import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
 import { AbortError, invalidArgument, Qcow2Error } from './errors.js'
-import { DEFAULT_FORMAT, type Format, type TargetFormat } from './formats/table.js'
+import { creationOf, DEFAULT_FORMAT, type Format, type TargetFormat } from './formats/table.js'
 import { Image } from './image.js'
 import { bytes, flag, LONG_RUNNING, type LongRunning, readOptions, throwIfAborted } from './options.js'
 import { copyOf, forgetting, type ReadSecrets, type Secrets, secrets } from './secret.js'
 import { SHAPE, type Shapes, toNativeShape, withParent } from './shape.js'
-import { type PathLike, release, targetFormat, toPath } from './source.js'
+import { type Located, type PathLike, release, targetFormat, toPath } from './source.js'
 import { exactStat } from './support/files.js'
 import { runJob } from './support/jobs.js'
 import { toName } from './text.js'
@@ -74,7 +74,7 @@ async function createImage(path: PathLike, options: CreateOptions): Promise<Imag
     const why = backingFile === undefined ? 'without a backing file' : "where references: 'layer' leaves it unopened"
     throw invalidArgument('size', `create: size is needed ${why}`)
   }
-  const wanted = withParent('create', unaware, backing)
+  const wanted = await withParent('create', unaware, backing)
   const job = { signal, onProgress, progressInterval, concurrency }
   await runJob<void>('create', job, (request, number, addon) =>
     addon.createImage(request, number, target, bytesInAll, wanted, overwrite ?? false, backing?.identities ?? []),
@@ -84,7 +84,8 @@ async function createImage(path: PathLike, options: CreateOptions): Promise<Imag
   const access = writable ? WRITING : READING
   const own = shape.encrypt?.secret
   const secret: ReadSecrets = async layer => (layer.depth === 0 ? own && copyOf(own) : below?.(layer))
-  const chain = await openNew(target, { format, references, secret, trustTop: true, signal, access })
+  const named = creationOf(format).namelessBacking ? backing?.located : undefined
+  const chain = await openNew(target, { below: named, format, references, secret, trustTop: true, signal, access })
   if (signal?.aborted) {
     await release(chain.image)
     throw new AbortError(signal.reason)
@@ -103,6 +104,10 @@ async function openNew(path: string, options: ChainOptions): Promise<Chain> {
   }
 }
 
+/** What is known of a backing file. */
+type Backing = Pick<Chain, 'identities'> &
+  Partial<Pick<Chain, 'virtualSize' | 'contentId' | 'absolutePath'> & { readonly located: Located }>
+
 /**
  * Looks at the backing file before anything is made: whether it is there, how large it is, and what it stands on. With `'layer'` it is
  * not opened; it is not replaced by the new image all the same.
@@ -113,7 +118,7 @@ async function lookAtBacking(
   format: Format | undefined,
   references: ReferencePolicy,
   signal: AbortSignal | undefined,
-): Promise<(Partial<Pick<Chain, 'virtualSize' | 'contentId'>> & Pick<Chain, 'identities'>) | undefined> {
+): Promise<Backing | undefined> {
   if (backingFile === undefined) return undefined
   const name = readFileName(backingFile, target)
   if (references === 'layer') return { identities: 'path' in name ? await identityOf(name.path) : [] }
@@ -121,7 +126,8 @@ async function lookAtBacking(
     const message = `create: the backing file '${backingFile}' cannot be opened: ${name.refused}`
     throw invalidArgument('backingFile', message)
   }
-  return lookAtChain({ path: name.path }, { format, references, signal })
+  const located = { path: name.path }
+  return { ...(await lookAtChain(located, { format, references, signal })), located }
 }
 
 /** What `NativeFile.identity` would be, of a file that is not to be opened; nothing where there is none. */

@@ -73,7 +73,7 @@ export interface NativeLayer {
   /** The files that its disk is made of beside its own. */
   readonly extents: readonly { readonly filename: string; readonly writable: boolean }[]
   /** What an image that is made on it stores to know it again. */
-  readonly contentId?: number
+  readonly contentId?: string
 }
 
 /** Limits; what is absent has the engine's default. */

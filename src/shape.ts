@@ -15,7 +15,8 @@ import type { NativeCloneOrder, NativeShape } from './native.js'
 import { flag, integer, oneOf, type Read, type Reader, readOptions, storedName, text } from './options.js'
 import { type Encrypt, encrypt } from './secret.js'
 import { format, toTargetFormat } from './source.js'
-import type { Name } from './text.js'
+import { fileStat } from './support/files.js'
+import { type Name, toName } from './text.js'
 import { describe } from './units.js'
 
 /**
@@ -76,8 +77,16 @@ export interface LuksShape {
 
 /** The shape of a VirtualBox disk image. */
 export interface VdiShape {
+  /** What VirtualBox takes: a dynamic image, as without it. The other options are stronger. */
+  preset?: 'virtualbox' | undefined
   /** All blocks have their place from the start. Default false. */
   static?: boolean | undefined
+  /**
+   * Backing file: a `vdi` image, of which the new one is a child of the same size. The format stores no name, only the UUID: who opens the
+   * child says by a function as {@link OpenOptions.references} which file has it; its `filename` is `uuid:` and the UUID.
+   */
+  backingFile?: Name | undefined
+  backingFormat?: 'vdi' | undefined
   /** Anything but `'off'` makes the image static. */
   preallocation?: Preallocation | undefined
 }
@@ -93,6 +102,17 @@ export interface VpcShape {
   forceSize?: boolean | undefined
   /** Anything but `'off'` gives every block of a dynamic one its place. */
   preallocation?: Preallocation | undefined
+  /**
+   * What a product takes: `'azure'` is fixed, of whole MiB, 20 MiB to 32 TiB (`qemu-img` reads 2040 GiB at most); `'xenserver'` is dynamic, of
+   * whole blocks of 2 MiB. Both have the size that they say. The other options are stronger.
+   */
+  preset?: 'azure' | 'xenserver' | undefined
+  /**
+   * Backing file, as the image names it: relative to its own directory. It is a `vpc` image, the new one is a differencing disk of the same
+   * size. Products know it by its UUID and the time of its last change. `qemu-img` reads such an image without its parent, which is wrong.
+   */
+  backingFile?: Name | undefined
+  backingFormat?: 'vpc' | undefined
 }
 
 /** The shape of a Parallels image, an expanding one. */
@@ -105,14 +125,24 @@ export interface ParallelsShape {
 /** The shape of a VHDX image. */
 export interface VhdxShape {
   preallocation?: 'off' | undefined
+  /** What a product takes: `'hyper-v'` is dynamic, with blocks of 32 MiB. The other options are stronger. */
+  preset?: 'hyper-v' | undefined
+  /** Bytes of a sector as the guest sees it. Default 512. QEMU reads no other. */
+  logicalSectorSize?: 512 | 4096 | undefined
   /** `'dynamic'` takes blocks as they are written to, `'fixed'` has all of them from the start. Default `'dynamic'`. */
   subformat?: 'dynamic' | 'fixed' | undefined
   /** Bytes, a power of two of 1 MiB to 256 MiB. Default 8 MiB, and more for disks of more than 1 GiB, as `qemu-img` chooses. */
   blockSize?: number | undefined
   /** Bytes of the log, a multiple of 1 MiB. Default 1 MiB. */
   logSize?: number | undefined
-  /** Blocks that were never written to are zero, and not just absent. Default true, as for `qemu-img`. */
+  /** Blocks that were never written to are zero, and not just absent. Default true, as for `qemu-img`; not with a backing file. */
   blockStateZero?: boolean | undefined
+  /**
+   * Backing file, as the image names it: relative to its own directory. It is a `vhdx` image, of which the new one is a child of the same
+   * size, with blocks of 2 MiB unless `blockSize` says otherwise. It knows it by its DataWriteGuid. QEMU reads no such image.
+   */
+  backingFile?: Name | undefined
+  backingFormat?: 'vhdx' | undefined
 }
 
 /** The shape of a VMDK image. */
@@ -175,6 +205,7 @@ const FORMAT_OPTIONS = {
   blockSize: integer(0, 2 ** 32),
   logSize: integer(0, 2 ** 32),
   blockStateZero: flag,
+  logicalSectorSize: oneOf(512, 4096),
   adapterType: text,
   hardwareVersion: text,
   toolsVersion: text,
@@ -256,19 +287,24 @@ export function toNativeShape(owner: string, format: TargetFormat, read: ReadSha
 }
 
 /** The shape with what it stores of its backing file, where the format is one that knows that again. */
-export function withParent(
+export async function withParent(
   owner: string,
   shape: NativeShape,
-  backing: { readonly contentId?: number | undefined } | undefined,
-): NativeShape {
+  backing: { readonly contentId?: string | undefined; readonly absolutePath?: string | undefined } | undefined,
+): Promise<NativeShape> {
   const format = toTargetFormat(owner, shape.format as TargetFormat)
-  if (shape.backingFile === undefined || creationOf(format).backingFormat === undefined) return shape
-  const parentCid = backing?.contentId
-  if (parentCid === undefined) {
+  const { backingFormat, datesBacking } = creationOf(format)
+  if (shape.backingFile === undefined || backingFormat === undefined) return shape
+  const parentId = backing?.contentId
+  if (parentId === undefined) {
     const message = `${owner}: a ${format} image stores what its backing file is: it must be opened for that`
     throw invalidArgument('backingFile', message)
   }
-  return { ...shape, options: { ...shape.options, parentCid } }
+  const path = datesBacking ? backing?.absolutePath : undefined
+  // One that is no file of this system has no time.
+  const found = path === undefined ? undefined : await fileStat(toName(path)).catch(() => undefined)
+  const parentChanged = found && { parentChanged: Math.max(0, Math.floor(found.mtimeMs / 1000)) }
+  return { ...shape, options: { ...shape.options, parentId, ...parentChanged } }
 }
 
 const isFormatOption = (name: string): boolean => Object.hasOwn(FORMAT_OPTIONS, name)

@@ -86,7 +86,13 @@ describe('vdi by the API', () => {
     expect(await check(path)).toMatchObject({ corruptions: 0, leaks: 0, checkErrors: 0 })
     await convert(path, at('api.raw'), { to: 'raw', overwrite: true })
     assertSameBytes(readFileSync(at('api.raw')).subarray(0, SIZE), disk, 'the disk')
-    expect(await failure(() => check(path, { repair: 'all' }))).toMatchObject({ code: 'ERR_QCOW2_UNSUPPORTED_FEATURE' })
+    expect(await check(path, { repair: 'all' })).toMatchObject({ ok: true, corruptionsFixed: 0 })
+    const damaged = readFileSync(path)
+    damaged.copy(damaged, 512, 516, 520)
+    writeFileSync(at('damaged.vdi'), damaged)
+    expect(await check(at('damaged.vdi'))).toMatchObject({ corruptions: 1, findings: [{ code: 'BLOCK_SHARED' }] })
+    expect(await check(at('damaged.vdi'), { repair: 'all' })).toMatchObject({ corruptions: 0, corruptionsFixed: 1 })
+    expect(await check(at('damaged.vdi'))).toMatchObject({ ok: true })
   })
 
   it('a differencing image is not taken for a whole disk', async () => {
@@ -96,7 +102,7 @@ describe('vdi by the API', () => {
     bytes.writeUInt32LE(4, 0x4c)
     bytes.fill(0xab, 0x1a8, 0x1b8)
     writeFileSync(path, bytes)
-    const refused = { code: 'ERR_QCOW2_UNSUPPORTED_FEATURE', field: 'uuid_link', path }
+    const refused = { code: 'ERR_QCOW2_REFERENCE_DENIED', field: 'backing_file', path }
     expect(await failure(() => open(path))).toMatchObject(refused)
     expect(await failure(() => convert(path, at('child.raw'), { to: 'raw' }))).toMatchObject(refused)
     const found = await inspect(path)

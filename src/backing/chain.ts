@@ -56,6 +56,8 @@ export interface ChainOptions {
   readonly salvage?: boolean | undefined
   /** The caller named what the top layer refers to: it is followed unless the policy is `'layer'`. */
   readonly trustTop?: boolean | undefined
+  /** What the top layer refers to, where it has no name for it: the caller has one. */
+  readonly below?: Located | undefined
   /** The layer at this depth and those below it become an image of their own, which `access` opens for writing like the top. */
   readonly base?: number | undefined
   /** Only look at the layers above `base`: they are not written to, although their top is opened for it. */
@@ -71,7 +73,7 @@ export interface Chain {
   readonly absolutePath: string | undefined
   readonly virtualSize: number
   /** What an image that is made on the top layer stores to know it again, where its format has that. */
-  readonly contentId: number | undefined
+  readonly contentId: string | undefined
   /** The top layer's. */
   readonly format: Format
   /** The top layer's; undefined where it has no clusters. */
@@ -418,6 +420,10 @@ class Opening {
     folder: string | undefined,
   ): Promise<Next | undefined> {
     if (backing === undefined) return undefined
+    const { below } = this.#options
+    if (below !== undefined && this.#layers.length === 1 && this.#policyNow() !== 'layer') {
+      return { located: below, filename: backing.filename, format: backing.format, from }
+    }
     const located = await decide(this.#policyNow(), 'backing', backing, from, folder, this.#options.signal)
     return located && { located, filename: backing.filename, format: backing.format, from }
   }

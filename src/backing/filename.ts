@@ -16,6 +16,12 @@ const DIRECTORY = WINDOWS ? /^.*[/\\]/s : /^.*\//s
 /** What can be said without knowing where a relative name starts. */
 function decide(name: string): FileName | undefined {
   if (name === '') return { refused: 'it is empty' }
+  if (name.startsWith('uuid:')) {
+    return {
+      refused:
+        'the image knows it by its UUID, and names no file: references has to be a function that says which one it is',
+    }
+  }
   if (name.startsWith('json:')) return { refused: 'it is a JSON description of a block device, not a file name' }
   // The protocol `file:` means the file of that name as the process sees it.
   if (name.startsWith('file:')) return { path: name.slice('file:'.length) }

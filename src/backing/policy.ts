@@ -12,7 +12,7 @@ import { type FileName, readDataFileName, readExtentName, readFileName } from '.
 /** A file that an image names. */
 export interface Reference {
   readonly kind: 'backing' | 'data-file' | 'extent'
-  /** The name exactly as the image has it: not resolved, not trusted. */
+  /** The name exactly as the image has it: not resolved, not trusted. Of a parent that a `vdi` image knows by its UUID alone: `uuid:` and that. */
   readonly filename: string
   /** The bytes of `filename`, where they are not UTF-8: it then has replacement characters. */
   readonly filenameBytes?: Buffer
@@ -32,7 +32,7 @@ export interface Reference {
  *   an extent fails. For tools that look at one layer; `convert` refuses it
  * - `'allow'`: names are followed as QEMU follows them: a backing file's from the directory of the image that names it, a data
  *   file's from the working directory of the process. Never `json:` descriptions or protocols (`nbd:`, `http:`). An extent (`vmdk`) has a
- *   plain name, of a file in the directory of the image: QEMU follows any
+ *   plain name, of a file in the directory of the image: QEMU follows any. A UUID (`vdi`) names no file
  * - a function: called for every reference, returns what to open instead, or `null` to refuse
  */
 export type ReferencePolicy =

@@ -37,7 +37,7 @@ const QCOW2_OPTIONS: readonly OptionSpec[] = [
   { name: 'encrypt.ivgen-hash-alg', type: 'string', help: 'Name of IV generator hash algorithm' },
   { name: 'encrypt.hash-alg', type: 'string', help: 'Name of encryption hash algorithm' },
   { name: 'encrypt.iter-time', type: 'number', help: 'Time to spend in PBKDF in milliseconds' },
-  { name: 'encrypt.allow-weak', type: 'bool', help: "Take format 'aes', which is weak" },
+  { name: 'encrypt.allow-weak', type: 'bool', help: "Take format 'aes', which is weak", own: true },
   { name: 'cluster_size', type: 'size', help: 'qcow2 cluster size', fallback: '65536' },
   { name: 'extended_l2', type: 'bool', help: 'Extended L2 tables', fallback: 'off' },
   {
@@ -55,6 +55,7 @@ const QCOW2_OPTIONS: readonly OptionSpec[] = [
     name: 'keep_data_file',
     type: 'bool',
     help: 'Assume the external data file already exists and do not overwrite it',
+    own: true,
   },
   { name: 'size', type: 'size', help: 'Virtual disk size' },
   { name: 'compat', type: 'string', help: 'Compatibility level (v2 [0.10] or v3 [1.1])' },
@@ -64,6 +65,17 @@ const QCOW2_OPTIONS: readonly OptionSpec[] = [
   { name: 'data_file_raw', type: 'bool', help: 'The external data file must stay valid as a raw image' },
   { name: 'lazy_refcounts', type: 'bool', help: 'Postpone refcount updates', fallback: 'off' },
   { name: 'refcount_bits', type: 'number', help: 'Width of a reference count entry in bits', fallback: '16' },
+]
+
+/** What a product takes. */
+function presetOption(...products: readonly string[]): OptionSpec {
+  return { name: 'preset', type: 'string', help: `What a product takes: ${products.join(', ')}`, own: true }
+}
+
+/** Of a format that has children as QEMU has none. */
+const backingOptions = (format: TargetFormat): readonly OptionSpec[] => [
+  { name: 'backing_file', type: 'string', help: 'File name of a base image', own: true },
+  { name: 'backing_fmt', type: 'string', help: `Must be '${format}' if present`, own: true },
 ]
 
 /** How an image is encrypted, without the name of the group. */
@@ -81,6 +93,8 @@ const LUKS_OPTIONS: readonly OptionSpec[] = [
 const VDI_OPTIONS: readonly OptionSpec[] = [
   ...QCOW2_OPTIONS.filter(({ name }) => name === 'size'),
   { name: 'static', type: 'bool', help: 'VDI static (pre-allocated) image', fallback: 'off' },
+  ...backingOptions('vdi'),
+  presetOption('virtualbox'),
 ]
 
 /** Of a VHD. */
@@ -96,6 +110,8 @@ const VPC_OPTIONS: readonly OptionSpec[] = [
     type: 'bool',
     help: 'Force disk size calculation to use the actual size specified, rather than using the nearest CHS-based calculation',
   },
+  ...backingOptions('vpc'),
+  presetOption('azure', 'xenserver'),
 ]
 
 /** Of a Parallels image. */
@@ -126,6 +142,14 @@ const VHDX_OPTIONS: readonly OptionSpec[] = [
       "Force use of payload blocks of type 'ZERO'. Non-standard, but default.  Do not set to 'off' when using 'qemu-img convert' with " +
       'subformat=dynamic.',
   },
+  {
+    name: 'logical_sector_size',
+    type: 'size',
+    help: 'Bytes of a sector as the guest sees it: 512 or 4096, which QEMU does not read',
+    own: true,
+  },
+  ...backingOptions('vhdx'),
+  presetOption('hyper-v'),
 ]
 
 /** Some of them, for an image that exists: what is not given stays as it is. */
@@ -155,7 +179,7 @@ const VMDK_OPTIONS: readonly OptionSpec[] = [
       '{monolithicSparse (default) | monolithicFlat | twoGbMaxExtentSparse | twoGbMaxExtentFlat | streamOptimized} ',
   },
   { name: 'zeroed_grain', type: 'bool', help: 'Enable efficient zero writes using the zeroed-grain GTE feature' },
-  { name: 'preset', type: 'string', help: 'What a product takes: esxi, ovf' },
+  presetOption('esxi', 'ovf'),
 ]
 
 const ADAPTER_TYPES: readonly string[] = ['ide', 'lsilogic', 'buslogic', 'legacyESX']
@@ -209,9 +233,6 @@ export function optionSpecs(format: TargetFormat): readonly OptionSpec[] {
 /** Whether an image can be made with this option. */
 export const isCreateOption = (name: string): boolean => QCOW2_OPTIONS.some(spec => spec.name === name)
 
-/** What QEMU's own tool does not have, or not in each version: not listed under its name. */
-const isOwn = (name: string): boolean => ['encrypt.allow-weak', 'keep_data_file', 'preset'].includes(name)
-
 /** Formats that QEMU knows and makes no images of, or that are not made here. */
 const ONLY_READ: readonly string[] = ['bochs', 'cloop', 'dmg', 'qcow']
 
@@ -230,7 +251,7 @@ export function describeFormat(
   { program }: Pick<Session, 'program'>,
 ): string {
   const offered = (specs: readonly OptionSpec[]): string =>
-    optionHelp(specs.filter(({ name }) => program !== 'qemu-img' || !isOwn(name)))
+    optionHelp(specs.filter(({ own }) => program !== 'qemu-img' || own !== true))
   if (filename !== undefined) return `Supported options:\n${offered(optionSpecs(format))}`
   return (
     `Supported ${format} options:\n${offered(OF_FORMAT[format].options)}\n` +
@@ -256,7 +277,31 @@ function toLuksShape(values: OptionValues, options: AnyShape, objects: Objects):
 
 function toVdiShape(values: OptionValues, options: AnyShape): AnyShape {
   const isStatic = values.get('static')
-  return typeof isStatic === 'boolean' ? { ...options, static: isStatic } : options
+  const words = { ...presetOf(values, 'vdi'), ...backingOf(values, 'vdi') }
+  return { ...options, ...words, ...(typeof isStatic === 'boolean' && { static: isStatic }) }
+}
+
+/** A word that an option has to be, in QEMU's words for what it is not. */
+function known(values: OptionValues, name: string, allowed: readonly string[]): string | undefined {
+  const value = text(values, name)
+  if (value === undefined || allowed.includes(value)) return value
+  throw new CommandFailure(`invalid parameter value: ${value}`)
+}
+
+function presetOf(values: OptionValues, format: TargetFormat): Pick<AnyShape, 'preset'> {
+  const preset = known(values, 'preset', creationOf(format).presets ?? [])
+  return preset === undefined ? {} : { preset }
+}
+
+/** The backing file of a format that takes none but its own. */
+function backingOf(values: OptionValues, format: TargetFormat): Pick<AnyShape, 'backingFile' | 'backingFormat'> {
+  const { backingFormat } = creationOf(format)
+  const named = text(values, 'backing_fmt')
+  if (named !== undefined && (backingFormat === undefined || formatOfWord(named) !== backingFormat)) {
+    throw new CommandFailure(`backing_file must be a ${backingFormat} image`)
+  }
+  const backingFile = text(values, 'backing_file')
+  return backingFile === undefined ? {} : { backingFile: toName(backingFile), backingFormat }
 }
 
 function toVpcShape(values: OptionValues, options: AnyShape): AnyShape {
@@ -266,6 +311,8 @@ function toVpcShape(values: OptionValues, options: AnyShape): AnyShape {
     ...options,
     ...(subformat !== undefined && { subformat }),
     ...(typeof forceSize === 'boolean' && { forceSize }),
+    ...presetOf(values, 'vpc'),
+    ...backingOf(values, 'vpc'),
   }
 }
 
@@ -289,40 +336,37 @@ function toVhdxShape(values: OptionValues, options: AnyShape): AnyShape {
   if (typeof logSize === 'bigint') options.logSize = Number(whole(logSize))
   const blockStateZero = values.get('block_state_zero')
   if (typeof blockStateZero === 'boolean') options.blockStateZero = blockStateZero
-  return options
+  const sector = values.get('logical_sector_size')
+  if (sector !== undefined && sector !== 512n && sector !== 4096n) {
+    throw new CommandFailure(`logical_sector_size must be 512 or 4096, not ${sector}`)
+  }
+  if (sector !== undefined) options.logicalSectorSize = Number(sector)
+  return { ...options, ...presetOf(values, 'vhdx'), ...backingOf(values, 'vhdx') }
 }
 
 function toVmdkShape(values: OptionValues, options: AnyShape): AnyShape {
-  const { subformats = [], presets = [], backingFormat: ofBacking } = creationOf('vmdk')
-  const known = (name: string, allowed: readonly string[]): string | undefined => {
-    const value = text(values, name)
-    if (value === undefined || allowed.includes(value)) return value
-    throw new CommandFailure(`invalid parameter value: ${value}`)
-  }
-  const backingFormat = text(values, 'backing_fmt')
-  if (backingFormat !== undefined && backingFormat !== ofBacking) {
-    throw new CommandFailure('backing_file must be a vmdk image')
-  }
-  const [adapterType, subformat] = [known('adapter_type', ADAPTER_TYPES), known('subformat', subformats)]
+  const { subformats = [] } = creationOf('vmdk')
+  const backing = backingOf(values, 'vmdk')
+  const adapterType = known(values, 'adapter_type', ADAPTER_TYPES)
+  const subformat = known(values, 'subformat', subformats)
   const hardware = text(values, 'hwversion')
   const hardwareVersion = hardware === 'undefined' ? undefined : hardware
   const compat6 = values.get('compat6') === true
   if (compat6 && hardwareVersion !== undefined) throw new CommandFailure('compat6 cannot be enabled with hwversion set')
-  const backingFile = text(values, 'backing_file')
   const zeroedGrain = values.get('zeroed_grain') === true
   const flat = subformat?.endsWith('Flat') ?? false
-  if (flat && backingFile !== undefined) throw new CommandFailure("Flat image can't have backing file")
+  if (flat && backing.backingFile !== undefined) throw new CommandFailure("Flat image can't have backing file")
   if (flat && zeroedGrain) throw new CommandFailure("Flat image can't enable zeroed grain")
   return {
     ...options,
-    preset: known('preset', presets),
+    ...presetOf(values, 'vmdk'),
     subformat,
     adapterType,
     hardwareVersion,
     toolsVersion: text(values, 'toolsversion'),
     compat6,
     zeroedGrain,
-    ...(backingFile !== undefined && { backingFile: toName(backingFile), backingFormat: ofBacking }),
+    ...backing,
   }
 }
 

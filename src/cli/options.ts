@@ -13,6 +13,8 @@ export interface OptionSpec {
   readonly type: OptionType
   readonly help: string
   readonly fallback?: string
+  /** QEMU's own tool does not have it, or not in each version. */
+  readonly own?: true
 }
 
 export type OptionValue = string | bigint | boolean

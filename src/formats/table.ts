@@ -87,6 +87,7 @@ export type FormatOption =
   | 'blockSize'
   | 'logSize'
   | 'blockStateZero'
+  | 'logicalSectorSize'
   | 'static'
   | 'forceSize'
 
@@ -103,7 +104,11 @@ export interface Creation {
   /** Some of its subformats are compressed as a whole, and written once. */
   readonly compressed?: boolean
   /** The only format of a backing file. */
-  readonly backingFormat?: 'vmdk'
+  readonly backingFormat?: 'vmdk' | 'vpc' | 'vdi' | 'vhdx'
+  /** It stores no name of its backing file, and knows it by its UUID alone. */
+  readonly namelessBacking?: true
+  /** It stores when its backing file was last changed. */
+  readonly datesBacking?: true
 }
 
 /** The formats that images are read in, by QEMU's names. `qcow` is version 1 of qcow2, `luks` is LUKS of both versions, `vpc` is VHD. */
@@ -209,10 +214,16 @@ const FORMATS: Table & Readonly<Record<FormatName, Row>> = {
       probed: true,
       plain: false,
       aliases: [],
-      backingFile: false,
+      backingFile: true,
       requestAlignment: 512,
       can: ['write', 'check'],
-      create: { shape: ['preallocation', 'static'], preallocation: ['off', 'metadata', 'falloc', 'full'] },
+      create: {
+        shape: ['preset', 'preallocation', 'static', 'backingFile', 'backingFormat'],
+        preallocation: ['off', 'metadata', 'falloc', 'full'],
+        presets: ['virtualbox'],
+        backingFormat: 'vdi',
+        namelessBacking: true,
+      },
     },
   },
   vpc: {
@@ -226,9 +237,12 @@ const FORMATS: Table & Readonly<Record<FormatName, Row>> = {
       requestAlignment: 512,
       can: ['write', 'check'],
       create: {
-        shape: ['preallocation', 'subformat', 'forceSize'],
+        shape: ['preset', 'preallocation', 'subformat', 'forceSize', 'backingFile', 'backingFormat'],
         preallocation: ['off', 'metadata', 'falloc', 'full'],
+        presets: ['azure', 'xenserver'],
         subformats: ['dynamic', 'fixed'],
+        backingFormat: 'vpc',
+        datesBacking: true,
       },
     },
     virtualSize: vpcSize,
@@ -256,8 +270,20 @@ const FORMATS: Table & Readonly<Record<FormatName, Row>> = {
       requestAlignment: 512,
       can: ['write', 'check'],
       create: {
-        shape: ['subformat', 'blockSize', 'logSize', 'blockStateZero', 'preallocation'],
+        shape: [
+          'preset',
+          'subformat',
+          'blockSize',
+          'logSize',
+          'blockStateZero',
+          'logicalSectorSize',
+          'preallocation',
+          'backingFile',
+          'backingFormat',
+        ],
         preallocation: ['off'],
+        backingFormat: 'vhdx',
+        presets: ['hyper-v'],
         subformats: ['dynamic', 'fixed'],
       },
     },

@@ -126,9 +126,11 @@ const TAKEN_BY: Readonly<Record<string, string>> = {
 /** What belongs into `create`, where a call has that, and what into `limits`. */
 const NESTED: Readonly<Record<string, ReadonlySet<string>>> = {
   create: new Set(
-    'version clusterSize extendedL2 compressionType preallocation refcountBits lazyRefcounts backingFile backingFormat dataFile dataFileRaw keepDataFile encrypt'.split(
-      ' ',
-    ),
+    (
+      'version clusterSize extendedL2 compressionType preallocation refcountBits lazyRefcounts backingFile backingFormat dataFile dataFileRaw ' +
+      'keepDataFile encrypt preset subformat static forceSize blockSize logSize blockStateZero logicalSectorSize adapterType ' +
+      'hardwareVersion toolsVersion compat6 zeroedGrain'
+    ).split(' '),
   ),
   limits: new Set('maxVirtualSize maxMetadataBytes maxSnapshots maxBitmaps maxChainDepth maxMemory'.split(' ')),
 }

@@ -264,8 +264,8 @@ pub trait Layer: Any + Send + Sync + fmt::Debug {
         if several { self.read_segments(together) } else { Ok(()) }
     }
 
-    /// What images that are made on this one store to know it again: it changes whenever the disk does. Of VMDK, its CID.
-    fn content_id(&self) -> Option<u32> {
+    /// What images that are made on this one store to know it again, as the format writes it for itself.
+    fn content_id(&self) -> Option<String> {
         None
     }
 

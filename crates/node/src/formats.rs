@@ -16,7 +16,7 @@ use qcow2_parallels::structures::DEFAULT_CLUSTER_SIZE;
 use qcow2_qcow1::Qcow1;
 use qcow2_vdi::NewVdi;
 use qcow2_vmdk::Vmdk;
-use qcow2_vpc::Subformat;
+use qcow2_vpc::{NewOptions, Parent, ParentId, Preset, Subformat};
 
 use crate::inspect::{Inspected, Seen};
 use crate::shape::{Purpose, Shape};
@@ -142,6 +142,11 @@ const VDI: Format = Format {
 
 fn new_vdi(shape: &Shape, purpose: Purpose<'_>) -> Result<Arc<dyn NewImage>> {
     let is_static = shape.flag("static").unwrap_or(false);
+    if let Some((_, id)) = shape.parent()? {
+        let id = qcow2_vdi::ParentId::parse(id);
+        let id = id.ok_or_else(|| unknown_parent("vdi"))?;
+        return Ok(Arc::new(NewVdi::child(purpose.size, is_static, shape.preallocation(), id)?));
+    }
     Ok(Arc::new(NewVdi::new(purpose.size, is_static, shape.preallocation())?))
 }
 
@@ -169,12 +174,39 @@ const VPC: Format = Format {
 
 fn new_vpc(shape: &Shape, purpose: Purpose<'_>) -> Result<Arc<dyn NewImage>> {
     // TypeScript has checked it.
+    let preset = match shape.word("preset") {
+        Some("azure") => Some(Preset::Azure),
+        Some("xenserver") => Some(Preset::XenServer),
+        _ => None,
+    };
     let subformat = match shape.word("subformat") {
         Some("fixed") => Subformat::Fixed,
-        _ => Subformat::Dynamic,
+        Some(_) => Subformat::Dynamic,
+        None => preset.map_or_else(Subformat::default, Preset::subformat),
     };
-    let force_size = shape.flag("forceSize").unwrap_or(false);
-    qcow2_vpc::new_vpc(purpose.size, subformat, force_size, shape.preallocation())
+    let parent = match shape.parent()? {
+        None => None,
+        Some((filename, id)) => {
+            let id = ParentId::parse(id).ok_or_else(|| unknown_parent("vpc"))?;
+            let changed = shape.number("parentChanged").map(since_2000);
+            // A file that was copied with its times can be older than it says itself.
+            let changed = changed.unwrap_or_default().max(id.time_stamp);
+            Some(Parent { filename, id, changed })
+        }
+    };
+    qcow2_vpc::new_vpc(NewOptions {
+        size: purpose.size,
+        subformat,
+        force_size: shape.flag("forceSize").unwrap_or(false),
+        preallocation: shape.preallocation(),
+        parent,
+        preset,
+    })
+}
+
+/// A time in seconds since 1970, as VHD counts.
+fn since_2000(seconds: u64) -> u32 {
+    u32::try_from(seconds.saturating_sub(946_684_800)).unwrap_or(0)
 }
 
 const PARALLELS: Format = Format {
@@ -210,6 +242,11 @@ fn block_options(OpenOptions { limits, l2_cache_bytes, .. }: &OpenOptions) -> bl
         max_metadata_bytes: limits.max_metadata_bytes,
         cache_bytes: *l2_cache_bytes,
     }
+}
+
+/// What TypeScript got of a backing file is what its layer says.
+fn unknown_parent(format: &str) -> Error {
+    Error::new(ErrorKind::Internal, format!("what is known of the backing file is none of a {format} image"))
 }
 
 /// TypeScript makes no image in such a format: asking for one is a bug.

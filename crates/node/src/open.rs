@@ -294,7 +294,7 @@ pub struct OpenedLayer {
     /// The files that its disk is made of beside its own.
     pub extents: Vec<NamedExtent>,
     /// What an image that is made on it stores to know it again.
-    pub content_id: Option<u32>,
+    pub content_id: Option<String>,
 }
 
 /// A file with a part of a disk, as an image names it.

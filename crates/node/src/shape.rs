@@ -100,6 +100,17 @@ impl Shape {
         }
     }
 
+    /// The name of the backing file, and by what a format knows that again which stores it.
+    ///
+    /// # Errors
+    /// `Internal` where that is missing: TypeScript looks at the backing file before.
+    pub(crate) fn parent(&self) -> Result<Option<(Vec<u8>, &str)>> {
+        let Some(filename) = &self.backing_file else { return Ok(None) };
+        let id = self.word("parentId");
+        let id = id.ok_or_else(|| Error::new(ErrorKind::Internal, "nothing is known of the backing file"))?;
+        Ok(Some((filename.clone().into_bytes(), id)))
+    }
+
     /// An option of some formats that is a number.
     pub(crate) fn number(&self, name: &str) -> Option<u64> {
         match self.options.as_ref()?.get(name)? {

@@ -4,10 +4,11 @@ use std::sync::Arc;
 
 use qcow2_core::blocks::{BlockLayer, Layout, OpenOptions, Scheme};
 use qcow2_core::check::{CheckReport, Repair};
-use qcow2_core::layer::{Holes, SegmentKind};
+use qcow2_core::layer::{BackingReference, Holes, References, SegmentKind};
 use qcow2_core::{Error, ErrorKind, Job, Layer, Mem, MemMut, Result, Storage, StorageExt, check_limit};
 
 use crate::check::check;
+use crate::parent::ParentId;
 use crate::structures::{BLOCKS_ALLOCATED, DISK_SIZE, HEADER_LENGTH, Header, ImageType, MAX_BLOCKS};
 
 /// An open image.
@@ -76,6 +77,19 @@ impl Scheme for VdiScheme {
         }
     }
 
+    /// The format names no file: the parent is named by its UUID.
+    fn references(&self) -> References {
+        let backing = self.is_differencing().then(|| BackingReference {
+            filename: format!("uuid:{}", text_of(&self.header.uuid_link)).into_bytes(),
+            format: Some(b"vdi".to_vec()),
+        });
+        References { backing, ..References::default() }
+    }
+
+    fn content_id(&self) -> Option<String> {
+        Some(ParentId::of(&self.header).to_string())
+    }
+
     fn is_differencing(&self) -> bool {
         self.header.is_differencing()
     }
@@ -84,13 +98,8 @@ impl Scheme for VdiScheme {
         if !self.is_differencing() {
             return Ok(());
         }
-        let Some(below) = below else {
-            let message = format!(
-                "a differencing VDI image, whose parent has the UUID {}: it cannot be read without that, and names no file",
-                text_of(&self.header.uuid_link)
-            );
-            return Err(Error::new(ErrorKind::UnsupportedFeature, message).with_field("uuid_link"));
-        };
+        // Whether it is read without its parent is not for the image to decide.
+        let Some(below) = below else { return Ok(()) };
         let Some(parent) = Vdi::of(below) else {
             let message =
                 format!("the parent of a differencing VDI image is one, too, not {}", below.format());

@@ -5,6 +5,7 @@ use qcow2_core::space::Preallocation;
 use qcow2_core::{Error, ErrorKind, Mem, Result, Storage, StorageExt, random};
 
 use crate::layer::VdiScheme;
+use crate::parent::ParentId;
 use crate::structures::{HEADER_LENGTH, Header, ImageType};
 
 /// The blueprint of a new image.
@@ -28,6 +29,38 @@ impl NewVdi {
         let is_static = is_static || preallocation != Preallocation::Off;
         let image_type = if is_static { ImageType::Static } else { ImageType::Dynamic };
         let header = Header::new(size, image_type, [random::guid()?, random::guid()?])?;
+        Ok(NewBlocks::new(Self { header, preallocation }))
+    }
+
+    /// A differencing image with a disk of `size` bytes, the parent's. Its blocks are those of the parent until they are written to.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for another size, and what a child does not have; `Io` without random numbers.
+    pub fn child(
+        size: u64,
+        is_static: bool,
+        preallocation: Preallocation,
+        parent: ParentId,
+    ) -> Result<NewBlocks<Self>> {
+        let refuse =
+            |field, message: String| Err(Error::new(ErrorKind::InvalidArgument, message).with_field(field));
+        if is_static {
+            return refuse("static", "a static VDI image has no parent".to_owned());
+        }
+        if preallocation != Preallocation::Off {
+            let message = "what a differencing VDI image takes is not known before it is written to";
+            return refuse("preallocation", message.to_owned());
+        }
+        if size != parent.size {
+            let message =
+                format!("a differencing VDI image has the size of its parent, {} bytes", parent.size);
+            return refuse("size", message);
+        }
+        let header = Header {
+            uuid_link: parent.image,
+            uuid_parent: parent.last_snap,
+            ..Header::new(size, ImageType::Differencing, [random::guid()?, random::guid()?])?
+        };
         Ok(NewBlocks::new(Self { header, preallocation }))
     }
 }

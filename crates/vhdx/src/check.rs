@@ -90,7 +90,7 @@ impl Vhdx {
         Ok(())
     }
 
-    fn judged_bitmap(&self, index: u64, entry: u64) -> Result<Option<u64>> {
+    pub(crate) fn judged_bitmap(&self, index: u64, entry: u64) -> Result<Option<u64>> {
         let found = bitmap_block(entry).and_then(|place| match place {
             Some(place) => self.check_place(place, MIB).map(|()| Some(place)),
             None => Ok(None),

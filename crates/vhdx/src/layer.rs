@@ -14,8 +14,9 @@ use qcow2_core::layer::{
 use qcow2_core::{Error, ErrorKind, MemMut, Result, Storage, StorageExt};
 
 use crate::file::{Front, Tables};
+use crate::new::ParentId;
 use crate::sectors::{Sector, Sectors, number};
-use crate::structures::{Geometry, Header, LOG_SECTOR, Metadata, Payload, bitmap_block, payload};
+use crate::structures::{Geometry, Header, LOG_SECTOR, MIB, Metadata, Payload, bitmap_block, payload};
 use crate::write::Writer;
 
 /// Sectors of metadata that are kept unless the caller says otherwise, in bytes.
@@ -202,23 +203,27 @@ impl Vhdx {
         Ok(())
     }
 
+    /// Where the sector bitmap of the chunk with the byte `start` of the disk is, if there is one.
+    pub(crate) fn bitmap_of(&self, start: u64) -> Result<Option<u64>> {
+        let geometry = self.geometry();
+        let block = start / geometry.block_size;
+        let at = self.entry_at(geometry.bitmap_entry_of(block));
+        let entry = number(&self.sectors.get(&*self.data, at)?, at);
+        let bitmap = bitmap_block(entry).and_then(|found| match found {
+            Some(offset) => self.check_place(offset, MIB).map(|()| Some(offset)),
+            None => Ok(None),
+        });
+        bitmap.map_err(|e| if e.kind() == ErrorKind::Io { e } else { self.damaged(start, e) })
+    }
+
     /// Plans a part of a block whose sectors are here or in the parent, as the bitmap of its chunk says.
     fn plan_partial(&self, start: u64, end: u64, place: Place, plan: &mut PlanBuilder<'_>) -> Result<()> {
         let geometry = self.geometry();
-        let block = start / geometry.block_size;
         let chunk = geometry.chunk_ratio() * geometry.block_size;
-        let at = self.entry_at(geometry.bitmap_entry_of(block));
-        let entry = number(&self.sectors.get(&*self.data, at)?, at);
-        let bitmap = bitmap_block(entry).and_then(|found| {
-            let missing = || {
-                Error::new(ErrorKind::Corrupt, "a block is partially present, its chunk has no sector bitmap")
-            };
-            let offset = found.ok_or_else(missing)?;
-            let bytes = chunk / geometry.sector_size / 8;
-            self.check_place(offset, bytes).map(|()| offset)
-        });
-        let bitmap =
-            bitmap.map_err(|e| if e.kind() == ErrorKind::Io { e } else { self.damaged(start, e) })?;
+        let bitmap = self.bitmap_of(start)?.ok_or_else(|| {
+            let message = "a block is partially present, its chunk has no sector bitmap";
+            self.damaged(start, Error::new(ErrorKind::Corrupt, message))
+        })?;
         let mut guest = start;
         let mut bits = None::<(u64, Sector)>;
         while guest < end {
@@ -300,6 +305,15 @@ impl Layer for Vhdx {
             "its parent has the DataWriteGuid {known}, the image below has {{{found}}}: it was changed since, or is another one"
         );
         refuse(ErrorKind::Chain, message)
+    }
+
+    fn content_id(&self) -> Option<String> {
+        let id = ParentId {
+            data_write_guid: self.front.header.data_write_guid,
+            size: self.virtual_size(),
+            sector_size: self.tables.metadata.logical_sector_size,
+        };
+        Some(id.to_string())
     }
 
     fn storage(&self) -> &Arc<dyn Storage> {

@@ -1,5 +1,5 @@
-//! The VHDX image format of Hyper-V, to the published specification [MS-VHDX]: fixed, dynamic and differencing images are read, fixed and
-//! dynamic ones are made and written to.
+//! The VHDX image format of Hyper-V, to the published specification [MS-VHDX]: fixed, dynamic and differencing images are read, made
+//! and written to.
 //!
 //! The crate stands on `qcow2-core` beside the engine, which does not know it: an image is a [`qcow2_core::Layer`]. Its log is
 //! replayed in memory where the image is opened for reading, and on disk where it is opened for writing.
@@ -22,4 +22,4 @@ mod write;
 
 pub use inspect::{Inspection, inspect, inspect_bytes};
 pub use layer::{OpenOptions, Vhdx};
-pub use new::{NewOptions, NewVhdx, Subformat};
+pub use new::{NewOptions, NewVhdx, Parent, ParentId, Subformat};

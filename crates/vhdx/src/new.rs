@@ -1,5 +1,6 @@
 //! A new image: where its parts lie, and the order in which they are written.
 
+use std::fmt;
 use std::sync::Arc;
 
 use qcow2_core::convert::{BlockSink, BlockTarget, Context, Sink};
@@ -11,8 +12,8 @@ use qcow2_core::{Error, ErrorKind, Job, Layer, Mem, Result, Storage, StorageExt}
 use crate::file::new_guid;
 use crate::structures::{
     BAT, FILE_IDENTIFIER, Geometry, Guid, HEADER_OFFSETS, HEADER_SECTION, Header, MAX_VIRTUAL_SIZE, METADATA,
-    METADATA_ITEMS, MIB, Metadata, Payload, REGION_TABLE_OFFSETS, Region, RegionTable, encode_metadata,
-    encode_payload,
+    METADATA_ITEMS, MIB, Metadata, ParentLocator, Payload, REGION_TABLE_OFFSETS, Region, RegionTable,
+    encode_metadata, encode_payload,
 };
 use crate::{OpenOptions, Vhdx};
 
@@ -47,8 +48,49 @@ pub struct NewOptions {
     pub log_size: u64,
     /// Blocks of a dynamic disk are zero, and not just absent: what QEMU does unless it is told otherwise.
     pub block_state_zero: bool,
-    /// Bytes of a sector: 512 or 4096.
+    /// Bytes of a sector: 512 or 4096; the parent's where there is one.
     pub sector_size: u32,
+    /// What the image does not have is read from it.
+    pub parent: Option<Parent>,
+}
+
+/// The parent of a new image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Parent {
+    /// Its name: a relative one is relative to the image's folder.
+    pub filename: Vec<u8>,
+    /// How it is known again.
+    pub id: ParentId,
+}
+
+/// What a child keeps of its parent: its `DataWriteGuid`, and the disk that both have. As text, with spaces between.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ParentId {
+    /// Changes whenever the disk may have changed.
+    pub data_write_guid: Guid,
+    /// Bytes of the disk.
+    pub size: u64,
+    /// Bytes of a sector.
+    pub sector_size: u32,
+}
+
+impl ParentId {
+    /// The one of this text.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        let mut parts = text.split(' ');
+        Some(Self {
+            data_write_guid: Guid(u128::from_str_radix(parts.next()?, 16).ok()?.to_be_bytes()),
+            size: parts.next()?.parse().ok()?,
+            sector_size: parts.next()?.parse().ok()?,
+        })
+    }
+}
+
+impl fmt::Display for ParentId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x} {} {}", u128::from_be_bytes(self.data_write_guid.0), self.size, self.sector_size)
+    }
 }
 
 impl Default for NewOptions {
@@ -60,6 +102,7 @@ impl Default for NewOptions {
             log_size: 0,
             block_state_zero: true,
             sector_size: 512,
+            parent: None,
         }
     }
 }
@@ -84,6 +127,8 @@ impl NewOptions {
     /// What QEMU takes for a disk of this size.
     fn chosen_block_size(&self) -> u64 {
         match self.size {
+            // As Hyper-V has it: what is around a write is not copied, and little is lost.
+            _ if self.parent.is_some() => 2 * MIB,
             size if size > 32 << 40 => 64 * MIB,
             size if size > 100 << 30 => 32 * MIB,
             size if size > 1 << 30 => 16 * MIB,
@@ -109,8 +154,19 @@ impl NewOptions {
             let message = format!("a log size of {log_size} is no multiple of 1 MiB below 4 GiB");
             return Err(refuse(invalid, "log_size", message));
         };
-        if ![512, 4096].contains(&self.sector_size) {
-            let message = format!("a sector size of {} is neither 512 nor 4096", self.sector_size);
+        let sector_size = self.parent.as_ref().map_or(self.sector_size, |parent| parent.id.sector_size);
+        if let Some(parent) = &self.parent {
+            if self.subformat == Subformat::Fixed {
+                return Err(refuse(invalid, "subformat", "a fixed VHDX has no parent".to_owned()));
+            }
+            if self.size != parent.id.size {
+                let message =
+                    format!("a differencing VHDX has the size of its parent, {} bytes", parent.id.size);
+                return Err(refuse(invalid, "size", message));
+            }
+        }
+        if ![512, 4096].contains(&sector_size) {
+            let message = format!("a sector size of {sector_size} is neither 512 nor 4096");
             return Err(refuse(invalid, "sector_size", message));
         }
         if self.size > MAX_VIRTUAL_SIZE {
@@ -120,11 +176,15 @@ impl NewOptions {
                 format!("{} bytes are more than 64 TiB", self.size),
             ));
         }
-        if !self.size.is_multiple_of(self.sector_size.into()) {
-            let message = format!("{} is no multiple of {} bytes", self.size, self.sector_size);
+        if !self.size.is_multiple_of(sector_size.into()) {
+            let message = format!("{} is no multiple of {sector_size} bytes", self.size);
             return Err(refuse(invalid, "size", message));
         }
-        let geometry = Geometry { block_size, sector_size: self.sector_size.into(), has_parent: false };
+        let parent = self.parent.as_ref();
+        let geometry = Geometry { block_size, sector_size: sector_size.into(), has_parent: parent.is_some() };
+        let locator = parent
+            .map(|parent| ParentLocator::new(&parent.filename, parent.id.data_write_guid))
+            .transpose()?;
         let table = (geometry.entries(self.size) * 8).next_multiple_of(MIB).max(MIB);
         let bat =
             Region { guid: BAT, offset: HEADER_SECTION + log_size, length: table as u32, required: true };
@@ -148,9 +208,9 @@ impl NewOptions {
                 virtual_size: self.size,
                 virtual_size_at: 0,
                 virtual_disk_id: new_guid()?,
-                logical_sector_size: self.sector_size,
-                physical_sector_size: self.sector_size,
-                parent: None,
+                logical_sector_size: sector_size,
+                physical_sector_size: sector_size,
+                parent: locator,
             },
         })
     }
@@ -160,6 +220,7 @@ impl NewVhdx {
     /// What a block is before anything is written to it.
     fn initial(&self, block: u64) -> Payload {
         match self.options.subformat {
+            _ if self.geometry.has_parent => Payload::NotPresent,
             Subformat::Fixed => Payload::Present(self.data + block * self.geometry.block_size),
             Subformat::Dynamic if self.options.block_state_zero => Payload::Zero,
             Subformat::Dynamic => Payload::NotPresent,
@@ -241,6 +302,10 @@ impl NewImage for NewVhdx {
 
     fn size(&self) -> u64 {
         self.options.size
+    }
+
+    fn has_backing(&self) -> bool {
+        self.geometry.has_parent
     }
 
     fn unit(&self) -> u64 {

@@ -99,15 +99,17 @@ fn check_table(layer: &Vpc, tally: &mut Tally, job: &Job) -> Result<(u64, CheckR
         Ok(())
     })?;
     places.sort_unstable();
-    let mut end = layout.data;
+    let mut end = 0;
     for (place, index) in places {
-        if place < end && end != layout.data {
+        if place < end {
             tally.corruption(FindingCode::BlockShared, layout.table + u64::from(index) * 4, || {
                 format!("BAT entry {index} names {place:#x}, inside another block")
             });
         }
         end = end.max(place + layout.stride());
     }
+    // Names of parents can lie behind all blocks.
+    let end = layout.metadata.iter().map(|part| part.end).fold(end.max(layout.data), u64::max);
     report.image_end_offset = Some(end + crate::structures::FOOTER_LENGTH as u64);
     Ok((end, report))
 }

@@ -12,6 +12,7 @@ use qcow2_core::space::{Preallocation, reserve, write_zero_bytes};
 use qcow2_core::{Error, ErrorKind, Job, Mem, MemMut, Result, Storage, StorageExt};
 
 use crate::layer::{geometry_for, judge_growth};
+use crate::parent::ParentId;
 use crate::structures::{FOOTER_LENGTH, Footer};
 
 /// An open fixed disk.
@@ -135,6 +136,10 @@ impl Layer for Fixed {
 
     fn read_segment(&self, segment: &Segment, buf: MemMut<'_>) -> Result<()> {
         self.storage.read_padded_at(buf, segment.start)
+    }
+
+    fn content_id(&self) -> Option<String> {
+        Some(ParentId::of(&self.footer.lock()).to_string())
     }
 
     fn as_writable(&self) -> Option<&dyn WriteLayer> {

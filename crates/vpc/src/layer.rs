@@ -5,22 +5,21 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use qcow2_core::blocks::{BlockLayer, Layout, OpenOptions, Scheme};
+use qcow2_core::blocks::{BlockLayer, Layout, OpenOptions, Scheme, SectorBitmaps};
 use qcow2_core::check::{CheckReport, Repair};
 use qcow2_core::layer::{References, SegmentKind};
 use qcow2_core::{Error, ErrorKind, Job, Layer, Mem, MemMut, Result, Storage, StorageExt, check_limit};
-use quick_cache::sync::Cache;
 
 use crate::check::check;
 use crate::fixed::Fixed;
 use crate::footers::read_footers;
-use crate::parent;
+use crate::parent::{self, ParentId};
 use crate::structures::{
     DiskType, FOOTER_LENGTH, Footer, Geometry, HEADER_LENGTH, Header, MAX_SECTORS, SECTOR,
 };
 
-/// Bitmaps of sectors that are kept.
-const KEPT_BITMAPS: usize = 4096;
+/// How much later than a child says its parent can have been made, in seconds: clocks of other places are up to a day ahead.
+const CLOCKS: u32 = 24 * 60 * 60;
 
 /// An open dynamic or differencing disk.
 pub type Vpc = BlockLayer<VpcScheme>;
@@ -31,12 +30,10 @@ pub struct VpcScheme {
     footer: Mutex<Footer>,
     header: Mutex<Header>,
     header_offset: u64,
-    is_differencing: bool,
-    parent_uuid: [u8; 16],
     layout: Layout,
     references: References,
-    /// Of a differencing disk, by the number of the block.
-    bitmaps: Cache<u32, Arc<[u8]>>,
+    /// Of a differencing disk.
+    bitmaps: Option<SectorBitmaps>,
     /// Blocks whose bitmap says that all sectors are there.
     complete: Mutex<HashSet<u32>>,
 }
@@ -120,15 +117,18 @@ pub(crate) fn geometry_for(footer: &Footer, size: u64) -> Geometry {
 impl VpcScheme {
     pub(crate) fn new(footer: &Footer, header: Header, references: References) -> Self {
         let header_offset = footer.data_offset();
+        let is_differencing = footer.disk_type() == DiskType::Differencing;
+        let mut layout = header.layout(header_offset, footer.virtual_size());
+        if is_differencing {
+            layout.metadata.extend(header.locators().filter_map(|locator| locator.range()));
+        }
         Self {
-            layout: header.layout(header_offset, footer.virtual_size()),
-            is_differencing: footer.disk_type() == DiskType::Differencing,
-            parent_uuid: header.parent_uuid(),
+            bitmaps: is_differencing.then(|| SectorBitmaps::new(layout.block)),
+            layout,
             footer: Mutex::new(footer.clone()),
             header: Mutex::new(header),
             header_offset,
             references,
-            bitmaps: Cache::new(KEPT_BITMAPS),
             complete: Mutex::default(),
         }
     }
@@ -180,7 +180,7 @@ impl Scheme for VpcScheme {
     }
 
     fn absent(&self) -> SegmentKind {
-        if self.is_differencing { SegmentKind::Unallocated(None) } else { SegmentKind::Zero(None) }
+        if self.is_differencing() { SegmentKind::Unallocated(None) } else { SegmentKind::Zero(None) }
     }
 
     fn references(&self) -> References {
@@ -188,54 +188,66 @@ impl Scheme for VpcScheme {
     }
 
     fn is_differencing(&self) -> bool {
-        self.is_differencing
+        self.bitmaps.is_some()
     }
 
     fn judge_below(&self, below: Option<&dyn Layer>) -> Result<()> {
-        if !self.is_differencing {
+        if !self.is_differencing() {
             return Ok(());
         }
-        let refuse = |kind, message: String| Err(Error::new(kind, message).with_field("parent_unique_id"));
+        let refuse = |field, kind, message: String| Err(Error::new(kind, message).with_field(field));
+        let id = "parent_unique_id";
         let Some(below) = below else {
-            let message = "a differencing VHD cannot be read without its parent".to_owned();
-            return refuse(ErrorKind::UnsupportedFeature, message);
+            // Whether it is read without a parent that it names is not for the image to decide.
+            if self.references.backing.is_some() {
+                return Ok(());
+            }
+            let message =
+                "a differencing VHD is read with its parent, and this one does not say where that is";
+            return refuse(id, ErrorKind::UnsupportedFeature, message.to_owned());
         };
         let Some(parent) = footer_of(below) else {
             let message = format!("the parent of a differencing VHD is one, too, not {}", below.format());
-            return refuse(ErrorKind::Chain, message);
+            return refuse(id, ErrorKind::Chain, message);
         };
-        if parent.uuid() == self.parent_uuid {
-            return Ok(());
+        let header = self.header.lock();
+        if parent.uuid() != header.parent_uuid() {
+            let message = format!(
+                "its parent has the UUID {:032x}, but the image below has {:032x}: it is another one",
+                u128::from_be_bytes(header.parent_uuid()),
+                u128::from_be_bytes(parent.uuid())
+            );
+            return refuse(id, ErrorKind::Chain, message);
         }
-        let message = format!(
-            "its parent has the UUID {:032x}, but the image below has {:032x}: it is another one",
-            u128::from_be_bytes(self.parent_uuid),
-            u128::from_be_bytes(parent.uuid())
-        );
-        refuse(ErrorKind::Chain, message)
+        // When a file was changed is lost as it is copied: what the parent says of itself is held against the child.
+        let (known, made) = (header.parent_time_stamp(), parent.time_stamp());
+        if known != 0 && made > known.saturating_add(CLOCKS) {
+            let message = format!(
+                "its parent was last changed {known} seconds after 2000, but the image below was made {made} seconds after it: it is another one"
+            );
+            return refuse("parent_time_stamp", ErrorKind::Chain, message);
+        }
+        Ok(())
+    }
+
+    fn content_id(&self) -> Option<String> {
+        Some(ParentId::of(&self.footer.lock()).to_string())
     }
 
     /// Of a dynamic disk all sectors of a block count, as for QEMU: those that were never written are zero.
-    fn present(&self, storage: &dyn Storage, index: u32, place: u64) -> Result<Option<Arc<[u8]>>> {
-        if !self.is_differencing {
-            return Ok(None);
-        }
-        self.bitmaps
-            .get_or_insert_with(&index, || {
-                let mut bytes = vec![0; self.bitmap_bytes()];
-                storage.read_exact_at(MemMut::from(&mut bytes[..]), place)?;
-                Ok(bytes.into())
-            })
-            .map(Some)
+    fn bitmaps(&self) -> Option<&SectorBitmaps> {
+        self.bitmaps.as_ref()
     }
 
     fn check(layer: &Vpc, repair: Option<Repair>, max_findings: usize, job: &Job) -> Result<CheckReport> {
         check(layer, repair, max_findings, job)
     }
 
-    /// All sectors of a new block are there. A footer ends the file at any time, so that a guest's bytes never do.
-    fn fresh(&self, storage: &dyn Storage, place: u64, last: bool) -> Result<()> {
-        let bitmap = vec![0xff; self.layout.lead as usize];
+    /// All sectors of a new block are there; of a differencing disk, none. A footer ends the file at any time, so that a guest's bytes
+    /// never do.
+    fn fresh(&self, storage: &dyn Storage, place: u64, last: bool, whole: bool) -> Result<()> {
+        let there = if whole || !self.is_differencing() { 0xff } else { 0 };
+        let bitmap = vec![there; self.layout.lead as usize];
         storage.write_all_at(Mem::from(&bitmap[..]), place)?;
         if last { self.write_footer(storage, place + self.layout.stride()) } else { Ok(()) }
     }

@@ -5,7 +5,7 @@
 //!
 //! A fixed disk is its bytes and a footer of 512 bytes. A dynamic one begins with a copy of the footer and a header; its blocks lie at the
 //! places that a table (BAT) says, each behind a bitmap of its sectors, and the footer is at the end. A differencing one has in its blocks
-//! the sectors that its bitmaps say, and all others are its parent's: it is read with that, and refused without.
+//! the sectors that its bitmaps say, and all others are its parent's.
 
 #![forbid(unsafe_code)]
 #![cfg_attr(not(test), deny(clippy::disallowed_methods))]
@@ -23,5 +23,6 @@ pub use fixed::Fixed;
 pub use footers::{Footers, read_footers};
 pub use inspect::{Inspection, inspect, inspect_bytes};
 pub use layer::{Vpc, VpcScheme, footer_of, open};
-pub use new::{Subformat, new_vpc};
+pub use new::{NewOptions, Preset, Subformat, new_vpc};
+pub use parent::{Parent, ParentId};
 pub use qcow2_core::blocks::OpenOptions;

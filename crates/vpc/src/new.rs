@@ -12,7 +12,10 @@ use qcow2_core::{DiskOptions, Error, ErrorKind, Job, Layer, Mem, Result, Storage
 
 use crate::fixed::Fixed;
 use crate::layer::VpcScheme;
-use crate::structures::{BLOCK_SIZE, DiskType, FOOTER_LENGTH, Footer, Geometry, Header, MAX_SECTORS, SECTOR};
+use crate::parent::{Parent, StoredName};
+use crate::structures::{
+    BLOCK_SIZE, DiskType, FOOTER_LENGTH, Footer, Geometry, HEADER_LENGTH, Header, MAX_SECTORS, SECTOR,
+};
 
 /// Seconds from 1970 to 2000, from which VHD counts.
 const YEAR_2000: u64 = 946_684_800;
@@ -27,25 +30,89 @@ pub enum Subformat {
     Fixed,
 }
 
-/// A new image with a disk of `size` bytes, whole sectors. Without `force_size` the disk is as large as the next geometry, as Virtual PC
-/// and QEMU have it; with it, exactly so, as Hyper-V and Azure do.
+/// How a new image is made.
+#[derive(Debug, Clone, Default)]
+pub struct NewOptions {
+    /// Bytes of the disk, whole sectors; those of the parent where there is one.
+    pub size: u64,
+    /// Its kind.
+    pub subformat: Subformat,
+    /// The disk has exactly this size, as Hyper-V and Azure have it; without it, that of the next geometry, as Virtual PC and QEMU do.
+    pub force_size: bool,
+    /// What is allocated.
+    pub preallocation: Preallocation,
+    /// What the image does not have is read from it.
+    pub parent: Option<Parent>,
+    /// What a product wants besides.
+    pub preset: Option<Preset>,
+}
+
+/// A product that takes images of certain sizes alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Preset {
+    /// Azure: whole MiB, from 20 MiB to 32 TiB; fixed.
+    Azure,
+    /// XenServer: whole blocks of 2 MiB; dynamic.
+    XenServer,
+}
+
+impl Preset {
+    /// The kind that it takes.
+    #[must_use]
+    pub fn subformat(self) -> Subformat {
+        match self {
+            Self::Azure => Subformat::Fixed,
+            Self::XenServer => Subformat::Dynamic,
+        }
+    }
+
+    /// The size of a disk with room for `size` bytes.
+    fn size(self, size: u64) -> Result<u64> {
+        let unit = match self {
+            Self::Azure => 1 << 20,
+            Self::XenServer => BLOCK_SIZE.into(),
+        };
+        let whole = size.checked_next_multiple_of(unit).unwrap_or(u64::MAX);
+        if self == Self::Azure && !(20 << 20..=32 << 40).contains(&whole) {
+            let message = format!("Azure takes disks of 20 MiB to 32 TiB, not of {size} bytes");
+            return Err(Error::new(ErrorKind::InvalidArgument, message).with_field("size"));
+        }
+        Ok(whole)
+    }
+}
+
+/// A new image.
 ///
 /// # Errors
-/// `Limit` above 2040 GiB; `InvalidArgument` for a size that is not whole sectors; `Io` without random numbers.
-pub fn new_vpc(
-    size: u64,
-    subformat: Subformat,
-    force_size: bool,
-    preallocation: Preallocation,
-) -> Result<Arc<dyn NewImage>> {
+/// `Limit` above 2040 GiB; `InvalidArgument` for a size that is not whole sectors, and what a differencing disk does not have; `Io` without
+/// random numbers.
+pub fn new_vpc(options: NewOptions) -> Result<Arc<dyn NewImage>> {
+    let NewOptions { size, subformat, preallocation, parent, preset, .. } = options;
+    let size = preset.map_or(Ok(size), |preset| preset.size(size))?;
+    // Products that have sizes of their own believe the size, and no geometry.
+    let force_size = options.force_size || preset.is_some();
     let refuse =
         |kind, field: &'static str, message: String| Err(Error::new(kind, message).with_field(field));
     if !size.is_multiple_of(SECTOR) {
         let message = format!("the size of a disk is a multiple of {SECTOR} bytes, not {size}");
         return refuse(ErrorKind::InvalidArgument, "size", message);
     }
-    if size > MAX_SECTORS * SECTOR {
+    if size > MAX_SECTORS * SECTOR && (preset, subformat) != (Some(Preset::Azure), Subformat::Fixed) {
         return refuse(ErrorKind::Limit, "size", format!("a VHD has at most 2040 GiB, not {size} bytes"));
+    }
+    if let Some(parent) = parent {
+        if subformat == Subformat::Fixed {
+            return refuse(ErrorKind::InvalidArgument, "subformat", "a fixed VHD has no parent".to_owned());
+        }
+        if preallocation != Preallocation::Off {
+            let message = "what a differencing VHD takes is not known before it is written to".to_owned();
+            return refuse(ErrorKind::InvalidArgument, "preallocation", message);
+        }
+        if size != parent.id.size {
+            let message = format!("a differencing VHD has the size of its parent, {} bytes", parent.id.size);
+            return refuse(ErrorKind::InvalidArgument, "size", message);
+        }
+        return Ok(Arc::new(NewBlocks::new(NewDynamic::differencing(&parent)?)));
     }
     let (geometry, creator) = match force_size {
         true => (Geometry::LARGEST, *b"qem2"),
@@ -56,7 +123,8 @@ pub fn new_vpc(
         Subformat::Dynamic => {
             let footer = Footer::new(DiskType::Dynamic, size, geometry, creator, random::uuid()?, seconds());
             let entries = u32::try_from(size.div_ceil(BLOCK_SIZE.into())).unwrap_or(u32::MAX);
-            Ok(Arc::new(NewBlocks::new(NewDynamic { footer, header: Header::new(entries), preallocation })))
+            let header = Header::new(entries);
+            Ok(Arc::new(NewBlocks::new(NewDynamic { footer, header, preallocation, parent: None })))
         }
         Subformat::Fixed => {
             let footer = Footer::new(DiskType::Fixed, size, geometry, creator, random::uuid()?, seconds());
@@ -65,13 +133,33 @@ pub fn new_vpc(
     }
 }
 
-/// The blueprint of a dynamic disk.
+/// The blueprint of a dynamic or differencing disk.
 #[derive(Debug)]
 struct NewDynamic {
     footer: Footer,
     header: Header,
     /// All blocks have their place, unless it is `Off`.
     preallocation: Preallocation,
+    /// The parent's name.
+    parent: Option<StoredName>,
+}
+
+impl NewDynamic {
+    /// One with the parent's disk, whose geometry it has.
+    fn differencing(parent: &Parent) -> Result<Self> {
+        let (id, kind) = (parent.id, DiskType::Differencing);
+        let footer = Footer::new(kind, id.size, id.geometry, *b"qem2", random::uuid()?, seconds());
+        let name = StoredName::new(&parent.filename, (FOOTER_LENGTH + HEADER_LENGTH) as u64)?;
+        let entries = u32::try_from(id.size.div_ceil(BLOCK_SIZE.into())).unwrap_or(u32::MAX);
+        let header = Header::new(entries).with_parent(
+            name.end(),
+            id.uuid,
+            parent.changed,
+            &name.plain,
+            &name.locators(),
+        );
+        Ok(Self { footer, header, preallocation: Preallocation::Off, parent: Some(name) })
+    }
 }
 
 impl Blueprint for NewDynamic {
@@ -107,6 +195,7 @@ impl Blueprint for NewDynamic {
         let table_end = layout.table + layout.table_bytes();
         let rest = vec![0xff; (layout.data - table_end) as usize];
         storage.write_all_at(Mem::from(&rest[..]), table_end)?;
+        self.parent.iter().try_for_each(|name| name.write(storage))?;
         storage.write_all_at(Mem::from(&self.header.bytes()[..]), FOOTER_LENGTH as u64)?;
         storage.write_all_at(Mem::from(&self.footer.bytes()[..]), end)?;
         sync()?;

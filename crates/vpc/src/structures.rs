@@ -15,6 +15,8 @@ pub const COOKIE: [u8; 8] = *b"conectix";
 pub const HEADER_COOKIE: [u8; 8] = *b"cxsparse";
 /// Most sectors of a disk: 2040 GiB.
 pub const MAX_SECTORS: u64 = 0xff00_0000;
+/// Most sectors of a fixed disk, which has no table: 32 TiB, what Azure takes.
+pub const MAX_FIXED_SECTORS: u64 = (32 << 40) / SECTOR;
 /// Bytes of a sector.
 pub const SECTOR: u64 = 512;
 /// Bytes of a block of new images.
@@ -48,9 +50,14 @@ const MAX_TABLE_ENTRIES: usize = 28;
 const BLOCK_SIZE_FIELD: usize = 32;
 const HEADER_CHECKSUM: usize = 36;
 const PARENT_UNIQUE_ID: usize = 40;
+const PARENT_TIMESTAMP: usize = 56;
 const PARENT_NAME: usize = 64;
 const LOCATORS: usize = 576;
 const LOCATOR_LENGTH: usize = 24;
+/// Most units of a parent's file name: a zero is behind it.
+pub const MAX_PARENT_NAME: usize = 255;
+/// Most bytes of the name behind a locator.
+pub const MAX_LOCATED_NAME: u32 = 4096;
 
 /// The kind of a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -173,8 +180,11 @@ impl Footer {
             }
         };
         let footer = Self { bytes: whole, disk_type };
-        if footer.sectors() > MAX_SECTORS {
-            let reason = "a disk has at most 2040 GiB";
+        let (most, reason) = match disk_type {
+            DiskType::Fixed => (MAX_FIXED_SECTORS, "a fixed disk has at most 32 TiB"),
+            DiskType::Dynamic | DiskType::Differencing => (MAX_SECTORS, "a disk has at most 2040 GiB"),
+        };
+        if footer.sectors() > most {
             return Err(invalid(ErrorKind::Limit, "current_size", footer.virtual_size(), reason));
         }
         Ok(footer)
@@ -275,6 +285,12 @@ impl Footer {
         self.fields().bytes(UNIQUE_ID)
     }
 
+    /// When the image was made, in seconds since 2000.
+    #[must_use]
+    pub fn time_stamp(&self) -> u32 {
+        self.fields().u32(TIMESTAMP)
+    }
+
     /// Whether the geometry says how large the disk is.
     #[must_use]
     pub fn is_by_geometry(&self) -> bool {
@@ -301,6 +317,22 @@ pub struct Locator {
     pub length: u32,
     /// Where the name is, in bytes.
     pub offset: u64,
+}
+
+impl Locator {
+    /// Whole sectors that hold the name, in bytes.
+    #[must_use]
+    pub fn space(&self) -> u32 {
+        self.length.min(MAX_LOCATED_NAME).next_multiple_of(SECTOR as u32)
+    }
+
+    /// Where the name is in the file; nothing where there is none.
+    #[must_use]
+    pub fn range(&self) -> Option<std::ops::Range<u64>> {
+        let there = self.platform != [0; 4] && self.length > 0;
+        let end = self.offset.checked_add(self.space().into()).filter(|_| there)?;
+        Some(self.offset..end)
+    }
 }
 
 /// The header of a dynamic or differencing disk.
@@ -366,6 +398,33 @@ impl Header {
         Self { bytes }
     }
 
+    /// The same of a differencing disk, whose BAT is at `table_offset`: behind the names that its locators say. The parent has this UUID
+    /// and file name, and was last changed so many seconds after 2000.
+    #[must_use]
+    pub fn with_parent(
+        &self,
+        table_offset: u64,
+        uuid: [u8; 16],
+        time_stamp: u32,
+        name: &[u16],
+        locators: &[Locator],
+    ) -> Self {
+        let mut bytes = self.bytes.clone();
+        put(&mut bytes[..], TABLE_OFFSET, &table_offset.to_be_bytes());
+        put(&mut bytes[..], PARENT_UNIQUE_ID, &uuid);
+        put(&mut bytes[..], PARENT_TIMESTAMP, &time_stamp.to_be_bytes());
+        let units: Vec<u8> = name.iter().take(MAX_PARENT_NAME).flat_map(|unit| unit.to_be_bytes()).collect();
+        put(&mut bytes[..], PARENT_NAME, &units);
+        for (locator, at) in locators.iter().zip((LOCATORS..).step_by(LOCATOR_LENGTH)).take(8) {
+            put(&mut bytes[..], at, &locator.platform);
+            // The specification counts sectors here; the programs that write it, bytes.
+            put(&mut bytes[..], at + 4, &locator.space().to_be_bytes());
+            put(&mut bytes[..], at + 8, &locator.length.to_be_bytes());
+            put(&mut bytes[..], at + 16, &locator.offset.to_be_bytes());
+        }
+        Self { bytes }.with_entries(self.max_table_entries())
+    }
+
     fn fields(&self) -> Fields<'_> {
         Fields::big_endian(&self.bytes[..])
     }
@@ -404,6 +463,12 @@ impl Header {
     #[must_use]
     pub fn parent_uuid(&self) -> [u8; 16] {
         self.fields().bytes(PARENT_UNIQUE_ID)
+    }
+
+    /// When the parent was last changed before the image was made on it, in seconds since 2000; 0 where that is not known.
+    #[must_use]
+    pub fn parent_time_stamp(&self) -> u32 {
+        self.fields().u32(PARENT_TIMESTAMP)
     }
 
     /// The parent's file name, in UTF-16.
@@ -508,8 +573,14 @@ mod tests {
         }
         let largest = Footer::new(DiskType::Fixed, 1 << 40, Geometry::LARGEST, *b"qemu", [0; 16], 0);
         assert_eq!(largest.virtual_size(), 1 << 40);
-        let beyond = Footer::new(DiskType::Fixed, 2 << 40, Geometry::LARGEST, *b"win ", [0; 16], 0);
-        assert_eq!(Footer::parse(beyond.bytes()).unwrap_err().kind(), ErrorKind::Limit);
+        for (kind, most) in [(DiskType::Fixed, 32 << 40), (DiskType::Dynamic, 2040 << 30)] {
+            let of = |size| {
+                let footer = Footer::new(kind, size, Geometry::LARGEST, *b"win ", [0; 16], 0);
+                Footer::parse(footer.bytes())
+            };
+            assert_eq!(of(most).unwrap().virtual_size(), most);
+            assert_eq!(of(most + 512).unwrap_err().kind(), ErrorKind::Limit);
+        }
     }
 
     #[test]
@@ -562,7 +633,7 @@ mod tests {
                 put(bytes, at, &sum.to_be_bytes());
             }
             if let (Ok(footer), Ok(header)) = (Footer::parse(&bytes), Header::parse(&header)) {
-                prop_assert!(footer.virtual_size() <= MAX_SECTORS * SECTOR);
+                prop_assert!(footer.virtual_size() <= MAX_FIXED_SECTORS * SECTOR);
                 let layout = header.layout(footer.data_offset(), footer.virtual_size());
                 if layout.check().is_ok() {
                     prop_assert!(layout.lead >= SECTOR && layout.capacity() >= footer.virtual_size());

@@ -7,19 +7,18 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
+use super::bitmaps::SECTOR;
 use super::layout::{Entry, Layout, Scheme};
 use super::places::Places;
 use super::table::{Slice, Table};
 use crate::check::{CheckLayer, CheckReport, Repair};
 use crate::disk::{DiskOptions, WriteLayer};
 use crate::layer::{Holes, Layer, Place, PlanBuilder, References, Segment, SegmentKind};
-use crate::storage::ReadTransfer;
+use crate::storage::{RangeLock, ReadTransfer};
 use crate::{Error, ErrorKind, Job, MemMut, Result, Storage, StorageExt};
 
 /// Bytes of the table that are kept unless the caller says otherwise.
 const DEFAULT_CACHE_BYTES: u64 = 4 << 20;
-/// Sectors that a differencing image has or has not.
-const SECTOR: u64 = 512;
 
 /// An image of a format `S`. The same image can be open as several layers.
 #[derive(Debug)]
@@ -41,6 +40,8 @@ pub(super) struct Shared<S> {
     pub(super) places: Mutex<Option<Places>>,
     /// Held by the flush, one at a time.
     pub(super) flushing: Mutex<()>,
+    /// Of a differencing image, the blocks that requests are on: alone where what is around their bytes is copied.
+    pub(super) requests: RangeLock,
     /// A sync failed: what the file has is unknown.
     pub(super) failed: AtomicBool,
 }
@@ -68,6 +69,7 @@ impl<S: Scheme> BlockLayer<S> {
             length: AtomicU64::new(length),
             places: Mutex::new(None),
             flushing: Mutex::new(()),
+            requests: RangeLock::default(),
             failed: AtomicBool::new(false),
             scheme,
             storage,
@@ -167,15 +169,15 @@ impl<S: Scheme> Shared<S> {
         let layout = self.layout();
         let start = u64::from(index) * layout.block;
         let data = |inside: u64| SegmentKind::Data(Place { file: 0, host: place + layout.lead + inside });
-        let Some(present) = self.scheme.present(&*self.storage, index, place)? else {
+        let Some(bitmaps) = self.scheme.bitmaps() else {
             plan.push(start + part.start, part.end - part.start, data(part.start));
             return Ok(());
         };
+        let bits = bitmaps.get(&*self.storage, index, place)?;
         let mut at = part.start;
         while at < part.end {
             let sector = at / SECTOR;
-            let byte = present.get((sector / 8) as usize).copied().unwrap_or(0);
-            let there = byte & (0x80 >> (sector % 8)) != 0;
+            let there = bits.has(sector);
             let end = ((sector + 1) * SECTOR).min(part.end);
             plan.push(start + at, end - at, if there { data(at) } else { self.scheme.absent() });
             at = end;
@@ -208,6 +210,10 @@ impl<S: Scheme> Layer for BlockLayer<S> {
 
     fn judge_below(&self, below: Option<&dyn Layer>) -> Result<()> {
         self.shared.scheme.judge_below(below).map_err(|e| self.shared.storage.located(e))
+    }
+
+    fn content_id(&self) -> Option<String> {
+        self.shared.scheme.content_id()
     }
 
     fn storage(&self) -> &Arc<dyn Storage> {
@@ -270,16 +276,9 @@ impl<S: Scheme> Layer for BlockLayer<S> {
 
     fn make_writable(&mut self, options: DiskOptions) -> Result<()> {
         let shared = &*self.shared;
-        let refuse = |kind, message: String| Err(shared.storage.located(Error::new(kind, message)));
         if !shared.storage.traits().writable {
-            return refuse(ErrorKind::ReadOnly, "the file is open for reading only".into());
-        }
-        if shared.scheme.is_differencing() {
-            let format = shared.scheme.format();
-            let message = format!(
-                "a differencing {format} image is only read: convert it, or write to a qcow2 overlay of it"
-            );
-            return refuse(ErrorKind::UnsupportedFeature, message);
+            let error = Error::new(ErrorKind::ReadOnly, "the file is open for reading only");
+            return Err(shared.storage.located(error));
         }
         S::begin(self)?;
         self.options = Some(options);

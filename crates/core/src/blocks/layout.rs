@@ -1,13 +1,12 @@
 //! What a format says of itself.
 
-use std::fmt;
-use std::ops::Range;
-use std::sync::Arc;
-
+use super::bitmaps::SectorBitmaps;
 use super::layer::BlockLayer;
 use crate::check::{CheckReport, Repair};
 use crate::layer::{Holes, References, SegmentKind};
 use crate::{Error, ErrorKind, Job, Layer, Result, Storage};
+use std::fmt;
+use std::ops::Range;
 
 /// Most bytes that a block can have, and that its place can have in front of it.
 const MAX_BLOCK: u64 = 1 << 32;
@@ -182,7 +181,7 @@ pub trait Scheme: fmt::Debug + Send + Sync + 'static {
         References::default()
     }
 
-    /// Whether what is not there is read from the layer below: such an image is only read.
+    /// Whether what is not there is read from the layer below.
     fn is_differencing(&self) -> bool {
         false
     }
@@ -196,13 +195,14 @@ pub trait Scheme: fmt::Debug + Send + Sync + 'static {
         Ok(())
     }
 
-    /// Of an image that is differencing, which sectors of the block number `index` are there: a bit for each, the highest of a byte first.
-    ///
-    /// # Errors
-    /// `Io`, `Corrupt`.
-    fn present(&self, storage: &dyn Storage, index: u32, place: u64) -> Result<Option<Arc<[u8]>>> {
-        let _ = (storage, index, place);
-        Ok(None)
+    /// As [`Layer::content_id`].
+    fn content_id(&self) -> Option<String> {
+        None
+    }
+
+    /// Of an image that is differencing, which sectors of its blocks are there. `None` where blocks are there as a whole.
+    fn bitmaps(&self) -> Option<&SectorBitmaps> {
+        None
     }
 
     /// Holds the image's metadata against itself, as [`CheckLayer::check`](crate::check::CheckLayer::check) and, with `repair`,
@@ -231,16 +231,17 @@ pub trait Scheme: fmt::Debug + Send + Sync + 'static {
         Ok(())
     }
 
-    /// Writes what a new place has in front of its block. `last`: no place is behind it.
+    /// Writes what a new place has in front of its block. `last`: no place is behind it. `whole`: all of the block will be written to it,
+    /// also of an image that is differencing.
     ///
     /// # Errors
     /// `Io`.
-    fn fresh(&self, storage: &dyn Storage, place: u64, last: bool) -> Result<()> {
-        let _ = (storage, place, last);
+    fn fresh(&self, storage: &dyn Storage, place: u64, last: bool, whole: bool) -> Result<()> {
+        let _ = (storage, place, last, whole);
         Ok(())
     }
 
-    /// Called before data is written to a block that has a place, from any thread.
+    /// Called before data is written to a block that has a place, from any thread. Not of an image that is differencing.
     ///
     /// # Errors
     /// `Io`.

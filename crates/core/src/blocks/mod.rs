@@ -7,10 +7,12 @@
 //!
 //! What is written, and in which order: data goes to its place at once, and an entry of the table that is new stays in memory until the
 //! next flush. That one makes the data durable, with what the format wants in front of its entries ([`Scheme::settle`]), then writes the
-//! entries, and makes them durable. A power cut leaves at worst places that nothing refers to, which are given out again. A flush without
+//! entries, with the bits of new sectors of a differencing image, and makes them durable. A power cut leaves at worst places that nothing refers to, which are given out again. A flush without
 //! new blocks is one sync.
 
+mod bitmaps;
 mod check;
+mod child;
 mod fields;
 mod layer;
 mod layout;
@@ -19,6 +21,7 @@ mod places;
 mod table;
 mod write;
 
+pub use bitmaps::SectorBitmaps;
 pub use check::UsedPlaces;
 pub use fields::{Fields, put};
 pub use layer::BlockLayer;

@@ -54,13 +54,15 @@ pub struct NewBlocks<B> {
     blueprint: B,
     layout: Layout,
     format: &'static str,
+    has_backing: bool,
 }
 
 impl<B: Blueprint> NewBlocks<B> {
     /// By this blueprint.
     pub fn new(blueprint: B) -> Self {
         let scheme = blueprint.scheme();
-        Self { layout: scheme.layout().clone(), format: scheme.format(), blueprint }
+        let has_backing = scheme.is_differencing();
+        Self { layout: scheme.layout().clone(), format: scheme.format(), has_backing, blueprint }
     }
 
     /// The blueprint.
@@ -116,7 +118,7 @@ impl<B: Blueprint> NewBlocks<B> {
             let scheme = self.blueprint.scheme();
             for block in 0..self.blocks() {
                 job.checkpoint()?;
-                scheme.fresh(host, self.end_of(block), false)?;
+                scheme.fresh(host, self.end_of(block), false, true)?;
                 table.put(host, block as u32, self.end_of(block))?;
             }
         }
@@ -136,6 +138,10 @@ impl<B: Blueprint> NewImage for NewBlocks<B> {
 
     fn size(&self) -> u64 {
         self.layout.size
+    }
+
+    fn has_backing(&self) -> bool {
+        self.has_backing
     }
 
     fn unit(&self) -> u64 {
@@ -267,7 +273,7 @@ impl<B: Blueprint> BlockTarget for Target<B> {
             self.table.put(&*self.host, number, place)?;
             self.next += self.new.step();
         }
-        self.scheme.fresh(&*self.host, place, false)?;
+        self.scheme.fresh(&*self.host, place, false, true)?;
         Ok(place + self.new.layout.lead)
     }
 

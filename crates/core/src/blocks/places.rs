@@ -1,7 +1,7 @@
 //! Where new places are.
 
 use super::layer::Shared;
-use super::layout::{Entry, Scheme};
+use super::layout::{Entry, Layout, Scheme};
 use crate::{Error, ErrorKind, Result, StorageExt};
 
 /// Most places inside the file that are given out again. Others wait until the image is opened anew.
@@ -38,7 +38,7 @@ impl Places {
         used.sort_unstable();
         let device = shared.storage.traits().block_device;
         let stale = if device { u64::MAX } else { shared.storage.size()? };
-        let mut places = Self { free: Vec::new(), end: layout.next_place(layout.data), stale };
+        let mut places = Self { free: Vec::new(), end: clear_of(layout, layout.data), stale };
         let mut last = 0;
         for entry in used {
             let Entry::At(place) = layout.entry(entry) else { continue };
@@ -51,12 +51,25 @@ impl Places {
             }
             while places.end + layout.stride() <= place && places.free.len() < MOST_FREE {
                 places.free.push(places.end);
-                places.end = layout.next_place(places.end + layout.stride());
+                places.end = clear_of(layout, places.end + layout.stride());
             }
             last = place + layout.stride();
             places.end = places.end.max(layout.next_place(last));
         }
+        let behind = layout.metadata.iter().map(|part| part.end).max().unwrap_or(0);
+        places.end = places.end.max(layout.next_place(behind));
         places.free.reverse();
         Ok(places)
     }
+}
+
+/// The first place at or behind `at` that touches none of the format's own structures.
+fn clear_of(layout: &Layout, at: u64) -> u64 {
+    let mut place = layout.next_place(at);
+    while let Some(part) =
+        layout.metadata.iter().find(|part| part.start < place + layout.stride() && place < part.end)
+    {
+        place = layout.next_place(part.end);
+    }
+    place
 }

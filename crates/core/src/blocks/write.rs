@@ -2,15 +2,18 @@
 
 use std::sync::atomic::Ordering;
 
+use super::bitmaps::SectorBitmaps;
 use super::layer::{BlockLayer, Shared};
 use super::layout::{Entry, Scheme};
 use super::places::Places;
-use crate::disk::{DiskOptions, WriteLayer};
+use crate::disk::{DiskOptions, OldBytes, WriteLayer};
 use crate::space::{Preallocation, lengthen};
 use crate::{Error, ErrorKind, Job, Layer, Mem, Result, StorageExt};
 
 /// New entries that are kept in memory before they are written without being asked.
 const MOST_PENDING: usize = 1 << 16;
+/// Bitmaps of sectors that are kept in memory before they are written without being asked.
+const MOST_WAITING: usize = 1 << 12;
 /// Disks are whole sectors.
 const SECTOR: u64 = 512;
 
@@ -38,14 +41,35 @@ impl<S: Scheme> Shared<S> {
         Ok(place + self.layout().lead)
     }
 
-    fn allocate(&self, index: u32) -> Result<u64> {
-        let layout = self.layout();
+    /// The place of the block `index`, a new one where it has none.
+    pub(super) fn allocate(&self, index: u32) -> Result<u64> {
         let mut guard = self.places.lock();
         // Another request may have been here first.
         if let Entry::At(place) = self.entry(index)? {
             return Ok(place);
         }
-        let places = match &mut *guard {
+        let (place, entry) = self.take_from(&mut guard)?;
+        self.table.set(index, entry);
+        Ok(place)
+    }
+
+    /// A place that no entry names yet.
+    pub(super) fn take(&self) -> Result<u64> {
+        self.take_from(&mut self.places.lock()).map(|(place, _)| place)
+    }
+
+    /// Nothing was stored there after all that counts.
+    pub(super) fn give_back(&self, place: u64) {
+        if let Some(places) = &mut *self.places.lock() {
+            places.stale = places.stale.max(place.saturating_add(self.layout().stride()));
+            places.free.push(place);
+        }
+    }
+
+    /// A new place and its entry.
+    fn take_from(&self, places: &mut Option<Places>) -> Result<(u64, u32)> {
+        let layout = self.layout();
+        let places = match places {
             Some(places) => places,
             none => none.insert(Places::survey(self)?),
         };
@@ -61,24 +85,25 @@ impl<S: Scheme> Shared<S> {
         if place < places.stale {
             self.storage.zero(place, end.min(places.stale) - place, true)?;
         }
-        self.scheme.fresh(&*self.storage, place, places.free.is_empty())?;
+        self.scheme.fresh(&*self.storage, place, places.free.is_empty(), false)?;
         if places.free.pop().is_none() {
             places.end = layout.next_place(end);
         }
         self.length.fetch_max(end, Ordering::AcqRel);
-        self.table.set(index, entry);
-        Ok(place)
+        Ok((place, entry))
     }
 
     /// Writes the new entries, and makes all durable that was written.
     fn publish(&self) -> Result<()> {
         let _one = self.flushing.lock();
         self.check_sound()?;
+        // Before the data is made durable: what comes later waits for the next flush.
+        let bits = self.scheme.bitmaps().map(SectorBitmaps::waiting).unwrap_or_default();
         let batch = self.table.pending();
-        if batch.is_empty() {
+        if batch.is_empty() && bits.is_empty() {
             return self.sync();
         }
-        {
+        if !batch.is_empty() {
             // Nobody gets a place where the format's structures are written.
             let places = self.places.lock();
             if let Some(places) = &*places {
@@ -87,10 +112,30 @@ impl<S: Scheme> Shared<S> {
             }
         }
         self.sync()?;
+        SectorBitmaps::write(&*self.storage, &bits)?;
         self.table.write(&*self.storage, self.layout(), &batch)?;
         self.sync()?;
         self.table.settled(&batch);
+        if let Some(bitmaps) = self.scheme.bitmaps() {
+            bitmaps.settled(&bits);
+        }
         Ok(())
+    }
+
+    /// Keeps what waits for a flush bounded.
+    fn publish_if_many(&self) -> Result<()> {
+        let bitmaps = self.scheme.bitmaps().map_or(0, SectorBitmaps::waiting_count);
+        let many = self.table.pending_count() > MOST_PENDING || bitmaps > MOST_WAITING;
+        if many { self.publish() } else { Ok(()) }
+    }
+
+    /// Refuses a request that does not say what the disk holds, on an image that needs it.
+    fn check_alone(&self) -> Result<()> {
+        if !self.scheme.is_differencing() {
+            return Ok(());
+        }
+        let message = "a differencing image is written to with what shows through it";
+        Err(self.storage.located(Error::new(ErrorKind::Internal, message)))
     }
 
     /// Calls `f` with the parts of a range that blocks with a place have: where they are in the file, and their length.
@@ -117,6 +162,10 @@ impl<S: Scheme> Shared<S> {
         if preallocation != Preallocation::Off {
             let message = format!("a {format} image grows without preallocation");
             return refuse(ErrorKind::InvalidArgument, "preallocation", message);
+        }
+        if self.scheme.is_differencing() && size != self.size.load(Ordering::Acquire) {
+            let message = format!("a differencing {format} image keeps the size that its parent has");
+            return refuse(ErrorKind::UnsupportedFeature, "size", message);
         }
         if !size.is_multiple_of(SECTOR) {
             return refuse(
@@ -180,6 +229,7 @@ impl<S: Scheme> WriteLayer for BlockLayer<S> {
     fn write_at(&self, buf: Mem<'_>, offset: u64) -> Result<()> {
         let (shared, layout) = (&*self.shared, self.shared.layout());
         shared.check_sound()?;
+        shared.check_alone()?;
         let (mut rest, mut at) = (buf, offset);
         // What is written in one piece, and where.
         let mut run: Option<(u64, usize)> = None;
@@ -204,17 +254,40 @@ impl<S: Scheme> WriteLayer for BlockLayer<S> {
         if let Some((start, _)) = run {
             shared.storage.write_all_at(waiting, start)?;
         }
-        if shared.table.pending_count() > MOST_PENDING { shared.publish() } else { Ok(()) }
+        shared.publish_if_many()
     }
 
     fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> Result<()> {
         self.shared.check_sound()?;
+        self.shared.check_alone()?;
         self.shared.stored(offset, length, |host, part| self.shared.storage.zero(host, part, unmap))
+    }
+
+    fn write_over(&self, buf: Mem<'_>, offset: u64, old: OldBytes<'_>) -> Result<()> {
+        if !self.shared.scheme.is_differencing() {
+            return self.write_at(buf, offset);
+        }
+        self.shared.check_sound()?;
+        self.shared.write_child(buf, offset, old)?;
+        self.shared.publish_if_many()
+    }
+
+    fn zero_over(&self, offset: u64, length: u64, unmap: bool, old: OldBytes<'_>) -> Result<()> {
+        if !self.shared.scheme.is_differencing() {
+            return self.write_zeroes(offset, length, unmap);
+        }
+        self.shared.check_sound()?;
+        self.shared.zero_child(offset, length, unmap, old)?;
+        self.shared.publish_if_many()
     }
 
     /// A block stays where it is: what is left of it is zero, and not what the storage makes of a discard.
     fn discard(&self, offset: u64, length: u64) -> Result<()> {
-        self.write_zeroes(offset, length, true)
+        if !self.shared.scheme.is_differencing() {
+            return self.write_zeroes(offset, length, true);
+        }
+        self.shared.check_sound()?;
+        self.shared.discard_child(offset, length)
     }
 
     fn flush(&self) -> Result<()> {

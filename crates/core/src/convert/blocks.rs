@@ -8,7 +8,7 @@ use qcow2_transform::zero;
 
 use super::copy::{Ahead, Copier};
 use super::scan::{Chunk, Rules, Zeroes};
-use super::{Context, ConvertOptions, Sink, Worker};
+use super::{Context, ConvertOptions, Delta, Sink, Worker};
 use crate::{Error, Job, Mem, Result, Storage, StorageExt};
 
 /// Bytes of a chunk, as far as blocks allow.
@@ -45,6 +45,8 @@ pub struct BlockSink {
     stale: bool,
     block: u64,
     chunk: u64,
+    /// What a parent has already is left out, and zeroes are data. A block is there as a whole, also with what the parent has of it.
+    delta: Option<Delta>,
     ahead: Ahead,
     turn: Mutex<Turn>,
     moved: Condvar,
@@ -74,7 +76,9 @@ impl BlockSink {
         let block = target.block_size().max(1);
         let stale = storage.traits().block_device;
         // Whole blocks, or a whole part of one.
+        let delta = context.options.delta;
         let chunk = match block {
+            _ if delta.is_some() => block,
             ..=CHUNK => CHUNK / block * block,
             _ if block.is_multiple_of(CHUNK) => CHUNK,
             _ => block,
@@ -83,7 +87,11 @@ impl BlockSink {
         Self {
             ahead: Ahead::new(!stale),
             storage,
-            sparse_size: usize::try_from(context.options.sparse_size).unwrap_or(usize::MAX),
+            sparse_size: match delta {
+                Some(_) => 0,
+                None => usize::try_from(context.options.sparse_size).unwrap_or(usize::MAX),
+            },
+            delta,
             stale,
             block,
             chunk,
@@ -183,11 +191,14 @@ impl BlockSink {
 impl Sink for BlockSink {
     fn rules(&self) -> Rules {
         let zeroes = if self.sparse_size == 0 { Zeroes::Written } else { Zeroes::Skip };
-        Rules { chunk: self.chunk, zeroes, delta: None }
+        Rules { chunk: self.chunk, zeroes, delta: self.delta }
     }
 
     fn worker(&self) -> Result<Worker<'_>> {
-        Ok(Box::new(|copier, chunk| self.write(copier, &chunk)))
+        Ok(Box::new(|copier, chunk| {
+            let chunk = if self.delta.is_some() { chunk.whole() } else { chunk };
+            self.write(copier, &chunk)
+        }))
     }
 
     fn stop(&self) {

@@ -75,6 +75,12 @@ impl Chunk {
     pub fn length(&self) -> u64 {
         self.end - self.start
     }
+    /// The chunk with all of its bytes to read: for what is there as a whole, also with what a parent has of it.
+    #[must_use]
+    pub fn whole(self) -> Self {
+        let piece = Piece { start: self.start, length: self.length(), content: Content::Read };
+        Self { pieces: vec![piece], ..self }
+    }
     /// Bytes to copy.
     pub fn bytes(&self) -> u64 {
         let data = self.pieces.iter().filter(|piece| !matches!(piece.content, Content::Zero));

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use qcow2_engine::files::NewDisk;
 use qcow2_engine::measure::MeasureTarget;
 use qcow2_engine::{Error, ErrorKind, OpenOptions, Result};
-use qcow2_vhdx::{NewOptions, NewVhdx, Subformat, Vhdx};
+use qcow2_vhdx::{NewOptions, NewVhdx, Parent, ParentId, Subformat, Vhdx};
 
-use super::{Format, Untrusted};
+use super::{Format, Untrusted, unknown_parent};
 use crate::inspect::{Inspected, Seen};
 use crate::shape::{Purpose, Shape};
 
@@ -53,13 +53,32 @@ fn new(shape: &Shape, size: u64) -> Result<Arc<NewVhdx>> {
             return Err(Error::new(ErrorKind::InvalidArgument, message).with_field("subformat"));
         }
     };
+    // What Hyper-V makes itself.
+    let block_size = if shape.word("preset") == Some("hyper-v") { 32 << 20 } else { 0 };
+    let sector_size = match shape.number("logicalSectorSize") {
+        Some(4096) => 4096,
+        _ => defaults.sector_size,
+    };
+    let parent = match shape.parent()? {
+        None => None,
+        Some((filename, id)) => {
+            let id = ParentId::parse(id).ok_or_else(|| unknown_parent("vhdx"))?;
+            if shape.number("logicalSectorSize").is_some_and(|size| size != u64::from(id.sector_size)) {
+                let message =
+                    format!("the parent has sectors of {} bytes, and so has the image", id.sector_size);
+                return Err(Error::new(ErrorKind::InvalidArgument, message).with_field("logicalSectorSize"));
+            }
+            Some(Parent { filename, id })
+        }
+    };
     let options = NewOptions {
-        size: size.checked_next_multiple_of(defaults.sector_size.into()).unwrap_or(size),
+        size: size.checked_next_multiple_of(sector_size.into()).unwrap_or(size),
+        sector_size,
         subformat,
-        block_size: shape.number("blockSize").unwrap_or_default(),
+        block_size: shape.number("blockSize").unwrap_or(block_size),
         log_size: shape.number("logSize").unwrap_or_default(),
         block_state_zero: shape.flag("blockStateZero").unwrap_or(defaults.block_state_zero),
-        ..defaults
+        parent,
     };
     options.plan().map(Arc::new)
 }

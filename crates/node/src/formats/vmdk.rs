@@ -78,7 +78,7 @@ fn create_options(shape: &Shape, size: u64) -> Result<CreateOptions> {
     };
     let parent = shape.backing_file.as_ref().map(|filename| Parent {
         filename: filename.clone().into_bytes(),
-        cid: shape.number("parentCid").unwrap_or_default() as u32,
+        cid: shape.word("parentId").and_then(|id| id.parse().ok()).unwrap_or_default(),
     });
     let text = |name| shape.word(name).map(str::to_owned);
     Ok(CreateOptions {

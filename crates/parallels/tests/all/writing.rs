@@ -40,7 +40,16 @@ fn disks_keep_their_contract() {
 #[test]
 fn writers_keep_their_contract() {
     for (name, file) in [("clusters", new(24 * 4096, 4096)), ("sectors", forged(24, 8))] {
-        WriterContract { name, file: &file, open: &open, unit: 4096, grows: true, sound: &sound }.check();
+        WriterContract {
+            name,
+            file: &file,
+            below: None,
+            open: &open,
+            unit: 4096,
+            grows: true,
+            sound: &sound,
+        }
+        .check();
     }
 }
 

@@ -25,9 +25,11 @@ const STATES: usize = 60;
 pub struct WriterContract<'a> {
     /// For messages.
     pub name: &'a str,
-    /// The file of an image whose disk is at least 16 units long and reads as zeroes.
+    /// The file of an image whose disk is at least 16 units long, and reads as zeroes unless there is one below.
     pub file: &'a [u8],
-    /// Opens it.
+    /// The file of the image below, whose disk has zeroes and stamped sectors.
+    pub below: Option<Arc<dyn Storage>>,
+    /// Opens them.
     pub open: Open<'a>,
     /// Bytes in which the format allocates, small: the contract writes all over the disk.
     pub unit: u64,
@@ -50,7 +52,11 @@ impl WriterContract<'_> {
         if writable {
             layer.make_writable(DiskOptions { discard: Discard::Unmap, ..DiskOptions::default() })?;
         }
-        Image::new(vec![layer])
+        let mut layers = vec![layer];
+        if let Some(below) = &self.below {
+            layers.push((self.open)(Arc::clone(below))?);
+        }
+        Image::new(layers)
     }
 
     fn sparse(&self) -> Sparse {
@@ -165,6 +171,7 @@ impl WriterContract<'_> {
         let image = self.image(host.clone(), true).unwrap();
         let size = image.virtual_size() / 512 * 512;
         let mut expected = vec![0; size as usize];
+        image.read_at(qcow2_core::MemMut::from(&mut expected[..]), 0).unwrap();
         std::thread::scope(|scope| {
             let workers = (0..THREADS).map(|thread| {
                 let image = &image;

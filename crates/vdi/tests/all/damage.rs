@@ -2,12 +2,16 @@
 
 use std::sync::Arc;
 
-use qcow2_core::check::Repair;
-use qcow2_core::disk::DiskOptions;
-use qcow2_core::{ErrorKind, Job, Layer, Mem};
-use qcow2_testkit::contract::LayerContract;
+use qcow2_core::check::{FindingCode, Repair};
+use qcow2_core::space::Preallocation;
+use qcow2_core::storage::{Access, FileStorage};
+use qcow2_core::{ErrorKind, Job, Layer, Mem, Storage};
+use qcow2_testkit::contract::{ChildContract, LayerContract};
+use qcow2_testkit::disks::made;
+use qcow2_testkit::ops::stamped;
 use qcow2_testkit::{Fixture, Qemu};
-use qcow2_vdi::OpenOptions;
+use qcow2_vdi::structures::Header;
+use qcow2_vdi::{NewVdi, OpenOptions, ParentId};
 
 use crate::support::{bytes_of, disk, forged, image, memory, new, open, read};
 
@@ -63,8 +67,65 @@ fn what_a_check_finds_is_what_qemu_finds() {
     let check = layer.as_checkable().unwrap();
     let report = check.check(10, &Job::new()).unwrap();
     assert_eq!((report.corruptions, report.findings[0].offset), (1, Some(512)));
-    let error = check.repair(Repair::All, 10, &Job::new()).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::UnsupportedFeature);
+    // Of leaks there are none.
+    let report = check.repair(Repair::Leaks, 10, &Job::new()).unwrap();
+    assert_eq!((report.corruptions, report.corruptions_fixed), (1, 0));
+}
+
+/// What a repair leaves has no damage, every block that was there its bytes, and takes requests.
+#[test]
+fn what_a_repair_leaves() {
+    let free = u32::MAX;
+    let cases: [(&[u32], u32, usize, &[u32]); 7] = [
+        (&[0, 1, free], 1, 2, &[0, 1, free]),
+        (&[0, 0, 1], 3, 2, &[0, 2, 1]),
+        (&[0, 0, 0], 3, 1, &[0, 1, 2]),
+        (&[2, 3, free], 1, 3, &[0, free, free]),
+        (&[7, 7, 9], 1, 0, &[free, free, free]),
+        // Places that nothing refers to: the last blocks go there.
+        (&[2, free, 1], 3, 3, &[0, free, 1]),
+        (&[2, 2, 0xffff_fffe], 9, 3, &[1, 0, 0xffff_fffe]),
+    ];
+    let (qemu, fixture) = (Qemu::find(), Fixture::new());
+    for (entries, allocated, blocks, expected) in cases {
+        let mut bytes = with_map(entries, allocated, blocks);
+        for number in 0..blocks {
+            bytes[1024 + (number << 20)..][..1 << 20].fill(number as u8 + 1);
+        }
+        let storage = memory(&bytes);
+        let layer = open(Arc::clone(&storage)).unwrap();
+        let check = layer.as_checkable().unwrap();
+        let before = check.check(10, &Job::new()).unwrap();
+        let report = check.repair(Repair::All, 10, &Job::new()).unwrap();
+        assert_eq!((report.corruptions, report.corruptions_fixed), (0, before.corruptions), "{entries:?}");
+        let repaired = bytes_of(&*storage);
+        let map = |bytes: &[u8]| -> Vec<u32> {
+            bytes[512..524].as_chunks::<4>().0.iter().map(|entry| u32::from_le_bytes(*entry)).collect()
+        };
+        assert_eq!(map(&repaired), expected, "{entries:?}");
+        let places = expected.iter().filter(|entry| **entry < 3).count();
+        assert_eq!((repaired[0x184], repaired.len()), (places as u8, 1024 + (places << 20)), "{entries:?}");
+        let report = open(memory(&repaired)).unwrap().as_checkable().unwrap().check(10, &Job::new()).unwrap();
+        assert!(report.is_clean(), "{entries:?}: {report:?}");
+        let found = read(vec![open(memory(&repaired)).unwrap()]).unwrap();
+        for (block, entry) in entries.iter().enumerate() {
+            let byte = if (*entry as usize) < blocks { *entry as u8 + 1 } else { 0 };
+            assert!(found[block << 20..][..1 << 20].iter().all(|found| *found == byte), "{entries:?}");
+        }
+        let disk = image(memory(&repaired), true);
+        disk.write_at(Mem::from(&[9; 3 << 20][..]), 0).unwrap();
+        disk.close().unwrap();
+        if let Some(qemu) = &qemu {
+            let path = fixture.file("repaired", &repaired);
+            assert!(qemu.guest_bytes(&path, "vdi", &[]) == found, "{entries:?}");
+            let theirs = qemu.img(&["check", "-f", "vdi", path.to_str().unwrap()]);
+            assert!(theirs.stderr.is_empty(), "{theirs:?}");
+        }
+    }
+    let path = fixture.file("read-only", &with_map(&[0, 0, 1], 3, 2));
+    let layer = open(Arc::new(FileStorage::open(&path, Access::ReadOnly).unwrap())).unwrap();
+    let error = layer.as_checkable().unwrap().repair(Repair::All, 10, &Job::new()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ReadOnly);
 }
 
 #[test]
@@ -135,9 +196,12 @@ fn a_child_is_read_with_its_parent_and_with_nothing_else() {
     expected[6 * 4096..7 * 4096].fill(0);
     let layers = || vec![open(memory(&child)).unwrap(), open(memory(&parent)).unwrap()];
     assert!(read(layers()).unwrap() == expected);
-    let error = read(vec![open(memory(&child)).unwrap()]).unwrap_err();
-    assert_eq!((error.kind(), error.field()), (ErrorKind::UnsupportedFeature, Some("uuid_link")));
-    assert!(error.message().contains("01010101-0101-0101-0101-010101010101"), "{error}");
+    // The format has no file names.
+    let backing = open(memory(&child)).unwrap().references().backing.unwrap();
+    assert_eq!(backing.filename, b"uuid:01010101-0101-0101-0101-010101010101");
+    // Alone, as a layer: what the parent has is not there.
+    let alone = read(vec![open(memory(&child)).unwrap()]).unwrap();
+    assert!(alone[..3 * 4096].iter().all(|byte| *byte == 0) && alone[3 * 4096..4 * 4096] == [0xbb; 4096]);
     // Another image, the parent after a change, and what is no VDI image.
     for at in [0x188, 0x198] {
         let mut other = parent.clone();
@@ -147,9 +211,49 @@ fn a_child_is_read_with_its_parent_and_with_nothing_else() {
     }
     let raw: Box<dyn Layer> = Box::new(qcow2_core::Raw::new(memory(&below)).unwrap());
     assert_eq!(read(vec![open(memory(&child)).unwrap(), raw]).unwrap_err().kind(), ErrorKind::Chain);
-    let mut layer = open(memory(&child)).unwrap();
-    let error = layer.make_writable(DiskOptions::default()).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::UnsupportedFeature);
+}
+
+#[test]
+fn a_new_child_has_the_identities_of_its_parent() {
+    let parent = new((3 << 20) + 512, false);
+    let id = ParentId::of(&Header::parse(&parent).unwrap());
+    assert_eq!(ParentId::parse(&id.to_string()), Some(id));
+    let child = made(&NewVdi::child(id.size, false, Preallocation::Off, id).unwrap());
+    // As VirtualBox's header has them: the type, the UUIDs of the parent, none of them its own.
+    assert_eq!((child[0x4c], &child[0x1a8..0x1c8]), (4, &parent[0x188..0x1a8]));
+    assert!(child[0x188..0x198] != parent[0x188..0x198] && child[0x188..0x198] != [0; 16]);
+    assert_eq!(
+        read(vec![open(memory(&child)).unwrap(), open(memory(&parent)).unwrap()]).unwrap().len() as u64,
+        id.size
+    );
+    let refused = |size, is_static, preallocation| {
+        NewVdi::child(size, is_static, preallocation, id).unwrap_err().field()
+    };
+    assert_eq!(refused(id.size + 512, false, Preallocation::Off), Some("size"));
+    assert_eq!(refused(id.size, true, Preallocation::Off), Some("static"));
+    assert_eq!(refused(id.size, false, Preallocation::Full), Some("preallocation"));
+}
+
+#[test]
+fn children_keep_the_contract_of_children() {
+    let storage = memory(&forged(24, 4096, 512));
+    let disk = image(Arc::clone(&storage), true);
+    for (offset, length) in [(0, 9 * 512), (20_480, 4096), (50_176, 30_720)] {
+        disk.write_at(Mem::from(&stamped(offset, length, 1_000_000)[..]), offset).unwrap();
+    }
+    disk.close().unwrap();
+    let parent = bytes_of(&*storage);
+    let mut child = forged(24, 4096, 512);
+    child[0x4c] = 4;
+    child[0x1a8..0x1c8].copy_from_slice(&parent[0x188..0x1a8]);
+    let sound = |storage: Arc<dyn Storage>| {
+        let layer = open(storage).unwrap();
+        let report = layer.as_checkable().unwrap().check(10, &Job::new()).unwrap();
+        // Places that nothing refers to are counted by the header.
+        assert!(report.findings.iter().all(|finding| finding.code == FindingCode::Header), "{report:?}");
+    };
+    ChildContract { name: "vdi", child: &child, parent: &parent, open: &open, unit: 4096, sound: &sound }
+        .check();
 }
 
 #[test]

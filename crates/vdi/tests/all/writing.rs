@@ -35,8 +35,16 @@ fn writers_keep_their_contract() {
     for extra in [0, 512] {
         let file = forged(24, 4096, extra);
         let name = format!("vdi with {extra}");
-        WriterContract { name: &name, file: &file, open: &open, unit: 4096, grows: true, sound: &sound }
-            .check();
+        WriterContract {
+            name: &name,
+            file: &file,
+            below: None,
+            open: &open,
+            unit: 4096,
+            grows: true,
+            sound: &sound,
+        }
+        .check();
     }
 }
 

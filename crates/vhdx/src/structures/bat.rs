@@ -108,6 +108,11 @@ pub fn encode_payload(payload: Payload) -> u64 {
     }
 }
 
+/// The entry of a sector bitmap block.
+pub fn encode_bitmap(offset: u64) -> u64 {
+    offset & OFFSET | BITMAP_PRESENT
+}
+
 /// Where an entry says that its sector bitmap block is, if anywhere.
 ///
 /// # Errors

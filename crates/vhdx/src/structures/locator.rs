@@ -1,11 +1,15 @@
 //! The parent locator of a differencing image ([MS-VHDX] 2.6.2.6): pairs of names and values in UTF-16.
 
+use std::path::Path;
+
 use qcow2_core::{Error, ErrorKind, Result};
 
 use super::fields::{Fields, Guid, invalid};
 
 /// The only type of locator that there is: the parent is an image of this format, too.
 const VHDX: Guid = Guid::new(0xb04a_efb7, 0xd19e, 0x4a81, [0xb7, 0x89, 0x25, 0xb8, 0xe9, 0x44, 0x59, 0x13]);
+/// Longest name of a parent in a new image, in bytes.
+const MAX_NAME: usize = 4096;
 /// More pairs than any writer makes: five are known.
 const MAX_PAIRS: u16 = 64;
 
@@ -39,6 +43,59 @@ impl ParentLocator {
             pairs.push((text(bytes, key, key_length)?, text(bytes, value, value_length)?));
         }
         Ok(Self { pairs })
+    }
+
+    /// That of an image whose parent has this `DataWriteGuid` and name: relative to the image with the slashes of Windows, or absolute.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a name that is no text, that has backslashes which are no separators, or that is too long.
+    pub fn new(filename: &[u8], linkage: Guid) -> Result<Self> {
+        let refuse = |why: &str| {
+            let message =
+                format!("the parent '{}' cannot be stored: {why}", String::from_utf8_lossy(filename));
+            Err(Error::new(ErrorKind::InvalidArgument, message).with_field("backing_file"))
+        };
+        let Ok(name) = std::str::from_utf8(filename) else { return refuse("its name is not UTF-8") };
+        if name.is_empty() || name.contains('\0') {
+            return refuse("it has no name");
+        }
+        if cfg!(not(windows)) && name.contains('\\') {
+            return refuse("a backslash in its name would separate folders");
+        }
+        if name.len() > MAX_NAME {
+            return refuse("its name is too long");
+        }
+        let (key, value) = if Path::new(name).is_absolute() {
+            ("absolute_win32_path", name.to_owned())
+        } else {
+            let inside = if name.starts_with('.') { name.to_owned() } else { format!("./{name}") };
+            ("relative_path", inside.replace('/', "\\"))
+        };
+        let pairs = [("parent_linkage", format!("{{{linkage}}}")), (key, value)];
+        Ok(Self { pairs: pairs.into_iter().map(|(key, value)| (key.to_owned(), value)).collect() })
+    }
+
+    /// The item's bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut bytes = VHDX.0.to_vec();
+        bytes.extend([0; 2]);
+        bytes.extend((self.pairs.len() as u16).to_le_bytes());
+        let first = bytes.len() + self.pairs.len() * 12;
+        let mut texts: Vec<u8> = Vec::new();
+        let mut add = |text: &str| {
+            let at = first + texts.len();
+            texts.extend(text.encode_utf16().flat_map(u16::to_le_bytes));
+            (at as u32, (first + texts.len() - at) as u16)
+        };
+        for (key, value) in &self.pairs {
+            let ((key, key_length), (value, value_length)) = (add(key), add(value));
+            bytes.extend(key.to_le_bytes());
+            bytes.extend(value.to_le_bytes());
+            bytes.extend(key_length.to_le_bytes());
+            bytes.extend(value_length.to_le_bytes());
+        }
+        bytes.extend(texts);
+        bytes
     }
 
     /// The value of a name.
@@ -86,25 +143,8 @@ mod tests {
     use super::*;
 
     fn encode(pairs: &[(&str, &str)]) -> Vec<u8> {
-        let mut bytes = VHDX.0.to_vec();
-        bytes.extend([0, 0]);
-        bytes.extend((pairs.len() as u16).to_le_bytes());
-        let mut texts = Vec::new();
-        let first = bytes.len() + pairs.len() * 12;
-        let mut add = |text: &str| {
-            let (at, units) = (first + texts.len(), text.encode_utf16().flat_map(u16::to_le_bytes));
-            texts.extend(units);
-            (at as u32, (first + texts.len() - at) as u16)
-        };
-        for (key, value) in pairs {
-            let ((key, key_length), (value, value_length)) = (add(key), add(value));
-            bytes.extend(key.to_le_bytes());
-            bytes.extend(value.to_le_bytes());
-            bytes.extend(key_length.to_le_bytes());
-            bytes.extend(value_length.to_le_bytes());
-        }
-        bytes.extend(texts);
-        bytes
+        let pairs = pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
+        ParentLocator { pairs: pairs.collect() }.encode()
     }
 
     #[test]

@@ -10,7 +10,7 @@ use super::locator::ParentLocator;
 pub const METADATA_TABLE_LENGTH: usize = 64 << 10;
 /// The largest disk.
 pub const MAX_VIRTUAL_SIZE: u64 = 64 << 40;
-/// Where the items of a new image begin, in bytes of the region, and how many they have.
+/// Where the items of a new image begin, in bytes of the region, and how many they have without a parent.
 pub const METADATA_ITEMS: (u64, usize) = (METADATA_TABLE_LENGTH as u64, 40);
 
 const SIGNATURE: [u8; 8] = *b"metadata";
@@ -224,21 +224,22 @@ impl Metadata {
     }
 }
 
-/// The table and the items of a new image without a parent: the bytes at the start of the region, and those at [`METADATA_ITEMS`].
+/// The table and the items of a new image: the bytes at the start of the region, and those at [`METADATA_ITEMS`].
 pub fn encode_metadata(metadata: &Metadata) -> (Vec<u8>, Vec<u8>) {
-    let mut flags = 0;
+    let mut flags = if metadata.parent.is_some() { HAS_PARENT } else { 0 };
     if metadata.leave_blocks_allocated {
         flags |= LEAVE_BLOCKS_ALLOCATED;
     }
     let block_size = metadata.block_size as u32;
     let parameters = [block_size.to_le_bytes(), flags.to_le_bytes()].concat();
-    let values = [
+    let mut values = vec![
         parameters,
         metadata.virtual_size.to_le_bytes().to_vec(),
         metadata.virtual_disk_id.0.to_vec(),
         metadata.logical_sector_size.to_le_bytes().to_vec(),
         metadata.physical_sector_size.to_le_bytes().to_vec(),
     ];
+    values.extend(metadata.parent.as_ref().map(ParentLocator::encode));
     let (mut table, mut items) = (vec![0; METADATA_TABLE_LENGTH], Vec::new());
     put(&mut table, 0, &SIGNATURE);
     put(&mut table, 10, &(values.len() as u16).to_le_bytes());

@@ -9,7 +9,7 @@ mod metadata;
 mod region;
 
 pub(crate) use bat::anchor;
-pub use bat::{Geometry, Payload, SECTORS_PER_CHUNK, bitmap_block, encode_payload, payload};
+pub use bat::{Geometry, Payload, SECTORS_PER_CHUNK, bitmap_block, encode_bitmap, encode_payload, payload};
 pub use fields::{Guid, seal};
 pub use header::{
     FILE_IDENTIFIER, FILE_IDENTIFIER_LENGTH, HEADER_LENGTH, HEADER_OFFSETS, HEADER_SECTION, Header,

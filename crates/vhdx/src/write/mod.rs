@@ -4,6 +4,7 @@
 //! before an entry of the table refers to them; a change of the table is durable in the log before it is made in its place; and it is
 //! durable in its place before the log gives it up. What a block had is used for nothing else before the entry that lost it is durable.
 
+mod child;
 mod commit;
 mod grow;
 
@@ -11,7 +12,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
-use qcow2_core::disk::{DiskOptions, WriteLayer};
+use qcow2_core::disk::{DiskOptions, OldBytes, WriteLayer};
 use qcow2_core::layer::Pin;
 use qcow2_core::space::Preallocation;
 use qcow2_core::storage::RangeLock;
@@ -33,6 +34,8 @@ pub(crate) struct Writer {
     /// Blocks that requests are working on: shared by those that write in place, alone to change its entry.
     blocks: RangeLock,
     space: Mutex<Space>,
+    /// Held where a chunk gets its sector bitmap.
+    bitmaps: Mutex<()>,
     log: Mutex<LogState>,
     /// The headers say that the file was changed.
     begun: AtomicBool,
@@ -85,10 +88,6 @@ impl Vhdx {
         if !traits.writable {
             return refuse(ErrorKind::ReadOnly, "the file is open for reading only");
         }
-        if self.geometry().has_parent {
-            let message = "writing differencing vhdx images is not supported: convert it to a new image";
-            return refuse(ErrorKind::UnsupportedFeature, message);
-        }
         if self.front.header.log_length == 0 {
             let message = "the image has no log, and cannot be written to: convert it to a new image";
             return refuse(ErrorKind::UnsupportedFeature, message);
@@ -101,6 +100,7 @@ impl Vhdx {
             options,
             blocks: RangeLock::default(),
             space: Mutex::new(space),
+            bitmaps: Mutex::default(),
             log: Mutex::new(LogState::new(self.front.header, self.front.slot)),
             begun: AtomicBool::new(false),
             lost: OnceLock::new(),
@@ -133,6 +133,16 @@ impl Vhdx {
         let mut has_anchors = false;
         self.for_each_entry(&mut |index, entry| {
             let Some(block) = geometry.block_of(index) else {
+                // Of an image without a parent they mean nothing.
+                if geometry.has_parent {
+                    let bitmap = self.judged_bitmap(index, entry).map_err(|e| self.storage().located(e))?;
+                    if let Some(bitmap) = bitmap
+                        && !used.add(bitmap, bitmap + MIB)
+                    {
+                        return Err(self.shared(index - index / (geometry.chunk_ratio() + 1), bitmap));
+                    }
+                    return Ok(());
+                }
                 if let Some(bitmap) = bitmap_block(entry).ok().flatten() {
                     used.add(bitmap, bitmap.saturating_add(MIB));
                 }
@@ -257,11 +267,20 @@ impl Vhdx {
     /// Gives up a block of which nothing is left to be read.
     fn give_up(&self, writer: &Writer, block: u64) -> Result<()> {
         let _alone = writer.blocks.hold(block, block + 1, true);
-        if let Payload::Present(offset) = self.payload(block)? {
+        if let Payload::Present(offset) | Payload::Partial(offset) = self.payload(block)? {
             self.set_payload(block, Payload::Zero)?;
             writer.space.lock().give_up(offset);
         }
         Ok(())
+    }
+
+    /// Refuses a request that does not say what the disk holds, on an image that needs it.
+    fn check_alone(&self) -> Result<()> {
+        if !self.geometry().has_parent {
+            return Ok(());
+        }
+        let message = "a differencing image is written to with what shows through it";
+        Err(self.storage().located(Error::new(ErrorKind::Internal, message)))
     }
 
     /// Whether all of a block that the disk has is in the part.
@@ -291,7 +310,22 @@ impl WriteLayer for Vhdx {
         self.writer.as_ref().map_or_else(DiskOptions::default, |writer| writer.options)
     }
 
+    fn write_over(&self, buf: Mem<'_>, offset: u64, old: OldBytes<'_>) -> Result<()> {
+        match self.geometry().has_parent {
+            true => self.write_child(self.writer()?, buf, offset, old),
+            false => self.write_at(buf, offset),
+        }
+    }
+
+    fn zero_over(&self, offset: u64, length: u64, unmap: bool, old: OldBytes<'_>) -> Result<()> {
+        match self.geometry().has_parent {
+            true => self.zero_child(self.writer()?, offset, length, unmap, old),
+            false => self.write_zeroes(offset, length, unmap),
+        }
+    }
+
     fn write_at(&self, buf: Mem<'_>, offset: u64) -> Result<()> {
+        self.check_alone()?;
         let writer = self.writer()?;
         let mut rest = buf;
         for part in self.parts(offset, buf.len() as u64) {
@@ -304,6 +338,7 @@ impl WriteLayer for Vhdx {
     }
 
     fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> Result<()> {
+        self.check_alone()?;
         let (writer, unmap) = (self.writer()?, unmap && !self.keeps_blocks());
         for part in self.parts(offset, length) {
             self.begin(writer)?;
@@ -331,8 +366,13 @@ impl WriteLayer for Vhdx {
                 continue;
             }
             let _shared = writer.blocks.hold(part.block, part.block + 1, false);
-            if let Payload::Present(place) = self.payload(part.block)? {
-                self.storage().free(place + part.inside, part.length)?;
+            match self.payload(part.block)? {
+                // What is left of it is zero, the old bytes, or the parent's.
+                Payload::Present(place) | Payload::Partial(place) if self.geometry().has_parent => {
+                    self.storage().zero(place + part.inside, part.length, true)?;
+                }
+                Payload::Present(place) => self.storage().free(place + part.inside, part.length)?,
+                Payload::Partial(_) | Payload::Zero | Payload::NotPresent => {}
             }
         }
         Ok(())
@@ -349,6 +389,11 @@ impl WriteLayer for Vhdx {
     }
 
     fn resize(&self, size: u64, preallocation: Preallocation, job: &Job) -> Result<()> {
+        if self.geometry().has_parent && size != self.virtual_size() {
+            let message = "a differencing vhdx image keeps the size that its parent has";
+            let error = Error::new(ErrorKind::UnsupportedFeature, message).with_field("size");
+            return Err(self.storage().located(error));
+        }
         self.grow(size, preallocation, job)
     }
 }

@@ -389,8 +389,8 @@ impl Layer for Vmdk {
         Ok(())
     }
 
-    fn content_id(&self) -> Option<u32> {
-        Some(self.cid())
+    fn content_id(&self) -> Option<String> {
+        Some(self.cid().to_string())
     }
 
     fn judge_below(&self, below: Option<&dyn Layer>) -> Result<()> {

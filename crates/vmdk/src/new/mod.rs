@@ -18,7 +18,7 @@ use qcow2_core::{Error, ErrorKind, Job, Layer, Mem, Result, Storage, StorageExt,
 use self::joined::Joined;
 use self::layout::SparseLayout;
 pub use self::options::{AdapterType, CreateOptions, Parent, Subformat};
-use self::sinks::{Completing, Delta, Grains};
+use self::sinks::{Completing, Grains};
 use self::stream_sink::StreamSink;
 use crate::cid::random_cid;
 use crate::descriptor::{Access, ExtentLine, ExtentType, NO_PARENT, NewDescriptor};
@@ -226,14 +226,8 @@ impl NewImage for NewVmdk {
             [(one, _)] => Arc::clone(one),
             _ => Arc::new(Joined::new(hosts.others.clone(), SPLIT_FILE)),
         };
-        let delta = context.options.delta;
         let target = Box::new(Grains::new(self, hosts, files));
-        let Some(delta) = delta else { return Ok(Box::new(BlockSink::new(context, storage, target))) };
-        // Zeroes that hide what the base has are written.
-        let written = qcow2_core::convert::ConvertOptions { sparse_size: 0, ..context.options.clone() };
-        let mut context = *context;
-        context.options = &written;
-        Ok(Box::new(Delta { blocks: BlockSink::new(&context, storage, target), delta }))
+        Ok(Box::new(BlockSink::new(context, storage, target)))
     }
 
     fn disk(&self, hosts: &Hosts, job: &Job) -> Result<Box<dyn Layer>> {

@@ -2,9 +2,7 @@
 
 use std::sync::Arc;
 
-use qcow2_core::convert::{
-    self, BlockSink, BlockTarget, Chunk, Content, ConvertOptions, Piece, RawSink, Rules, Sink, Worker, Zeroes,
-};
+use qcow2_core::convert::{BlockTarget, ConvertOptions, RawSink, Rules, Sink, Worker};
 use qcow2_core::new_image::Hosts;
 use qcow2_core::space::lengthen;
 use qcow2_core::{ErrorKind, Job, Mem, Result, Storage, StorageExt};
@@ -37,41 +35,6 @@ impl Sink for Completing {
         let Self { data, new, hosts } = *self;
         Box::new(data).finish(options, job)?;
         new.complete(&hosts, &[], options.durable)
-    }
-}
-
-/// The chunk with all of its bytes to read: a grain is there as a whole, also with what the parent has of it.
-pub(super) fn whole(chunk: Chunk) -> Chunk {
-    let piece = Piece { start: chunk.start, length: chunk.length(), content: Content::Read };
-    Chunk { pieces: vec![piece], ..chunk }
-}
-
-/// Blocks of a disk that has a parent: what that has already is left out, and zeroes are data.
-pub(super) struct Delta {
-    pub(super) blocks: BlockSink,
-    pub(super) delta: convert::Delta,
-}
-
-impl Sink for Delta {
-    fn rules(&self) -> Rules {
-        Rules { chunk: GRAIN, zeroes: Zeroes::Written, delta: Some(self.delta) }
-    }
-
-    fn worker(&self) -> Result<Worker<'_>> {
-        let mut worker = self.blocks.worker()?;
-        Ok(Box::new(move |copier, chunk| worker(copier, whole(chunk))))
-    }
-
-    fn admit(&self) {
-        self.blocks.admit();
-    }
-
-    fn stop(&self) {
-        self.blocks.stop();
-    }
-
-    fn finish(self: Box<Self>, options: &ConvertOptions, job: &Job) -> Result<()> {
-        Box::new(self.blocks).finish(options, job)
     }
 }
 

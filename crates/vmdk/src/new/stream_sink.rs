@@ -9,7 +9,6 @@ use qcow2_core::convert::{Chunk, Context, ConvertOptions, Copier, Rules, Sink, W
 use qcow2_core::{Error, ErrorKind, Job, Mem, Result, Storage, StorageExt};
 use qcow2_transform::{StreamDeflater, is_zero, zlib};
 
-use super::sinks::whole;
 use super::{GRAIN, NewVmdk};
 use crate::fields::SECTOR;
 use crate::sparse::GRAIN_MARKER_BYTES;
@@ -157,7 +156,7 @@ impl Sink for StreamSink {
             Error::new(ErrorKind::InvalidArgument, e.to_string()).with_field("compress").with_source(e)
         })?;
         Ok(Box::new(move |copier, chunk| {
-            let chunk = if self.delta.is_some() { whole(chunk) } else { chunk };
+            let chunk = if self.delta.is_some() { chunk.whole() } else { chunk };
             self.write(copier, &mut deflater, &chunk)
         }))
     }

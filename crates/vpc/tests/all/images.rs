@@ -2,7 +2,6 @@
 
 use qcow2_core::convert::ConvertOptions;
 use qcow2_core::new_image::Hosts;
-use qcow2_core::space::Preallocation;
 use qcow2_core::{Job, Mem, Raw};
 use qcow2_engine::Image;
 use qcow2_engine::convert::{ConvertTarget, convert};
@@ -11,7 +10,7 @@ use qcow2_testkit::contract::LayerContract;
 use qcow2_testkit::{Fixture, Qemu, skipped};
 use qcow2_vpc::{Subformat, new_vpc};
 
-use crate::support::{disk, file, image, memory, new, open, read};
+use crate::support::{disk, file, image, memory, new, open, options, read};
 
 fn contract(name: &str, file: &[u8], expected: &[u8]) {
     LayerContract { name, file, open: &open, expected, below: None }.check();
@@ -186,7 +185,7 @@ fn conversions_into_new_images() {
     for (subformat, name) in [(Subformat::Dynamic, "dynamic"), (Subformat::Fixed, "fixed")] {
         for (force_size, force) in [(false, "off"), (true, "on")] {
             let path = fixture.file("converted", b"");
-            let image = new_vpc(size, subformat, force_size, Preallocation::Off).unwrap();
+            let image = new_vpc(options(size, subformat, force_size)).unwrap();
             let target = ConvertTarget::New(NewTarget::Format { image, hosts: Hosts::from(file(&path)) });
             convert(&source, target, &ConvertOptions::default(), &Job::new()).unwrap();
             let theirs = fixture.path("theirs");
@@ -206,7 +205,7 @@ fn conversions_into_new_images() {
 fn disks_that_become_images() {
     for subformat in [Subformat::Dynamic, Subformat::Fixed] {
         let storage = memory(b"");
-        let image = new_vpc(5 << 20, subformat, true, Preallocation::Off).unwrap();
+        let image = new_vpc(options(5 << 20, subformat, true)).unwrap();
         let hosts = Hosts::from(std::sync::Arc::clone(&storage));
         let layer = image.disk(&hosts, &Job::new()).unwrap();
         let writable = layer.as_writable().unwrap();

@@ -2,13 +2,12 @@
 
 use std::sync::Arc;
 
-use qcow2_core::space::Preallocation;
 use qcow2_core::{Layer, Result, Storage};
 use qcow2_engine::Image;
 pub(crate) use qcow2_testkit::disks::{bytes_of, file, memory, noisy as disk, read};
 use qcow2_testkit::disks::{image_of, made};
 use qcow2_vpc::structures::{DiskType, Footer, Geometry, Header};
-use qcow2_vpc::{OpenOptions, Subformat, new_vpc};
+use qcow2_vpc::{NewOptions, OpenOptions, Subformat, new_vpc};
 
 pub(crate) fn open(storage: Arc<dyn Storage>) -> Result<Box<dyn Layer>> {
     qcow2_vpc::open(storage, &OpenOptions::default())
@@ -16,7 +15,11 @@ pub(crate) fn open(storage: Arc<dyn Storage>) -> Result<Box<dyn Layer>> {
 
 /// A new image, as bytes.
 pub(crate) fn new(size: u64, subformat: Subformat, force_size: bool) -> Vec<u8> {
-    made(&*new_vpc(size, subformat, force_size, Preallocation::Off).unwrap())
+    made(&*new_vpc(options(size, subformat, force_size)).unwrap())
+}
+
+pub(crate) fn options(size: u64, subformat: Subformat, force_size: bool) -> NewOptions {
+    NewOptions { size, subformat, force_size, ..NewOptions::default() }
 }
 
 /// A header with another block size.

@@ -40,7 +40,7 @@ fn disks_keep_their_contract() {
 #[test]
 fn writers_keep_their_contract() {
     let contract = |name, file: &[u8], unit, grows| {
-        WriterContract { name, file, open: &open, unit, grows, sound: &sound }.check();
+        WriterContract { name, file, below: None, open: &open, unit, grows, sound: &sound }.check();
     };
     contract("dynamic", &forged(24, 4096, DiskType::Dynamic), 4096, true);
     contract("fixed", &new(24 * 4096, Subformat::Fixed, true), 4096, false);
