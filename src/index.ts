@@ -12,10 +12,10 @@ export { type CompactFileOptions, compact } from './compact.js'
 export type { CompactOptions, CompactResult } from './compaction.js'
 export { type CompareOptions, type CompareResult, compare } from './compare.js'
 export { configure, type Settings } from './configure.js'
-export { type ConvertOptions, type ConvertResult, convert, type SourceOptions } from './convert.js'
+export { type ConvertOptions, type ConvertResult, convert, type SourceFormat, type SourceOptions } from './convert.js'
 export { type CreateOptions, create, type NewImageOptions } from './create.js'
 export { AbortError, type ErrorPlace, Qcow2Error, type Qcow2ErrorCode, type SystemErrorCode } from './errors.js'
-export type { Format, FormatName, KnownFormat, TargetFormat } from './formats/table.js'
+export type { Format, FormatName, KnownFormat, StreamFormat, TargetFormat } from './formats/table.js'
 export { Image } from './image.js'
 export type {
   BitmapInfo,

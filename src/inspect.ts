@@ -5,7 +5,7 @@ import { prefixBytes, withFileBytes } from './backing/file-bytes.js'
 import { isOva } from './formats/ova.js'
 import { describeKnown, detectFormat } from './formats/probe.js'
 import type { FileBytes } from './formats/sizes.js'
-import { DEFAULT_FORMAT, type Format, isFormat } from './formats/table.js'
+import { DEFAULT_FORMAT, type Format, isFormat, isStream } from './formats/table.js'
 import type { NativeInspection, NativeLimits } from './native.js'
 import {
   ABORTABLE,
@@ -56,10 +56,13 @@ export interface Inspection<N extends number | bigint = number> {
   readonly disks?: readonly ApplianceDisk[]
   /** By its magic, where that is one of a format that is opened; `'unknown'` otherwise: raw is never guessed. */
   readonly format: Format | 'unknown'
-  /** Another format that the file has the structures of (`'vmdk'`), if any: at its start, or (`'vpc'`, `'dmg'`) at its end. */
+  /**
+   * Another format that the file has the structures of (`'qed'`), if any: at its start, or (`'vpc'`, `'dmg'`) at its end; or how the file
+   * is compressed (`'gzip'`, `'xz'`, `'zstd'`), which only `convert` reads.
+   */
   readonly detected?: string
   /**
-   * Bytes, also of a detected format; 0 where the header does not say, and, with a finding `'LIMIT'`, where it says more than 2^53 - 1 and
+   * Bytes, also of a detected format; 0 where the header does not say, as of gzip, and, with a finding `'LIMIT'`, where it says more than 2^53 - 1 and
    * no bigints were asked for.
    */
   readonly virtualSize: N
@@ -156,6 +159,13 @@ async function inspectLocated(
   const format = formatOf(head)
   try {
     // Bytes without the magic of a format are judged as the commonest one's.
+    const detected = detectFormat(head)
+    if (isStream(detected)) {
+      const said = await request<NativeInspection>((number, addon) =>
+        addon.inspectStream(number, file, detected, bounds),
+      )
+      return { ...(await toInspection(undefined, said)), detected }
+    }
     const found = await request<NativeInspection>((number, addon) =>
       addon.inspectFile(number, file, format ?? DEFAULT_FORMAT, bounds),
     )

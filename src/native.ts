@@ -76,6 +76,14 @@ export interface NativeLayer {
   readonly contentId?: number
 }
 
+/** A compressed file as a layer. */
+export interface NativeStream {
+  readonly layer: number
+  readonly virtualSize: number
+  /** The first bytes of its disk, 1024 at most. */
+  readonly head: Buffer
+}
+
 /** Limits; what is absent has the engine's default. */
 export interface NativeLimits {
   maxVirtualSize?: number | undefined
@@ -502,6 +510,9 @@ export interface Addon {
   listNbd(request: number, job: number, name: string, options: NativeNbdConnect): void
   /** `format` is QEMU's name of it. */
   openLayer(request: number, file: number, format: string, options: NativeLayerOptions): void
+  /** `format` is a compression's. Where the file does not say how much it holds, all of it is read. */
+  openStream(request: number, job: number, file: number, format: string, options: NativeLayerOptions): void
+  inspectStream(request: number, file: number, format: string, limits: NativeLimits | undefined): void
   unlockLayer(request: number, job: number, layer: number, secret: NativeSecret): void
   /** Tells the new secret's key slot. */
   addKey(request: number, job: number, image: number, order: NativeKeyOrder): void

@@ -3,7 +3,15 @@
 import type { FileHandle } from 'node:fs/promises'
 import { fileURLToPath } from 'node:url'
 import { invalidArgument, Qcow2Error } from './errors.js'
-import { type Format, quoted, SOURCE_FORMATS, TARGET_FORMATS, type TargetFormat } from './formats/table.js'
+import {
+  type Format,
+  quoted,
+  SOURCE_FORMATS,
+  STREAM_FORMATS,
+  type StreamFormat,
+  TARGET_FORMATS,
+  type TargetFormat,
+} from './formats/table.js'
 import type { NativeFile, NativeFileOptions } from './native.js'
 import { type NbdPlace, NbdSource, reach } from './nbd-source.js'
 import { bytes, oneOf, type Reader } from './options.js'
@@ -43,6 +51,9 @@ export interface DetachedImage {
 
 /** Reads a {@link Format}. */
 export const format: Reader<Format> = oneOf(...SOURCE_FORMATS)
+
+/** Reads what a convert has as its source. */
+export const sourceFormat: Reader<Format | StreamFormat> = oneOf(...SOURCE_FORMATS, ...STREAM_FORMATS)
 
 /** Reads a {@link TargetFormat}. */
 export const targetFormat: Reader<TargetFormat> = oneOf(...TARGET_FORMATS)

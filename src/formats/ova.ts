@@ -29,6 +29,10 @@ export function isOva(head: Buffer): boolean {
   return /\.ovf$/i.test(header.name) || (isExtension(header.type) && /\.ovf\b/i.test(head.toString('latin1', BLOCK)))
 }
 
+/** Whether the first bytes are those of any tar archive. */
+export const isTar = (head: Buffer): boolean =>
+  head.length >= BLOCK && readHeader(head.subarray(0, BLOCK)) !== undefined
+
 /**
  * The files in an archive, in its order.
  *

@@ -48,6 +48,7 @@ mod resource;
 pub mod runtime;
 pub mod shape;
 pub mod snapshots;
+pub mod streams;
 mod text;
 pub mod tls;
 mod watch;
