@@ -84,6 +84,18 @@ export interface NativeStream {
   readonly head: Buffer
 }
 
+/** A disk that an OVF descriptor lists. */
+export interface NativeOvfDisk {
+  readonly id: string
+  readonly href?: string
+  readonly fileSize?: number | bigint
+  readonly compression?: string
+  readonly capacity?: number | bigint
+  readonly format?: string
+  readonly populatedSize?: number | bigint
+  readonly parent?: string
+}
+
 /** Limits; what is absent has the engine's default. */
 export interface NativeLimits {
   maxVirtualSize?: number | undefined
@@ -571,6 +583,8 @@ export interface Addon {
   layersInfo(request: number, image: number): void
   inspectFile(request: number, file: number, format: string, limits: NativeLimits | undefined): void
   inspectPrefix(request: number, bytes: Buffer, format: string, limits: NativeLimits | undefined): void
+  /** Reads an OVF descriptor. */
+  readOvf(request: number, bytes: Buffer): void
   amendImage(request: number, job: number, image: number, changes: NativeAmendChanges): void
   createOverlay(request: number, job: number, image: number, path: string, order: NativeOverlayOrder): void
   commitImage(request: number, job: number, above: number, base: number, order: NativeCommitOrder): void

@@ -29,7 +29,7 @@ import { handOver, type Located, openFile, release } from '../source.js'
 import { runJob, type StartJob } from '../support/jobs.js'
 import { isAborted, request } from '../support/requests.js'
 import { canBeInexact, exactName, type Name } from '../text.js'
-import { onlyDiskOf } from './appliance.js'
+import { diskOf } from './appliance.js'
 import { decide, KINDS, nameOf, type ReferencePolicy } from './policy.js'
 import { openStream, type StreamReading, streamOf, streamRefusal } from './streams.js'
 
@@ -242,7 +242,10 @@ class Opening {
     const access: Access = written ? this.#access : { ...this.#access, write: undefined }
     let file = await this.#open(located, access)
     if (depth === 0 && located.header === undefined && isOva(file.head) && this.#mayLookInside()) {
-      file = await this.#open(await onlyDiskOf(located, file.path), access)
+      file = await this.#open(await diskOf(located, file.path), access)
+    } else if (located.member !== undefined) {
+      const message = `${file.path}: no appliance, which would have the disk '${located.member}'`
+      throw new Qcow2Error('ERR_QCOW2_FORMAT_UNKNOWN', message, { path: file.path })
     }
     this.#refuseLoop(file)
     const { streams } = this.#options

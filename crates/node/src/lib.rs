@@ -40,6 +40,7 @@ pub mod nbd;
 pub mod nbd_client;
 pub mod open;
 pub mod overlay;
+pub mod ovf;
 #[cfg(feature = "panics")]
 pub mod panics;
 mod pool;
