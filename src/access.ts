@@ -96,3 +96,7 @@ export function toAccess(owner: string, read: Read<typeof ACCESS>): Access {
   }
   return { ...reading, write: { cache, discard, detectZeroes, lazyRefcounts } }
 }
+
+/** How the files of a layer are locked. */
+export const lockFor = ({ lock, write }: Access): NativeLock | undefined =>
+  lock && { ...lock, writable: write !== undefined }

@@ -9,8 +9,10 @@ import {
   DEFAULT_FORMAT,
   type Format,
   formatNamed,
+  isFormat,
   isPlain,
   PLAIN_FORMAT,
+  type StreamFormat,
   type TargetFormat,
 } from './formats/table.js'
 import type { NativeConverted, NativeConvertJob } from './native.js'
@@ -24,6 +26,7 @@ import {
   type LongRunning,
   limits,
   name,
+  type Progress,
   type Read,
   type Reader,
   readOptions,
@@ -48,6 +51,7 @@ import {
   openFile,
   type PathLike,
   release,
+  sourceFormat,
   targetFormat,
   toLocated,
   toPath,
@@ -80,10 +84,18 @@ export const SOURCE = {
   limits,
 } as const
 
+/** What `convert` reads. */
+export type SourceFormat = Format | StreamFormat
+
 /** Options of {@link convert}. */
 export interface ConvertOptions extends Omit<SourceOptions, 'from'>, LongRunning {
-  /** Format of the source, or one for each of several. Default: by its magic; raw, which has none, must be said. */
-  from?: Format | readonly Format[] | undefined
+  /**
+   * Format of the source, or one for each of several. Default, also of one that is undefined: by its magic; raw, which has none, must be said.
+   * A compressed file (`'gzip'`, `'xz'`, `'zstd'`) holds a raw disk, which is read front to back, in one pass; where the file does not say
+   * how large it is (gzip never does), it is read once before, to count. One with an image of another format in it is refused, unless it is said here
+   * how it is compressed: then its bytes are the disk.
+   */
+  from?: SourceFormat | readonly (SourceFormat | undefined)[] | undefined
   /** Copy from this byte of the disk on. Default 0. */
   start?: Size | undefined
   /** Copy this many bytes. Default: the rest of the disk. The target is whole sectors of 512 bytes, filled up with zeroes. */
@@ -171,8 +183,13 @@ const bitmaps: Reader<'all' | 'consistent' | undefined> = (value, name) => {
   return readOptions(value, name, BITMAPS).skipBroken ? 'consistent' : 'all'
 }
 
-const formats: Reader<Format | readonly Format[]> = (value, name) =>
-  Array.isArray(value) ? value.map((each, index) => format(each, `${name}[${index}]`)) : format(value, name)
+const formats: Reader<SourceFormat | readonly (SourceFormat | undefined)[]> = (value, name) =>
+  Array.isArray(value)
+    ? value.map((each, index) => (each === undefined ? undefined : sourceFormat(each, `${name}[${index}]`)))
+    : sourceFormat(value, name)
+
+/** What cannot be done with a disk that is read front to back. */
+const OUT_OF_ORDER = ['base', 'salvage', 'start'] as const satisfies readonly (keyof ConvertOptions)[]
 
 const CONVERT = {
   ...LONG_RUNNING,
@@ -244,7 +261,8 @@ async function convertImages(
   const images: number[] = []
   const files: number[] = []
   try {
-    const chains = await openSources(located, read, images)
+    const counting = new Counting(read, located.length)
+    const chains = await openSources(located, read, images, counting)
     const [first] = chains
     // What cannot be said in the end is refused before anything is done.
     const whole = chains.reduce((sum, { virtualSize }) => sum + virtualSize, 0)
@@ -259,7 +277,7 @@ async function convertImages(
     const path = 'path' in place ? place.path : place.nbd.uri
     const sources = chains.map(chain => chain.image)
     const shape = await withParent('convert', order.shape, delta)
-    const converted = await runJob<NativeConverted>('convert', read, (request, job, addon) =>
+    const converted = await runJob<NativeConverted>('convert', counting.copying(), (request, job, addon) =>
       addon.convertImage(request, job, sources, path, {
         ...order,
         shape,
@@ -331,29 +349,89 @@ function toResult(
 }
 
 /** Opens the sources; their images are added to `images` as they are opened. */
-async function openSources(located: readonly Located[], read: ReadConvert, images: number[]): Promise<Chain[]> {
+async function openSources(
+  located: readonly Located[],
+  read: ReadConvert,
+  images: number[],
+  counting: Counting,
+): Promise<Chain[]> {
   const { from, references, secret, snapshot, limits, signal, salvage } = read
   const access = toReadAccess(read)
   const chains: Chain[] = []
   for (const [index, each] of located.entries()) {
     const format = typeof from === 'string' ? from : from?.[index]
-    const sayRaw = rawAdvice(from, index, located.length)
-    const opening = { format, sayRaw, references, secret, source: index, snapshot, limits, signal, access, salvage }
-    const chain = await openChain(each, opening)
+    const say = (word: SourceFormat): string => fromAdvice(from, index, located.length, word)
+    const streams = { ...counting.source(), judge: (stream: StreamFormat) => refuseOutOfOrder(read, stream), say }
+    const opening = { format, sayRaw: say(PLAIN_FORMAT), streams, references, secret, source: index, snapshot }
+    const chain = await openChain(each, { ...opening, limits, signal, access, salvage })
     images.push(chain.image)
     chains.push(chain)
   }
   return chains
 }
 
-/** What to write for a source that is raw. */
-function rawAdvice(from: ReadConvert['from'], index: number, sources: number): string {
-  if (sources === 1) return `from: '${PLAIN_FORMAT}'`
+/** What to write for a source that is of a format. */
+function fromAdvice(from: ReadConvert['from'], index: number, sources: number, word: SourceFormat): string {
+  if (sources === 1) return `from: '${word}'`
   const formats = Array.from({ length: sources }, (_, i) => {
     const given = typeof from === 'string' ? from : from?.[i]
-    return `'${i === index ? PLAIN_FORMAT : (given ?? DEFAULT_FORMAT)}'`
+    return `'${i === index ? word : (given ?? DEFAULT_FORMAT)}'`
   })
   return `from: [${formats.join(', ')}]`
+}
+
+/** Refuses what a disk that is read front to back cannot give. */
+function refuseOutOfOrder(read: ReadConvert, stream: StreamFormat): void {
+  const asked = OUT_OF_ORDER.find(name => read[name] !== undefined && read[name] !== false && read[name] !== 0)
+  if (asked === undefined) return
+  const message = `convert: ${asked} is not possible with ${stream} data, which is read front to back: convert it to raw first`
+  throw invalidArgument(asked, message)
+}
+
+/**
+ * The progress of a convert that may have to count first how much its sources hold: each that has to is a part, and so is the copy. How
+ * many do is not known before they are opened, so that there is a part for each as soon as there is one.
+ */
+class Counting {
+  readonly #read: LongRunning
+  readonly #sources: number
+  #counted = false
+  #next = 0
+
+  constructor(read: ReadConvert, sources: number) {
+    this.#read = read
+    this.#sources = sources
+  }
+
+  /** Of opening the next source, which calls back only where it counts. */
+  source(): Pick<LongRunning, 'onProgress' | 'progressInterval' | 'signal'> {
+    const part = this.#next
+    this.#next += 1
+    return this.#part(part, true)
+  }
+
+  /** Of the copy. */
+  copying(): LongRunning {
+    return this.#counted ? { ...this.#read, ...this.#part(this.#sources, false) } : this.#read
+  }
+
+  #part(part: number, counts: boolean): Pick<LongRunning, 'onProgress' | 'progressInterval' | 'signal'> {
+    const { onProgress, progressInterval, signal } = this.#read
+    const parts = this.#sources + 1
+    const scaled = ({ phase, current, total, steps }: Progress): unknown => {
+      // A file that says how much it holds is not counted.
+      if (total === 0 && counts) return undefined
+      this.#counted ||= counts
+      const before = part * total
+      return onProgress?.({
+        phase,
+        current: before + current,
+        total: parts * total,
+        steps: steps.map(step => before + step),
+      })
+    }
+    return { signal, progressInterval, ...(onProgress && { onProgress: scaled }) }
+  }
 }
 
 /** Opens the target that exists, which is none of the files that are read. */
@@ -371,6 +449,8 @@ function toOrder(read: ReadConvert, sources: number): Omit<NativeConvertJob, 'in
   const { compress, create, existingTarget = false, targetIsZero = false } = read
   const to = toTargetFormat('convert', read.to)
   const from = typeof read.from === 'string' ? read.from : undefined
+  const capable = (ability: 'bitmaps' | 'snapshots'): boolean =>
+    from === undefined || (isFormat(from) && can(from, ability))
   if (read.references === 'layer') {
     const message = "convert: references: 'layer' would write what is only in the backing file as zeroes"
     throw invalidArgument('references', message)
@@ -387,7 +467,7 @@ function toOrder(read: ReadConvert, sources: number): Omit<NativeConvertJob, 'in
   if (targetIsZero && !existingTarget) {
     throw invalidArgument('targetIsZero', 'convert: targetIsZero needs existingTarget: a new file is zero anyway')
   }
-  if (read.bitmaps !== undefined && !(can(to, 'bitmaps') && (from === undefined || can(from, 'bitmaps')))) {
+  if (read.bitmaps !== undefined && !(can(to, 'bitmaps') && capable('bitmaps'))) {
     throw invalidArgument('bitmaps', 'convert: bitmaps are copied from qcow2 to qcow2')
   }
   if (read.bitmaps !== undefined && create?.version === 2) {
@@ -397,7 +477,7 @@ function toOrder(read: ReadConvert, sources: number): Omit<NativeConvertJob, 'in
     throw invalidArgument('base', 'convert: base and create.backingFile need each other')
   }
   refuseParts(read, sources)
-  if (from !== undefined && read.snapshot !== undefined && !can(from, 'snapshots')) {
+  if (read.snapshot !== undefined && !capable('snapshots')) {
     throw invalidArgument('snapshot', `convert: a ${from} image has no snapshots`)
   }
   return {

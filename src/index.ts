@@ -2,7 +2,7 @@
 
 export type { AccessOptions, CacheMode, SharingOptions } from './access.js'
 export { type AmendOptions, amend } from './amend.js'
-export type { ApplianceDisk } from './backing/appliance.js'
+export type { ApplianceDisk, OvfDisk } from './backing/appliance.js'
 export type { Reference, ReferencePolicy } from './backing/policy.js'
 export type { AddBitmapOptions, Bitmaps, DirtyRange } from './bitmap.js'
 export { type CheckFinding, type CheckOptions, type CheckResult, check } from './check.js'
@@ -12,10 +12,10 @@ export { type CompactFileOptions, compact } from './compact.js'
 export type { CompactOptions, CompactResult } from './compaction.js'
 export { type CompareOptions, type CompareResult, compare } from './compare.js'
 export { configure, type Settings } from './configure.js'
-export { type ConvertOptions, type ConvertResult, convert, type SourceOptions } from './convert.js'
+export { type ConvertOptions, type ConvertResult, convert, type SourceFormat, type SourceOptions } from './convert.js'
 export { type CreateOptions, create, type NewImageOptions } from './create.js'
 export { AbortError, type ErrorPlace, Qcow2Error, type Qcow2ErrorCode, type SystemErrorCode } from './errors.js'
-export type { Format, FormatName, KnownFormat, TargetFormat } from './formats/table.js'
+export type { Format, FormatName, KnownFormat, StreamFormat, TargetFormat } from './formats/table.js'
 export { Image } from './image.js'
 export type {
   BitmapInfo,
@@ -83,7 +83,7 @@ export type {
   VpcShape,
 } from './shape.js'
 export type { Snapshots } from './snapshot/snapshots.js'
-export type { DetachedImage, ImageInFile, ImageSource, PathLike } from './source.js'
+export type { DetachedImage, ImageInAppliance, ImageInFile, ImageSource, PathLike } from './source.js'
 export type { ReadStreamOptions, SparseChunk, WebStreamOptions } from './stream.js'
 export type { Name } from './text.js'
 export type { BigIntResults, Size } from './units.js'

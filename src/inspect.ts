@@ -1,11 +1,12 @@
 /** Inspection of untrusted images: looks at the header, opens nothing else, promises nothing. */
 
-import { type ApplianceDisk, disksIn } from './backing/appliance.js'
+import { type ApplianceDisk, applianceIn, type OvfDisk, readDescriptor } from './backing/appliance.js'
 import { prefixBytes, withFileBytes } from './backing/file-bytes.js'
-import { isOva } from './formats/ova.js'
+import { Qcow2Error } from './errors.js'
+import { isOva, isOvf } from './formats/ova.js'
 import { describeKnown, detectFormat } from './formats/probe.js'
 import type { FileBytes } from './formats/sizes.js'
-import { DEFAULT_FORMAT, type Format, isFormat } from './formats/table.js'
+import { DEFAULT_FORMAT, type Format, isFormat, isStream } from './formats/table.js'
 import type { NativeInspection, NativeLimits } from './native.js'
 import {
   ABORTABLE,
@@ -54,12 +55,17 @@ export interface Finding {
 export interface Inspection<N extends number | bigint = number> {
   /** The images in an appliance, which `detected` calls `'ova'`. Each can be opened as it is: the option `file` and these two. */
   readonly disks?: readonly ApplianceDisk[]
+  /** The disks that the OVF descriptor of an appliance lists; or, detected as `'ovf'`, the descriptor that the file is. */
+  readonly descriptor?: readonly OvfDisk<N>[]
   /** By its magic, where that is one of a format that is opened; `'unknown'` otherwise: raw is never guessed. */
   readonly format: Format | 'unknown'
-  /** Another format that the file has the structures of (`'vmdk'`), if any: at its start, or (`'vpc'`, `'dmg'`) at its end. */
+  /**
+   * Another format that the file has the structures of (`'qed'`), if any: at its start, or (`'vpc'`, `'dmg'`) at its end; or how the file
+   * is compressed (`'gzip'`, `'xz'`, `'zstd'`), which only `convert` reads.
+   */
   readonly detected?: string
   /**
-   * Bytes, also of a detected format; 0 where the header does not say, and, with a finding `'LIMIT'`, where it says more than 2^53 - 1 and
+   * Bytes, also of a detected format; 0 where the header does not say, as of gzip, and, with a finding `'LIMIT'`, where it says more than 2^53 - 1 and
    * no bigints were asked for.
    */
   readonly virtualSize: N
@@ -128,8 +134,19 @@ export async function inspect(
     : inspectLocated(located, bounds, signal))
   throwIfAborted(signal)
   const { virtualSize } = found
-  if (bigint) return { ...found, virtualSize: BigInt(virtualSize) }
-  return { ...found, virtualSize: virtualSize <= Number.MAX_SAFE_INTEGER ? Number(virtualSize) : 0 }
+  const descriptor = found.descriptor && { descriptor: found.descriptor.map(disk => ovfDiskIn(disk, bigint)) }
+  if (bigint) return { ...found, ...descriptor, virtualSize: BigInt(virtualSize) }
+  return { ...found, ...descriptor, virtualSize: virtualSize <= Number.MAX_SAFE_INTEGER ? Number(virtualSize) : 0 }
+}
+
+/** Sizes of a descriptor as the caller wants them; one that no number has is left out. */
+function ovfDiskIn(disk: OvfDisk<number | bigint>, big: boolean): OvfDisk<number | bigint> {
+  const { fileSize, capacity, populatedSize, ...rest } = disk
+  const sizes = Object.entries({ fileSize, capacity, populatedSize }).flatMap(([name, size]) => {
+    if (size === undefined || (!big && size > Number.MAX_SAFE_INTEGER)) return []
+    return [[name, big ? BigInt(size) : Number(size)] as const]
+  })
+  return { ...rest, ...Object.fromEntries(sizes) }
 }
 
 /** Where sizes are numbers, one that cannot be is a finding. */
@@ -156,6 +173,13 @@ async function inspectLocated(
   const format = formatOf(head)
   try {
     // Bytes without the magic of a format are judged as the commonest one's.
+    const detected = detectFormat(head)
+    if (isStream(detected)) {
+      const said = await request<NativeInspection>((number, addon) =>
+        addon.inspectStream(number, file, detected, bounds),
+      )
+      return { ...(await toInspection(undefined, said)), detected }
+    }
     const found = await request<NativeInspection>((number, addon) =>
       addon.inspectFile(number, file, format ?? DEFAULT_FORMAT, bounds),
     )
@@ -163,25 +187,39 @@ async function inspectLocated(
     if ('nbd' in located) return await toInspection(format, found, prefixBytes(head))
     return await withFileBytes(located, async bytes => {
       const inspection = await toInspection(format, found, bytes)
-      return isOva(head) ? { ...inspection, ...(await appliance(bytes, inspection.findings)) } : inspection
+      if (isOva(head)) return { ...inspection, ...(await appliance(bytes, inspection.findings)) }
+      return isOvf(head) ? { ...inspection, ...(await bareDescriptor(bytes, inspection.findings)) } : inspection
     })
   } finally {
     await release(file)
   }
 }
 
+/** What is said of what is no image. */
+type Described = Pick<Inspection<number | bigint>, 'detected' | 'disks' | 'descriptor' | 'findings'>
+
 /** What is said of an appliance beside that it is no image. */
-async function appliance(
-  bytes: FileBytes,
-  findings: readonly Finding[],
-): Promise<Pick<Inspection, 'detected' | 'disks' | 'findings'>> {
+async function appliance(bytes: FileBytes, findings: readonly Finding[]): Promise<Described> {
   try {
-    return { detected: 'ova', disks: await disksIn(bytes), findings }
+    const { disks, descriptor, damage } = await applianceIn(bytes)
+    return { detected: 'ova', disks, descriptor, findings: damage ? [...findings, damageOf(damage)] : findings }
   } catch (error) {
     if (!(error instanceof RangeError)) throw error
-    return { detected: 'ova', findings: [...findings, { code: 'HEADER_INVALID', message: error.message }] }
+    return { detected: 'ova', findings: [...findings, damageOf(error)] }
   }
 }
+
+/** What is said of a descriptor by itself. */
+async function bareDescriptor(bytes: FileBytes, findings: readonly Finding[]): Promise<Described> {
+  try {
+    return { detected: 'ovf', descriptor: await readDescriptor(bytes), findings }
+  } catch (error) {
+    if (!(error instanceof Qcow2Error)) throw error
+    return { detected: 'ovf', findings: [...findings, damageOf(error)] }
+  }
+}
+
+const damageOf = ({ message }: Error): Finding => ({ code: 'HEADER_INVALID', message })
 
 /** The format that the first bytes have the magic of, where it is one that is opened. */
 function formatOf(head: Buffer): Format | undefined {

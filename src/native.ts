@@ -76,6 +76,26 @@ export interface NativeLayer {
   readonly contentId?: string
 }
 
+/** A compressed file as a layer. */
+export interface NativeStream {
+  readonly layer: number
+  readonly virtualSize: number
+  /** The first bytes of its disk, 1024 at most. */
+  readonly head: Buffer
+}
+
+/** A disk that an OVF descriptor lists. */
+export interface NativeOvfDisk {
+  readonly id: string
+  readonly href?: string
+  readonly fileSize?: number | bigint
+  readonly compression?: string
+  readonly capacity?: number | bigint
+  readonly format?: string
+  readonly populatedSize?: number | bigint
+  readonly parent?: string
+}
+
 /** Limits; what is absent has the engine's default. */
 export interface NativeLimits {
   maxVirtualSize?: number | undefined
@@ -503,6 +523,9 @@ export interface Addon {
   listNbd(request: number, job: number, name: string, options: NativeNbdConnect): void
   /** `format` is QEMU's name of it. */
   openLayer(request: number, file: number, format: string, options: NativeLayerOptions): void
+  /** `format` is a compression's. Where the file does not say how much it holds, all of it is read. */
+  openStream(request: number, job: number, file: number, format: string, options: NativeLayerOptions): void
+  inspectStream(request: number, file: number, format: string, limits: NativeLimits | undefined): void
   unlockLayer(request: number, job: number, layer: number, secret: NativeSecret): void
   /** Tells the new secret's key slot. */
   addKey(request: number, job: number, image: number, order: NativeKeyOrder): void
@@ -561,6 +584,8 @@ export interface Addon {
   layersInfo(request: number, image: number): void
   inspectFile(request: number, file: number, format: string, limits: NativeLimits | undefined): void
   inspectPrefix(request: number, bytes: Buffer, format: string, limits: NativeLimits | undefined): void
+  /** Reads an OVF descriptor. */
+  readOvf(request: number, bytes: Buffer): void
   amendImage(request: number, job: number, image: number, changes: NativeAmendChanges): void
   createOverlay(request: number, job: number, image: number, path: string, order: NativeOverlayOrder): void
   commitImage(request: number, job: number, above: number, base: number, order: NativeCommitOrder): void

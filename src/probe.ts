@@ -1,6 +1,6 @@
 /** Telling formats apart by their first bytes. */
 
-import { onlyDiskOf } from './backing/appliance.js'
+import { diskOf } from './backing/appliance.js'
 import { isOva } from './formats/ova.js'
 import { detectFormat } from './formats/probe.js'
 import { type Format, type KnownFormat, PLAIN_FORMAT } from './formats/table.js'
@@ -19,6 +19,6 @@ export async function probe(source: ImageSource, options?: Abortable): Promise<F
   const { file, head, path } = await openFile(located.header ?? located, {}, signal)
   await release(file)
   throwIfAborted(signal)
-  if (located.header === undefined && isOva(head)) return (await onlyDiskOf(located, path)).format
+  if (located.header === undefined && isOva(head)) return (await diskOf(located, path)).format
   return detectFormat(head) ?? PLAIN_FORMAT
 }

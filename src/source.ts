@@ -3,7 +3,15 @@
 import type { FileHandle } from 'node:fs/promises'
 import { fileURLToPath } from 'node:url'
 import { invalidArgument, Qcow2Error } from './errors.js'
-import { type Format, quoted, SOURCE_FORMATS, TARGET_FORMATS, type TargetFormat } from './formats/table.js'
+import {
+  type Format,
+  quoted,
+  SOURCE_FORMATS,
+  STREAM_FORMATS,
+  type StreamFormat,
+  TARGET_FORMATS,
+  type TargetFormat,
+} from './formats/table.js'
 import type { NativeFile, NativeFileOptions } from './native.js'
 import { type NbdPlace, NbdSource, reach } from './nbd-source.js'
 import { bytes, oneOf, type Reader } from './options.js'
@@ -19,7 +27,7 @@ export type PathLike = string | Buffer | URL
  * What can be opened: a file name, or a `FileHandle` of Node's. A handle stays the caller's: the library reads through a
  * descriptor of its own and leaves the handle, its cursor and its closing alone. An export of an NBD server is what `nbdSource` makes.
  */
-export type ImageSource = PathLike | FileHandle | DetachedImage | ImageInFile | NbdSource
+export type ImageSource = PathLike | FileHandle | DetachedImage | ImageInFile | ImageInAppliance | NbdSource
 
 /** An image inside of another file, which is read in place: in an archive, say. What lies around it cannot be reached through it. */
 export interface ImageInFile {
@@ -28,6 +36,12 @@ export interface ImageInFile {
   readonly offset: number
   /** Bytes of the image. */
   readonly length: number
+}
+
+/** A disk of an appliance (`.ova`) that has several, by the name of its member: `inspect` lists them. */
+export interface ImageInAppliance {
+  readonly file: PathLike
+  readonly member: string
 }
 
 /**
@@ -44,6 +58,9 @@ export interface DetachedImage {
 /** Reads a {@link Format}. */
 export const format: Reader<Format> = oneOf(...SOURCE_FORMATS)
 
+/** Reads what a convert has as its source. */
+export const sourceFormat: Reader<Format | StreamFormat> = oneOf(...SOURCE_FORMATS, ...STREAM_FORMATS)
+
 /** Reads a {@link TargetFormat}. */
 export const targetFormat: Reader<TargetFormat> = oneOf(...TARGET_FORMATS)
 
@@ -54,7 +71,7 @@ export function toTargetFormat(owner: string, to: TargetFormat | undefined): Tar
 }
 
 /** A source that was checked: a path with all its bytes (see `text.ts`), a handle's descriptor, or an export. */
-export type Located = FileLocated | { readonly nbd: NbdPlace; readonly header?: undefined }
+export type Located = FileLocated | { readonly nbd: NbdPlace; readonly header?: undefined; readonly member?: undefined }
 
 /** A file of the system. */
 export type FileLocated = ({ readonly path: string } | { readonly descriptor: number }) & {
@@ -62,6 +79,8 @@ export type FileLocated = ({ readonly path: string } | { readonly descriptor: nu
   readonly header?: { readonly path: string }
   /** The part of the file that is the image, if that is not all of it. */
   readonly part?: Part
+  /** The disk of an appliance that is meant. */
+  readonly member?: string
 }
 
 /** A part of a file, in bytes. */
@@ -89,6 +108,13 @@ export function toLocated(source: unknown, name: string): Located {
         path: toPath(source.file, `${name}.file`),
         header: { path: toPath(source.header, `${name}.header`) },
       }
+    }
+    if ('file' in source && 'member' in source) {
+      const { member } = source
+      if (typeof member !== 'string') {
+        throw invalidArgument('member', `${name}.member must be a string, not ${describe(member)}`)
+      }
+      return { path: toPath(source.file, `${name}.file`), member }
     }
     if ('file' in source && 'offset' in source && 'length' in source) {
       const part = {

@@ -4,7 +4,7 @@ import { execFileSync } from 'node:child_process'
 import { mkdirSync, readFileSync, renameSync, statSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { check, convert, create, inspect, open, probe } from 'qcow2'
-import { beforeAll, describe, expect, it } from 'vitest'
+import { afterAll, beforeAll, describe, expect, it } from 'vitest'
 import { qcow2, workspace } from '../cli/run.js'
 import { failure } from './fixtures.js'
 
@@ -107,6 +107,66 @@ describe('an appliance', () => {
     expect(readFileSync(at('shell.raw')).equals(DISK)).toBe(true)
     const { code, stdout } = await qcow2(['info', path], folder)
     expect([code, stdout]).toEqual([0, expect.stringContaining('file format: qcow2\nvirtual size: 1 MiB')])
+  })
+})
+
+describe("an appliance's descriptor", () => {
+  const envelope = (disks: string, files = ''): string =>
+    `<?xml version="1.0"?><ovf:Envelope xmlns:ovf="http://schemas.dmtf.org/ovf/envelope/1"><ovf:References>
+     <ovf:File ovf:id="f1" ovf:href="disk1.qcow2" ovf:size="77"/><ovf:File ovf:id="f2" ovf:href="disk%202.qcow2"/>${files}
+     </ovf:References><ovf:DiskSection>${disks}</ovf:DiskSection></ovf:Envelope>`
+  const FIRST = `<ovf:Disk ovf:diskId="d1" ovf:fileRef="f1" ovf:capacity="1" ovf:capacityAllocationUnits="byte * 2^20"/>`
+  const SECOND = `<ovf:Disk ovf:diskId="d2" ovf:fileRef="f2" ovf:capacity="1048576" ovf:format="http://qcow" ovf:populatedSize="5"/>`
+
+  /** An appliance of two disks with that descriptor. */
+  function appliance(name: string, text: string): string {
+    writeFileSync(at('machine.ovf'), text)
+    writeFileSync(at('disk 2.qcow2'), readFileSync(at('disk1.qcow2')))
+    return tar(name, ['machine.ovf', 'disk1.qcow2', 'disk 2.qcow2'])
+  }
+  afterAll(() => writeFileSync(at('machine.ovf'), '<Envelope/>'))
+
+  it('is shown with its disks, in its order', async () => {
+    const path = appliance('listed.ova', envelope(SECOND + FIRST))
+    const listed = [
+      { diskId: 'd2', href: 'disk%202.qcow2', capacity: SIZE, format: 'http://qcow', populatedSize: 5 },
+      { diskId: 'd1', href: 'disk1.qcow2', fileSize: 77, capacity: SIZE },
+    ]
+    const found = await inspect(path)
+    expect(found).toMatchObject({ detected: 'ova', descriptor: listed })
+    expect(found.disks?.map(({ name }) => name)).toEqual(['disk 2.qcow2', 'disk1.qcow2'])
+    expect(await inspect(at('machine.ovf'))).toMatchObject({ detected: 'ovf', format: 'unknown', descriptor: listed })
+    const [big] = (await inspect(path, { bigint: true })).descriptor ?? []
+    expect(big?.capacity).toBe(BigInt(SIZE))
+  })
+
+  it('says which disk is meant where it names one; else the caller does', async () => {
+    const one = appliance('one-listed.ova', envelope(SECOND))
+    expect(await convert(one, at('back.raw'), { to: 'raw', overwrite: true })).toMatchObject({ virtualSize: SIZE })
+    const both = appliance('both-listed.ova', envelope(SECOND + FIRST))
+    expect((await failure(() => open(both))).message).toMatch(
+      /has 2 disks, disk 2\.qcow2 .*, disk1\.qcow2 .*: say which/,
+    )
+    const source = { file: both, member: 'disk1.qcow2' }
+    await convert(source, at('back.raw'), { to: 'raw', overwrite: true })
+    expect(readFileSync(at('back.raw')).equals(DISK)).toBe(true)
+    expect(await probe(source)).toBe('qcow2')
+    const missing = await failure(() => open({ file: both, member: 'no.vmdk' }))
+    expect(missing.message).toContain("has no disk 'no.vmdk': there is disk 2.qcow2, disk1.qcow2")
+    const none = await failure(() => open({ file: at('disk1.qcow2'), member: 'x' }))
+    expect(none).toMatchObject({ code: 'ERR_QCOW2_FORMAT_UNKNOWN', message: expect.stringContaining('no appliance') })
+    expect(await failure(() => open({ file: both, member: 7 } as never))).toMatchObject({
+      code: 'ERR_QCOW2_INVALID_ARGUMENT',
+      field: 'member',
+    })
+  })
+
+  it('that is damaged is a finding, and hides no disk', async () => {
+    const path = appliance('damaged.ova', '<!DOCTYPE x [<!ENTITY a "b">]><Envelope><File href="&a;"/></Envelope>')
+    const found = await inspect(path)
+    expect(found.findings.at(-1)).toMatchObject({ code: 'HEADER_INVALID', message: expect.stringContaining('OVF') })
+    expect(found.disks).toHaveLength(2)
+    expect((await inspect(at('machine.ovf'))).findings.at(-1)?.message).toContain('OVF')
   })
 })
 

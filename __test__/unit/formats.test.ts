@@ -77,7 +77,10 @@ describe.each(TARGET_FORMATS)('a new image: %s', format => {
 
 it('no other file tells formats by their names', () => {
   const source = fileURLToPath(new URL('../../src', import.meta.url))
-  const names = ROWS.map(([name]) => name).join('|')
+  // The name of one compression is also that of how clusters are compressed.
+  const names = ROWS.map(([name]) => name)
+    .filter(name => name !== 'zstd')
+    .join('|')
   const comparison = new RegExp(`(?:[!=]==? |case )['"](?:${names})['"]|['"](?:${names})['"] [!=]==`)
   const files = readdirSync(source, { recursive: true, encoding: 'utf8' }).filter(file => file.endsWith('.ts'))
   expect(files.filter(file => comparison.test(readFileSync(join(source, file), 'utf8')))).toEqual([])

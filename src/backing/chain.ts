@@ -3,7 +3,7 @@
  * file at a time and nothing that it names.
  */
 
-import { type Access, READING } from '../access.js'
+import { type Access, lockFor, READING } from '../access.js'
 import { AbortError, Qcow2Error } from '../errors.js'
 import { isOva } from '../formats/ova.js'
 import { detectFormat } from '../formats/probe.js'
@@ -16,9 +16,11 @@ import {
   formatNamed,
   isFormat,
   isKnownByStart,
+  isStream,
   PLAIN_FORMAT,
+  type StreamFormat,
 } from '../formats/table.js'
-import type { NativeFile, NativeLayer, NativeLayerOptions, NativeLock, NativeSecret, NativeWriting } from '../native.js'
+import type { NativeFile, NativeLayer, NativeLayerOptions, NativeSecret, NativeWriting } from '../native.js'
 import { type ReadLimits, throwIfAborted } from '../options.js'
 import { forget, type ReadSecrets } from '../secret.js'
 import { findSnapshot } from '../snapshot/ids.js'
@@ -27,14 +29,17 @@ import { handOver, type Located, openFile, release } from '../source.js'
 import { runJob, type StartJob } from '../support/jobs.js'
 import { isAborted, request } from '../support/requests.js'
 import { canBeInexact, exactName, type Name } from '../text.js'
-import { onlyDiskOf } from './appliance.js'
+import { diskOf } from './appliance.js'
 import { decide, KINDS, nameOf, type ReferencePolicy } from './policy.js'
+import { openStream, type StreamReading, streamOf, streamRefusal } from './streams.js'
 
 const MAX_CHAIN_DEPTH = 200
 
 /** How to open a chain. */
 export interface ChainOptions {
-  readonly format?: Format | undefined
+  readonly format?: Format | StreamFormat | undefined
+  /** How a compressed file is read, where the top file can be one. */
+  readonly streams?: StreamReading | undefined
   /** What the top layer must be able to; its format is told by its magic then. */
   readonly needs?: Need | undefined
   /** How the caller says that the top file is raw, where that is not `format: 'raw'`. */
@@ -239,9 +244,15 @@ class Opening {
     const access: Access = written ? this.#access : { ...this.#access, write: undefined }
     let file = await this.#open(located, access)
     if (depth === 0 && located.header === undefined && isOva(file.head) && this.#mayLookInside()) {
-      file = await this.#open(await onlyDiskOf(located, file.path), access)
+      file = await this.#open(await diskOf(located, file.path), access)
+    } else if (located.member !== undefined) {
+      const message = `${file.path}: no appliance, which would have the disk '${located.member}'`
+      throw new Qcow2Error('ERR_QCOW2_FORMAT_UNKNOWN', message, { path: file.path })
     }
     this.#refuseLoop(file)
+    const { streams } = this.#options
+    const stream = depth === 0 && streams !== undefined ? streamOf(this.#options.format, file) : undefined
+    if (stream !== undefined && streams !== undefined) return this.#openStream(file, stream, streams)
     const header = located.header && (await this.#openHeader(located.header))
     const format = header === undefined ? formatOf(file) : DETACHABLE_FORMAT
     const alone = await this.#unlock(await this.#openLayer(file, format, access, header), file.path)
@@ -255,10 +266,22 @@ class Opening {
     return { path, absolutePath, format, opened, next: await this.#next(opened, path, folderPath(located, path)) }
   }
 
+  /** Opens the disk in a compressed file. */
+  async #openStream(file: NativeFile, format: StreamFormat, streams: StreamReading): Promise<OpenLayer> {
+    const { format: given, limits, snapshot } = this.#options
+    if (snapshot !== undefined) throw withoutSnapshots(file, format)
+    const opening = { named: given !== undefined, limits, access: this.#access, streams }
+    const opened = await openStream(file, format, opening)
+    this.#layers.push(opened.layer)
+    this.layerIdentities.push(file.identity)
+    const { path, absolutePath } = file
+    return { path, absolutePath, format: PLAIN_FORMAT, opened, next: undefined }
+  }
+
   /** Whether a file that begins as an appliance is none of the format that the caller says. A guest can write any bytes in front. */
   #mayLookInside(): boolean {
     const { format } = this.#options
-    return format === undefined || isKnownByStart(format)
+    return !isFormat(format) || isKnownByStart(format)
   }
 
   /** Opens the next layer; a failure names both files. */
@@ -449,15 +472,12 @@ async function idOf(snapshot: string, { layer }: NativeLayer): Promise<string> {
   }
 }
 
-/** How the files of a layer are locked. */
-const lockFor = ({ lock, write }: Access): NativeLock | undefined => lock && { ...lock, writable: write !== undefined }
-
 /** The format of the image that the caller opens: what it says, else by its magic, never raw. */
 function topFormat(
   { head, path }: NativeFile,
   { format: given, needs, sayRaw = `format: '${PLAIN_FORMAT}'` }: Pick<ChainOptions, 'format' | 'needs' | 'sayRaw'>,
 ): Format {
-  if (given !== undefined) return given
+  if (isFormat(given)) return given
   const detected = detectFormat(head)
   if (isFormat(detected) && (needs === undefined || can(detected, needs))) return detected
   if (needs !== undefined) {
@@ -469,8 +489,10 @@ function topFormat(
   const message =
     detected === undefined
       ? `${where}not a qcow2 image (no magic number in its first bytes); for a raw disk say so: ${sayRaw}`
-      : `${where}not a qcow2 image: its first bytes are those of a ${detected} image, which is not supported ` +
-        `(${sayRaw} takes it as the plain bytes of a disk)`
+      : isStream(detected)
+        ? `${where}${streamRefusal(detected)} (${sayRaw} takes it as the plain bytes of a disk)`
+        : `${where}not a qcow2 image: its first bytes are those of a ${detected} image, which is not supported ` +
+          `(${sayRaw} takes it as the plain bytes of a disk)`
   throw new Qcow2Error('ERR_QCOW2_FORMAT_UNKNOWN', message, { path, offset: 0, field: 'magic' })
 }
 
@@ -491,7 +513,7 @@ function withoutAbility(path: string | undefined, format: Format, ability: Need)
   return new Qcow2Error('ERR_QCOW2_UNSUPPORTED_FEATURE', message, { path })
 }
 
-function withoutSnapshots({ path }: NativeFile, format: Format): Qcow2Error {
+function withoutSnapshots({ path }: NativeFile, format: Format | StreamFormat): Qcow2Error {
   const message = `${path === undefined ? '' : `${path}: `}a ${format} image has no snapshots`
   return new Qcow2Error('ERR_QCOW2_INVALID_ARGUMENT', message, { path, field: 'snapshot' })
 }

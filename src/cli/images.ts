@@ -1,6 +1,16 @@
 /** Images that the command line names: their format, and opening them as qemu-img does. */
 
-import { can, formatOfWord, isFormat, listed, PLAIN_FORMAT, SOURCE_FORMATS } from '../formats/table.js'
+import { streamRefusal } from '../backing/streams.js'
+import {
+  can,
+  formatOfWord,
+  isFormat,
+  isStream,
+  listed,
+  PLAIN_FORMAT,
+  SOURCE_FORMATS,
+  type StreamFormat,
+} from '../formats/table.js'
 import { type Format, type Image, type ImageInfo, type OpenOptions, open, probe, Qcow2Error } from '../index.js'
 import { exactText, toName } from '../text.js'
 import { describeError, openFailure, pathOf } from './errors.js'
@@ -20,6 +30,18 @@ export function namedFormat(filename: string, name: string): Format {
   })
 }
 
+/** How a file is compressed that a convert is to read: as `-f` says, or as it looks; undefined for one that is opened as an image. */
+export async function streamOf(
+  filename: string,
+  requested: string | undefined,
+  session: Session,
+): Promise<StreamFormat | undefined> {
+  const named = requested ?? session.objects.formatOf(filename)
+  if (named !== undefined || filename === '') return isStream(named) ? named : undefined
+  const format = await probe(imageSource(filename, session), { signal: session.signal })
+  return isStream(format) ? format : undefined
+}
+
 /**
  * The format to open a file in: what `-f` says, else what its first bytes say. A file that looks like none of the known
  * formats is raw; one that looks like a format that is not read here is refused, not taken as raw.
@@ -30,6 +52,11 @@ export async function formatOf(filename: string, requested: string | undefined, 
   if (named !== undefined) return namedFormat(filename, named)
   const format = await probe(imageSource(filename, session), { signal: session.signal })
   if (isFormat(format)) return format
+  if (isStream(format)) {
+    throw new CommandFailure(
+      `Could not open '${filename}': ${streamRefusal(format)} (-f ${PLAIN_FORMAT} takes it as the plain bytes of a disk)`,
+    )
+  }
   throw new CommandFailure(
     `Could not open '${filename}': Image is in ${format} format, which is not supported ` +
       `(formats are ${FORMATS}; -f ${PLAIN_FORMAT} takes it as the plain bytes of a disk)`,

@@ -29,6 +29,16 @@ export function isOva(head: Buffer): boolean {
   return /\.ovf$/i.test(header.name) || (isExtension(header.type) && /\.ovf\b/i.test(head.toString('latin1', BLOCK)))
 }
 
+/** Whether the first bytes are those of an OVF descriptor: XML whose element is an Envelope. */
+export function isOvf(head: Buffer): boolean {
+  const text = head.toString('latin1').replace('\xef\xbb\xbf', '')
+  return /^\s*</.test(text) && /<(?:[\w.-]+:)?Envelope[\s/>]/.test(text)
+}
+
+/** Whether the first bytes are those of any tar archive. */
+export const isTar = (head: Buffer): boolean =>
+  head.length >= BLOCK && readHeader(head.subarray(0, BLOCK)) !== undefined
+
 /**
  * The files in an archive, in its order.
  *

@@ -117,8 +117,11 @@ export type Format = 'qcow2' | 'raw' | 'qcow' | 'luks' | 'vdi' | 'vpc' | 'parall
 /** The formats that new images are made in. `luks` is LUKS of version 1 then. */
 export type TargetFormat = 'qcow2' | 'raw' | 'luks' | 'vdi' | 'vpc' | 'parallels' | 'vhdx' | 'vmdk'
 
-/** Formats that are recognised in order to refuse them. */
-export type KnownFormat = 'bochs' | 'cloop' | 'dmg' | 'qed'
+/** Compressed files, by the names of their tools: what they hold is a raw disk, which `convert` reads front to back. */
+export type StreamFormat = 'gzip' | 'xz' | 'zstd'
+
+/** Formats that are recognised, and opened by nothing (but a {@link StreamFormat} by `convert`). */
+export type KnownFormat = 'bochs' | 'cloop' | 'dmg' | 'qed' | StreamFormat
 
 /** Every format of the table. */
 export type FormatName = Format | KnownFormat
@@ -138,7 +141,9 @@ type Table = {
 } & {
   readonly [N in TargetFormat]: Row & { readonly image: Traits & { readonly create: Creation } }
 } & {
-  readonly [N in KnownFormat]: Row & { readonly image?: never; readonly virtualSize: SizeReader }
+  readonly [N in Exclude<KnownFormat, StreamFormat>]: Row & { readonly image?: never; readonly virtualSize: SizeReader }
+} & {
+  readonly [N in StreamFormat]: Row & { readonly image?: never; readonly stream: true }
 }
 
 const QCOW = ascii('QFI\xfb')
@@ -330,6 +335,9 @@ const FORMATS: Table & Readonly<Record<FormatName, Row>> = {
     virtualSize: dmgSize,
   },
   qed: { marks: { magics: [{ bytes: ascii('QED\0') }] }, virtualSize: qedSize },
+  gzip: { marks: { magics: [{ bytes: Buffer.from([0x1f, 0x8b, 8]) }] }, stream: true },
+  xz: { marks: { magics: [{ bytes: ascii('\xfd7zXZ\0') }] }, stream: true },
+  zstd: { marks: { magics: [{ bytes: Buffer.from([0x28, 0xb5, 0x2f, 0xfd]) }] }, stream: true },
 }
 
 /** A VMDK descriptor is a text file: comments and blank lines, then `version=` 1 to 3. */
@@ -354,6 +362,10 @@ export const isKnown = (name: string): name is FormatName => Object.hasOwn(FORMA
 export const isFormat = (name: string | undefined): name is Format =>
   name !== undefined && isKnown(name) && 'image' in FORMATS[name]
 
+/** Whether it is a compression whose contents a convert reads. */
+export const isStream = (name: string | undefined): name is StreamFormat =>
+  name !== undefined && isKnown(name) && 'stream' in FORMATS[name]
+
 /** Whether new images are made in the format. */
 export const isTarget = (name: string): name is TargetFormat => isFormat(name) && 'create' in FORMATS[name].image
 
@@ -362,6 +374,9 @@ export const DETACHABLE_FORMAT: Format = 'luks'
 
 /** Formats that are opened. */
 export const SOURCE_FORMATS: readonly Format[] = ROWS.map(([name]) => name).filter(isFormat)
+
+/** Compressed files that a convert reads. */
+export const STREAM_FORMATS: readonly StreamFormat[] = ROWS.map(([name]) => name).filter(isStream)
 
 /** Formats that are made. */
 export const TARGET_FORMATS: readonly TargetFormat[] = SOURCE_FORMATS.filter(isTarget)

@@ -102,6 +102,10 @@ impl GuestSource for Chain {
         self.layers.iter().filter_map(|layer| layer.unit()).max().unwrap_or(DEFAULT_UNIT)
     }
 
+    fn is_sequential(&self) -> bool {
+        self.layers.iter().any(|layer| layer.is_sequential())
+    }
+
     fn extents_up_to(
         &self,
         start: u64,

@@ -335,6 +335,11 @@ pub trait Layer: Any + Send + Sync + fmt::Debug {
         Ok(Holes::Ignored)
     }
 
+    /// Whether it is read front to back: reading anything in front of what was read last begins at the start of the file.
+    fn is_sequential(&self) -> bool {
+        false
+    }
+
     /// To be kept from before a plan until its places are not used any more; `None` where places do not change.
     fn pin(&self) -> Option<Pin> {
         None

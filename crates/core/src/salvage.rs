@@ -59,6 +59,10 @@ impl GuestSource for Salvage<'_> {
         self.source.cluster_size()
     }
 
+    fn is_sequential(&self) -> bool {
+        self.source.is_sequential()
+    }
+
     fn extents_up_to(
         &self,
         start: u64,

@@ -44,6 +44,11 @@ pub trait GuestSource: Send + Sync {
     /// Granularity in bytes at which the source allocates: a good unit for chunks. A power of two.
     fn cluster_size(&self) -> u64;
 
+    /// Whether it is read front to back: then a convert reads it in guest order, whatever the number of workers.
+    fn is_sequential(&self) -> bool {
+        false
+    }
+
     /// Appends the extents of `start..start + length` to `out`, in order and without gaps, neighbours of one
     /// kind and contiguous host bytes merged. `length` is clamped to the end of the disk.
     fn extents(&self, start: u64, length: u64, job: &Job, out: &mut Vec<Extent>) -> Result<()> {

@@ -82,6 +82,10 @@ impl GuestSource for Splice<'_> {
         self.parts.iter().map(|part| part.source.cluster_size()).max().unwrap_or(64 << 10)
     }
 
+    fn is_sequential(&self) -> bool {
+        self.parts.iter().any(|part| part.source.is_sequential())
+    }
+
     fn extents_up_to(
         &self,
         start: u64,

@@ -40,6 +40,7 @@ pub mod nbd;
 pub mod nbd_client;
 pub mod open;
 pub mod overlay;
+pub mod ovf;
 #[cfg(feature = "panics")]
 pub mod panics;
 mod pool;
@@ -48,6 +49,7 @@ mod resource;
 pub mod runtime;
 pub mod shape;
 pub mod snapshots;
+pub mod streams;
 mod text;
 pub mod tls;
 mod watch;

@@ -1,5 +1,5 @@
 import { type Command, Option } from 'commander'
-import { can, PLAIN_FORMAT } from '../../formats/table.js'
+import { can, isFormat, listed, PLAIN_FORMAT, SOURCE_FORMATS, STREAM_FORMATS } from '../../formats/table.js'
 import {
   type Compression,
   type ConvertOptions,
@@ -10,6 +10,7 @@ import {
   Qcow2Error,
   type Qcow2SpecificInfo,
   type Secrets,
+  type SourceFormat,
   type TargetFormat,
 } from '../../index.js'
 import { exactText } from '../../text.js'
@@ -24,8 +25,8 @@ import {
 import { describeError, openFailure, pathOf } from '../errors.js'
 import { CommandFailure, unsupported } from '../failure.js'
 import { imagePath, isExport, localPath } from '../filename.js'
-import { alias, cacheMode, optionList, rateLimit, SOURCES, TARGETS, takeDriverSyntax, wholeNumber } from '../grammar.js'
-import { formatOf, snapshotOf, unlockFailure, withImage } from '../images.js'
+import { alias, cacheMode, optionList, rateLimit, TARGETS, takeDriverSyntax, wholeNumber } from '../grammar.js'
+import { formatOf, snapshotOf, streamOf, unlockFailure, withImage } from '../images.js'
 import { asksForHelp, type OptionValue, type OptionValues, parseOptionList } from '../options.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
@@ -68,7 +69,7 @@ export function declareConvert(program: Command, run: Runner): void {
     .description('Copy a disk image into a new file of a format of your choice. An existing file is replaced.')
     .usage('[options] FILENAME... TARGET')
     .argument('[files...]', 'the image to read (several become one disk) and the file to write')
-    .option('-f, --source-format <fmt>', `format of FILENAME: ${SOURCES} (default: what it looks like)`)
+    .option('-f, --source-format <fmt>', `format of FILENAME: ${READ} (default: what it looks like)`)
     .option('-O, --target-format <fmt>', `format of TARGET: ${TARGETS}`, PLAIN_FORMAT)
     .option('-o, --target-options <list>', 'options of that format: name=value,... ("-o help" lists them)', optionList)
     .option('-c, --compress', 'compress (qcow2 only)')
@@ -125,6 +126,9 @@ export function declareConvert(program: Command, run: Runner): void {
     run(session => convertFiles(files, { ...options, ...threads(options) }, session)),
   )
 }
+
+/** What a convert reads: compressed files hold raw disks. */
+const READ = listed([...SOURCE_FORMATS, ...STREAM_FORMATS], 'or')
 
 const threads = ({ parallel, concurrency }: { parallel?: number; concurrency?: number }) => {
   const count = concurrency ?? parallel
@@ -252,10 +256,21 @@ async function lookAt(
   sources: readonly string[],
   { sourceFormat, sourceSnapshot, forceShare, salvage }: ConvertArguments,
   session: Session,
-): Promise<{ from: Format[]; size: number; snapshot: string | Buffer | undefined }> {
-  const from: Format[] = []
+): Promise<{ from: (SourceFormat | undefined)[]; size: number; snapshot: string | Buffer | undefined }> {
+  const from: (SourceFormat | undefined)[] = []
   let size = 0
   for (const filename of sources) {
+    const stream = await streamOf(filename, sourceFormat, session).catch(error => {
+      throw session.signal.aborted ? error : openFailure(filename, error)
+    })
+    if (stream !== undefined) {
+      // Where nothing was said, what it holds is looked at, too. How large that is, the convert finds out.
+      from.push(sourceFormat === undefined ? undefined : stream)
+      if (sourceSnapshot !== undefined) {
+        throw new CommandFailure(`Failed to load snapshot: '${filename}' is ${stream}, and has no snapshots`)
+      }
+      continue
+    }
     const format = await formatOf(filename, sourceFormat, session).catch(error => {
       throw session.signal.aborted ? error : openFailure(filename, error)
     })
@@ -273,7 +288,7 @@ async function lookAt(
   }
   const [filename] = sources
   const [format] = from
-  if (sourceSnapshot === undefined || filename === undefined || format === undefined) {
+  if (sourceSnapshot === undefined || filename === undefined || !isFormat(format)) {
     return { from, size, snapshot: undefined }
   }
   if (sources.length > 1) throw new CommandFailure('No support for concatenating multiple snapshot')

@@ -1,6 +1,6 @@
 import { basename, isAbsolute } from 'node:path'
 import { type Command, Option } from 'commander'
-import { isFormat, traitsOf } from '../../formats/table.js'
+import { isFormat, isStream, traitsOf } from '../../formats/table.js'
 import {
   type BlockLimits,
   type EncryptInfo,
@@ -119,7 +119,8 @@ async function describeOther(
   return {
     filename: name,
     format: looks,
-    'virtual-size': virtualSize,
+    // Of gzip, only reading all of it tells.
+    ...((virtualSize > 0n || !isStream(looks)) && { 'virtual-size': virtualSize }),
     'actual-size': actualSize,
     'dirty-flag': false,
     children: [{ name: 'file', info: fileDocument(name, { fileLength: size, actualSize, protocol }) }],

@@ -21,7 +21,8 @@ export interface InfoDocument {
   readonly [key: string]: Json | undefined
   readonly filename: string
   readonly format: string
-  readonly 'virtual-size': number | bigint
+  /** Absent where only reading all of the file tells. */
+  readonly 'virtual-size'?: number | bigint
   readonly 'actual-size'?: number | bigint
   readonly 'cluster-size'?: number
   readonly encrypted?: boolean
@@ -69,7 +70,7 @@ function sizeLines(node: InfoDocument, protocol: boolean): string[] {
   return [
     `${protocol ? 'filename' : 'image'}: ${node.filename}`,
     `${protocol ? 'protocol type' : 'file format'}: ${node.format}`,
-    `${protocol ? 'file length' : 'virtual size'}: ${humanSize(size)} (${size} bytes)`,
+    `${protocol ? 'file length' : 'virtual size'}: ${size === undefined ? 'unknown' : `${humanSize(size)} (${size} bytes)`}`,
     `disk size: ${actual === undefined ? 'unavailable' : humanSize(actual)}`,
   ]
 }

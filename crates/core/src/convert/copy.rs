@@ -58,7 +58,26 @@ impl<'a> Copier<'a> {
                 self.context.source.read_at(MemMut::from(&mut *into), piece.start)?;
                 self.context.count_read(into.len() as u64);
             }
+            Content::Held(bytes, from) => {
+                let part = bytes.get(*from..).unwrap_or_default().get(..into.len()).unwrap_or_default();
+                Mem::from(part).copy_to(into);
+            }
             Content::Zero => into.fill(0),
+        }
+        Ok(())
+    }
+
+    /// Reads what of a chunk is to be read through the source, and keeps it there.
+    ///
+    /// # Errors
+    /// What reading the source meets.
+    pub(super) fn hold(&self, chunk: &mut Chunk) -> Result<()> {
+        for piece in &mut chunk.pieces {
+            if matches!(piece.content, Content::Read) {
+                let mut bytes = vec![0; piece.length as usize];
+                self.read(piece, &mut bytes)?;
+                piece.content = Content::Held(bytes.into(), 0);
+            }
         }
         Ok(())
     }

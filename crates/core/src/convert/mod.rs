@@ -243,7 +243,7 @@ impl Run<'_> {
     fn chunks(&self) -> Result<()> {
         let mut copier = Copier::new(self.context);
         let mut write = self.sink.worker()?;
-        while let Some(chunk) = self.next()? {
+        while let Some(chunk) = self.next(&copier)? {
             let advance = chunk.advance;
             self.context.job.pace(chunk.bytes())?;
             write(&mut copier, chunk)?;
@@ -252,12 +252,18 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn next(&self) -> Result<Option<Chunk>> {
+    fn next(&self, copier: &Copier<'_>) -> Result<Option<Chunk>> {
         self.sink.admit();
         if self.stop.load(Ordering::Acquire) {
             return Ok(None);
         }
-        self.scanner.lock().next_chunk()
+        let mut scanner = self.scanner.lock();
+        let mut chunk = scanner.next_chunk()?;
+        if let Some(chunk) = chunk.as_mut().filter(|_| self.context.source.is_sequential()) {
+            // In the order in which chunks are cut: no worker reads what another one has passed.
+            copier.hold(chunk)?;
+        }
+        Ok(chunk)
     }
 }
 

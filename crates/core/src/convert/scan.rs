@@ -24,6 +24,8 @@ pub enum Content {
     Stored(Arc<dyn Storage>, u64),
     /// To be read through the source.
     Read,
+    /// Read already, from this byte on: of a source that is read front to back.
+    Held(Arc<[u8]>, usize),
     /// Zeroes that the target must hold explicitly.
     Zero,
 }
@@ -49,6 +51,7 @@ impl Piece {
     pub fn part(&self, skip: u64, length: u64) -> Self {
         let content = match &self.content {
             Content::Stored(storage, offset) => Content::Stored(Arc::clone(storage), offset + skip),
+            Content::Held(bytes, from) => Content::Held(Arc::clone(bytes), from + skip as usize),
             other => other.clone(),
         };
         Self { start: self.start + skip, length, content }

@@ -85,6 +85,10 @@ impl GuestSource for Image {
         self.chain.cluster_size()
     }
 
+    fn is_sequential(&self) -> bool {
+        self.chain.is_sequential()
+    }
+
     fn extents_up_to(
         &self,
         start: u64,
