@@ -1,8 +1,9 @@
 // The benchmarks: this package against qemu-img at its best flags, side by side, every trial in a fresh process.
 //
-// npm run bench [-- NAME...] [--rounds N] [--quick] [--data MIB] [--source FOLDER] [--cold] [--results FOLDER] [--no-build]
+// npm run bench [-- NAME...] [--rounds N] [--quick] [--data MIB] [--source FOLDER] [--cold] [--results FOLDER] [--device NAME] [--no-build]
 // Without names, every line. --quick: one round of everything on small inputs, to see that nothing rots; nothing is recorded unless
 // --results says where. --data: what plain converts copy, 2048. --no-build takes dist/ as it is.
+// --device: the installation on 'shared disk', 'quiet device' or 'quiet device, 200 us a sync' alone; with every line, the quiet one.
 
 import { join } from 'node:path'
 import { parseArgs } from 'node:util'
@@ -20,7 +21,7 @@ const { values, positionals } = parseArgs({
     quick: { type: 'boolean', default: false },
     data: { type: 'string' },
     source: { type: 'string', default: '/usr' },
-    requests: { type: 'string' },
+    device: { type: 'string' },
     cold: { type: 'boolean', default: false },
     results: { type: 'string' },
     'no-build': { type: 'boolean', default: false },
@@ -39,6 +40,8 @@ const bench = new Bench({
   quick,
   cold: values.cold,
   source: values.source,
+  // Every device takes half an hour: those are for the line alone.
+  device: values.device ?? (positionals.length === 0 ? 'quiet device' : undefined),
   rounds: Number(values.rounds ?? (quick ? 1 : 5)),
   dataMiB: Number(values.data ?? (quick ? 16 : 2048)),
 })

@@ -25,7 +25,7 @@ export const ENCRYPT = 'encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-ti
 export class Bench {
   #made = new Map()
 
-  /** `options`: rounds, quick, cold, dataMiB, source (the folder whose files are converted), requests (of the installation). */
+  /** `options`: rounds, quick, cold, dataMiB, source (the folder whose files are converted), device (of the installation, else all). */
   constructor(options) {
     Object.assign(this, options)
     this.folder = mkdtempSync(join(process.env.QCOW2_BENCH_DIR ?? tmpdir(), 'qcow2-bench-'))

@@ -10,7 +10,8 @@ import { trial } from './trial.mjs'
  * have to ask its host for.
  *
  * A job: `name`; `sides`, by name, ours first: `argv`, `env`, `target` (a file that it makes: its size is told and it is removed),
- * `check` (what says that the target is right, asked once), `read` (its output to more metrics); `before`, run before each trial.
+ * `check` (what says that the target is right, asked once), `read` (its output to more metrics); `before`, run before each
+ * trial; `keepOrder`, where the sides themselves alternate.
  */
 export function race(bench, job) {
   bench.say(job.name)
@@ -18,7 +19,7 @@ export function race(bench, job) {
   const names = Object.keys(job.sides).filter(name => job.sides[name] !== undefined)
   for (let round = bench.quick ? 1 : 0; round <= bench.rounds; round++) {
     // Each is first in turn: the memory that one frees is at hand for the next.
-    const turn = round % 2 === 0 ? names : names.toReversed()
+    const turn = round % 2 === 0 || job.keepOrder ? names : names.toReversed()
     for (const name of turn) {
       const measured = once(bench, job, job.sides[name], round <= 1)
       if (round > 0) collect(found, name, measured)
