@@ -11,7 +11,7 @@ import { trial } from './trial.mjs'
  *
  * A job: `name`; `sides`, by name, ours first: `argv`, `env`, `target` (a file that it makes: its size is told and it is removed),
  * `check` (what says that the target is right, asked once), `read` (its output to more metrics); `before`, run before each
- * trial; `keepOrder`, where the sides themselves alternate.
+ * trial; `data`, the bytes that it moves; `keepOrder`, where the sides themselves alternate.
  */
 export function race(bench, job) {
   bench.say(job.name)
@@ -35,8 +35,9 @@ function once(bench, job, side, verify) {
   const { wall, cpu, peak, stdout } = trial(side.argv, { env: side.env })
   // A side that says what it measured is a worker: its start is no part of that.
   const measured = side.read ? { ...side.read(stdout), peak } : { wall, cpu, peak }
+  if (job.data !== undefined) measured.throughput = job.data / 1e6 / wall
   if (side.target === undefined || !existsSync(side.target)) return measured
-  if (side.check && verify) trial(side.check)
+  if (side.check && verify && (!bench.quick || side === job.sides.qcow2)) trial(side.check)
   const size = (statSync(side.target).blocks * 512) / 2 ** 20
   rmSync(side.target)
   return { ...measured, size }

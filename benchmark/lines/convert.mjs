@@ -4,7 +4,7 @@ import { ENCRYPT, FAST, SECRET } from '../lib/bench.mjs'
 import { race } from '../lib/race.mjs'
 
 /** A convert by both sides in a folder: the same source, a target for each, compared with the source once. */
-export function convertJob(bench, name, { source, from, to, flags = [], folder = bench.folder, others = {} }) {
+export function convertJob(bench, name, { source, from, to, flags = [], folder = bench.folder, others = {}, data }) {
   const side = (make, target, ...more) => {
     const argv = make('-f', from, '-O', to, ...flags, ...more, source, target)
     const check = bench.ours('compare', '-q', '-f', from, '-F', to, source, target)
@@ -14,39 +14,40 @@ export function convertJob(bench, name, { source, from, to, flags = [], folder =
   const theirs = (...args) => bench.theirs('convert', ...FAST, ...args)
   const sides = { qcow2: side(ours, `${folder}/ours`) }
   for (const [label, more] of Object.entries(others)) sides[label] = side(ours, `${folder}/${label}`, ...more)
-  return { name, sides: { ...sides, 'qemu-img': side(theirs, `${folder}/theirs`) } }
+  return { name, data, sides: { ...sides, 'qemu-img': side(theirs, `${folder}/theirs`) } }
 }
 
 const ZSTD = ['-c', '-o', 'compression_type=zstd']
 
 async function plain(bench) {
-  const { path, words } = await bench.disk()
+  const { path, data, words } = await bench.disk()
   const qcow2 = bench.image('disk.qcow2', path, '-O', 'qcow2')
   const rows = [
-    convertJob(bench, 'raw to qcow2', { source: path, from: 'raw', to: 'qcow2' }),
-    convertJob(bench, 'qcow2 to raw', { source: qcow2, from: 'qcow2', to: 'raw' }),
-    convertJob(bench, 'qcow2 to qcow2', { source: qcow2, from: 'qcow2', to: 'qcow2' }),
+    convertJob(bench, 'raw to qcow2', { source: path, from: 'raw', to: 'qcow2', data }),
+    convertJob(bench, 'qcow2 to raw', { source: qcow2, from: 'qcow2', to: 'raw', data }),
+    convertJob(bench, 'qcow2 to qcow2', { source: qcow2, from: 'qcow2', to: 'qcow2', data }),
   ].flatMap(job => race(bench, job))
   return { rows, words }
 }
 
 async function codecs(bench) {
-  const { path, words } = await bench.part()
+  const { path, data, words } = await bench.part()
   const out = (name, flags, others) =>
-    convertJob(bench, name, { source: path, from: 'raw', to: 'qcow2', flags, others })
-  const back = (name, source) => convertJob(bench, name, { source, from: 'qcow2', to: 'raw' })
-  const levels = (fast, best) => ({ [`level ${fast}`]: ['--level', fast], [`level ${best}`]: ['--level', best] })
+    convertJob(bench, name, { source: path, from: 'raw', to: 'qcow2', flags, others, data })
+  const back = (name, source) => convertJob(bench, name, { source, from: 'qcow2', to: 'raw', data })
+  const levels = (fast, best) =>
+    !bench.quick && { [`level ${fast}`]: ['--level', fast], [`level ${best}`]: ['--level', best] }
   const rows = [
     out('raw to zlib', ['-c'], levels(1, 9)),
     back('zlib to raw', bench.image('zlib.qcow2', path, '-O', 'qcow2', '-c')),
     out('raw to zstd', ZSTD, levels(1, 9)),
     back('zstd to raw', bench.image('zstd.qcow2', path, '-O', 'qcow2', ...ZSTD)),
-    ...encrypted(bench, path),
+    ...encrypted(bench, path, data),
   ].flatMap(job => race(bench, job))
   return { rows, words }
 }
 
-function encrypted(bench, path) {
+function encrypted(bench, path, data) {
   const source = bench.image('luks.qcow2', path, '-O', 'qcow2', ...SECRET, '-o', ENCRYPT)
   const options = file => `driver=qcow2,encrypt.key-secret=s,file.filename=${file}`
   const out = convertJob(bench, 'raw to LUKS', {
@@ -54,6 +55,7 @@ function encrypted(bench, path) {
     from: 'raw',
     to: 'qcow2',
     flags: [...SECRET, '-o', ENCRYPT],
+    data,
   })
   // `compare` takes one description for both images.
   for (const side of Object.values(out.sides)) if (side) side.check = undefined
@@ -65,6 +67,7 @@ function encrypted(bench, path) {
     out,
     {
       name: 'LUKS to raw',
+      data,
       sides: {
         qcow2: back(bench.ours('convert', '-q', ...flags, ours), ours),
         'qemu-img': back(bench.theirs('convert', ...FAST, ...flags, theirs), theirs),

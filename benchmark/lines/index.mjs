@@ -6,6 +6,7 @@ import { line as encryption } from './encryption.mjs'
 import { line as formats } from './formats.mjs'
 import { line as installation } from './installation.mjs'
 import { check, compare, map, measure } from './looking.mjs'
+import { line as micro } from './micro.mjs'
 import { line as reflink } from './reflink.mjs'
 import { line as requests } from './requests.mjs'
 import { line as scale } from './scale.mjs'
@@ -27,5 +28,6 @@ export const lines = [
   requests,
   scale,
   encryption,
+  micro,
   installation,
 ]
