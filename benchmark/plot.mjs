@@ -47,7 +47,9 @@ function installation() {
 
 function convert() {
   const of = (job, side) => medianOf('convert', job, side, 'throughput')
-  const groups = jobsOf('convert').map(job => ({ name: job, values: [of(job, 'qcow2'), of(job, 'qemu-img')] }))
+  const groups = jobsOf('convert')
+    .map(job => ({ name: job, values: [of(job, 'qcow2'), of(job, 'qemu-img')] }))
+    .filter(({ values }) => values.some(value => value !== undefined))
   const title = 'Converts: MB of data a second'
   return (
     groups.length > 0 &&

@@ -48,7 +48,11 @@ const bench = new Bench({
 if (!bench.qemu) bench.skip('qemu-img is not installed: this side alone')
 if (!onPath('/usr/bin/time')) bench.skip('GNU time is not installed: CPU time and memory are not measured')
 // A signal ends the program that is measured, and with it the run, which then tidies up.
-for (const signal of ['SIGINT', 'SIGTERM']) process.on(signal, () => {})
+let stopped = false
+for (const signal of ['SIGINT', 'SIGTERM'])
+  process.on(signal, () => {
+    stopped = true
+  })
 
 try {
   const facts = describe(bench, chosen)
@@ -61,7 +65,16 @@ try {
   const rows = []
   for (const line of chosen) {
     const began = performance.now()
-    const found = await line.run(bench)
+    let found
+    try {
+      found = await line.run(bench)
+    } catch (error) {
+      // What the others measured is not lost by it.
+      process.exitCode = 1
+      bench.say(`FAILED ${line.name}: ${error.stack}`)
+      if (stopped) break
+      continue
+    }
     const told = summarize(found.rows.map(row => ({ line: line.name, ...row })))
     rows.push(...told)
     const shown = found.tables ?? (told.length > 0 ? [toMarkdown(told)] : [])

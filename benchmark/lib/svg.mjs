@@ -37,7 +37,9 @@ const legend = series =>
 
 /** Bars from the left: `groups` are `{ name, values }`, a value for each of `series` or none; `tell` says what a bar is worth. */
 export function bars({ title, series, groups, tell, reference }) {
-  const [width, left, right, thick] = [760, 210, 80, 14]
+  // The names are as wide as their letters, about.
+  const longest = Math.max(...groups.map(({ name }) => name.length))
+  const [width, left, right, thick] = [760, 24 + longest * 7, 80, 14]
   const most = Math.max(...groups.flatMap(({ values }) => values.filter(value => value !== undefined)), reference ?? 0)
   const scale = value => ((width - left - right) * value) / most
   const parts = legend(series)

@@ -1,4 +1,4 @@
-//! The time of one request on an image in memory: `cargo bench -p qcow2-engine`. The same requests are counted in instructions.
+//! The time of one request on an image in memory: `cargo bench -p qcow2-engine --bench requests`. The same requests are counted in instructions.
 #![allow(clippy::unwrap_used, reason = "a benchmark")]
 
 use divan::Bencher;

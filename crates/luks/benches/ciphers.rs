@@ -1,4 +1,4 @@
-//! Ciphers over sectors, one core: `cargo bench -p qcow2-luks`.
+//! Ciphers over sectors, one core: `cargo bench -p qcow2-luks --bench ciphers`.
 #![allow(clippy::unwrap_used, reason = "a benchmark")]
 
 use divan::Bencher;

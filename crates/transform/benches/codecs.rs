@@ -1,5 +1,5 @@
 //! Speed and size of every codec and level on one core, on data clusters of 64 KiB: how the default levels are chosen.
-//! `cargo bench -p qcow2-transform`, with `QCOW2_BENCH_FILE=FILE` on the data of that file, a disk with files say.
+//! `cargo bench -p qcow2-transform --bench codecs`, with `QCOW2_BENCH_FILE=FILE` on the data of that file, a disk with files say.
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a benchmark")]
 
 use std::fs::File;
