@@ -59,21 +59,34 @@ pub fn pattern(n: usize) -> u8 {
 /// # Errors
 /// The target's.
 pub fn replay(target: &dyn Target, requests: &[Op]) -> Result<()> {
-    let longest = requests.iter().map(|op| if let Op::Write { len, .. } = op { *len } else { 0 }).max();
-    let mut data = vec![0; longest.unwrap_or(0) as usize];
+    let mut data = buffer(requests);
     for (n, op) in requests.iter().enumerate() {
-        match *op {
-            Op::Write { offset, len } => {
-                let data = &mut data[..len as usize];
-                data.fill(pattern(n));
-                target.write(offset, data)?;
-            }
-            Op::Zero { offset, len, unmap } => target.write_zeroes(offset, len, unmap)?,
-            Op::Discard { offset, len } => target.discard(offset, len)?,
-            _ => target.flush()?,
-        }
+        run(target, n, op, &mut data)?;
     }
     target.flush()
+}
+
+/// Memory for the longest write of `requests`.
+pub fn buffer(requests: &[Op]) -> Vec<u8> {
+    let longest = requests.iter().map(|op| if let Op::Write { len, .. } = op { *len } else { 0 }).max();
+    vec![0; longest.unwrap_or(0) as usize]
+}
+
+/// Runs request number `n`, whose data is made in `buffer`.
+///
+/// # Errors
+/// The target's.
+pub fn run(target: &dyn Target, n: usize, op: &Op, buffer: &mut [u8]) -> Result<()> {
+    match *op {
+        Op::Write { offset, len } => {
+            let data = &mut buffer[..len as usize];
+            data.fill(pattern(n));
+            target.write(offset, data)
+        }
+        Op::Zero { offset, len, unmap } => target.write_zeroes(offset, len, unmap),
+        Op::Discard { offset, len } => target.discard(offset, len),
+        _ => target.flush(),
+    }
 }
 
 /// The same requests as commands of qemu-io.

@@ -15,7 +15,7 @@ const NAME: &str = "zlib";
 pub const MAX_LEVEL: u32 = 12;
 
 /// Level used where none is asked for: the fastest that is no larger than zlib's level 6 with a 4 KiB window,
-/// which is what QEMU writes (`examples/throughput.rs` measures it).
+/// which is what QEMU writes (`benches/codecs.rs` measures it).
 pub const DEFAULT_LEVEL: u32 = 2;
 
 /// Highest level of zlib itself, which writes the 4 KiB window.

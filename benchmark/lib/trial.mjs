@@ -6,13 +6,16 @@ import { existsSync } from 'node:fs'
 const GNU_TIME = existsSync('/usr/bin/time') ? '/usr/bin/time' : undefined
 const MARK = 'qcow2-trial'
 
-/** Runs `[program, ...args]` to its end. */
-export function trial([program, ...args]) {
+/** Runs `[program, ...args]` to its end; times in seconds, the peak of resident memory in MiB. */
+export function trial([program, ...args], { env, input } = {}) {
+  // What a process was before it became another program counts as its memory: so the small program starts it, not Node.
   const measured = GNU_TIME ? [GNU_TIME, '-f', `${MARK} %U %S %M`, program, ...args] : [program, ...args]
   const begin = process.hrtime.bigint()
-  const { status, stdout, stderr, error } = spawnSync(measured[0], measured.slice(1), {
+  const { status, stdout, stderr, error } = spawnSync(measured[0], measured.slice(1).map(String), {
     encoding: 'utf8',
     maxBuffer: 2 ** 28,
+    input,
+    env: env ? { ...process.env, ...env } : process.env,
   })
   const wall = Number(process.hrtime.bigint() - begin) / 1e9
   if (error) throw error
@@ -22,14 +25,6 @@ export function trial([program, ...args]) {
     wall,
     stdout,
     cpu: found ? Number(found[1]) + Number(found[2]) : undefined,
-    peakMiB: found ? Number(found[3]) / 1024 : undefined,
+    peak: found ? Number(found[3]) / 1024 : undefined,
   }
-}
-
-export function median(numbers) {
-  const known = numbers.filter(number => number !== undefined).toSorted((a, b) => a - b)
-  const middle = known.length / 2
-  // Of an even number, what is between the two in the middle.
-  const [low, high] = [known[Math.ceil(middle) - 1], known[Math.floor(middle)]]
-  return low === undefined ? undefined : (low + high) / 2
 }

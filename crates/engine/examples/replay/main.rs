@@ -1,11 +1,13 @@
-//! Replays the recorded installation of a system, request by request, on a raw file and on a qcow2 image, through this
-//! engine and through QEMU's drivers (qemu-io), in turn, and prints time and host calls.
+//! Replays the recorded installation of a system once, request by request, on a raw file or a qcow2 image, through this engine or
+//! through QEMU's drivers (qemu-io), and prints time and host calls as JSON. `npm run bench -- installation` makes the table of it.
 //!
-//! `cargo run --release -p qcow2-engine --example replay -- [--dir DIR] [--runs N] [--modes none,writethrough,writeback]
-//! [--requests N] [--without-qemu] [--rewrite] [--luks]`
+//! `replay --dir DIR --by ours|old|qemu --format raw|qcow2 --mode none|writethrough|writeback [--requests N] [--rewrite] [--luks]
+//! [--delay US] [--preload LIBRARY] [--verify]`
 //!
 //! The image grows from nothing; with `--rewrite`, the installation was on it before, so that all its clusters are allocated.
 //! With `--luks`, both are encrypted: a LUKS file with a raw disk, and a qcow2 image with LUKS.
+//! `--by old`: this engine with the policy of QEMU 0.10.5, which exists here alone.
+//! `--delay`: each sync takes so many microseconds more; in QEMU's process the library to preload sees to that.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -13,6 +15,8 @@
     clippy::indexing_slicing,
     reason = "a benchmark"
 )]
+
+mod policy;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -31,41 +35,51 @@ use qcow2_testkit::ops::Op;
 use qcow2_testkit::storage::{CountingStorage, Op as Call};
 use qcow2_testkit::trace::{self, Expected};
 
+use self::policy::{Device, Old};
+
 struct Arguments {
     dir: PathBuf,
-    runs: usize,
-    modes: Vec<CacheMode>,
+    by: String,
+    format: String,
+    mode: CacheMode,
     requests: usize,
-    qemu: bool,
     rewrite: bool,
     luks: bool,
+    delay: Duration,
+    preload: Option<String>,
+    verify: bool,
 }
 
 fn arguments() -> Arguments {
     let mut arguments = Arguments {
         dir: std::env::temp_dir(),
-        runs: 5,
-        modes: vec![CacheMode::None, CacheMode::Writethrough, CacheMode::Writeback],
+        by: "ours".into(),
+        format: "qcow2".into(),
+        mode: CacheMode::Writeback,
         requests: usize::MAX,
-        qemu: true,
         rewrite: false,
         luks: false,
+        delay: Duration::ZERO,
+        preload: None,
+        verify: false,
     };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
         let mut value = || words.next().unwrap_or_else(|| panic!("{word} needs a value"));
         match word.as_str() {
             "--dir" => arguments.dir = value().into(),
-            "--runs" => arguments.runs = value().parse().unwrap(),
-            "--requests" => arguments.requests = value().parse().unwrap(),
-            "--modes" => {
-                let mode =
-                    |name: &str| CacheMode::from_name(name).unwrap_or_else(|| panic!("cache mode {name}"));
-                arguments.modes = value().split(',').map(mode).collect();
+            "--by" => arguments.by = value(),
+            "--format" => arguments.format = value(),
+            "--mode" => {
+                let name = value();
+                arguments.mode = CacheMode::from_name(&name).unwrap_or_else(|| panic!("cache mode {name}"));
             }
-            "--without-qemu" => arguments.qemu = false,
+            "--requests" => arguments.requests = value().parse().unwrap(),
             "--rewrite" => arguments.rewrite = true,
             "--luks" => arguments.luks = true,
+            "--delay" => arguments.delay = Duration::from_micros(value().parse().unwrap()),
+            "--preload" => arguments.preload = Some(value()),
+            "--verify" => arguments.verify = true,
             other => panic!("unknown argument {other}"),
         }
     }
@@ -109,7 +123,7 @@ fn make(work: &Work<'_>, format: &str) {
         }
     }
     if work.rewrite {
-        let (image, _) = open(work, format, CacheMode::Unsafe);
+        let image = open(work, format, CacheMode::Unsafe, Duration::ZERO, false).image;
         trace::replay(&image, work.requests).unwrap();
         image.close().unwrap();
     }
@@ -117,12 +131,21 @@ fn make(work: &Work<'_>, format: &str) {
     rustix::fs::sync();
 }
 
-fn open(work: &Work<'_>, format: &str, mode: CacheMode) -> (Image, Arc<CountingStorage>) {
+/// The disk as it is stored, its device, and what was asked of the file.
+struct Opened {
+    image: Image,
+    device: Arc<Device>,
+    calls: Arc<CountingStorage>,
+}
+
+fn open(work: &Work<'_>, format: &str, mode: CacheMode, delay: Duration, old: bool) -> Opened {
     let file = Arc::new(FileStorage::open_cached(work.path, Access::ReadWrite, mode).unwrap());
     let calls = Arc::new(CountingStorage::new(file));
+    let each_write = old && mode.flushes_every_write();
+    let device = Arc::new(Device::new(calls.clone(), delay, each_write));
     // Below the bounce buffers of direct I/O, so that what they cost is counted.
-    let storage = DirectStorage::over(calls.clone() as Arc<dyn Storage>);
-    let flush_each = mode.flushes_every_write();
+    let storage = DirectStorage::over(device.clone() as Arc<dyn Storage>);
+    let flush_each = !old && mode.flushes_every_write();
     let write = WriteOptions { discard: Discard::Unmap, flush_each, ..WriteOptions::default() };
     let mut layer: Box<dyn Layer> = match (format, &work.luks) {
         ("raw", None) => Box::new(Raw::new(storage).unwrap().with_write_options(&write)),
@@ -135,38 +158,41 @@ fn open(work: &Work<'_>, format: &str, mode: CacheMode) -> (Image, Arc<CountingS
     if format != "raw" || work.luks.is_some() {
         layer.enable_writing(write).unwrap();
     }
-    (Image::new(vec![layer]).unwrap(), calls)
+    Opened { image: Image::new(vec![layer]).unwrap(), device, calls }
 }
 
 /// Time and calls: fdatasync, pwrite, fallocate.
-fn ours(work: &Work<'_>, format: &str, mode: CacheMode, expected: Option<&Expected>) -> (Duration, [u64; 3]) {
-    make(work, format);
-    let (image, calls) = open(work, format, mode);
-    let begun = Instant::now();
-    trace::replay(&image, work.requests).unwrap();
-    image.close().unwrap();
-    let time = begun.elapsed();
+fn ours(work: &Work<'_>, arguments: &Arguments) -> (Duration, [u64; 3]) {
+    let is_old = arguments.by == "old";
+    let Opened { image, device, calls } =
+        open(work, &arguments.format, arguments.mode, arguments.delay, is_old);
+    let time = if is_old {
+        let before = if work.rewrite { work.requests } else { &[] };
+        let mut old = Old::new(image, device, arguments.mode, before);
+        let mut data = trace::buffer(work.requests);
+        let begun = Instant::now();
+        old.replay(work.requests, |disk, n, op| trace::run(disk, n, op, &mut data)).unwrap();
+        begun.elapsed()
+    } else {
+        let begun = Instant::now();
+        trace::replay(&image, work.requests).unwrap();
+        image.close().unwrap();
+        begun.elapsed()
+    };
     let of = |call| calls.of(call).calls;
-    let counts = [of(Call::Sync), of(Call::Write), of(Call::Zero) + of(Call::Discard) + of(Call::Allocate)];
-    drop(image);
-    verify(work, format, expected);
-    (time, counts)
+    (time, [of(Call::Sync), of(Call::Write), of(Call::Zero) + of(Call::Discard) + of(Call::Allocate)])
 }
 
-fn verify(work: &Work<'_>, format: &str, expected: Option<&Expected>) {
-    // Where nothing was written, a raw disk behind LUKS reads as noise.
-    let is_noise = format == "raw" && work.luks.is_some();
-    if let Some(expected) = expected.filter(|_| !is_noise) {
-        expected.verify(&open(work, format, CacheMode::Writeback).0);
-    }
-}
-
-fn qemu(work: &Work<'_>, format: &str, mode: CacheMode, expected: Option<&Expected>) -> Duration {
-    make(work, format);
+fn qemu(work: &Work<'_>, arguments: &Arguments) -> Duration {
     let commands = trace::qemu_io_commands(work.requests);
+    let mut command = Command::new(std::env::var_os("QEMU_IO_PROG").unwrap_or_else(|| "qemu-io".into()));
+    if let Some(library) = &arguments.preload {
+        let delay = arguments.delay.as_micros().to_string();
+        command.env("LD_PRELOAD", library).env("QCOW2_SYNC_DELAY_US", delay);
+    }
     let begun = Instant::now();
-    let mut child = Command::new("qemu-io")
-        .args(["-f", format, "-t", mode.name(), "-d", "unmap"])
+    let mut child = command
+        .args(["-f", &arguments.format, "-t", arguments.mode.name(), "-d", "unmap"])
         .arg(work.path)
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
@@ -174,76 +200,38 @@ fn qemu(work: &Work<'_>, format: &str, mode: CacheMode, expected: Option<&Expect
         .expect("qemu-io");
     child.stdin.take().unwrap().write_all(commands.as_bytes()).unwrap();
     assert!(child.wait().unwrap().success());
-    let time = begun.elapsed();
-    verify(work, format, expected);
-    time
+    begun.elapsed()
 }
 
-fn median(times: &mut [Duration]) -> f64 {
-    times.sort_unstable();
-    times[times.len() / 2].as_secs_f64()
+fn verify(work: &Work<'_>, format: &str) {
+    // Where nothing was written, a raw disk behind LUKS reads as noise.
+    if format == "raw" && work.luks.is_some() {
+        return;
+    }
+    let opened = open(work, format, CacheMode::Writeback, Duration::ZERO, false);
+    Expected::after(work.requests).verify(&opened.image);
 }
 
 fn main() {
     let arguments = arguments();
     let Some(requests) = trace::load() else { return };
     let requests = &requests[..requests.len().min(arguments.requests)];
-    let expected = Expected::after(requests);
-    let has_qemu = arguments.qemu
-        && !arguments.luks
-        && Command::new("qemu-io").arg("--version").output().is_ok_and(|o| o.status.success());
     let path = arguments.dir.join(format!("replay-{}.img", std::process::id()));
     let luks = arguments.luks.then(encryption);
     let work = Work { path: &path, requests, rewrite: arguments.rewrite, luks };
-    println!(
-        "{} requests on {}{}, {} runs, medians; files in {}",
-        requests.len(),
-        if work.luks.is_some() { "LUKS, " } else { "" },
-        if work.rewrite { "a disk that has them" } else { "an empty disk" },
-        arguments.runs,
-        arguments.dir.display()
-    );
-    println!(
-        "| cache | layout | seconds | fdatasync | pwrite | fallocate | QEMU: seconds | faster than QEMU |"
-    );
-    println!("|---|---|---|---|---|---|---|---|");
-    for mode in &arguments.modes {
-        let formats = ["raw", "qcow2"];
-        let mut times = [(Vec::new(), Vec::new()), (Vec::new(), Vec::new())];
-        let mut counts = [[0; 3]; 2];
-        // The first round is verified and not timed: it finds the host's memory and disk cold.
-        for run in 0..=arguments.runs {
-            let expected = (run == 0).then_some(&expected);
-            for (n, format) in formats.iter().enumerate() {
-                let (time, calls) = ours(&work, format, *mode, expected);
-                counts[n] = calls;
-                let qemu = has_qemu.then(|| qemu(&work, format, *mode, expected));
-                if run > 0 {
-                    times[n].0.push(time);
-                    times[n].1.extend(qemu);
-                }
-            }
-        }
-        let medians: Vec<(f64, f64)> = times
-            .iter_mut()
-            .map(|(ours, qemu)| (median(ours), if has_qemu { median(qemu) } else { f64::NAN }))
-            .collect();
-        for ((format, [syncs, writes, fallocates]), (ours, qemu)) in formats.iter().zip(counts).zip(&medians)
-        {
-            let faster = qemu / ours;
-            println!(
-                "| {mode} | {format} | {ours:.2} | {syncs} | {writes} | {fallocates} | {qemu:.2} | {faster:.2} |"
-            );
-        }
-        let ratio = |n: usize| counts[1][n] as f64 / counts[0][n] as f64;
+    make(&work, &arguments.format);
+    if arguments.by == "qemu" {
+        let seconds = qemu(&work, &arguments).as_secs_f64();
+        println!("{{\"seconds\": {seconds}}}");
+    } else {
+        let (time, [syncs, writes, spaces]) = ours(&work, &arguments);
+        let seconds = time.as_secs_f64();
         println!(
-            "| {mode} | qcow2 / raw | {:.3} | {:.3} | {:.3} | {:.3} | {:.3} | |",
-            medians[1].0 / medians[0].0,
-            ratio(0),
-            ratio(1),
-            ratio(2),
-            medians[1].1 / medians[0].1
+            "{{\"seconds\": {seconds}, \"syncs\": {syncs}, \"writes\": {writes}, \"spaces\": {spaces}}}"
         );
+    }
+    if arguments.verify {
+        verify(&work, &arguments.format);
     }
     let _ = std::fs::remove_file(&path);
 }
