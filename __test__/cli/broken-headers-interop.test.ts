@@ -31,7 +31,7 @@ describeWithQemu('broken headers', () => {
     ok(qemuImg('create', '-q', '-f', 'qcow2', join(folder, 'sound.qcow2'), '64M'))
   })
 
-  test.each(BROKEN)('%s', async (_, ...patches) => {
+  test.each(BROKEN.map(([name, ...patches]) => ({ name, patches })))('$name', async ({ patches }) => {
     copyFileSync(join(folder, 'sound.qcow2'), join(folder, 'broken.qcow2'))
     const file = openSync(join(folder, 'broken.qcow2'), 'r+')
     for (const [at, length, value] of patches) {
