@@ -68,6 +68,8 @@ interface Delivered {
   NbdStarted: [binding.NbdStarted, native.NativeNbdStarted]
   OpenedFile: [binding.OpenedFile, native.NativeFile]
   OpenedLayer: [binding.OpenedLayer, native.NativeLayer]
+  OpenedStream: [binding.OpenedStream, native.NativeStream]
+  OvfDisk: [binding.OvfDisk, native.NativeOvfDisk]
   Overlaid: [binding.Overlaid, native.NativeOverlaid]
   Table: [binding.Table, SnapshotTable]
 }
