@@ -2,7 +2,7 @@
 
 import { readFileSync, utimesSync } from 'node:fs'
 import { join } from 'node:path'
-import { check, convert, create, type Image, inspect, open, type ReferencePolicy } from 'qcow2'
+import { check, convert, create, type Image, inspect, measure, open, type ReferencePolicy } from 'qcow2'
 import { describe, expect, it } from 'vitest'
 import { failure, pattern, writeRaw } from '../api/fixtures.js'
 import { asQemuImg, workspace } from '../cli/run.js'
@@ -112,6 +112,11 @@ describe.each(FORMATS)('$format', ({ format, shape, named }) => {
     expect(await refused({ references: 'layer', size: SIZE })).toMatchObject({ field: 'backingFile' })
     const fixed = format === 'vdi' ? { static: true } : { subformat: 'fixed' }
     expect(await refused(fixed)).toMatchObject({ code: 'ERR_QCOW2_INVALID_ARGUMENT', field: Object.keys(fixed)[0] })
+  })
+
+  it('is measured as an image of its own: what it will have of its parent is not known', async () => {
+    const own = await measure({ size: SIZE }, { to: format, create: shape as never })
+    expect(await measure({ size: SIZE }, { to: format, create: { ...shape, ...backing } as never })).toEqual(own)
   })
 
   it('by the command line', async () => {

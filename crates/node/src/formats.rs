@@ -19,7 +19,7 @@ use qcow2_vmdk::Vmdk;
 use qcow2_vpc::{NewOptions, Parent, ParentId, Preset, Subformat};
 
 use crate::inspect::{Inspected, Seen};
-use crate::shape::{Purpose, Shape};
+use crate::shape::{Purpose, Shape, StoredParent};
 
 /// The files that a layer is opened on.
 pub(crate) struct Files {
@@ -136,13 +136,17 @@ const VDI: Format = Format {
         });
         Ok(Inspected::of_other(seen, None, &found.findings))
     },
-    make: |shape, purpose| new_vdi(shape, purpose).map(NewDisk::Format),
-    measure: |shape, purpose| new_vdi(shape, purpose).map(MeasureTarget::Format),
+    make: |shape, purpose| new_vdi(shape, shape.parent()?, purpose).map(NewDisk::Format),
+    measure: |shape, purpose| new_vdi(shape, None, purpose).map(MeasureTarget::Format),
 };
 
-fn new_vdi(shape: &Shape, purpose: Purpose<'_>) -> Result<Arc<dyn NewImage>> {
+fn new_vdi(
+    shape: &Shape,
+    parent: Option<StoredParent<'_>>,
+    purpose: Purpose<'_>,
+) -> Result<Arc<dyn NewImage>> {
     let is_static = shape.flag("static").unwrap_or(false);
-    if let Some((_, id)) = shape.parent()? {
+    if let Some((_, id)) = parent {
         let id = qcow2_vdi::ParentId::parse(id);
         let id = id.ok_or_else(|| unknown_parent("vdi"))?;
         return Ok(Arc::new(NewVdi::child(purpose.size, is_static, shape.preallocation(), id)?));
@@ -168,11 +172,15 @@ const VPC: Format = Format {
         });
         Ok(Inspected::of_other(seen, found.backing_file.as_deref(), &found.findings))
     },
-    make: |shape, purpose| new_vpc(shape, purpose).map(NewDisk::Format),
-    measure: |shape, purpose| new_vpc(shape, purpose).map(MeasureTarget::Format),
+    make: |shape, purpose| new_vpc(shape, shape.parent()?, purpose).map(NewDisk::Format),
+    measure: |shape, purpose| new_vpc(shape, None, purpose).map(MeasureTarget::Format),
 };
 
-fn new_vpc(shape: &Shape, purpose: Purpose<'_>) -> Result<Arc<dyn NewImage>> {
+fn new_vpc(
+    shape: &Shape,
+    parent: Option<StoredParent<'_>>,
+    purpose: Purpose<'_>,
+) -> Result<Arc<dyn NewImage>> {
     // TypeScript has checked it.
     let preset = match shape.word("preset") {
         Some("azure") => Some(Preset::Azure),
@@ -184,7 +192,7 @@ fn new_vpc(shape: &Shape, purpose: Purpose<'_>) -> Result<Arc<dyn NewImage>> {
         Some(_) => Subformat::Dynamic,
         None => preset.map_or_else(Subformat::default, Preset::subformat),
     };
-    let parent = match shape.parent()? {
+    let parent = match parent {
         None => None,
         Some((filename, id)) => {
             let id = ParentId::parse(id).ok_or_else(|| unknown_parent("vpc"))?;

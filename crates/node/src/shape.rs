@@ -53,6 +53,9 @@ pub struct Shape {
     pub options: Option<HashMap<String, Either3<bool, f64, String>>>,
 }
 
+/// The name of a backing file, and by what a format knows it again.
+pub(crate) type StoredParent<'a> = (Vec<u8>, &'a str);
+
 /// What a new image is made for.
 #[derive(Clone, Copy)]
 pub(crate) struct Purpose<'a> {
@@ -100,11 +103,11 @@ impl Shape {
         }
     }
 
-    /// The name of the backing file, and by what a format knows that again which stores it.
+    /// The backing file of an image that is made; where one is only measured, nobody has looked at it.
     ///
     /// # Errors
-    /// `Internal` where that is missing: TypeScript looks at the backing file before.
-    pub(crate) fn parent(&self) -> Result<Option<(Vec<u8>, &str)>> {
+    /// `Internal` where nothing is known of it: TypeScript looks at it before.
+    pub(crate) fn parent(&self) -> Result<Option<StoredParent<'_>>> {
         let Some(filename) = &self.backing_file else { return Ok(None) };
         let id = self.word("parentId");
         let id = id.ok_or_else(|| Error::new(ErrorKind::Internal, "nothing is known of the backing file"))?;

@@ -9,7 +9,7 @@ use qcow2_vhdx::{NewOptions, NewVhdx, Parent, ParentId, Subformat, Vhdx};
 
 use super::{Format, Untrusted, unknown_parent};
 use crate::inspect::{Inspected, Seen};
-use crate::shape::{Purpose, Shape};
+use crate::shape::{Purpose, Shape, StoredParent};
 
 pub(super) const VHDX: Format = Format {
     name: "vhdx",
@@ -30,8 +30,8 @@ pub(super) const VHDX: Format = Format {
         });
         Ok(Inspected::of_other(seen, found.backing_file.as_deref(), &found.findings))
     },
-    make: |shape, Purpose { size, .. }| Ok(NewDisk::Format(new(shape, size)?)),
-    measure: |shape, Purpose { size, .. }| Ok(MeasureTarget::Format(new(shape, size)?)),
+    make: |shape, Purpose { size, .. }| Ok(NewDisk::Format(new(shape, shape.parent()?, size)?)),
+    measure: |shape, Purpose { size, .. }| Ok(MeasureTarget::Format(new(shape, None, size)?)),
 };
 
 fn open_options(options: &OpenOptions) -> qcow2_vhdx::OpenOptions {
@@ -43,7 +43,7 @@ fn open_options(options: &OpenOptions) -> qcow2_vhdx::OpenOptions {
 }
 
 /// A disk of `size` bytes, rounded up to a sector.
-fn new(shape: &Shape, size: u64) -> Result<Arc<NewVhdx>> {
+fn new(shape: &Shape, parent: Option<StoredParent<'_>>, size: u64) -> Result<Arc<NewVhdx>> {
     let defaults = NewOptions::default();
     let subformat = match shape.word("subformat") {
         None | Some("dynamic") => Subformat::Dynamic,
@@ -59,7 +59,7 @@ fn new(shape: &Shape, size: u64) -> Result<Arc<NewVhdx>> {
         Some(4096) => 4096,
         _ => defaults.sector_size,
     };
-    let parent = match shape.parent()? {
+    let parent = match parent {
         None => None,
         Some((filename, id)) => {
             let id = ParentId::parse(id).ok_or_else(|| unknown_parent("vhdx"))?;
