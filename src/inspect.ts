@@ -157,7 +157,7 @@ const withinNumbers = (given: ReadLimits | undefined): NativeLimits => ({
 
 async function inspectBytes(view: Uint8Array, bounds: NativeLimits | undefined): Promise<Inspection<number | bigint>> {
   const bytes = Buffer.from(view.buffer, view.byteOffset, Math.min(view.byteLength, LARGEST_CLUSTER))
-  const format = formatOf(bytes)
+  const format = formatOf(detectFormat(bytes))
   const found = await request<NativeInspection>((number, addon) =>
     addon.inspectPrefix(number, bytes, format ?? DEFAULT_FORMAT, bounds),
   )
@@ -170,9 +170,7 @@ async function inspectLocated(
   signal: AbortSignal | undefined,
 ): Promise<Inspection<number | bigint>> {
   const { file, head } = await openFile(located.header ?? located, {}, signal)
-  const format = formatOf(head)
   try {
-    // Bytes without the magic of a format are judged as the commonest one's.
     const detected = detectFormat(head)
     if (isStream(detected)) {
       const said = await request<NativeInspection>((number, addon) =>
@@ -180,6 +178,8 @@ async function inspectLocated(
       )
       return { ...(await toInspection(undefined, said)), detected }
     }
+    const format = formatOf(detected)
+    // Bytes without the magic of a format are judged as the commonest one's.
     const found = await request<NativeInspection>((number, addon) =>
       addon.inspectFile(number, file, format ?? DEFAULT_FORMAT, bounds),
     )
@@ -221,11 +221,8 @@ async function bareDescriptor(bytes: FileBytes, findings: readonly Finding[]): P
 
 const damageOf = ({ message }: Error): Finding => ({ code: 'HEADER_INVALID', message })
 
-/** The format that the first bytes have the magic of, where it is one that is opened. */
-function formatOf(head: Buffer): Format | undefined {
-  const detected = detectFormat(head)
-  return isFormat(detected) ? detected : undefined
-}
+/** What was detected, where it is a format that is opened. */
+const formatOf = (detected: string | undefined): Format | undefined => (isFormat(detected) ? detected : undefined)
 
 async function toInspection(
   format: Format | undefined,

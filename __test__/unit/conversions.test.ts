@@ -15,6 +15,7 @@ const OURS = 'no name of a user: the package, the program, a magic number'
 const RUST: Readonly<Record<string, string>> = {
   'crates/core/src/error.rs': FOR_PEOPLE,
   'crates/core/src/inspect.rs': FOR_PEOPLE,
+  'crates/core/src/parent_name.rs': FOR_PEOPLE,
   'crates/core/src/storage/new_file.rs': 'a part of the hidden name of a file that has none yet',
   'crates/engine/src/bitmap/copy.rs': FOR_PEOPLE,
   'crates/engine/src/bitmap/manage.rs': FOR_PEOPLE,

@@ -30,16 +30,13 @@ export function namedFormat(filename: string, name: string): Format {
   })
 }
 
-/** How a file is compressed that a convert is to read: as `-f` says, or as it looks; undefined for one that is opened as an image. */
-export async function streamOf(
+/** What a convert reads a file as: {@link formatOf}, or how it is compressed. */
+export async function sourceFormatOf(
   filename: string,
   requested: string | undefined,
   session: Session,
-): Promise<StreamFormat | undefined> {
-  const named = requested ?? session.objects.formatOf(filename)
-  if (named !== undefined || filename === '') return isStream(named) ? named : undefined
-  const format = await probe(imageSource(filename, session), { signal: session.signal })
-  return isStream(format) ? format : undefined
+): Promise<Format | StreamFormat> {
+  return isStream(requested) ? requested : known(filename, requested, session)
 }
 
 /**
@@ -47,16 +44,23 @@ export async function streamOf(
  * formats is raw; one that looks like a format that is not read here is refused, not taken as raw.
  */
 export async function formatOf(filename: string, requested: string | undefined, session: Session): Promise<Format> {
+  const format = await known(filename, requested, session)
+  if (isFormat(format)) return format
+  throw new CommandFailure(
+    `Could not open '${filename}': ${streamRefusal(format)} (-f ${PLAIN_FORMAT} takes it as the plain bytes of a disk)`,
+  )
+}
+
+async function known(
+  filename: string,
+  requested: string | undefined,
+  session: Session,
+): Promise<Format | StreamFormat> {
   if (filename === '') throw new CommandFailure("Could not open '': The 'file' block driver requires a file name")
   const named = requested ?? session.objects.formatOf(filename)
   if (named !== undefined) return namedFormat(filename, named)
   const format = await probe(imageSource(filename, session), { signal: session.signal })
-  if (isFormat(format)) return format
-  if (isStream(format)) {
-    throw new CommandFailure(
-      `Could not open '${filename}': ${streamRefusal(format)} (-f ${PLAIN_FORMAT} takes it as the plain bytes of a disk)`,
-    )
-  }
+  if (isFormat(format) || isStream(format)) return format
   throw new CommandFailure(
     `Could not open '${filename}': Image is in ${format} format, which is not supported ` +
       `(formats are ${FORMATS}; -f ${PLAIN_FORMAT} takes it as the plain bytes of a disk)`,

@@ -39,12 +39,6 @@ pub fn inspect(storage: &Arc<dyn Storage>, codec: Codec, options: &OpenOptions) 
     }
 }
 
-/// Inspects the first bytes of a file, which never say how much it holds.
-#[must_use]
-pub fn inspect_bytes(codec: Codec) -> Inspection {
-    unknown(codec)
-}
-
 fn unknown(codec: Codec) -> Inspection {
     let message =
         format!("the {} data does not say how large the disk is: only reading all of it tells", codec.name());

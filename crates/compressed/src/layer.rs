@@ -47,6 +47,8 @@ pub struct Compressed {
 #[derive(Debug)]
 struct Reader {
     decoder: Decoder,
+    /// What is decoded before it goes where it is wanted.
+    step: Vec<u8>,
     /// Bytes that it has decoded.
     position: u64,
 }
@@ -82,29 +84,25 @@ impl Compressed {
         &self.head
     }
 
-    /// How it is compressed.
-    #[must_use]
-    pub fn codec(&self) -> Codec {
-        self.codec
-    }
-
     /// Fills `buf` from `offset`. The reader is gone after an error: nothing more can be had of it.
     fn read_at(&self, mut buf: MemMut<'_>, offset: u64) -> Result<()> {
         let wanted = self.length.saturating_sub(offset).min(buf.len() as u64);
         let mut slot = self.reader.lock();
         let mut reader = match slot.take() {
             Some(reader) if reader.position <= offset => reader,
-            _ => Reader { decoder: self.codec.decoder(&self.storage, self.options.max_window)?, position: 0 },
+            _ => Reader {
+                decoder: self.codec.decoder(&self.storage, self.options.max_window)?,
+                step: vec![0; STEP],
+                position: 0,
+            },
         };
-        let mut bytes = vec![0; STEP];
         while reader.position < offset {
-            let length = (offset - reader.position).min(STEP as u64);
-            self.decode(&mut reader, bytes.get_mut(..length as usize).unwrap_or_default())?;
+            let skipped = offset - reader.position;
+            self.decode(&mut reader, skipped)?;
         }
         let mut left = wanted;
         while left > 0 {
-            let part = bytes.get_mut(..left.min(STEP as u64) as usize).unwrap_or_default();
-            self.decode(&mut reader, part)?;
+            let part = self.decode(&mut reader, left)?;
             buf.take_front(part.len()).copy_from(part);
             left -= part.len() as u64;
         }
@@ -113,8 +111,9 @@ impl Compressed {
         Ok(())
     }
 
-    /// Fills `bytes`, and looks for the end where that is due: behind it are the last checksums.
-    fn decode(&self, reader: &mut Reader, bytes: &mut [u8]) -> Result<()> {
+    /// Decodes the next bytes, `most` or as many as a step has, and looks for the end where that is due: behind it are the last checksums.
+    fn decode<'a>(&self, reader: &'a mut Reader, most: u64) -> Result<&'a [u8]> {
+        let bytes = reader.step.get_mut(..most.min(STEP as u64) as usize).unwrap_or_default();
         let got = reader.decoder.fill(bytes)?;
         reader.position += got as u64;
         if got < bytes.len() {
@@ -123,7 +122,7 @@ impl Compressed {
         if reader.position == self.length && reader.decoder.fill(&mut [0])? > 0 {
             return Err(self.other_length("goes on", reader.position));
         }
-        Ok(())
+        Ok(bytes)
     }
 
     fn other_length(&self, what: &str, at: u64) -> Error {

@@ -14,5 +14,5 @@ mod layer;
 mod size;
 
 pub use codec::Codec;
-pub use inspect::{Inspection, inspect, inspect_bytes};
+pub use inspect::{Inspection, inspect};
 pub use layer::{Compressed, OpenOptions};

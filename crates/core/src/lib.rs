@@ -16,6 +16,8 @@ pub mod job;
 pub mod layer;
 pub mod memory;
 pub mod new_image;
+pub mod parent_name;
+pub mod parts;
 pub mod random;
 pub mod raw;
 pub mod salvage;

@@ -4,7 +4,8 @@ use std::fmt;
 use std::path::Path;
 
 use qcow2_core::layer::{BackingReference, References};
-use qcow2_core::{Error, ErrorKind, Mem, MemMut, Result, Storage, StorageExt};
+use qcow2_core::parent_name::ParentName;
+use qcow2_core::{Mem, MemMut, Result, Storage, StorageExt};
 
 use crate::structures::{Footer, Geometry, Header, Locator, MAX_LOCATED_NAME, MAX_PARENT_NAME};
 
@@ -24,7 +25,8 @@ pub(crate) fn references(storage: &dyn Storage, header: &Header) -> Result<Refer
     let stored = || String::from_utf16(&header.parent_name()).ok().filter(|name| !name.is_empty());
     let name = relative.map(|name| name.replace('\\', "/")).or_else(|| {
         let name = other.or_else(stored)?;
-        if is_absolute(&name) {
+        // Whether this system follows the name from the root of its file system.
+        if Path::new(&name).is_absolute() {
             return Some(name);
         }
         let last = name.rsplit(['/', '\\']).next()?;
@@ -33,11 +35,6 @@ pub(crate) fn references(storage: &dyn Storage, header: &Header) -> Result<Refer
     let backing =
         name.map(|name| BackingReference { filename: name.into_bytes(), format: Some(b"vpc".to_vec()) });
     Ok(References { backing, ..References::default() })
-}
-
-/// Whether this system follows the name from the root of its file system.
-fn is_absolute(name: &str) -> bool {
-    Path::new(name).is_absolute()
 }
 
 /// The bytes of a name, fewer where the file ends before.
@@ -146,32 +143,16 @@ impl StoredName {
     /// # Errors
     /// `InvalidArgument` for a name that is no text, that has backslashes which are no separators, or that is too long.
     pub(crate) fn new(filename: &[u8], offset: u64) -> Result<Self> {
-        let refuse = |why: &str| {
-            let message =
-                format!("the parent '{}' cannot be stored: {why}", String::from_utf8_lossy(filename));
-            Err(Error::new(ErrorKind::InvalidArgument, message).with_field("backing_file"))
-        };
-        let Ok(name) = std::str::from_utf8(filename) else { return refuse("its name is not UTF-8") };
-        if name.is_empty() || name.contains('\0') {
-            return refuse("it has no name");
-        }
-        if cfg!(not(windows)) && name.contains('\\') {
-            return refuse("a backslash in its name would separate folders");
-        }
-        let (platform, text) = if is_absolute(name) {
-            (*b"W2ku", name.to_owned())
-        } else {
-            let inside = if name.starts_with('.') { name.to_owned() } else { format!("./{name}") };
-            (*b"W2ru", inside.replace('/', "\\"))
-        };
-        let bytes: Vec<u8> = text.encode_utf16().flat_map(u16::to_le_bytes).collect();
-        let last = name.rsplit(['/', '\\']).next().unwrap_or(name);
+        let name = ParentName::new(filename)?;
+        let platform = if name.is_absolute { *b"W2ku" } else { *b"W2ru" };
+        let bytes: Vec<u8> = name.stored.encode_utf16().flat_map(u16::to_le_bytes).collect();
+        let last = name.name.rsplit(['/', '\\']).next().unwrap_or(name.name);
         let plain: Vec<u16> = last.encode_utf16().collect();
         match u32::try_from(bytes.len()) {
             Ok(length) if length <= MAX_LOCATED_NAME && plain.len() <= MAX_PARENT_NAME => {
                 Ok(Self { plain, locator: Locator { platform, length, offset }, bytes })
             }
-            _ => refuse("its name is too long"),
+            _ => Err(name.too_long()),
         }
     }
 

@@ -26,7 +26,7 @@ import { describeError, openFailure, pathOf } from '../errors.js'
 import { CommandFailure, unsupported } from '../failure.js'
 import { imagePath, isExport, localPath } from '../filename.js'
 import { alias, cacheMode, optionList, rateLimit, TARGETS, takeDriverSyntax, wholeNumber } from '../grammar.js'
-import { formatOf, snapshotOf, streamOf, unlockFailure, withImage } from '../images.js'
+import { formatOf, snapshotOf, sourceFormatOf, unlockFailure, withImage } from '../images.js'
 import { asksForHelp, type OptionValue, type OptionValues, parseOptionList } from '../options.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
@@ -260,20 +260,17 @@ async function lookAt(
   const from: (SourceFormat | undefined)[] = []
   let size = 0
   for (const filename of sources) {
-    const stream = await streamOf(filename, sourceFormat, session).catch(error => {
+    const format = await sourceFormatOf(filename, sourceFormat, session).catch(error => {
       throw session.signal.aborted ? error : openFailure(filename, error)
     })
-    if (stream !== undefined) {
+    if (!isFormat(format)) {
       // Where nothing was said, what it holds is looked at, too. How large that is, the convert finds out.
-      from.push(sourceFormat === undefined ? undefined : stream)
+      from.push(sourceFormat === undefined ? undefined : format)
       if (sourceSnapshot !== undefined) {
-        throw new CommandFailure(`Failed to load snapshot: '${filename}' is ${stream}, and has no snapshots`)
+        throw new CommandFailure(`Failed to load snapshot: '${filename}' is ${format}, and has no snapshots`)
       }
       continue
     }
-    const format = await formatOf(filename, sourceFormat, session).catch(error => {
-      throw session.signal.aborted ? error : openFailure(filename, error)
-    })
     from.push(format)
     size += await withImage({ filename, format, forceShare, closed: true }, session, async image =>
       Number(image.virtualSizeBigInt),

@@ -7,6 +7,7 @@ use super::layer::{BlockLayer, Shared};
 use super::layout::{Entry, Scheme};
 use super::places::Places;
 use crate::disk::{DiskOptions, OldBytes, WriteLayer};
+use crate::parts::cut;
 use crate::space::{Preallocation, lengthen};
 use crate::{Error, ErrorKind, Job, Layer, Mem, Result, StorageExt};
 
@@ -141,14 +142,10 @@ impl<S: Scheme> Shared<S> {
     /// Calls `f` with the parts of a range that blocks with a place have: where they are in the file, and their length.
     fn stored(&self, offset: u64, length: u64, mut f: impl FnMut(u64, u64) -> Result<()>) -> Result<()> {
         let layout = self.layout();
-        let (mut at, end) = (offset, offset + length);
-        while at < end {
-            let (index, inside) = ((at / layout.block) as u32, at % layout.block);
-            let part = (layout.block - inside).min(end - at);
-            if let Entry::At(place) = self.entry(index)? {
-                f(place + layout.lead + inside, part)?;
+        for part in cut(layout.block, offset, length) {
+            if let Entry::At(place) = self.entry(part.block as u32)? {
+                f(place + layout.lead + part.inside, part.length)?;
             }
-            at += part;
         }
         Ok(())
     }

@@ -1,7 +1,6 @@
 //! The parent locator of a differencing image ([MS-VHDX] 2.6.2.6): pairs of names and values in UTF-16.
 
-use std::path::Path;
-
+use qcow2_core::parent_name::ParentName;
 use qcow2_core::{Error, ErrorKind, Result};
 
 use super::fields::{Fields, Guid, invalid};
@@ -50,28 +49,12 @@ impl ParentLocator {
     /// # Errors
     /// `InvalidArgument` for a name that is no text, that has backslashes which are no separators, or that is too long.
     pub fn new(filename: &[u8], linkage: Guid) -> Result<Self> {
-        let refuse = |why: &str| {
-            let message =
-                format!("the parent '{}' cannot be stored: {why}", String::from_utf8_lossy(filename));
-            Err(Error::new(ErrorKind::InvalidArgument, message).with_field("backing_file"))
-        };
-        let Ok(name) = std::str::from_utf8(filename) else { return refuse("its name is not UTF-8") };
-        if name.is_empty() || name.contains('\0') {
-            return refuse("it has no name");
+        let name = ParentName::new(filename)?;
+        if filename.len() > MAX_NAME {
+            return Err(name.too_long());
         }
-        if cfg!(not(windows)) && name.contains('\\') {
-            return refuse("a backslash in its name would separate folders");
-        }
-        if name.len() > MAX_NAME {
-            return refuse("its name is too long");
-        }
-        let (key, value) = if Path::new(name).is_absolute() {
-            ("absolute_win32_path", name.to_owned())
-        } else {
-            let inside = if name.starts_with('.') { name.to_owned() } else { format!("./{name}") };
-            ("relative_path", inside.replace('/', "\\"))
-        };
-        let pairs = [("parent_linkage", format!("{{{linkage}}}")), (key, value)];
+        let key = if name.is_absolute { "absolute_win32_path" } else { "relative_path" };
+        let pairs = [("parent_linkage", format!("{{{linkage}}}")), (key, name.stored)];
         Ok(Self { pairs: pairs.into_iter().map(|(key, value)| (key.to_owned(), value)).collect() })
     }
 

@@ -7,19 +7,12 @@
 use std::ops::Range;
 
 use qcow2_core::disk::OldBytes;
+use qcow2_core::parts::{NewBytes, Part};
 use qcow2_core::{Layer, Mem, MemMut, Result, StorageExt};
 
-use super::{Part, Writer};
+use super::Writer;
 use crate::Vhdx;
 use crate::structures::{LOG_SECTOR, MIB, Payload, encode_bitmap, encode_payload};
-
-/// What a request leaves.
-#[derive(Clone, Copy)]
-enum Content<'a> {
-    Bytes(Mem<'a>),
-    /// Zeroes, which take no space if this says so.
-    Zeroes(bool),
-}
 
 impl Vhdx {
     pub(super) fn write_child(
@@ -34,7 +27,7 @@ impl Vhdx {
             self.begin(writer)?;
             let bytes;
             (bytes, rest) = rest.split_at(part.length as usize);
-            self.store(writer, &part, Content::Bytes(bytes), old)?;
+            self.store(writer, &part, NewBytes::Bytes(bytes), old)?;
         }
         Ok(())
     }
@@ -52,7 +45,7 @@ impl Vhdx {
             if self.is_whole(&part) {
                 self.zero_block(writer, part.block)?;
             } else {
-                self.store(writer, &part, Content::Zeroes(unmap), old)?;
+                self.store(writer, &part, NewBytes::Zeroes(unmap), old)?;
             }
         }
         Ok(())
@@ -69,16 +62,15 @@ impl Vhdx {
         self.give_up(writer, block)
     }
 
-    fn store(&self, writer: &Writer, part: &Part, content: Content<'_>, old: OldBytes<'_>) -> Result<()> {
-        let whole = Part { block: part.block, inside: part.inside, length: part.length };
+    fn store(&self, writer: &Writer, part: &Part, content: NewBytes<'_>, old: OldBytes<'_>) -> Result<()> {
         {
             let _shared = writer.blocks.hold(part.block, part.block + 1, false);
             match self.payload(part.block)? {
-                Payload::Present(offset) => return self.put(offset, &whole, content),
+                Payload::Present(offset) => return self.put(offset, part, content),
                 Payload::Partial(offset) if self.has_all(part, self.sectors_of(part))? => {
-                    return self.put(offset, &whole, content);
+                    return self.put(offset, part, content);
                 }
-                Payload::Zero if matches!(content, Content::Zeroes(_)) => return Ok(()),
+                Payload::Zero if matches!(content, NewBytes::Zeroes(_)) => return Ok(()),
                 Payload::Zero | Payload::NotPresent | Payload::Partial(_) => {}
             }
         }
@@ -86,7 +78,7 @@ impl Vhdx {
         let now = self.payload(part.block)?;
         match now {
             Payload::Present(offset) => return self.put(offset, part, content),
-            Payload::Zero if matches!(content, Content::Zeroes(_)) => return Ok(()),
+            Payload::Zero if matches!(content, NewBytes::Zeroes(_)) => return Ok(()),
             Payload::Partial(offset) => {
                 self.put_sectors(offset, part, content, old, true)?;
                 return self.set_bits(part, None);
@@ -117,11 +109,8 @@ impl Vhdx {
     }
 
     /// Brings the bytes to where the block is.
-    fn put(&self, offset: u64, part: &Part, content: Content<'_>) -> Result<()> {
-        match content {
-            Content::Bytes(bytes) => self.storage().write_all_at(bytes, offset + part.inside),
-            Content::Zeroes(unmap) => self.storage().zero(offset + part.inside, part.length, unmap),
-        }
+    fn put(&self, offset: u64, part: &Part, content: NewBytes<'_>) -> Result<()> {
+        content.put(&**self.storage(), offset + part.inside, part.length)
     }
 
     /// Brings the bytes, and what the disk has around them in the first and last sector, where the image has not: `judged` asks.
@@ -129,13 +118,13 @@ impl Vhdx {
         &self,
         offset: u64,
         part: &Part,
-        content: Content<'_>,
+        content: NewBytes<'_>,
         old: OldBytes<'_>,
         judged: bool,
     ) -> Result<()> {
         let sectors = self.sectors_of(part);
         let size = self.geometry().sector_size;
-        let end = part.inside + part.length;
+        let end = part.end();
         let front = sectors.start * size..part.inside;
         let back = end..sectors.end * size;
         for (range, sector) in [(front, sectors.start), (back, sectors.end - 1)] {
@@ -152,7 +141,7 @@ impl Vhdx {
     /// The sectors of the block that a part touches.
     fn sectors_of(&self, part: &Part) -> Range<u64> {
         let size = self.geometry().sector_size;
-        part.inside / size..(part.inside + part.length).div_ceil(size)
+        part.inside / size..part.end().div_ceil(size)
     }
 
     /// Where the bits of a block are in the bitmap of its chunk, in bytes, and how many.

@@ -14,6 +14,7 @@ use std::sync::{Arc, OnceLock};
 use parking_lot::Mutex;
 use qcow2_core::disk::{DiskOptions, OldBytes, WriteLayer};
 use qcow2_core::layer::Pin;
+use qcow2_core::parts::{self, Part};
 use qcow2_core::space::Preallocation;
 use qcow2_core::storage::RangeLock;
 use qcow2_core::{Error, ErrorKind, Job, Layer, Mem, MemMut, Result, StorageExt};
@@ -62,14 +63,6 @@ impl Writer {
     fn lose(&self, error: &Error) {
         self.lost.get_or_init(|| (error.kind(), error.to_string()));
     }
-}
-
-/// A part of a block, inside a request.
-struct Part {
-    block: u64,
-    /// First byte, in the block.
-    inside: u64,
-    length: u64,
 }
 
 impl Vhdx {
@@ -198,14 +191,7 @@ impl Vhdx {
 
     /// Cuts a request at blocks.
     fn parts(&self, offset: u64, length: u64) -> impl Iterator<Item = Part> + use<> {
-        let block_size = self.geometry().block_size;
-        let (mut at, end) = (offset, offset + length);
-        std::iter::from_fn(move || {
-            let (block, inside) = (at / block_size, at % block_size);
-            let length = (block_size - inside).min(end - at);
-            at += length;
-            (length > 0).then_some(Part { block, inside, length })
-        })
+        parts::cut(self.geometry().block_size, offset, length)
     }
 
     /// Changes a block's entry, in memory.
