@@ -27,6 +27,8 @@ const HEAD = 28
 export interface SilentServer extends AsyncDisposable {
   /** Connections so far. */
   readonly connections: number
+  /** Requests so far, of all connections. */
+  readonly requests: number
 }
 
 export interface Silence {
@@ -44,15 +46,22 @@ export interface Silence {
 export async function silentServer(silence: Silence): Promise<SilentServer> {
   const sockets = new Set<Socket>()
   let connections = 0
+  let requests = 0
   const server: Server = createServer(socket => {
     connections += 1
     sockets.add(socket.on('error', () => {}))
-    if (!silence.mute) converse(socket, silence)
+    const heard = () => {
+      requests += 1
+    }
+    if (!silence.mute) converse(socket, silence, heard)
   })
   await new Promise<void>(resolve => server.listen(silence.path, resolve))
   return {
     get connections() {
       return connections
+    },
+    get requests() {
+      return requests
     },
     async [Symbol.asyncDispose]() {
       for (const socket of sockets) socket.destroy()
@@ -61,7 +70,7 @@ export async function silentServer(silence: Silence): Promise<SilentServer> {
   }
 }
 
-function converse(socket: Socket, { size = 1 << 20, answers = 0 }: Silence): void {
+function converse(socket: Socket, { size = 1 << 20, answers = 0 }: Silence, count: () => void): void {
   let heard = Buffer.alloc(0)
   let greeted = false
   let begun = false
@@ -82,6 +91,7 @@ function converse(socket: Socket, { size = 1 << 20, answers = 0 }: Silence): voi
     const [cookie, length] = [heard.readBigUInt64BE(8), heard.readUInt32BE(24)]
     heard = heard.subarray(HEAD)
     left -= 1
+    count()
     if (left >= 0) socket.write(Buffer.concat([u32(0x67446698), u32(0), u64(cookie), Buffer.alloc(reads ? length : 0)]))
     return true
   }

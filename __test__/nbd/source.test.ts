@@ -19,7 +19,7 @@ import {
   rebase,
   serveNbd,
 } from 'qcow2'
-import { afterAll, describe, expect, it } from 'vitest'
+import { afterAll, describe, expect, it, vi } from 'vitest'
 import { execute, qcow2 } from '../cli/run.js'
 import { library } from '../lifecycle/child.js'
 import { kill, serverProcess } from './process.js'
@@ -251,6 +251,17 @@ describe.skipIf(process.platform === 'win32')('nbdSource', () => {
     await server.image.close()
     await expect(first(image, 0)).rejects.toMatchObject({ code: 'ERR_QCOW2_IO', syscall: 'NBD_CMD_READ' })
     expect(performance.now() - begin).toBeLessThan(20_000)
+  })
+
+  it('has many requests under way at once, whatever the number of cores', async () => {
+    const path = name('sock')
+    await using server = await silentServer({ path, answers: 1, size: 64 * MIB })
+    const image = await open(nbdSource(uri(path), { silenceTimeout: 2000 }), { format: 'raw' })
+    const before = server.requests
+    const reads = Array.from({ length: 20 }, (_, n) => image.read(Buffer.alloc(512), { position: n * MIB }))
+    await vi.waitFor(() => expect(server.requests).toBe(before + 12), { timeout: 1500 })
+    for (const read of reads) await expect(read).rejects.toMatchObject({ code: 'ERR_QCOW2_IO' })
+    await image.close()
   })
 
   it('comes back to a server that does, for as long as it may', async () => {

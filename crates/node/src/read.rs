@@ -70,8 +70,9 @@ pub fn read(
     let handle = runtime.image(image)?;
     let (start, length) = range_of(&env, &buffer, offset, length)?;
     let job = runtime.watched().begin(watch);
+    let waits = handle.waits();
     let read = Read { handle, start, length, position: position as u64, job };
-    runtime.submit_soon(&env, request, Task::Read(read))
+    runtime.submit_soon(&env, request, Task::Read(read), waits)
 }
 
 /// Fills the `Uint8Array` with the state of a virtual machine from its byte `position` on.

@@ -18,12 +18,20 @@ pub(crate) struct Handle {
     image: RwLock<Arc<Image>>,
     /// A request panicked: the image's state cannot be trusted any more.
     poisoned: AtomicBool,
+    /// See [`Handle::waits`].
+    waits: AtomicBool,
 }
 
 impl Handle {
     /// A handle on `image`.
     pub(crate) fn new(image: Image) -> Self {
-        Self { image: RwLock::new(Arc::new(image)), poisoned: AtomicBool::new(false) }
+        let waits = AtomicBool::new(waits(&image));
+        Self { image: RwLock::new(Arc::new(image)), poisoned: AtomicBool::new(false), waits }
+    }
+
+    /// Whether requests wait for a device or for another machine, rather than for a core.
+    pub(crate) fn waits(&self) -> bool {
+        self.waits.load(Ordering::Relaxed)
     }
 
     /// Runs one request; a panic poisons the handle. Requests of one handle do not run inside each other.
@@ -47,6 +55,7 @@ impl Handle {
     pub(crate) fn replace(&self, next: impl FnOnce(&Image) -> Result<Image>) -> Result<()> {
         let mut image = self.image.write();
         *image = Arc::new(self.guarded(|| next(&image))?);
+        self.waits.store(waits(&image), Ordering::Relaxed);
         Ok(())
     }
 
@@ -74,6 +83,11 @@ impl Handle {
         let image = self.image.read();
         if self.poisoned.load(Ordering::Acquire) { Ok(()) } else { guarded(|| image.close()) }
     }
+}
+
+/// Whether any file of the chain is one that is waited for.
+fn waits(image: &Image) -> bool {
+    image.layers().iter().any(|layer| layer.files().iter().any(|file| file.traits().waits))
 }
 
 fn poisoned() -> Error {

@@ -29,6 +29,8 @@ use crate::watched::Watched;
 pub(crate) struct Runtime {
     delivery: Arc<Delivery>,
     pool: Pool,
+    /// For requests that wait for devices and other machines: see [`Pool::waiting`].
+    waiting: Pool,
     watch: Watch,
     jobs: Jobs,
     watched: Watched,
@@ -59,6 +61,7 @@ pub fn start(env: Env, deliver: Unknown<'_>, numbers: Unknown<'_>) -> napi::Resu
     let delivery = Arc::new(Delivery::new(wake.function()));
     let runtime = Rc::new(Runtime {
         pool: Pool::new(Arc::clone(&delivery)),
+        waiting: Pool::waiting(Arc::clone(&delivery)),
         watch: Watch::new(default_threads()),
         jobs: Jobs::new(Arc::clone(&delivery)),
         watched: Watched::default(),
@@ -115,9 +118,10 @@ impl Runtime {
         Ok(())
     }
 
-    /// As [`Runtime::submit`], for one of very many requests. Returns whether to begin to [`look`].
-    pub(crate) fn submit_soon(&self, env: &Env, request: u32, task: Task) -> napi::Result<bool> {
-        self.submit(env, request, task)?;
+    /// As [`Runtime::submit`], for one of very many requests; `waits` as [`Handle::waits`] says. Returns whether to begin to [`look`].
+    pub(crate) fn submit_soon(&self, env: &Env, request: u32, task: Task, waits: bool) -> napi::Result<bool> {
+        let pool = if waits { &self.waiting } else { &self.pool };
+        self.expect(env, request, pool.submit(request, task));
         let begins = self.watch.requested();
         if begins {
             self.delivery.watch(true);
@@ -228,11 +232,11 @@ impl Runtime {
     fn close(&self) {
         let jobs = self.jobs.close();
         self.watched.close();
-        let requests = self.pool.close();
+        let requests = [self.pool.close(), self.waiting.close()];
         let resources = self.resources.borrow_mut().take();
         let end = move || {
             jobs();
-            requests();
+            requests.into_iter().for_each(|requests| requests());
             for resource in resources {
                 // There is nobody left to hear of a failure.
                 let _closed = guarded(|| resource.close());

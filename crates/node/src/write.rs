@@ -75,8 +75,9 @@ pub fn write(
     let handle = runtime.image(image)?;
     let (start, length) = range_of(&env, &buffer, offset, length)?;
     let job = runtime.watched().begin(watch);
+    let waits = handle.waits();
     let write = Write { handle, start, length, position: position as u64, compressed, job };
-    runtime.submit_soon(&env, request, Task::Write(write))
+    runtime.submit_soon(&env, request, Task::Write(write), waits)
 }
 
 /// Writes the `Uint8Array` to the state of a virtual machine, from its byte `position` on.

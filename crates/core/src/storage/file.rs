@@ -172,6 +172,7 @@ impl FileStorage {
             memory_alignment: alignment.memory,
             block_device,
             writable,
+            waits: direct,
         };
         Ok(Self {
             file,

@@ -14,12 +14,14 @@ pub struct Traits {
     pub block_device: bool,
     /// Open for writing.
     pub writable: bool,
+    /// A request waits for a device or for another machine, not for a core: many are worth a thread each.
+    pub waits: bool,
 }
 
 impl Default for Traits {
     /// A file that takes any request, for reading.
     fn default() -> Self {
-        Self { alignment: 1, memory_alignment: 1, block_device: false, writable: false }
+        Self { alignment: 1, memory_alignment: 1, block_device: false, writable: false, waits: false }
     }
 }
 

@@ -340,7 +340,8 @@ impl ReadStorage for NbdStorage {
 
     fn traits(&self) -> Traits {
         let alignment = self.blocks.minimum;
-        Traits { alignment, memory_alignment: 1, block_device: true, writable: self.writable }
+        let writable = self.writable;
+        Traits { alignment, memory_alignment: 1, block_device: true, writable, waits: true }
     }
 
     fn path(&self) -> Option<&Path> {
