@@ -98,6 +98,31 @@ describeWithQemu('exports of NBD servers', () => {
     await ok(execute('qemu-io', ['-f', 'raw', '-c', 'read -P 5 0 64k', where], folder))
   })
 
+  it('are mapped as qemu-img maps them: data, holes, and zeroes that take space', async () => {
+    await ok(
+      execute('qemu-img', ['create', '-q', '-f', 'qcow2', '-o', 'preallocation=metadata', 'map.qcow2', '4M'], folder),
+    )
+    const commands = ['write -P 7 1M 1M', 'write -z 2M 128k', 'write -z -u 3M 128k'].flatMap(command => ['-c', command])
+    await ok(execute('qemu-io', [...commands, 'map.qcow2'], folder))
+    const served = [
+      await qemuNbd('map.qcow2', '-r', '-f', 'qcow2'),
+      await start(process.execPath, path => [
+        join(folder, 'qemu-nbd'),
+        '-t',
+        '-r',
+        '-f',
+        'qcow2',
+        '-k',
+        path,
+        'map.qcow2',
+      ]),
+    ]
+    const maps: string[] = []
+    for (const path of served) maps.push((await same('map', '--output=json', uri(path))).stdout)
+    expect(maps[0]).toContain('"zero": true, "data": true')
+    expect(maps[1]).toBe(maps[0])
+  })
+
   it('are described by json: and by options', async () => {
     await ok(execute('qemu-img', ['create', '-q', '-f', 'qcow2', 'd.qcow2', '8M'], folder))
     const path = await qemuNbd('d.qcow2', '-f', 'qcow2', '-x', 'x?')

@@ -165,7 +165,7 @@ impl NbdStorage {
     /// What a range that begins inside is.
     fn run_on(&self, connection: &Connection, range: Range<u64>) -> io::Result<Run> {
         if !connection.tells_status() {
-            return Ok(Run { end: self.size, data: true });
+            return Ok(Run::new(self.size, true));
         }
         let minimum = self.blocks.minimum;
         let start = down(range.start, minimum);
@@ -175,11 +175,13 @@ impl NbdStorage {
         let flags = command_flags::REQ_ONE;
         let asked = connection.send(flags, Command::BlockStatus, start, length, &[])?;
         let Some(found) = connection.wait(asked)?.status else {
-            return Ok(Run { end: self.size, data: true });
+            return Ok(Run::new(self.size, true));
         };
         // It may end behind what was asked for, and the disk; before where it was asked from it says nothing.
         let end = (start + u64::from(found.length)).clamp(range.start + 1, self.size);
-        Ok(Run { end, data: found.status & allocation::ZERO == 0 })
+        // What is a hole and not zero could be anything: it is read.
+        let data = found.status & allocation::ZERO == 0;
+        Ok(Run { end, data, space: data || found.status & allocation::HOLE == 0 })
     }
 
     /// A write that can begin.
@@ -329,7 +331,7 @@ impl ReadStorage for NbdStorage {
 
     fn run_in(&self, range: Range<u64>) -> io::Result<Run> {
         if range.start >= self.size {
-            return Ok(Run { end: u64::MAX, data: false });
+            return Ok(Run::new(u64::MAX, false));
         }
         self.link.run(|connection| self.run_on(connection, range.clone()))
     }
