@@ -61,6 +61,7 @@ export interface NativeListedExport {
   /** Least, best and largest, in bytes. */
   readonly blockSizes?: readonly number[]
   readonly contexts: readonly string[]
+  readonly extendedHeaders: boolean
 }
 
 export interface NativeLayer {

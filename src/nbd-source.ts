@@ -158,6 +158,8 @@ export interface NbdExport {
   readonly blockSizes?: { readonly minimum: number; readonly preferred: number; readonly maximum: number }
   /** What block statuses it tells of, as `base:allocation`. */
   readonly contexts: readonly string[]
+  /** Its requests can be of 2^32 bytes and more. */
+  readonly extendedHeaders: boolean
 }
 
 /**
@@ -182,7 +184,8 @@ export async function listNbd(uri: string, options?: NbdListOptions): Promise<re
   return held.value.map(toExport)
 }
 
-function toExport({ name, description, size, flags, blockSizes, contexts }: NativeListedExport): NbdExport {
+function toExport(listed: NativeListedExport): NbdExport {
+  const { name, description, size, flags, blockSizes, contexts, extendedHeaders } = listed
   const [minimum, preferred, maximum] = blockSizes ?? []
   const sizes =
     minimum === undefined || preferred === undefined || maximum === undefined
@@ -195,5 +198,6 @@ function toExport({ name, description, size, flags, blockSizes, contexts }: Nati
     ...(flags !== undefined && { flags }),
     ...(sizes !== undefined && { blockSizes: sizes }),
     contexts: contexts.map(context => shown('context', context).context),
+    extendedHeaders,
   }
 }

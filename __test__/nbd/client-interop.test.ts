@@ -98,6 +98,46 @@ describeWithQemu('exports of NBD servers', () => {
     await ok(execute('qemu-io', ['-f', 'raw', '-c', 'read -P 5 0 64k', where], folder))
   })
 
+  it('are mapped as qemu-img maps them: data, holes, and zeroes that take space', async () => {
+    await ok(
+      execute('qemu-img', ['create', '-q', '-f', 'qcow2', '-o', 'preallocation=metadata', 'map.qcow2', '4M'], folder),
+    )
+    const commands = ['write -P 7 1M 1M', 'write -z 2M 128k', 'write -z -u 3M 128k'].flatMap(command => ['-c', command])
+    await ok(execute('qemu-io', [...commands, 'map.qcow2'], folder))
+    const served = [
+      await qemuNbd('map.qcow2', '-r', '-f', 'qcow2'),
+      await start(process.execPath, path => [
+        join(folder, 'qemu-nbd'),
+        '-t',
+        '-r',
+        '-f',
+        'qcow2',
+        '-k',
+        path,
+        'map.qcow2',
+      ]),
+    ]
+    const maps: string[] = []
+    for (const path of served) maps.push((await same('map', '--output=json', uri(path))).stdout)
+    expect(maps[0]).toContain('"zero": true, "data": true')
+    expect(maps[1]).toBe(maps[0])
+
+    // Requests longer than 32 bits: written by QEMU to ours, and by ours to QEMU's.
+    await ok(execute('qemu-img', ['create', '-q', '-f', 'qcow2', 'long.qcow2', '64G'], folder))
+    const large = await start(process.execPath, path => [
+      ...[join(folder, 'qemu-nbd'), '-t', '-f', 'qcow2', '--discard=unmap', '-k', path, 'long.qcow2'],
+    ])
+    const changes = ['write -P 5 30G 1M', 'write -P 6 50G 1M', 'write -z -u -n 20G 20G']
+    const asked = [...changes, 'read -P 0 30G 1M', 'read -P 6 50G 1M'].flatMap(command => ['-c', command])
+    await ok(execute('qemu-io', ['-f', 'raw', ...asked, uri(large)], folder))
+    const { stdout: listed } = await same('map', '--output=json', uri(large))
+    expect(listed.split('\n')).toHaveLength(4)
+    await ok(execute('qemu-img', ['create', '-q', '-f', 'raw', 'long', '64G'], folder))
+    const target = await qemuNbd('long', '-f', 'raw', '--discard=unmap')
+    await ok(qcow2(['convert', '-n', '-O', 'raw', uri(large), uri(target)], folder))
+    expect(await ok(execute('qemu-img', ['compare', uri(large), uri(target)], folder))).toBe('Images are identical.\n')
+  })
+
   it('are described by json: and by options', async () => {
     await ok(execute('qemu-img', ['create', '-q', '-f', 'qcow2', 'd.qcow2', '8M'], folder))
     const path = await qemuNbd('d.qcow2', '-f', 'qcow2', '-x', 'x?')

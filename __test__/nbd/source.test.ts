@@ -326,6 +326,7 @@ describe.skipIf(process.platform === 'win32')('nbdSource', () => {
       size: MIB,
       blockSizes: { minimum: 1, preferred: 4096, maximum: 32 * MIB },
       contexts: ['base:allocation'],
+      extendedHeaders: true,
     })
     await expect(listNbd(uri(name('sock')))).rejects.toMatchObject({ code: 'ENOENT', syscall: 'connect' })
     expect(existsSync(server.path)).toBe(true)

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::layer::{Holes, Layer, Place, Segment, SegmentKind};
 use crate::source::{Extent, ExtentKind};
+use crate::storage::Run;
 use crate::{Job, Result, Storage, StorageExt};
 
 /// Units planned between two looks at the job. The plan of a step is held in memory, and every unit can differ from its
@@ -116,8 +117,8 @@ impl Walk<'_> {
             SegmentKind::Data(place) => {
                 if let Some(file) = layer.file(place.file) {
                     let holes = layer.holes()?;
-                    let kind = |data: bool| match holes {
-                        Holes::Zero if !data => ExtentKind::Zero,
+                    let kind = |space: bool| match holes {
+                        Holes::Zero if !space => ExtentKind::Zero,
                         _ => ExtentKind::Data,
                     };
                     if holes != Holes::Ignored {
@@ -136,7 +137,7 @@ impl Walk<'_> {
         Ok(())
     }
 
-    /// Splits a segment, which is stored at `place`, by the holes of its file.
+    /// Splits a segment, which is stored at `place`, by the holes of its file. Zeroes that take space there are data here, too.
     fn host_runs(
         &mut self,
         storage: &Arc<dyn Storage>,
@@ -149,18 +150,17 @@ impl Walk<'_> {
         let mut done = 0;
         while done < length {
             let at = host + done;
-            let (end, data) = if at >= file_size {
-                (host + length, false)
+            let Run { end, data, space } = if at >= file_size {
+                Run::new(host + length, false)
             } else {
-                let run = storage.run(at..host + length)?;
-                // A file that shrank meanwhile must not stop the walk.
-                (run.end.max(at + 1), run.data)
+                storage.run(at..host + length)?
             };
-            let part = end.min(host + length) - at;
+            // A file that shrank meanwhile must not stop the walk.
+            let part = end.max(at + 1).min(host + length) - at;
             self.push(Extent {
                 start: start + done,
                 length: part,
-                kind: kind(data),
+                kind: kind(space || data),
                 depth: depth as u32,
                 zero: !data,
                 host: Some((Arc::clone(storage), at)),

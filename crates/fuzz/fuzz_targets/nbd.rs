@@ -69,17 +69,19 @@ fuzz_target!(|data: &[u8]| {
     let option = |code: u32, data: &[u8]| {
         [&b"IHAVEOPT"[..], &code.to_be_bytes(), &(data.len() as u32).to_be_bytes(), data].concat()
     };
+    let extended = how & 16 != 0;
     if how & 2 != 0 {
-        all.extend(option(8, b""));
+        all.extend(option(if extended { 11 } else { 8 }, b""));
         all.extend(option(10, b"\0\0\0\0\0\0\0\x01\0\0\0\x0fbase:allocation"));
     }
     if how & 4 != 0 {
         all.extend(option(7, &[0; 6]));
     }
     // Requests with the magic in its place.
-    for piece in said.chunks(if how & 8 != 0 { 24 } else { usize::MAX }) {
+    let (magic, rest) = if extended && how & 2 != 0 { (0x21e4_1c71u32, 28) } else { (0x2560_9513, 24) };
+    for piece in said.chunks(if how & 8 != 0 { rest } else { usize::MAX }) {
         if how & 8 != 0 {
-            all.extend(0x2560_9513u32.to_be_bytes());
+            all.extend(magic.to_be_bytes());
         }
         all.extend(piece);
     }

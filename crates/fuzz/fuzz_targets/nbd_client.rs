@@ -62,11 +62,14 @@ impl Transport for Says {
 }
 
 /// A handshake that is right.
-fn handshake(structured: bool) -> Vec<u8> {
+fn handshake(structured: bool, extended: bool) -> Vec<u8> {
     let mut all = greeting().to_vec();
-    let kind = OptionKind::StructuredReply;
-    all.extend(reply(kind, if structured { Reply::Ack } else { Reply::ErrUnsup }, b""));
-    if structured {
+    let answer = |yes| if yes { Reply::Ack } else { Reply::ErrUnsup };
+    all.extend(reply(OptionKind::ExtendedHeaders, answer(extended), b""));
+    if !extended {
+        all.extend(reply(OptionKind::StructuredReply, answer(structured), b""));
+    }
+    if structured || extended {
         let context = context_data(1, b"base:allocation");
         all.extend(reply(OptionKind::SetMetaContext, Reply::MetaContext, &context));
         all.extend(reply(OptionKind::SetMetaContext, Reply::Ack, b""));
@@ -79,15 +82,20 @@ fn handshake(structured: bool) -> Vec<u8> {
 
 fuzz_target!(|data: &[u8]| {
     let Some((how, said)) = data.split_first() else { return };
-    let structured = how & 2 != 0;
+    let (structured, extended) = (how & 2 != 0, how & 8 != 0);
     // No mutation finds all magics: most begin behind a handshake that is right, and many have those of replies in their places.
     let (before, after) = match how & 1 {
         0 => (said.to_vec(), Vec::new()),
         _ => {
-            let magic: u32 = if structured { 0x668e_33ef } else { 0x6744_6698 };
+            let magic: u32 = match (extended, structured) {
+                (true, _) => 0x6e8a_278c,
+                (_, true) => 0x668e_33ef,
+                _ => 0x6744_6698,
+            };
+            let rest = if extended { 32 } else { 20 };
             let head = if how & 4 != 0 { &magic.to_be_bytes()[..] } else { &[] };
-            let after = said.chunks(20).flat_map(|piece| [head, piece].concat()).collect();
-            (handshake(structured), after)
+            let after = said.chunks(rest).flat_map(|piece| [head, piece].concat()).collect();
+            (handshake(structured, extended), after)
         }
     };
     let saying = Saying { before, after, asked: false, gone: false };

@@ -101,6 +101,8 @@ pub struct ListedExport {
     pub block_sizes: Option<Vec<u32>>,
     /// Names of its contexts.
     pub contexts: Vec<Text>,
+    /// Lengths of requests can have 64 bits.
+    pub extended_headers: bool,
 }
 
 impl From<Listed> for ListedExport {
@@ -112,6 +114,7 @@ impl From<Listed> for ListedExport {
             flags: listed.export.map(|(_, flags)| flags.into()),
             block_sizes: listed.blocks.map(|sizes| vec![sizes.minimum, sizes.preferred, sizes.maximum]),
             contexts: listed.contexts.iter().map(|name| Text::from(&**name)).collect(),
+            extended_headers: listed.extended,
         }
     }
 }

@@ -112,7 +112,7 @@ where
 
     fn run_in(&self, range: Range<u64>) -> io::Result<Run> {
         match self.at(range.start) {
-            Ok((_, (end, bytes))) => Ok(Run { end: *end, data: bytes.is_some() }),
+            Ok((_, (end, bytes))) => Ok(Run::new(*end, bytes.is_some())),
             Err(next) => {
                 let run = self.inner.run_in(range.start..range.end.min(next))?;
                 Ok(Run { end: run.end.min(next), ..run })
@@ -191,8 +191,8 @@ mod tests {
             assert!(found == model[start as usize..end as usize], "{start}..{end}");
         }
         assert_eq!(replayed.read_at(MemMut::from(&mut [0; 9][..]), 16 * S).unwrap(), 0);
-        assert_eq!(replayed.run_in(3 * S..4 * S).unwrap(), Run { end: 4 * S, data: true });
-        assert_eq!(replayed.run_in(S..4 * S).unwrap(), Run { end: 3 * S, data: false });
+        assert_eq!(replayed.run_in(3 * S..4 * S).unwrap(), Run::new(4 * S, true));
+        assert_eq!(replayed.run_in(S..4 * S).unwrap(), Run::new(3 * S, false));
         replayed.write_at(Mem::from(&[1][..]), 0).unwrap_err();
     }
 }

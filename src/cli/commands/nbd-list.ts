@@ -80,7 +80,7 @@ export async function listExports(
 }
 
 function describeExport(each: NbdExport): string {
-  const { size, flags, blockSizes, contexts } = each
+  const { size, flags, blockSizes, contexts, extendedHeaders } = each
   const description = exactText(each.description, each.descriptionBytes)
   const named = FLAGS.filter((_, index) => flags !== undefined && (flags >> (index + 1)) & 1)
   return [
@@ -96,7 +96,7 @@ function describeExport(each: NbdExport): string {
           `  opt block: ${blockSizes.preferred}`,
           `  max block: ${blockSizes.maximum}`,
         ]),
-    '  transaction size: 32-bit',
+    `  transaction size: ${extendedHeaders ? 64 : 32}-bit`,
     ...(contexts.length === 0 ? [] : [`  available meta contexts: ${contexts.length}`]),
     ...contexts.map(context => `   ${context}`),
   ]

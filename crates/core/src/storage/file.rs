@@ -236,7 +236,7 @@ impl ReadStorage for FileStorage {
         let (offset, len) = (range.start, self.len()?);
         if self.traits.block_device || !self.own_cursor {
             let data = offset < len;
-            return Ok(Run { end: if data { len } else { u64::MAX }, data });
+            return Ok(Run::new(if data { len } else { u64::MAX }, data));
         }
         platform::run_at(&self.file, offset, len)
     }

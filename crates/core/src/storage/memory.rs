@@ -130,16 +130,16 @@ impl ReadStorage for MemoryStorage {
     fn run_in(&self, range: Range<u64>) -> io::Result<Run> {
         let (offset, inner) = (range.start, self.inner.read());
         if offset >= inner.len {
-            return Ok(Run { end: u64::MAX, data: false });
+            return Ok(Run::new(u64::MAX, false));
         }
         let first = offset / PAGE;
         if !inner.pages.contains_key(&first) {
             let next = inner.pages.range(first..).next().map_or(inner.len, |(p, _)| p * PAGE);
-            return Ok(Run { end: next.min(inner.len), data: false });
+            return Ok(Run::new(next.min(inner.len), false));
         }
         let run =
             inner.pages.range(first..).zip(first..).take_while(|((page, _), want)| *page == want).count();
-        Ok(Run { end: ((first + run as u64) * PAGE).min(inner.len), data: true })
+        Ok(Run::new(((first + run as u64) * PAGE).min(inner.len), true))
     }
 
     fn allocated_bytes(&self) -> io::Result<u64> {

@@ -55,8 +55,17 @@ use crate::{Mem, MemMut, Result};
 pub struct Run {
     /// First byte behind the run.
     pub end: u64,
-    /// False for a hole, which reads as zeroes.
+    /// False where it reads as zeroes: a hole, or space that holds nothing else.
     pub data: bool,
+    /// It takes space.
+    pub space: bool,
+}
+
+impl Run {
+    /// A run of data, which takes space, or a hole, which does not.
+    pub fn new(end: u64, data: bool) -> Self {
+        Self { end, data, space: data }
+    }
 }
 
 /// Bytes of one write of the default way to write zeroes.
@@ -86,7 +95,7 @@ pub trait ReadStorage: Send + Sync + fmt::Debug {
     fn run_in(&self, range: Range<u64>) -> io::Result<Run> {
         let len = self.len()?;
         let data = range.start < len;
-        Ok(Run { end: if data { len } else { u64::MAX }, data })
+        Ok(Run::new(if data { len } else { u64::MAX }, data))
     }
 
     /// Bytes of space in use.

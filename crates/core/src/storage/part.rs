@@ -50,7 +50,7 @@ impl ReadStorage for Part {
         let inside = |offset: u64| self.start + offset.min(self.length);
         let places = inside(range.start)..inside(range.end);
         if places.is_empty() {
-            return Ok(Run { end: u64::MAX, data: false });
+            return Ok(Run::new(u64::MAX, false));
         }
         let run = self.host.run_in(places)?;
         Ok(Run { end: run.end.saturating_sub(self.start), ..run })

@@ -199,7 +199,7 @@ impl ReadStorage for Sectors {
         })
     }
     fn run_in(&self, range: Range<u64>) -> io::Result<Run> {
-        Ok(Run { end: self.len()?.max(range.start + 1), data: true })
+        Ok(Run::new(self.len()?.max(range.start + 1), true))
     }
     fn traits(&self) -> Traits {
         Traits { alignment: 1, memory_alignment: 1, ..self.host.traits() }

@@ -43,7 +43,7 @@ impl ReadStorage for Tail {
         read_each(self, batch);
     }
     fn run_in(&self, range: Range<u64>) -> io::Result<Run> {
-        let Ok(start) = self.place(range.start) else { return Ok(Run { end: u64::MAX, data: false }) };
+        let Ok(start) = self.place(range.start) else { return Ok(Run::new(u64::MAX, false)) };
         let run = self.host.run_in(start..range.end.saturating_add(self.start))?;
         Ok(Run { end: run.end.saturating_sub(self.start), ..run })
     }

@@ -257,6 +257,9 @@ impl Allocator {
     }
 
     fn reserve_end(&mut self, count: u64, metadata: &mut MetadataMap) -> Result<()> {
+        if self.first_fit && self.cover_behind(count, metadata)? {
+            return self.reserve(count, metadata);
+        }
         let start = self.cover_end(metadata)?;
         let stop = start.saturating_add(count).min(self.room()?);
         if start >= stop {
@@ -279,6 +282,26 @@ impl Allocator {
         self.end = end;
         self.fresh.of(clean).insert(start, end - start);
         Ok(())
+    }
+
+    /// Puts the refcount block that a run of `count` clusters at the end needs behind the run, as QEMU does, where it counts itself
+    /// there. The run is free space inside the file then. Returns whether there was one to put there.
+    fn cover_behind(&mut self, count: u64, metadata: &mut MetadataMap) -> Result<bool> {
+        let start = self.end;
+        let Some(place) = start.checked_add(count).filter(|place| *place > start) else { return Ok(false) };
+        let index = |cluster| self.geometry.refcount_table_index(cluster);
+        let (first, last, own) = (index(start), index(place - 1), index(place));
+        let missing = last == own && !self.refcounts.has_block(own) && self.refcounts.fits_table(own);
+        let alone = (first..last).all(|index| self.refcounts.has_block(index));
+        // Where there is no room for all, the run gets less, and the block lies in front of it.
+        if !missing || !alone || place >= self.room()? {
+            return Ok(false);
+        }
+        self.refcounts.cover(place)?;
+        metadata.add(place);
+        self.end = place + 1;
+        self.search = self.search.min(start);
+        Ok(true)
     }
 
     /// The first free cluster behind everything in use, with a refcount block that covers it.

@@ -201,7 +201,7 @@ impl<'s, 'a> Sweep<'s, 'a> {
         while done < length {
             let run = match from + done < file_end {
                 true => storage.run(from + done..from + length)?,
-                false => Run { end: u64::MAX, data: false },
+                false => Run::new(u64::MAX, false),
             };
             let part = (run.end - (from + done)).min(length - done);
             if run.data {

@@ -108,6 +108,10 @@ impl Image {
                     done => done,
                 };
                 done.map_err(|e| writer.note_corruption(image, e))?;
+                // QEMU gives what is freed to the next request; here that is durable first.
+                if writer.options.first_fit && image.mapping().unlinked() > 0 {
+                    active.reclaim()?;
+                }
                 if writer.options.flush_each { active.flush_guest() } else { Ok(()) }
             }
         }

@@ -1,9 +1,9 @@
 //! Writing zeroes and discarding: changes of mappings, with data only at unaligned edges.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::ops::{ControlFlow, Range};
 
-use qcow2_format::{Geometry, L1Entry, L2Mapping, SubclusterBitmap};
+use qcow2_format::{Geometry, L1Entry, L2Mapping, SubclusterBitmap, SubclusterKind};
 
 use super::active::Active;
 use super::cluster::Step;
@@ -89,13 +89,21 @@ impl<'a> Active<'a> {
                 return self.write_range(Payload::Zeroes, range);
             }
             let whole = whole_clusters(&g, &range, disk.virtual_size());
-            self.write_edges(&range, &whole)?;
+            for edge in edges(&range, &whole, g.cluster_size()) {
+                if !disk.is_known_zero(edge.clone())? {
+                    self.write_range(Payload::Zeroes, edge)?;
+                }
+            }
             return self.change_range(whole, true, &|_, old| give_up(&g, old, 2, false));
         }
         let unit = g.subcluster_size();
         let whole = whole_units(unit, &range, disk.virtual_size());
-        self.write_edges(&range, &whole)?;
         let keep = raw_data || !unmap;
+        for edge in edges(&range, &whole, unit) {
+            if !self.zero_unit(&edge, unmap, keep)? {
+                self.write_range(Payload::Zeroes, edge)?;
+            }
+        }
         // Compressed clusters have no subclusters: a part of one must be written as data.
         let parts = RefCell::new(Vec::new());
         self.change_range(whole.clone(), unmap, &|cluster, old| {
@@ -131,20 +139,28 @@ impl<'a> Active<'a> {
         self.change_range(whole, true, &|_, old| give_up(&g, old, version, has_backing))
     }
 
-    /// Writes zeroes to what `range` has outside `whole`.
-    fn write_edges(&self, range: &Range<u64>, whole: &Range<u64>) -> Result<()> {
-        let Self { disk, .. } = *self;
-        let (head, tail) = if whole.is_empty() {
-            (range.clone(), range.end..range.end)
-        } else {
-            (range.start..whole.start, whole.end.min(range.end)..range.end)
-        };
-        for edge in [head, tail] {
-            if !edge.is_empty() && !disk.is_known_zero(edge.clone())? {
-                self.write_range(Payload::Zeroes, edge)?;
+    /// Maps the unit (a cluster, or a subcluster) of which `edge` is a part as zero, where the rest of it reads as zeroes
+    /// and this layer has no data there. Returns whether it did.
+    fn zero_unit(&self, edge: &Range<u64>, unmap: bool, keep: bool) -> Result<bool> {
+        let Self { disk, image, .. } = *self;
+        let g = *image.geometry();
+        let unit = g.subcluster_size();
+        let start = edge.start - edge.start % unit;
+        let end = start + unit;
+        for rest in [start..edge.start, edge.end..end.min(disk.virtual_size())] {
+            if !rest.is_empty() && !disk.all_extents(rest, |extent| extent.zero)? {
+                return Ok(false);
             }
         }
-        Ok(())
+        let zero = Cell::new(false);
+        // A request may have written to the rest since, and has its data here then. Nothing gives up a zero in favour of
+        // what is below. Only the edge is given: a raw data file may have that data, too.
+        self.change_range(edge.clone(), unmap, &|cluster, old| {
+            let within = start - cluster..end - cluster;
+            zero.set(has_no_data(old, (within.start / unit) as u32));
+            zero.get().then(|| zeroed(&g, old, &within, !keep))
+        })?;
+        Ok(zero.get())
     }
 
     /// Replaces the mappings of the clusters that `range` touches, slice by slice. `replace` gets the guest offset of
@@ -218,6 +234,28 @@ fn whole_units(unit: u64, range: &Range<u64>, disk: u64) -> Range<u64> {
 
 fn whole_clusters(g: &Geometry, range: &Range<u64>, disk: u64) -> Range<u64> {
     whole_units(g.cluster_size(), range, disk)
+}
+
+/// What `range` has outside `whole`, its whole units: at most a part of two.
+fn edges(range: &Range<u64>, whole: &Range<u64>, unit: u64) -> impl Iterator<Item = Range<u64>> {
+    let middle = if whole.is_empty() {
+        let boundary = range.start.next_multiple_of(unit).clamp(range.start, range.end);
+        boundary..boundary
+    } else {
+        whole.clone()
+    };
+    [range.start..middle.start, middle.end.min(range.end)..range.end]
+        .into_iter()
+        .filter(|edge| !edge.is_empty())
+}
+
+/// Whether a subcluster (or the cluster, where there are none) has no data of this layer's.
+fn has_no_data(mapping: &L2Mapping, subcluster: u32) -> bool {
+    match mapping {
+        L2Mapping::Unallocated | L2Mapping::Zero { .. } => true,
+        L2Mapping::Subclusters { bitmap, .. } => bitmap.kind(subcluster) != SubclusterKind::Data,
+        L2Mapping::Data { .. } | L2Mapping::Compressed(_) => false,
+    }
 }
 
 /// The mapping whose bytes `within` (whole subclusters) read as zeroes.

@@ -17,7 +17,8 @@ pub struct WriteOptions {
     /// cleanly is repaired when it is opened again.
     pub lazy_refcounts: bool,
     /// Take the first free clusters in the order in which requests need them, and reserve none ahead: files are laid out as QEMU
-    /// lays them out. Slower: each flush of new data syncs twice, and neighbours of the guest need not be neighbours in the file.
+    /// lays them out. Slower: each flush of new data syncs twice, a request that frees something is flushed, and neighbours of the guest
+    /// need not be neighbours in the file.
     pub first_fit: bool,
     /// Level of compressed writes; the codec's default without one.
     pub compression_level: Option<u32>,

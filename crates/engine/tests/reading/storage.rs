@@ -168,14 +168,14 @@ fn holes_are_found() {
     {
         storage.write_all_at(Mem::from(&[1; 65536][..]), 1 << 20).unwrap();
         storage.resize(4 << 20).unwrap();
-        assert_eq!(storage.run_in(0..u64::MAX).unwrap(), Run { end: 1 << 20, data: false });
-        assert_eq!(storage.run_in(4096..u64::MAX).unwrap(), Run { end: 1 << 20, data: false });
-        assert_eq!(storage.run_in((1 << 20)..u64::MAX).unwrap(), Run { end: (1 << 20) + 65536, data: true });
-        assert_eq!(storage.run_in((2 << 20)..u64::MAX).unwrap(), Run { end: 4 << 20, data: false });
-        assert_eq!(storage.run_in((4 << 20)..u64::MAX).unwrap(), Run { end: u64::MAX, data: false });
+        assert_eq!(storage.run_in(0..u64::MAX).unwrap(), Run::new(1 << 20, false));
+        assert_eq!(storage.run_in(4096..u64::MAX).unwrap(), Run::new(1 << 20, false));
+        assert_eq!(storage.run_in((1 << 20)..u64::MAX).unwrap(), Run::new((1 << 20) + 65536, true));
+        assert_eq!(storage.run_in((2 << 20)..u64::MAX).unwrap(), Run::new(4 << 20, false));
+        assert_eq!(storage.run_in((4 << 20)..u64::MAX).unwrap(), Run::new(u64::MAX, false));
         assert!(storage.allocated_bytes().unwrap() < 1 << 20);
         storage.discard(1 << 20, 65536).unwrap();
-        assert_eq!(storage.run_in(0..u64::MAX).unwrap(), Run { end: 4 << 20, data: false });
+        assert_eq!(storage.run_in(0..u64::MAX).unwrap(), Run::new(4 << 20, false));
         storage.reserve(0, 1 << 20).unwrap();
     }
     assert!(fs::metadata(dir.path().join("a")).unwrap().blocks() * 512 >= 1 << 20);
@@ -227,7 +227,7 @@ fn a_borrowed_descriptor_keeps_its_cursor() {
     owner.read_exact(&mut [0; 3]).unwrap();
     let storage = FileStorage::from_borrowed(owner.as_fd()).unwrap();
     assert!(!storage.traits().writable);
-    assert_eq!(storage.run_in(0..u64::MAX).unwrap(), Run { end: 10, data: true });
+    assert_eq!(storage.run_in(0..u64::MAX).unwrap(), Run::new(10, true));
     assert_eq!(bytes_of(&storage), b"0123456789");
     assert_eq!(owner.stream_position().unwrap(), 3);
     assert_eq!(storage.path().unwrap().file_name().unwrap(), "f");

@@ -148,3 +148,54 @@ fn what_is_given_up_is_what_qemu_gives_up() {
         }
     }
 }
+
+/// Part of a unit that reads as zeroes otherwise becomes zero as a whole, whatever is below; where the rest does not, or is data of
+/// this layer, the part is data. QEMU maps the same.
+#[test]
+fn parts_of_units_are_mapped_as_qemu_maps_them() {
+    let Some(qemu) = Qemu::find() else { return };
+    let fixture = Fixture::new();
+    let [base, ours, theirs] = ["base", "ours", "theirs"].map(|name| fixture.path(name));
+    let size = (512 << 10) + 1024;
+    for (options, unit) in [("cluster_size=64k", 65536), ("cluster_size=64k,extended_l2=on", 2048)] {
+        for backed in [false, true] {
+            qemu.create(&base, "", Some(size));
+            qemu.io(&base, "qcow2", &[&format!("write -P 9 {} 512", 6 * unit + 1024)]);
+            let backing = format!("{options},backing_file={},backing_fmt=qcow2", base.display());
+            qemu.create(&theirs, if backed { &backing } else { options }, Some(size));
+            qemu.io(&theirs, "qcow2", &[&format!("write -P 5 {} 512", 4 * unit)]);
+            std::fs::copy(&theirs, &ours).unwrap();
+            // Inside of a unit, over the end of one, both ends; beside data of the layer; over data below, and beside it; at the end of
+            // the disk. A head and a tail with a unit between them.
+            let ranges = [
+                (512, 512),
+                (2 * unit - 512, 1024),
+                (4 * unit + 512, 512),
+                (6 * unit + 512, 1024),
+                (7 * unit - 512, unit + 1024),
+                (size - 512, 512),
+            ];
+            let image = qcow2_testkit::disk_model::open_file(
+                &ours,
+                &Opening { write: Some(WriteOptions::default()), ..Opening::default() },
+            )
+            .unwrap();
+            for (offset, length) in ranges {
+                image.write_zeroes(offset, length, false).unwrap();
+            }
+            image.close().unwrap();
+            let commands: Vec<_> = ranges.iter().map(|(o, l)| format!("write -z {o} {l}")).collect();
+            qemu.io(&theirs, "qcow2", &commands.iter().map(String::as_str).collect::<Vec<_>>());
+            qemu.assert_clean(&ours);
+            qemu.assert_identical(&ours, "qcow2", &theirs, "qcow2");
+            let map = |path| {
+                let mut map = qemu.map_json(path, "qcow2");
+                for extent in map.as_array_mut().unwrap() {
+                    extent.as_object_mut().unwrap().remove("offset");
+                }
+                map
+            };
+            assert_eq!(map(&ours), map(&theirs), "{options}, backed: {backed}");
+        }
+    }
+}

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use qcow2_engine::storage::MemoryStorage;
-use qcow2_engine::{Image, OpenOptions, Qcow2, ReadStorage, ResizeOptions, Storage, WriteOptions};
+use qcow2_engine::{Discard, Image, OpenOptions, Qcow2, ReadStorage, ResizeOptions, Storage, WriteOptions};
 use qcow2_testkit::ops::{Target, stamped};
 use qcow2_testkit::plans::Table;
 use qcow2_testkit::{Fixture, Qemu};
@@ -241,4 +241,42 @@ fn first_fit_leaves_no_holes() {
         qemu.guest_bytes(&path, "qcow2", &[])[..(124 << 10) + 512],
         stamped(0, (124 << 10) + 512, 3)[..]
     );
+}
+
+/// Where refcount blocks lie, and that what a discard frees is what the next write takes, is as with qemu-io.
+#[test]
+fn first_fit_lies_where_qemu_puts_it() {
+    let Some(qemu) = Qemu::find() else { return };
+    let fixture = Fixture::new();
+    let [ours, theirs] = ["ours", "theirs"].map(|name| fixture.path(name));
+    let writes = [
+        (0u64, 700u64 << 10),
+        (900 << 10, 1 << 10),
+        (1 << 20, 300 << 10),
+        (0, 64 << 10),
+        (3 << 20, 32 << 10),
+    ];
+    let discards = [(0u64, 64u64 << 10), (512 << 10, 64 << 10)];
+    qemu.create(&theirs, "cluster_size=1k,refcount_bits=64", Some(4 << 20));
+    let file = load(&theirs);
+    let mut image = Qcow2::open(Arc::clone(&file) as Arc<dyn Storage>, &OpenOptions::default()).unwrap();
+    let write = WriteOptions { first_fit: true, discard: Discard::Unmap, ..WriteOptions::default() };
+    image.enable_writing(write).unwrap();
+    let image = Image::new(vec![Box::new(image)]).unwrap();
+    let mut commands = Vec::new();
+    for (index, (offset, length)) in writes.into_iter().enumerate() {
+        if index == 3 {
+            for (offset, length) in discards {
+                image.discard(offset, length).unwrap();
+                commands.push(format!("discard {offset} {length}"));
+            }
+        }
+        image.write(offset, &vec![7; length as usize]).unwrap();
+        commands.push(format!("write -P 7 {offset} {length}"));
+    }
+    image.close().unwrap();
+    assert_clean(&qemu, &file, &ours);
+    qemu.io(&theirs, "qcow2", &commands);
+    assert_eq!(qemu.map_json(&ours, "qcow2"), qemu.map_json(&theirs, "qcow2"));
+    assert_eq!(std::fs::metadata(&ours).unwrap().len(), std::fs::metadata(&theirs).unwrap().len());
 }

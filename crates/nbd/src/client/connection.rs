@@ -21,6 +21,7 @@ use super::replies::{Answer, Asked, Question, Wrong, read_reply};
 use super::uri::Location;
 use crate::incoming::Incoming;
 use crate::protocol::answers::BlockSizes;
+use crate::protocol::command_flags;
 use crate::protocol::transmission::{Command, Request};
 use crate::transport::{Encrypt, Transport, write_all};
 
@@ -204,6 +205,11 @@ impl Connection {
         self.shared.agreed.blocks
     }
 
+    /// Whether lengths can have 64 bits.
+    pub(super) fn takes_long(&self) -> bool {
+        self.shared.agreed.extended
+    }
+
     /// Whether the server tells of holes and zeroes.
     pub fn tells_status(&self) -> bool {
         self.shared.agreed.allocation.is_some()
@@ -231,7 +237,7 @@ impl Connection {
         flags: u16,
         command: Command,
         offset: u64,
-        length: u32,
+        length: u64,
         payload: &[Mem<'_>],
     ) -> io::Result<Ticket> {
         let shared = &*self.shared;
@@ -241,6 +247,8 @@ impl Connection {
         let cookie = state.last;
         state.waiting.insert(cookie, (Some(Question::new(command, offset, length)), Arc::clone(&slot)));
         drop(state);
+        let writes = shared.agreed.extended && command == Command::Write;
+        let flags = if writes { flags | command_flags::PAYLOAD_LEN } else { flags };
         let request = Request { flags, command, cookie, offset, length };
         if let Err(error) = shared.send(&request, payload) {
             shared.fail(error);
@@ -327,7 +335,7 @@ impl Shared {
     fn send(&self, request: &Request, payload: &[Mem<'_>]) -> io::Result<()> {
         let mut copied = self.sending.lock();
         copied.clear();
-        copied.extend(request.to_bytes());
+        copied.extend(request.to_bytes(self.agreed.extended));
         for mem in payload {
             let mut rest = *mem;
             while !rest.is_empty() {

@@ -42,6 +42,8 @@ pub(super) struct Agreed {
     pub(super) blocks: BlockSizes,
     /// Replies in chunks.
     pub(super) structured: bool,
+    /// And headers extended.
+    pub(super) extended: bool,
     /// The number of `base:allocation`.
     pub(super) allocation: Option<u32>,
 }
@@ -59,6 +61,8 @@ pub struct Listed {
     pub blocks: Option<BlockSizes>,
     /// Names of its contexts.
     pub contexts: Vec<Vec<u8>>,
+    /// Lengths of requests can have 64 bits: extended headers.
+    pub extended: bool,
 }
 
 /// The handshake with one server.
@@ -123,7 +127,7 @@ impl<'a> Handshake<'a> {
 
     /// Begins with an export.
     pub(super) fn go(mut self, name: &[u8]) -> Result<Agreed> {
-        let structured = self.ask(OptionKind::StructuredReply, b"", |_| Ok(()))?.is_ok();
+        let (extended, structured) = self.headers()?;
         let allocation = if structured { self.choose_allocation(name)? } else { None };
         let mut listed = Listed::default();
         let asked = export_request(name, &[Info::BlockSize]);
@@ -139,7 +143,14 @@ impl<'a> Handshake<'a> {
                 return Err(refused(OptionKind::Go, name, refusal, &words));
             }
         };
-        Ok(Agreed { size, flags, blocks, structured, allocation })
+        Ok(Agreed { size, flags, blocks, structured, extended, allocation })
+    }
+
+    /// Asks for extended headers, else for replies in chunks, which come with them.
+    fn headers(&mut self) -> Result<(bool, bool)> {
+        let extended = self.ask(OptionKind::ExtendedHeaders, b"", |_| Ok(()))?.is_ok();
+        let structured = extended || self.ask(OptionKind::StructuredReply, b"", |_| Ok(()))?.is_ok();
+        Ok((extended, structured))
     }
 
     fn choose_allocation(&mut self, name: &[u8]) -> Result<Option<u32>> {
@@ -186,8 +197,9 @@ impl<'a> Handshake<'a> {
         })?;
         answered.map_err(|(refusal, words)| refused(OptionKind::List, b"", refusal, &words))?;
         // Contexts are told of only where replies come in chunks.
-        let structured = self.ask(OptionKind::StructuredReply, b"", |_| Ok(()))?.is_ok();
+        let (extended, structured) = self.headers()?;
         for export in &mut exports {
+            export.extended = extended;
             let asked = export_request(&export.name, &[Info::BlockSize, Info::Description]);
             // One that is gone meanwhile, or that the server does not describe, has a name all the same.
             let _told = self.ask(OptionKind::Info, &asked, |answered| export.take(answered))?;

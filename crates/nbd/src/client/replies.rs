@@ -4,8 +4,10 @@ use std::io;
 
 use super::handshake::Agreed;
 use crate::incoming::Incoming;
-use crate::protocol::answers::{MAX_STATEMENT, REPLY_HEAD, ReplyHead, Statement};
-use crate::protocol::transmission::{Command, Descriptor};
+use crate::protocol::answers::{
+    EXTENDED_STATUS, ExtendedHead, MAX_STATEMENT, REPLY_HEAD, ReplyHead, Statement,
+};
+use crate::protocol::transmission::{Command, Descriptor, EXTENDED_CHUNK_HEAD};
 use crate::protocol::{Malformed, NbdError};
 use crate::transport::Transport;
 
@@ -23,11 +25,11 @@ const MAX_WORDS: u32 = 16;
 pub(super) struct Question {
     pub(super) command: Command,
     pub(super) offset: u64,
-    pub(super) length: u32,
+    pub(super) length: u64,
     /// What was read so far: as long as the request is, from the first bytes of it on.
     data: Vec<u8>,
     /// Bytes of `data` that came.
-    came: u32,
+    came: u64,
     status: Option<Descriptor>,
     error: Option<u32>,
     words: u32,
@@ -76,20 +78,22 @@ pub(super) trait Asked {
 }
 
 impl Question {
-    pub(super) fn new(command: Command, offset: u64, length: u32) -> Self {
+    pub(super) fn new(command: Command, offset: u64, length: u64) -> Self {
         Self { command, offset, length, data: Vec::new(), came: 0, status: None, error: None, words: 0 }
     }
 
     /// The part of the answer for `length` bytes of the disk from `offset` on.
-    fn part(&mut self, offset: u64, length: u32) -> Result<&mut [u8], Malformed> {
+    fn part(&mut self, offset: u64, length: u64) -> Result<&mut [u8], Malformed> {
         const OUTSIDE: Malformed = Malformed("a reply has bytes that were not asked for");
-        let wanted = self.length as usize;
-        let start =
-            offset.checked_sub(self.offset).and_then(|start| usize::try_from(start).ok()).ok_or(OUTSIDE)?;
-        let end = start.checked_add(length as usize).filter(|end| *end <= wanted).ok_or(OUTSIDE)?;
         if self.command != Command::Read || length == 0 {
             return Err(OUTSIDE);
         }
+        // What is read at once fits.
+        let wanted = usize::try_from(self.length).map_err(|_| OUTSIDE)?;
+        let start =
+            offset.checked_sub(self.offset).and_then(|start| usize::try_from(start).ok()).ok_or(OUTSIDE)?;
+        let long = usize::try_from(length).map_err(|_| OUTSIDE)?;
+        let end = start.checked_add(long).filter(|end| *end <= wanted).ok_or(OUTSIDE)?;
         self.came = self.came.checked_add(length).filter(|came| *came <= self.length).ok_or(OUTSIDE)?;
         self.data.resize(wanted, 0);
         self.data.get_mut(start..end).ok_or(OUTSIDE)
@@ -97,7 +101,7 @@ impl Question {
 
     fn say(&mut self, said: Statement, agreed: &Agreed) -> Result<(), Malformed> {
         match said {
-            Statement::Hole(offset, length) => self.part(offset, length)?.fill(0),
+            Statement::Hole(offset, length) => self.part(offset, length.into())?.fill(0),
             Statement::Status(context, first) => {
                 if self.command != Command::BlockStatus
                     || Some(context) != agreed.allocation
@@ -170,6 +174,19 @@ pub(super) fn read_reply(
     asked: &dyn Asked,
 ) -> Result<(), Wrong> {
     const UNKNOWN: Malformed = Malformed("it answers a request that was not made");
+    if agreed.extended {
+        let mut head = [0; EXTENDED_CHUNK_HEAD];
+        incoming.read_exact(transport, &mut head, None)?;
+        asked.heard();
+        let ExtendedHead { done, kind, cookie, offset, length } = ExtendedHead::parse(&head)?;
+        let mut question = asked.take(cookie).ok_or(UNKNOWN)?;
+        let read = if offset == question.offset {
+            chunk(&mut question, kind, length, incoming, transport, agreed, asked)
+        } else {
+            Err(Malformed("a reply names another offset than the request").into())
+        };
+        return finish(cookie, question, done, read, asked);
+    }
     let mut head = [0; REPLY_HEAD];
     incoming.read_exact(transport, &mut head, None)?;
     asked.heard();
@@ -184,7 +201,8 @@ pub(super) fn read_reply(
         }
         ReplyHead::Chunk { done, kind, cookie } => {
             let mut question = asked.take(cookie).ok_or(UNKNOWN)?;
-            let read = chunk(&mut question, kind, incoming, transport, agreed, asked);
+            let read = chunk_length(incoming, transport)
+                .and_then(|length| chunk(&mut question, kind, length, incoming, transport, agreed, asked));
             finish(cookie, question, done, read, asked)
         }
     }
@@ -236,24 +254,31 @@ fn simple(
     fill(question.part(offset, length)?, incoming, transport, asked)
 }
 
+fn chunk_length(incoming: &mut Incoming, transport: &dyn Transport) -> Result<u64, Wrong> {
+    let mut length = [0; 4];
+    incoming.read_exact(transport, &mut length, None)?;
+    Ok(u32::from_be_bytes(length).into())
+}
+
 fn chunk(
     question: &mut Question,
     kind: u16,
+    length: u64,
     incoming: &mut Incoming,
     transport: &dyn Transport,
     agreed: &Agreed,
     asked: &dyn Asked,
 ) -> Result<(), Wrong> {
-    let mut length = [0; 4];
-    incoming.read_exact(transport, &mut length, None)?;
-    let length = u32::from_be_bytes(length);
     if kind == DATA {
         let mut offset = [0; 8];
         let data = length.checked_sub(8).ok_or(Malformed("a chunk of data is too short"))?;
         incoming.read_exact(transport, &mut offset, None)?;
         return fill(question.part(u64::from_be_bytes(offset), data)?, incoming, transport, asked);
     }
-    if length > MAX_STATEMENT {
+    if kind == EXTENDED_STATUS && !agreed.extended {
+        return Err(Malformed("a block status is extended, which was not agreed on").into());
+    }
+    if length > MAX_STATEMENT.into() {
         return Err(Malformed("a chunk of a reply is too long").into());
     }
     let mut data = vec![0; length as usize];

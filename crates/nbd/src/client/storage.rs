@@ -23,8 +23,14 @@ pub const PROTOCOL: &str = "nbd";
 /// Bytes of one request that reads or writes, at most: several of them are under way at once.
 const PIECE: u32 = 2 << 20;
 
-/// Bytes that are asked about at once, or trimmed: as many as a length of 31 bits has.
-const SPAN: u32 = 1 << 30;
+/// Bytes that are asked about at once, or trimmed, where lengths have 32 bits: as many as 31 bits have.
+const SPAN: u64 = 1 << 30;
+
+/// The same where lengths have 64 bits.
+const LONG_SPAN: u64 = 1 << 62;
+
+/// Bytes that become zero at once where lengths have 64 bits: a server that writes them is silent meanwhile.
+const LONG_ZEROES: u64 = 8 << 30;
 
 /// An export of a server. Nobody changes its size from here, so it is a device; what it demands of the alignment of requests is in its
 /// traits ([`qcow2_core::storage::DirectStorage`] takes any).
@@ -110,8 +116,8 @@ impl NbdStorage {
     }
 
     /// Bytes of one request without payload, at most.
-    fn span(&self) -> u64 {
-        down(SPAN.into(), self.blocks.minimum)
+    fn span(&self, connection: &Connection) -> u64 {
+        down(if connection.takes_long() { LONG_SPAN } else { SPAN }, self.blocks.minimum)
     }
 
     /// Where a server cannot flush, each write is durable by itself, if it can do that.
@@ -147,15 +153,15 @@ impl NbdStorage {
     ) -> Vec<io::Result<Ticket>> {
         let length = (length as u64).min(self.piece() * most as u64);
         let end = offset.saturating_add(self.inside(offset, length));
-        let read = |at: u64, length: u32| connection.send(0, Command::Read, at, length, &[]);
+        let read = |at: u64, length: u64| connection.send(0, Command::Read, at, length, &[]);
         pieces(offset, end, self.piece()).map(|(at, length)| read(at, length)).collect()
     }
 
     /// Sends what is written at `offset`, a piece after the other.
-    fn put(&self, connection: &Connection, bufs: &[Mem<'_>], offset: u64) -> Vec<(u32, io::Result<Ticket>)> {
+    fn put(&self, connection: &Connection, bufs: &[Mem<'_>], offset: u64) -> Vec<(u64, io::Result<Ticket>)> {
         let length: u64 = bufs.iter().map(|buf| buf.len() as u64).sum();
         let end = offset.saturating_add(self.inside(offset, length));
-        let write = |(at, length): (u64, u32)| {
+        let write = |(at, length): (u64, u64)| {
             let payload = part(bufs, at - offset, length as usize);
             (length, connection.send(self.durable(), Command::Write, at, length, &payload))
         };
@@ -165,21 +171,22 @@ impl NbdStorage {
     /// What a range that begins inside is.
     fn run_on(&self, connection: &Connection, range: Range<u64>) -> io::Result<Run> {
         if !connection.tells_status() {
-            return Ok(Run { end: self.size, data: true });
+            return Ok(Run::new(self.size, true));
         }
         let minimum = self.blocks.minimum;
         let start = down(range.start, minimum);
         let behind = range.end.min(self.size).checked_next_multiple_of(minimum.into()).unwrap_or(self.size);
-        let length = behind.min(self.size).saturating_sub(start).min(self.span());
-        let length = u32::try_from(length).unwrap_or(u32::MAX);
+        let length = behind.min(self.size).saturating_sub(start).min(self.span(connection));
         let flags = command_flags::REQ_ONE;
         let asked = connection.send(flags, Command::BlockStatus, start, length, &[])?;
         let Some(found) = connection.wait(asked)?.status else {
-            return Ok(Run { end: self.size, data: true });
+            return Ok(Run::new(self.size, true));
         };
         // It may end behind what was asked for, and the disk; before where it was asked from it says nothing.
-        let end = (start + u64::from(found.length)).clamp(range.start + 1, self.size);
-        Ok(Run { end, data: found.status & allocation::ZERO == 0 })
+        let end = start.saturating_add(found.length).clamp(range.start + 1, self.size);
+        // What is a hole and not zero could be anything: it is read.
+        let data = found.status & allocation::ZERO == 0;
+        Ok(Run { end, data, space: data || found.status & allocation::HOLE == 0 })
     }
 
     /// A write that can begin.
@@ -193,8 +200,14 @@ impl NbdStorage {
     }
 
     /// Does a command without payload on a range.
-    fn each(&self, flags: u16, command: Command, range: Range<u64>, most: u64) -> io::Result<()> {
-        self.link.run(|connection| each(connection, flags, command, range.clone(), most))
+    fn each(
+        &self,
+        flags: u16,
+        command: Command,
+        range: Range<u64>,
+        most: impl Fn(&Connection) -> u64,
+    ) -> io::Result<()> {
+        self.link.run(|connection| each(connection, flags, command, range.clone(), most(connection)))
     }
 }
 
@@ -222,7 +235,7 @@ fn collect(
 }
 
 /// Waits for what was sent; how many bytes were written before the first failure, or that.
-fn written(connection: &Connection, sent: Vec<(u32, io::Result<Ticket>)>) -> io::Result<usize> {
+fn written(connection: &Connection, sent: Vec<(u64, io::Result<Ticket>)>) -> io::Result<usize> {
     let (mut done, mut failure) = (0, None);
     for (length, ticket) in sent {
         match ticket.and_then(|ticket| connection.wait(ticket)) {
@@ -245,7 +258,7 @@ fn each(
     range: Range<u64>,
     most: u64,
 ) -> io::Result<()> {
-    let send = |(at, length): (u64, u32)| connection.send(flags, command, at, length, &[]);
+    let send = |(at, length): (u64, u64)| connection.send(flags, command, at, length, &[]);
     // So many at once: all of a large disk would be a long list.
     let mut rest = pieces(range.start, range.end, most).peekable();
     while rest.peek().is_some() {
@@ -271,11 +284,11 @@ fn down(value: u64, multiple: u32) -> u64 {
 }
 
 /// Offsets and lengths of pieces of a range, which are multiples of `most` apart.
-fn pieces(start: u64, end: u64, most: u64) -> impl Iterator<Item = (u64, u32)> {
+fn pieces(start: u64, end: u64, most: u64) -> impl Iterator<Item = (u64, u64)> {
     let mut at = start;
     std::iter::from_fn(move || {
         let length = end.saturating_sub(at).min(most);
-        let piece = (at, u32::try_from(length).unwrap_or(u32::MAX));
+        let piece = (at, length);
         at += length;
         (length > 0).then_some(piece)
     })
@@ -329,7 +342,7 @@ impl ReadStorage for NbdStorage {
 
     fn run_in(&self, range: Range<u64>) -> io::Result<Run> {
         if range.start >= self.size {
-            return Ok(Run { end: u64::MAX, data: false });
+            return Ok(Run::new(u64::MAX, false));
         }
         self.link.run(|connection| self.run_on(connection, range.clone()))
     }
@@ -422,9 +435,12 @@ impl Storage for NbdStorage {
             return Ok(());
         }
         let space = if unmap { 0 } else { command_flags::NO_HOLE };
-        // Servers write zeroes where they know no better: as many at once as they would take bytes.
+        // Servers write zeroes where they know no better: as many at once as they would take bytes. Those that take long requests know.
         let sizes = self.blocks;
-        let most = down(sizes.maximum.min(MAX_PAYLOAD).into(), sizes.minimum);
+        let short: u64 = sizes.maximum.min(MAX_PAYLOAD).into();
+        let most = |connection: &Connection| {
+            down(if connection.takes_long() { LONG_ZEROES } else { short }, sizes.minimum)
+        };
         self.each(space | self.durable(), Command::WriteZeroes, offset..end, most)
     }
 
@@ -434,7 +450,7 @@ impl Storage for NbdStorage {
             return Ok(());
         }
         let end = offset.saturating_add(self.inside(offset, length));
-        self.each(self.durable(), Command::Trim, offset..end, self.span())
+        self.each(self.durable(), Command::Trim, offset..end, |connection| self.span(connection))
     }
 
     fn allocate(&self, offset: u64, length: u64) -> io::Result<()> {

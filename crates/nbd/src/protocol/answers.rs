@@ -2,7 +2,9 @@
 
 use super::fields::{Fields, Malformed};
 use super::handshake::{OPTION_REPLY_MAGIC, OptionKind};
-use super::transmission::{CHUNK_MAGIC, Descriptor, SIMPLE_REPLY_MAGIC};
+use super::transmission::{
+    CHUNK_MAGIC, Descriptor, EXTENDED_CHUNK_HEAD, EXTENDED_CHUNK_MAGIC, SIMPLE_REPLY_MAGIC,
+};
 use super::{MAX_NAME, MAX_PAYLOAD};
 
 /// Length of the head of an answer to an option.
@@ -59,6 +61,8 @@ pub enum Refusal {
     BlockSizeRequired,
     /// Something was too long.
     TooBig,
+    /// Only with extended headers.
+    ExtendedHeadersRequired,
     /// Any other.
     Other(u32),
 }
@@ -75,6 +79,7 @@ impl Refusal {
             7 => Self::Shutdown,
             8 => Self::BlockSizeRequired,
             9 => Self::TooBig,
+            10 => Self::ExtendedHeadersRequired,
             other => Self::Other(other),
         }
     }
@@ -91,6 +96,7 @@ impl Refusal {
             Self::Shutdown => "the server is ending",
             Self::BlockSizeRequired => "the server wants block sizes to be asked for",
             Self::TooBig => "the server finds the option too long",
+            Self::ExtendedHeadersRequired => "the server wants extended headers",
             Self::Other(_) => "the server refuses, and gives a reason that is not known",
         }
     }
@@ -229,6 +235,9 @@ pub fn parse_context(data: &[u8]) -> Result<(u32, &[u8]), Malformed> {
     Ok((fields.u32()?, name(fields.0)?))
 }
 
+/// The kind of a chunk with a status in 64 bits.
+pub const EXTENDED_STATUS: u16 = 6;
+
 /// Length of what every reply begins with, and which all that is known of it fits in: the head of a simple one.
 pub const REPLY_HEAD: usize = 16;
 
@@ -266,6 +275,37 @@ impl ReplyHead {
     }
 }
 
+/// The head of a chunk where headers are extended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExtendedHead {
+    /// The last one.
+    pub done: bool,
+    /// What it is.
+    pub kind: u16,
+    /// The request's.
+    pub cookie: u64,
+    /// The request's, too.
+    pub offset: u64,
+    /// Bytes behind the head.
+    pub length: u64,
+}
+
+impl ExtendedHead {
+    /// Reads a head.
+    ///
+    /// # Errors
+    /// Another magic: nobody knows then where the next reply begins.
+    pub fn parse(bytes: &[u8; EXTENDED_CHUNK_HEAD]) -> Result<Self, Malformed> {
+        let mut fields = Fields(bytes);
+        if fields.u32()? != EXTENDED_CHUNK_MAGIC {
+            return Err(Malformed("a reply begins with another magic number"));
+        }
+        let done = fields.u16()? & 1 != 0;
+        let (kind, cookie) = (fields.u16()?, fields.u64()?);
+        Ok(Self { done, kind, cookie, offset: fields.u64()?, length: fields.u64()? })
+    }
+}
+
 /// What a chunk without bytes of the disk says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Statement {
@@ -298,8 +338,17 @@ impl Statement {
             }
             5 => {
                 let context = fields.u32()?;
-                let first = Descriptor { length: fields.u32()?, status: fields.u32()? };
+                let first = Descriptor { length: fields.u32()?.into(), status: fields.u32()?.into() };
                 if first.length == 0 || fields.0.len() % 8 != 0 {
+                    return Err(Malformed("a block status has no extent"));
+                }
+                Ok(Self::Status(context, first))
+            }
+            EXTENDED_STATUS => {
+                let (context, count) = (fields.u32()?, fields.u32()?);
+                let first = Descriptor { length: fields.u64()?, status: fields.u64()? };
+                let (more, odd) = (fields.0.len() / 16, fields.0.len() % 16);
+                if first.length == 0 || odd != 0 || count != 0 && count as usize != more + 1 {
                     return Err(Malformed("a block status has no extent"));
                 }
                 Ok(Self::Status(context, first))

@@ -42,6 +42,8 @@ pub enum OptionKind {
     ListMetaContext,
     /// Which contexts `BLOCK_STATUS` is to tell of.
     SetMetaContext,
+    /// Replies in chunks, and lengths of 64 bits.
+    ExtendedHeaders,
     /// Anything else.
     Unknown(u32),
 }
@@ -67,6 +69,7 @@ impl OptionKind {
             8 => Self::StructuredReply,
             9 => Self::ListMetaContext,
             10 => Self::SetMetaContext,
+            11 => Self::ExtendedHeaders,
             other => Self::Unknown(other),
         }
     }
@@ -83,6 +86,7 @@ impl OptionKind {
             Self::StructuredReply => 8,
             Self::ListMetaContext => 9,
             Self::SetMetaContext => 10,
+            Self::ExtendedHeaders => 11,
             Self::Unknown(code) => code,
         }
     }
@@ -195,6 +199,8 @@ pub enum Reply {
     ErrTlsReqd = (1 << 31) + 5,
     /// No such export.
     ErrUnknown = (1 << 31) + 6,
+    /// Something that goes with extended headers no more.
+    ErrExtHeaderReqd = (1 << 31) + 10,
 }
 
 /// What the server says first.

@@ -49,18 +49,20 @@ pub mod command_flags {
     pub const REQ_ONE: u16 = 1 << 3;
     /// Zeroes are to be faster than writing them, or an error.
     pub const FAST_ZERO: u16 = 1 << 4;
+    /// With extended headers: as many bytes as the length says follow the request. Always with WRITE.
+    pub const PAYLOAD_LEN: u16 = 1 << 5;
 }
 
 /// What a range is, for `base:allocation`.
 pub mod allocation {
     /// Takes no space.
-    pub const HOLE: u32 = 1 << 0;
+    pub const HOLE: u64 = 1 << 0;
     /// Reads as zeroes.
-    pub const ZERO: u32 = 1 << 1;
+    pub const ZERO: u64 = 1 << 1;
 }
 
 /// The range was written to, for `qemu:dirty-bitmap:NAME`.
-pub const DIRTY: u32 = 1;
+pub const DIRTY: u64 = 1;
 
 /// The errors that a reply can carry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

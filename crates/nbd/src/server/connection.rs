@@ -18,8 +18,8 @@ use super::export::Export;
 use super::handshake::{Agreed, Handshake};
 use super::requests::{Refused, check};
 use crate::incoming::Incoming;
-use crate::protocol::MAX_PAYLOAD;
-use crate::protocol::transmission::{Command, REQUEST_HEAD, Request};
+use crate::protocol::transmission::{Command, EXTENDED_REQUEST_HEAD, REQUEST_HEAD, Request};
+use crate::protocol::{MAX_PAYLOAD, Malformed, command_flags};
 use crate::transport::{Socket, Transport};
 
 /// A thread keeps as many bytes from one request to the next: a larger buffer is made for each that needs it.
@@ -86,6 +86,7 @@ pub(super) fn serve(
         deadline: limits.deadline,
         encrypted: start_tls.is_some(),
         structured: false,
+        extended: false,
         contexts: None,
     };
     // A client that vanishes, or says what no client says, has nothing to hear.
@@ -183,17 +184,29 @@ impl Connection<'_> {
         order
     }
 
-    fn receive(&self, incoming: &mut Incoming, buffer: &mut Vec<u8>) -> io::Result<Option<Order<'_>>> {
+    /// The next request, in the form that was agreed on.
+    fn request(&self, incoming: &mut Incoming) -> io::Result<Result<Request, Malformed>> {
+        if self.agreed.extended {
+            let mut head = [0; EXTENDED_REQUEST_HEAD];
+            incoming.read_exact(self.transport, &mut head, None)?;
+            return Ok(Request::parse_extended(&head));
+        }
         let mut head = [0; REQUEST_HEAD];
         incoming.read_exact(self.transport, &mut head, None)?;
-        let Ok(request) = Request::parse(&head) else { return Ok(None) };
+        Ok(Request::parse(&head))
+    }
+
+    fn receive(&self, incoming: &mut Incoming, buffer: &mut Vec<u8>) -> io::Result<Option<Order<'_>>> {
+        let Ok(request) = self.request(incoming)? else { return Ok(None) };
         if request.command == Command::Disc {
             return Ok(None);
         }
         let refused = check(&request, &self.agreed);
         let writes = request.command == Command::Write;
-        // What follows is not read to the end only to be refused: it can be 4 GiB.
-        if writes && request.length > MAX_PAYLOAD {
+        // A write has its bytes behind it whether it says so, as it should, or not: QEMU's do not.
+        let follows = writes || self.agreed.extended && request.has(command_flags::PAYLOAD_LEN);
+        // What follows is not read to the end only to be refused: it can be any length.
+        if follows && request.length > MAX_PAYLOAD.into() {
             return Ok(None);
         }
         let bytes = match request.command {
@@ -203,9 +216,9 @@ impl Connection<'_> {
             _ => 0,
         };
         let held = self.budget.take(bytes.saturating_add(OVERHEAD));
-        if writes && refused.is_some() {
-            incoming.skip(self.transport, u64::from(request.length))?;
-        } else if writes {
+        if follows && refused.is_some() {
+            incoming.skip(self.transport, request.length)?;
+        } else if follows {
             buffer.resize(buffer.len().max(bytes), 0);
             incoming.read_exact(self.transport, buffer.get_mut(..bytes).unwrap_or_default(), None)?;
         }

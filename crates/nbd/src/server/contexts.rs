@@ -1,6 +1,7 @@
 //! What `BLOCK_STATUS` tells of a range, for each context.
 
 use std::ops::Range;
+use std::time::{Duration, Instant};
 
 use qcow2_core::{Extent, ExtentKind, Job, Result};
 
@@ -9,10 +10,16 @@ use crate::protocol::transmission::Descriptor;
 use crate::protocol::{DIRTY, allocation};
 
 /// Descriptors of one reply, for one context: half a megabyte. A client asks again for what is left.
-const MOST: usize = 64 << 10;
+const MOST: usize = 32 << 10;
 
 /// Extents that are looked at at once.
 const STEP: usize = 1024;
+
+/// Bytes of the disk that are looked at at once: all of a large one would be many tables.
+const LOOK: u64 = 4 << 30;
+
+/// How long to look for the end of what one request asks about. A client asks again for what is left.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// What can be told of an export.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,13 +84,13 @@ impl Context {
     }
 }
 
-fn allocation_of(extent: &Extent) -> u32 {
+fn allocation_of(extent: &Extent) -> u64 {
     let hole = matches!(extent.kind, ExtentKind::Zero | ExtentKind::Unallocated);
     (if hole { allocation::HOLE } else { 0 }) | (if extent.zero { allocation::ZERO } else { 0 })
 }
 
-fn depth_of(extent: &Extent) -> u32 {
-    if extent.kind == ExtentKind::Unallocated { 0 } else { extent.depth + 1 }
+fn depth_of(extent: &Extent) -> u64 {
+    if extent.kind == ExtentKind::Unallocated { 0 } else { u64::from(extent.depth) + 1 }
 }
 
 /// Collects descriptors, neighbours of one status merged.
@@ -95,9 +102,8 @@ struct Found {
 
 impl Found {
     /// Appends a range that begins where the last one ended; `false` where there is no room for it, or no need.
-    fn push(&mut self, range: Range<u64>, status: u32) -> bool {
-        // Requests are shorter than 4 GiB.
-        let length = u32::try_from(range.end.min(self.end).saturating_sub(range.start)).unwrap_or(u32::MAX);
+    fn push(&mut self, range: Range<u64>, status: u64) -> bool {
+        let length = range.end.min(self.end).saturating_sub(range.start);
         if length == 0 {
             return range.end < self.end;
         }
@@ -115,20 +121,21 @@ fn of_extents(
     export: &Export,
     range: Range<u64>,
     found: &mut Found,
-    status: fn(&Extent) -> u32,
+    status: fn(&Extent) -> u64,
 ) -> Result<()> {
-    let job = Job::new();
+    let (job, begin) = (Job::new(), Instant::now());
     let (mut at, mut extents) = (range.start, Vec::new());
     while at < range.end {
         extents.clear();
-        let covered = export.disk.extents_up_to(at, range.end - at, STEP, &job, &mut extents)?;
+        let length = (range.end - at).min(LOOK);
+        let covered = export.disk.extents_up_to(at, length, STEP, &job, &mut extents)?;
         for extent in &extents {
             if !found.push(extent.start..extent.start + extent.length, status(extent)) {
                 return Ok(());
             }
         }
-        // The disk has become smaller.
-        if covered <= at {
+        // The disk has become smaller, or it takes long.
+        if covered <= at || begin.elapsed() >= PATIENCE {
             return Ok(());
         }
         at = covered;

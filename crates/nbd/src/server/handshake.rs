@@ -21,6 +21,8 @@ pub(super) struct Agreed<'a> {
     pub(super) size: u64,
     /// Replies in chunks.
     pub(super) structured: bool,
+    /// And headers extended.
+    pub(super) extended: bool,
     /// What `BLOCK_STATUS` tells of.
     pub(super) contexts: Vec<Context>,
 }
@@ -36,6 +38,7 @@ pub(super) struct Handshake<'a, 'i> {
     /// TLS has begun.
     pub(super) encrypted: bool,
     pub(super) structured: bool,
+    pub(super) extended: bool,
     /// Number of the export that contexts were chosen for, and which.
     pub(super) contexts: Option<(usize, Vec<Context>)>,
 }
@@ -134,10 +137,20 @@ impl<'a> Handshake<'a, '_> {
                 self.answer(kind, Reply::Ack, b"")?;
                 return Ok(Turn::Ends);
             }
-            OptionKind::List | OptionKind::StructuredReply if !empty => {
+            OptionKind::List | OptionKind::StructuredReply | OptionKind::ExtendedHeaders if !empty => {
                 self.answer(kind, Reply::ErrInvalid, b"the option takes no data")?;
             }
             OptionKind::List => self.list()?,
+            OptionKind::ExtendedHeaders if self.extended => {
+                self.answer(kind, Reply::ErrInvalid, b"headers are extended already")?;
+            }
+            OptionKind::ExtendedHeaders => {
+                (self.structured, self.extended) = (true, true);
+                self.answer(kind, Reply::Ack, b"")?;
+            }
+            OptionKind::StructuredReply if self.extended => {
+                self.answer(kind, Reply::ErrExtHeaderReqd, b"headers are extended already")?;
+            }
             OptionKind::StructuredReply => {
                 self.structured = true;
                 self.answer(kind, Reply::Ack, b"")?;
@@ -169,7 +182,7 @@ impl<'a> Handshake<'a, '_> {
         // Those of another export mean nothing here.
         let contexts = self.contexts.take().filter(|(of, _)| *of == index && self.structured);
         let contexts = contexts.map(|(_, contexts)| contexts).unwrap_or_default();
-        Agreed { export, size, structured: self.structured, contexts }
+        Agreed { export, size, structured: self.structured, extended: self.extended, contexts }
     }
 
     fn list(&mut self) -> io::Result<()> {

@@ -9,8 +9,8 @@ use super::connection::Connection;
 use super::requests::Refused;
 use crate::protocol::command_flags as flag;
 use crate::protocol::transmission::{
-    Command, Descriptor, Request, data_chunk, error_chunk, hole_chunk, nothing_chunk, simple_reply,
-    status_chunk,
+    Command, Descriptor, Request, data_chunk, error_chunk, extended, extended_status_chunk, hole_chunk,
+    nothing_chunk, simple_reply, status_chunk,
 };
 use crate::transport::write_all;
 
@@ -31,7 +31,7 @@ impl Connection<'_> {
     /// What each context says of the range.
     pub(super) fn block_status(&self, request: &Request) -> Result<Vec<Status>> {
         let start = self.agreed.export.offset + request.offset;
-        let range = start..start + u64::from(request.length);
+        let range = start..start + request.length;
         let one = request.has(flag::REQ_ONE);
         let status = |context: &super::contexts::Context| {
             let ranges = context.status(self.agreed.export, range.clone(), one)?;
@@ -45,7 +45,10 @@ impl Connection<'_> {
         let chunks: Vec<Vec<u8>> = lists
             .iter()
             .enumerate()
-            .map(|(index, list)| status_chunk(request.cookie, index == last, list.context, &list.ranges))
+            .map(|(index, list)| {
+                let chunk = if self.agreed.extended { extended_status_chunk } else { status_chunk };
+                self.head(request, chunk(request.cookie, index == last, list.context, &list.ranges))
+            })
             .collect();
         let parts: Vec<&[u8]> = chunks.iter().map(Vec::as_slice).collect();
         self.send(&parts)
@@ -60,7 +63,7 @@ impl Connection<'_> {
             return self.send(&[&simple_reply(cookie, None), bytes(&(0..length))]);
         }
         if length == 0 {
-            return self.send(&[&nothing_chunk(cookie)]);
+            return self.send(&[&self.head(request, nothing_chunk(cookie))]);
         }
         let last = parts.len().saturating_sub(1);
         let heads: Vec<Vec<u8>> = parts
@@ -68,10 +71,11 @@ impl Connection<'_> {
             .enumerate()
             .map(|(index, Part { range, zero })| {
                 let (done, offset) = (index == last, request.offset + range.start as u64);
-                match zero {
+                let chunk = match zero {
                     true => hole_chunk(cookie, done, offset, range.len() as u32),
                     false => data_chunk(cookie, done, offset, range.len()),
-                }
+                };
+                self.head(request, chunk)
             })
             .collect();
         let pieces: Vec<&[u8]> = heads
@@ -83,16 +87,25 @@ impl Connection<'_> {
     }
 
     pub(super) fn succeed(&self, request: &Request) -> io::Result<()> {
+        if self.agreed.extended {
+            return self.send(&[&self.head(request, nothing_chunk(request.cookie))]);
+        }
         self.send(&[&simple_reply(request.cookie, None)])
     }
 
     pub(super) fn fail(&self, request: &Request, refused: &Refused) -> io::Result<()> {
         let chunks =
             matches!(request.command, Command::Read | Command::BlockStatus) || !refused.why.is_empty();
-        if self.agreed.structured && chunks {
-            return self.send(&[&error_chunk(request.cookie, refused.error, &refused.why)]);
+        if self.agreed.structured && (chunks || self.agreed.extended) {
+            let chunk = error_chunk(request.cookie, refused.error, &refused.why);
+            return self.send(&[&self.head(request, chunk)]);
         }
         self.send(&[&simple_reply(request.cookie, Some(refused.error))])
+    }
+
+    /// A chunk with the head that was agreed on.
+    fn head(&self, request: &Request, chunk: Vec<u8>) -> Vec<u8> {
+        if self.agreed.extended { extended(&chunk, request.offset) } else { chunk }
     }
 
     fn send(&self, parts: &[&[u8]]) -> io::Result<()> {

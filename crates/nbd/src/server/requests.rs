@@ -13,11 +13,11 @@ use crate::protocol::command_flags as flag;
 use crate::protocol::transmission::{Command, Request};
 use crate::protocol::{MAX_PAYLOAD, NbdError};
 
-/// Zeroes and discards are done in pieces of the disk, so that the end of the server does not wait for 4 GiB.
+/// Zeroes and discards are done in pieces of the disk, so that the end of the server does not wait for all of them.
 const PIECE: u64 = 256 << 20;
 
 /// Holes are looked for where a read is as long.
-const SPARSE: u32 = 32 << 10;
+const SPARSE: u64 = 32 << 10;
 
 /// Parts of one read: what is behind the last is data.
 const MOST_PARTS: usize = 512;
@@ -55,6 +55,7 @@ pub(super) fn check(request: &Request, agreed: &Agreed<'_>) -> Option<Refused> {
     let invalid = |why| Some(Refused::new(NbdError::Inval, why));
     let own_flags = match request.command {
         Command::Read if agreed.structured => flag::DF,
+        Command::Write if agreed.extended => flag::PAYLOAD_LEN,
         Command::BlockStatus => flag::REQ_ONE,
         Command::WriteZeroes if agreed.export.fast_zeroes => flag::NO_HOLE | flag::FAST_ZERO,
         Command::WriteZeroes => flag::NO_HOLE,
@@ -72,12 +73,14 @@ pub(super) fn check(request: &Request, agreed: &Agreed<'_>) -> Option<Refused> {
         Command::Flush if request.offset != 0 || request.length != 0 => {
             return invalid("a flush has no range");
         }
-        Command::Read if request.length > MAX_PAYLOAD => return invalid("a read is longer than 32 MiB"),
+        Command::Read if request.length > MAX_PAYLOAD.into() => {
+            return invalid("a read is longer than 32 MiB");
+        }
         Command::BlockStatus if agreed.contexts.is_empty() => return invalid("no context was chosen"),
         Command::BlockStatus if request.length == 0 => return invalid("the range is empty"),
         _ => {}
     }
-    let end = request.offset.checked_add(u64::from(request.length));
+    let end = request.offset.checked_add(request.length);
     if end.is_some_and(|end| end <= agreed.size) {
         return None;
     }
@@ -112,7 +115,7 @@ impl Connection<'_> {
     /// The bytes of the disk.
     fn range(&self, request: &Request) -> Range<u64> {
         let start = self.agreed.export.offset + request.offset;
-        start..start + u64::from(request.length)
+        start..start + request.length
     }
 
     fn change(&self, request: &Request, buffer: &[u8]) -> Result<Option<Refused>> {
@@ -196,7 +199,7 @@ impl Connection<'_> {
         let length = request.length as usize;
         let (mut parts, mut extents) = (Vec::<Part>::new(), Vec::new());
         let disk = &self.agreed.export.disk;
-        disk.extents_up_to(range.start, u64::from(request.length), MOST_PARTS, &Job::new(), &mut extents)?;
+        disk.extents_up_to(range.start, request.length, MOST_PARTS, &Job::new(), &mut extents)?;
         let mut at = 0;
         for extent in extents.iter().take(MOST_PARTS) {
             let end = extent.start.saturating_add(extent.length).saturating_sub(range.start);

@@ -15,8 +15,8 @@ use qcow2_nbd::protocol::handshake::{
     OptionKind, Reply, context_data, export_data, greeting, reply, server_data,
 };
 use qcow2_nbd::protocol::transmission::{
-    Descriptor, REQUEST_HEAD, Request, data_chunk, error_chunk, hole_chunk, nothing_chunk, simple_reply,
-    status_chunk,
+    Descriptor, EXTENDED_REQUEST_HEAD, REQUEST_HEAD, Request, data_chunk, error_chunk, extended,
+    extended_status_chunk, hole_chunk, nothing_chunk, simple_reply, status_chunk,
 };
 use qcow2_nbd::protocol::{NbdError, command_flags, export_flags};
 use tempfile::TempDir;
@@ -82,14 +82,38 @@ fn hear_request(client: &mut UnixStream) -> Request {
     Request::parse(&hear(client, REQUEST_HEAD).try_into().unwrap()).unwrap()
 }
 
-/// A handshake that is right.
-fn shake(client: &mut UnixStream, structured: bool) {
+fn hear_extended_request(client: &mut UnixStream) -> Request {
+    Request::parse_extended(&hear(client, EXTENDED_REQUEST_HEAD).try_into().unwrap()).unwrap()
+}
+
+/// Greets as a server that does not know of extended headers.
+fn greet(client: &mut UnixStream) {
     say(client, &greeting());
     hear(client, 4);
+    assert_eq!(hear_option(client), 11);
+    say(client, &reply(OptionKind::ExtendedHeaders, Reply::ErrUnsup, b""));
+}
+
+/// A handshake that is right.
+fn shake(client: &mut UnixStream, structured: bool) {
+    greet(client);
     assert_eq!(hear_option(client), 8);
     let kind = OptionKind::StructuredReply;
     say(client, &reply(kind, if structured { Reply::Ack } else { Reply::ErrUnsup }, b""));
-    if structured {
+    go(client, structured);
+}
+
+/// One with extended headers.
+fn shake_extended(client: &mut UnixStream) {
+    say(client, &greeting());
+    hear(client, 4);
+    assert_eq!(hear_option(client), 11);
+    say(client, &reply(OptionKind::ExtendedHeaders, Reply::Ack, b""));
+    go(client, true);
+}
+
+fn go(client: &mut UnixStream, contexts: bool) {
+    if contexts {
         assert_eq!(hear_option(client), 10);
         let data = context_data(7, b"base:allocation");
         say(client, &reply(OptionKind::SetMetaContext, Reply::MetaContext, &data));
@@ -112,6 +136,23 @@ fn of_answer(
         let request = hear_request(client);
         say(client, &answer(request));
     });
+    of_server(server, times, ask)
+}
+
+/// The same with extended headers.
+fn of_extended_answer(
+    answer: impl FnOnce(Request) -> Vec<u8> + Send + 'static,
+    ask: impl FnOnce(&NbdStorage) -> Result<()>,
+) -> Result<()> {
+    let server = server(move |client| {
+        shake_extended(client);
+        let request = hear_extended_request(client);
+        say(client, &answer(request));
+    });
+    of_server(server, TIMES, ask)
+}
+
+fn of_server(server: Server, times: Times, ask: impl FnOnce(&NbdStorage) -> Result<()>) -> Result<()> {
     let storage = server.open(TIMES.min(times))?;
     let begin = Instant::now();
     let asked = ask(&storage);
@@ -153,7 +194,7 @@ fn handshakes_that_are_none() {
         })
     };
     let says = |bytes: Vec<u8>| -> Act { Box::new(move |client| say(client, &bytes)) };
-    let structured = OptionKind::StructuredReply;
+    let structured = OptionKind::ExtendedHeaders;
     let mut long = reply(structured, Reply::Ack, b"");
     long[16..20].copy_from_slice(&u32::MAX.to_be_bytes());
     let mut wrong = reply(structured, Reply::Ack, b"");
@@ -198,8 +239,7 @@ fn exports_that_are_none() {
     ];
     for (answers, why) in cases {
         let server = server(move |client| {
-            say(client, &greeting());
-            hear(client, 4);
+            greet(client);
             hear_option(client);
             say(client, &reply(OptionKind::StructuredReply, Reply::ErrUnsup, b""));
             hear_option(client);
@@ -216,7 +256,7 @@ fn servers_from_before_go_are_understood() {
     let server = server(|client| {
         say(client, &greeting());
         hear(client, 4);
-        for kind in [OptionKind::StructuredReply, OptionKind::Go] {
+        for kind in [OptionKind::ExtendedHeaders, OptionKind::StructuredReply, OptionKind::Go] {
             hear_option(client);
             say(client, &reply(kind, Reply::ErrUnsup, b""));
         }
@@ -346,8 +386,7 @@ fn chunks_that_are_none() {
 #[test]
 fn where_a_server_cannot_flush_each_write_is_durable_if_it_can_do_that() {
     let fua = server(|client| {
-        say(client, &greeting());
-        hear(client, 4);
+        greet(client);
         hear_option(client);
         say(client, &reply(OptionKind::StructuredReply, Reply::ErrUnsup, b""));
         hear_option(client);
@@ -387,7 +426,62 @@ fn block_statuses_that_are_none() {
         assert_eq!((run.end, run.data), (SIZE, false));
         Ok(())
     };
-    of_answer(true, TIMES, status(7, u32::MAX), all).unwrap();
+    of_answer(true, TIMES, status(7, u32::MAX.into()), all).unwrap();
+}
+
+#[test]
+fn extended_replies_that_are_none() {
+    type Answer = Box<dyn FnOnce(Request) -> Vec<u8> + Send>;
+    let absurd = |kind: u8, length: u64| -> Answer {
+        Box::new(move |r| {
+            let mut bytes = extended(&nothing_chunk(r.cookie), r.offset);
+            bytes[7] = kind;
+            bytes[24..].copy_from_slice(&length.to_be_bytes());
+            [bytes, vec![0; 8]].concat()
+        })
+    };
+    let cases: Vec<(Answer, &str)> = vec![
+        (Box::new(|r| [simple_reply(r.cookie, None), vec![0; 16]].concat()), "another magic number"),
+        (Box::new(|r| [nothing_chunk(r.cookie), vec![0; 12]].concat()), "another magic number"),
+        (Box::new(|r| extended(&nothing_chunk(r.cookie), r.offset + 1)), "another offset"),
+        (Box::new(|r| extended(&nothing_chunk(r.cookie + 9), r.offset)), "not made"),
+        (Box::new(|r| extended(&nothing_chunk(r.cookie), r.offset)), "ends before all was read"),
+        (Box::new(|r| extended(&hole_chunk(r.cookie, true, 512, u32::MAX), r.offset)), "not asked for"),
+        (absurd(1, u64::MAX), "not asked for"),
+        (absurd(1, (1 << 32) + 1032), "not asked for"),
+        (absurd(1, 7), "too short"),
+        (absurd(0, u64::MAX), "too long"),
+        (absurd(6, 1 << 32), "too long"),
+    ];
+    for (answer, why) in cases {
+        is_broken(&of_extended_answer(answer, read).unwrap_err(), why);
+    }
+    let status = |length, lie: u8| {
+        move |r: Request| {
+            let ranges = [Descriptor { length, status: 3 }, Descriptor { length: 1, status: 0 }];
+            let mut chunk = extended_status_chunk(r.cookie, true, 7, &ranges);
+            chunk[27] += lie;
+            extended(&chunk, r.offset)
+        }
+    };
+    let ask = |storage: &NbdStorage| storage.run(4096..8192).map(drop);
+    is_broken(&of_extended_answer(status(0, 0), ask).unwrap_err(), "no extent");
+    is_broken(&of_extended_answer(status(1, 1), ask).unwrap_err(), "no extent");
+    // One that nobody agreed on.
+    let wide = |r: Request| extended_status_chunk(r.cookie, true, 7, &[Descriptor { length: 1, status: 3 }]);
+    is_broken(&of_answer(true, TIMES, wide, ask).unwrap_err(), "not agreed on");
+    let all = |storage: &NbdStorage| {
+        let run = storage.run(4096..8192)?;
+        assert_eq!((run.end, run.data, run.space), (SIZE, false, false));
+        Ok(())
+    };
+    of_extended_answer(status(u64::MAX, 0), all).unwrap();
+    // A write says that bytes follow.
+    let written = |r: Request| {
+        assert!(r.has(command_flags::PAYLOAD_LEN) && r.length == 512);
+        extended(&nothing_chunk(r.cookie), r.offset)
+    };
+    of_extended_answer(written, |storage| storage.write_all_at((&[1; 512][..]).into(), 0)).unwrap();
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread;
 
-use client::{Chunk, Client, MIB, disk, export, named, option, request, string};
+use client::{Chunk, Client, MIB, disk, export, extended_request, named, option, request, string};
 use qcow2_engine::{Image, MemMut};
 use qcow2_nbd::server::{Export, Socket, serve_connection};
 
@@ -25,6 +25,7 @@ const NO_HOLE: u16 = 2;
 const DF: u16 = 4;
 const REQ_ONE: u16 = 8;
 const FAST_ZERO: u16 = 16;
+const PAYLOAD_LEN: u16 = 32;
 
 /// Runs `talk` as a client of a server of `exports`; tells whether the server saw it begin.
 fn serve(exports: Vec<Export>, talk: impl FnOnce(&mut Client<UnixStream>)) -> bool {
@@ -123,7 +124,7 @@ fn options_that_make_no_sense_are_refused_and_the_handshake_goes_on() {
         let one_query = [&string(b"disk")[..], &[0, 0, 0, 1], &string(b"base:allocation")].concat();
         for (code, data, reply) in [
             (5, vec![], unsup),
-            (11, vec![], unsup),
+            (12, vec![], unsup),
             (4, b"disk".to_vec(), unsup),
             (77, vec![0; 1000], unsup),
             (3, vec![0], invalid),
@@ -342,6 +343,96 @@ fn block_status_tells_of_each_context() {
         assert_eq!(status(REQ_ONE, MIB + 5, 1 << 20), [vec![0, 65531, 0], vec![1, 131_067, 1]]);
         assert_eq!(status(0, 4 * MIB - 1, 1), [vec![0, 1, 3], vec![1, 1, 0]]);
     });
+}
+
+const GIB: u64 = 1 << 30;
+
+/// Makes a request with an extended header, and takes the first chunk of its answer.
+fn ask(
+    client: &mut Client<UnixStream>,
+    (flags, command): (u16, u16),
+    (offset, length): (u64, u64),
+    payload: &[u8],
+) -> Chunk {
+    client.send(&extended_request(flags, command, 9, offset, length));
+    client.send(payload);
+    client.extended_chunk(offset)
+}
+
+#[test]
+fn extended_headers_take_lengths_of_64_bits() {
+    let image = disk(16 * GIB);
+    serve(vec![export(&image)], |client| {
+        client.greet();
+        let (invalid, extended) = ((1u32 << 31) + 3, (1u32 << 31) + 10);
+        assert_eq!(client.ask(11, b"x")[0].0, invalid);
+        assert_eq!(client.ask(11, b""), [(1, vec![])]);
+        assert_eq!(client.ask(11, b"")[0].0, invalid);
+        assert_eq!(client.ask(8, b"")[0].0, extended);
+    });
+    serve(vec![export(&image)], |client| {
+        client.begin_extended();
+        let nothing = Chunk { done: true, kind: 0, cookie: 9, data: vec![] };
+        assert_eq!(ask(client, (PAYLOAD_LEN | FUA, WRITE), (5 * GIB, 65536), &[7; 65536]), nothing);
+        // QEMU does not say that bytes follow.
+        assert_eq!(ask(client, (0, WRITE), (5 * GIB + 2, 1), &[7]), nothing);
+        assert_eq!(ask(client, (0, READ), (5 * GIB + 1, 3), b"").data[8..], [7; 3]);
+        assert_eq!(ask(client, (0, READ), (0, 0), b""), nothing);
+        assert_eq!(ask(client, (0, FLUSH), (0, 0), b""), nothing);
+        assert_eq!(ask(client, (0, CACHE), (0, 16 * GIB), b""), nothing);
+        // Status in 64 bits: context, how many, and each.
+        let words = |chunk: &Chunk| -> Vec<u64> {
+            assert_eq!((chunk.kind, chunk.data.len() % 16), (6, 8));
+            chunk.data.as_chunks().0.iter().map(|word| u64::from_be_bytes(*word)).collect()
+        };
+        let found = ask(client, (0, BLOCK_STATUS), (0, 16 * GIB), b"");
+        assert_eq!(words(&found), [3, 5 * GIB, 3, 65536, 0, 11 * GIB - 65536, 3]);
+        let depth = client.extended_chunk(0);
+        assert_eq!(words(&depth), [1 << 32 | 3, 5 * GIB, 0, 65536, 1, 11 * GIB - 65536, 0]);
+        assert!(!found.done && depth.done);
+        assert_eq!(ask(client, (0, TRIM), (0, 16 * GIB), b""), nothing);
+        assert_eq!(ask(client, (0, READ), (5 * GIB, 4), b"").data[8..], [0; 4]);
+        assert_eq!(ask(client, (PAYLOAD_LEN, WRITE), (6 * GIB, 4), &[7; 4]), nothing);
+        assert_eq!(ask(client, (0, WRITE_ZEROES), (5 * GIB, 5 * GIB), b""), nothing);
+        assert_eq!(ask(client, (0, READ), (6 * GIB, 4), b"").data[8..], [0; 4]);
+    });
+}
+
+#[test]
+fn extended_requests_that_make_no_sense_are_refused_with_the_bytes_behind_them() {
+    let image = disk(16 * GIB);
+    serve(vec![export(&image)], |client| {
+        client.begin_extended();
+        for (flags, command, offset, length, payload, error) in [
+            (0, READ, 0, (32 << 20) + 1, 0, 22),
+            (0, READ, 1, u64::MAX, 0, 22),
+            (0, TRIM, u64::MAX, u64::MAX, 0, 22),
+            (0, WRITE_ZEROES, GIB, u64::MAX, 0, 28),
+            (0, BLOCK_STATUS, 1, 16 * GIB, 0, 22),
+            (0, 77, 0, u64::MAX, 0, 22),
+            (PAYLOAD_LEN, READ, 0, 64, 64, 22),
+            (PAYLOAD_LEN, BLOCK_STATUS, 0, 12, 12, 22),
+            (PAYLOAD_LEN, WRITE, 16 * GIB, 64, 64, 28),
+        ] {
+            let said = ask(client, (flags, command), (offset, length), &[1; 64][..payload]);
+            assert_eq!(error_of(&said), error, "command {command} of {length} at {offset}");
+        }
+        client.send(&extended_request(PAYLOAD_LEN, TRIM, 9, 0, (32 << 20) + 1));
+        assert!(client.ends());
+    });
+    // Bytes without end, and a request of the other form, which is none.
+    let compact = [&request(0, READ, 9, 0, 4)[..], &[0; 4]].concat();
+    for last in [0, PAYLOAD_LEN]
+        .map(|flags| extended_request(flags, WRITE, 9, 0, u64::MAX))
+        .into_iter()
+        .chain([compact])
+    {
+        serve(vec![export(&image)], |client| {
+            client.begin_extended();
+            client.send(&last);
+            assert!(client.ends());
+        });
+    }
 }
 
 #[test]

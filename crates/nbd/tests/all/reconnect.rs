@@ -217,7 +217,7 @@ fn a_server_that_loses_every_client_has_no_more_time() {
             let (mut client, mut server) = (client, server);
             let mut bytes = [0; 4096];
             while let Ok(length @ 1..) = client.read(&mut bytes) {
-                if bytes.starts_with(&0x2560_9513u32.to_be_bytes()) {
+                if bytes.starts_with(&0x21e4_1c71u32.to_be_bytes()) {
                     break;
                 }
                 server.write_all(&bytes[..length]).unwrap();

@@ -252,17 +252,17 @@ fn holes_and_zeroes_are_told_of() {
     image.write_at(Mem::from(&[0; 65536][..]), 2 * MIB).unwrap();
     let server = serve(&folder, export(&image));
     let storage = open(&server, true).unwrap();
-    assert_eq!(storage.run_in(0..4 * MIB).unwrap(), Run { end: MIB, data: false });
-    assert_eq!(storage.run_in(100..4 * MIB).unwrap(), Run { end: MIB, data: false });
-    assert_eq!(storage.run_in(MIB..4 * MIB).unwrap(), Run { end: MIB + 65536, data: true });
+    assert_eq!(storage.run_in(0..4 * MIB).unwrap(), Run::new(MIB, false));
+    assert_eq!(storage.run_in(100..4 * MIB).unwrap(), Run::new(MIB, false));
+    assert_eq!(storage.run_in(MIB..4 * MIB).unwrap(), Run::new(MIB + 65536, true));
     let zeroes = storage.run_in(2 * MIB..4 * MIB).unwrap();
-    assert_eq!(zeroes, Run { end: 2 * MIB + 65536, data: true }, "written, whatever it is");
-    assert_eq!(storage.run_in(4 * MIB..5 * MIB).unwrap(), Run { end: u64::MAX, data: false });
+    assert_eq!(zeroes, Run::new(2 * MIB + 65536, true), "written, whatever it is");
+    assert_eq!(storage.run_in(4 * MIB..5 * MIB).unwrap(), Run::new(u64::MAX, false));
     storage.discard(MIB, 65536).unwrap();
     assert!(!storage.run_in(MIB..2 * MIB).unwrap().data);
 
     let Some(program) = Program::nbdkit(&["--filter=noextents", "memory", "1M"]) else { return };
-    assert_eq!(program.open().run_in(0..10).unwrap(), Run { end: 10, data: true });
+    assert_eq!(program.open().run_in(0..10).unwrap(), Run::new(10, true));
 }
 
 #[test]

@@ -36,7 +36,7 @@ fn extend_to(file: &File, end: u64) -> io::Result<()> {
 
 /// Everything from `offset` on is data, or behind the end.
 fn all_data(offset: u64, len: u64) -> Run {
-    if offset < len { Run { end: len, data: true } } else { Run { end: u64::MAX, data: false } }
+    if offset < len { Run::new(len, true) } else { Run::new(u64::MAX, false) }
 }
 
 /// Space for a range without changing its bytes, where the system has no call for it: zeroes over the holes
@@ -178,15 +178,15 @@ mod linux {
 
     pub(crate) fn run_at(file: &File, offset: u64, len: u64) -> io::Result<Run> {
         if offset >= len {
-            return Ok(Run { end: u64::MAX, data: false });
+            return Ok(Run::new(u64::MAX, false));
         }
         match rustix::fs::seek(file, SeekFrom::Data(offset)) {
-            Ok(data) if data > offset => Ok(Run { end: data, data: false }),
+            Ok(data) if data > offset => Ok(Run::new(data, false)),
             Ok(_) => match rustix::fs::seek(file, SeekFrom::Hole(offset)) {
-                Ok(hole) if hole > offset => Ok(Run { end: hole, data: true }),
+                Ok(hole) if hole > offset => Ok(Run::new(hole, true)),
                 _ => Ok(all_data(offset, len)),
             },
-            Err(Errno::NXIO) => Ok(Run { end: len, data: false }),
+            Err(Errno::NXIO) => Ok(Run::new(len, false)),
             Err(Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS | Errno::SPIPE) => Ok(all_data(offset, len)),
             Err(e) => Err(e.into()),
         }

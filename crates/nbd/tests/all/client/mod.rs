@@ -50,6 +50,15 @@ pub(crate) fn request(flags: u16, command: u16, cookie: u64, offset: u64, length
     bytes
 }
 
+/// A request with an extended header, as bytes.
+pub(crate) fn extended_request(flags: u16, command: u16, cookie: u64, offset: u64, length: u64) -> Vec<u8> {
+    let mut bytes = request(flags, command, cookie, offset, 0);
+    bytes.truncate(24);
+    bytes[..4].copy_from_slice(&0x21e4_1c71u32.to_be_bytes());
+    bytes.extend(length.to_be_bytes());
+    bytes
+}
+
 /// An option, as bytes.
 pub(crate) fn option(code: u32, data: &[u8]) -> Vec<u8> {
     let mut bytes = b"IHAVEOPT".to_vec();
@@ -139,13 +148,36 @@ impl<S: Read + Write> Client<S> {
         self.greet();
         if structured {
             assert_eq!(self.ask(8, b""), [(1, vec![])]);
-            let mut data = string(b"disk");
-            data.extend([0, 0, 0, 2]);
-            data.extend(string(b"base:allocation"));
-            data.extend(string(b"qemu:allocation-depth"));
-            assert_eq!(self.ask(10, &data).len(), 3);
+            self.choose_contexts();
         }
         assert_eq!(self.ask(7, &named(b"disk")).last(), Some(&(1, vec![])));
+    }
+
+    fn choose_contexts(&mut self) {
+        let mut data = string(b"disk");
+        data.extend([0, 0, 0, 2]);
+        data.extend(string(b"base:allocation"));
+        data.extend(string(b"qemu:allocation-depth"));
+        assert_eq!(self.ask(10, &data).len(), 3);
+    }
+
+    /// Begins with extended headers.
+    pub(crate) fn begin_extended(&mut self) {
+        self.greet();
+        assert_eq!(self.ask(11, b""), [(1, vec![])]);
+        self.choose_contexts();
+        assert_eq!(self.ask(7, &named(b"disk")).last(), Some(&(1, vec![])));
+    }
+
+    /// A chunk of a reply with an extended header, which names `offset`.
+    pub(crate) fn extended_chunk(&mut self, offset: u64) -> Chunk {
+        assert_eq!(u32::from_be_bytes(self.take()), 0x6e8a_278c);
+        let flags = u16::from_be_bytes(self.take());
+        let kind = u16::from_be_bytes(self.take());
+        let cookie = u64::from_be_bytes(self.take());
+        assert_eq!(u64::from_be_bytes(self.take()), offset);
+        let length = u64::from_be_bytes(self.take());
+        Chunk { done: flags == 1, kind, cookie, data: self.bytes(length as usize) }
     }
 
     /// The error of a simple reply.
