@@ -10,6 +10,7 @@
 #![cfg_attr(not(test), deny(clippy::disallowed_methods))]
 
 mod check;
+mod extension;
 mod inspect;
 mod layer;
 mod new;
