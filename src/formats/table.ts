@@ -261,7 +261,10 @@ const FORMATS: Table & Readonly<Record<FormatName, Row>> = {
     virtualSize: vpcSize,
   },
   parallels: {
-    marks: { magics: [{ bytes: ascii('WithoutFreeSpace') }, { bytes: ascii('WithouFreSpacExt') }] },
+    marks: {
+      magics: [{ bytes: ascii('WithoutFreeSpace') }, { bytes: ascii('WithouFreSpacExt') }],
+      matches: isParallelsDescriptor,
+    },
     image: {
       probed: true,
       plain: false,
@@ -352,6 +355,12 @@ const FORMATS: Table & Readonly<Record<FormatName, Row>> = {
 function isVmdkDescriptor(head: Buffer): boolean {
   const text = head.toString('latin1')
   return /^#\s*Disk DescriptorFile/i.test(text) || /^(?:#[^\n]*\n| *\r?\n)*version=[123]\r?\n/.test(text)
+}
+
+/** The descriptor of a bundle, `DiskDescriptor.xml`. */
+function isParallelsDescriptor(head: Buffer): boolean {
+  const text = head.toString('latin1')
+  return /^(?:\xef\xbb\xbf)?\s*<[?!P]/.test(text) && /<Parallels_disk_image[\s>]/.test(text)
 }
 
 /** What makes a file one of its format. */

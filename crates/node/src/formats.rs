@@ -226,16 +226,18 @@ fn since_2000(seconds: u64) -> u32 {
 const PARALLELS: Format = Format {
     name: "parallels",
     plain: false,
-    open: |files, options| Ok(Box::new(qcow2_parallels::open(files.own, &block_options(options))?)),
+    open: |files, options| qcow2_parallels::open_any(files.own, &block_options(options)),
     inspect: |image, options| {
         let options = block_options(options);
         let found = match image {
             Untrusted::File(storage) => qcow2_parallels::inspect(*storage, &options)?,
             Untrusted::Bytes(bytes) => qcow2_parallels::inspect_bytes(bytes, None, &options),
         };
-        let seen = found.header.map(|header| Seen {
-            virtual_size: header.virtual_size(),
-            cluster_size: Some(header.cluster_size()),
+        let cluster_size = found.header.as_ref().map(|header| header.cluster_size());
+        let size = found.bundle.map(|bundle| bundle.size);
+        let seen = size.or(found.header.map(|header| header.virtual_size())).map(|virtual_size| Seen {
+            virtual_size,
+            cluster_size,
             ..Seen::default()
         });
         Ok(Inspected::of_other(seen, None, &found.findings))
