@@ -74,6 +74,7 @@ export type {
   ParallelsShape,
   Preallocation,
   Qcow2Shape,
+  QcowShape,
   RawShape,
   Shape,
   Shapes,

@@ -169,7 +169,7 @@ async function inspectLocated(
   bounds: NativeLimits | undefined,
   signal: AbortSignal | undefined,
 ): Promise<Inspection<number | bigint>> {
-  const { file, head } = await openFile(located.header ?? located, {}, signal)
+  const { file, head, path } = await openFile(located.header ?? located, {}, signal)
   try {
     const detected = detectFormat(head)
     if (isStream(detected)) {
@@ -185,7 +185,9 @@ async function inspectLocated(
     )
     if (found.header !== undefined) return await toInspection(format, found)
     if ('nbd' in located) return await toInspection(format, found, prefixBytes(head))
-    return await withFileBytes(located, async bytes => {
+    // What is read is the file of a folder, where that was named.
+    const whole = 'path' in located && path !== undefined ? { ...located, path } : located
+    return await withFileBytes(whole, async bytes => {
       const inspection = await toInspection(format, found, bytes)
       if (isOva(head)) return { ...inspection, ...(await appliance(bytes, inspection.findings)) }
       return isOvf(head) ? { ...inspection, ...(await bareDescriptor(bytes, inspection.findings)) } : inspection

@@ -7,6 +7,7 @@ import {
   creationOf,
   type Format,
   type FormatOption,
+  isCompressed,
   quoted,
   type ShapeOption,
   type TargetFormat,
@@ -66,6 +67,17 @@ export interface Qcow2Shape {
 /** The shape of a raw image: its file is the disk. */
 export interface RawShape {
   preallocation?: Exclude<Preallocation, 'metadata'> | undefined
+}
+
+/**
+ * The shape of a qcow image, version 1 of the format. It is written once: empty, or by {@link convert}, which can compress it. Clusters have 4 KiB,
+ * and 512 bytes with a backing file, as QEMU makes them.
+ */
+export interface QcowShape {
+  /** Recorded as it is written here: a relative name starts from the directory of the new image. Needs `backingFormat`. */
+  backingFile?: Name | undefined
+  /** The format of the backing file now. The image does not store it: whoever opens it looks at the file's first bytes. */
+  backingFormat?: Format | undefined
 }
 
 /** The shape of a LUKS file, of version 1. */
@@ -182,6 +194,7 @@ export interface VmdkShape {
 export interface Shapes {
   qcow2: Qcow2Shape
   raw: RawShape
+  qcow: QcowShape
   luks: LuksShape
   vdi: VdiShape
   vpc: VpcShape
@@ -376,7 +389,7 @@ export function toTarget(
   exists = false,
 ): Target {
   const made = toTargetFormat(owner, to)
-  if (compress && !can(made, 'compress') && (exists || creationOf(made).compressed !== true)) {
+  if (compress && !(exists ? can(made, 'compress') : isCompressed(made))) {
     throw invalidArgument('compress', `${owner}: a ${made} image cannot be compressed`)
   }
   const type = compress?.type

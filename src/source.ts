@@ -15,9 +15,10 @@ import {
 import type { NativeFile, NativeFileOptions } from './native.js'
 import { type NbdPlace, NbdSource, reach } from './nbd-source.js'
 import { bytes, oneOf, type Reader } from './options.js'
+import { fileStat } from './support/files.js'
 import type { Held } from './support/jobs.js'
 import { request } from './support/requests.js'
-import { decodeText, userText } from './text.js'
+import { decodeText, toName, userText } from './text.js'
 import { describe } from './units.js'
 
 /** A file name as Node's `fs` takes it. A `URL` must have the scheme `file:`. */
@@ -173,6 +174,20 @@ export async function openFile(
     connections.set(held.value.file, [held])
     return held.value
   }
+  try {
+    return await openLocal(located, options)
+  } catch (error) {
+    const isFolder = error instanceof Qcow2Error && error.code === 'EISDIR' && 'path' in located
+    const path = isFolder ? `${located.path}/${BUNDLE_DESCRIPTOR}` : ''
+    if (!isFolder || (await fileStat(toName(path)).catch(() => undefined)) === undefined) throw error
+    return openLocal({ ...located, path }, options)
+  }
+}
+
+/** The file that a folder is opened as, where it has one: of a Parallels disk, `disk.hdd`. */
+const BUNDLE_DESCRIPTOR = 'DiskDescriptor.xml'
+
+function openLocal(located: FileLocated, options: NativeFileOptions): Promise<NativeFile> {
   const given = { ...options, ...located.part }
   return request<NativeFile>((number, addon) => {
     if ('path' in located) addon.openFile(number, located.path, given)

@@ -1,4 +1,4 @@
-/** Version 1 of the format, `qcow`: a source and a backing file everywhere, and nothing that is written. QEMU makes the images. */
+/** Version 1 of the format, `qcow`: a source and a backing file everywhere, made, and never changed. QEMU makes and reads the images. */
 
 import { existsSync, readFileSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
@@ -236,6 +236,16 @@ describeWithQemu('an image of version 1', () => {
     ok(qemuImg('compare', '-q', '-f', 'qcow', '-F', 'qcow2', at('written.qcow'), at('clone.qcow2')))
   })
 
+  it('is made on a backing file, of another format than its own', async () => {
+    const backing = { backingFile: 'base.qcow2', backingFormat: 'qcow2' } as const
+    await using made = await create(at('made.qcow'), { format: 'qcow', ...backing })
+    expect(await made.info()).toMatchObject({ format: 'qcow', backingFilename: 'base.qcow2', virtualSize: SIZE })
+    const how = { to: 'qcow', references: 'allow', base: at('base.qcow2'), create: backing, compress: true } as const
+    await convert(at('three.qcow2'), at('delta.qcow'), how)
+    assertSameBytes(qemuBytes('three.qcow2', 'qcow2'), qemuBytes('delta.qcow', 'qcow'), 'delta.qcow')
+    expect((await measure(at('disk.raw'), { from: 'raw', to: 'qcow' })).required).toBeGreaterThan(186_000)
+  })
+
   const target = at('target')
   const loose = (options: object): never => options as never
   const refused: readonly (readonly [what: string, code: string, message: RegExp, run: () => Promise<unknown>])[] = [
@@ -253,12 +263,12 @@ describeWithQemu('an image of version 1', () => {
       () => measure(at('plain.qcow'), { from: 'qcow', to: 'raw', snapshot: 'x' }),
     ],
     [
-      'convert to it',
+      'encrypt it',
       'INVALID_ARGUMENT',
-      /'qcow2', 'raw'/,
-      () => convert(at('disk.raw'), target, loose({ to: 'qcow' })),
+      /a qcow image has no encrypt/,
+      () => create(target, loose({ format: 'qcow', size: 512, encrypt: { format: 'aes', secret: 'x' } })),
     ],
-    ['create it', 'INVALID_ARGUMENT', /'qcow2', 'raw'/, () => create(target, loose({ format: 'qcow', size: 512 }))],
+    ['create it of nothing', 'INVALID_ARGUMENT', /too small/, () => create(target, { format: 'qcow', size: 0 })],
     [
       'copy its bitmaps',
       'UNSUPPORTED_FEATURE',

@@ -1,10 +1,11 @@
 /** Every format becomes every other one, in both directions, with the same disk in it; QEMU reads what is written. */
 
-import { readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { existsSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { type ConvertOptions, check, compare, convert, create, open } from 'qcow2'
 import { beforeAll, describe, expect, it } from 'vitest'
 import { can, creationOf, TARGET_FORMATS, type TargetFormat } from '../../src/formats/table.js'
+import { failure } from '../api/fixtures.js'
 import { execute, haveQemu, workspace } from '../cli/run.js'
 
 const folder = workspace()
@@ -77,7 +78,20 @@ describe.each(TARGET_FORMATS)('%s', from => {
     holdsDisk(at('back.raw'))
   })
 
-  it('takes writes when it is new', async () => {
+  it.skipIf(can(from, 'write'))('is written once', async () => {
+    const image = await create(at(`once.${from}`), { format: from, size: 512 } as Parameters<typeof create>[1])
+    const error = await failure(() => image.write(Buffer.alloc(512), { position: 0 }))
+    expect(error).toMatchObject({ code: 'ERR_QCOW2_READ_ONLY' })
+    const clone = await failure(() => image.clone(at(`clone.${from}`), { to: from }))
+    expect(clone).toMatchObject({
+      code: 'ERR_QCOW2_UNSUPPORTED_FEATURE',
+      message: expect.stringContaining('written once'),
+    })
+    expect(existsSync(at(`clone.${from}`))).toBe(false)
+    await image.close()
+  })
+
+  it.skipIf(!can(from, 'write'))('takes writes when it is new', async () => {
     const path = at(`written.${from}`)
     const image = await create(path, { format: from, size: 2 ** 20, ...SHAPES[from] } as Parameters<typeof create>[1])
     await image.write(Buffer.alloc(5000, 3), { position: 70_000 })

@@ -1,8 +1,8 @@
 /** Parallels images: by the command line beside qemu-img, and by the API. */
 
-import { copyFileSync, readFileSync, statSync, writeFileSync } from 'node:fs'
+import { copyFileSync, mkdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
-import { check, convert, create, inspect, open, probe } from 'qcow2'
+import { check, compare, convert, create, inspect, open, probe } from 'qcow2'
 import { beforeAll, describe, expect, it } from 'vitest'
 import { failure } from '../api/fixtures.js'
 import { bothTools, describeWithQemu, workspace } from '../cli/run.js'
@@ -73,6 +73,89 @@ describeWithQemu('parallels beside qemu-img', () => {
       expect({ name, ...mine }).toEqual({ name, ...(await theirs(`${command} damaged.hds`)) })
       expect(repaired.length, name).toBe(statSync(at('damaged.hds')).size)
     }
+  })
+})
+
+/** Two storages of 2 MiB and 3 MiB, of which the second has a snapshot; QEMU made the images. */
+describeWithQemu('a bundle', () => {
+  const TOP = '{5fbaabe3-6958-40ff-92a7-860e329aab41}'
+  const ROOT = '{11111111-2222-3333-4444-555555555555}'
+  const SIZES = [2 ** 21, 3 * 2 ** 20] as const
+  const inside = (name: string): string => at(join('disk.hdd', name))
+  const image = (guid: string, file: string, type = 'Compressed') =>
+    `<Image><GUID>${guid}</GUID><Type>${type}</Type><File>${file}</File></Image>`
+  const storage = (start: number, end: number, images: string) =>
+    `<Storage><Start>${start / 512}</Start><End>${end / 512}</End>${images}</Storage>`
+  const shot = (guid: string, parent: string) => `<Shot><GUID>${guid}</GUID><ParentGUID>${parent}</ParentGUID></Shot>`
+  const describes = (storages: string) =>
+    `<?xml version='1.0' encoding='UTF-8'?>
+<Parallels_disk_image Version="1.0"><Disk_Parameters><Disk_size>${(SIZES[0] + SIZES[1]) / 512}</Disk_size></Disk_Parameters>
+<StorageData>${storages}</StorageData>
+<Snapshots><TopGUID>${TOP}</TopGUID>${shot(TOP, ROOT)}${shot(ROOT, '{00000000-0000-0000-0000-000000000000}')}</Snapshots>
+</Parallels_disk_image>`
+  const second = storage(SIZES[0], SIZES[0] + SIZES[1], image(ROOT, 'b0.hds') + image(TOP, 'b1.hds'))
+  const first = (file: string) => storage(0, SIZES[0], image(ROOT, 'a0.raw', 'Plain') + image(TOP, file))
+  let expected: Buffer
+
+  beforeAll(async () => {
+    mkdirSync(at('disk.hdd'))
+    expected = Buffer.from(disk.subarray(0, SIZES[0] + SIZES[1]))
+    writeFileSync(inside('a0.raw'), expected.subarray(0, SIZES[0]))
+    writeFileSync(at('b0.raw'), expected.subarray(SIZES[0]))
+    for (const line of [
+      'convert -f raw -O parallels -o cluster_size=64k b0.raw disk.hdd/b0.hds',
+      'create -q -f parallels -o cluster_size=64k disk.hdd/a1.hds 2M',
+      'create -q -f parallels -o cluster_size=64k disk.hdd/b1.hds 3M',
+    ]) {
+      expect(await theirs(line), line).toMatchObject({ code: 0 })
+    }
+    ok(qemuIo('-f', 'parallels', '-c', 'write -P 7 64k 64k', inside('a1.hds')))
+    ok(qemuIo('-f', 'parallels', '-c', 'write -P 9 1M 128k', inside('b1.hds')))
+    expected.fill(7, 65536, 131_072).fill(9, SIZES[0] + 2 ** 20, SIZES[0] + 2 ** 20 + 131_072)
+    writeFileSync(inside('DiskDescriptor.xml'), describes(first('a1.hds') + second))
+    writeFileSync(at('bundle.raw'), expected)
+  })
+
+  it('is converted, compared and listed by its folder and by its descriptor', async () => {
+    for (const name of ['disk.hdd', 'disk.hdd/DiskDescriptor.xml']) {
+      expect(await ours(`convert -O qcow2 ${name} bundle.qcow2`), name).toMatchObject({ code: 0, stderr: '' })
+      expect(await theirs('compare -f qcow2 -F raw bundle.qcow2 bundle.raw'), name).toMatchObject({ code: 0 })
+      expect(await ours(`compare -F raw ${name} bundle.raw`)).toMatchObject({ code: 0 })
+      expect((await ours(`info ${name}`)).stdout).toContain('file format: parallels')
+      const entries = JSON.parse((await ours(`map --output=json ${name}`)).stdout) as {
+        start: number
+        length: number
+      }[]
+      expect(entries.reduce((end, { start, length }) => (start === end ? start + length : -1), 0)).toBe(expected.length)
+    }
+  })
+
+  it('names files that are opened only where that is allowed, and only its own', async () => {
+    const path = inside('DiskDescriptor.xml')
+    expect(await failure(() => open(at('disk.hdd')))).toMatchObject({ code: 'ERR_QCOW2_REFERENCE_DENIED', path })
+    const bundle = await open(at('disk.hdd'), { references: 'allow' })
+    expect((await bundle.read(Buffer.alloc(expected.length), { position: 0 })).buffer.equals(expected)).toBe(true)
+    await bundle.close()
+    const found = await inspect(at('disk.hdd'))
+    expect(found).toMatchObject({ format: 'parallels', virtualSize: expected.length, safe: false })
+    expect(found.findings.map(({ code }) => code)).toEqual(Array(4).fill('DATA_FILE'))
+    expect(await probe(at('disk.hdd'))).toBe('parallels')
+    const same = await compare(at('disk.hdd'), at('bundle.raw'), { formatB: 'raw', references: 'allow' })
+    expect(same).toMatchObject({ identical: true })
+    const write = await failure(() => open(at('disk.hdd'), { references: 'allow', flags: 'r+' }))
+    expect(write).toMatchObject({ code: 'ERR_QCOW2_UNSUPPORTED_FEATURE', path })
+    for (const file of ['../bundle.raw', at('bundle.raw'), 'sub/a', '..', 'nbd:x']) {
+      writeFileSync(path, describes(first(file) + second))
+      const error = await failure(() => open(at('disk.hdd'), { references: 'allow' }))
+      expect(error, file).toMatchObject({ code: 'ERR_QCOW2_REFERENCE_DENIED', field: 'extent' })
+    }
+    writeFileSync(path, describes(first('gone.hds') + second))
+    expect(await failure(() => open(path, { references: 'allow' }))).toMatchObject({ code: 'ERR_QCOW2_CHAIN' })
+    writeFileSync(path, describes(first('b1.hds') + second))
+    expect(await failure(() => open(path, { references: 'allow' }))).toMatchObject({ code: 'ERR_QCOW2_INVALID_HEADER' })
+    expect(await inspect(at('disk.hdd'))).toMatchObject({ format: 'parallels', virtualSize: 0, safe: false })
+    rmSync(path)
+    expect(await failure(() => open(at('disk.hdd')))).toMatchObject({ code: 'EISDIR', path: at('disk.hdd') })
   })
 })
 

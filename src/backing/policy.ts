@@ -31,7 +31,7 @@ export interface Reference {
  * - `'layer'`: the image is opened alone. What only a backing file has reads as zeroes, and reading what is in an external data file or
  *   an extent fails. For tools that look at one layer; `convert` refuses it
  * - `'allow'`: names are followed as QEMU follows them: a backing file's from the directory of the image that names it, a data
- *   file's from the working directory of the process. Never `json:` descriptions or protocols (`nbd:`, `http:`). An extent (`vmdk`) has a
+ *   file's from the working directory of the process. Never `json:` descriptions or protocols (`nbd:`, `http:`). An extent (`vmdk`, `parallels`) has a
  *   plain name, of a file in the directory of the image: QEMU follows any. A UUID (`vdi`) names no file
  * - a function: called for every reference, returns what to open instead, or `null` to refuse
  */

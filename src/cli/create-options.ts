@@ -67,6 +67,16 @@ const QCOW2_OPTIONS: readonly OptionSpec[] = [
   { name: 'refcount_bits', type: 'number', help: 'Width of a reference count entry in bits', fallback: '16' },
 ]
 
+/** Of an image of version 1, in the order in which qemu-img prints them. */
+const QCOW_OPTIONS: readonly OptionSpec[] = [
+  ...QCOW2_OPTIONS.filter(({ name }) => name === 'size'),
+  { name: 'backing_file', type: 'string', help: 'File name of a base image' },
+  { name: 'backing_fmt', type: 'string', help: 'Format of the backing image' },
+  ...QCOW2_OPTIONS.filter(({ name }) => name === 'encryption'),
+  { name: 'encrypt.format', type: 'string', help: "Encrypt the image, format choices: 'aes'" },
+  { name: 'encrypt.key-secret', type: 'string', help: 'ID of the secret that provides the AES encryption key' },
+]
+
 /** What a product takes. */
 function presetOption(...products: readonly string[]): OptionSpec {
   return { name: 'preset', type: 'string', help: `What a product takes: ${products.join(', ')}`, own: true }
@@ -204,6 +214,7 @@ const OF_FORMAT: Readonly<
 > = {
   qcow2: { options: QCOW2_OPTIONS, toShape: toQcow2Shape },
   raw: { options: SIZE_OPTIONS, toShape: (_, options) => options },
+  qcow: { options: QCOW_OPTIONS, toShape: toQcowShape },
   luks: { options: LUKS_OPTIONS, toShape: toLuksShape },
   vdi: { options: VDI_OPTIONS, toShape: toVdiShape },
   vpc: { options: VPC_OPTIONS, toShape: toVpcShape },
@@ -234,7 +245,7 @@ export function optionSpecs(format: TargetFormat): readonly OptionSpec[] {
 export const isCreateOption = (name: string): boolean => QCOW2_OPTIONS.some(spec => spec.name === name)
 
 /** Formats that QEMU knows and makes no images of, or that are not made here. */
-const ONLY_READ: readonly string[] = ['bochs', 'cloop', 'dmg', 'qcow']
+const ONLY_READ: readonly string[] = ['bochs', 'cloop', 'dmg']
 
 /** A format that `-o help` asks about. */
 export function creatable(name: string): TargetFormat {
@@ -261,7 +272,6 @@ export function describeFormat(
 
 /** What the library is told of an `-o` list; the size is the command's own matter. */
 export function toCreateOptions(values: OptionValues, format: TargetFormat, objects: Objects): AnyShape {
-  refuseUnsupported(values)
   const options: AnyShape = {}
   const preallocation = choice(values, 'preallocation', creationOf(format).preallocation)
   if (preallocation) options.preallocation = preallocation
@@ -291,6 +301,16 @@ function known(values: OptionValues, name: string, allowed: readonly string[]): 
 function presetOf(values: OptionValues, format: TargetFormat): Pick<AnyShape, 'preset'> {
   const preset = known(values, 'preset', creationOf(format).presets ?? [])
   return preset === undefined ? {} : { preset }
+}
+
+/** The backing file of a format that takes any. */
+function anyBackingOf(values: OptionValues): Pick<AnyShape, 'backingFile' | 'backingFormat'> {
+  const backingFile = text(values, 'backing_file')
+  const backingFormat = choice<Format>(values, 'backing_fmt', SOURCE_FORMATS)
+  return {
+    ...(backingFile !== undefined && { backingFile: toName(backingFile) }),
+    ...(backingFormat !== undefined && { backingFormat }),
+  }
 }
 
 /** The backing file of a format that takes none but its own. */
@@ -370,7 +390,23 @@ function toVmdkShape(values: OptionValues, options: AnyShape): AnyShape {
   }
 }
 
+/** Not encrypted: its only cipher is weak, and nothing that exists needs new images with it. */
+function toQcowShape(values: OptionValues, options: AnyShape): AnyShape {
+  const encrypt = [...values.keys()].find(name => name.startsWith('encrypt') && values.get(name) !== false)
+  if (encrypt !== undefined) {
+    throw unsupported(
+      `Option '${encrypt}'`,
+      'a qcow image has legacy AES alone, which is weak: use luks in a qcow2 image',
+    )
+  }
+  return { ...options, ...anyBackingOf(values) }
+}
+
 function toQcow2Shape(values: OptionValues, options: AnyShape, objects: Objects): AnyShape {
+  // "Off" is what is done anyway.
+  if (values.get('encryption') === true) {
+    throw unsupported("Option 'encryption'", 'the legacy AES encryption is asked for by encrypt.format=aes')
+  }
   const encrypt = toEncrypt(values, objects)
   if (encrypt !== undefined) options.encrypt = encrypt
   const compat = text(values, 'compat')
@@ -389,10 +425,7 @@ function toQcow2Shape(values: OptionValues, options: AnyShape, objects: Objects)
   if (compressionType) options.compressionType = compressionType
   const refcountBits = values.get('refcount_bits')
   if (typeof refcountBits === 'bigint') options.refcountBits = toRefcountBits(refcountBits)
-  const backingFile = text(values, 'backing_file')
-  if (backingFile !== undefined) options.backingFile = toName(backingFile)
-  const backingFormat = choice<Format>(values, 'backing_fmt', SOURCE_FORMATS)
-  if (backingFormat !== undefined) options.backingFormat = backingFormat
+  Object.assign(options, anyBackingOf(values))
   const dataFile = text(values, 'data_file')
   if (dataFile !== undefined) options.dataFile = toName(dataFile)
   const dataFileRaw = values.get('data_file_raw')
@@ -432,12 +465,6 @@ export function toRefcountBits(bits: OptionValue): (typeof REFCOUNT_WIDTHS)[numb
     throw new CommandFailure('Refcount width must be a power of two and may not exceed 64 bits')
   }
   return width
-}
-
-function refuseUnsupported(values: OptionValues): void {
-  // "Off" is what is done anyway.
-  if (values.get('encryption') !== true) return
-  throw unsupported("Option 'encryption'", 'the legacy AES encryption is asked for by encrypt.format=aes')
 }
 
 /** File systems that a hint means something to, by their magic numbers, and what is said where it is not followed. */

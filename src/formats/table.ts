@@ -101,7 +101,7 @@ export interface Creation {
   readonly subformats?: readonly string[]
   /** What `preset` can be: products that take images of a certain shape alone. */
   readonly presets?: readonly string[]
-  /** Some of its subformats are compressed as a whole, and written once. */
+  /** New ones, or those of some subformats, are compressed as a whole, though nothing is compressed that exists. */
   readonly compressed?: boolean
   /** The only format of a backing file. */
   readonly backingFormat?: 'vmdk' | 'vpc' | 'vdi' | 'vhdx'
@@ -115,7 +115,7 @@ export interface Creation {
 export type Format = 'qcow2' | 'raw' | 'qcow' | 'luks' | 'vdi' | 'vpc' | 'parallels' | 'vhdx' | 'vmdk'
 
 /** The formats that new images are made in. `luks` is LUKS of version 1 then. */
-export type TargetFormat = 'qcow2' | 'raw' | 'luks' | 'vdi' | 'vpc' | 'parallels' | 'vhdx' | 'vmdk'
+export type TargetFormat = 'qcow2' | 'raw' | 'qcow' | 'luks' | 'vdi' | 'vpc' | 'parallels' | 'vhdx' | 'vmdk'
 
 /** Compressed files, by the names of their tools: what they hold is a raw disk, which `convert` reads front to back. */
 export type StreamFormat = 'gzip' | 'xz' | 'zstd'
@@ -195,7 +195,15 @@ const FORMATS: Table & Readonly<Record<FormatName, Row>> = {
   },
   qcow: {
     marks: { magics: [{ bytes: QCOW_VERSION_1 }] },
-    image: { probed: true, plain: false, aliases: [], backingFile: true, requestAlignment: 512, can: [] },
+    image: {
+      probed: true,
+      plain: false,
+      aliases: [],
+      backingFile: true,
+      requestAlignment: 512,
+      can: [],
+      create: { shape: ['backingFile', 'backingFormat'], preallocation: [], compressed: true },
+    },
   },
   luks: {
     marks: { magics: [{ bytes: ascii('LUKS\xba\xbe') }] },
@@ -253,7 +261,10 @@ const FORMATS: Table & Readonly<Record<FormatName, Row>> = {
     virtualSize: vpcSize,
   },
   parallels: {
-    marks: { magics: [{ bytes: ascii('WithoutFreeSpace') }, { bytes: ascii('WithouFreSpacExt') }] },
+    marks: {
+      magics: [{ bytes: ascii('WithoutFreeSpace') }, { bytes: ascii('WithouFreSpacExt') }],
+      matches: isParallelsDescriptor,
+    },
     image: {
       probed: true,
       plain: false,
@@ -346,6 +357,12 @@ function isVmdkDescriptor(head: Buffer): boolean {
   return /^#\s*Disk DescriptorFile/i.test(text) || /^(?:#[^\n]*\n| *\r?\n)*version=[123]\r?\n/.test(text)
 }
 
+/** The descriptor of a bundle, `DiskDescriptor.xml`. */
+function isParallelsDescriptor(head: Buffer): boolean {
+  const text = head.toString('latin1')
+  return /^(?:\xef\xbb\xbf)?\s*<[?!P]/.test(text) && /<Parallels_disk_image[\s>]/.test(text)
+}
+
 /** What makes a file one of its format. */
 export const ROWS: readonly (readonly [FormatName, Row])[] = Object.entries(FORMATS) as [FormatName, Row][]
 
@@ -393,6 +410,10 @@ export const isPlain = (format: Format): boolean => traitsOf(format).plain
 /** Whether a file is of the format by its first bytes alone, which nothing else has. */
 export const isKnownByStart = (format: Format): boolean =>
   traitsOf(format).probed && FORMATS[format].marks.footer === undefined
+
+/** Whether a new image of the format can be compressed. */
+export const isCompressed = (format: TargetFormat): boolean =>
+  can(format, 'compress') || creationOf(format).compressed === true
 
 /** Whether a format has an ability. */
 export const can = (format: Format, ability: Ability): boolean => traitsOf(format).can.includes(ability)

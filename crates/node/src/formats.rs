@@ -13,13 +13,14 @@ use qcow2_engine::{Error, ErrorKind, Layer, NewImage, OpenOptions, Qcow2, Raw, R
 use qcow2_luks::Luks;
 use qcow2_parallels::NewParallels;
 use qcow2_parallels::structures::DEFAULT_CLUSTER_SIZE;
-use qcow2_qcow1::Qcow1;
+use qcow2_qcow1::{NewQcow1, Qcow1};
 use qcow2_vdi::NewVdi;
 use qcow2_vmdk::Vmdk;
 use qcow2_vpc::{NewOptions, Parent, ParentId, Preset, Subformat};
 
 use crate::inspect::{Inspected, Seen};
 use crate::shape::{Purpose, Shape, StoredParent};
+use crate::text::Text;
 
 /// The files that a layer is opened on.
 pub(crate) struct Files {
@@ -89,9 +90,14 @@ const QCOW: Format = Format {
         };
         Ok(Inspected::of_qcow(&found))
     },
-    make: |_, _| Err(only_read("qcow")),
-    measure: |_, _| Err(only_read("qcow")),
+    make: |shape, purpose| new_qcow(shape, purpose).map(NewDisk::Format),
+    measure: |shape, purpose| new_qcow(shape, purpose).map(MeasureTarget::Format),
 };
+
+fn new_qcow(shape: &Shape, purpose: Purpose<'_>) -> Result<Arc<dyn NewImage>> {
+    let backing = shape.backing_file.clone().map(Text::into_bytes);
+    Ok(Arc::new(NewQcow1::new(purpose.size, backing)?))
+}
 
 const LUKS: Format = Format {
     name: "luks",
@@ -220,16 +226,18 @@ fn since_2000(seconds: u64) -> u32 {
 const PARALLELS: Format = Format {
     name: "parallels",
     plain: false,
-    open: |files, options| Ok(Box::new(qcow2_parallels::open(files.own, &block_options(options))?)),
+    open: |files, options| qcow2_parallels::open_any(files.own, &block_options(options)),
     inspect: |image, options| {
         let options = block_options(options);
         let found = match image {
             Untrusted::File(storage) => qcow2_parallels::inspect(*storage, &options)?,
             Untrusted::Bytes(bytes) => qcow2_parallels::inspect_bytes(bytes, None, &options),
         };
-        let seen = found.header.map(|header| Seen {
-            virtual_size: header.virtual_size(),
-            cluster_size: Some(header.cluster_size()),
+        let cluster_size = found.header.as_ref().map(|header| header.cluster_size());
+        let size = found.bundle.map(|bundle| bundle.size);
+        let seen = size.or(found.header.map(|header| header.virtual_size())).map(|virtual_size| Seen {
+            virtual_size,
+            cluster_size,
             ..Seen::default()
         });
         Ok(Inspected::of_other(seen, None, &found.findings))
@@ -255,11 +263,6 @@ fn block_options(OpenOptions { limits, l2_cache_bytes, .. }: &OpenOptions) -> bl
 /// What TypeScript got of a backing file is what its layer says.
 fn unknown_parent(format: &str) -> Error {
     Error::new(ErrorKind::Internal, format!("what is known of the backing file is none of a {format} image"))
-}
-
-/// TypeScript makes no image in such a format: asking for one is a bug.
-fn only_read(format: &str) -> Error {
-    Error::new(ErrorKind::Internal, format!("{format} images are only read"))
 }
 
 fn luks_options(options: &OpenOptions, header: Option<Arc<dyn Storage>>) -> qcow2_luks::OpenOptions {

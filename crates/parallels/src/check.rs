@@ -31,9 +31,13 @@ pub(crate) fn check(
     let (header, length) = (scheme.header(), storage.size()?);
     let repairs = repair == Some(Repair::All);
     if repair.is_some() && header.ext_off != 0 {
-        let message = "the image has a format extension, which a repair would make wrong";
-        let error = Error::new(ErrorKind::UnsupportedFeature, message).with_field("ext_off");
-        return Err(storage.located(error));
+        let report = check(layer, None, max_findings, job)?;
+        if report.is_clean() {
+            return Ok(report);
+        }
+        // What was not closed, or is damaged, has bitmaps that say nothing.
+        scheme.drop_extension(storage)?;
+        return check(layer, repair, max_findings, job);
     }
     let mut tally = Tally::new(max_findings);
     let mut corruption = |code, offset: u64, message: &dyn Fn() -> String| match repairs {

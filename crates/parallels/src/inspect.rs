@@ -4,13 +4,19 @@ use qcow2_core::inspect::{Finding, FindingCode};
 use qcow2_core::{MemMut, Result, Storage, StorageExt};
 
 use crate::OpenOptions;
+use crate::descriptor::{Descriptor, MAX_LENGTH};
 use crate::structures::{HEADER_LENGTH, Header};
+
+/// Names of files that are told one by one.
+const LISTED: usize = 20;
 
 /// What an image says about itself.
 #[derive(Debug, Default)]
 pub struct Inspection {
     /// The header, where it keeps to the format.
     pub header: Option<Header>,
+    /// Of a bundle, what its descriptor says.
+    pub bundle: Option<Descriptor>,
     /// Everything that speaks against opening the image as it is.
     pub findings: Vec<Finding>,
 }
@@ -20,18 +26,29 @@ pub struct Inspection {
 /// # Errors
 /// `Io`. What is wrong with the image is a finding.
 pub fn inspect(storage: &dyn Storage, limits: &OpenOptions) -> Result<Inspection> {
-    let mut bytes = [0; HEADER_LENGTH];
-    let got = storage.read_up_to_at(MemMut::from(&mut bytes[..]), 0)?;
-    Ok(inspect_bytes(bytes.get(..got).unwrap_or_default(), Some(storage.size()?), limits))
+    let length = storage.size()?;
+    let mut bytes = vec![0; length.min(MAX_LENGTH + 1) as usize];
+    let head = bytes.len().min(1024);
+    let (front, rest) = bytes.split_at_mut(head);
+    storage.read_exact_at(MemMut::from(&mut *front), 0)?;
+    if Descriptor::is_one(front) {
+        storage.read_exact_at(MemMut::from(rest), head as u64)?;
+    } else {
+        bytes.truncate(head);
+    }
+    Ok(inspect_bytes(&bytes, Some(length), limits))
 }
 
 /// Inspects the first bytes of an image. Without `file_size`, where tables end is not judged.
 #[must_use]
 pub fn inspect_bytes(bytes: &[u8], file_size: Option<u64>, limits: &OpenOptions) -> Inspection {
+    if Descriptor::is_one(bytes.get(..bytes.len().min(1024)).unwrap_or_default()) {
+        return inspect_descriptor(bytes, limits);
+    }
     let header = match Header::parse(bytes) {
         Ok(header) => header,
         Err(error) => {
-            return Inspection { header: None, findings: vec![Finding::error(&error)] };
+            return Inspection { findings: vec![Finding::error(&error)], ..Inspection::default() };
         }
     };
     let (layout, mut findings) = (header.layout(file_size.unwrap_or(u64::MAX >> 1)), Vec::new());
@@ -52,5 +69,27 @@ pub fn inspect_bytes(bytes: &[u8], file_size: Option<u64>, limits: &OpenOptions)
         HEADER_LENGTH as u64,
         file_size,
     ));
-    Inspection { header: Some(header), findings }
+    Inspection { header: Some(header), findings, ..Inspection::default() }
+}
+
+/// The files are all that a bundle is: each is a finding.
+fn inspect_descriptor(text: &[u8], limits: &OpenOptions) -> Inspection {
+    let bundle = match Descriptor::parse(text) {
+        Ok(bundle) => bundle,
+        Err(error) => {
+            return Inspection { findings: vec![Finding::error(&error)], ..Inspection::default() };
+        }
+    };
+    let mut names = bundle.storages.iter().flat_map(|part| &part.images).map(|image| image.name.as_bytes());
+    let mut findings: Vec<Finding> = names
+        .by_ref()
+        .take(LISTED)
+        .map(|name| Finding::reference(FindingCode::DataFile, "extent", name))
+        .collect();
+    let more = names.count();
+    if more > 0 {
+        findings.push(Finding::new(FindingCode::DataFile, format!("the image names {more} more extents")));
+    }
+    findings.extend(Finding::limit("size", bundle.size, limits.max_virtual_size));
+    Inspection { bundle: Some(bundle), findings, ..Inspection::default() }
 }

@@ -1,6 +1,7 @@
 //! An open image: what is special about Parallels.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 use qcow2_core::blocks::{BlockLayer, Layout, OpenOptions, Scheme};
@@ -9,8 +10,9 @@ use qcow2_core::layer::SegmentKind;
 use qcow2_core::{Error, ErrorKind, Job, Layer, Mem, MemMut, Result, Storage, StorageExt, check_limit};
 
 use crate::check::check;
+use crate::extension;
 use crate::structures::{
-    DATA_OFF, HEADER_LENGTH, Header, IN_USE, IN_USE_OFFSET, MAX_BAT_ENTRIES, SECTOR, SIZE_FIELDS,
+    DATA_OFF, EXT_OFF, HEADER_LENGTH, Header, IN_USE, IN_USE_OFFSET, MAX_BAT_ENTRIES, SECTOR, SIZE_FIELDS,
     SIZE_FIELDS_END,
 };
 
@@ -22,6 +24,8 @@ pub type Parallels = BlockLayer<ParallelsScheme>;
 pub struct ParallelsScheme {
     /// As the file has it, but for the mark of an image that is in use: it stays as it was read.
     header: Mutex<Header>,
+    /// The file has a format extension, of the disk as it was when the image was opened.
+    extended: AtomicBool,
     layout: Layout,
 }
 
@@ -42,7 +46,11 @@ pub fn open(storage: Arc<dyn Storage>, options: &OpenOptions) -> Result<Parallel
 
 impl ParallelsScheme {
     pub(crate) fn new(header: Header, length: u64) -> Self {
-        Self { layout: header.layout(length), header: Mutex::new(header) }
+        Self {
+            layout: header.layout(length),
+            extended: AtomicBool::new(header.ext_off != 0),
+            header: Mutex::new(header),
+        }
     }
 
     /// The header as the file has it; the mark as it was read.
@@ -56,10 +64,31 @@ impl ParallelsScheme {
         storage.flush()
     }
 
-    /// The image is in nobody's use.
+    /// The image is in nobody's use. With an extension it has the mark that it had: the extension counts by that.
     pub(crate) fn clear_mark(&self, storage: &dyn Storage) -> Result<()> {
-        Self::write_mark(storage, 0)?;
-        self.header.lock().in_use = 0;
+        let mut header = self.header.lock();
+        let mark = if header.ext_off == 0 { 0 } else { header.in_use };
+        Self::write_mark(storage, mark)?;
+        header.in_use = mark;
+        Ok(())
+    }
+
+    /// The extension is dropped, durably: its bitmaps are wrong as soon as the disk is another one.
+    ///
+    /// # Errors
+    /// As [`extension::check_droppable`]; `Io`.
+    pub(crate) fn drop_extension(&self, storage: &dyn Storage) -> Result<()> {
+        if !self.extended.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let mut header = self.header.lock();
+        if header.ext_off != 0 {
+            extension::check_droppable(storage, &header)?;
+            storage.write_all_at(Mem::from(&[0; 8][..]), EXT_OFF as u64)?;
+            storage.flush()?;
+            header.ext_off = 0;
+        }
+        self.extended.store(false, Ordering::Release);
         Ok(())
     }
 
@@ -102,14 +131,16 @@ impl Scheme for ParallelsScheme {
         let (scheme, storage) = (layer.scheme(), &**layer.storage());
         let header = scheme.header();
         if header.ext_off != 0 {
-            let message = "the image has a format extension (dirty bitmaps, say), which writing would make wrong: convert it";
-            let error = Error::new(ErrorKind::UnsupportedFeature, message).with_field("ext_off");
-            return Err(storage.located(error));
+            extension::check_droppable(storage, &header)?;
         }
         if header.is_in_use() || !header.has_data_start(storage.size()?) {
             check(layer, Some(Repair::All), 0, &Job::new())?;
         }
         Self::write_mark(storage, IN_USE)
+    }
+
+    fn change(&self, storage: &dyn Storage) -> Result<()> {
+        self.drop_extension(storage)
     }
 
     fn resized(&self, size: u64) -> Result<()> {

@@ -40,7 +40,8 @@ const NB_SECTORS: usize = 36;
 const IN_USE_FIELD: usize = 44;
 /// Where the field with the start of the data is.
 pub(crate) const DATA_OFF: usize = 48;
-const EXT_OFF: usize = 56;
+/// Where the field with the place of the format extension is.
+pub(crate) const EXT_OFF: usize = 56;
 
 /// A header that keeps to the limits.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -151,7 +151,28 @@ impl Header {
         Ok(header)
     }
 
-    fn check(&self) -> Result<()> {
+    /// Its bytes.
+    pub fn encode(&self) -> [u8; HEADER_LENGTH] {
+        let crypt_method = u32::from(self.crypt_method == CryptMethod::Aes);
+        let parts: [&[u8]; 9] = [
+            &MAGIC,
+            &VERSION.to_be_bytes(),
+            &self.backing_file_offset.to_be_bytes(),
+            &self.backing_file_size.to_be_bytes(),
+            &self.mtime.to_be_bytes(),
+            &self.size.to_be_bytes(),
+            &[self.cluster_bits, self.l2_bits, 0, 0],
+            &crypt_method.to_be_bytes(),
+            &self.l1_table_offset.to_be_bytes(),
+        ];
+        let mut bytes = [0; HEADER_LENGTH];
+        for (to, from) in bytes.iter_mut().zip(parts.into_iter().flatten()) {
+            *to = *from;
+        }
+        bytes
+    }
+
+    pub(crate) fn check(&self) -> Result<()> {
         let kind = ErrorKind::InvalidHeader;
         if !CLUSTER_BITS.contains(&self.cluster_bits) {
             return Err(invalid(kind, "cluster_bits", self.cluster_bits, "not 9 to 16"));
@@ -194,6 +215,12 @@ impl Header {
     /// Entries of the L1 table.
     pub fn l1_entries(&self) -> u64 {
         self.size.div_ceil(self.l2_coverage())
+    }
+
+    /// The entry of a compressed cluster, where the format has one: its length is less than a cluster.
+    pub(crate) fn compressed_entry(&self, offset: u64, length: u64) -> Option<u64> {
+        let bits = 63 - self.cluster_bits;
+        (offset >> bits == 0 && length < self.cluster_size()).then_some(COMPRESSED | length << bits | offset)
     }
 
     /// What an entry of an L2 table says.
@@ -254,6 +281,20 @@ mod tests {
         assert_eq!((header.cluster_size(), header.l2_entries(), header.l1_entries()), (4096, 512, 1));
         assert_eq!((header.virtual_size(), header.l1_table_offset), (1 << 20, 48));
         assert_eq!((header.crypt_method, header.backing_file_size), (CryptMethod::None, 0));
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let named = with(8, &[0, 0, 0, 0, 0, 0, 0, 48, 0, 0, 0, 4, 0, 0, 0, 9]);
+        for bytes in [header(), named, with(36, &1u32.to_be_bytes())] {
+            assert_eq!(Header::parse(&bytes).unwrap().encode()[..], bytes);
+        }
+        let header = Header::parse(&header()).unwrap();
+        let entry = header.compressed_entry(0x1_2345, 4095).unwrap();
+        let decoded = header.l2_entry(entry).unwrap();
+        assert_eq!(decoded, L2Entry::Compressed { offset: 0x1_2345, length: 4095 });
+        assert_eq!(header.compressed_entry(1 << 51, 1), None);
+        assert_eq!(header.compressed_entry(0, 4096), None);
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! The qcow image format, version 1: QEMU's format before qcow2, with the same magic. Images are only read.
+//! The qcow image format, version 1: QEMU's format before qcow2, with the same magic. Images are read, and made: empty,
+//! or by copying a disk front to back. One that exists is not changed.
 //!
 //! The format has no document of its own: what is said here follows the driver `block/qcow.c` of QEMU, whose limits these are.
 //! A header, a table or a name that the file ends in front of is refused as damage, where QEMU reads zeroes.
@@ -11,6 +12,8 @@ pub mod format;
 mod inflate;
 mod inspect;
 mod layer;
+mod new;
 
 pub use inspect::{Inspection, inspect, inspect_bytes};
 pub use layer::{OpenOptions, Qcow1};
+pub use new::NewQcow1;

@@ -1,5 +1,13 @@
 import { type Command, Option } from 'commander'
-import { can, isFormat, listed, PLAIN_FORMAT, SOURCE_FORMATS, STREAM_FORMATS } from '../../formats/table.js'
+import {
+  can,
+  isCompressed,
+  isFormat,
+  listed,
+  PLAIN_FORMAT,
+  SOURCE_FORMATS,
+  STREAM_FORMATS,
+} from '../../formats/table.js'
 import {
   type Compression,
   type ConvertOptions,
@@ -389,7 +397,7 @@ function newTarget(
     throw new CommandFailure('Use of backing file requires explicit backing format')
   }
   const { preallocation, ...shape } = shapeOf(target, to, values, session)
-  if (given.compress && !can(to, 'compress')) throw new CommandFailure('Compression not supported for this file format')
+  if (given.compress && !isCompressed(to)) throw new CommandFailure('Compression not supported for this file format')
   if (given.compress && preallocation !== undefined && preallocation !== 'off') {
     throw new CommandFailure('Compression and preallocation not supported at the same time')
   }

@@ -155,7 +155,7 @@ impl Layout {
     }
 }
 
-/// What is special about a format. Of the methods that write, one is called at a time, but for [`Scheme::touch`].
+/// What is special about a format. Of the methods that write, one is called at a time, but for [`Scheme::touch`] and [`Scheme::change`].
 pub trait Scheme: fmt::Debug + Send + Sync + 'static {
     /// QEMU's name of the format.
     fn format(&self) -> &'static str;
@@ -228,6 +228,15 @@ pub trait Scheme: fmt::Debug + Send + Sync + 'static {
         Self: Sized,
     {
         let _ = layer;
+        Ok(())
+    }
+
+    /// Called before the disk is changed, again and again, from any thread.
+    ///
+    /// # Errors
+    /// `Io`; `UnsupportedFeature`.
+    fn change(&self, storage: &dyn Storage) -> Result<()> {
+        let _ = storage;
         Ok(())
     }
 

@@ -28,6 +28,12 @@ impl<S: Scheme> Shared<S> {
         Err(self.storage.located(Error::new(ErrorKind::Io, message)))
     }
 
+    /// Another disk from here on.
+    fn begin_change(&self) -> Result<()> {
+        self.check_sound()?;
+        self.scheme.change(&*self.storage)
+    }
+
     fn sync(&self) -> Result<()> {
         self.storage.flush().inspect_err(|_| self.failed.store(true, Ordering::Release))
     }
@@ -225,7 +231,7 @@ impl<S: Scheme> WriteLayer for BlockLayer<S> {
 
     fn write_at(&self, buf: Mem<'_>, offset: u64) -> Result<()> {
         let (shared, layout) = (&*self.shared, self.shared.layout());
-        shared.check_sound()?;
+        shared.begin_change()?;
         shared.check_alone()?;
         let (mut rest, mut at) = (buf, offset);
         // What is written in one piece, and where.
@@ -255,7 +261,7 @@ impl<S: Scheme> WriteLayer for BlockLayer<S> {
     }
 
     fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> Result<()> {
-        self.shared.check_sound()?;
+        self.shared.begin_change()?;
         self.shared.check_alone()?;
         self.shared.stored(offset, length, |host, part| self.shared.storage.zero(host, part, unmap))
     }
@@ -264,7 +270,7 @@ impl<S: Scheme> WriteLayer for BlockLayer<S> {
         if !self.shared.scheme.is_differencing() {
             return self.write_at(buf, offset);
         }
-        self.shared.check_sound()?;
+        self.shared.begin_change()?;
         self.shared.write_child(buf, offset, old)?;
         self.shared.publish_if_many()
     }
@@ -273,7 +279,7 @@ impl<S: Scheme> WriteLayer for BlockLayer<S> {
         if !self.shared.scheme.is_differencing() {
             return self.write_zeroes(offset, length, unmap);
         }
-        self.shared.check_sound()?;
+        self.shared.begin_change()?;
         self.shared.zero_child(offset, length, unmap, old)?;
         self.shared.publish_if_many()
     }
@@ -283,7 +289,7 @@ impl<S: Scheme> WriteLayer for BlockLayer<S> {
         if !self.shared.scheme.is_differencing() {
             return self.write_zeroes(offset, length, true);
         }
-        self.shared.check_sound()?;
+        self.shared.begin_change()?;
         self.shared.discard_child(offset, length)
     }
 
@@ -305,6 +311,7 @@ impl<S: Scheme> WriteLayer for BlockLayer<S> {
         if size == self.virtual_size() {
             return Ok(());
         }
+        shared.begin_change()?;
         shared.grow(size, entries)
     }
 }

@@ -1,15 +1,15 @@
 //! A target whose guest data lies in blocks of one size, each at a place that the format's table says. Blocks get their places in
-//! guest order, whatever the number of workers; those without data get none. Lock: `turn`, alone.
+//! guest order, whatever the number of workers; those without data get none.
 
 use std::sync::Arc;
 
-use parking_lot::{Condvar, Mutex, MutexGuard};
 use qcow2_transform::zero;
 
 use super::copy::{Ahead, Copier};
 use super::scan::{Chunk, Rules, Zeroes};
+use super::turns::Turns;
 use super::{Context, ConvertOptions, Delta, Sink, Worker};
-use crate::{Error, Job, Mem, Result, Storage, StorageExt};
+use crate::{Job, Mem, Result, Storage, StorageExt};
 
 /// Bytes of a chunk, as far as blocks allow.
 const CHUNK: u64 = 1 << 20;
@@ -48,14 +48,10 @@ pub struct BlockSink {
     /// What a parent has already is left out, and zeroes are data. A block is there as a whole, also with what the parent has of it.
     delta: Option<Delta>,
     ahead: Ahead,
-    turn: Mutex<Turn>,
-    moved: Condvar,
+    turns: Turns<Places>,
 }
 
-struct Turn {
-    /// Number of the chunk that takes its places next.
-    ticket: u64,
-    stopped: bool,
+struct Places {
     /// The last block that got a place: the next chunk may go on in it.
     last: Option<(u64, u64)>,
     target: Box<dyn BlockTarget>,
@@ -83,7 +79,6 @@ impl BlockSink {
             _ if block.is_multiple_of(CHUNK) => CHUNK,
             _ => block,
         };
-        let turn = Turn { ticket: 0, stopped: false, last: None, target };
         Self {
             ahead: Ahead::new(!stale),
             storage,
@@ -95,8 +90,7 @@ impl BlockSink {
             stale,
             block,
             chunk,
-            turn: Mutex::new(turn),
-            moved: Condvar::new(),
+            turns: Turns::new(Places { last: None, target }),
         }
     }
 
@@ -129,44 +123,33 @@ impl BlockSink {
 
     /// Where they go, neighbours together.
     fn places(&self, chunk: &Chunk, blocks: &[(usize, usize)]) -> Result<Vec<Part>> {
-        let mut parts: Vec<Part> = Vec::new();
-        let mut turn = self.wait(chunk)?;
-        for &(start, end) in blocks {
-            let guest = chunk.start + start as u64;
-            let place = self.place(&mut turn, guest / self.block)?;
-            let host = place + guest % self.block;
-            match parts.last_mut() {
-                Some(last) if last.end == start && last.host + (start - last.start) as u64 == host => {
-                    last.end = end;
+        self.turns.take(chunk.ticket, |places| {
+            let mut parts: Vec<Part> = Vec::new();
+            for &(start, end) in blocks {
+                let guest = chunk.start + start as u64;
+                let place = self.place(places, guest / self.block)?;
+                let host = place + guest % self.block;
+                match parts.last_mut() {
+                    Some(last) if last.end == start && last.host + (start - last.start) as u64 == host => {
+                        last.end = end;
+                    }
+                    _ => parts.push(Part { start, end, host }),
                 }
-                _ => parts.push(Part { start, end, host }),
             }
-        }
-        turn.ticket += 1;
-        drop(turn);
-        self.moved.notify_all();
-        Ok(parts)
+            Ok(parts)
+        })
     }
 
-    fn place(&self, turn: &mut Turn, block: u64) -> Result<u64> {
-        if let Some((_, place)) = turn.last.filter(|(last, _)| *last == block) {
+    fn place(&self, places: &mut Places, block: u64) -> Result<u64> {
+        if let Some((_, place)) = places.last.filter(|(last, _)| *last == block) {
             return Ok(place);
         }
-        let place = turn.target.place(block)?;
-        turn.last = Some((block, place));
+        let place = places.target.place(block)?;
+        places.last = Some((block, place));
         if self.stale {
             self.storage.zero(place, self.block, false)?;
         }
         Ok(place)
-    }
-
-    /// Waits until all chunks before this one have their places.
-    fn wait(&self, chunk: &Chunk) -> Result<MutexGuard<'_, Turn>> {
-        let mut turn = self.turn.lock();
-        while !turn.stopped && turn.ticket != chunk.ticket {
-            self.moved.wait(&mut turn);
-        }
-        if turn.stopped { Err(Error::aborted()) } else { Ok(turn) }
     }
 
     fn put_sparse(&self, copier: &Copier<'_>, bytes: &[u8], host: u64) -> Result<()> {
@@ -202,11 +185,10 @@ impl Sink for BlockSink {
     }
 
     fn stop(&self) {
-        self.turn.lock().stopped = true;
-        self.moved.notify_all();
+        self.turns.stop();
     }
 
     fn finish(self: Box<Self>, options: &ConvertOptions, job: &Job) -> Result<()> {
-        self.turn.into_inner().target.finish(options.durable, job)
+        self.turns.into_inner().target.finish(options.durable, job)
     }
 }

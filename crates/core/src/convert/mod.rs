@@ -10,6 +10,7 @@ mod disk;
 mod raw;
 mod scan;
 mod space;
+mod turns;
 
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -23,6 +24,7 @@ pub use self::disk::DiskSink;
 pub use self::raw::RawSink;
 pub use self::scan::{Chunk, Content, Piece, Rules, Scanner, Zeroes};
 pub use self::space::data_bytes;
+pub use self::turns::Turns;
 use crate::raw::SECTOR;
 use crate::workers::{self, run_all};
 use crate::{Error, ErrorKind, GuestSource, Job, Result};

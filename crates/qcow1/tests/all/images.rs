@@ -1,5 +1,4 @@
 //! Images that QEMU makes, held against the contract of layers, and damaged ones.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
 
 use std::path::Path;
 use std::sync::Arc;
@@ -12,7 +11,7 @@ use qcow2_testkit::{Fixture, Qemu, Rng};
 
 const SIZE: u64 = 3 * (1 << 20) + 512;
 
-fn open(storage: Arc<dyn Storage>) -> Result<Box<dyn Layer>> {
+pub(crate) fn open(storage: Arc<dyn Storage>) -> Result<Box<dyn Layer>> {
     Ok(Box::new(Qcow1::open(storage, &OpenOptions::default())?))
 }
 
