@@ -63,7 +63,7 @@ export type {
 export { type OpenOptions, open } from './open.js'
 export type { Abortable, Limits, LongRunning, Progress } from './options.js'
 export type { OverlayOptions } from './overlay.js'
-export { probe } from './probe.js'
+export { type ProbeOptions, probe } from './probe.js'
 export type { ReadOptions } from './read.js'
 export { type RebaseOptions, rebase } from './rebase.js'
 export type { TruncateOptions } from './resize.js'

@@ -3,7 +3,7 @@
 import { execFileSync } from 'node:child_process'
 import { mkdirSync, readFileSync, renameSync, statSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
-import { check, convert, create, inspect, open, probe } from 'qcow2'
+import { check, convert, create, inspect, open, probe, type Reference } from 'qcow2'
 import { afterAll, beforeAll, describe, expect, it } from 'vitest'
 import { qcow2, workspace } from '../cli/run.js'
 import { failure } from './fixtures.js'
@@ -159,6 +159,76 @@ describe("an appliance's descriptor", () => {
       code: 'ERR_QCOW2_INVALID_ARGUMENT',
       field: 'member',
     })
+  })
+
+  it('by itself is its disk, in its folder and as the policy allows it', async () => {
+    appliance('beside.ova', envelope(SECOND + FIRST))
+    const path = at('machine.ovf')
+    const source = { file: path, member: 'd1' }
+    const references = 'allow'
+    await convert(source, at('back.raw'), { to: 'raw', overwrite: true, references })
+    expect(readFileSync(at('back.raw')).equals(DISK)).toBe(true)
+    expect(await probe(source, { references })).toBe('qcow2')
+    const asked: string[] = []
+    const ask = ({ kind, filename }: Reference): string => {
+      asked.push(`${kind} ${filename}`)
+      return at(filename)
+    }
+    await (await open({ file: path, member: 'disk 2.qcow2' }, { references: ask })).close()
+    expect(asked).toEqual(['extent disk 2.qcow2'])
+    for (const denied of ['deny', 'layer'] as const) {
+      expect(await failure(() => open(source, { references: denied }))).toMatchObject({
+        code: 'ERR_QCOW2_REFERENCE_DENIED',
+      })
+    }
+    expect((await failure(() => open(path, { references }))).message).toMatch(
+      /has 2 disks, disk 2\.qcow2, disk1\.qcow2: say/,
+    )
+    const away = envelope(FIRST.replace('f1', 'f3'), '<ovf:File ovf:id="f3" ovf:href="..%2Fdisk1.qcow2"/>')
+    writeFileSync(path, away)
+    expect(await failure(() => open(path, { references }))).toMatchObject({
+      code: 'ERR_QCOW2_REFERENCE_DENIED',
+      message: expect.stringContaining('names another place'),
+    })
+    writeFileSync(path, away.replace('..%2F', 'no-'))
+    expect((await failure(() => open(path, { references }))).message).toContain("the disk 'no-disk1.qcow2' of '")
+  })
+
+  it('is listed by the command line, where a disk of several is chosen', async () => {
+    const path = appliance('chosen.ova', envelope(SECOND + FIRST))
+    const plain = await qcow2(['info', path], folder)
+    expect(plain).toMatchObject({ code: 0, stderr: '' })
+    expect(plain.stdout).toMatch(/^image: \S*\nfile format: ova\ndisk size: .*disk id: d2\n.*file: disk1\.qcow2\n/s)
+    const disk = { populated: true, present: true, capacity: SIZE, 'image-format': 'qcow2' }
+    const length = statSync(at('disk1.qcow2')).size
+    const disks = [
+      { ...disk, 'disk-id': 'd2', file: 'disk 2.qcow2', 'populated-size': 5, format: 'http://qcow' },
+      { ...disk, 'disk-id': 'd1', file: 'disk1.qcow2', 'file-size': length },
+    ]
+    for (const file of [path, 'machine.ovf']) {
+      const all = JSON.parse((await qcow2(['info', '--output=json', file], folder)).stdout)
+      expect(all).toMatchObject({ format: file === path ? 'ova' : 'ovf', appliance: { disks } })
+      const one = await qcow2(['info', '--output=json', '--member', 'd1', file], folder)
+      expect(JSON.parse(one.stdout)).toMatchObject({ format: 'qcow2', 'virtual-size': SIZE, appliance: { disks } })
+      const several = await qcow2(['map', file], folder)
+      expect(several).toMatchObject({ code: 1, stderr: expect.stringContaining('has 2 disks, disk 2.qcow2') })
+      expect(several.stderr).toContain('--member NAME')
+      const same = await qcow2(['compare', '--member', 'd1', '--member=disk 2.qcow2', file, file], folder)
+      expect(same).toMatchObject({ code: 0, stdout: 'Images are identical.\n' })
+      const described = ['check', '--image-opts', `driver=qcow2,file.filename=${file},file.member=d1`]
+      expect(await qcow2(described, folder)).toMatchObject({ code: 0, stdout: expect.stringMatching(/^No errors/) })
+      const copy = ['convert', '--member', 'disk1.qcow2', '-O', 'raw', file, 'chosen.raw']
+      expect(await qcow2(copy, folder)).toMatchObject({ code: 0, stderr: '' })
+      expect(readFileSync(at('chosen.raw')).equals(DISK)).toBe(true)
+    }
+    const dd = ['dd', '--member=d1', 'bs=1M', `if=${path}`, 'of=dd.raw']
+    expect(await qcow2(dd, folder)).toMatchObject({ code: 0 })
+    expect(readFileSync(at('dd.raw')).equals(DISK)).toBe(true)
+    expect(await qcow2(['measure', '--member=d1', '-O', 'raw', path], folder)).toMatchObject({ code: 0 })
+    const missing = await qcow2(['map', '--member=d9', path], folder)
+    expect(missing.stderr).toContain("has no disk 'd9': there is disk 2.qcow2, disk1.qcow2")
+    const twice = await qcow2(['map', '--member=a', '--member=b', path], folder)
+    expect(twice).toMatchObject({ code: 1, stderr: expect.stringContaining('--member is given 2 times') })
   })
 
   it('that is damaged is a finding, and hides no disk', async () => {

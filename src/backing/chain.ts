@@ -5,7 +5,7 @@
 
 import { type Access, lockFor, READING } from '../access.js'
 import { AbortError, Qcow2Error } from '../errors.js'
-import { isOva } from '../formats/ova.js'
+import { isOva, isOvf } from '../formats/ova.js'
 import { detectFormat } from '../formats/probe.js'
 import {
   type Ability,
@@ -29,7 +29,7 @@ import { handOver, type Located, openFile, release } from '../source.js'
 import { runJob, type StartJob } from '../support/jobs.js'
 import { isAborted, request } from '../support/requests.js'
 import { canBeInexact, exactName, type Name } from '../text.js'
-import { diskOf } from './appliance.js'
+import { diskBeside, diskOf } from './appliance.js'
 import { decide, KINDS, nameOf, type ReferencePolicy } from './policy.js'
 import { openStream, type StreamReading, streamOf, streamRefusal } from './streams.js'
 
@@ -242,13 +242,7 @@ class Opening {
     const depth = this.#layers.length
     const written = depth === 0 || depth === this.#options.base
     const access: Access = written ? this.#access : { ...this.#access, write: undefined }
-    let file = await this.#open(located, access)
-    if (depth === 0 && located.header === undefined && isOva(file.head) && this.#mayLookInside()) {
-      file = await this.#open(await diskOf(located, file.path), access)
-    } else if (located.member !== undefined) {
-      const message = `${file.path}: no appliance, which would have the disk '${located.member}'`
-      throw new Qcow2Error('ERR_QCOW2_FORMAT_UNKNOWN', message, { path: file.path })
-    }
+    const file = await this.#lookInside(located, await this.#open(located, access), access)
     this.#refuseLoop(file)
     const { streams } = this.#options
     const stream = depth === 0 && streams !== undefined ? streamOf(this.#options.format, file) : undefined
@@ -264,6 +258,23 @@ class Opening {
     if (opened.dataFile !== undefined) await this.#attachDataFile(opened, file.path, access)
     const { path, absolutePath } = file
     return { path, absolutePath, format, opened, next: await this.#next(opened, path, folderPath(located, path)) }
+  }
+
+  /** The file of the disk that is meant, where the file that was opened is an appliance or the descriptor of one. */
+  async #lookInside(located: Located, file: NativeFile, access: Access): Promise<NativeFile> {
+    const { head, path } = file
+    if (this.#layers.length === 0 && located.header === undefined && this.#mayLookInside()) {
+      if (isOva(head)) return this.#open(await diskOf(located, path), access)
+      if (isOvf(head)) {
+        const beside = await diskBeside(located, path, { policy: this.#policyOfTop, signal: this.#options.signal })
+        return this.#open(beside.located, access).catch((error: unknown) => {
+          throw inReference(error, `the disk '${beside.filename}' of '${path}'`)
+        })
+      }
+    }
+    if (located.member === undefined) return file
+    const message = `${path}: no appliance, which would have the disk '${located.member}'`
+    throw new Qcow2Error('ERR_QCOW2_FORMAT_UNKNOWN', message, { path })
   }
 
   /** Opens the disk in a compressed file. */
@@ -453,8 +464,11 @@ class Opening {
 
   /** The policy for the layer that was opened last. */
   #policyNow(): ReferencePolicy {
-    const isTop = this.#layers.length === 1
-    return isTop && this.#options.trustTop && this.#policy !== 'layer' ? 'allow' : this.#policy
+    return this.#layers.length === 1 ? this.#policyOfTop : this.#policy
+  }
+
+  get #policyOfTop(): ReferencePolicy {
+    return this.#options.trustTop && this.#policy !== 'layer' ? 'allow' : this.#policy
   }
 }
 

@@ -32,7 +32,8 @@ export interface Reference {
  *   an extent fails. For tools that look at one layer; `convert` refuses it
  * - `'allow'`: names are followed as QEMU follows them: a backing file's from the directory of the image that names it, a data
  *   file's from the working directory of the process. Never `json:` descriptions or protocols (`nbd:`, `http:`). An extent (`vmdk`) has a
- *   plain name, of a file in the directory of the image: QEMU follows any. A UUID (`vdi`) names no file
+ *   plain name, of a file in the directory of the image: QEMU follows any; so has a disk that an OVF descriptor lists. A UUID (`vdi`) names no
+ *   file
  * - a function: called for every reference, returns what to open instead, or `null` to refuse
  */
 export type ReferencePolicy =

@@ -20,6 +20,8 @@ export interface Description {
   readonly connection: ExportConnection
   /** The file with its header, where that is another one. */
   readonly header: string | undefined
+  /** The disk of an appliance that is meant. */
+  readonly member: string | undefined
   /** Ids of the secrets of its layers, top first. */
   readonly secrets: readonly (string | undefined)[]
   /** Which of them may be written to although their encryption is weak. */
@@ -30,6 +32,22 @@ export interface Description {
   readonly locking: 'auto' | 'on' | 'off' | undefined
   readonly cache: CacheMode | undefined
 }
+
+/** What is said of an image by its name alone. */
+export const plainDescription = (filename: string): Description => ({
+  filename,
+  isFile: true,
+  format: undefined,
+  connection: {},
+  header: undefined,
+  member: undefined,
+  secrets: [],
+  weak: [],
+  readOnly: false,
+  forceShare: false,
+  locking: undefined,
+  cache: undefined,
+})
 
 /** What a node is told, by dotted names. */
 type Values = ReadonlyMap<string, string>
@@ -149,6 +167,7 @@ function toDescription(values: Values): Description {
     format: bare ? PLAIN_FORMAT : isFormat(driver) ? driver : undefined,
     connection,
     header: values.get('header.filename'),
+    member: values.get(bare ? 'member' : 'file.member'),
     secrets,
     weak,
     readOnly,
@@ -226,6 +245,9 @@ function takeOfFile(name: string, value: string, depth: number, reading: Reading
     case 'filename':
       if (depth > 0) throw belowIsOfTheImage()
       return true
+    case 'member':
+      // Of a file that is one part of an image, nothing is chosen.
+      return depth === 0
     case 'locking':
       oneOf(name, value, 'auto', 'on', 'off')
       if (depth === 0) reading.locking = value as 'auto' | 'on' | 'off'

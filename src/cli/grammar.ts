@@ -60,6 +60,14 @@ export function takeDriverSyntax(command: Command): void {
   )
 }
 
+/** `--member`: which disk of an appliance. The first is of the first image, the second of the second. */
+export function takeMember(command: Command): void {
+  const help =
+    'the disk of an appliance (.ova, .ovf) that has several, by its file or id; of several images, once for each'
+  const gather = (name: string, previous: readonly string[] = []): string[] => [...previous, name]
+  later(command, new Option('--member <name>', help).argParser(gather))
+}
+
 const laterOptions = new WeakSet<Option>()
 
 /** Whether newer versions of qemu-img have this option only: it must not make an older one's abbreviation ambiguous. */

@@ -59,7 +59,7 @@ async function known(
   if (filename === '') throw new CommandFailure("Could not open '': The 'file' block driver requires a file name")
   const named = requested ?? session.objects.formatOf(filename)
   if (named !== undefined) return namedFormat(filename, named)
-  const format = await probe(imageSource(filename, session), { signal: session.signal })
+  const format = await probe(imageSource(filename, session), { signal: session.signal, references: 'allow' })
   if (isFormat(format) || isStream(format)) return format
   throw new CommandFailure(
     `Could not open '${filename}': Image is in ${format} format, which is not supported ` +

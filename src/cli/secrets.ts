@@ -15,7 +15,7 @@ import type {
   SharingOptions,
 } from '../index.js'
 import { toName } from '../text.js'
-import { type Description, readDescription } from './descriptions.js'
+import { type Description, plainDescription, readDescription } from './descriptions.js'
 import { CommandFailure, unsupported } from './failure.js'
 import { argumentOf, isExport } from './filename.js'
 import { settings } from './options.js'
@@ -101,10 +101,35 @@ export class Objects {
     const { tlsCreds } = description.connection
     if (tlsCreds !== undefined) saying(`Could not open '${typed}'`, () => this.clientTls(tlsCreds))
     const { filename, isFile } = description
-    let name = isFile ? argumentOf(filename) : filename
+    return this.#know(isFile ? argumentOf(filename) : filename, { ...description, typed })
+  }
+
+  /** Takes the disk of an appliance that is meant by an image that was described. */
+  chooseOf(described: string, member: string): void {
+    const known = this.#images.get(described)
+    if (known === undefined || known.member !== undefined) {
+      throw new CommandFailure(
+        `Could not open '${described}': its description and --member both say which disk is meant`,
+      )
+    }
+    this.#images.set(described, { ...known, member })
+  }
+
+  /** Takes the disk of an appliance that is meant by a plain name, which others of all arguments can have, too; returns its own name. */
+  choose(filename: string, member: string, all: readonly string[]): string {
+    if (isExport(filename)) {
+      throw new CommandFailure(`Could not open '${filename}': --member is for an appliance, which is a file`)
+    }
+    const shared = all.filter(each => each === filename).length > 1
+    return this.#know(filename, { ...plainDescription(filename), member, typed: filename }, shared)
+  }
+
+  #know(wanted: string, image: Description & { readonly typed: string }, shared = false): string {
+    const other = (name: string): string => (isAbsolute(name) ? `/.${name}` : `./${name}`)
+    let name = shared ? other(wanted) : wanted
     // One file may be described twice, as what it is and as its plain bytes: each has a name of its own.
-    while (this.#images.has(name)) name = isExport(name) ? another(name) : isAbsolute(name) ? `/.${name}` : `./${name}`
-    this.#images.set(name, { ...description, typed })
+    while (this.#images.has(name)) name = isExport(name) ? another(name) : other(name)
+    this.#images.set(name, image)
     return name
   }
 
@@ -147,6 +172,11 @@ export class Objects {
   /** The file with the header of an image, where its description has one. */
   headerOf(filename: string): string | undefined {
     return this.#images.get(filename)?.header
+  }
+
+  /** The disk of an appliance that a name or its description means. */
+  memberOf(filename: string): string | undefined {
+    return this.#images.get(filename)?.member
   }
 
   /** What opens a layer of an image. */

@@ -4,7 +4,7 @@ import { type CheckResult, check } from '../../index.js'
 import { describeError, failedChanging, openFailure } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
 import { checkExitCode, checkJson, formatCheck } from '../format/check.js'
-import { cacheMode, oneFile, outputOption, SOURCES, takeDriverSyntax } from '../grammar.js'
+import { cacheMode, oneFile, outputOption, SOURCES, takeDriverSyntax, takeMember } from '../grammar.js'
 import { formatOf, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
@@ -43,6 +43,7 @@ export function declareCheck(program: Command, run: Runner): void {
     .addOption(outputOption('human', 'json'))
     .option('-r, --repair <what>', 'repair leaked clusters (leaks), or all that can be repaired (all)', repairOf)
     .option('-q, --quiet', 'print nothing but errors')
+  takeMember(command)
   takeDriverSyntax(command)
   command.action((files: string[], options: CheckArguments) =>
     run(session => checkFile(oneFile(files), options, session)),

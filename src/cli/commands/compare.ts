@@ -2,7 +2,7 @@ import type { Command } from 'commander'
 import { type CompareResult, compare } from '../../index.js'
 import { describeError } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
-import { cacheMode, SOURCES, takeDriverSyntax } from '../grammar.js'
+import { cacheMode, SOURCES, takeDriverSyntax, takeMember } from '../grammar.js'
 import { formatOf, type Request, unlockFailure, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
@@ -43,6 +43,7 @@ export function declareCompare(program: Command, run: Runner): void {
     .option('-U, --force-share', 'open images that another process uses')
     .option('-p, --progress', 'show the progress, also without a terminal')
     .option('-q, --quiet', 'print nothing but errors')
+  takeMember(command)
   takeDriverSyntax(command)
   command.action((files: string[], options: CompareArguments) => run(session => compareFiles(files, options, session)))
 }
