@@ -87,6 +87,7 @@ export type { DetachedImage, ImageInAppliance, ImageInFile, ImageSource, PathLik
 export type { ReadStreamOptions, SparseChunk, WebStreamOptions } from './stream.js'
 export type { Name } from './text.js'
 export type { BigIntResults, Size } from './units.js'
+export { type VerifiedFile, type VerifyOptions, type VerifyResult, verifyManifest } from './verify.js'
 export type { WriteOptions, WriteStreamOptions, WritevOptions, WriteZeroesOptions } from './write.js'
 
 /** The version of this package. */

@@ -1,9 +1,10 @@
 /** Appliances and other images inside of files: read in place, and nothing of what lies around them. */
 
 import { execFileSync } from 'node:child_process'
+import { createHash } from 'node:crypto'
 import { mkdirSync, readFileSync, renameSync, statSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
-import { check, convert, create, inspect, open, probe, type Reference } from 'qcow2'
+import { check, convert, create, inspect, open, probe, type Reference, verifyManifest } from 'qcow2'
 import { afterAll, beforeAll, describe, expect, it } from 'vitest'
 import { qcow2, workspace } from '../cli/run.js'
 import { failure } from './fixtures.js'
@@ -237,6 +238,62 @@ describe("an appliance's descriptor", () => {
     expect(found.findings.at(-1)).toMatchObject({ code: 'HEADER_INVALID', message: expect.stringContaining('OVF') })
     expect(found.disks).toHaveLength(2)
     expect((await inspect(at('machine.ovf'))).findings.at(-1)?.message).toContain('OVF')
+  })
+})
+
+describe("an appliance's manifest", () => {
+  const digest = (algorithm: string, name: string): string =>
+    `${algorithm}(${name})= ${createHash(algorithm)
+      .update(readFileSync(at(name)))
+      .digest('hex')}`
+  const pack = (name: string, ...lines: string[]): string => {
+    writeFileSync(at('machine.mf'), `${lines.join('\r\n')}\n`)
+    return tar(name, ['machine.ovf', 'machine.mf', 'disk1.qcow2'])
+  }
+
+  it('is compared with the files, in the archive and beside a descriptor', async () => {
+    const path = pack('good.ova', digest('SHA1', 'machine.ovf'), digest('SHA512', 'disk1.qcow2'))
+    expect(await inspect(path)).toMatchObject({ manifest: 'machine.mf' })
+    const files = [
+      { name: 'machine.ovf', algorithm: 'SHA1', state: 'ok' },
+      { name: 'disk1.qcow2', algorithm: 'SHA512', state: 'ok' },
+    ]
+    const good = { manifest: 'machine.mf', ok: true, files, unlisted: [] }
+    expect(await verifyManifest(path)).toMatchObject({ filename: path, ...good })
+    expect(await verifyManifest(at('machine.ovf'), { references: 'allow' })).toMatchObject(good)
+    expect(await failure(() => verifyManifest(at('machine.ovf')))).toMatchObject({ code: 'ERR_QCOW2_REFERENCE_DENIED' })
+    const bytes = readFileSync(path)
+    const [{ offset = 0 } = {}] = (await inspect(path)).disks ?? []
+    writeFileSync(at('bad.ova'), bytes.fill(bytes.readUInt8(offset + 99) ^ 1, offset + 99, offset + 100))
+    const bad = await qcow2(['check', '--manifest', '--output=json', 'bad.ova'], folder)
+    expect(bad).toMatchObject({ code: 2, stderr: expect.stringContaining('ERROR disk1.qcow2: SHA512 is ') })
+    expect(JSON.parse(bad.stdout)).toMatchObject({ corruptions: 1, files: [{ state: 'ok' }, { state: 'mismatch' }] })
+    expect(await qcow2(['check', '--manifest', 'machine.ovf'], folder)).toMatchObject({ code: 0, stderr: '' })
+    const lost = pack('lost.ova', digest('SHA256', 'disk1.qcow2').replace('disk1', 'disk7'))
+    expect(await verifyManifest(lost)).toMatchObject({
+      ok: false,
+      files: [{ state: 'missing' }],
+      unlisted: ['machine.ovf', 'disk1.qcow2'],
+    })
+    const without = tar('without.ova', ['machine.ovf', 'disk1.qcow2'])
+    expect(await inspect(without)).not.toHaveProperty('manifest')
+    expect(await qcow2(['check', '--manifest', without], folder)).toMatchObject({ code: 63 })
+  })
+
+  it('that is damaged or absurd is an error', async () => {
+    const line = digest('SHA256', 'disk1.qcow2')
+    for (const [text, code, message] of [
+      [line.replace('disk1', '../disk1'), 'ERR_QCOW2_INVALID_HEADER', "line 1: '../disk1.qcow2' is no file beside it"],
+      [`${line}\n${line}`, 'ERR_QCOW2_INVALID_HEADER', 'line 2: '],
+      [`${line}0`, 'ERR_QCOW2_INVALID_HEADER', 'has 64 digits, not 65'],
+      ['MD5(disk1.qcow2)= 00', 'ERR_QCOW2_INVALID_HEADER', 'no digest of a file'],
+      ['\n'.repeat(4000), 'ERR_QCOW2_LIMIT', '3000 lines'],
+      [' '.repeat(2 << 20), 'ERR_QCOW2_LIMIT', '1048576 bytes'],
+    ] as const) {
+      const found = await failure(() => verifyManifest(pack('absurd.ova', text)))
+      expect(found).toMatchObject({ code, field: 'manifest', message: expect.stringContaining(message) })
+    }
+    expect(await failure(() => verifyManifest(at('disk1.qcow2')))).toMatchObject({ code: 'ERR_QCOW2_FORMAT_UNKNOWN' })
   })
 })
 

@@ -1,6 +1,7 @@
 /** The disk in an appliance: an archive with one image is opened as that image, in place; of a bare descriptor, the file beside it. */
 
 import { Qcow2Error } from '../errors.js'
+import { manifestIn } from '../formats/manifest.js'
 import { members } from '../formats/ova.js'
 import { describeKnown, detectFormat } from '../formats/probe.js'
 import type { FileBytes } from '../formats/sizes.js'
@@ -49,6 +50,8 @@ export interface Appliance {
   /** Its images: those that the descriptor names first, in that order. */
   readonly disks: readonly ApplianceDisk[]
   readonly descriptor: readonly OvfDisk<number | bigint>[]
+  /** The name of its manifest, if it has one. */
+  readonly manifest?: string
   /** Why nothing is known of the descriptor. */
   readonly damage?: Qcow2Error
 }
@@ -67,7 +70,8 @@ export async function readDescriptor(bytes: FileBytes): Promise<readonly OvfDisk
 export async function applianceIn(file: FileBytes): Promise<Appliance> {
   const disks: ApplianceDisk[] = []
   let text: FileBytes | undefined
-  for (const { name, offset, length } of await members(file)) {
+  const all = await members(file)
+  for (const { name, offset, length } of all) {
     const bytes = partOf(file, { offset, length })
     if (text === undefined && /\.ovf$/i.test(name)) text = bytes
     const format = detectFormat(await bytes.at(0, 1024))
@@ -75,17 +79,19 @@ export async function applianceIn(file: FileBytes): Promise<Appliance> {
     const virtualSize = isFormat(format) ? undefined : (await describeKnown(bytes))?.virtualSize
     disks.push({ name, offset, length, format, ...(virtualSize !== undefined && { virtualSize }) })
   }
-  if (text === undefined) return { disks, descriptor: [] }
+  const manifest = manifestIn(all.map(({ name }) => name))
+  const has = manifest === undefined ? {} : { manifest }
+  if (text === undefined) return { disks, descriptor: [], ...has }
   try {
     const descriptor = await readDescriptor(text)
     const place = (disk: ApplianceDisk): number => {
       const index = descriptor.findIndex(listed => isOf(listed, disk))
       return index < 0 ? descriptor.length : index
     }
-    return { disks: [...disks].sort((a, b) => place(a) - place(b)), descriptor }
+    return { disks: [...disks].sort((a, b) => place(a) - place(b)), descriptor, ...has }
   } catch (error) {
     if (!(error instanceof Qcow2Error)) throw error
-    return { disks, descriptor: [], damage: error }
+    return { disks, descriptor: [], ...has, damage: error }
   }
 }
 

@@ -1,6 +1,7 @@
 /** What an appliance, or a descriptor by itself, has in all: for who is to choose. */
 
 import { Qcow2Error } from '../errors.js'
+import { manifestBeside } from '../formats/manifest.js'
 import { isOva, isOvf } from '../formats/ova.js'
 import { detectFormat } from '../formats/probe.js'
 import type { FileBytes } from '../formats/sizes.js'
@@ -37,6 +38,8 @@ export interface Listing {
   readonly kind: 'ova' | 'ovf'
   /** In the descriptor's order; then the images that it does not list. */
   readonly disks: readonly ListedDisk[]
+  /** The name of its manifest, where there is one. */
+  readonly manifest?: string
   /** Why nothing is known of the descriptor. */
   readonly damage?: Qcow2Error
 }
@@ -51,7 +54,7 @@ export async function listAppliance(located: FileLocated): Promise<Listing | und
   })
 }
 
-function listArchive({ disks, descriptor, damage }: Appliance): Listing {
+function listArchive({ disks, descriptor, manifest, damage }: Appliance): Listing {
   const images = disks.map(({ name, length, format }) => ({ name, found: { length, format } }))
   const listed = descriptor.map(each => {
     const image = images.find(one => isOf(each, one))
@@ -60,10 +63,13 @@ function listArchive({ disks, descriptor, damage }: Appliance): Listing {
   })
   const rest = images.filter(({ name }) => !listed.some(({ file }) => file === name))
   const others = rest.map(({ name, found }) => ({ file: name, found }))
-  return { kind: 'ova', disks: [...listed, ...others], ...(damage && { damage }) }
+  const has = manifest === undefined ? {} : { manifest }
+  return { kind: 'ova', disks: [...listed, ...others], ...has, ...(damage && { damage }) }
 }
 
 async function listBeside(bytes: FileBytes, path: string | undefined): Promise<Listing> {
+  const manifest = manifestBeside(path)
+  const has = (await lookBeside(manifest, path)) === undefined ? {} : { manifest }
   try {
     const disks: ListedDisk[] = []
     for (const listed of await readDescriptor(bytes)) {
@@ -71,10 +77,10 @@ async function listBeside(bytes: FileBytes, path: string | undefined): Promise<L
       const found = file === undefined ? undefined : await lookBeside(file, path)
       disks.push({ listed, ...(file !== undefined && { file }), ...(found && { found }) })
     }
-    return { kind: 'ovf', disks }
+    return { kind: 'ovf', disks, ...has }
   } catch (error) {
     if (!(error instanceof Qcow2Error)) throw error
-    return { kind: 'ovf', disks: [], damage: error }
+    return { kind: 'ovf', disks: [], ...has, damage: error }
   }
 }
 

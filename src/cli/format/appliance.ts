@@ -4,8 +4,14 @@ import type { ListedDisk, Listing } from '../../backing/listing.js'
 import type { Json } from './json.js'
 
 /** Names as the descriptor's own, with dashes. A disk is populated where it has a file. */
-export const applianceDocument = ({ kind, disks }: Listing): { readonly [key: string]: Json | undefined } => ({
+export const applianceDocument = ({
   kind,
+  disks,
+  manifest,
+}: Listing): { readonly [key: string]: Json | undefined } => ({
+  kind,
+  'has-manifest': manifest !== undefined,
+  manifest,
   disks: disks.map(diskDocument),
 })
 
