@@ -30,7 +30,7 @@ import { runJob, type StartJob } from '../support/jobs.js'
 import { isAborted, request } from '../support/requests.js'
 import { canBeInexact, exactName, type Name } from '../text.js'
 import { diskBeside, diskOf } from './appliance.js'
-import { decide, KINDS, nameOf, type ReferencePolicy } from './policy.js'
+import { belowIn, decide, KINDS, nameOf, type ReferencePolicy } from './policy.js'
 import { openStream, type StreamReading, streamOf, streamRefusal } from './streams.js'
 
 const MAX_CHAIN_DEPTH = 200
@@ -114,6 +114,7 @@ export async function openChain(located: Located, options: ChainOptions): Promis
     const top = await opening.layer(located, file => topFormat(file, options))
     let above = top
     while (above.next !== undefined) above = await opening.backing(above.next)
+    opening.refuseUnused(above.path)
     throwIfAborted(options.signal)
     if (options.base !== undefined) opening.refuseShort(options.base, top.path)
     const layers = opening.takeLayers()
@@ -321,6 +322,14 @@ class Opening {
     throw new Qcow2Error('ERR_QCOW2_CHAIN', message, { path, field: 'backing_file' })
   }
 
+  /** Refuses a file that the caller has for below the last image, which names none. */
+  refuseUnused(path: string | undefined): void {
+    const below = belowIn(this.#policy, path)
+    if (below === undefined) return
+    const message = `${path}: the image is made on no other: '${below.path}' cannot lie below it`
+    throw new Qcow2Error('ERR_QCOW2_CHAIN', message, { path, field: 'backing_file' })
+  }
+
   takeLayers(): readonly number[] {
     const layers = this.#layers
     this.#layers = []
@@ -459,7 +468,7 @@ class Opening {
       return { located: below, filename: backing.filename, format: backing.format, from }
     }
     const located = await decide(this.#policyNow(), 'backing', backing, from, folder, this.#options.signal)
-    return located && { located, filename: backing.filename, format: backing.format, from }
+    return located && { located, filename: backing.filename, format: located.format ?? backing.format, from }
   }
 
   /** The policy for the layer that was opened last. */

@@ -144,6 +144,10 @@ export function openHint(filename: string, error: unknown, formatOption = '-f'):
   if (!(error instanceof Qcow2Error)) return undefined
   const path = pathOf(error) ?? filename
   if (error.field === 'member') return 'Which disk of an appliance is meant says --member NAME.'
+  // A parent that has no name.
+  if (error.code === 'ERR_QCOW2_REFERENCE_DENIED' && error.message.includes("'uuid:")) {
+    return 'Which file that is says --parent FILE, or backing.file.filename= with --image-opts.'
+  }
   if (error.code === 'ERR_QCOW2_LOCKED') {
     const own = error.message.includes('this process')
     return own ? `This command uses the image [${path}] twice.` : `Is another process using the image [${path}]?`

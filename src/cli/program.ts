@@ -150,6 +150,7 @@ function describeImages(command: Command, name: string, { objects }: Declaring):
     const input = files.findIndex(operand => String(operand).startsWith('if='))
     if (input >= 0) files[input] = `if=${named(String(files[input]).slice('if='.length), imageOpts === true)}`
     refuseMembers(members, images)
+    if (input >= 0) putParents(String(files[input]).slice('if='.length), options, objects)
     return
   }
   const count = IMAGES[name]?.(files.length, options) ?? 1
@@ -164,10 +165,21 @@ function describeImages(command: Command, name: string, { objects }: Declaring):
     files[index] = (isTarget ? known : named)(String(file), described)
   }
   refuseMembers(members, images)
+  const [top] = files
+  if (count > 0 && typeof top === 'string') putParents(top, options, objects)
   if (typeof options['sourceFile'] === 'string')
     command.setOptionValue('sourceFile', named(options['sourceFile'], false))
   const [first] = files
   if (typeof first === 'string' && WRITES[name]?.(options)) objects.refuseReadOnly(first)
+}
+
+/** Takes what `--parent` says of the first image. */
+function putParents(
+  filename: string,
+  { parent }: Readonly<Record<string, unknown>>,
+  objects: Declaring['objects'],
+): void {
+  if (Array.isArray(parent)) objects.putBelow(filename, parent.map(String))
 }
 
 /** Refuses disks that are chosen of nothing. */

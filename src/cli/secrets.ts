@@ -2,6 +2,7 @@
 
 import { readFileSync } from 'node:fs'
 import { isAbsolute } from 'node:path'
+import { allowBut, type Below } from '../backing/policy.js'
 import type {
   CacheMode,
   EncryptedLayer,
@@ -9,15 +10,16 @@ import type {
   NbdClientTls,
   NbdServerTls,
   NbdSourceOptions,
+  ReferencePolicy,
   Secret,
   SecretBytes,
   Secrets,
   SharingOptions,
 } from '../index.js'
 import { toName } from '../text.js'
-import { type Description, plainDescription, readDescription } from './descriptions.js'
+import { type BelowImage, type Description, plainDescription, readDescription } from './descriptions.js'
 import { CommandFailure, unsupported } from './failure.js'
-import { argumentOf, isExport } from './filename.js'
+import { argumentOf, isExport, localPath } from './filename.js'
 import { settings } from './options.js'
 import { isTlsObject, namedTls, readTlsObject, type TlsCredentials } from './tls-objects.js'
 
@@ -25,6 +27,8 @@ import { isTlsObject, namedTls, readTlsObject, type TlsCredentials } from './tls
 export class Objects {
   readonly #secrets = new Map<string, SecretBytes>()
   readonly #tls = new Map<string, TlsCredentials>()
+  /** What lies below images, by the paths of these. */
+  readonly #below = new Map<string, Below>()
   readonly #images = new Map<string, Description & { readonly typed: string }>()
 
   /**
@@ -130,7 +134,41 @@ export class Objects {
     // One file may be described twice, as what it is and as its plain bytes: each has a name of its own.
     while (this.#images.has(name)) name = isExport(name) ? another(name) : other(name)
     this.#images.set(name, image)
+    this.#put(name, image.below)
     return name
+  }
+
+  /** What images may pull in: what they name, but for those that the command line has the file below of. */
+  get references(): ReferencePolicy {
+    return this.#below.size === 0 ? 'allow' : allowBut(path => this.belowOf(path))
+  }
+
+  /** The file that the command line has below the image at a path. */
+  belowOf(path: string): Below | undefined {
+    return this.#below.get(path)
+  }
+
+  /** Takes the files below an image by its name, the next one first. */
+  putBelow(filename: string, parents: readonly string[]): void {
+    if (isExport(filename) || this.#below.has(localPath(filename))) {
+      const why = isExport(filename)
+        ? 'of an export, --parent is not taken'
+        : 'both --parent and its description have it'
+      throw new CommandFailure(`Could not open '${filename}': what lies below it: ${why}`)
+    }
+    this.#put(
+      filename,
+      parents.map(parent => ({ filename: localPath(parent), format: undefined })),
+    )
+  }
+
+  #put(filename: string, below: readonly BelowImage[]): void {
+    if (below.length === 0) return
+    let above = localPath(filename)
+    for (const { filename: path, format } of below) {
+      this.#below.set(above, { path, format })
+      above = path
+    }
   }
 
   /** A message, with what was typed in place of the name of an image that was described. */

@@ -6,7 +6,16 @@ import { CommandFailure, UsageFailure } from '../failure.js'
 import { shownName } from '../filename.js'
 import { checkExitCode, checkJson, formatCheck } from '../format/check.js'
 import { formatManifest, manifestFindings, manifestJson } from '../format/manifest.js'
-import { cacheMode, later, oneFile, outputOption, SOURCES, takeDriverSyntax, takeMember } from '../grammar.js'
+import {
+  cacheMode,
+  later,
+  oneFile,
+  outputOption,
+  SOURCES,
+  takeDriverSyntax,
+  takeMember,
+  takeParent,
+} from '../grammar.js'
 import { formatOf, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
@@ -51,6 +60,7 @@ export function declareCheck(program: Command, run: Runner): void {
     new Option('--manifest', 'check the files of an appliance (.ova, .ovf) against its manifest, and nothing else'),
   )
   takeMember(command)
+  takeParent(command)
   takeDriverSyntax(command)
   command.action((files: string[], options: CheckArguments) =>
     run(session => checkFile(oneFile(files), options, session)),
@@ -120,7 +130,7 @@ async function checked(
         ...(forceShare !== undefined && { forceShare }),
         format: from,
         repair,
-        references: 'allow',
+        references: session.objects.references,
       }),
     )
   } catch (error) {

@@ -33,6 +33,7 @@ import {
   TARGETS,
   takeDriverSyntax,
   takeMember,
+  takeParent,
   wholeNumber,
 } from '../grammar.js'
 import { formatOf, snapshotOf, sourceFormatOf, unlockFailure, withImage } from '../images.js'
@@ -130,6 +131,7 @@ export function declareConvert(program: Command, run: Runner): void {
   alias(command, '--backing', '-b')
   alias(command, '--rate', '--rate-limit')
   takeMember(command)
+  takeParent(command)
   takeDriverSyntax(command)
   command.option('--target-image-opts', 'with -n: TARGET is described by options, as with --image-opts')
   command.action((files: string[], options: ConvertArguments & { concurrency?: number }) =>
@@ -208,7 +210,7 @@ async function convertNamed(
     from,
     ...(given.bitmaps && { bitmaps: { skipBroken: given.skipBrokenBitmaps } }),
     to,
-    references: 'allow',
+    references: session.objects.references,
     secret: secretsOf(sources, target, session),
     ...session.objects.sharingOf(...sources),
     ...(forceShare !== undefined && { forceShare }),

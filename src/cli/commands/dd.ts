@@ -4,7 +4,7 @@ import { convert, type TargetFormat } from '../../index.js'
 import { targetFormat } from '../create-options.js'
 import { describeError } from '../errors.js'
 import { CommandFailure } from '../failure.js'
-import { alias, SOURCES, TARGETS, takeDriverSyntax, takeMember } from '../grammar.js'
+import { alias, SOURCES, TARGETS, takeDriverSyntax, takeMember, takeParent } from '../grammar.js'
 import { formatOf, unlockFailure, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
@@ -45,6 +45,7 @@ export function declareDd(program: Command, run: Runner): void {
     .option('-U, --force-share', 'open an image that another process uses')
   alias(command, '--target-format', '--output-format')
   takeMember(command)
+  takeParent(command)
   takeDriverSyntax(command)
   command.action((operands: string[], options: DdArguments) => run(session => dd(operands, options, session)))
 }
@@ -104,7 +105,15 @@ async function dd(list: readonly string[], options: DdArguments, session: Sessio
   const choice = { progress: false, quiet: true, verb: 'Copying', step: 1 }
   const secret = session.objects.secretsOf(input)
   const sharing = { ...session.objects.sharingOf(input), ...(forceShare !== undefined && { forceShare }) }
-  const copy = { from, to, ...range, ...sharing, references: 'allow', secret, overwrite: true } as const
+  const copy = {
+    from,
+    to,
+    ...range,
+    ...sharing,
+    references: session.objects.references,
+    secret,
+    overwrite: true,
+  } as const
   await withProgress(session, choice, job =>
     convert(sourceOf(input, session), targetSource(output, session), { ...copy, ...job, bigint: true }),
   ).catch(error => {

@@ -30,6 +30,7 @@ import {
   SOURCES,
   takeDriverSyntax,
   takeMember,
+  takeParent,
   toCacheMode,
 } from '../grammar.js'
 import { warnOfDamage, withImage } from '../images.js'
@@ -60,6 +61,7 @@ export function declareInfo(program: Command, run: Runner): void {
   later(command, new Option('--limits', 'show what requests on the image should look like'))
   later(command, new Option('-t, --cache <mode>', 'cache mode that the limits are for').argParser(cacheMode('cache')))
   takeMember(command)
+  takeParent(command)
   takeDriverSyntax(command)
   command.action((files: string[], options: InfoArguments) =>
     run(session => showInfo(oneFile(files), options, session)),
@@ -84,9 +86,9 @@ async function collect(top: string, options: InfoArguments, session: Session): P
     const { filename, format }: { filename: string; format: string | undefined } = next
     if (seen.has(filename)) throw new CommandFailure(`Backing file '${filename}' creates an infinite loop.`)
     seen.add(filename)
-    const listing = documents.length === 0 ? await listingOf(filename, format, session) : undefined
+    const listing: Listing | undefined = documents.length === 0 ? await listingOf(filename, format, session) : undefined
     const appliance = listing && { appliance: applianceDocument(listing) }
-    const image = listing === undefined ? filename : chosenOf(listing, filename, session)
+    const image: string | undefined = listing === undefined ? filename : chosenOf(listing, filename, session)
     const other =
       image === undefined
         ? await fileWithDisks(filename, listing?.kind ?? '')
@@ -102,7 +104,7 @@ async function collect(top: string, options: InfoArguments, session: Session): P
     warnOfDamage(image, info, session)
     const document = { ...infoDocument(shownName(image), info), ...appliance }
     documents.push(limits ? withLimits(document, info, format === undefined) : document)
-    next = options.backingChain ? below(info) : undefined
+    next = options.backingChain ? below(image, info, session) : undefined
   }
   return documents
 }
@@ -198,15 +200,21 @@ async function describeOther(
   }
 }
 
-function below(info: ImageInfo<bigint>): { filename: string; format: string | undefined } | undefined {
+function below(
+  filename: string,
+  info: ImageInfo<bigint>,
+  { objects }: Session,
+): { filename: string; format: string | undefined } | undefined {
   if (info.backingFilename === undefined) return undefined
+  const given = isExport(filename) ? undefined : objects.belowOf(localPath(filename))
+  if (given !== undefined) return { filename: argumentOf(given.path), format: given.format }
   if (info.fullBackingFilename === undefined) {
     throw new CommandFailure(
       `Could not determine absolute backing filename, but backing filename '${exactText(info.backingFilename, info.backingFilenameBytes)}' present`,
     )
   }
-  const filename = exactText(info.fullBackingFilename, info.fullBackingFilenameBytes)
-  return { filename: argumentOf(filename), format: info.backingFilenameFormat }
+  const full = exactText(info.fullBackingFilename, info.fullBackingFilenameBytes)
+  return { filename: argumentOf(full), format: info.backingFilenameFormat }
 }
 
 /** The QAPI document of one image: names with dashes, and the file that holds it as a node of its own. */
