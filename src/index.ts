@@ -63,7 +63,7 @@ export type {
 export { type OpenOptions, open } from './open.js'
 export type { Abortable, Limits, LongRunning, Progress } from './options.js'
 export type { OverlayOptions } from './overlay.js'
-export { probe } from './probe.js'
+export { type ProbeOptions, probe } from './probe.js'
 export type { ReadOptions } from './read.js'
 export { type RebaseOptions, rebase } from './rebase.js'
 export type { TruncateOptions } from './resize.js'
@@ -88,6 +88,7 @@ export type { DetachedImage, ImageInAppliance, ImageInFile, ImageSource, PathLik
 export type { ReadStreamOptions, SparseChunk, WebStreamOptions } from './stream.js'
 export type { Name } from './text.js'
 export type { BigIntResults, Size } from './units.js'
+export { type VerifiedFile, type VerifyOptions, type VerifyResult, verifyManifest } from './verify.js'
 export type { WriteOptions, WriteStreamOptions, WritevOptions, WriteZeroesOptions } from './write.js'
 
 /** The version of this package. */

@@ -57,6 +57,8 @@ export interface Inspection<N extends number | bigint = number> {
   readonly disks?: readonly ApplianceDisk[]
   /** The disks that the OVF descriptor of an appliance lists; or, detected as `'ovf'`, the descriptor that the file is. */
   readonly descriptor?: readonly OvfDisk<N>[]
+  /** The name of the manifest (`.mf`) of an appliance, if it has one: `verifyManifest` compares its digests. */
+  readonly manifest?: string
   /** By its magic, where that is one of a format that is opened; `'unknown'` otherwise: raw is never guessed. */
   readonly format: Format | 'unknown'
   /**
@@ -198,13 +200,14 @@ async function inspectLocated(
 }
 
 /** What is said of what is no image. */
-type Described = Pick<Inspection<number | bigint>, 'detected' | 'disks' | 'descriptor' | 'findings'>
+type Described = Pick<Inspection<number | bigint>, 'detected' | 'disks' | 'descriptor' | 'manifest' | 'findings'>
 
 /** What is said of an appliance beside that it is no image. */
 async function appliance(bytes: FileBytes, findings: readonly Finding[]): Promise<Described> {
   try {
-    const { disks, descriptor, damage } = await applianceIn(bytes)
-    return { detected: 'ova', disks, descriptor, findings: damage ? [...findings, damageOf(damage)] : findings }
+    const { disks, descriptor, manifest, damage } = await applianceIn(bytes)
+    const has = manifest === undefined ? {} : { manifest }
+    return { detected: 'ova', disks, descriptor, ...has, findings: damage ? [...findings, damageOf(damage)] : findings }
   } catch (error) {
     if (!(error instanceof RangeError)) throw error
     return { detected: 'ova', findings: [...findings, damageOf(error)] }

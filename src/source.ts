@@ -39,7 +39,7 @@ export interface ImageInFile {
   readonly length: number
 }
 
-/** A disk of an appliance (`.ova`) that has several, by the name of its member: `inspect` lists them. */
+/** A disk of an appliance (`.ova`, `.ovf`) that has several, by the name of its file or its id: `inspect` lists them. */
 export interface ImageInAppliance {
   readonly file: PathLike
   readonly member: string

@@ -1,9 +1,10 @@
 /** Appliances and other images inside of files: read in place, and nothing of what lies around them. */
 
 import { execFileSync } from 'node:child_process'
+import { createHash } from 'node:crypto'
 import { mkdirSync, readFileSync, renameSync, statSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
-import { check, convert, create, inspect, open, probe } from 'qcow2'
+import { check, convert, create, inspect, open, probe, type Reference, verifyManifest } from 'qcow2'
 import { afterAll, beforeAll, describe, expect, it } from 'vitest'
 import { qcow2, workspace } from '../cli/run.js'
 import { failure } from './fixtures.js'
@@ -161,12 +162,138 @@ describe("an appliance's descriptor", () => {
     })
   })
 
+  it('by itself is its disk, in its folder and as the policy allows it', async () => {
+    appliance('beside.ova', envelope(SECOND + FIRST))
+    const path = at('machine.ovf')
+    const source = { file: path, member: 'd1' }
+    const references = 'allow'
+    await convert(source, at('back.raw'), { to: 'raw', overwrite: true, references })
+    expect(readFileSync(at('back.raw')).equals(DISK)).toBe(true)
+    expect(await probe(source, { references })).toBe('qcow2')
+    const asked: string[] = []
+    const ask = ({ kind, filename }: Reference): string => {
+      asked.push(`${kind} ${filename}`)
+      return at(filename)
+    }
+    await (await open({ file: path, member: 'disk 2.qcow2' }, { references: ask })).close()
+    expect(asked).toEqual(['extent disk 2.qcow2'])
+    for (const denied of ['deny', 'layer'] as const) {
+      expect(await failure(() => open(source, { references: denied }))).toMatchObject({
+        code: 'ERR_QCOW2_REFERENCE_DENIED',
+      })
+    }
+    expect((await failure(() => open(path, { references }))).message).toMatch(
+      /has 2 disks, disk 2\.qcow2, disk1\.qcow2: say/,
+    )
+    const away = envelope(FIRST.replace('f1', 'f3'), '<ovf:File ovf:id="f3" ovf:href="..%2Fdisk1.qcow2"/>')
+    writeFileSync(path, away)
+    expect(await failure(() => open(path, { references }))).toMatchObject({
+      code: 'ERR_QCOW2_REFERENCE_DENIED',
+      message: expect.stringContaining('names another place'),
+    })
+    writeFileSync(path, away.replace('..%2F', 'no-'))
+    expect((await failure(() => open(path, { references }))).message).toContain("the disk 'no-disk1.qcow2' of '")
+  })
+
+  it('is listed by the command line, where a disk of several is chosen', async () => {
+    const path = appliance('chosen.ova', envelope(SECOND + FIRST))
+    const plain = await qcow2(['info', path], folder)
+    expect(plain).toMatchObject({ code: 0, stderr: '' })
+    expect(plain.stdout).toMatch(/^image: \S*\nfile format: ova\ndisk size: .*disk id: d2\n.*file: disk1\.qcow2\n/s)
+    const disk = { populated: true, present: true, capacity: SIZE, 'image-format': 'qcow2' }
+    const length = statSync(at('disk1.qcow2')).size
+    const disks = [
+      { ...disk, 'disk-id': 'd2', file: 'disk 2.qcow2', 'populated-size': 5, format: 'http://qcow' },
+      { ...disk, 'disk-id': 'd1', file: 'disk1.qcow2', 'file-size': length },
+    ]
+    for (const file of [path, 'machine.ovf']) {
+      const all = JSON.parse((await qcow2(['info', '--output=json', file], folder)).stdout)
+      expect(all).toMatchObject({ format: file === path ? 'ova' : 'ovf', appliance: { disks } })
+      const one = await qcow2(['info', '--output=json', '--member', 'd1', file], folder)
+      expect(JSON.parse(one.stdout)).toMatchObject({ format: 'qcow2', 'virtual-size': SIZE, appliance: { disks } })
+      const several = await qcow2(['map', file], folder)
+      expect(several).toMatchObject({ code: 1, stderr: expect.stringContaining('has 2 disks, disk 2.qcow2') })
+      expect(several.stderr).toContain('--member NAME')
+      const same = await qcow2(['compare', '--member', 'd1', '--member=disk 2.qcow2', file, file], folder)
+      expect(same).toMatchObject({ code: 0, stdout: 'Images are identical.\n' })
+      const described = ['check', '--image-opts', `driver=qcow2,file.filename=${file},file.member=d1`]
+      expect(await qcow2(described, folder)).toMatchObject({ code: 0, stdout: expect.stringMatching(/^No errors/) })
+      const copy = ['convert', '--member', 'disk1.qcow2', '-O', 'raw', file, 'chosen.raw']
+      expect(await qcow2(copy, folder)).toMatchObject({ code: 0, stderr: '' })
+      expect(readFileSync(at('chosen.raw')).equals(DISK)).toBe(true)
+    }
+    const dd = ['dd', '--member=d1', 'bs=1M', `if=${path}`, 'of=dd.raw']
+    expect(await qcow2(dd, folder)).toMatchObject({ code: 0 })
+    expect(readFileSync(at('dd.raw')).equals(DISK)).toBe(true)
+    expect(await qcow2(['measure', '--member=d1', '-O', 'raw', path], folder)).toMatchObject({ code: 0 })
+    const missing = await qcow2(['map', '--member=d9', path], folder)
+    expect(missing.stderr).toContain("has no disk 'd9': there is disk 2.qcow2, disk1.qcow2")
+    const twice = await qcow2(['map', '--member=a', '--member=b', path], folder)
+    expect(twice).toMatchObject({ code: 1, stderr: expect.stringContaining('--member is given 2 times') })
+  })
+
   it('that is damaged is a finding, and hides no disk', async () => {
     const path = appliance('damaged.ova', '<!DOCTYPE x [<!ENTITY a "b">]><Envelope><File href="&a;"/></Envelope>')
     const found = await inspect(path)
     expect(found.findings.at(-1)).toMatchObject({ code: 'HEADER_INVALID', message: expect.stringContaining('OVF') })
     expect(found.disks).toHaveLength(2)
     expect((await inspect(at('machine.ovf'))).findings.at(-1)?.message).toContain('OVF')
+  })
+})
+
+describe("an appliance's manifest", () => {
+  const digest = (algorithm: string, name: string): string =>
+    `${algorithm}(${name})= ${createHash(algorithm)
+      .update(readFileSync(at(name)))
+      .digest('hex')}`
+  const pack = (name: string, ...lines: string[]): string => {
+    writeFileSync(at('machine.mf'), `${lines.join('\r\n')}\n`)
+    return tar(name, ['machine.ovf', 'machine.mf', 'disk1.qcow2'])
+  }
+
+  it('is compared with the files, in the archive and beside a descriptor', async () => {
+    const path = pack('good.ova', digest('SHA1', 'machine.ovf'), digest('SHA512', 'disk1.qcow2'))
+    expect(await inspect(path)).toMatchObject({ manifest: 'machine.mf' })
+    const files = [
+      { name: 'machine.ovf', algorithm: 'SHA1', state: 'ok' },
+      { name: 'disk1.qcow2', algorithm: 'SHA512', state: 'ok' },
+    ]
+    const good = { manifest: 'machine.mf', ok: true, files, unlisted: [] }
+    expect(await verifyManifest(path)).toMatchObject({ filename: path, ...good })
+    expect(await verifyManifest(at('machine.ovf'), { references: 'allow' })).toMatchObject(good)
+    expect(await failure(() => verifyManifest(at('machine.ovf')))).toMatchObject({ code: 'ERR_QCOW2_REFERENCE_DENIED' })
+    const bytes = readFileSync(path)
+    const [{ offset = 0 } = {}] = (await inspect(path)).disks ?? []
+    writeFileSync(at('bad.ova'), bytes.fill(bytes.readUInt8(offset + 99) ^ 1, offset + 99, offset + 100))
+    const bad = await qcow2(['check', '--manifest', '--output=json', 'bad.ova'], folder)
+    expect(bad).toMatchObject({ code: 2, stderr: expect.stringContaining('ERROR disk1.qcow2: SHA512 is ') })
+    expect(JSON.parse(bad.stdout)).toMatchObject({ corruptions: 1, files: [{ state: 'ok' }, { state: 'mismatch' }] })
+    expect(await qcow2(['check', '--manifest', 'machine.ovf'], folder)).toMatchObject({ code: 0, stderr: '' })
+    const lost = pack('lost.ova', digest('SHA256', 'disk1.qcow2').replace('disk1', 'disk7'))
+    expect(await verifyManifest(lost)).toMatchObject({
+      ok: false,
+      files: [{ state: 'missing' }],
+      unlisted: ['machine.ovf', 'disk1.qcow2'],
+    })
+    const without = tar('without.ova', ['machine.ovf', 'disk1.qcow2'])
+    expect(await inspect(without)).not.toHaveProperty('manifest')
+    expect(await qcow2(['check', '--manifest', without], folder)).toMatchObject({ code: 63 })
+  })
+
+  it('that is damaged or absurd is an error', async () => {
+    const line = digest('SHA256', 'disk1.qcow2')
+    for (const [text, code, message] of [
+      [line.replace('disk1', '../disk1'), 'ERR_QCOW2_INVALID_HEADER', "line 1: '../disk1.qcow2' is no file beside it"],
+      [`${line}\n${line}`, 'ERR_QCOW2_INVALID_HEADER', 'line 2: '],
+      [`${line}0`, 'ERR_QCOW2_INVALID_HEADER', 'has 64 digits, not 65'],
+      ['MD5(disk1.qcow2)= 00', 'ERR_QCOW2_INVALID_HEADER', 'no digest of a file'],
+      ['\n'.repeat(4000), 'ERR_QCOW2_LIMIT', '3000 lines'],
+      [' '.repeat(2 << 20), 'ERR_QCOW2_LIMIT', '1048576 bytes'],
+    ] as const) {
+      const found = await failure(() => verifyManifest(pack('absurd.ova', text)))
+      expect(found).toMatchObject({ code, field: 'manifest', message: expect.stringContaining(message) })
+    }
+    expect(await failure(() => verifyManifest(at('disk1.qcow2')))).toMatchObject({ code: 'ERR_QCOW2_FORMAT_UNKNOWN' })
   })
 })
 

@@ -87,12 +87,13 @@ describeWithQemu('encryption on the command line', () => {
   })
 
   it('ignores nothing that is said of a backing file', async () => {
-    for (const option of ['backing.file.filename=disk.raw', 'backing.driver=raw']) {
-      const { code, stderr } = await tools.ours(`info ${OBJECT} ${opts('made.qcow2', `,${option}`)}`)
-      expect([code, stderr]).toEqual([
-        1,
-        expect.stringContaining('Which file lies below an image is what the image says: rebase -u changes that'),
-      ])
+    for (const [option, why] of [
+      ['backing.file.filename=disk.raw', "the image is made on no other: 'disk.raw' cannot lie below it"],
+      ['backing.driver=raw', "'backing.file.filename' says which"],
+      ['backing=node', "names no other node here: 'backing.file.filename' says which file it is"],
+    ]) {
+      const { code, stderr } = await tools.ours(`convert ${OBJECT} -O raw ${opts('made.qcow2', `,${option}`)} none.raw`)
+      expect([code, stderr]).toEqual([1, expect.stringContaining(why ?? '')])
     }
   })
 

@@ -1,11 +1,11 @@
 /** Differencing images: made on their parents, written to, known again, by the API and the command line. */
 
-import { readFileSync, utimesSync } from 'node:fs'
+import { copyFileSync, mkdirSync, readFileSync, utimesSync } from 'node:fs'
 import { join } from 'node:path'
 import { check, convert, create, type Image, inspect, measure, open, type ReferencePolicy } from 'qcow2'
 import { describe, expect, it } from 'vitest'
 import { failure, pattern, writeRaw } from '../api/fixtures.js'
-import { asQemuImg, workspace } from '../cli/run.js'
+import { asQemuImg, qcow2, workspace } from '../cli/run.js'
 import { assertSameBytes } from '../interop/qemu.js'
 
 const folder = workspace()
@@ -71,6 +71,31 @@ describe.each(FORMATS)('$format', ({ format, shape, named }) => {
     expect(await check(child)).toMatchObject({ ok: true })
   })
 
+  it('the command line has another file as its parent', async () => {
+    const moved = at(`moved/elsewhere.${format}`)
+    mkdirSync(at('moved'), { recursive: true })
+    copyFileSync(base, moved)
+    copyFileSync(child, at(`moved/child.${format}`))
+    const file = `moved/child.${format}`
+    const opts = `driver=${format},file.filename=${file},backing.driver=${format},backing.file.filename=${moved}`
+    for (const words of [
+      ['--image-opts', opts],
+      ['--parent', moved, file],
+    ]) {
+      expect(await qcow2(['convert', '-O', 'raw', ...words, 'seen.raw'], folder)).toMatchObject({ code: 0, stderr: '' })
+      assertSameBytes(readFileSync(at('seen.raw')), expected, 'the child')
+    }
+    const chain = await qcow2(['info', '-b', '--output=json', '--parent', moved, file], folder)
+    expect(JSON.parse(chain.stdout)).toMatchObject([{ format }, { filename: moved, format }])
+    // It is known again by what the child keeps of it.
+    const other = at(`moved/other.${format}`)
+    await convert(source, other, { from: 'raw', to: format, overwrite: true, create: shape as never })
+    const wrong = await qcow2(['map', '--parent', other, file], folder)
+    expect(wrong).toMatchObject({ code: 1, stderr: expect.stringContaining('ERR_QCOW2_CHAIN') })
+    const none = await qcow2(['map', '--parent', child, moved], folder)
+    expect(none).toMatchObject({ code: 1, stderr: expect.stringContaining('is made on no other') })
+  })
+
   it('nothing is opened that the caller does not allow, and a layer can be looked at alone', async () => {
     expect(await failure(() => open(child))).toMatchObject({ code: 'ERR_QCOW2_REFERENCE_DENIED' })
     expect(await inspect(child)).toMatchObject({ safe: false, findings: [{ code: 'BACKING_FILE' }] })
@@ -83,6 +108,8 @@ describe.each(FORMATS)('$format', ({ format, shape, named }) => {
     const written = await failure(() => open(child, { references: 'layer', flags: 'r+' }))
     expect(written).toMatchObject({ code: 'ERR_QCOW2_REFERENCE_DENIED' })
     if (format !== 'vdi') return
+    const asked = await qcow2(['map', child], folder)
+    expect(asked).toMatchObject({ code: 1, stderr: expect.stringContaining('--parent FILE') })
     const followed = await failure(() => open(child, { references: 'allow' }))
     expect(followed).toMatchObject({ code: 'ERR_QCOW2_REFERENCE_DENIED' })
     expect(followed.message).toContain('knows it by its UUID')

@@ -43,6 +43,7 @@ const TYPESCRIPT: Readonly<Record<string, string>> = {
   'src/cli/secrets.ts': TAKES_APART,
   'src/cli/start.ts': `${OURS}; a cache folder whose name is no text is not found, and nothing is kept`,
   'src/cli/tls-objects.ts': 'names of users and passphrases, which Node hands to OpenSSL as text: others never fit',
+  'src/formats/manifest.ts': 'names of files, which are compared with those of members; others are missing',
   'src/formats/ova.ts': 'names of members are shown; they are found by their place',
   'src/formats/sizes.ts': OURS,
   'src/formats/table.ts': OURS,

@@ -1,6 +1,7 @@
-/** The disk in an appliance: an archive with one image is opened as that image, in place. */
+/** The disk in an appliance: an archive with one image is opened as that image, in place; of a bare descriptor, the file beside it. */
 
 import { Qcow2Error } from '../errors.js'
+import { manifestIn } from '../formats/manifest.js'
 import { members } from '../formats/ova.js'
 import { describeKnown, detectFormat } from '../formats/probe.js'
 import type { FileBytes } from '../formats/sizes.js'
@@ -9,6 +10,7 @@ import type { NativeOvfDisk } from '../native.js'
 import type { FileLocated, Located } from '../source.js'
 import { request } from '../support/requests.js'
 import { partOf, withFileBytes } from './file-bytes.js'
+import { decide, type ReferencePolicy } from './policy.js'
 
 /** An image in an archive. */
 export interface ApplianceDisk {
@@ -48,6 +50,8 @@ export interface Appliance {
   /** Its images: those that the descriptor names first, in that order. */
   readonly disks: readonly ApplianceDisk[]
   readonly descriptor: readonly OvfDisk<number | bigint>[]
+  /** The name of its manifest, if it has one. */
+  readonly manifest?: string
   /** Why nothing is known of the descriptor. */
   readonly damage?: Qcow2Error
 }
@@ -66,7 +70,8 @@ export async function readDescriptor(bytes: FileBytes): Promise<readonly OvfDisk
 export async function applianceIn(file: FileBytes): Promise<Appliance> {
   const disks: ApplianceDisk[] = []
   let text: FileBytes | undefined
-  for (const { name, offset, length } of await members(file)) {
+  const all = await members(file)
+  for (const { name, offset, length } of all) {
     const bytes = partOf(file, { offset, length })
     if (text === undefined && /\.ovf$/i.test(name)) text = bytes
     const format = detectFormat(await bytes.at(0, 1024))
@@ -74,36 +79,46 @@ export async function applianceIn(file: FileBytes): Promise<Appliance> {
     const virtualSize = isFormat(format) ? undefined : (await describeKnown(bytes))?.virtualSize
     disks.push({ name, offset, length, format, ...(virtualSize !== undefined && { virtualSize }) })
   }
-  if (text === undefined) return { disks, descriptor: [] }
+  const manifest = manifestIn(all.map(({ name }) => name))
+  const has = manifest === undefined ? {} : { manifest }
+  if (text === undefined) return { disks, descriptor: [], ...has }
   try {
     const descriptor = await readDescriptor(text)
     const place = (disk: ApplianceDisk): number => {
       const index = descriptor.findIndex(listed => isOf(listed, disk))
       return index < 0 ? descriptor.length : index
     }
-    return { disks: [...disks].sort((a, b) => place(a) - place(b)), descriptor }
+    return { disks: [...disks].sort((a, b) => place(a) - place(b)), descriptor, ...has }
   } catch (error) {
     if (!(error instanceof Qcow2Error)) throw error
-    return { disks, descriptor: [], damage: error }
+    return { disks, descriptor: [], ...has, damage: error }
   }
 }
 
-/** Whether a member is the file of a disk that the descriptor lists, by a URI relative to the descriptor. */
-function isOf({ href }: OvfDisk<number | bigint>, { name }: ApplianceDisk): boolean {
-  if (href === undefined || href === name) return href !== undefined
+/** The file of a listed disk: what its URI, which is relative to the descriptor, says. */
+export function fileOf({ href }: Pick<OvfDisk<number | bigint>, 'href'>): string | undefined {
   try {
-    return decodeURIComponent(href) === name
+    return href === undefined ? undefined : decodeURIComponent(href)
   } catch {
-    return false
+    return href
   }
 }
 
-function candidates(
+/** Whether a member is the file of a disk that the descriptor lists. */
+export const isOf = (listed: OvfDisk<number | bigint>, { name }: Pick<ApplianceDisk, 'name'>): boolean =>
+  listed.href !== undefined && (listed.href === name || fileOf(listed) === name)
+
+/** The images that can be meant: those with the name or the id that the caller says; else those that the descriptor lists; else all. */
+export function candidates(
   disks: readonly ApplianceDisk[],
   descriptor: Appliance['descriptor'],
   member: string | undefined,
 ): readonly ApplianceDisk[] {
-  if (member !== undefined) return disks.filter(({ name }) => name === member)
+  if (member !== undefined) {
+    const named = disks.filter(({ name }) => name === member)
+    if (named.length > 0) return named
+    return disks.filter(disk => descriptor.some(each => each.diskId === member && isOf(each, disk)))
+  }
   const listed = disks.filter(disk => descriptor.some(each => isOf(each, disk)))
   return listed.length > 0 ? listed : disks
 }
@@ -123,23 +138,81 @@ export async function diskOf(
     throw error
   })
   const { member, ...whole } = located
-  const [disk, ...others] = candidates(disks, descriptor, member)
-  if (disk === undefined && member !== undefined && disks.length > 0) {
-    throw refusal(
-      path,
-      `${name}: the appliance has no disk '${member}': there is ${disks.map(each => each.name).join(', ')}`,
-    )
-  }
-  if (disk === undefined) throw refusal(path, `${name}: the appliance has no disk image that is known`)
-  if (others.length > 0) {
-    const list = disks.map(each => `${each.name} (offset ${each.offset}, length ${each.length})`).join(', ')
-    const how = 'say which by its name (member), or by its offset and length'
-    throw refusal(path, `${name}: the appliance has ${disks.length} disks, ${list}: ${how}`)
-  }
+  const places = disks.map(each => `${each.name} (offset ${each.offset}, length ${each.length})`).join(', ')
+  const how = 'say which by its name (member), or by its offset and length'
+  const names = disks.map(each => each.name)
+  const disk = onlyOne(candidates(disks, descriptor, member), { name, path, member, names, places, how })
   // The appliance can be a part of a file itself.
   const offset = (located.part?.offset ?? 0) + disk.offset
   return { ...whole, part: { offset, length: disk.length }, format: disk.format }
 }
 
-const refusal = (path: string | undefined, message: string): Qcow2Error =>
-  new Qcow2Error('ERR_QCOW2_FORMAT_UNKNOWN', message, { path })
+/** What an appliance has, for who chose none of it. */
+interface Choice {
+  readonly name: string
+  readonly path: string | undefined
+  readonly member: string | undefined
+  /** Of its disks. */
+  readonly names: readonly string[]
+  /** The same, and where they are. */
+  readonly places: string
+  readonly how: string
+}
+
+function onlyOne<T>(found: readonly T[], { name, path, member, names, places, how }: Choice): T {
+  const [disk, ...others] = found
+  if (disk === undefined && member !== undefined && names.length > 0) {
+    throw refusal(path, `${name}: the appliance has no disk '${member}': there is ${names.join(', ')}`, 'member')
+  }
+  if (disk === undefined) throw refusal(path, `${name}: the appliance has no disk image that is known`)
+  if (others.length > 0) {
+    throw refusal(path, `${name}: the appliance has ${names.length} disks, ${places}: ${how}`, 'member')
+  }
+  return disk
+}
+
+/** Who decides whether the files of a bare descriptor are opened. */
+export interface Beside {
+  readonly policy: ReferencePolicy
+  readonly signal: AbortSignal | undefined
+}
+
+/**
+ * The disk of a descriptor that is a file by itself: a file in its folder, as a part of a disk is, and as the policy allows it. `'layer'` does
+ * not: the descriptor holds nothing of a disk.
+ */
+export async function diskBeside(
+  located: Located,
+  path: string | undefined,
+  { policy, signal }: Beside,
+): Promise<{ readonly located: Located; readonly filename: string }> {
+  const name = path ?? 'the descriptor'
+  if ('nbd' in located) throw refusal(path, `${name} is an OVF descriptor: its disks are read from files only`)
+  const descriptor = await withFileBytes(located, readDescriptor)
+  const filename = chosenFile(descriptor, name, path, located.member)
+  const next = await decide(policy, 'extent', { filename }, path, 'path' in located ? path : undefined, signal)
+  if (next !== undefined) return { located: next, filename }
+  const message = `${name}: references is 'layer', and of the disk '${filename}' the descriptor holds nothing`
+  throw new Qcow2Error('ERR_QCOW2_REFERENCE_DENIED', message, { path, field: 'references' })
+}
+
+/** The file of the disk that is meant: the one that the caller names, else the only one with a file. */
+export function chosenFile(
+  descriptor: Appliance['descriptor'],
+  name: string,
+  path: string | undefined,
+  member: string | undefined,
+): string {
+  const files = descriptor.flatMap(disk => {
+    const file = fileOf(disk)
+    return file === undefined ? [] : [{ file, diskId: disk.diskId }]
+  })
+  const named = member === undefined ? files : files.filter(({ file }) => file === member)
+  const found = named.length > 0 ? named : files.filter(({ diskId }) => diskId === member)
+  const names = files.map(({ file }) => file)
+  const how = 'say which by its name (member)'
+  return onlyOne(found, { name, path, member, names, places: names.join(', '), how }).file
+}
+
+const refusal = (path: string | undefined, message: string, field?: string): Qcow2Error =>
+  new Qcow2Error('ERR_QCOW2_FORMAT_UNKNOWN', message, { path, ...(field !== undefined && { field }) })

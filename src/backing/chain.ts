@@ -5,7 +5,7 @@
 
 import { type Access, lockFor, READING } from '../access.js'
 import { AbortError, Qcow2Error } from '../errors.js'
-import { isOva } from '../formats/ova.js'
+import { isOva, isOvf } from '../formats/ova.js'
 import { detectFormat } from '../formats/probe.js'
 import {
   type Ability,
@@ -29,8 +29,8 @@ import { handOver, type Located, openFile, release } from '../source.js'
 import { runJob, type StartJob } from '../support/jobs.js'
 import { isAborted, request } from '../support/requests.js'
 import { canBeInexact, exactName, type Name } from '../text.js'
-import { diskOf } from './appliance.js'
-import { decide, KINDS, nameOf, type ReferencePolicy } from './policy.js'
+import { diskBeside, diskOf } from './appliance.js'
+import { belowIn, decide, KINDS, nameOf, type ReferencePolicy } from './policy.js'
 import { openStream, type StreamReading, streamOf, streamRefusal } from './streams.js'
 
 const MAX_CHAIN_DEPTH = 200
@@ -114,6 +114,7 @@ export async function openChain(located: Located, options: ChainOptions): Promis
     const top = await opening.layer(located, file => topFormat(file, options))
     let above = top
     while (above.next !== undefined) above = await opening.backing(above.next)
+    opening.refuseUnused(above.path)
     throwIfAborted(options.signal)
     if (options.base !== undefined) opening.refuseShort(options.base, top.path)
     const layers = opening.takeLayers()
@@ -242,13 +243,7 @@ class Opening {
     const depth = this.#layers.length
     const written = depth === 0 || depth === this.#options.base
     const access: Access = written ? this.#access : { ...this.#access, write: undefined }
-    let file = await this.#open(located, access)
-    if (depth === 0 && located.header === undefined && isOva(file.head) && this.#mayLookInside()) {
-      file = await this.#open(await diskOf(located, file.path), access)
-    } else if (located.member !== undefined) {
-      const message = `${file.path}: no appliance, which would have the disk '${located.member}'`
-      throw new Qcow2Error('ERR_QCOW2_FORMAT_UNKNOWN', message, { path: file.path })
-    }
+    const file = await this.#lookInside(located, await this.#open(located, access), access)
     this.#refuseLoop(file)
     const { streams } = this.#options
     const stream = depth === 0 && streams !== undefined ? streamOf(this.#options.format, file) : undefined
@@ -264,6 +259,23 @@ class Opening {
     if (opened.dataFile !== undefined) await this.#attachDataFile(opened, file.path, access)
     const { path, absolutePath } = file
     return { path, absolutePath, format, opened, next: await this.#next(opened, path, folderPath(located, path)) }
+  }
+
+  /** The file of the disk that is meant, where the file that was opened is an appliance or the descriptor of one. */
+  async #lookInside(located: Located, file: NativeFile, access: Access): Promise<NativeFile> {
+    const { head, path } = file
+    if (this.#layers.length === 0 && located.header === undefined && this.#mayLookInside()) {
+      if (isOva(head)) return this.#open(await diskOf(located, path), access)
+      if (isOvf(head)) {
+        const beside = await diskBeside(located, path, { policy: this.#policyOfTop, signal: this.#options.signal })
+        return this.#open(beside.located, access).catch((error: unknown) => {
+          throw inReference(error, `the disk '${beside.filename}' of '${path}'`)
+        })
+      }
+    }
+    if (located.member === undefined) return file
+    const message = `${path}: no appliance, which would have the disk '${located.member}'`
+    throw new Qcow2Error('ERR_QCOW2_FORMAT_UNKNOWN', message, { path })
   }
 
   /** Opens the disk in a compressed file. */
@@ -307,6 +319,14 @@ class Opening {
   refuseShort(base: number, path: string | undefined): void {
     if (this.#layers.length > base) return
     const message = `${path === undefined ? '' : `${path}: `}the image has no backing file`
+    throw new Qcow2Error('ERR_QCOW2_CHAIN', message, { path, field: 'backing_file' })
+  }
+
+  /** Refuses a file that the caller has for below the last image, which names none. */
+  refuseUnused(path: string | undefined): void {
+    const below = belowIn(this.#policy, path)
+    if (below === undefined) return
+    const message = `${path}: the image is made on no other: '${below.path}' cannot lie below it`
     throw new Qcow2Error('ERR_QCOW2_CHAIN', message, { path, field: 'backing_file' })
   }
 
@@ -448,13 +468,16 @@ class Opening {
       return { located: below, filename: backing.filename, format: backing.format, from }
     }
     const located = await decide(this.#policyNow(), 'backing', backing, from, folder, this.#options.signal)
-    return located && { located, filename: backing.filename, format: backing.format, from }
+    return located && { located, filename: backing.filename, format: located.format ?? backing.format, from }
   }
 
   /** The policy for the layer that was opened last. */
   #policyNow(): ReferencePolicy {
-    const isTop = this.#layers.length === 1
-    return isTop && this.#options.trustTop && this.#policy !== 'layer' ? 'allow' : this.#policy
+    return this.#layers.length === 1 ? this.#policyOfTop : this.#policy
+  }
+
+  get #policyOfTop(): ReferencePolicy {
+    return this.#options.trustTop && this.#policy !== 'layer' ? 'allow' : this.#policy
   }
 }
 

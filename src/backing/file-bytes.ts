@@ -3,13 +3,14 @@
 import type { FileBytes } from '../formats/sizes.js'
 import type { FileLocated, Part } from '../source.js'
 import { closeDescriptor, descriptorStat, openDescriptor, readDescriptor } from '../support/files.js'
+import { toName } from '../text.js'
 
 /** Runs `work` on the bytes of a file, which is closed behind it; a descriptor stays the caller's. */
 export async function withFileBytes<T>(located: FileLocated, work: (bytes: FileBytes) => Promise<T>): Promise<T> {
   const { part } = located
   const read = (bytes: FileBytes): Promise<T> => work(part === undefined ? bytes : partOf(bytes, part))
   if ('descriptor' in located) return read(await bytesOf(located.descriptor))
-  const descriptor = await openDescriptor(located.path, 'r')
+  const descriptor = await openDescriptor(toName(located.path), 'r')
   try {
     return await read(await bytesOf(descriptor))
   } finally {

@@ -1,6 +1,7 @@
 /** Who decides what an image may pull in. */
 
 import { invalidArgument, Qcow2Error } from '../errors.js'
+import type { Format } from '../formats/table.js'
 import type { NativeNamedFile } from '../native.js'
 import type { Reader } from '../options.js'
 import { type ImageSource, type Located, toLocated } from '../source.js'
@@ -32,7 +33,8 @@ export interface Reference {
  *   an extent fails. For tools that look at one layer; `convert` refuses it
  * - `'allow'`: names are followed as QEMU follows them: a backing file's from the directory of the image that names it, a data
  *   file's from the working directory of the process. Never `json:` descriptions or protocols (`nbd:`, `http:`). An extent (`vmdk`, `parallels`) has a
- *   plain name, of a file in the directory of the image: QEMU follows any. A UUID (`vdi`) names no file
+ *   plain name, of a file in the directory of the image: QEMU follows any; so has a disk that an OVF descriptor lists. A UUID (`vdi`) names no
+ *   file
  * - a function: called for every reference, returns what to open instead, or `null` to refuse
  */
 export type ReferencePolicy =
@@ -46,6 +48,29 @@ export const referencePolicy: Reader<ReferencePolicy> = (value, name) => {
   if (typeof value === 'function') return value as ReferencePolicy
   throw invalidArgument(name, `${name} must be 'deny', 'layer', 'allow' or a function, not ${describe(value)}`)
 }
+
+/** The file below an image that the caller has for it, whatever name the image stores. */
+export interface Below {
+  readonly path: string
+  readonly format: Format | undefined
+}
+
+/** The file below the image at a path; undefined where the caller has none. */
+export type BelowOf = (path: string) => Below | undefined
+
+/** Policies that follow names as `'allow'` does, but for images that the caller has the file below of. */
+const following = new WeakMap<ReferencePolicy & object, BelowOf>()
+
+/** As `'allow'`, but for the images that `belowOf` knows. It knows paths with all their bytes (`text.ts`). */
+export function allowBut(belowOf: BelowOf): ReferencePolicy {
+  const policy = (): null => null
+  following.set(policy, belowOf)
+  return policy
+}
+
+/** What the caller has below an image. */
+export const belowIn = (policy: ReferencePolicy, path: string | undefined): Below | undefined =>
+  typeof policy === 'function' && path !== undefined ? following.get(policy)?.(path) : undefined
 
 interface Kind {
   readonly name: string
@@ -75,8 +100,10 @@ export async function decide(
   /** The path whose directory a relative name of a backing file or an extent starts from. */
   folder: string | undefined,
   signal: AbortSignal | undefined,
-): Promise<Located | undefined> {
+): Promise<(Located & { readonly format?: Format | undefined }) | undefined> {
   if (policy === 'layer') return undefined
+  const below = kind === 'backing' ? belowIn(policy, path) : undefined
+  if (below !== undefined) return below
   const { filename, format } = named
   const reference: Reference = {
     kind,
@@ -88,7 +115,7 @@ export async function decide(
     const hint = "pass references: 'allow', 'layer' or a function that says what to open"
     throw denied(reference, path, `nothing that an image names is opened unless the caller allows it: ${hint}`)
   }
-  if (policy === 'allow') {
+  if (policy === 'allow' || (typeof policy === 'function' && following.has(policy))) {
     const name = KINDS[kind].read(filename, folder)
     if ('refused' in name) throw denied(reference, path, `its name cannot be followed: ${name.refused}`)
     return { path: name.path }

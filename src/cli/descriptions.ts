@@ -10,6 +10,12 @@ import { describedExport, type ExportConnection, NBD_DRIVER, takeOfExport } from
 import { parseValue, settings } from './options.js'
 import { OVERLAP_TEMPLATES, runtimeOption } from './runtime-options.js'
 
+/** A file below an image. */
+export interface BelowImage {
+  readonly filename: string
+  readonly format: Format | undefined
+}
+
 /** An image that was described. */
 export interface Description {
   /** The path of a file, or the URI of an export. */
@@ -20,6 +26,10 @@ export interface Description {
   readonly connection: ExportConnection
   /** The file with its header, where that is another one. */
   readonly header: string | undefined
+  /** The disk of an appliance that is meant. */
+  readonly member: string | undefined
+  /** The files below it, in place of those that the image names: the next one first. */
+  readonly below: readonly BelowImage[]
   /** Ids of the secrets of its layers, top first. */
   readonly secrets: readonly (string | undefined)[]
   /** Which of them may be written to although their encryption is weak. */
@@ -30,6 +40,23 @@ export interface Description {
   readonly locking: 'auto' | 'on' | 'off' | undefined
   readonly cache: CacheMode | undefined
 }
+
+/** What is said of an image by its name alone. */
+export const plainDescription = (filename: string): Description => ({
+  filename,
+  isFile: true,
+  format: undefined,
+  connection: {},
+  header: undefined,
+  member: undefined,
+  below: [],
+  secrets: [],
+  weak: [],
+  readOnly: false,
+  forceShare: false,
+  locking: undefined,
+  cache: undefined,
+})
 
 /** What a node is told, by dotted names. */
 type Values = ReadonlyMap<string, string>
@@ -149,6 +176,8 @@ function toDescription(values: Values): Description {
     format: bare ? PLAIN_FORMAT : isFormat(driver) ? driver : undefined,
     connection,
     header: values.get('header.filename'),
+    member: values.get(bare ? 'member' : 'file.member'),
+    below: belowOf(values),
     secrets,
     weak,
     readOnly,
@@ -156,6 +185,22 @@ function toDescription(values: Values): Description {
     locking,
     cache: noFlush ? 'unsafe' : direct ? 'none' : undefined,
   }
+}
+
+const BELOW = /^((?:backing\.)+)(?:driver|file\.filename)$/
+
+/** The files that are described below the image, one for each level down to the last that is. */
+function belowOf(values: Values): readonly BelowImage[] {
+  const depths = [...values.keys()].map(name => (BELOW.exec(name)?.[1] ?? '').length / 'backing.'.length)
+  return Array.from({ length: Math.max(0, ...depths) }, (_, index) => {
+    const prefix = 'backing.'.repeat(index + 1)
+    const filename = values.get(`${prefix}file.filename`)
+    if (filename === undefined) {
+      throw new CommandFailure(`A block device must be specified for "file": '${prefix}file.filename' says which`)
+    }
+    const driver = values.get(`${prefix}driver`)
+    return { filename, format: isFormat(driver) ? driver : undefined }
+  })
 }
 
 const onOff = (name: string, value: string): boolean => parseValue({ name, type: 'bool' }, value) === true
@@ -224,8 +269,10 @@ function takeOfFile(name: string, value: string, depth: number, reading: Reading
       if (!FILE_DRIVERS.includes(value)) throw new CommandFailure(`Unknown protocol '${value}'`)
       return true
     case 'filename':
-      if (depth > 0) throw belowIsOfTheImage()
       return true
+    case 'member':
+      // Of a file that is one part of an image, nothing is chosen.
+      return depth === 0
     case 'locking':
       oneOf(name, value, 'auto', 'on', 'off')
       if (depth === 0) reading.locking = value as 'auto' | 'on' | 'off'
@@ -245,16 +292,15 @@ function takeOfFile(name: string, value: string, depth: number, reading: Reading
   }
 }
 
-const belowIsOfTheImage = (): CommandFailure =>
-  new CommandFailure('Which file lies below an image is what the image says: rebase -u changes that')
+const belowIsAFile = (name: string): CommandFailure =>
+  new CommandFailure(`The option '${name}' names no other node here: '${name}.file.filename' says which file it is`)
 
-/** Options of a format. Which file lies below, and in what format, is the image's to say. */
+/** Options of a format. */
 function takeOfFormat(name: string, value: string, depth: number, reading: Reading): boolean {
   switch (name) {
     case 'driver':
-      if (!isFormat(value) && !FILE_DRIVERS.includes(value)) throw new CommandFailure(`Unknown driver '${value}'`)
-      if (depth > 0) throw belowIsOfTheImage()
-      return true
+      if (isFormat(value) || (depth === 0 && FILE_DRIVERS.includes(value))) return true
+      throw new CommandFailure(`Unknown driver '${value}'`)
     case 'filename':
       return depth === 0
     case 'encrypt.key-secret':
@@ -281,8 +327,9 @@ function takeOfFormat(name: string, value: string, depth: number, reading: Readi
       oneOf(name, value, ...FILE_DRIVERS)
       return true
     case 'backing':
+      throw belowIsAFile(name)
     case 'data-file':
-      throw belowIsOfTheImage()
+      throw new CommandFailure('Which file has the data of an image is what the image says: amend changes that')
     default: {
       // None of these is for one command, but each must make sense.
       const type = runtimeOption(name)

@@ -79,7 +79,7 @@ export function describeError(error: unknown, target?: string): string {
   }
   const locked = LOCKED.exec(error.message)
   if (code === 'ERR_QCOW2_LOCKED' && locked) return `F${locked[1]} (${error.code})`
-  return `${withoutCall(withoutPath(error.message, error.path))} (${error.code})`
+  return `${withoutOffer(withoutCall(withoutPath(error.message, error.path)), error.field)} (${error.code})`
 }
 
 /** The file of an error, with every byte of its name. */
@@ -105,6 +105,10 @@ function mismatchOf(error: unknown): string | undefined {
 
 /** The library's messages begin with the call that is told; nobody called that here. */
 const withoutCall = (message: string): string => message.replace(/^(?:[a-z]+|[A-Z][a-z]+\.\w+): (?=\S)/, '')
+
+/** Without what a program does about it: {@link openHint} has the option. */
+const withoutOffer = (message: string, field: string | undefined): string =>
+  field === 'member' ? message.replace(/: say which by [^:]*$/, '') : message
 
 /** In two parts, as qemu-img says it: what failed, and what to look for. */
 const LOCKED = /(?:^|: )[Ff](ailed to get .* lock)/
@@ -139,6 +143,11 @@ export function openFailure(filename: string, error: unknown, exitCode = 1, form
 export function openHint(filename: string, error: unknown, formatOption = '-f'): string | undefined {
   if (!(error instanceof Qcow2Error)) return undefined
   const path = pathOf(error) ?? filename
+  if (error.field === 'member') return 'Which disk of an appliance is meant says --member NAME.'
+  // A parent that has no name.
+  if (error.code === 'ERR_QCOW2_REFERENCE_DENIED' && error.message.includes("'uuid:")) {
+    return 'Which file that is says --parent FILE, or backing.file.filename= with --image-opts.'
+  }
   if (error.code === 'ERR_QCOW2_LOCKED') {
     const own = error.message.includes('this process')
     return own ? `This command uses the image [${path}] twice.` : `Is another process using the image [${path}]?`

@@ -60,6 +60,22 @@ export function takeDriverSyntax(command: Command): void {
   )
 }
 
+/** `--member`: which disk of an appliance. The first is of the first image, the second of the second. */
+export function takeMember(command: Command): void {
+  const help =
+    'the disk of an appliance (.ova, .ovf) that has several, by its file or id; of several images, once for each'
+  const gather = (name: string, previous: readonly string[] = []): string[] => [...previous, name]
+  later(command, new Option('--member <name>', help).argParser(gather))
+}
+
+/** `--parent`: what lies below the image, or the first one, where what it names is not there. */
+export function takeParent(command: Command): void {
+  const help =
+    'the image below, in place of the one that the first image names or knows by a UUID; again for the one below that'
+  const gather = (name: string, previous: readonly string[] = []): string[] => [...previous, name]
+  later(command, new Option('--parent <file>', help).argParser(gather))
+}
+
 const laterOptions = new WeakSet<Option>()
 
 /** Whether newer versions of qemu-img have this option only: it must not make an older one's abbreviation ambiguous. */

@@ -59,7 +59,7 @@ async function known(
   if (filename === '') throw new CommandFailure("Could not open '': The 'file' block driver requires a file name")
   const named = requested ?? session.objects.formatOf(filename)
   if (named !== undefined) return namedFormat(filename, named)
-  const format = await probe(imageSource(filename, session), { signal: session.signal })
+  const format = await probe(imageSource(filename, session), { signal: session.signal, references: 'allow' })
   if (isFormat(format) || isStream(format)) return format
   throw new CommandFailure(
     `Could not open '${filename}': Image is in ${format} format, which is not supported ` +
@@ -122,14 +122,14 @@ export const lockingOf = (filename: string, { objects }: Session): Pick<OpenOpti
 
 /** Opens an image and everything below it, runs `work` on it, and closes it whatever happens. */
 export async function withImage<T>(
-  { filename, format, exitCode, formatOption, unwritable, closed = false, references = 'allow', ...how }: Request,
+  { filename, format, exitCode, formatOption, unwritable, closed = false, references, ...how }: Request,
   session: Session,
   work: (image: Image) => Promise<T>,
 ): Promise<T> {
   const { objects } = session
   const secret = closed ? undefined : objects.secretsOf(filename)
   const described = { ...sharingOf(filename, how, session), cache: how.cache ?? objects.cacheOf(filename) }
-  const options = { ...how, ...described, references, secret }
+  const options = { ...how, ...described, references: references ?? objects.references, secret }
   const image = await openImage(filename, format, options, session, unwritable).catch(error => {
     throw session.signal.aborted ? error : openFailure(filename, error, exitCode, formatOption)
   })

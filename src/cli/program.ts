@@ -132,11 +132,25 @@ function describeImages(command: Command, name: string, { objects }: Declaring):
   }
   const files: unknown = command.processedArgs[0]
   if (!Array.isArray(files)) return
-  const named = (argument: string, described: boolean): string =>
+  const members = Array.isArray(options['member']) ? options['member'].map(String) : []
+  const all = files.map(String)
+  let images = 0
+  const known = (argument: string, described: boolean): string =>
     described || isDescription(argument) ? objects.describe(argument) : argument
+  const named = (argument: string, described: boolean): string => {
+    const member = members[images]
+    images += 1
+    const image = known(argument, described)
+    if (member === undefined || member === '') return image
+    if (image === argument) return objects.choose(image, member, all)
+    objects.chooseOf(image, member)
+    return image
+  }
   if (name === 'dd') {
     const input = files.findIndex(operand => String(operand).startsWith('if='))
     if (input >= 0) files[input] = `if=${named(String(files[input]).slice('if='.length), imageOpts === true)}`
+    refuseMembers(members, images)
+    if (input >= 0) putParents(String(files[input]).slice('if='.length), options, objects)
     return
   }
   const count = IMAGES[name]?.(files.length, options) ?? 1
@@ -147,12 +161,33 @@ function describeImages(command: Command, name: string, { objects }: Declaring):
     if (isTarget && described && command.getOptionValueSource('targetFormat') === 'cli') {
       throw new CommandFailure('--image-opts and --format are mutually exclusive')
     }
-    files[index] = named(String(file), described)
+    // A target is an image by itself.
+    files[index] = (isTarget ? known : named)(String(file), described)
   }
+  refuseMembers(members, images)
+  const [top] = files
+  if (count > 0 && typeof top === 'string') putParents(top, options, objects)
   if (typeof options['sourceFile'] === 'string')
     command.setOptionValue('sourceFile', named(options['sourceFile'], false))
   const [first] = files
   if (typeof first === 'string' && WRITES[name]?.(options)) objects.refuseReadOnly(first)
+}
+
+/** Takes what `--parent` says of the first image. */
+function putParents(
+  filename: string,
+  { parent }: Readonly<Record<string, unknown>>,
+  objects: Declaring['objects'],
+): void {
+  if (Array.isArray(parent)) objects.putBelow(filename, parent.map(String))
+}
+
+/** Refuses disks that are chosen of nothing. */
+function refuseMembers({ length }: readonly string[], images: number): void {
+  if (length <= images) return
+  throw new CommandFailure(
+    `--member is given ${length} times, and there ${images === 1 ? 'is one image' : `are ${images} images`}`,
+  )
 }
 
 /** Read when asked for, by the package's own name: from the bundle and from its modules alike. */

@@ -2,6 +2,7 @@
 
 import { readFileSync } from 'node:fs'
 import { isAbsolute } from 'node:path'
+import { allowBut, type Below } from '../backing/policy.js'
 import type {
   CacheMode,
   EncryptedLayer,
@@ -9,15 +10,16 @@ import type {
   NbdClientTls,
   NbdServerTls,
   NbdSourceOptions,
+  ReferencePolicy,
   Secret,
   SecretBytes,
   Secrets,
   SharingOptions,
 } from '../index.js'
 import { toName } from '../text.js'
-import { type Description, readDescription } from './descriptions.js'
+import { type BelowImage, type Description, plainDescription, readDescription } from './descriptions.js'
 import { CommandFailure, unsupported } from './failure.js'
-import { argumentOf, isExport } from './filename.js'
+import { argumentOf, isExport, localPath } from './filename.js'
 import { settings } from './options.js'
 import { isTlsObject, namedTls, readTlsObject, type TlsCredentials } from './tls-objects.js'
 
@@ -25,6 +27,8 @@ import { isTlsObject, namedTls, readTlsObject, type TlsCredentials } from './tls
 export class Objects {
   readonly #secrets = new Map<string, SecretBytes>()
   readonly #tls = new Map<string, TlsCredentials>()
+  /** What lies below images, by the paths of these. */
+  readonly #below = new Map<string, Below>()
   readonly #images = new Map<string, Description & { readonly typed: string }>()
 
   /**
@@ -101,11 +105,70 @@ export class Objects {
     const { tlsCreds } = description.connection
     if (tlsCreds !== undefined) saying(`Could not open '${typed}'`, () => this.clientTls(tlsCreds))
     const { filename, isFile } = description
-    let name = isFile ? argumentOf(filename) : filename
+    return this.#know(isFile ? argumentOf(filename) : filename, { ...description, typed })
+  }
+
+  /** Takes the disk of an appliance that is meant by an image that was described. */
+  chooseOf(described: string, member: string): void {
+    const known = this.#images.get(described)
+    if (known === undefined || known.member !== undefined) {
+      throw new CommandFailure(
+        `Could not open '${described}': its description and --member both say which disk is meant`,
+      )
+    }
+    this.#images.set(described, { ...known, member })
+  }
+
+  /** Takes the disk of an appliance that is meant by a plain name, which others of all arguments can have, too; returns its own name. */
+  choose(filename: string, member: string, all: readonly string[]): string {
+    if (isExport(filename)) {
+      throw new CommandFailure(`Could not open '${filename}': --member is for an appliance, which is a file`)
+    }
+    const shared = all.filter(each => each === filename).length > 1
+    return this.#know(filename, { ...plainDescription(filename), member, typed: filename }, shared)
+  }
+
+  #know(wanted: string, image: Description & { readonly typed: string }, shared = false): string {
+    const other = (name: string): string => (isAbsolute(name) ? `/.${name}` : `./${name}`)
+    let name = shared ? other(wanted) : wanted
     // One file may be described twice, as what it is and as its plain bytes: each has a name of its own.
-    while (this.#images.has(name)) name = isExport(name) ? another(name) : isAbsolute(name) ? `/.${name}` : `./${name}`
-    this.#images.set(name, { ...description, typed })
+    while (this.#images.has(name)) name = isExport(name) ? another(name) : other(name)
+    this.#images.set(name, image)
+    this.#put(name, image.below)
     return name
+  }
+
+  /** What images may pull in: what they name, but for those that the command line has the file below of. */
+  get references(): ReferencePolicy {
+    return this.#below.size === 0 ? 'allow' : allowBut(path => this.belowOf(path))
+  }
+
+  /** The file that the command line has below the image at a path. */
+  belowOf(path: string): Below | undefined {
+    return this.#below.get(path)
+  }
+
+  /** Takes the files below an image by its name, the next one first. */
+  putBelow(filename: string, parents: readonly string[]): void {
+    if (isExport(filename) || this.#below.has(localPath(filename))) {
+      const why = isExport(filename)
+        ? 'of an export, --parent is not taken'
+        : 'both --parent and its description have it'
+      throw new CommandFailure(`Could not open '${filename}': what lies below it: ${why}`)
+    }
+    this.#put(
+      filename,
+      parents.map(parent => ({ filename: localPath(parent), format: undefined })),
+    )
+  }
+
+  #put(filename: string, below: readonly BelowImage[]): void {
+    if (below.length === 0) return
+    let above = localPath(filename)
+    for (const { filename: path, format } of below) {
+      this.#below.set(above, { path, format })
+      above = path
+    }
   }
 
   /** A message, with what was typed in place of the name of an image that was described. */
@@ -147,6 +210,11 @@ export class Objects {
   /** The file with the header of an image, where its description has one. */
   headerOf(filename: string): string | undefined {
     return this.#images.get(filename)?.header
+  }
+
+  /** The disk of an appliance that a name or its description means. */
+  memberOf(filename: string): string | undefined {
+    return this.#images.get(filename)?.member
   }
 
   /** What opens a layer of an image. */

@@ -1,6 +1,13 @@
 /** What an argument names, as the library opens it. */
 
-import { type DetachedImage, type NbdSource, type NbdSourceOptions, nbdSource, Qcow2Error } from '../index.js'
+import {
+  type DetachedImage,
+  type ImageInAppliance,
+  type NbdSource,
+  type NbdSourceOptions,
+  nbdSource,
+  Qcow2Error,
+} from '../index.js'
 import { describeError } from './errors.js'
 import { CommandFailure } from './failure.js'
 import { imagePath, isExport, localPath } from './filename.js'
@@ -26,8 +33,14 @@ function named(argument: string, connection: NbdSourceOptions): NbdSource {
   }
 }
 
-/** What an argument names, as the library opens it: a file, or an export. */
-export const imageSource = (filename: string, session: HasObjects): string | Buffer | NbdSource =>
+/** What an argument names, as the library opens it: a file, a disk in one, or an export. */
+export function imageSource(filename: string, session: HasObjects): string | Buffer | ImageInAppliance | NbdSource {
+  const member = session.objects.memberOf(filename)
+  return member === undefined ? targetSource(filename, session) : { file: imagePath(filename), member }
+}
+
+/** What an argument names that is written to: no disk of an appliance. */
+export const targetSource = (filename: string, session: HasObjects): string | Buffer | NbdSource =>
   isExport(filename) ? exportOf(filename, session) : imagePath(filename)
 
 /** By which path errors name the file or export of an argument. */
@@ -35,7 +48,10 @@ export const placeOf = (filename: string): string =>
   isExport(filename) ? named(filename, {}).uri : localPath(filename)
 
 /** What an image is opened by: its name, and that of its header where its description has one. */
-export function sourceOf(filename: string, session: HasObjects): string | Buffer | DetachedImage | NbdSource {
+export function sourceOf(
+  filename: string,
+  session: HasObjects,
+): string | Buffer | DetachedImage | ImageInAppliance | NbdSource {
   const header = session.objects.headerOf(filename)
   return header === undefined
     ? imageSource(filename, session)

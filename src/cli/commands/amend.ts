@@ -101,7 +101,7 @@ async function amendFile(files: readonly string[], options: AmendArguments, sess
         ...lockingOf(filename, session),
         ...changes,
         shrink: options.shrink,
-        references: 'allow',
+        references: session.objects.references,
       })
     }
     if (keys !== undefined) await amendKeys({ filename, format, flags: 'r+' }, session, keys)

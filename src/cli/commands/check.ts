@@ -1,10 +1,21 @@
-import type { Command } from 'commander'
+import { type Command, Option } from 'commander'
 import { can } from '../../formats/table.js'
-import { type CheckResult, check } from '../../index.js'
+import { type CheckResult, check, Qcow2Error, verifyManifest } from '../../index.js'
 import { describeError, failedChanging, openFailure } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
+import { shownName } from '../filename.js'
 import { checkExitCode, checkJson, formatCheck } from '../format/check.js'
-import { cacheMode, oneFile, outputOption, SOURCES, takeDriverSyntax } from '../grammar.js'
+import { formatManifest, manifestFindings, manifestJson } from '../format/manifest.js'
+import {
+  cacheMode,
+  later,
+  oneFile,
+  outputOption,
+  SOURCES,
+  takeDriverSyntax,
+  takeMember,
+  takeParent,
+} from '../grammar.js'
 import { formatOf, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
@@ -14,6 +25,7 @@ import { imageSource } from '../sources.js'
 
 interface CheckArguments {
   readonly repair?: 'leaks' | 'all'
+  readonly manifest?: boolean
   readonly format?: string
   readonly output?: string
   readonly forceShare?: boolean
@@ -43,6 +55,12 @@ export function declareCheck(program: Command, run: Runner): void {
     .addOption(outputOption('human', 'json'))
     .option('-r, --repair <what>', 'repair leaked clusters (leaks), or all that can be repaired (all)', repairOf)
     .option('-q, --quiet', 'print nothing but errors')
+  later(
+    command,
+    new Option('--manifest', 'check the files of an appliance (.ova, .ovf) against its manifest, and nothing else'),
+  )
+  takeMember(command)
+  takeParent(command)
   takeDriverSyntax(command)
   command.action((files: string[], options: CheckArguments) =>
     run(session => checkFile(oneFile(files), options, session)),
@@ -59,6 +77,7 @@ async function checkFile(filename: string, options: CheckArguments, session: Ses
   if (repair !== undefined && forceShare) {
     throw new CommandFailure(`Could not open '${filename}': force-share=on can only be used with read-only images`)
   }
+  if (options.manifest) return await checkManifest(filename, options, session)
   const found = { ...(await checked(filename, options, session)), filename }
   for (const message of found.messages) session.stderr.write(`${message}\n`)
   await session.stderr.written()
@@ -70,6 +89,25 @@ async function checkFile(filename: string, options: CheckArguments, session: Ses
   if (!quiet) session.stdout.write(options.output === 'json' ? checkJson(found) : formatCheck(found))
   if (found.checkErrors !== 0) throw new CommandFailure('Check failed')
   return checkExitCode(found)
+}
+
+async function checkManifest(
+  filename: string,
+  { quiet = false, repair, output }: CheckArguments,
+  session: Session,
+): Promise<number> {
+  if (repair !== undefined) throw new UsageFailure('--manifest and --repair (-r) are mutually exclusive')
+  const { signal } = session
+  const found = await verifyManifest(imageSource(filename, session), { signal, references: 'allow' }).catch(error => {
+    if (signal.aborted) throw error
+    const none = error instanceof Qcow2Error && error.code === 'ERR_QCOW2_FORMAT_UNKNOWN' && error.field === 'manifest'
+    throw openFailure(filename, error, none ? CHECK_NOT_SUPPORTED : 1)
+  })
+  const name = shownName(filename)
+  for (const line of manifestFindings(found)) session.stderr.write(`${line}\n`)
+  await session.stderr.written()
+  if (!quiet) session.stdout.write(output === 'json' ? manifestJson(name, found) : formatManifest(found))
+  return found.ok ? 0 : 2
 }
 
 async function checked(
@@ -92,7 +130,7 @@ async function checked(
         ...(forceShare !== undefined && { forceShare }),
         format: from,
         repair,
-        references: 'allow',
+        references: session.objects.references,
       }),
     )
   } catch (error) {

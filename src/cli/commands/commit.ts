@@ -60,7 +60,7 @@ async function commitFile(files: readonly string[], options: CommitArguments, se
     commit(imageSource(filename, session), {
       ...job,
       ...lockingOf(filename, session),
-      references: 'allow',
+      references: session.objects.references,
       secret: session.objects.secretsOf(filename),
       cache,
       drop,

@@ -74,7 +74,7 @@ async function compacted(filename: string, options: CompactArguments, session: S
         mode,
         zeroes,
         dryRun,
-        references: 'allow',
+        references: session.objects.references,
         secret,
       }),
     )

@@ -2,7 +2,7 @@ import type { Command } from 'commander'
 import { type CompareResult, compare } from '../../index.js'
 import { describeError } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
-import { cacheMode, SOURCES, takeDriverSyntax } from '../grammar.js'
+import { cacheMode, SOURCES, takeDriverSyntax, takeMember, takeParent } from '../grammar.js'
 import { formatOf, type Request, unlockFailure, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
@@ -43,6 +43,8 @@ export function declareCompare(program: Command, run: Runner): void {
     .option('-U, --force-share', 'open images that another process uses')
     .option('-p, --progress', 'show the progress, also without a terminal')
     .option('-q, --quiet', 'print nothing but errors')
+  takeMember(command)
+  takeParent(command)
   takeDriverSyntax(command)
   command.action((files: string[], options: CompareArguments) => run(session => compareFiles(files, options, session)))
 }
@@ -67,7 +69,7 @@ async function compareFiles(files: readonly string[], options: CompareArguments,
   const { objects } = session
   const secrets = { secretA: objects.secretsOf(a), secretB: objects.secretsOf(b) }
   const sharing = { ...objects.sharingOf(a, b), ...(forceShare !== undefined && { forceShare }) }
-  const request = { formatA, formatB, ...secrets, ...sharing, strict, references: 'allow' } as const
+  const request = { formatA, formatB, ...secrets, ...sharing, strict, references: session.objects.references } as const
   const result = await withProgress(session, choice, job =>
     compare(sourceOf(a, session), sourceOf(b, session), { ...request, ...job, bigint: true }),
   ).catch(error => {

@@ -33,14 +33,24 @@ import {
 import { describeError, openFailure, pathOf } from '../errors.js'
 import { CommandFailure, unsupported } from '../failure.js'
 import { imagePath, isExport, localPath } from '../filename.js'
-import { alias, cacheMode, optionList, rateLimit, TARGETS, takeDriverSyntax, wholeNumber } from '../grammar.js'
+import {
+  alias,
+  cacheMode,
+  optionList,
+  rateLimit,
+  TARGETS,
+  takeDriverSyntax,
+  takeMember,
+  takeParent,
+  wholeNumber,
+} from '../grammar.js'
 import { formatOf, snapshotOf, sourceFormatOf, unlockFailure, withImage } from '../images.js'
 import { asksForHelp, type OptionValue, type OptionValues, parseOptionList } from '../options.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
 import { sizeArgument } from '../size.js'
-import { exportOf, imageSource, placeOf, sourceOf } from '../sources.js'
+import { exportOf, placeOf, sourceOf, targetSource } from '../sources.js'
 import { addBacking, fromImage } from './create.js'
 
 interface ConvertArguments {
@@ -128,6 +138,8 @@ export function declareConvert(program: Command, run: Runner): void {
   alias(command, '--source-snapshot', '--snapshot')
   alias(command, '--backing', '-b')
   alias(command, '--rate', '--rate-limit')
+  takeMember(command)
+  takeParent(command)
   takeDriverSyntax(command)
   command.option('--target-image-opts', 'with -n: TARGET is described by options, as with --image-opts')
   command.action((files: string[], options: ConvertArguments & { concurrency?: number }) =>
@@ -206,7 +218,7 @@ async function convertNamed(
     from,
     ...(given.bitmaps && { bitmaps: { skipBroken: given.skipBrokenBitmaps } }),
     to,
-    references: 'allow',
+    references: session.objects.references,
     secret: secretsOf(sources, target, session),
     ...session.objects.sharingOf(...sources),
     ...(forceShare !== undefined && { forceShare }),
@@ -226,7 +238,7 @@ async function convertNamed(
     const converted = await withProgress(session, choice, job =>
       convert(
         sources.map(name => sourceOf(name, session)),
-        imageSource(target, session),
+        targetSource(target, session),
         { ...options, ...job, bigint: true },
       ),
     )

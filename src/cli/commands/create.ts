@@ -107,7 +107,7 @@ async function createNamed(
     ...shape,
     size: sectors,
     // A backing file that was to be looked at has been: see above. What is below it must not be the new image, either.
-    references: given.backingUnsafe ? 'layer' : 'allow',
+    references: given.backingUnsafe ? 'layer' : session.objects.references,
     overwrite: true,
     signal: session.signal,
   } as CreateOptions)

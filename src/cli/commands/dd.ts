@@ -4,13 +4,13 @@ import { convert, type TargetFormat } from '../../index.js'
 import { targetFormat } from '../create-options.js'
 import { describeError } from '../errors.js'
 import { CommandFailure } from '../failure.js'
-import { alias, SOURCES, TARGETS, takeDriverSyntax } from '../grammar.js'
+import { alias, SOURCES, TARGETS, takeDriverSyntax, takeMember, takeParent } from '../grammar.js'
 import { formatOf, unlockFailure, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
 import { sizeArgument, toSize } from '../size.js'
-import { imageSource, placeOf, sourceOf } from '../sources.js'
+import { placeOf, sourceOf, targetSource } from '../sources.js'
 
 interface DdArguments {
   readonly format?: string
@@ -44,6 +44,8 @@ export function declareDd(program: Command, run: Runner): void {
     .option('-O, --target-format <fmt>', `format of the target: ${TARGETS}`, PLAIN_FORMAT)
     .option('-U, --force-share', 'open an image that another process uses')
   alias(command, '--target-format', '--output-format')
+  takeMember(command)
+  takeParent(command)
   takeDriverSyntax(command)
   command.action((operands: string[], options: DdArguments) => run(session => dd(operands, options, session)))
 }
@@ -103,9 +105,17 @@ async function dd(list: readonly string[], options: DdArguments, session: Sessio
   const choice = { progress: false, quiet: true, verb: 'Copying', step: 1 }
   const secret = session.objects.secretsOf(input)
   const sharing = { ...session.objects.sharingOf(input), ...(forceShare !== undefined && { forceShare }) }
-  const copy = { from, to, ...range, ...sharing, references: 'allow', secret, overwrite: true } as const
+  const copy = {
+    from,
+    to,
+    ...range,
+    ...sharing,
+    references: session.objects.references,
+    secret,
+    overwrite: true,
+  } as const
   await withProgress(session, choice, job =>
-    convert(sourceOf(input, session), imageSource(output, session), { ...copy, ...job, bigint: true }),
+    convert(sourceOf(input, session), targetSource(output, session), { ...copy, ...job, bigint: true }),
   ).catch(error => {
     if (session.signal.aborted) throw error
     const closed = unlockFailure([input], error, session)

@@ -1,6 +1,7 @@
 import { basename, isAbsolute } from 'node:path'
 import { type Command, Option } from 'commander'
-import { isFormat, isStream, traitsOf } from '../../formats/table.js'
+import { type Listing, listAppliance } from '../../backing/listing.js'
+import { isFormat, isKnownByStart, isStream, traitsOf } from '../../formats/table.js'
 import {
   type BlockLimits,
   type EncryptInfo,
@@ -14,16 +15,28 @@ import {
 } from '../../index.js'
 import { fileStat } from '../../support/files.js'
 import { exactText } from '../../text.js'
-import { openFailure } from '../errors.js'
+import { describeError, openFailure } from '../errors.js'
 import { CommandFailure } from '../failure.js'
-import { argumentOf, imagePath, isExport, shownName } from '../filename.js'
+import { argumentOf, imagePath, isExport, localPath, shownName } from '../filename.js'
+import { applianceDocument } from '../format/appliance.js'
 import { formatInfo, type InfoDocument } from '../format/info.js'
 import { type Json, toJson } from '../format/json.js'
 import { snapshotDocuments } from '../format/snapshots.js'
-import { cacheMode, later, oneFile, outputOption, SOURCES, takeDriverSyntax, toCacheMode } from '../grammar.js'
+import {
+  cacheMode,
+  later,
+  oneFile,
+  outputOption,
+  SOURCES,
+  takeDriverSyntax,
+  takeMember,
+  takeParent,
+  toCacheMode,
+} from '../grammar.js'
 import { warnOfDamage, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import type { Session } from '../session.js'
+import { imageSource } from '../sources.js'
 
 interface InfoArguments {
   readonly format?: string
@@ -47,6 +60,8 @@ export function declareInfo(program: Command, run: Runner): void {
     .addOption(outputOption('human', 'json'))
   later(command, new Option('--limits', 'show what requests on the image should look like'))
   later(command, new Option('-t, --cache <mode>', 'cache mode that the limits are for').argParser(cacheMode('cache')))
+  takeMember(command)
+  takeParent(command)
   takeDriverSyntax(command)
   command.action((files: string[], options: InfoArguments) =>
     run(session => showInfo(oneFile(files), options, session)),
@@ -71,19 +86,25 @@ async function collect(top: string, options: InfoArguments, session: Session): P
     const { filename, format }: { filename: string; format: string | undefined } = next
     if (seen.has(filename)) throw new CommandFailure(`Backing file '${filename}' creates an infinite loop.`)
     seen.add(filename)
-    const other = await describeOther(filename, format, session)
-    if (other !== undefined) {
-      documents.push(other)
+    const listing: Listing | undefined = documents.length === 0 ? await listingOf(filename, format, session) : undefined
+    const appliance = listing && { appliance: applianceDocument(listing) }
+    const image: string | undefined = listing === undefined ? filename : chosenOf(listing, filename, session)
+    const other =
+      image === undefined
+        ? await fileWithDisks(filename, listing?.kind ?? '')
+        : await describeOther(image, format, session)
+    if (image === undefined || other !== undefined) {
+      if (other !== undefined) documents.push({ ...other, ...appliance })
       return documents
     }
-    const request = { filename, format, forceShare, cache, closed: true } as const
+    const request = { filename: image, format, forceShare, cache, closed: true } as const
     const look = (references: ReferencePolicy): Promise<ImageInfo<bigint>> =>
       withImage({ ...request, references }, session, image => image.info({ bigint: true }))
     const info = await withExtents(await look('layer'), look)
-    warnOfDamage(filename, info, session)
-    const document = infoDocument(shownName(filename), info)
+    warnOfDamage(image, info, session)
+    const document = { ...infoDocument(shownName(image), info), ...appliance }
     documents.push(limits ? withLimits(document, info, format === undefined) : document)
-    next = options.backingChain ? below(info) : undefined
+    next = options.backingChain ? below(image, info, session) : undefined
   }
   return documents
 }
@@ -97,6 +118,57 @@ async function withExtents(
   return look('allow')
 }
 
+/** What an appliance or a descriptor has. One that is damaged is for opening it to say. */
+async function listingOf(filename: string, format: string | undefined, session: Session): Promise<Listing | undefined> {
+  if (filename === '' || isExport(filename) || (isFormat(format) && !isKnownByStart(format))) return undefined
+  const stat = await fileStat(imagePath(filename)).catch(() => undefined)
+  if (!stat?.isFile()) return undefined
+  const listing = await listAppliance({ path: localPath(filename) }).catch(() => undefined)
+  if (listing?.damage !== undefined) {
+    const said = describeError(listing.damage)
+    session.stderr.write(`${session.program}: warning: ${filename}: its descriptor is not read: ${said}\n`)
+  }
+  return listing
+}
+
+/** The image that is shown of an appliance: the disk that is chosen, or its only one; undefined where there are several, or none that is read. */
+function chosenOf({ kind, disks }: Listing, filename: string, session: Session): string | undefined {
+  const member = session.objects.memberOf(filename)
+  const there = disks.filter(({ found }) => found !== undefined && isFormat(found.format))
+  const listed = there.filter(disk => disk.listed !== undefined)
+  const [disk, ...others] =
+    member === undefined
+      ? listed.length > 0
+        ? listed
+        : there
+      : there.filter(({ file, listed }) => file === member || listed?.diskId === member)
+  // What is wrong with the name of one, opening it says.
+  if (kind === 'ova' && member !== undefined) return filename
+  if (disk === undefined && member !== undefined) {
+    const names = disks.flatMap(({ file }) => file ?? []).join(', ')
+    throw new CommandFailure(
+      `Could not open '${filename}': the appliance has no disk '${member}' here: it lists ${names}`,
+    )
+  }
+  if (disk === undefined || others.length > 0) return undefined
+  return disk.found?.path === undefined ? filename : argumentOf(disk.found.path)
+}
+
+/** A file that is no image itself, of which nothing more is known. */
+async function fileWithDisks(filename: string, format: string): Promise<InfoDocument> {
+  const { size, blocks } = await fileStat(imagePath(filename))
+  const actualSize = BigInt(blocks) * 512n
+  const name = shownName(filename)
+  const file = fileDocument(name, { fileLength: BigInt(size), actualSize, protocol: 'file' })
+  return {
+    filename: name,
+    format,
+    'actual-size': actualSize,
+    'dirty-flag': false,
+    children: [{ name: 'file', info: file }],
+  }
+}
+
 /** An image of a format that is recognised and not read: its name and its size. What is below it is not known. */
 async function describeOther(
   filename: string,
@@ -106,11 +178,12 @@ async function describeOther(
   if (filename === '' || isFormat(format) || isExport(filename)) return undefined
   const path = imagePath(filename)
   const { signal } = session
-  const looks = await probe(path, { signal }).catch(error => {
+  const source = imageSource(filename, session)
+  const looks = await probe(source, { signal }).catch(error => {
     throw signal.aborted ? error : openFailure(filename, error)
   })
   if (isFormat(looks) || (format !== undefined && format !== looks)) return undefined
-  const { virtualSize } = await inspect(path, { signal, bigint: true })
+  const { virtualSize } = await inspect(source, { signal, bigint: true })
   const stats = await fileStat(path)
   const [size, blocks] = [BigInt(stats.size), BigInt(stats.blocks)]
   const protocol = stats.isBlockDevice() ? 'host_device' : 'file'
@@ -127,15 +200,21 @@ async function describeOther(
   }
 }
 
-function below(info: ImageInfo<bigint>): { filename: string; format: string | undefined } | undefined {
+function below(
+  filename: string,
+  info: ImageInfo<bigint>,
+  { objects }: Session,
+): { filename: string; format: string | undefined } | undefined {
   if (info.backingFilename === undefined) return undefined
+  const given = isExport(filename) ? undefined : objects.belowOf(localPath(filename))
+  if (given !== undefined) return { filename: argumentOf(given.path), format: given.format }
   if (info.fullBackingFilename === undefined) {
     throw new CommandFailure(
       `Could not determine absolute backing filename, but backing filename '${exactText(info.backingFilename, info.backingFilenameBytes)}' present`,
     )
   }
-  const filename = exactText(info.fullBackingFilename, info.fullBackingFilenameBytes)
-  return { filename: argumentOf(filename), format: info.backingFilenameFormat }
+  const full = exactText(info.fullBackingFilename, info.fullBackingFilenameBytes)
+  return { filename: argumentOf(full), format: info.backingFilenameFormat }
 }
 
 /** The QAPI document of one image: names with dashes, and the file that holds it as a node of its own. */

@@ -10,7 +10,7 @@ import { Layout } from '../format/layout.js'
 import { humanMap, jsonMap, type MapExtent, type MapWriter } from '../format/map.js'
 import { drawPicture, terminalGrid } from '../format/picture.js'
 import { drawSvg, svgGrid } from '../format/svg.js'
-import { oneFile, outputOption, SOURCES, takeDriverSyntax } from '../grammar.js'
+import { oneFile, outputOption, SOURCES, takeDriverSyntax, takeMember, takeParent } from '../grammar.js'
 import { withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import type { Session } from '../session.js'
@@ -40,6 +40,8 @@ export function declareMap(program: Command, run: Runner): void {
     .addOption(outputOption('human', 'json', 'svg'))
     .addOption(new Option('--picture', 'draw the disk in the terminal'))
     .option('-o, --write <file>', 'with --output=svg: write the picture into this file')
+  takeMember(command)
+  takeParent(command)
   takeDriverSyntax(command)
   command.action((files: string[], options: MapArguments) => run(session => map(oneFile(files), options, session)))
 }

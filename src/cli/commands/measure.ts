@@ -5,7 +5,16 @@ import { optionSpecs, targetFormat, toCreateOptions } from '../create-options.js
 import { describeError, openFailure } from '../errors.js'
 import { CommandFailure, UsageFailure } from '../failure.js'
 import { formatMeasure, measureJson } from '../format/measure.js'
-import { alias, optionList, outputOption, SOURCES, TARGETS, takeDriverSyntax } from '../grammar.js'
+import {
+  alias,
+  optionList,
+  outputOption,
+  SOURCES,
+  TARGETS,
+  takeDriverSyntax,
+  takeMember,
+  takeParent,
+} from '../grammar.js'
 import { formatOf, snapshotOf } from '../images.js'
 import { parseOptionList } from '../options.js'
 import type { Runner } from '../program.js'
@@ -40,6 +49,8 @@ export function declareMeasure(program: Command, run: Runner): void {
     .addOption(outputOption('human', 'json'))
   alias(command, '--options', '--target-format-options')
   alias(command, '--format', '--source-format')
+  takeMember(command)
+  takeParent(command)
   takeDriverSyntax(command)
   command.action((files: string[], options: MeasureArguments) => run(session => show(files, options, session)))
 }
@@ -97,7 +108,7 @@ async function measureWith(
       ...plan,
       from,
       snapshot,
-      references: 'allow',
+      references: session.objects.references,
       secret: session.objects.secretsOf(source),
       ...session.objects.sharingOf(source),
       ...(options.forceShare !== undefined && { forceShare: options.forceShare }),

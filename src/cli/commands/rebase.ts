@@ -65,7 +65,7 @@ async function rebaseFile(files: readonly string[], options: RebaseArguments, se
     throw new UsageFailure('Must specify backing file (-b) or use unsafe mode (-u)')
   }
   const filename = oneFile(files)
-  const references = unsafe ? 'layer' : 'allow'
+  const references = unsafe ? 'layer' : session.objects.references
   // Opened once before anything else: what is wrong with the image is said in its name.
   await withImage({ filename, format: options.format, references, closed: true }, session, async () => undefined)
   const from = await formatOf(filename, options.format, session)

@@ -31,6 +31,8 @@ export interface InfoDocument {
   readonly 'full-backing-filename'?: string
   readonly 'backing-filename-format'?: string
   readonly snapshots?: readonly SnapshotDocument[]
+  /** What an appliance has, where the image is one, or lies in one. */
+  readonly appliance?: { readonly [key: string]: Json | undefined }
   readonly limits?: { readonly [key: string]: Json | undefined }
   readonly 'format-specific'?: { readonly type: string; readonly data: { readonly [key: string]: Json | undefined } }
   readonly children: readonly { readonly name: string; readonly info: InfoDocument }[]
@@ -49,6 +51,7 @@ function formatNode(node: InfoDocument, depth: number, path: string): string {
   if (limits.length > 0) lines.push(`${indent}Block limits:\n`, ...dumpFields(limits, depth + 1))
   const specific = node['format-specific']?.data ?? {}
   lines.push(...specificLines(specific, depth))
+  if (node.appliance) lines.push(`${indent}Appliance:\n`, ...dumpFields(fields(node.appliance), depth + 1))
   for (const child of node.children) {
     lines.push(`${indent}Child node '${path}${child.name}':\n`)
     lines.push(formatNode(child.info, depth + 1, `${path}${child.name}/`))
@@ -67,10 +70,14 @@ export function specificLines(data: { readonly [key: string]: Json | undefined }
 function sizeLines(node: InfoDocument, protocol: boolean): string[] {
   const size = node['virtual-size']
   const actual = node['actual-size']
+  // Of an appliance with several disks, each has one.
+  const unknown = node.appliance === undefined ? ['virtual size: unknown'] : []
   return [
     `${protocol ? 'filename' : 'image'}: ${node.filename}`,
     `${protocol ? 'protocol type' : 'file format'}: ${node.format}`,
-    `${protocol ? 'file length' : 'virtual size'}: ${size === undefined ? 'unknown' : `${humanSize(size)} (${size} bytes)`}`,
+    ...(size === undefined
+      ? unknown
+      : [`${protocol ? 'file length' : 'virtual size'}: ${humanSize(size)} (${size} bytes)`]),
     `disk size: ${actual === undefined ? 'unavailable' : humanSize(actual)}`,
   ]
 }

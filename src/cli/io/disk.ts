@@ -69,7 +69,7 @@ type Access = Omit<OpenOptions, 'format' | 'signal'>
 async function openItself(how: Opening, session: Session): Promise<OpenDisk> {
   const cacheSize = l2CacheSize(how.options)
   const access: Access = {
-    references: 'allow',
+    references: session.objects.references,
     secret: session.objects.secretsOf(how.filename),
     cache: how.cache,
     forceShare: how.forceShare,
@@ -107,7 +107,7 @@ async function openSnapshot(how: Opening, session: Session): Promise<OpenDisk> {
   const image = await create(path, {
     backingFile: encodeText(resolve(localPath(how.filename))),
     backingFormat: format,
-    references: 'allow',
+    references: session.objects.references,
     ...(typeof secret === 'function' && {
       secret: layer => secret({ ...layer, depth: layer.depth - 1 }),
     }),
