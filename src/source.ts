@@ -26,7 +26,8 @@ export type PathLike = string | Buffer | URL
 
 /**
  * What can be opened: a file name, or a `FileHandle` of Node's. A handle stays the caller's: the library reads through a
- * descriptor of its own and leaves the handle, its cursor and its closing alone. An export of an NBD server is what `nbdSource` makes.
+ * descriptor of its own and leaves the handle, its cursor and its closing alone. An export of an NBD server is what `nbdSource` makes. A folder with a
+ * `DiskDescriptor.xml` is a Parallels bundle, `disk.hdd`, and opened by that.
  */
 export type ImageSource = PathLike | FileHandle | DetachedImage | ImageInFile | ImageInAppliance | NbdSource
 

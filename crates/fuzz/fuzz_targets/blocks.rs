@@ -1,5 +1,5 @@
 //! Any bytes give a VDI image, a VHD or a Parallels image, or an error; so do reading, checking, writing and opening again: no panic, no
-//! hang, no unbounded memory.
+//! hang, no unbounded memory. The descriptors of disks in XML, of Parallels bundles and of OVF packages, are read as well.
 #![no_main]
 
 use std::sync::Arc;
@@ -28,8 +28,8 @@ fn open(storage: Arc<dyn Storage>) -> Result<Box<dyn Layer>> {
     if let Ok(layer) = qcow2_vdi::open(Arc::clone(&storage), &vdi) {
         return Ok(Box::new(layer));
     }
-    if let Ok(layer) = qcow2_parallels::open(Arc::clone(&storage), &parallels) {
-        return Ok(Box::new(layer));
+    if let Ok(layer) = qcow2_parallels::open_any(Arc::clone(&storage), &parallels) {
+        return Ok(layer);
     }
     qcow2_vpc::open(storage, &vpc)
 }
@@ -59,7 +59,24 @@ fn read(layer: Box<dyn Layer>) {
     }
 }
 
+/// Descriptors with these elements: no fuzzer guesses the names of what is around them.
+fn descriptors(data: &[u8]) {
+    let within =
+        |name: &str| [format!("<{name}>").as_bytes(), data, format!("</{name}>").as_bytes()].concat();
+    if let Ok(disk) = qcow2_parallels::descriptor::Descriptor::parse(&within("Parallels_disk_image")) {
+        let ends = disk.storages.iter().map(|part| part.end);
+        assert!(disk.storages.len() <= 1024 && ends.max().is_some_and(|end| disk.size <= end));
+    }
+    let _ = qcow2_ovf::parse(data);
+    if let Ok(disks) = qcow2_ovf::parse(&within("Envelope")) {
+        assert!(disks.len() <= 1000);
+    }
+}
+
 fuzz_target!(|data: &[u8]| {
+    if data.contains(&b'<') {
+        descriptors(data);
+    }
     let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::from_bytes(&sealed(data)));
     let Ok(mut layer) = open(Arc::clone(&storage)) else { return };
     if let Some(checked) = layer.as_checkable() {

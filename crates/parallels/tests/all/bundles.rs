@@ -120,6 +120,7 @@ fn descriptors_that_are_wrong_are_refused() {
         |sectors, images: &str, snapshots: &str| descriptor(sectors, &storage(0, 256, images), snapshots);
     let sound = whole(256, &one, "");
     assert_eq!(Descriptor::parse(sound.as_bytes()).unwrap().size, 256 * 512);
+    assert_eq!(Descriptor::parse(format!("\u{feff}{sound}").as_bytes()).unwrap().storages.len(), 1);
     let two = one.clone() + &image_of(TOP, "Compressed", "b");
     let top = format!("<TopGUID>{TOP}</TopGUID>");
     let bomb = "<!DOCTYPE x [<!ENTITY a \"aaaa\">]><Parallels_disk_image><Disk_Parameters><Disk_size>&a;</Disk_size></Disk_Parameters></Parallels_disk_image>";

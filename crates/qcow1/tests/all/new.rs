@@ -129,6 +129,12 @@ fn copies_keep_the_contract_of_layers_and_qemu_reads_them() {
         let Some(qemu) = &qemu else { continue };
         let path = fixture.file("image", &file);
         assert!(qemu.guest_bytes(&path, "qcow", &[]) == expected, "{what}");
+        // QEMU goes on at the end of the file, wherever that is.
+        let (mut changed, last) = (expected, size - 512);
+        qemu.io(&path, "qcow", &["write -P 5 0 512".to_owned(), format!("write -P 6 {last} 512")]);
+        changed[..512].fill(5);
+        changed[last..].fill(6);
+        assert!(guest(&image(&std::fs::read(&path).unwrap())) == changed, "{what}, after QEMU");
     }
     let shrunk = converted(&raw(&disk(1, 5 << 20)), None, &compressed());
     let whole = converted(&raw(&disk(1, 5 << 20)), None, &plain);
