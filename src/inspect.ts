@@ -3,7 +3,7 @@
 import { type ApplianceDisk, applianceIn, type OvfDisk, readDescriptor } from './backing/appliance.js'
 import { prefixBytes, withFileBytes } from './backing/file-bytes.js'
 import { Qcow2Error } from './errors.js'
-import { isOva, isOvf } from './formats/ova.js'
+import { ArchiveLimit, isOva, isOvf } from './formats/ova.js'
 import { describeKnown, detectFormat } from './formats/probe.js'
 import type { FileBytes } from './formats/sizes.js'
 import { DEFAULT_FORMAT, type Format, isFormat, isStream } from './formats/table.js'
@@ -224,7 +224,11 @@ async function bareDescriptor(bytes: FileBytes, findings: readonly Finding[]): P
   }
 }
 
-const damageOf = ({ message }: Error): Finding => ({ code: 'HEADER_INVALID', message })
+/** What reading it met: a limit, or damage. */
+function damageOf(error: Error): Finding {
+  const limit = error instanceof ArchiveLimit || (error instanceof Qcow2Error && error.code === 'ERR_QCOW2_LIMIT')
+  return { code: limit ? 'LIMIT' : 'HEADER_INVALID', message: error.message }
+}
 
 /** What was detected, where it is a format that is opened. */
 const formatOf = (detected: string | undefined): Format | undefined => (isFormat(detected) ? detected : undefined)

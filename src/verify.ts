@@ -1,5 +1,6 @@
 /** Appliances against their manifests: the one job that reads the bytes of files in JavaScript, which Node's own digests take. */
 
+import { archiveError } from './backing/appliance.js'
 import { partOf, withFileBytes } from './backing/file-bytes.js'
 import { decide, type ReferencePolicy, referencePolicy } from './backing/policy.js'
 import { Qcow2Error } from './errors.js'
@@ -134,9 +135,7 @@ async function digestOf(
 /** The members of an archive. One that stands there twice is the last of these, as a program that unpacks them has it. */
 async function archived(bytes: FileBytes, path: string | undefined): Promise<Files> {
   const found = await members(bytes).catch((error: unknown) => {
-    if (!(error instanceof RangeError)) throw error
-    const message = `${path === undefined ? '' : `${path}: `}${error.message}`
-    throw new Qcow2Error('ERR_QCOW2_FORMAT_UNKNOWN', message, { path })
+    throw error instanceof RangeError ? archiveError(error, path) : error
   })
   const byName = new Map<string, Member>(found.map(member => [member.name, member]))
   const names = [...byName.keys()]

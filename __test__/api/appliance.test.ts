@@ -91,6 +91,13 @@ describe('an appliance', () => {
       })
     }
     expect((await inspect(at('damaged'))).findings.at(-1)?.message).toContain('no header at 1024')
+    writeFileSync(at('long.ovf'), `<Envelope>${' '.repeat(5 << 20)}</Envelope>`)
+    const long = (await inspect(at('long.ovf'))).findings.at(-1)
+    expect(long).toMatchObject({ code: 'LIMIT', message: expect.stringContaining('4194304') })
+    const many = Buffer.concat([bytes.subarray(0, 1024), ...Array<Buffer>(1001).fill(bytes.subarray(0, 1024))])
+    writeFileSync(at('many'), many)
+    expect((await inspect(at('many'))).findings.at(-1)).toMatchObject({ code: 'LIMIT' })
+    expect(await failure(() => open(at('many')))).toMatchObject({ code: 'ERR_QCOW2_LIMIT' })
   })
 
   it('is no appliance where the caller says that it is a disk, or where the descriptor is missing', async () => {

@@ -2,7 +2,7 @@
 
 import { Qcow2Error } from '../errors.js'
 import { manifestIn } from '../formats/manifest.js'
-import { members } from '../formats/ova.js'
+import { ArchiveLimit, members } from '../formats/ova.js'
 import { describeKnown, detectFormat } from '../formats/probe.js'
 import type { FileBytes } from '../formats/sizes.js'
 import { type FormatName, isFormat } from '../formats/table.js'
@@ -134,7 +134,7 @@ export async function diskOf(
   const name = path ?? 'the appliance'
   if ('nbd' in located) throw refusal(path, `${name} is an appliance: its disks are read from a file only`)
   const { disks, descriptor } = await withFileBytes(located, applianceIn).catch((error: unknown) => {
-    if (error instanceof RangeError) throw refusal(path, `${name}: ${error.message}`)
+    if (error instanceof RangeError) throw archiveError(error, path)
     throw error
   })
   const { member, ...whole } = located
@@ -212,6 +212,12 @@ export function chosenFile(
   const names = files.map(({ file }) => file)
   const how = 'say which by its name (member)'
   return onlyOne(found, { name, path, member, names, places: names.join(', '), how }).file
+}
+
+/** An archive that cannot be read, as an error of its file. */
+export function archiveError(error: RangeError, path: string | undefined): Qcow2Error {
+  const code = error instanceof ArchiveLimit ? 'ERR_QCOW2_LIMIT' : 'ERR_QCOW2_FORMAT_UNKNOWN'
+  return new Qcow2Error(code, `${path ?? 'the appliance'}: ${error.message}`, { path })
 }
 
 const refusal = (path: string | undefined, message: string, field?: string): Qcow2Error =>

@@ -21,6 +21,9 @@ const MAX_MEMBERS = 1000
 /** Bytes of a long name, or of attributes, that are looked at. */
 const MAX_EXTENSION = 64 << 10
 
+/** An archive has more of something than is read. */
+export class ArchiveLimit extends RangeError {}
+
 /** Whether the first bytes are those of an appliance: a tar archive that begins with an OVF descriptor. */
 export function isOva(head: Buffer): boolean {
   const header = head.length >= BLOCK ? readHeader(head.subarray(0, BLOCK)) : undefined
@@ -42,7 +45,7 @@ export const isTar = (head: Buffer): boolean =>
 /**
  * The files in an archive, in its order.
  *
- * @throws RangeError for one that is cut short, damaged, or has too many members
+ * @throws RangeError for one that is cut short or damaged, {@link ArchiveLimit} for too many members
  */
 export async function members(file: FileBytes): Promise<readonly Member[]> {
   const found: Member[] = []
@@ -61,11 +64,12 @@ export async function members(file: FileBytes): Promise<readonly Member[]> {
       throw new RangeError(`the member '${own.name ?? header.name}' at ${position} goes on behind the archive's end`)
     }
     if (isExtension(header.type)) {
-      if (length > MAX_EXTENSION) throw new RangeError(`the attributes at ${position} have ${length} bytes`)
+      if (length > MAX_EXTENSION)
+        throw new ArchiveLimit(`the attributes at ${position} have ${length} bytes, more than ${MAX_EXTENSION}`)
       own = { ...own, ...attributesOf(header.type, await file.at(offset, length)) }
     } else {
       if (isFile(header.type)) found.push({ name: own.name ?? header.name, offset, length })
-      if (found.length > MAX_MEMBERS) throw new RangeError(`the archive has more than ${MAX_MEMBERS} members`)
+      if (found.length > MAX_MEMBERS) throw new ArchiveLimit(`the archive has more than ${MAX_MEMBERS} members`)
       own = {}
     }
     position = Math.ceil(end / BLOCK) * BLOCK

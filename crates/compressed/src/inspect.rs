@@ -32,10 +32,7 @@ pub fn inspect(storage: &Arc<dyn Storage>, codec: Codec, options: &OpenOptions) 
         }
         Ok(None) => Ok(unknown(codec)),
         Err(error) if error.kind() == ErrorKind::Io => Err(error),
-        Err(error) => Ok(Inspection {
-            virtual_size: None,
-            findings: vec![Finding::new(FindingCode::HeaderInvalid, error.message())],
-        }),
+        Err(error) => Ok(Inspection { virtual_size: None, findings: vec![Finding::error(&error)] }),
     }
 }
 

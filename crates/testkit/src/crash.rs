@@ -95,6 +95,13 @@ impl History {
         }
     }
 
+    /// The operation on this sector that began last was refused.
+    fn never(&mut self, sector: u64, at: usize) {
+        if let Some(spans) = self.sectors.get_mut(&sector) {
+            spans.pop_if(|span| span.start == at && span.done == PENDING);
+        }
+    }
+
     /// The operation on this sector left it as it was.
     fn undo(&mut self, sector: u64, value: Value, at: usize, done: u64) {
         self.begin(sector, value, at);
@@ -349,10 +356,28 @@ impl Session {
                 self.history.lock().flushes.push((moment, now));
                 Ok(())
             }
+            // A disk that was to be smaller before, and was refused that, can be as large already.
+            Op::Grow { size } if size <= target.size() => Ok(()),
             Op::Grow { size } => {
                 self.history.lock().sizes.push(Span { value: size, start: begun, done: PENDING });
                 target.grow(size)?;
                 let mut history = self.history.lock();
+                history.sizes.last_mut().unwrap().done = history.tick();
+                self.promise(&mut history);
+                Ok(())
+            }
+            Op::Shrink { size } => {
+                // What lies behind the end is there, or nothing; if the disk grows again, it is nothing.
+                let old = target.size();
+                self.history.lock().sizes.push(Span { value: size, start: begun, done: PENDING });
+                let done = self.change(size, old - size, Value::Zero, begun, || target.shrink(size));
+                let mut history = self.history.lock();
+                if done.as_ref().is_err_and(|error| error.kind() == ErrorKind::UnsupportedFeature) {
+                    history.sizes.pop();
+                    (size / SECTOR..old / SECTOR).for_each(|sector| history.never(sector, begun));
+                    return Ok(());
+                }
+                done?;
                 history.sizes.last_mut().unwrap().done = history.tick();
                 self.promise(&mut history);
                 Ok(())

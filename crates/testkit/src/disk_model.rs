@@ -37,6 +37,9 @@ impl Target for Image {
     fn grow(&self, size: u64) -> Result<()> {
         self.resize(size)
     }
+    fn shrink(&self, size: u64) -> Result<()> {
+        self.resize_with(size, qcow2_engine::ResizeOptions { shrink: true, ..Default::default() })
+    }
     fn close(&self) -> Result<()> {
         Image::close(self)
     }

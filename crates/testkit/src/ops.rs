@@ -3,7 +3,7 @@
 //! Every written sector of 512 bytes says where it belongs and which operation wrote it, so that a sector that turns
 //! up at another place, or comes back from the past, is seen for what it is.
 
-use qcow2_engine::Result;
+use qcow2_engine::{Error, ErrorKind, Result};
 
 use crate::Rng;
 
@@ -97,6 +97,7 @@ pub enum Op {
     Read { offset: u64, len: u64 },
     Flush,
     Grow { size: u64 },
+    Shrink { size: u64 },
     Reopen,
 }
 
@@ -119,6 +120,11 @@ pub trait Target: Send + Sync {
     fn flush(&self) -> Result<()>;
     /// Extends the disk with zeroes.
     fn grow(&self, size: u64) -> Result<()>;
+    /// Cuts the disk off.
+    fn shrink(&self, size: u64) -> Result<()> {
+        let message = format!("no disk of {size} bytes is made smaller");
+        Err(Error::new(ErrorKind::UnsupportedFeature, message))
+    }
     /// Flushes and gives back what was reserved.
     fn close(&self) -> Result<()>;
 }
@@ -138,6 +144,8 @@ pub struct Menu {
     pub discard: bool,
     /// With growing the disk.
     pub grow: bool,
+    /// With making the disk smaller, which then grows as well.
+    pub shrink: bool,
     /// With closing and opening again.
     pub reopen: bool,
     /// Most clusters that one range covers.
@@ -154,6 +162,7 @@ impl Menu {
             compression: true,
             discard: true,
             grow: true,
+            shrink: false,
             reopen: true,
             span: 3,
         }
@@ -170,7 +179,7 @@ impl Menu {
                     hot = rng.below(size);
                 }
                 let op = self.draw(&mut rng, size, hot);
-                if let Op::Grow { size: new } = op {
+                if let Op::Grow { size: new } | Op::Shrink { size: new } = op {
                     size = new;
                 }
                 op
@@ -193,7 +202,16 @@ impl Menu {
             62..68 => Op::Zero { offset: first, len: last.min(size) - first, unmap: rng.below(2) == 0 },
             68..74 if self.discard => Op::Discard { offset, len },
             74..80 if self.discard => Op::Discard { offset: first, len: last.min(size) - first },
-            80..90 => Op::Flush,
+            80..86 => Op::Flush,
+            86..90 if !self.shrink => Op::Flush,
+            90..92 if self.shrink && size > self.size => {
+                let less = 1 + rng.below(2 * self.cluster);
+                Op::Shrink { size: (size - less.min(size / 2)).next_multiple_of(SECTOR) }
+            }
+            86..90 if self.shrink => {
+                let less = 1 + rng.below(5 * self.cluster);
+                Op::Shrink { size: (size - less.min(size / 2)).next_multiple_of(SECTOR) }
+            }
             90..92 if self.grow => {
                 let more = 1 + rng.below(3 * self.cluster);
                 Op::Grow { size: (size + more).next_multiple_of(SECTOR) }
@@ -254,7 +272,7 @@ mod tests {
                     assert!(new > size);
                     size = new;
                 }
-                Op::Flush | Op::Reopen => {}
+                Op::Flush | Op::Shrink { .. } | Op::Reopen => {}
             }
         }
     }

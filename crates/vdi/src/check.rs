@@ -114,7 +114,8 @@ fn look(layer: &Vdi, job: &Job, found: &mut Found, corruption: &mut Corruption<'
 }
 
 /// Entries that name nothing are absent; blocks that share a place get a copy each; and the last ones go to places that nothing refers to,
-/// so that there are as many as the header says. Copies are durable before an entry names them.
+/// so that there are as many as the header says. Copies, and a number in the header that is larger, are durable before an entry names them; a smaller
+/// one is written when none lies behind it. A power cut leaves what another repair mends.
 fn mend(layer: &Vdi, mut found: Found, job: &Job) -> Result<()> {
     let (layout, storage) = (layer.scheme().layout(), &**layer.storage());
     let total = (found.sound.len() + found.shared.len()) as u32;
@@ -132,6 +133,10 @@ fn mend(layer: &Vdi, mut found: Found, job: &Job) -> Result<()> {
         entries.push((*index, to));
     }
     entries.sort_unstable();
+    // Programs put new blocks behind as many as the header has: no entry names one there.
+    if total > layer.scheme().header().blocks_allocated {
+        layer.scheme().settle(storage, end)?;
+    }
     storage.flush()?;
     layer.write_entries(&entries)?;
     storage.flush()?;

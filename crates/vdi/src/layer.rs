@@ -144,6 +144,17 @@ impl Scheme for VdiScheme {
         Err(Error::new(ErrorKind::Limit, message).with_field("size"))
     }
 
+    /// The number of blocks in the header is that of the entries, and where the next block goes.
+    fn judge_shrunk(&self, kept: u64, end: u64) -> Result<()> {
+        if end <= self.layout.origin + kept * self.layout.stride() {
+            return Ok(());
+        }
+        let message = format!(
+            "blocks of the smaller disk would lie behind unused ones, which a VDI image does not have: {kept} of them are left, and the last one ends at {end:#x}: convert its disk into another image"
+        );
+        Err(Error::new(ErrorKind::UnsupportedFeature, message).with_field("size"))
+    }
+
     /// The size of the disk, the block size and the number of blocks are in one sector.
     fn resize(&self, storage: &dyn Storage, size: u64, entries: u32, end: u64) -> Result<()> {
         let blocks = u32::try_from((end - self.layout.origin) / self.layout.stride()).unwrap_or(u32::MAX);

@@ -8,6 +8,8 @@ use crate::fields::{SECTOR, invalid};
 
 /// Most bytes of a descriptor: what QEMU reads of one.
 pub const MAX_BYTES: u64 = (1 << 20) - 1;
+/// How a descriptor begins.
+pub(crate) const MARK: &[u8] = b"# Disk DescriptorFile";
 /// `parentCID` of a disk without a parent.
 pub const NO_PARENT: u32 = u32::MAX;
 /// Longest name of a parent in bytes, QEMU's limit.

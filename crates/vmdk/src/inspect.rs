@@ -1,9 +1,9 @@
 //! What an untrusted image says of itself. Opens nothing else, follows nothing, and reports instead of failing.
 
 use qcow2_core::inspect::{Finding, FindingCode};
-use qcow2_core::{Error, ErrorKind, MemMut, Result, Storage, StorageExt};
+use qcow2_core::{Error, MemMut, Result, Storage, StorageExt};
 
-use crate::descriptor::{Descriptor, MAX_BYTES};
+use crate::descriptor::{Descriptor, MARK, MAX_BYTES};
 use crate::fields::SECTOR;
 use crate::sparse::{FOOTER_BYTES, HEADER_BYTES, Header, MAGIC, footer};
 use crate::{OpenOptions, cowd, sesparse};
@@ -61,7 +61,14 @@ fn judge(file_size: Option<u64>, limits: &OpenOptions, part: Part<'_>) -> Result
             found.findings.push(Finding::new(FindingCode::HeaderInvalid, message));
             return Ok(found);
         }
-        let text = part(0, MAX_BYTES as usize)?;
+        let text = part(0, MAX_BYTES as usize + 1)?;
+        let length = file_size.unwrap_or(text.len() as u64);
+        if let Some(long) = Finding::limit("descriptor", length, MAX_BYTES)
+            && head.starts_with(MARK)
+        {
+            found.findings.push(long);
+            return Ok(found);
+        }
         found.describe(&text, false);
         found.virtual_size = found.descriptor.as_ref().map(Descriptor::size);
     } else if let Some(header) = found.hosted(&head, file_size, part)? {
@@ -76,11 +83,7 @@ fn judge(file_size: Option<u64>, limits: &OpenOptions, part: Part<'_>) -> Result
 
 impl Inspection {
     fn refuse(&mut self, error: &Error) {
-        let code = match error.kind() {
-            ErrorKind::Limit => FindingCode::Limit,
-            _ => FindingCode::HeaderInvalid,
-        };
-        self.findings.push(Finding::new(code, error.message()));
+        self.findings.push(Finding::error(error));
     }
 
     /// The header that counts.

@@ -11,7 +11,7 @@ use qcow2_core::layer::{Holes, Layer, Place, Segment, SegmentKind};
 use qcow2_core::space::{Preallocation, reserve, write_zero_bytes};
 use qcow2_core::{Error, ErrorKind, Job, Mem, MemMut, Result, Storage, StorageExt};
 
-use crate::layer::{geometry_for, judge_growth};
+use crate::layer::{geometry_for, judge_size};
 use crate::parent::ParentId;
 use crate::structures::{FOOTER_LENGTH, Footer};
 
@@ -73,6 +73,20 @@ impl Fixed {
         self.size.store(size, Ordering::Release);
         self.end.store(size, Ordering::Release);
         Ok(())
+    }
+
+    /// Makes the disk smaller: its footer is at the new end, durably, before the file is cut off behind it. A power cut between them leaves
+    /// the larger disk with the bytes of that in the part that was given up.
+    fn shrink(&self, size: u64) -> Result<()> {
+        let (storage, before) = (&*self.storage, self.footer());
+        let footer = before.resized(size, geometry_for(&before, size));
+        storage.write_all_at(Mem::from(&footer.bytes()[..]), size)?;
+        storage.flush()?;
+        storage.resize(size + FOOTER_LENGTH as u64)?;
+        *self.footer.lock() = footer;
+        self.size.store(size, Ordering::Release);
+        self.end.store(size, Ordering::Release);
+        storage.flush()
     }
 
     /// Writes the footer at the end of the `new` part of the disk in a file of `former` bytes.
@@ -219,7 +233,7 @@ impl WriteLayer for Fixed {
             return Ok(());
         }
         let judged =
-            judge_growth(&self.footer(), old, size).and_then(|()| match self.storage.traits().block_device {
+            judge_size(&self.footer(), size).and_then(|()| match self.storage.traits().block_device {
                 true => {
                     let message = "the disk on a device keeps its size: the footer is where the device ends";
                     Err(Error::new(ErrorKind::InvalidArgument, message).with_field("size"))
@@ -227,6 +241,6 @@ impl WriteLayer for Fixed {
                 false => Ok(()),
             });
         judged.map_err(|e| self.storage.located(e))?;
-        self.grow(size, preallocation, job)
+        if size < old { self.shrink(size) } else { self.grow(size, preallocation, job) }
     }
 }

@@ -81,12 +81,8 @@ pub fn footer_of(layer: &dyn Layer) -> Option<Footer> {
 }
 
 /// Refuses another size for a disk of `old` bytes.
-pub(crate) fn judge_growth(footer: &Footer, old: u64, size: u64) -> Result<()> {
+pub(crate) fn judge_size(footer: &Footer, size: u64) -> Result<()> {
     let refuse = |kind, message: String| Err(Error::new(kind, message).with_field("size"));
-    if size < old {
-        let message = "a vpc image is not made smaller: convert its disk into another image";
-        return refuse(ErrorKind::UnsupportedFeature, message.into());
-    }
     if !size.is_multiple_of(SECTOR) {
         return refuse(ErrorKind::InvalidArgument, format!("{size} is no multiple of {SECTOR} bytes"));
     }
@@ -155,6 +151,16 @@ impl VpcScheme {
     }
 
     /// Ends the file with the footer behind the last place.
+    /// Writes the number of entries, durably.
+    fn write_entries(&self, storage: &dyn Storage, entries: u32) -> Result<()> {
+        let header = self.header.lock().with_entries(entries);
+        let (first, _) = header.bytes().split_at(SECTOR as usize);
+        storage.write_all_at(Mem::from(first), self.header_offset)?;
+        storage.flush()?;
+        *self.header.lock() = header;
+        Ok(())
+    }
+
     pub(crate) fn end_with_footer(&self, storage: &dyn Storage, end: u64) -> Result<()> {
         self.write_footer(storage, end)?;
         let length = end + FOOTER_LENGTH as u64;
@@ -269,20 +275,25 @@ impl Scheme for VpcScheme {
     }
 
     fn resized(&self, size: u64) -> Result<()> {
-        judge_growth(&self.footer.lock(), self.layout.size, size)
+        judge_size(&self.footer.lock(), size)
     }
 
-    /// A larger table is one for the old disk as well; then the copy at the start decides.
+    /// The larger table is one for either disk, and the copy of the footer at the start decides. The one at the end can lie where blocks
+    /// were that are given up: it is written when nothing names them.
     fn resize(&self, storage: &dyn Storage, size: u64, entries: u32, end: u64) -> Result<()> {
-        let header = self.header.lock().with_entries(entries);
-        let (first, _) = header.bytes().split_at(SECTOR as usize);
-        storage.write_all_at(Mem::from(first), self.header_offset)?;
-        storage.flush()?;
-        *self.header.lock() = header;
         let footer = self.footer();
-        *self.footer.lock() = footer.resized(size, geometry_for(&footer, size));
-        self.write_footer(storage, 0)?;
-        storage.flush()?;
+        let resized = footer.resized(size, geometry_for(&footer, size));
+        if size > footer.virtual_size() {
+            self.write_entries(storage, entries)?;
+            *self.footer.lock() = resized;
+            self.write_footer(storage, 0)?;
+            storage.flush()?;
+        } else {
+            *self.footer.lock() = resized;
+            self.write_footer(storage, 0)?;
+            storage.flush()?;
+            self.write_entries(storage, entries)?;
+        }
         self.end_with_footer(storage, end)
     }
 

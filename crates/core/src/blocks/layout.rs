@@ -277,8 +277,17 @@ pub trait Scheme: fmt::Debug + Send + Sync + 'static {
         Ok(())
     }
 
+    /// Refuses a smaller disk that would not be a sound image: `kept` of its blocks have places, all of them in front of `end`.
+    ///
+    /// # Errors
+    /// `UnsupportedFeature`.
+    fn judge_shrunk(&self, kept: u64, end: u64) -> Result<()> {
+        let _ = (kept, end);
+        Ok(())
+    }
+
     /// Writes another size, and number of entries, into the image: when it returns, each power cut leaves the old or the new ones.
-    /// `end` is behind the last place. The table has its new entries, durably.
+    /// `end` is behind the last place that is left. The table has its new entries, durably.
     ///
     /// # Errors
     /// `Io`.

@@ -188,7 +188,7 @@ impl<B: Blueprint> NewImage for NewBlocks<B> {
     }
 
     fn publish(&self, hosts: &Hosts) -> Result<()> {
-        let end = Places::survey(&self.layer(&hosts.own)?.shared)?.end;
+        let end = Places::survey(&self.layer(&hosts.own)?.shared, u32::MAX)?.end;
         self.blueprint.publish(&*hosts.own, end, true)
     }
 }

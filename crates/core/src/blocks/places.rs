@@ -19,15 +19,16 @@ pub(super) struct Places {
 }
 
 impl Places {
-    /// Reads the whole table.
+    /// Reads the whole table, of which the first `entries` count.
     ///
     /// # Errors
     /// `Corrupt` for places that are none, or that overlap: nothing can be written safely then. `Io`.
-    pub(super) fn survey<S: Scheme>(shared: &Shared<S>) -> Result<Self> {
+    pub(super) fn survey<S: Scheme>(shared: &Shared<S>, entries: u32) -> Result<Self> {
         let layout = shared.layout();
         let mut used = Vec::new();
         shared.walk(|index, entry| {
-            if let Entry::At(place) = entry
+            if index < entries
+                && let Entry::At(place) = entry
                 && let Some(entry) = layout.entry_of(place)
             {
                 shared.judged(index, entry)?;

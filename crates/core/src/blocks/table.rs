@@ -136,10 +136,10 @@ impl Table {
         self.slices.clear();
     }
 
-    /// The file has more entries. No other request runs.
-    pub(super) fn grow(&self, entries: u32) {
-        let old = self.entries.swap(entries, Ordering::AcqRel);
-        self.slices.remove(&(old / SLICE));
+    /// The file has another number of entries. No other request runs, and no entry waits for a flush.
+    pub(super) fn resize(&self, entries: u32) {
+        self.entries.store(entries, Ordering::Release);
+        self.forget();
     }
 
     /// Calls `f` with every entry that the file has, in order.

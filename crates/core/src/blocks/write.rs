@@ -78,7 +78,7 @@ impl<S: Scheme> Shared<S> {
         let layout = self.layout();
         let places = match places {
             Some(places) => places,
-            none => none.insert(Places::survey(self)?),
+            none => none.insert(Places::survey(self, u32::MAX)?),
         };
         let place = places.free.last().copied().unwrap_or(places.end);
         let Some(entry) = layout.entry_of(place) else {
@@ -177,14 +177,10 @@ impl<S: Scheme> Shared<S> {
                 format!("{size} is no multiple of {SECTOR} bytes"),
             );
         }
-        if size < self.size.load(Ordering::Acquire) {
-            let message =
-                format!("a {format} image is not made smaller: convert its disk into another image");
-            return refuse(ErrorKind::UnsupportedFeature, "size", message);
-        }
         let room = layout.data.saturating_sub(layout.table) / 4;
         let entries = size.div_ceil(layout.block);
         match u32::try_from(entries).ok().filter(|_| entries <= room.max(layout.entries.into())) {
+            Some(entries) if size < self.size.load(Ordering::Acquire) => Ok(entries),
             Some(entries) => Ok(entries.max(self.table.entries())),
             None => {
                 let most = room.max(layout.entries.into()).saturating_mul(layout.block);
@@ -204,18 +200,56 @@ impl<S: Scheme> Shared<S> {
         let mut guard = self.places.lock();
         let places = match &mut *guard {
             Some(places) => places,
-            none => none.insert(Places::survey(self)?),
+            none => none.insert(Places::survey(self, u32::MAX)?),
         };
         // The new part of the disk is zero, what its last block had there or not.
         let rest = old.next_multiple_of(layout.block).min(size) - old;
         self.stored(old, rest, |host, length| self.storage.zero(host, length, true))?;
-        let new: Vec<_> = (self.table.entries()..entries).map(|index| (index, layout.absent)).collect();
+        // A table can have more entries than the disk has blocks: what these name is none of its data.
+        let first = u32::try_from(old.div_ceil(layout.block)).unwrap_or(u32::MAX);
+        let new: Vec<_> = (first..entries).map(|index| (index, layout.absent)).collect();
         self.table.write(&*self.storage, layout, &new)?;
         self.sync()?;
         self.scheme.resize(&*self.storage, size, entries, places.end)?;
         self.sync()?;
-        self.table.grow(entries);
+        self.table.resize(entries);
         self.size.store(size, Ordering::Release);
+        Ok(())
+    }
+
+    /// Makes the disk smaller. Its size and the number of entries change first, durably: a power cut leaves the whole old disk or the new
+    /// one. What lay behind the end is given up then. A read of it that was planned before may find what is written there later.
+    fn shrink(&self, size: u64, entries: u32) -> Result<()> {
+        self.scheme.resized(size).map_err(|e| self.storage.located(e))?;
+        self.publish()?;
+        let _one = self.flushing.lock();
+        let mut guard = self.places.lock();
+        let left = Places::survey(self, entries)?;
+        let mut lost = Vec::new();
+        let mut kept = 0;
+        self.walk(|index, entry| {
+            match entry {
+                Entry::At(place) if index >= entries => lost.push(place),
+                Entry::At(_) => kept += 1,
+                Entry::Absent | Entry::Zero => {}
+            }
+            Ok(())
+        })?;
+        self.scheme.judge_shrunk(kept, left.end).map_err(|e| self.storage.located(e))?;
+        let switched = self.scheme.resize(&*self.storage, size, entries, left.end);
+        // The file can have the new size already: nothing may count on the old one.
+        switched.inspect_err(|_| self.failed.store(true, Ordering::Release))?;
+        self.sync()?;
+        self.size.store(size, Ordering::Release);
+        self.table.resize(entries);
+        *guard = Some(left);
+        // Only space, which is not worth an error: the disk is as it shall be.
+        let (stride, length) = (self.layout().stride(), self.storage.size()?);
+        for place in lost.into_iter().filter(|place| place + stride <= length) {
+            if self.storage.free(place, stride).is_err() {
+                break;
+            }
+        }
         Ok(())
     }
 }
@@ -312,6 +346,6 @@ impl<S: Scheme> WriteLayer for BlockLayer<S> {
             return Ok(());
         }
         shared.begin_change()?;
-        shared.grow(size, entries)
+        if size < self.virtual_size() { shared.shrink(size, entries) } else { shared.grow(size, entries) }
     }
 }

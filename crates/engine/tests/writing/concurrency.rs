@@ -63,7 +63,7 @@ fn act(image: &Image, op: Op, generation: u32, notes: &Mutex<Vec<(u64, u64, Valu
                 assert!(!matches!(found, Found::Stray { .. }), "sector {sector}: {found:?}");
             }
         }
-        Op::Flush | Op::Grow { .. } | Op::Reopen => image.flush().unwrap(),
+        Op::Flush | Op::Grow { .. } | Op::Shrink { .. } | Op::Reopen => image.flush().unwrap(),
     }
 }
 

@@ -325,7 +325,7 @@ fn confine(op: Op, thread: u64, threads: u64, cluster: u64, size: u64) -> Op {
             let (offset, len, _) = fit(offset, len);
             Op::Read { offset, len }
         }
-        Op::Flush | Op::Grow { .. } | Op::Reopen => Op::Flush,
+        Op::Flush | Op::Grow { .. } | Op::Shrink { .. } | Op::Reopen => Op::Flush,
     }
 }
 

@@ -90,6 +90,7 @@ impl Run<'_> {
                 fine(self.image().resize(size));
                 self.disk.grow(size);
             }
+            Op::Shrink { size } => unreachable!("{size} bytes are not on the menu"),
             Op::Reopen => {
                 fine(self.image().close());
                 self.image = None;

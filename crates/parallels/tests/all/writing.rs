@@ -47,6 +47,7 @@ fn writers_keep_their_contract() {
             open: &open,
             unit: 4096,
             grows: true,
+            shrinks: true,
             sound: &sound,
         }
         .check();

@@ -33,7 +33,17 @@ impl ChildContract<'_> {
     pub fn check(&self) {
         let Self { name, child, open, unit, sound, .. } = *self;
         let [_, parent] = self.files();
-        WriterContract { name, file: child, below: Some(parent), open, unit, grows: false, sound }.check();
+        WriterContract {
+            name,
+            file: child,
+            below: Some(parent),
+            open,
+            unit,
+            grows: false,
+            shrinks: false,
+            sound,
+        }
+        .check();
         for seed in 0..3 {
             self.check_requests(seed);
         }

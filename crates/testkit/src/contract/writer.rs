@@ -35,6 +35,8 @@ pub struct WriterContract<'a> {
     pub unit: u64,
     /// Whether the disk can grow.
     pub grows: bool,
+    /// Whether it can be made smaller.
+    pub shrinks: bool,
     /// Fails the test unless the file is an image in which nothing is damaged. Space may be lost.
     pub sound: &'a dyn Fn(Arc<dyn Storage>),
 }
@@ -69,6 +71,7 @@ impl WriterContract<'_> {
         let mut menu = Menu::new(self.unit, size);
         menu.compression = false;
         menu.grow = self.grows;
+        menu.shrink = self.shrinks;
         menu
     }
 

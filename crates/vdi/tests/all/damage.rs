@@ -7,9 +7,11 @@ use qcow2_core::space::Preallocation;
 use qcow2_core::storage::{Access, FileStorage};
 use qcow2_core::{ErrorKind, Job, Layer, Mem, Storage};
 use qcow2_testkit::contract::{ChildContract, LayerContract};
+use qcow2_testkit::crash::{Durability, Session};
 use qcow2_testkit::disks::made;
 use qcow2_testkit::ops::stamped;
-use qcow2_testkit::{Fixture, Qemu};
+use qcow2_testkit::recorder::RecordingStorage;
+use qcow2_testkit::{Fixture, Qemu, Sparse};
 use qcow2_vdi::structures::Header;
 use qcow2_vdi::{NewVdi, OpenOptions, ParentId};
 
@@ -126,6 +128,63 @@ fn what_a_repair_leaves() {
     let layer = open(Arc::new(FileStorage::open(&path, Access::ReadOnly).unwrap())).unwrap();
     let error = layer.as_checkable().unwrap().repair(Repair::All, 10, &Job::new()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::ReadOnly);
+}
+
+/// What each block of a damaged image reads as; `None` for one that nothing in the file has.
+fn blocks_of(storage: Arc<dyn Storage>) -> Vec<Option<Vec<u8>>> {
+    let image = image(storage, false);
+    let blocks = 0..image.virtual_size() / 4096;
+    let read = |block| {
+        let mut found = vec![0; 4096];
+        image.read_at(qcow2_core::MemMut::from(&mut found[..]), block * 4096).ok().map(|()| found)
+    };
+    blocks.map(read).collect()
+}
+
+#[test]
+fn a_repair_that_the_power_ends_is_mended_by_another_one() {
+    let free = u32::MAX;
+    // Places behind the header's count, shared ones, one that is in no file, one too large for the image; more entries than the count.
+    for (entries, count) in [
+        ([9, 0, 7, 0, 14, 99, free, 7], 2),
+        ([0, 1, 2, 3, 4, 5, 6, 6], 16),
+        ([11, 10, 9, 8, free, free, free, 0], 9),
+    ] {
+        let mut bytes = forged(16, 4096, 0);
+        for (index, entry) in entries.iter().enumerate() {
+            bytes[512 + 4 * index..][..4].copy_from_slice(&u32::to_le_bytes(*entry));
+        }
+        bytes[0x184..0x188].copy_from_slice(&u32::to_le_bytes(count));
+        for place in 0..12 {
+            bytes.extend(stamped(place * 4096, 4096, 1_000_000));
+        }
+        let before = blocks_of(memory(&bytes));
+        let mut file = Sparse::new(bytes.len() as u64);
+        file.write(0, &bytes);
+        let (mut session, files) = Session::new(vec![file], Durability::Flush);
+        let mend = |storage: Arc<dyn Storage>| {
+            open(storage).unwrap().as_checkable().unwrap().repair(Repair::All, 50, &Job::new()).unwrap()
+        };
+        assert!(mend(files[0].clone()).corruptions_fixed > 0);
+        let mut states = 0;
+        for state in session.states(7, 400) {
+            let what = format!("{entries:?}, cut {}, {:?}", state.cut, state.shape);
+            let host: Arc<dyn Storage> = Arc::new(RecordingStorage::plain(state.files[0].clone()));
+            for round in 0..2 {
+                for (block, (was, is)) in before.iter().zip(blocks_of(Arc::clone(&host))).enumerate() {
+                    // A block that the file did not have is zero when that is mended.
+                    let zero = was.is_none() && is.as_deref().is_none_or(|found| found == [0; 4096]);
+                    assert!(zero || *was == is, "{what}: block {block}, round {round}");
+                }
+                mend(Arc::clone(&host));
+            }
+            let layer = open(Arc::clone(&host)).unwrap();
+            let report = layer.as_checkable().unwrap().check(50, &Job::new()).unwrap();
+            assert!(report.is_clean(), "{what}: {report:?}");
+            states += 1;
+        }
+        assert!(states > 100, "{states}");
+    }
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use qcow2_core::check::Finding;
 use qcow2_core::space::Preallocation;
 use qcow2_core::{Disk, ErrorKind, Job, Mem, Storage};
+use qcow2_engine::ResizeOptions;
 use qcow2_testkit::contract::{DiskContract, WriterContract};
 use qcow2_testkit::{Fixture, Qemu};
 
@@ -42,6 +43,7 @@ fn writers_keep_their_contract() {
             open: &open,
             unit: 4096,
             grows: true,
+            shrinks: true,
             sound: &sound,
         }
         .check();
@@ -72,12 +74,45 @@ fn a_disk_grows_as_far_as_its_block_map() {
 }
 
 #[test]
+fn a_disk_that_is_cut_off_is_whole_for_qemu() {
+    let Some(qemu) = Qemu::find() else { return };
+    let fixture = Fixture::new();
+    let shrink = ResizeOptions { shrink: true, ..ResizeOptions::default() };
+    let storage = memory(&new(8 << 20, false));
+    let disk = image(Arc::clone(&storage), true);
+    for block in [0, 2, 5, 7] {
+        disk.write_at(Mem::from(&[block as u8 + 1; 4096][..]), block << 20).unwrap();
+    }
+    disk.resize_with((2 << 20) + 8192, shrink).unwrap();
+    disk.write_at(Mem::from(&[9; 512][..]), 1 << 20).unwrap();
+    disk.grow(6 << 20).unwrap();
+    disk.close().unwrap();
+    let path = fixture.file("cut", &bytes_of(&*storage));
+    qemu.img(&["check", "-f", "vdi", path.to_str().unwrap()]).ok();
+    let found = qemu.guest_bytes(&path, "vdi", &[]);
+    let mut expected = vec![0; 6 << 20];
+    for (at, length, byte) in [(0, 4096, 1), (1 << 20, 512, 9), (2 << 20, 4096, 3)] {
+        expected[at..at + length].fill(byte);
+    }
+    assert!(found == expected);
+    sound(storage);
+
+    // The last block of the disk has the first place.
+    let storage = memory(&new(8 << 20, false));
+    let disk = image(Arc::clone(&storage), true);
+    disk.write_at(Mem::from(&[1; 512][..]), 7 << 20).unwrap();
+    disk.write_at(Mem::from(&[2; 512][..]), 0).unwrap();
+    let error = disk.resize_with(1 << 20, shrink).unwrap_err();
+    assert_eq!((error.kind(), error.field()), (ErrorKind::UnsupportedFeature, Some("size")));
+    assert_eq!(disk.virtual_size(), 8 << 20);
+}
+
+#[test]
 fn sizes_that_a_disk_does_not_get() {
     let mut layer = open(memory(&new(1 << 20, false))).unwrap();
     layer.make_writable(qcow2_core::DiskOptions::default()).unwrap();
     let writable = layer.as_writable().unwrap();
     for (size, preallocation, kind) in [
-        (512, Preallocation::Off, ErrorKind::UnsupportedFeature),
         ((1 << 20) + 1, Preallocation::Off, ErrorKind::InvalidArgument),
         (2 << 20, Preallocation::Full, ErrorKind::InvalidArgument),
         (1 << 62, Preallocation::Off, ErrorKind::UnsupportedFeature),

@@ -35,10 +35,6 @@ impl Vhdx {
         if size > MAX_VIRTUAL_SIZE {
             return Err(self.refuse(ErrorKind::Limit, format!("{size} bytes are more than 64 TiB")));
         }
-        if size < self.virtual_size() {
-            let message = "shrinking vhdx images is not supported: convert it to a new image";
-            return Err(self.refuse(ErrorKind::UnsupportedFeature, message));
-        }
         Ok(())
     }
 
@@ -50,8 +46,12 @@ impl Vhdx {
         let writer = self.writer()?;
         self.begin(writer)?;
         self.commit()?;
-        self.zero_behind_end()?;
+        let old = self.virtual_size();
+        if size > old {
+            self.zero_behind_end()?;
+        }
         let (mut change, moved) = match self.room_for(size) {
+            // Entries behind the end of a smaller disk say nothing, and are cleared before it grows again.
             true => {
                 self.clear_entries(size, job)?;
                 (Change::new(), None)
@@ -70,7 +70,11 @@ impl Vhdx {
             places.reserved.push(moved.range());
         }
         self.size.store(size, Ordering::Release);
-        if self.tables.metadata.leave_blocks_allocated { self.allocate_all(job) } else { Ok(()) }
+        if size > old && self.tables.metadata.leave_blocks_allocated {
+            self.allocate_all(job)
+        } else {
+            Ok(())
+        }
     }
 
     /// Whether the table has entries for a disk of `size` bytes.

@@ -152,3 +152,26 @@ fn a_table_that_moves_survives_power_cuts() {
     ];
     cut("moved table", &new, &ops, (9, 120));
 }
+
+#[test]
+fn a_disk_that_is_cut_off_and_grows_again_survives_power_cuts() {
+    let new = NewOptions { size: 8 * MIB, block_size: MIB, ..NewOptions::default() };
+    let ops = [
+        Op::Write { offset: MIB, len: 4096 },
+        Op::Write { offset: 6 * MIB - 4096, len: 8192 },
+        Op::Flush,
+        Op::Write { offset: 7 * MIB, len: 4096 },
+        Op::Shrink { size: 6 * MIB - 2048 },
+        Op::Write { offset: 3 * MIB, len: 4096 },
+        Op::Flush,
+        Op::Grow { size: 8 * MIB },
+        Op::Write { offset: 7 * MIB + 8192, len: 4096 },
+        Op::Shrink { size: 2 * MIB },
+        Op::Reopen,
+        Op::Write { offset: 0, len: 4096 },
+        Op::Flush,
+        Op::Grow { size: 8 * MIB },
+        Op::Flush,
+    ];
+    cut("cut off", &new, &ops, (11, 200));
+}

@@ -108,6 +108,9 @@ impl Vmdk {
             ));
         }
         let length = storage.size()?;
+        if bytes.starts_with(descriptor::MARK) {
+            check_limit("descriptor", length, descriptor::MAX_BYTES).map_err(located)?;
+        }
         if length > descriptor::MAX_BYTES {
             let message = format!(
                 "not a VMDK image: no magic number, and {length} bytes are too many for a descriptor"

@@ -36,7 +36,7 @@ impl Vmdk {
         let Some(last) = self.extents.last().filter(|_| size > old) else {
             return refuse(
                 ErrorKind::UnsupportedFeature,
-                "a vmdk image cannot be made smaller, or larger than empty".to_owned(),
+                "a vmdk image is not made smaller, because its size stands in its descriptor and in each extent, and no order of writes keeps all of them true: convert its disk into another image (an empty one does not grow, either)".to_owned(),
             );
         };
         if self.below.load(Ordering::Acquire) > old {

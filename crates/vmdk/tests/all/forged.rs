@@ -334,5 +334,18 @@ fn an_inspection_says_what_an_image_names() {
     assert_eq!(codes(&image(Subformat::StreamOptimized, &disk(1, 1 << 20))), [""; 0]);
     let tight = OpenOptions { max_virtual_size: 4096, max_metadata_bytes: 3, ..Default::default() };
     assert_eq!(qcow2_vmdk::inspect_bytes(&sparse, None, &tight).findings.len(), 2);
+    // One byte more than a descriptor can have, by the bytes and by the length of the file.
+    let mut long = b"# Disk DescriptorFile\nversion=1\n".to_vec();
+    long.resize(1 << 20, b'\n');
+    let found = inspect(&long);
+    assert_eq!(codes(&long), ["LIMIT"]);
+    assert!(found.findings[0].message.contains("1048576 exceeds the limit of 1048575"), "{found:?}");
+    let head = qcow2_vmdk::inspect_bytes(&long[..1024], Some(9 << 20), &OpenOptions::default());
+    assert!(head.findings[0].message.contains("9437184 exceeds"), "{head:?}");
+    let storage = Arc::new(MemoryStorage::from_bytes(&long));
+    assert_eq!(
+        qcow2_vmdk::Vmdk::open(storage, &OpenOptions::default()).unwrap_err().kind(),
+        ErrorKind::Limit
+    );
     assert_eq!(descriptor::NO_PARENT, u32::MAX);
 }

@@ -40,7 +40,8 @@ fn disks_keep_their_contract() {
 #[test]
 fn writers_keep_their_contract() {
     let contract = |name, file: &[u8], unit, grows| {
-        WriterContract { name, file, below: None, open: &open, unit, grows, sound: &sound }.check();
+        WriterContract { name, file, below: None, open: &open, unit, grows, shrinks: grows, sound: &sound }
+            .check();
     };
     contract("dynamic", &forged(24, 4096, DiskType::Dynamic), 4096, true);
     contract("fixed", &new(24 * 4096, Subformat::Fixed, true), 4096, false);
@@ -106,8 +107,15 @@ fn sizes_of_disks_with_a_geometry() {
         let mut layer = open(Arc::clone(&storage)).unwrap();
         layer.make_writable(qcow2_core::DiskOptions::default()).unwrap();
         let resize = |size| layer.as_writable().unwrap().resize(size, Preallocation::Off, &Job::new());
-        assert_eq!(resize(10 << 20).unwrap_err().kind(), ErrorKind::UnsupportedFeature);
+        assert_eq!(resize(10 << 20).unwrap_err().kind(), ErrorKind::InvalidArgument);
         let kind = resize(3 << 40).unwrap_err().kind();
         assert!(matches!(kind, ErrorKind::Limit | ErrorKind::UnsupportedFeature), "{kind:?}");
+        // The size that it had before, and what a larger one shows again.
+        resize(old as u64).unwrap();
+        layer.as_writable().unwrap().close().unwrap();
+        let path = fixture.file("cut", &bytes_of(&*storage));
+        let found = qemu.guest_bytes(&path, "vpc", &[]);
+        assert!(found.len() == old && found[old - 512..] == [5; 512]);
+        sound(Arc::clone(&storage));
     }
 }

@@ -57,7 +57,7 @@ pub(crate) fn play(image: &dyn Target, ops: &[Op], first: u32) -> Result<()> {
             }
             Op::Zero { offset, len, unmap } => image.write_zeroes(offset, len, unmap)?,
             Op::Discard { offset, len } => image.discard(offset, len)?,
-            Op::Grow { .. } | Op::Reopen | Op::Read { .. } => {}
+            Op::Grow { .. } | Op::Shrink { .. } | Op::Reopen | Op::Read { .. } => {}
             Op::Flush => image.flush()?,
         }
     }
