@@ -80,7 +80,7 @@ pub fn footer_of(layer: &dyn Layer) -> Option<Footer> {
     Some(Vpc::of(layer)?.scheme().footer.lock().clone())
 }
 
-/// Refuses another size for a disk of `old` bytes.
+/// Refuses a size that no disk with such a footer has.
 pub(crate) fn judge_size(footer: &Footer, size: u64) -> Result<()> {
     let refuse = |kind, message: String| Err(Error::new(kind, message).with_field("size"));
     if !size.is_multiple_of(SECTOR) {
@@ -150,7 +150,6 @@ impl VpcScheme {
         storage.write_all_at(Mem::from(&self.footer.lock().bytes()[..]), at)
     }
 
-    /// Ends the file with the footer behind the last place.
     /// Writes the number of entries, durably.
     fn write_entries(&self, storage: &dyn Storage, entries: u32) -> Result<()> {
         let header = self.header.lock().with_entries(entries);
@@ -161,6 +160,7 @@ impl VpcScheme {
         Ok(())
     }
 
+    /// Ends the file with the footer behind the last place.
     pub(crate) fn end_with_footer(&self, storage: &dyn Storage, end: u64) -> Result<()> {
         self.write_footer(storage, end)?;
         let length = end + FOOTER_LENGTH as u64;
