@@ -81,30 +81,49 @@ impl WriterContract<'_> {
 
     /// Whatever moment the power fails at: what was flushed is there, nothing is there that was never written, and the image goes on.
     fn check_power_cuts(&self) {
+        let size = self.image(Self::plain(&self.sparse()), false).unwrap().virtual_size();
         for seed in 0..3 {
-            let (mut session, files) = Session::new(vec![self.sparse()], Durability::Flush);
-            let host: Arc<dyn Storage> = files[0].clone();
-            let start = self.image(host.clone(), false).unwrap();
-            session.start(&start);
-            let menu = self.menu(start.virtual_size());
-            drop(start);
-            let open = || self.image(host.clone(), true).map(|image| Box::new(image) as Box<dyn Target>);
-            let image = session.play(&open, &menu.sequence(seed, OPERATIONS), false).unwrap();
-            session.verify(&*image, 0, image.size()).unwrap();
-            image.close().unwrap();
-            drop(image);
-            let history = session.history();
-            for (number, state) in session.states(seed, STATES).enumerate() {
-                let what = format!("{}, seed {seed}, cut {}, {:?}", self.name, state.cut, state.shape);
-                let image = self.image(Self::plain(&state.files[0]), false);
-                let image = image.unwrap_or_else(|e| panic!("{what}: {e}"));
-                history.judge(&image, state.cut, &Scope::Whole).unwrap_or_else(|e| panic!("{what}: {e}"));
-                if number % 4 == 0 {
-                    (self.sound)(Self::plain(&state.files[0]));
-                }
-                if number % 8 == 0 {
-                    self.check_recovery(&state.files[0], number as u64, &what);
-                }
+            self.cut(&self.menu(size).sequence(seed, OPERATIONS), seed, 4);
+        }
+        if self.shrinks {
+            self.cut(&self.cut_off(size), 3, 1);
+        }
+    }
+
+    /// The disk is cut off behind its first blocks, which came last or first, and grows again.
+    fn cut_off(&self, size: u64) -> Vec<Op> {
+        let unit = self.unit;
+        let blocks = size / unit;
+        let write = |block| Op::Write { offset: block * unit, len: unit };
+        let mut ops: Vec<_> = (0..blocks / 2).map(write).collect();
+        ops.extend([Op::Flush, write(blocks - 1), write(blocks - 3), Op::Flush]);
+        ops.extend([Op::Shrink { size: blocks / 4 * unit + 512 }, write(1), Op::Flush]);
+        ops.extend([Op::Grow { size }, Op::Read { offset: 0, len: size }, write(blocks - 2), Op::Flush]);
+        ops.extend([Op::Shrink { size: 2 * unit }, Op::Reopen, Op::Grow { size }, Op::Flush]);
+        ops
+    }
+
+    /// Cuts the power while operations run; of the states, one in `nth` is held against itself, and one in twice as many goes on.
+    fn cut(&self, ops: &[Op], seed: u64, nth: usize) {
+        let (mut session, files) = Session::new(vec![self.sparse()], Durability::Flush);
+        let host: Arc<dyn Storage> = files[0].clone();
+        session.start(&self.image(host.clone(), false).unwrap());
+        let open = || self.image(host.clone(), true).map(|image| Box::new(image) as Box<dyn Target>);
+        let image = session.play(&open, ops, false).unwrap();
+        session.verify(&*image, 0, image.size()).unwrap();
+        image.close().unwrap();
+        drop(image);
+        let history = session.history();
+        for (number, state) in session.states(seed, STATES).enumerate() {
+            let what = format!("{}, seed {seed}, cut {}, {:?}", self.name, state.cut, state.shape);
+            let image = self.image(Self::plain(&state.files[0]), false);
+            let image = image.unwrap_or_else(|e| panic!("{what}: {e}"));
+            history.judge(&image, state.cut, &Scope::Whole).unwrap_or_else(|e| panic!("{what}: {e}"));
+            if number % nth == 0 {
+                (self.sound)(Self::plain(&state.files[0]));
+            }
+            if number % (2 * nth) == 0 {
+                self.check_recovery(&state.files[0], number as u64, &what);
             }
         }
     }
@@ -117,6 +136,12 @@ impl WriterContract<'_> {
         session.start(&before);
         let mut ops = self.menu(before.virtual_size()).sequence(seed, 8);
         ops.push(Op::Reopen);
+        // What a disk had before it was cut off is gone when it grows.
+        let whole = self.image(Self::plain(&self.sparse()), false).unwrap().virtual_size();
+        if self.shrinks && before.virtual_size() < whole {
+            ops.insert(0, Op::Grow { size: whole });
+            ops.insert(1, Op::Read { offset: 0, len: whole });
+        }
         drop(before);
         let open = || self.image(host.clone(), true).map(|image| Box::new(image) as Box<dyn Target>);
         let image = session.play(&open, &ops, false).unwrap_or_else(|| panic!("{what}: no image"));
