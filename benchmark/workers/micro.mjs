@@ -9,7 +9,7 @@ const [folder, milliseconds] = process.argv.slice(2)
 const BLOCK = 4096
 const SIZE = 64 * 2 ** 20
 const path = join(folder, 'micro.qcow2')
-const image = await create(path, { size: SIZE })
+const image = await create(path, { size: SIZE, overwrite: true })
 for (let position = 0; position < SIZE; position += 2 ** 20) await image.write(Buffer.alloc(2 ** 20, 1), { position })
 const file = await openFile(path, 'r')
 const buffer = Buffer.alloc(BLOCK)
