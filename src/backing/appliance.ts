@@ -108,16 +108,25 @@ export function fileOf({ href }: Pick<OvfDisk<number | bigint>, 'href'>): string
 export const isOf = (listed: OvfDisk<number | bigint>, { name }: Pick<ApplianceDisk, 'name'>): boolean =>
   listed.href !== undefined && (listed.href === name || fileOf(listed) === name)
 
+/** The disks that a caller means by a word: those whose file has that name, else those with that id. */
+export function meant<T>(
+  disks: readonly T[],
+  isNamed: (disk: T) => boolean,
+  hasId: (disk: T) => boolean,
+): readonly T[] {
+  const named = disks.filter(isNamed)
+  return named.length > 0 ? named : disks.filter(hasId)
+}
+
 /** The images that can be meant: those with the name or the id that the caller says; else those that the descriptor lists; else all. */
-export function candidates(
+function candidates(
   disks: readonly ApplianceDisk[],
   descriptor: Appliance['descriptor'],
   member: string | undefined,
 ): readonly ApplianceDisk[] {
   if (member !== undefined) {
-    const named = disks.filter(({ name }) => name === member)
-    if (named.length > 0) return named
-    return disks.filter(disk => descriptor.some(each => each.diskId === member && isOf(each, disk)))
+    const hasId = (disk: ApplianceDisk): boolean => descriptor.some(each => each.diskId === member && isOf(each, disk))
+    return meant(disks, ({ name }) => name === member, hasId)
   }
   const listed = disks.filter(disk => descriptor.some(each => isOf(each, disk)))
   return listed.length > 0 ? listed : disks
@@ -197,7 +206,7 @@ export async function diskBeside(
 }
 
 /** The file of the disk that is meant: the one that the caller names, else the only one with a file. */
-export function chosenFile(
+function chosenFile(
   descriptor: Appliance['descriptor'],
   name: string,
   path: string | undefined,
@@ -207,8 +216,8 @@ export function chosenFile(
     const file = fileOf(disk)
     return file === undefined ? [] : [{ file, diskId: disk.diskId }]
   })
-  const named = member === undefined ? files : files.filter(({ file }) => file === member)
-  const found = named.length > 0 ? named : files.filter(({ diskId }) => diskId === member)
+  const isNamed = ({ file }: (typeof files)[number]): boolean => member === undefined || file === member
+  const found = meant(files, isNamed, ({ diskId }) => diskId === member)
   const names = files.map(({ file }) => file)
   const how = 'say which by its name (member)'
   return onlyOne(found, { name, path, member, names, places: names.join(', '), how }).file

@@ -69,7 +69,7 @@ async function compareFiles(files: readonly string[], options: CompareArguments,
   const { objects } = session
   const secrets = { secretA: objects.secretsOf(a), secretB: objects.secretsOf(b) }
   const sharing = { ...objects.sharingOf(a, b), ...(forceShare !== undefined && { forceShare }) }
-  const request = { formatA, formatB, ...secrets, ...sharing, strict, references: session.objects.references } as const
+  const request = { formatA, formatB, ...secrets, ...sharing, strict, references: objects.references } as const
   const result = await withProgress(session, choice, job =>
     compare(sourceOf(a, session), sourceOf(b, session), { ...request, ...job, bigint: true }),
   ).catch(error => {

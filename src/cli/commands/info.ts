@@ -1,5 +1,6 @@
 import { basename, isAbsolute } from 'node:path'
 import { type Command, Option } from 'commander'
+import { meant } from '../../backing/appliance.js'
 import { type Listing, listAppliance } from '../../backing/listing.js'
 import { isFormat, isKnownByStart, isStream, traitsOf } from '../../formats/table.js'
 import {
@@ -141,7 +142,11 @@ function chosenOf({ kind, disks }: Listing, filename: string, session: Session):
       ? listed.length > 0
         ? listed
         : there
-      : there.filter(({ file, listed }) => file === member || listed?.diskId === member)
+      : meant(
+          there,
+          ({ file }) => file === member,
+          ({ listed }) => listed?.diskId === member,
+        )
   // What is wrong with the name of one, opening it says.
   if (kind === 'ova' && member !== undefined) return filename
   if (disk === undefined && member !== undefined) {
