@@ -49,9 +49,9 @@ const STATUS_CODES: Readonly<Record<number, SystemErrorCode>> = {
 export function badStatus(
   status: number,
   place: RequestPlace,
-  more: { readonly cause?: unknown; readonly after?: number | undefined } = {},
+  more: { readonly cause?: unknown; readonly after?: number | undefined; readonly words?: string } = {},
 ): Error {
-  const message = `the server answered with status ${status}`
+  const message = more.words ?? `the server answered with status ${status}`
   if (PASSING.has(status)) return passing('ERR_QCOW2_IO', message, place, more)
   return failed(STATUS_CODES[status] ?? 'ERR_QCOW2_IO', message, place, more.cause)
 }

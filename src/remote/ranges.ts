@@ -1,6 +1,7 @@
 /** Ranges of one file on a web server: what is asked, and what must hold of the answer. */
 
 import { Qcow2Error } from '../errors.js'
+import { readBody, wrongAnswer } from './body.js'
 import {
   difference,
   isStrong,
@@ -11,7 +12,7 @@ import {
   type Version,
   wrongPart,
 } from './content-range.js'
-import { badConnection, badStatus, changed, failed, passing, silent } from './failures.js'
+import { badConnection, badStatus, changed, failed, silent } from './failures.js'
 import { discard, type RequestHeaders, type Requests } from './requests.js'
 import { Attempt, Passing, type Patience, retrying } from './retry.js'
 
@@ -46,7 +47,7 @@ export class Ranges {
         if (version.size === 0) return discard(response)
         first = new Uint8Array(Math.min(FIRST, version.size))
         this.#checkBody(response, first.length)
-        await this.#take(response, first, 0, attempt, () => {})
+        await readBody(response.body ?? [], { buffer: first, start: 0, attempt, place: this.#requests.place })
       }),
     )
     if (version === undefined) throw new Qcow2Error('ERR_QCOW2_INTERNAL', 'a request ended without an answer')
@@ -63,9 +64,10 @@ export class Ranges {
         const response = await this.#requests.get(headers, own, attempt)
         this.#checkPart(response, first, last, version)
         this.#checkBody(response, buffer.length - filled)
-        await this.#take(response, buffer, filled, attempt, count => {
+        const came = (count: number): void => {
           filled += count
-        })
+        }
+        await readBody(response.body ?? [], { buffer, start: filled, attempt, place: this.#requests.place, came })
       })
     await retrying(this.#patience, signal, attempt, () => filled)
   }
@@ -138,30 +140,6 @@ export class Ranges {
     if (said !== undefined && said !== length) throw wrongAnswer(`${said} bytes, where there must be ${length}`, place)
   }
 
-  /** Reads a body into the buffer, to its end and no further. */
-  async #take(
-    { body }: Response,
-    buffer: Uint8Array,
-    start: number,
-    attempt: Attempt,
-    came: (count: number) => void,
-  ): Promise<void> {
-    attempt.answered()
-    let at = start
-    for await (const chunk of body ?? []) {
-      if (chunk.length > buffer.length - at) {
-        throw wrongAnswer(`more bytes than the ${buffer.length - start} that it announced`, this.#requests.place)
-      }
-      buffer.set(chunk, at)
-      at += chunk.length
-      came(chunk.length)
-      attempt.heard(chunk.length)
-    }
-    if (at === buffer.length) return
-    const message = `the answer ended after ${at - start} of ${buffer.length - start} bytes`
-    throw passing('ERR_QCOW2_IO', message, this.#requests.place)
-  }
-
   #badStatus({ status, headers }: Response): Error {
     return badStatus(status, this.#requests.place, { after: readRetryAfter(headers.get('retry-after')) })
   }
@@ -175,9 +153,6 @@ function conditions({ etag, modified }: Version): RequestHeaders {
   if (isStrong(etag)) return { 'if-match': etag }
   return modified === undefined ? {} : { 'if-unmodified-since': modified }
 }
-
-const wrongAnswer = (what: string, place: Requests['place']): Qcow2Error =>
-  failed('ERR_QCOW2_IO', `the server answered with ${what}`, place)
 
 function noRanges(place: Requests['place']): Qcow2Error {
   const message =

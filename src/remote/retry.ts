@@ -129,7 +129,7 @@ export class Attempt {
   /** Whether it was silence that ended it. */
   silent = false
   readonly #controller = new AbortController()
-  readonly #forget: () => void
+  #forget: () => void = () => {}
   readonly #silence: number
   #timer: NodeJS.Timeout
   #heard = 0
