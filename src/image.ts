@@ -18,7 +18,7 @@ import { fill, fillAll, READ, type ReadOptions } from './read.js'
 import { resizeDisk, TRUNCATE, type TruncateOptions } from './resize.js'
 import { forgetting } from './secret.js'
 import { Snapshots } from './snapshot/snapshots.js'
-import { type PathLike, release } from './source.js'
+import { closing, type PathLike, release } from './source.js'
 import { type Guest, openReadStream, openWebStream, type ReadStreamOptions, type WebStreamOptions } from './stream.js'
 import { toBytesView } from './support/buffers.js'
 import { Lifetime } from './support/lifetime.js'
@@ -487,6 +487,7 @@ export class Image implements AsyncDisposable {
   close(): Promise<void> {
     this.#clones.end()
     for (const end of this.#ends) end()
+    closing(this.#chain.image)
     return this.#lifetime.close()
   }
 

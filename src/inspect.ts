@@ -18,7 +18,7 @@ import {
   readOptions,
   throwIfAborted,
 } from './options.js'
-import { type ImageSource, type Located, openFile, release, toLocated } from './source.js'
+import { type ImageSource, isFile, type Located, openFile, release, toLocated } from './source.js'
 import { toBytesView } from './support/buffers.js'
 import { request } from './support/requests.js'
 import { shown, shownText } from './text.js'
@@ -186,7 +186,7 @@ async function inspectLocated(
       addon.inspectFile(number, file, format ?? DEFAULT_FORMAT, bounds),
     )
     if (found.header !== undefined) return await toInspection(format, found)
-    if ('nbd' in located) return await toInspection(format, found, prefixBytes(head))
+    if (!isFile(located)) return await toInspection(format, found, prefixBytes(head))
     // What is read is the file of a folder, where that was named.
     const whole = 'path' in located && path !== undefined ? { ...located, path } : located
     return await withFileBytes(whole, async bytes => {

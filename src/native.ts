@@ -25,6 +25,8 @@ import type {
   NativeOverlayOrder,
   NativeSecret,
   NativeShape,
+  NativeSourceFailure,
+  NativeSourceOptions,
   NativeWriting,
 } from './native-objects.js'
 import type { Plan } from './snapshot/types.js'
@@ -48,6 +50,21 @@ export interface Addon {
   nbdLocation(name: string): string | NativeFailure
   /** The job ends the connection, whenever it is cancelled. */
   openNbd(request: number, job: number, name: string, options: NativeNbdConnect): void
+  /** A place where questions to one object come, as many as `concurrency` at once; its number. */
+  startSource(concurrency: number): number
+  /** Opens what is asked there as a file. */
+  openSource(request: number, source: number, options: NativeSourceOptions): void
+  /** Waits for questions; nothing where no more come. */
+  nextQuestions(request: number, source: number): void
+  answerBytes(source: number, id: number, bytes: Uint8Array): void
+  answerDone(source: number, id: number): void
+  /** Of each run where it ends, and whether it is zero (0 or 1). */
+  answerExtents(source: number, id: number, runs: Float64Array): void
+  answerFailed(source: number, id: number, failure: NativeSourceFailure): void
+  /** What stands on it is being closed: who waits does so for some seconds only. */
+  closeSource(source: number): void
+  /** Gives up all who wait. */
+  cancelSource(source: number): void
   listNbd(request: number, job: number, name: string, options: NativeNbdConnect): void
   /** `format` is QEMU's name of it. */
   openLayer(request: number, file: number, format: string, options: NativeLayerOptions): void
