@@ -5,7 +5,7 @@ import type { ReadableStream } from 'node:stream/web'
 import { invalidArgument } from './errors.js'
 import type { MapEntry } from './map.js'
 import { ABORTABLE, type Abortable, bytes, flag, integer, readOptions } from './options.js'
-import { nodeStream } from './support/node-stream.js'
+import { endedBy, nodeStream } from './support/node-stream.js'
 import { type Size, safe } from './units.js'
 
 /** Options of {@link Image.readableWebStream}. */
@@ -68,11 +68,11 @@ export function openReadStream(image: Guest, options: ReadStreamOptions | undefi
   const { start, end, highWaterMark = CHUNK, sparse, signal } = readOptions(options, 'Image.createReadStream', NODE)
   const range = toRange(image.virtualSize, start, end, highWaterMark)
   const chunks = sparse ? sparseChunks(image, range, highWaterMark) : denseChunks(image, range, highWaterMark)
-  return nodeStream().Readable.from(chunks, {
+  const stream = nodeStream().Readable.from(chunks, {
     objectMode: sparse === true,
     highWaterMark: sparse ? 1 : highWaterMark,
-    ...(signal && { signal }),
   })
+  return endedBy(stream, signal)
 }
 
 /** See {@link Image.readableWebStream}. */
