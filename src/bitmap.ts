@@ -1,5 +1,6 @@
 /** Persistent dirty bitmaps of an open image: what incremental backups are made of. */
 
+import type { InspectOptions } from 'node:util'
 import { Qcow2Error } from './errors.js'
 import type { BitmapInfo } from './info.js'
 import type { Addon } from './native.js'
@@ -13,10 +14,13 @@ import {
   storedName,
   throwIfAborted,
 } from './options.js'
+import { INSPECT, type Inspect, inspectAs, staysHere } from './support/handle.js'
 import type { ImageOwner } from './support/owner.js'
 import { request, requestWatched } from './support/requests.js'
 import { canBeInexact, exactName, exactText, findName, type Name } from './text.js'
 import type { Size } from './units.js'
+
+const STAYS = staysHere('the bitmaps of an open image')
 
 /** Options of {@link Bitmaps.add}. */
 export interface AddBitmapOptions extends Abortable {
@@ -53,9 +57,17 @@ export class Bitmaps {
   static readonly #owners = new WeakMap<Bitmaps, BitmapOwner>()
 
   /** @internal */
+  readonly threadBound = STAYS
+
+  /** @internal */
   constructor(owner: BitmapOwner) {
     this.#owner = owner
     Bitmaps.#owners.set(this, owner)
+  }
+
+  /** @internal */
+  [INSPECT](depth: number, options: InspectOptions, inspect: Inspect): string {
+    return inspectAs('Bitmaps', { image: this.#owner.shown()['path'] }, depth, options, inspect)
   }
 
   /** The bitmaps in the order of the directory. */

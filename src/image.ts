@@ -2,6 +2,7 @@
 
 import type { Readable, Writable } from 'node:stream'
 import type { ReadableStream } from 'node:stream/web'
+import type { InspectOptions } from 'node:util'
 import type { Chain } from './backing/chain.js'
 import { Bitmaps } from './bitmap.js'
 import { type CheckResult, checkImage, readCheckOptions } from './check.js'
@@ -19,8 +20,16 @@ import { resizeDisk, TRUNCATE, type TruncateOptions } from './resize.js'
 import { forgetting } from './secret.js'
 import { Snapshots } from './snapshot/snapshots.js'
 import { type PathLike, release } from './source.js'
-import { type Guest, openReadStream, openWebStream, type ReadStreamOptions, type WebStreamOptions } from './stream.js'
+import {
+  type Guest,
+  openReadStream,
+  openWebStream,
+  type ReadStreamOptions,
+  type SparseReadable,
+  type WebStreamOptions,
+} from './stream.js'
 import { toBytesView } from './support/buffers.js'
+import { INSPECT, type Inspect, inspectAs, staysHere } from './support/handle.js'
 import { Lifetime } from './support/lifetime.js'
 import { type ImageOwner, setOwner } from './support/owner.js'
 import { request } from './support/requests.js'
@@ -54,6 +63,8 @@ const unclosed = new FinalizationRegistry<Chain>(({ image, path }) => {
 })
 
 const INFO = { ...ABORTABLE, bigint: flag } as const
+
+const STAYS = staysHere('an open image')
 
 let stopsAtExit = false
 
@@ -98,6 +109,7 @@ export class Image implements AsyncDisposable {
     if (chain.writable) stopAtExit()
     const owner: ImageOwner = {
       image: chain.image,
+      shown: () => this.#shown(),
       read: work => this.#lifetime.run(work),
       change: (what, signal, work) => this.#change(what, signal, work),
       onClose: end => {
@@ -117,6 +129,9 @@ export class Image implements AsyncDisposable {
     this.bitmaps = new Bitmaps({ ...owner, infos: async () => (await top())?.formatSpecific?.bitmaps ?? [] })
     this.keys = new Keys({ ...owner, top })
   }
+
+  /** @internal */
+  readonly threadBound = STAYS
 
   /** The internal snapshots. */
   readonly snapshots: Snapshots
@@ -461,6 +476,8 @@ export class Image implements AsyncDisposable {
    * A stream of guest bytes; with `sparse`, of objects `{ position, buffer }` for what does not read as zeroes. The image stays
    * open when the stream ends.
    */
+  createReadStream(options: ReadStreamOptions & { sparse: true }): SparseReadable
+  createReadStream(options?: ReadStreamOptions): Readable
   createReadStream(options?: ReadStreamOptions): Readable {
     return openReadStream(this.#guest(), options)
   }
@@ -476,6 +493,24 @@ export class Image implements AsyncDisposable {
    */
   createWriteStream(options?: WriteStreamOptions): Writable {
     return openWriteStream(this, options)
+  }
+
+  #shown(): Readonly<Record<string, unknown>> {
+    const { path, format, depth, writable } = this.#chain
+    return {
+      path: path === undefined ? undefined : shownText(path),
+      format,
+      virtualSize: Number.isSafeInteger(this.#size) ? this.#size : this.virtualSizeBigInt,
+      clusterSize: this.clusterSize,
+      depth,
+      readOnly: !writable,
+      state: this.#lifetime.state,
+    }
+  }
+
+  /** @internal */
+  [INSPECT](depth: number, options: InspectOptions, inspect: Inspect): string {
+    return inspectAs('Image', this.#shown(), depth, options, inspect)
   }
 
   /**

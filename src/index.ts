@@ -85,7 +85,7 @@ export type {
 } from './shape.js'
 export type { Snapshots } from './snapshot/snapshots.js'
 export type { DetachedImage, ImageInAppliance, ImageInFile, ImageSource, PathLike } from './source.js'
-export type { ReadStreamOptions, SparseChunk, WebStreamOptions } from './stream.js'
+export type { ReadStreamOptions, SparseChunk, SparseReadable, WebStreamOptions } from './stream.js'
 export type { Name } from './text.js'
 export type { BigIntResults, Size } from './units.js'
 export { type VerifiedFile, type VerifyOptions, type VerifyResult, verifyManifest } from './verify.js'

@@ -1,5 +1,6 @@
 /** Serving open images over NBD, the network block device protocol. */
 
+import type { InspectOptions } from 'node:util'
 import { invalidArgument, Qcow2Error } from './errors.js'
 import type { Image } from './image.js'
 import { type NativeNbdExportOrder, type NativeNbdOrder, type NativeNbdStarted, native } from './native.js'
@@ -18,6 +19,7 @@ import {
   throwIfAborted,
 } from './options.js'
 import { type PathLike, release, toPath } from './source.js'
+import { INSPECT, type Inspect, inspectAs, staysHere } from './support/handle.js'
 import { type ImageOwner, ownerOf } from './support/owner.js'
 import { request } from './support/requests.js'
 import { onAbort } from './support/signals.js'
@@ -118,6 +120,8 @@ const names: Reader<readonly string[]> = (value, name) => {
   return value.map((entry: unknown, index) => storedName(entry, `${name}[${index}]`))
 }
 
+const STAYS = staysHere('an NBD server')
+
 const SERVER = {
   ...ABORTABLE,
   path: (value: unknown, name: string) => toPath(value, name),
@@ -145,6 +149,8 @@ const SERVED = { ...SERVING, name: exportName, image: anImage } as const
  * `close()`, with its image, with the environment, and, if it is not persistent, with its last client.
  */
 export class NbdServer implements AsyncDisposable {
+  /** @internal */
+  readonly threadBound = STAYS
   readonly #server: number
   readonly #closed: Promise<void>
   #ended = false
@@ -201,6 +207,18 @@ export class NbdServer implements AsyncDisposable {
   /** As {@link NbdServer.close}, for `await using`. */
   [Symbol.asyncDispose](): Promise<void> {
     return this.close()
+  }
+
+  /** @internal */
+  [INSPECT](depth: number, options: InspectOptions, inspect: Inspect): string {
+    const { address, connections } = this
+    return inspectAs(
+      'NbdServer',
+      { address, connections, state: this.#ended ? 'closed' : 'open' },
+      depth,
+      options,
+      inspect,
+    )
   }
 
   #end(): void {

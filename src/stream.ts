@@ -31,6 +31,13 @@ export interface SparseChunk {
   readonly buffer: Buffer
 }
 
+/** The stream that {@link Image.createReadStream} makes with `sparse`. */
+export interface SparseReadable extends Readable {
+  [Symbol.asyncIterator](): NodeJS.AsyncIterator<SparseChunk, undefined, undefined>
+  read(size?: number): SparseChunk | null
+  toArray(options?: Abortable): Promise<SparseChunk[]>
+}
+
 /** What a stream needs of an image. */
 export interface Guest {
   readonly virtualSize: number

@@ -1,7 +1,9 @@
 /** Internal snapshots of an open image. */
 
+import type { InspectOptions } from 'node:util'
 import { type SnapshotInfo, snapshotIn } from '../info.js'
 import { ABORTABLE, type Abortable, flag, readOptions, throwIfAborted } from '../options.js'
+import { INSPECT, type Inspect, inspectAs, staysHere } from '../support/handle.js'
 import type { ImageOwner } from '../support/owner.js'
 import { request, requestWatched } from '../support/requests.js'
 import { exactText, type Name, shown } from '../text.js'
@@ -9,6 +11,8 @@ import type { BigIntResults } from '../units.js'
 import { checkName, findSnapshot } from './ids.js'
 import { planApply, planCreate, planDelete, planRename } from './plan.js'
 import type { Plan, SnapshotTable } from './types.js'
+
+const STAYS = staysHere('the snapshots of an open image')
 
 const LIST = { ...ABORTABLE, bigint: flag } as const
 
@@ -32,8 +36,16 @@ export class Snapshots {
   readonly #owner: SnapshotOwner
 
   /** @internal */
+  readonly threadBound = STAYS
+
+  /** @internal */
   constructor(owner: SnapshotOwner) {
     this.#owner = owner
+  }
+
+  /** @internal */
+  [INSPECT](depth: number, options: InspectOptions, inspect: Inspect): string {
+    return inspectAs('Snapshots', { image: this.#owner.shown()['path'] }, depth, options, inspect)
   }
 
   /** The snapshots in the order of the table. */
