@@ -51,6 +51,7 @@ export interface AmendOptions extends LongRunning, SharingOptions {
   backingFormat?: Format | undefined
   /** What the image names is opened only to change the size. Default `'deny'`. */
   references?: ReferencePolicy | undefined
+  /** What the image may claim before it is refused. */
   limits?: Limits | undefined
 }
 

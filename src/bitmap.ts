@@ -32,7 +32,9 @@ export interface AddBitmapOptions extends Abortable {
 
 /** A run of dirty guest bytes. */
 export interface DirtyRange {
+  /** First guest byte. */
   readonly start: number
+  /** Bytes. */
   readonly length: number
 }
 

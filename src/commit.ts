@@ -37,6 +37,7 @@ export interface CommitOptions extends LongRunning, Pick<SharingOptions, 'lockin
   cache?: CacheMode | undefined
   /** At most this many bytes a second; 0, the default, for as fast as it goes. */
   rate?: Size | undefined
+  /** What the image may claim before it is refused. */
   limits?: Limits | undefined
 }
 

@@ -14,6 +14,7 @@ export interface CompactFileOptions extends CompactOptions, SharingOptions {
   references?: ReferencePolicy | undefined
   /** What opens the image, if it is encrypted. Only `zeroes` and `rewrite` need it. */
   secret?: Secrets | undefined
+  /** What the image may claim before it is refused. */
   limits?: Limits | undefined
 }
 

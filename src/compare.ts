@@ -25,11 +25,13 @@ export interface CompareOptions extends LongRunning, SharingOptions {
   secretA?: Secrets | undefined
   /** What opens encrypted layers of the second. */
   secretB?: Secrets | undefined
+  /** What the images may claim before they are refused. */
   limits?: Limits | undefined
 }
 
 /** What a comparison found. */
 export interface CompareResult<N extends number | bigint = number> {
+  /** Whether both disks read the same. */
   readonly identical: boolean
   /** Guest offset of the first byte, or allocation, that differs. Absent where only the sizes differ. */
   readonly firstDifference?: N

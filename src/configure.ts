@@ -25,7 +25,10 @@ const SETTINGS = { maxJobs: integer(1, 1024) } as const
  *
  * @throws {@link Qcow2Error} `ERR_QCOW2_INVALID_ARGUMENT`: nothing is changed
  */
-export function configure(settings?: Settings): { readonly maxJobs: number } {
+export function configure(settings?: Settings): {
+  /** How many run at the same time from now on. */
+  readonly maxJobs: number
+} {
   const { maxJobs } = readOptions(settings, 'configure', SETTINGS)
   try {
     return { maxJobs: native.maxJobs(maxJobs) }

@@ -36,8 +36,18 @@ export interface NewImageOptions extends LongRunning {
  * nothing is written to the disk of a luks image, which reads as noise until a guest writes to it.
  */
 export type CreateOptions =
-  | { [F in TargetFormat]: NewImageOptions & Shapes[F] & { format: F } }[TargetFormat]
-  | (NewImageOptions & Shapes['qcow2'] & { format?: undefined })
+  | {
+      [F in TargetFormat]: NewImageOptions &
+        Shapes[F] & {
+          /** What the image becomes. */
+          format: F
+        }
+    }[TargetFormat]
+  | (NewImageOptions &
+      Shapes['qcow2'] & {
+        /** Not said, it is qcow2. */
+        format?: undefined
+      })
 
 const CREATE = {
   ...LONG_RUNNING,

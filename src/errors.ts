@@ -147,6 +147,7 @@ export interface ErrorPlace {
   syscall?: string | undefined
   /** The same request may succeed when it is made again. */
   transient?: boolean | undefined
+  /** The error that led to this one. */
   cause?: unknown
 }
 
@@ -169,6 +170,7 @@ function captureCaller(error: Error, maker: typeof Qcow2Error): void {
  * request that its signal cancelled ({@link AbortError}).
  */
 export class Qcow2Error extends Error {
+  /** What went wrong: part of the API, where messages are not. */
   readonly code: Qcow2ErrorCode | SystemErrorCode | 'ABORT_ERR'
   /** The file this happened in, as it was opened. */
   declare readonly path?: string

@@ -15,7 +15,7 @@ import { entryIn, type MapEntry, type MapOptions, type ReadMapOptions, readMapOp
 import { native } from './native.js'
 import { ABORTABLE, type Abortable, flag, type LongRunning, readOptions, throwIfAborted } from './options.js'
 import { type OverlayOptions, putOverlay, readOverlayOptions } from './overlay.js'
-import { fill, fillAll, READ, type ReadOptions } from './read.js'
+import { fill, fillAll, READ, type ReadOptions, type ReadResult, type ReadvResult } from './read.js'
 import { resizeDisk, TRUNCATE, type TruncateOptions } from './resize.js'
 import { forgetting } from './secret.js'
 import { Snapshots } from './snapshot/snapshots.js'
@@ -48,8 +48,10 @@ import {
   WRITE_ZEROES,
   WRITEV,
   type WriteOptions,
+  type WriteResult,
   type WriteStreamOptions,
   type WritevOptions,
+  type WritevResult,
   type WriteZeroesOptions,
 } from './write.js'
 
@@ -181,10 +183,7 @@ export class Image implements AsyncDisposable {
    * @throws {@link Qcow2Error} `ERR_QCOW2_CLOSED`; `ERR_QCOW2_INVALID_ARGUMENT` for a detached or resizable buffer or a range
    *   outside it; `ERR_QCOW2_CORRUPT` for damaged tables or compressed data; the system's code for an I/O error
    */
-  async read<T extends NodeJS.ArrayBufferView>(
-    buffer: T,
-    options: ReadOptions,
-  ): Promise<{ bytesRead: number; buffer: T }> {
+  async read<T extends NodeJS.ArrayBufferView>(buffer: T, options: ReadOptions): Promise<ReadResult<T>> {
     const view = toBytesView(buffer, 'Image.read: buffer')
     const given: ReadOptions | undefined = checkTransfer(options, 'Image.read', READ)
     const signal = given?.signal
@@ -205,7 +204,7 @@ export class Image implements AsyncDisposable {
     buffers: T,
     position: Size,
     options?: Abortable,
-  ): Promise<{ bytesRead: number; buffers: T }> {
+  ): Promise<ReadvResult<T>> {
     const views = toViews(buffers, 'Image.readv')
     const start = toBytes(position, 'Image.readv: position')
     checkPlaces('Image.readv', views, start)
@@ -225,10 +224,7 @@ export class Image implements AsyncDisposable {
    *   `ERR_QCOW2_UNSUPPORTED_FEATURE`. Else `ERR_QCOW2_CORRUPT`, `ERR_QCOW2_LIMIT`, or the system's code (`ENOSPC`, `EIO`): the guest bytes are then
    *   the old ones or the new ones, and after an error of the tables the image refuses writes until it is opened again
    */
-  async write<T extends NodeJS.ArrayBufferView>(
-    buffer: T,
-    options: WriteOptions,
-  ): Promise<{ bytesWritten: number; buffer: T }> {
+  async write<T extends NodeJS.ArrayBufferView>(buffer: T, options: WriteOptions): Promise<WriteResult<T>> {
     const view = toBytesView(buffer, 'Image.write: buffer')
     const given: WriteOptions | undefined = checkTransfer(options, 'Image.write', WRITE)
     const { signal, compressed = false } = given ?? {}
@@ -249,7 +245,7 @@ export class Image implements AsyncDisposable {
     buffers: T,
     position: Size,
     options?: WritevOptions,
-  ): Promise<{ bytesWritten: number; buffers: T }> {
+  ): Promise<WritevResult<T>> {
     const views = toViews(buffers, 'Image.writev')
     const start = toBytes(position, 'Image.writev: position')
     checkPlaces('Image.writev', views, start)

@@ -64,7 +64,7 @@ export { type OpenOptions, open } from './open.js'
 export type { Abortable, Limits, LongRunning, Progress } from './options.js'
 export type { OverlayOptions } from './overlay.js'
 export { type ProbeOptions, probe } from './probe.js'
-export type { ReadOptions } from './read.js'
+export type { ReadOptions, ReadResult, ReadvResult } from './read.js'
 export { type RebaseOptions, rebase } from './rebase.js'
 export type { TruncateOptions } from './resize.js'
 export type { Encrypt, EncryptedLayer, Secret, SecretBytes, Secrets } from './secret.js'
@@ -89,7 +89,14 @@ export type { ReadStreamOptions, SparseChunk, SparseReadable, WebStreamOptions }
 export type { Name } from './text.js'
 export type { BigIntResults, Size } from './units.js'
 export { type VerifiedFile, type VerifyOptions, type VerifyResult, verifyManifest } from './verify.js'
-export type { WriteOptions, WriteStreamOptions, WritevOptions, WriteZeroesOptions } from './write.js'
+export type {
+  WriteOptions,
+  WriteResult,
+  WriteStreamOptions,
+  WritevOptions,
+  WritevResult,
+  WriteZeroesOptions,
+} from './write.js'
 
 /** The version of this package. */
 export const version = '0.1.0'

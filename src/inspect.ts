@@ -26,6 +26,7 @@ import type { BigIntResults } from './units.js'
 
 /** Options of {@link inspect}. */
 export interface InspectOptions extends Abortable {
+  /** What the image may claim before it is refused. */
   limits?: Limits | undefined
 }
 
@@ -47,7 +48,9 @@ export type FindingCode =
 
 /** One finding of {@link inspect}. */
 export interface Finding {
+  /** What it is: part of the API. */
   readonly code: FindingCode
+  /** One sentence for a person. */
   readonly message: string
 }
 
@@ -71,22 +74,33 @@ export interface Inspection<N extends number | bigint = number> {
    * no bigints were asked for.
    */
   readonly virtualSize: N
+  /** Bytes; absent for formats without clusters. */
   readonly clusterSize?: number
   /** Of qcow2. */
   readonly version?: 2 | 3
+  /** The backing file, as the image names it. It was not looked at. */
   readonly backingFilename?: string
   /** The bytes of `backingFilename`, where they are not UTF-8: it then has replacement characters. */
   readonly backingFilenameBytes?: Buffer
+  /** Its format, where the image says it. */
   readonly backingFilenameFormat?: string
+  /** The external data file, as the image names it. */
   readonly dataFile?: string
   /** The bytes of `dataFile`, where they are not UTF-8. */
   readonly dataFileBytes?: Buffer
+  /** How guest data is encrypted, if it is. */
   readonly encryption?: 'aes' | 'luks'
+  /** How clusters are compressed where they are, of qcow2. */
   readonly compressionType?: 'zlib' | 'zstd'
+  /** Whether clusters have subclusters, of qcow2. */
   readonly extendedL2?: boolean
+  /** What the header says is used, by the names of the specification. */
   readonly features: {
+    /** Features that a reader must know. */
     readonly incompatible: readonly string[]
+    /** Features that a reader need not know. */
     readonly compatible: readonly string[]
+    /** Features that whoever writes without knowing them ends. */
     readonly autoclear: readonly string[]
     /** Bit numbers of incompatible features without a known meaning. */
     readonly unknownIncompatible: readonly number[]
@@ -96,6 +110,7 @@ export interface Inspection<N extends number | bigint = number> {
    * that its file makes likely; no key slot asks for more work than this library does. Says nothing about what is behind the header (`check` does), nor about what the disk holds.
    */
   readonly safe: boolean
+  /** What speaks against it. */
   readonly findings: readonly Finding[]
 }
 

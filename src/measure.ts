@@ -19,6 +19,7 @@ export interface MeasureOptions extends SourceOptions, LongRunning {
   to: TargetFormat
   /** Shape of the planned target; of a luks target `encrypt`, which it needs. */
   create?: Shape | undefined
+  /** The same as `create.preallocation`, and for raw targets too. */
   preallocation?: Preallocation | undefined
 }
 

@@ -80,11 +80,17 @@ export interface NbdOptions extends NbdServerOptions, NbdServing {
 /** Where a server listens. */
 export type NbdAddress =
   | {
+      /** The socket's file. */
       readonly path: string
       /** The bytes of a path that is no text. */
       readonly pathBytes?: Buffer
     }
-  | { readonly host: string; readonly port: number }
+  | {
+      /** The address of this machine. */
+      readonly host: string
+      /** The port that it got. */
+      readonly port: number
+    }
 
 /** Images of one server: what clients of this library list at most, and more than anybody has. */
 const MAX_EXPORTS = 1024

@@ -24,6 +24,7 @@ export interface OpenOptions extends AccessOptions, Abortable {
   snapshot?: Name | undefined
   /** Most bytes of L2 tables kept in memory, for each layer. Default: enough for the whole image, 32 MiB at most. */
   l2CacheSize?: Size | undefined
+  /** What the image may claim before it is refused. */
   limits?: Limits | undefined
 }
 

@@ -46,9 +46,11 @@ export interface RebaseOptions extends LongRunning, Pick<SharingOptions, 'lockin
    * disk reads as before only if the new one has the same contents; so this needs `acknowledgeDataLoss`.
    */
   unsafe?: boolean | undefined
+  /** What `unsafe` needs, so that nobody says that by mistake. */
   acknowledgeDataLoss?: boolean | undefined
   /** Default `'writeback'`. */
   cache?: CacheMode | undefined
+  /** What the image may claim before it is refused. */
   limits?: Limits | undefined
 }
 

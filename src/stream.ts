@@ -28,13 +28,17 @@ export interface ReadStreamOptions extends WebStreamOptions {
 export interface SparseChunk {
   /** Guest offset in bytes. */
   readonly position: number
+  /** The bytes there. It is the receiver’s own. */
   readonly buffer: Buffer
 }
 
 /** The stream that {@link Image.createReadStream} makes with `sparse`. */
 export interface SparseReadable extends Readable {
+  /** The chunks, in the disk's order. */
   [Symbol.asyncIterator](): NodeJS.AsyncIterator<SparseChunk, undefined, undefined>
+  /** The next chunk, if there is one already. */
   read(size?: number): SparseChunk | null
+  /** All chunks. */
   toArray(options?: Abortable): Promise<SparseChunk[]>
 }
 

@@ -9,6 +9,22 @@ import { endedBy, nodeStream } from './support/node-stream.js'
 import { requestWatched, type StartWatched, submitWrite, toError, watchLook } from './support/requests.js'
 import { type Size, toBytes } from './units.js'
 
+/** What {@link Image.write} did. */
+export interface WriteResult<T> {
+  /** Bytes that were written: all of them. */
+  bytesWritten: number
+  /** The buffer that was given. */
+  buffer: T
+}
+
+/** What {@link Image.writev} did. */
+export interface WritevResult<T> {
+  /** Bytes that were written, from all of them. */
+  bytesWritten: number
+  /** The buffers that were given. */
+  buffers: T
+}
+
 /** Options of {@link Image.write}. */
 export interface WriteOptions extends Abortable {
   /** Guest offset in bytes. */
