@@ -84,6 +84,11 @@ export class Bitmaps {
    *
    * @throws {@link Qcow2Error} `ERR_QCOW2_INVALID_ARGUMENT` for a name that is empty, taken or longer than 1023 bytes and for a bad
    *   granularity; `ERR_QCOW2_UNSUPPORTED_FEATURE` for a raw or version 2 image and a disk of no bytes; `ERR_QCOW2_READ_ONLY`
+   *
+   * @example
+   * ```js
+   * await image.bitmaps.add('backup', { granularity: 65536 })
+   * ```
    */
   async add(name: Name, options?: AddBitmapOptions): Promise<void> {
     const checked = storedName(name, 'Bitmaps.add: name')
@@ -193,6 +198,13 @@ export class Bitmaps {
    * Iterates over the dirty ranges as they are now, in order.
    *
    * @throws {@link Qcow2Error} `ERR_QCOW2_NO_BITMAP`; `ERR_QCOW2_CORRUPT` for an inconsistent bitmap
+   *
+   * @example
+   * ```js
+   * await image.bitmaps.add('changed')
+   * await image.write(Buffer.alloc(512, 1), { position: 2 ** 20 })
+   * for await (const { start, length } of image.bitmaps.extents('changed')) console.log(start, length)
+   * ```
    */
   async *extents(name: Name, options?: Abortable): AsyncGenerator<DirtyRange, void, undefined> {
     const wanted = readName(name, 'Bitmaps.extents: name')

@@ -121,6 +121,14 @@ export const readCheckOptions = (options: unknown): Read<typeof LONG_RUNNING> =>
  * their directory or a table of theirs is damaged. A finding names each.
  *
  * @throws {@link Qcow2Error} as `open`; `ERR_QCOW2_LIMIT` if the counters need more than `limits.maxMemory`
+ *
+ * @example
+ * ```js
+ * import { check } from 'qcow2'
+ *
+ * const { ok, leaks } = await check('disk.qcow2')
+ * if (!ok) await check('disk.qcow2', { repair: leaks > 0 ? 'leaks' : 'all' })
+ * ```
  */
 export async function check(source: ImageSource, options?: CheckOptions): Promise<CheckResult> {
   const located = toLocated(source, 'source')

@@ -25,6 +25,14 @@ const COMPACT_FILE = { ...COMPACT, ...SHARING, references: referencePolicy, secr
  * reading.
  *
  * @throws {@link Qcow2Error} as `open` and {@link Image.compact}
+ *
+ * @example
+ * ```js
+ * import { compact } from 'qcow2'
+ *
+ * const { reclaimedBytes } = await compact('disk.qcow2', { mode: 'rewrite', zeroes: true, dryRun: true })
+ * if (reclaimedBytes > 2 ** 20) await compact('disk.qcow2', { mode: 'rewrite', zeroes: true })
+ * ```
  */
 export async function compact(source: ImageSource, options?: CompactFileOptions): Promise<CompactResult> {
   return await forgetting(() => compactFile(source, options))

@@ -58,6 +58,14 @@ const COMPARE = {
  * Compares two disks byte by byte, through their backing chains. Ranges that both know to be zero are not read.
  *
  * @throws {@link Qcow2Error} as `open`, and as reading does where it fails before the first difference
+ *
+ * @example
+ * ```js
+ * import { compare } from 'qcow2'
+ *
+ * const { identical, firstDifference } = await compare('a.qcow2', 'b.raw', { formatB: 'raw' })
+ * if (!identical) console.log(`they differ at byte ${firstDifference}`)
+ * ```
  */
 export function compare(
   a: ImageSource,

@@ -239,6 +239,18 @@ type ReadConvert = Read<typeof CONVERT>
  *
  * @throws {@link Qcow2Error} as `open` and `create`; `ERR_QCOW2_INVALID_ARGUMENT` for a target that is also a source, or one that exists and
  *   is too small
+ *
+ * @example
+ * ```js
+ * import { convert } from 'qcow2'
+ *
+ * const { bytesWritten } = await convert('disk.raw', 'small.qcow2', {
+ *   from: 'raw',
+ *   to: 'qcow2',
+ *   compress: true,
+ *   onProgress: ({ current, total }) => console.log(`${Math.floor((100 * current) / total)} %`),
+ * })
+ * ```
  */
 export function convert(
   source: ImageSource | readonly ImageSource[],

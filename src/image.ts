@@ -182,6 +182,11 @@ export class Image implements AsyncDisposable {
    *
    * @throws {@link Qcow2Error} `ERR_QCOW2_CLOSED`; `ERR_QCOW2_INVALID_ARGUMENT` for a detached or resizable buffer or a range
    *   outside it; `ERR_QCOW2_CORRUPT` for damaged tables or compressed data; the system's code for an I/O error
+   *
+   * @example
+   * ```js
+   * const { bytesRead, buffer } = await image.read(Buffer.alloc(4096), { position: 2 ** 20 })
+   * ```
    */
   async read<T extends NodeJS.ArrayBufferView>(buffer: T, options: ReadOptions): Promise<ReadResult<T>> {
     const view = toBytesView(buffer, 'Image.read: buffer')
@@ -223,6 +228,12 @@ export class Image implements AsyncDisposable {
    * @throws {@link Qcow2Error} before anything changes: `ERR_QCOW2_READ_ONLY`, `ERR_QCOW2_CLOSED`, `ERR_QCOW2_INVALID_ARGUMENT`,
    *   `ERR_QCOW2_UNSUPPORTED_FEATURE`. Else `ERR_QCOW2_CORRUPT`, `ERR_QCOW2_LIMIT`, or the system's code (`ENOSPC`, `EIO`): the guest bytes are then
    *   the old ones or the new ones, and after an error of the tables the image refuses writes until it is opened again
+   *
+   * @example
+   * ```js
+   * await image.write(Buffer.from('boot'), { position: 510 })
+   * await image.datasync() // it survives a power cut from here on
+   * ```
    */
   async write<T extends NodeJS.ArrayBufferView>(buffer: T, options: WriteOptions): Promise<WriteResult<T>> {
     const view = toBytesView(buffer, 'Image.write: buffer')
@@ -266,6 +277,11 @@ export class Image implements AsyncDisposable {
    * Makes guest bytes read as zeroes, as far as possible without writing them.
    *
    * @throws {@link Qcow2Error} as {@link Image.write}
+   *
+   * @example
+   * ```js
+   * await image.writeZeroes(2 ** 20, 2 ** 20, { unmap: true }) // may free the space
+   * ```
    */
   async writeZeroes(position: Size, length: Size, options?: WriteZeroesOptions): Promise<void> {
     const { unmap = false, signal } = readOptions(options, 'Image.writeZeroes', WRITE_ZEROES)
@@ -310,6 +326,12 @@ export class Image implements AsyncDisposable {
    *
    * @throws {@link Qcow2Error} as {@link Image.write}; with nothing changed `ERR_QCOW2_DATA_LOSS` for a smaller size without `shrink`,
    *   `ERR_QCOW2_LIMIT`, `ERR_QCOW2_UNSUPPORTED_FEATURE` (version 2 with snapshots; 0 bytes with bitmaps), `ERR_QCOW2_CORRUPT` (an inconsistent bitmap)
+   *
+   * @example
+   * ```js
+   * await image.truncate(40 * 2 ** 30)
+   * await image.truncate(20 * 2 ** 30, { shrink: true })
+   * ```
    */
   async truncate(size: Size, options?: TruncateOptions): Promise<void> {
     const wanted = toBytes(size, 'Image.truncate: size')
@@ -351,7 +373,14 @@ export class Image implements AsyncDisposable {
     )
   }
 
-  /** Describes the top layer, in the terms of QAPI's `ImageInfo`. */
+  /**
+   * Describes the top layer, in the terms of QAPI's `ImageInfo`.
+   *
+   * @example
+   * ```js
+   * const { format, virtualSize, actualSize, snapshots } = await image.info()
+   * ```
+   */
   info(options: Abortable & { bigint: true }): Promise<ImageInfo<bigint>>
   info(options?: Abortable & BigIntResults): Promise<ImageInfo>
   async info(options?: Abortable & BigIntResults): Promise<AnyImageInfo> {
@@ -378,6 +407,12 @@ export class Image implements AsyncDisposable {
   /**
    * Iterates over what the disk is made of: runs of one kind in order and without gaps, neighbours merged. A `start` beyond
    * the end of the disk gives nothing.
+   *
+   * @example
+   * ```js
+   * let allocated = 0
+   * for await (const { length, data } of image.map()) if (data) allocated += length
+   * ```
    */
   map(options: MapOptions & { bigint: true }): AsyncGenerator<MapEntry<bigint>, void, undefined>
   map(options?: MapOptions & BigIntResults): AsyncGenerator<MapEntry, void, undefined>
@@ -408,6 +443,11 @@ export class Image implements AsyncDisposable {
    *
    * @throws {@link Qcow2Error} as `create`; `ERR_QCOW2_INVALID_ARGUMENT` for a target that is a file of this image; `ERR_QCOW2_CLOSED` if the
    *   image is closed first; the system's code (`ENOSPC`, `EIO`)
+   *
+   * @example
+   * ```js
+   * await image.clone('backup.qcow2', { to: 'qcow2', compress: true })
+   * ```
    */
   clone(target: PathLike, options: CloneOptions & { bigint: true }): Promise<CloneResult<bigint>>
   clone(target: PathLike, options: CloneOptions & BigIntResults): Promise<CloneResult>
@@ -428,6 +468,12 @@ export class Image implements AsyncDisposable {
    * bitmaps stay in the file that has them. An error leaves the image as it was, without an overlay.
    *
    * @throws {@link Qcow2Error} as `create`; `ERR_QCOW2_READ_ONLY`; `ERR_QCOW2_INVALID_ARGUMENT` for a `backingFile` that is not the image
+   *
+   * @example
+   * ```js
+   * // From now on writes go to today.qcow2; what was the image stands still.
+   * await image.createOverlay('today.qcow2')
+   * ```
    */
   async createOverlay(path: PathLike, options?: OverlayOptions): Promise<void> {
     await forgetting(async () => {
@@ -460,6 +506,11 @@ export class Image implements AsyncDisposable {
    *
    * @throws {@link Qcow2Error} with nothing changed: `ERR_QCOW2_CORRUPT` for an image that must be repaired first,
    *   `ERR_QCOW2_UNSUPPORTED_FEATURE` for a raw image, `ERR_QCOW2_LIMIT`, `ERR_QCOW2_READ_ONLY`. Else as {@link Image.write}
+   *
+   * @example
+   * ```js
+   * const { reclaimedBytes } = await image.compact()
+   * ```
    */
   async compact(options?: CompactOptions): Promise<CompactResult> {
     const read = readOptions(options, 'Image.compact', COMPACT)
@@ -471,6 +522,13 @@ export class Image implements AsyncDisposable {
   /**
    * A stream of guest bytes; with `sparse`, of objects `{ position, buffer }` for what does not read as zeroes. The image stays
    * open when the stream ends.
+   *
+   * @example
+   * ```js
+   * for await (const { position, buffer } of image.createReadStream({ sparse: true })) {
+   *   console.log(`${buffer.length} bytes at ${position}`)
+   * }
+   * ```
    */
   createReadStream(options: ReadStreamOptions & { sparse: true }): SparseReadable
   createReadStream(options?: ReadStreamOptions): Readable
@@ -486,6 +544,14 @@ export class Image implements AsyncDisposable {
   /**
    * A stream that writes guest bytes one behind the other. The image stays open when the stream ends; what was written is durable
    * after the next `datasync`, or with `flush`.
+   *
+   * @example
+   * ```js
+   * import { createReadStream } from 'node:fs'
+   * import { pipeline } from 'node:stream/promises'
+   *
+   * await pipeline(createReadStream('b.raw'), image.createWriteStream({ start: 2 ** 20, flush: true }))
+   * ```
    */
   createWriteStream(options?: WriteStreamOptions): Writable {
     return openWriteStream(this, options)

@@ -129,6 +129,14 @@ const INSPECT = { ...ABORTABLE, limits, bigint: flag } as const
  * A file name is a `string`, `URL` or `FileHandle` here: a `Buffer` is bytes of an image.
  *
  * @throws {@link Qcow2Error} the system's code where the file cannot be read
+ *
+ * @example
+ * ```js
+ * import { inspect } from 'qcow2'
+ *
+ * const { format, virtualSize, safe, findings } = await inspect('upload.qcow2', { limits: { maxVirtualSize: 2 ** 40 } })
+ * if (!safe) console.log(findings.map(({ code, message }) => `${code}: ${message}`).join('\n'))
+ * ```
  */
 export function inspect(
   source: Exclude<ImageSource, Buffer> | Uint8Array,

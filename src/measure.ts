@@ -48,6 +48,14 @@ const MEASURE = {
  *
  * @throws {@link Qcow2Error} as `open`; `ERR_QCOW2_INVALID_ARGUMENT`; `ERR_QCOW2_LIMIT` for a size that the geometry cannot
  *   address
+ *
+ * @example
+ * ```js
+ * import { measure } from 'qcow2'
+ *
+ * const { required, fullyAllocated } = await measure('disk.qcow2', { to: 'qcow2' })
+ * console.log(`the copy takes ${required} bytes now, and ${fullyAllocated} at most`)
+ * ```
  */
 export function measure(
   source: ImageSource | { readonly size: Size },

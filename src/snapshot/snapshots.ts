@@ -48,7 +48,16 @@ export class Snapshots {
     return inspectAs('Snapshots', { image: this.#owner.shown()['path'] }, depth, options, inspect)
   }
 
-  /** The snapshots in the order of the table. */
+  /**
+   * The snapshots in the order of the table.
+   *
+   * @example
+   * ```js
+   * for (const { id, name, dateSec } of await image.snapshots.list()) {
+   *   console.log(id, name, new Date(1000 * dateSec).toISOString())
+   * }
+   * ```
+   */
   list(options: Abortable & { bigint: true }): Promise<readonly SnapshotInfo<bigint>[]>
   list(options?: Abortable & BigIntResults): Promise<readonly SnapshotInfo[]>
   async list(options?: Abortable & BigIntResults): Promise<readonly SnapshotInfo<number | bigint>[]> {
@@ -64,6 +73,12 @@ export class Snapshots {
    * @throws {@link Qcow2Error} `ERR_QCOW2_INVALID_ARGUMENT` for a bad name; `ERR_QCOW2_LIMIT` if a refcount of the image is too
    *   narrow to count one more reference, or the table is full; `ERR_QCOW2_READ_ONLY`; `ERR_QCOW2_UNSUPPORTED_FEATURE` for a raw
    *   image and for one with an external data file
+   *
+   * @example
+   * ```js
+   * const { id } = await image.snapshots.create('before the upgrade')
+   * await image.snapshots.apply(id)
+   * ```
    */
   async create(name: Name, options?: Abortable): Promise<SnapshotInfo> {
     const checked = checkName(name, 'Snapshots.create: name')
