@@ -74,6 +74,7 @@ export interface SourceOptions extends SharingOptions {
   secret?: Secrets | undefined
   /** Read this internal snapshot, by id or name. */
   snapshot?: Name | undefined
+  /** What the image may claim before it is refused. */
   limits?: Limits | undefined
 }
 
@@ -159,7 +160,13 @@ export interface ConvertOptions extends Omit<SourceOptions, 'from'>, LongRunning
    * qcow2 of version 3 only, both of them, whether there is any bitmap or not. An inconsistent bitmap, as a crash leaves it, is refused with `ERR_QCOW2_CORRUPT` before
    * anything is written; with `{ skipBroken: true }` it is left out. Default false.
    */
-  bitmaps?: boolean | { skipBroken?: boolean | undefined } | undefined
+  bitmaps?:
+    | boolean
+    | {
+        /** Leave inconsistent ones out instead of failing. Default false. */
+        skipBroken?: boolean | undefined
+      }
+    | undefined
 }
 
 /** What a conversion did. */
@@ -170,9 +177,17 @@ export interface ConvertResult<N extends number | bigint = number> {
   readonly bytesRead: N
   /** Bytes of guest data written to the target, as they are stored. */
   readonly bytesWritten: N
+  /** Milliseconds from the call to the end. */
   readonly durationMs: number
   /** With `salvage`: what could not be read, in order, and why. Of very many ranges, the first 4096. */
-  readonly unreadable?: readonly { readonly start: N; readonly length: N; readonly message: string }[]
+  readonly unreadable?: readonly {
+    /** First guest byte. */
+    readonly start: N
+    /** Bytes. */
+    readonly length: N
+    /** Why. */
+    readonly message: string
+  }[]
   /** With `bitmaps`: names of the inconsistent ones that were left out. */
   readonly skippedBitmaps?: readonly string[]
   /** The bytes of all of them, where one is not UTF-8. */
@@ -228,6 +243,18 @@ type ReadConvert = Read<typeof CONVERT>
  *
  * @throws {@link Qcow2Error} as `open` and `create`; `ERR_QCOW2_INVALID_ARGUMENT` for a target that is also a source, or one that exists and
  *   is too small
+ *
+ * @example
+ * ```js
+ * import { convert } from 'qcow2'
+ *
+ * const { bytesWritten } = await convert('disk.raw', 'small.qcow2', {
+ *   from: 'raw',
+ *   to: 'qcow2',
+ *   compress: true,
+ *   onProgress: ({ current, total }) => console.log(`${Math.floor((100 * current) / total)} %`),
+ * })
+ * ```
  */
 export function convert(
   source: ImageSource | readonly ImageSource[],

@@ -42,6 +42,7 @@ export type ImageSource =
 
 /** An image inside of another file, which is read in place: in an archive, say. What lies around it cannot be reached through it. */
 export interface ImageInFile {
+  /** The file that holds it. */
   readonly file: PathLike
   /** Bytes of the file in front of the image. */
   readonly offset: number
@@ -51,7 +52,9 @@ export interface ImageInFile {
 
 /** A disk of an appliance (`.ova`, `.ovf`) that has several, by the name of its file or its id: `inspect` lists them. */
 export interface ImageInAppliance {
+  /** The appliance (`.ova`) or the OVF descriptor. */
   readonly file: PathLike
+  /** Name of the disk in it. */
   readonly member: string
 }
 

@@ -29,17 +29,21 @@ export interface VerifyOptions extends Abortable {
 
 /** A file that a manifest lists. */
 export interface VerifiedFile {
+  /** The file, as the manifest names it. */
   readonly name: string
+  /** Of the digest. */
   readonly algorithm: ManifestAlgorithm
   /** The digest in the manifest, in hexadecimal. */
   readonly expected: string
   /** The digest of the file; absent where there is no such file. */
   readonly actual?: string
+  /** Whether it is there and has its digest. */
   readonly state: 'ok' | 'mismatch' | 'missing'
 }
 
 /** What {@link verifyManifest} found. */
 export interface VerifyResult {
+  /** The appliance or descriptor, as it was opened. */
   readonly filename: string
   /** The bytes of `filename`, where they are not UTF-8. */
   readonly filenameBytes?: Buffer
@@ -47,6 +51,7 @@ export interface VerifyResult {
   readonly manifest: string
   /** Each file that the manifest lists is there, and has its digest. */
   readonly ok: boolean
+  /** What the manifest lists, in its order. */
   readonly files: readonly VerifiedFile[]
   /** Files of an archive that the manifest says nothing about, but for itself and its certificate. */
   readonly unlisted: readonly string[]

@@ -20,6 +20,7 @@ export interface ApplianceDisk {
   readonly offset: number
   /** Its length in bytes. */
   readonly length: number
+  /** By its first bytes. */
   readonly format: FormatName
   /** Bytes of its disk, where its first bytes say that and its format is not opened. */
   readonly virtualSize?: number

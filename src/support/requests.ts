@@ -8,6 +8,7 @@ import { setImmediate } from 'node:timers'
 import { getSystemErrorName } from 'node:util'
 import { AbortError, Qcow2Error } from '../errors.js'
 import { type Addon, type NativeFailure, native } from '../native.js'
+import { onAbort } from './signals.js'
 import { findThrown } from './thrown.js'
 
 /** Numbers that fit into one delivery. More are delivered in several calls. */
@@ -155,14 +156,14 @@ export async function requestWatched<T>(
       thrown = { error: toError(error) }
     }
   }
-  signal.addEventListener('abort', cancel, { once: true })
+  const forget = onAbort(signal, cancel)
   let end: { readonly value: T } | { readonly failure: unknown }
   try {
     end = { value: await submit<T>(number => start(number, native, watch), buffer) }
   } catch (failure) {
     end = { failure }
   }
-  signal.removeEventListener('abort', cancel)
+  forget()
   const done = native.endRequest(watch)
   if (thrown !== undefined) throw thrown.error
   if ('value' in end) return end.value
