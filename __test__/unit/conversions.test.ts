@@ -48,6 +48,7 @@ const TYPESCRIPT: Readonly<Record<string, string>> = {
   'src/formats/sizes.ts': OURS,
   'src/formats/table.ts': OURS,
   'src/native.ts': OURS,
+  'src/remote/address.ts': 'an address of the web and its user, which are text',
   'src/text.ts': EXACT,
 }
 
