@@ -37,6 +37,7 @@ export interface CloneResult<N extends number | bigint = number> {
   readonly bytesRead: N
   /** Bytes of guest data written to the copy; zeroes are left out. */
   readonly bytesWritten: N
+  /** Milliseconds from the call to the end. */
   readonly durationMs: number
 }
 

@@ -15,8 +15,8 @@ import {
   type StreamFormat,
   type TargetFormat,
 } from './formats/table.js'
-import type { NativeConverted, NativeConvertJob } from './native.js'
-import { type NbdPlace, NbdSource } from './nbd-source.js'
+import type { NativeConverted, NativeConvertJob, NativeFile } from './native.js'
+import type { NbdSource } from './nbd-source.js'
 import {
   bytes,
   flag,
@@ -32,6 +32,7 @@ import {
   readOptions,
   throwIfAborted,
 } from './options.js'
+import type { RandomAccessSource, RandomPlace } from './random-access.js'
 import { forgetting, type Secrets, secrets } from './secret.js'
 import {
   type Compression,
@@ -50,11 +51,13 @@ import {
   type Located,
   openFile,
   type PathLike,
+  type RemoteLocated,
   release,
   sourceFormat,
   targetFormat,
   toLocated,
   toPath,
+  toRemote,
   toTargetFormat,
 } from './source.js'
 import { runJob } from './support/jobs.js'
@@ -71,6 +74,7 @@ export interface SourceOptions extends SharingOptions {
   secret?: Secrets | undefined
   /** Read this internal snapshot, by id or name. */
   snapshot?: Name | undefined
+  /** What the image may claim before it is refused. */
   limits?: Limits | undefined
 }
 
@@ -156,7 +160,13 @@ export interface ConvertOptions extends Omit<SourceOptions, 'from'>, LongRunning
    * qcow2 of version 3 only, both of them, whether there is any bitmap or not. An inconsistent bitmap, as a crash leaves it, is refused with `ERR_QCOW2_CORRUPT` before
    * anything is written; with `{ skipBroken: true }` it is left out. Default false.
    */
-  bitmaps?: boolean | { skipBroken?: boolean | undefined } | undefined
+  bitmaps?:
+    | boolean
+    | {
+        /** Leave inconsistent ones out instead of failing. Default false. */
+        skipBroken?: boolean | undefined
+      }
+    | undefined
 }
 
 /** What a conversion did. */
@@ -167,9 +177,17 @@ export interface ConvertResult<N extends number | bigint = number> {
   readonly bytesRead: N
   /** Bytes of guest data written to the target, as they are stored. */
   readonly bytesWritten: N
+  /** Milliseconds from the call to the end. */
   readonly durationMs: number
   /** With `salvage`: what could not be read, in order, and why. Of very many ranges, the first 4096. */
-  readonly unreadable?: readonly { readonly start: N; readonly length: N; readonly message: string }[]
+  readonly unreadable?: readonly {
+    /** First guest byte. */
+    readonly start: N
+    /** Bytes. */
+    readonly length: N
+    /** Why. */
+    readonly message: string
+  }[]
   /** With `bitmaps`: names of the inconsistent ones that were left out. */
   readonly skippedBitmaps?: readonly string[]
   /** The bytes of all of them, where one is not UTF-8. */
@@ -220,24 +238,37 @@ type ReadConvert = Read<typeof CONVERT>
  * Copies a disk into a new image; several sources become one disk, one behind the other. The bytes never enter JavaScript; what reads
  * as zeroes is not read. The file has its name only when it is complete: nothing is left of a failure, an abort, or a killed process,
  * except of a file that is written in place (see `overwrite`). An export of an NBD server (`nbdSource`) can be the target, too: it exists, and
- * must be large enough.
+ * must be large enough; and so can an object of the caller's with a `write` ({@link RandomAccessSource}), which is as long as the image where it
+ * has a `truncate`.
  *
  * @throws {@link Qcow2Error} as `open` and `create`; `ERR_QCOW2_INVALID_ARGUMENT` for a target that is also a source, or one that exists and
  *   is too small
+ *
+ * @example
+ * ```js
+ * import { convert } from 'qcow2'
+ *
+ * const { bytesWritten } = await convert('disk.raw', 'small.qcow2', {
+ *   from: 'raw',
+ *   to: 'qcow2',
+ *   compress: true,
+ *   onProgress: ({ current, total }) => console.log(`${Math.floor((100 * current) / total)} %`),
+ * })
+ * ```
  */
 export function convert(
   source: ImageSource | readonly ImageSource[],
-  target: PathLike | NbdSource,
+  target: PathLike | NbdSource | RandomAccessSource,
   options: ConvertOptions & { bigint: true },
 ): Promise<ConvertResult<bigint>>
 export function convert(
   source: ImageSource | readonly ImageSource[],
-  target: PathLike | NbdSource,
+  target: PathLike | NbdSource | RandomAccessSource,
   options: ConvertOptions & BigIntResults,
 ): Promise<ConvertResult>
 export async function convert(
   source: ImageSource | readonly ImageSource[],
-  target: PathLike | NbdSource,
+  target: PathLike | NbdSource | RandomAccessSource,
   options: ConvertOptions & BigIntResults,
 ): Promise<ConvertResult<number | bigint>> {
   return await forgetting(() => convertImages(source, target, options))
@@ -245,16 +276,16 @@ export async function convert(
 
 async function convertImages(
   source: ImageSource | readonly ImageSource[],
-  target: PathLike | NbdSource,
+  target: PathLike | NbdSource | RandomAccessSource,
   options: ConvertOptions & BigIntResults,
 ): Promise<ConvertResult<number | bigint>> {
   const located = Array.isArray(source)
     ? source.map((each: unknown, index) => toLocated(each, `source[${index}]`))
     : [toLocated(source, 'source')]
-  const nbd = NbdSource.read(target)
-  const place = nbd === undefined ? { path: toPath(target, 'target') } : { nbd }
+  const remote = toRemote(target, 'target')
+  const place = remote ?? { path: toPath(target, 'target') }
   const read = readOptions(options, 'convert', CONVERT)
-  if (nbd !== undefined) refuseNew(nbd, read)
+  if (remote !== undefined) refuseNew(remote, read)
   const order = toOrder(read, located.length)
   throwIfAborted(read.signal)
   const begin = performance.now()
@@ -272,9 +303,9 @@ async function convertImages(
     const onto =
       order.existing && read.to !== undefined && !isPlain(read.to) ? await openTarget(place, inUse, read) : undefined
     if (onto !== undefined) images.push(onto)
-    const targetFile = onto === undefined && nbd !== undefined ? await openExport({ nbd }, inUse, read) : undefined
+    const targetFile = onto === undefined && remote !== undefined ? await openRemote(remote, inUse, read) : undefined
     if (targetFile !== undefined) files.push(targetFile)
-    const path = 'path' in place ? place.path : place.nbd.uri
+    const path = 'path' in place ? place.path : nameOf(place)
     const sources = chains.map(chain => chain.image)
     const shape = await withParent('convert', order.shape, delta)
     const converted = await runJob<NativeConverted>('convert', counting.copying(), (request, job, addon) =>
@@ -298,19 +329,25 @@ async function convertImages(
   }
 }
 
-/** An export is there: what would make it anew says that it may be written over. */
-function refuseNew({ uri }: NbdPlace, { existingTarget, overwrite, create }: ReadConvert): void {
-  if (!existingTarget && !overwrite) {
-    const message = `EEXIST: the export exists: say overwrite: true, or existingTarget: true, open '${uri}'`
-    throw new Qcow2Error('EEXIST', message, { path: uri, syscall: 'open' })
+/** What errors call a target that is no file. */
+const nameOf = (remote: RemoteLocated): string => ('nbd' in remote ? remote.nbd.uri : remote.random.name)
+
+/** An export, and an object that has bytes, is there: what would make it anew says that it may be written over. */
+function refuseNew(remote: RemoteLocated, { existingTarget, overwrite, create }: ReadConvert): void {
+  const what = 'nbd' in remote ? 'export' : 'source'
+  const isEmpty = 'random' in remote && remote.random.size === 0
+  if (!existingTarget && !overwrite && !isEmpty) {
+    const path = nameOf(remote)
+    const message = `EEXIST: the ${what} exists: say overwrite: true, or existingTarget: true, open '${path}'`
+    throw new Qcow2Error('EEXIST', message, { path, syscall: 'open' })
   }
   if (create?.dataFile !== undefined) {
-    throw invalidArgument('dataFile', 'convert: an image in an export has no external data file')
+    throw invalidArgument('dataFile', `convert: an image in what is no file has no external data file`)
   }
 }
 
-/** Opens the export that a disk is made in, which is none of the files that are read. */
-async function openExport(located: Located, inUse: readonly string[], { signal }: ReadConvert): Promise<number> {
+/** Opens what is no file and a disk is made in, which is none of what is read. */
+async function openRemote(located: RemoteLocated, inUse: readonly string[], { signal }: ReadConvert): Promise<number> {
   const { file, identity, path } = await openFile(located, { writable: true }, signal)
   if (identity === undefined || !inUse.includes(identity)) return file
   await release(file)
@@ -437,11 +474,22 @@ class Counting {
 /** Opens the target that exists, which is none of the files that are read. */
 async function openTarget(located: Located, inUse: readonly string[], read: ReadConvert): Promise<number> {
   const { references, secret, limits, signal } = read
-  const { file, identity, path } = await openFile(located, {}, signal)
-  await release(file)
+  const { identity, path } = 'random' in located ? known(located.random) : await lookAt(located, signal)
   if (identity !== undefined && inUse.includes(identity)) throw isSource(path)
   const access = { ...toReadAccess({ locking: read.locking }), write: {} }
   return (await openChain(located, { format: read.to, references, secret, limits, signal, access })).image
+}
+
+/** What a caller's object is known by: it is not opened for that. */
+const known = ({ identity, name }: RandomPlace): Pick<NativeFile, 'identity' | 'path'> => ({
+  identity: `source:${identity}`,
+  path: name,
+})
+
+async function lookAt(located: Located, signal: AbortSignal | undefined): Promise<NativeFile> {
+  const opened = await openFile(located, {}, signal)
+  await release(opened.file)
+  return opened
 }
 
 /** Checks what the options demand of each other; the rules of the format are the engine's. */

@@ -64,8 +64,8 @@ export { type OpenOptions, open } from './open.js'
 export type { Abortable, Limits, LongRunning, Progress } from './options.js'
 export type { OverlayOptions } from './overlay.js'
 export { type ProbeOptions, probe } from './probe.js'
-export type { RandomAccessSource, SourceExtent } from './random-access.js'
-export type { ReadOptions } from './read.js'
+export type { RandomAccessSource, SourceCache, SourceExtent } from './random-access.js'
+export type { ReadOptions, ReadResult, ReadvResult } from './read.js'
 export { type RebaseOptions, rebase } from './rebase.js'
 export { type HttpSourceOptions, httpSource } from './remote/http-source.js'
 export type { HeadersOption, RequestHeaders } from './remote/requests.js'
@@ -92,12 +92,19 @@ export type {
 } from './shape.js'
 export type { Snapshots } from './snapshot/snapshots.js'
 export type { DetachedImage, ImageInAppliance, ImageInFile, ImageSource, PathLike } from './source.js'
-export type { ReadStreamOptions, SparseChunk, WebStreamOptions } from './stream.js'
+export type { ReadStreamOptions, SparseChunk, SparseReadable, WebStreamOptions } from './stream.js'
 export type { StreamTarget, UploadOptions, UploadResult } from './stream-target.js'
 export type { Name } from './text.js'
 export type { BigIntResults, Size } from './units.js'
 export { type VerifiedFile, type VerifyOptions, type VerifyResult, verifyManifest } from './verify.js'
-export type { WriteOptions, WriteStreamOptions, WritevOptions, WriteZeroesOptions } from './write.js'
+export type {
+  WriteOptions,
+  WriteResult,
+  WriteStreamOptions,
+  WritevOptions,
+  WritevResult,
+  WriteZeroesOptions,
+} from './write.js'
 
 /** The version of this package. */
 export const version = '0.1.0'

@@ -19,6 +19,7 @@ export interface MeasureOptions extends SourceOptions, LongRunning {
   to: TargetFormat
   /** Shape of the planned target; of a luks target `encrypt`, which it needs. */
   create?: Shape | undefined
+  /** The same as `create.preallocation`, and for raw targets too. */
   preallocation?: Preallocation | undefined
 }
 
@@ -47,6 +48,14 @@ const MEASURE = {
  *
  * @throws {@link Qcow2Error} as `open`; `ERR_QCOW2_INVALID_ARGUMENT`; `ERR_QCOW2_LIMIT` for a size that the geometry cannot
  *   address
+ *
+ * @example
+ * ```js
+ * import { measure } from 'qcow2'
+ *
+ * const { required, fullyAllocated } = await measure('disk.qcow2', { to: 'qcow2' })
+ * console.log(`the copy takes ${required} bytes now, and ${fullyAllocated} at most`)
+ * ```
  */
 export function measure(
   source: ImageSource | { readonly size: Size },

@@ -13,6 +13,8 @@ export interface NativeFailure {
   readonly transient: boolean
   /** What caused it, and what caused that. */
   readonly causes: readonly string[]
+  /** The number of what a caller's object threw. */
+  readonly thrown?: number
 }
 
 /** A file that an image names. */
@@ -40,6 +42,46 @@ export interface NativeNbdConnect {
   readonly reconnectTime?: number | undefined
   /** Number of what encrypts the connection. */
   readonly tls?: number | undefined
+}
+
+/** What a caller's object is. Sizes are bytes. */
+export interface NativeSourceOptions {
+  readonly name: string
+  readonly identity: string
+  readonly size: number
+  readonly writable: boolean
+  readonly resizes: boolean
+  readonly syncs: boolean
+  /** It tells what is zero. */
+  readonly tells: boolean
+  readonly cache?: NativeSourceCache | undefined
+}
+
+/** How what was read is kept, in bytes. */
+export interface NativeSourceCache {
+  readonly blockSize: number
+  readonly size: number
+  readonly readAhead: number
+}
+
+/** What is asked of a caller's object. */
+export interface NativeSourceQuestion {
+  readonly id: number
+  readonly operation: 'read' | 'write' | 'sync' | 'truncate' | 'extents' | 'forget'
+  /** Bytes in front of the range; the new size to truncate to. */
+  readonly position: number
+  readonly length: number
+  /** What is written. */
+  readonly data?: Buffer
+}
+
+/** What a caller's object threw. */
+export interface NativeSourceFailure {
+  readonly message: string
+  readonly code?: string | undefined
+  /** See `support/thrown.ts`. */
+  readonly number: number
+  readonly transient: boolean
 }
 
 /** An export that a server tells of. */

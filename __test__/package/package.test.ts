@@ -2,6 +2,8 @@ import { spawnSync } from 'node:child_process'
 import { cpSync, existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { homedir, tmpdir } from 'node:os'
 import { join, resolve } from 'node:path'
+import { nodeFileTrace } from '@vercel/nft'
+import { buildSync, transformSync } from 'esbuild'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 
 const PLATFORM = 'linux-x64-gnu'
@@ -88,6 +90,52 @@ describe('the packed package', () => {
     const script = `require('qcow2'); console.log(Object.keys(require.cache).filter(name => name.endsWith('.node')).join())`
     const { stdout, stderr } = run(process.execPath, ['-e', script], user, { NAPI_RS_NATIVE_LIBRARY_PATH: moved })
     expect(stdout.trim(), stderr).toBe(moved)
+  })
+
+  test('names the package of every platform where bundlers and tracers look', () => {
+    const { optionalDependencies } = JSON.parse(
+      readFileSync(join(user, 'node_modules/qcow2/package.json'), 'utf8'),
+    ) as {
+      optionalDependencies: Record<string, string>
+    }
+    const loader = readFileSync(join(user, 'node_modules/qcow2/dist/native.js'), 'utf8')
+    for (const name of Object.keys(optionalDependencies)) {
+      expect(loader).toContain(`packaged('${name}')`)
+      expect(loader).toContain(`/../../${name}/${name.replace('-', '.')}.node\``)
+    }
+    // ncc's parser sees nothing in a file whose syntax it does not know.
+    expect(transformSync(loader, { target: 'es2020' }).code).toBe(transformSync(loader, { target: 'esnext' }).code)
+  })
+
+  test('works in a bundle, beside node_modules and beside the addon alone', () => {
+    writeFileSync(
+      join(user, 'app.js'),
+      `require('qcow2').inspect(Buffer.alloc(512)).then(found => console.log(found.safe))`,
+    )
+    const outfile = join(user, 'bundled', 'app.js')
+    buildSync({ entryPoints: [join(user, 'app.js')], outfile, bundle: true, platform: 'node' })
+    expect(must(process.execPath, [outfile], user)).toBe('false\n')
+    const alone = join(work, 'alone')
+    cpSync(join(user, 'bundled'), alone, { recursive: true })
+    const { status, stderr } = run(process.execPath, ['app.js'], alone)
+    expect(status).toBe(1)
+    expect(stderr).toMatch(/ERR_QCOW2_ADDON_MISSING|lay its \.node file beside the script/)
+    const addon = `qcow2.${PLATFORM}.node`
+    cpSync(join(user, 'node_modules', `qcow2-${PLATFORM}`, addon), join(alone, addon))
+    expect(must(process.execPath, ['app.js'], alone)).toBe('false\n')
+  })
+
+  test('is traced with its addon', async () => {
+    const { fileList } = await nodeFileTrace([join(user, 'app.js')], { base: user })
+    expect([...fileList]).toContain(`node_modules/qcow2-${PLATFORM}/qcow2.${PLATFORM}.node`)
+  })
+
+  test('says one clear line without the addon', () => {
+    const moved = join(work, 'without')
+    cpSync(join(user, 'node_modules', 'qcow2'), join(moved, 'node_modules', 'qcow2'), { recursive: true })
+    const { status, stdout, stderr } = run(process.execPath, ['node_modules/qcow2/dist/cli.js', 'info', 'disk'], moved)
+    expect({ status, stdout }).toEqual({ status: 1, stdout: '' })
+    expect(stderr).toMatch(/^qcow2: the package qcow2-.* is not installed.*\n$/)
   })
 
   test('installs the command line', () => {

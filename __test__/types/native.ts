@@ -71,6 +71,7 @@ interface Delivered {
   OpenedStream: [binding.OpenedStream, native.NativeStream]
   OvfDisk: [binding.OvfDisk, native.NativeOvfDisk]
   Overlaid: [binding.Overlaid, native.NativeOverlaid]
+  SourceQuestion: [binding.SourceQuestion, native.NativeSourceQuestion]
   Table: [binding.Table, SnapshotTable]
 }
 

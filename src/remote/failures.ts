@@ -28,7 +28,7 @@ export const passing = (
 
 /** What was being read has changed: no part of it fits those that came before. */
 export const changed = (how: string, place: RequestPlace, cause?: unknown): Qcow2Error =>
-  failed('ESTALE', `it changed while it was read: ${how}`, place, cause)
+  failed('ERR_QCOW2_SOURCE_CHANGED', `it changed while it was read: ${how}`, place, cause)
 
 /** The other side said nothing for so long. */
 export const silent = (milliseconds: number, place: RequestPlace): Passing =>

@@ -52,7 +52,7 @@ const CONCURRENCY = 8
  * await source.read(header, 0, AbortSignal.timeout(60_000))
  * ```
  *
- * A version that is another one now (its ETag, Last-Modified or length) ends what reads it with `ESTALE`.
+ * A version that is another one now (its ETag, Last-Modified or length) ends what reads it with `ERR_QCOW2_SOURCE_CHANGED`.
  *
  * @throws {@link Qcow2Error} `ERR_QCOW2_INVALID_ARGUMENT` for what is no address on the web; `ERR_QCOW2_UNSUPPORTED_FEATURE` for a server that answers with
  *   the whole file, or encodes it; `EACCES` (status 401, 403), `ENOENT` (404, 410), `ETIMEDOUT` and the other names of the system;

@@ -1,7 +1,7 @@
 /** Requests of one object in an S3-compatible store, by the SDK, which is loaded when the first is made. */
 
 import type * as Sdk from '@aws-sdk/client-s3'
-import { Qcow2Error, type SystemErrorCode } from '../errors.js'
+import { Qcow2Error } from '../errors.js'
 import { badConnection, badStatus, failed, passing, type RequestPlace, silent } from './failures.js'
 import { Attempt, Passing, type Patience, retrying } from './retry.js'
 import { nameOf, type ReadS3Place } from './s3-place.js'
@@ -18,6 +18,9 @@ async function loadSdk(owner: string): Promise<typeof Sdk> {
   }
 }
 
+/** What a condition that does not hold can mean. */
+type Conflict = 'EEXIST' | 'ERR_QCOW2_SOURCE_CHANGED'
+
 /** What a request may be told beside its parameters. */
 export interface CallOptions {
   readonly signal: AbortSignal | undefined
@@ -25,8 +28,8 @@ export interface CallOptions {
   readonly silence?: number
   /** How many bytes have come of what is asked for. */
   readonly reached?: () => number
-  /** What a condition that does not hold means: `EEXIST` where nothing may be there, `ESTALE` where a version must be. */
-  readonly conflict?: SystemErrorCode
+  /** What a condition that does not hold means: `EEXIST` where nothing may be there, `ERR_QCOW2_SOURCE_CHANGED` where a version must be. */
+  readonly conflict?: Conflict
 }
 
 /** How a request is made: with the client, and the options of its `send`. */
@@ -85,7 +88,7 @@ export class S3Object {
   }
 
   async #attempt<T>(place: RequestPlace, options: CallOptions, send: Send<T>): Promise<T> {
-    const { signal, silence = this.patience.silence, conflict = 'ESTALE' } = options
+    const { signal, silence = this.patience.silence, conflict = 'ERR_QCOW2_SOURCE_CHANGED' } = options
     const attempt = new Attempt(silence, signal)
     try {
       return await send(this.#client(), { abortSignal: attempt.signal }, attempt, place)
@@ -125,7 +128,7 @@ const PASSING: ReadonlySet<string> = new Set([
 ])
 
 /** What an error of the SDK's means. */
-function judge(error: unknown, place: RequestPlace, conflict: SystemErrorCode): Error {
+function judge(error: unknown, place: RequestPlace, conflict: Conflict): Error {
   if (!(error instanceof Error)) return badConnection(error, place, true)
   const status = statusOf(error)
   if (PASSING.has(error.name)) return passing('ERR_QCOW2_IO', wordsOf(error), place, { cause: error })

@@ -6,19 +6,25 @@ import { describe } from '../units.js'
 
 /** What is needed of a client: a `S3Client` of `@aws-sdk/client-s3`. */
 export interface S3ClientLike {
+  /** Makes a request. */
   send(command: never, options?: never): Promise<unknown>
 }
 
 /** Who asks. */
 export interface S3Credentials {
+  /** The name of the key. */
   readonly accessKeyId: string
+  /** The key. */
   readonly secretAccessKey: string
+  /** What goes with a key that is good for some time only. */
   readonly sessionToken?: string
 }
 
 /** An object of an S3-compatible store. */
 export interface S3Place {
+  /** The bucket. */
   bucket: string
+  /** The name of the object in it. */
   key: string
   /** A `S3Client` of the caller's, which stays the caller's. Without it one is made of what follows, and of what the SDK finds in the environment. */
   client?: S3ClientLike | undefined

@@ -36,7 +36,7 @@ const FIRST = 2 ** 20
  * A disk that is an object of an S3-compatible store, which is asked for the ranges that are read of it, by the package `@aws-sdk/client-s3`: an optional
  * peer dependency, to be installed beside this one. The first request, of the first MiB, is made here.
  *
- * An object that is replaced while it is read ends what reads it with `ESTALE`, unless the store keeps versions.
+ * An object that is replaced while it is read ends what reads it with `ERR_QCOW2_SOURCE_CHANGED`, unless the store keeps versions.
  *
  * @example
  * ```ts

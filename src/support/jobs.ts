@@ -52,6 +52,10 @@ export interface Held<T> {
   detach(): void
   /** It is not used any more. */
   end(): void
+  /** It is going to be ended: nobody waits for ever for what it stands on. */
+  closing?(): void
+  /** Resolves when what it stands on was closed. */
+  readonly ended?: Promise<void>
 }
 
 /** Runs a job of which something goes on until it is ended: the signal ends that, too. */

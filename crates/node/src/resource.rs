@@ -10,6 +10,7 @@ use qcow2_engine::{Error, ErrorKind, Image, Layer, Result, Storage};
 use crate::clone::Begun;
 use crate::guard::guarded;
 use crate::nbd::Serving;
+use crate::source::Asking;
 use crate::tls::Encrypting;
 
 /// An open image. Requests share it; it closes when the last of them is done and JavaScript has released it.
@@ -109,6 +110,8 @@ pub(crate) enum Resource {
     Server(Box<Serving>),
     /// Connections to encrypt.
     Encrypting(Arc<Encrypting>),
+    /// Questions to an object.
+    Source(Arc<Asking>),
 }
 
 impl Resource {
@@ -122,6 +125,10 @@ impl Resource {
             }
             Self::Encrypting(encrypting) => {
                 encrypting.end();
+                Ok(())
+            }
+            Self::Source(asking) => {
+                asking.end();
                 Ok(())
             }
             Self::Storage(_) | Self::Layer(_) | Self::Clone(_) => Ok(()),
@@ -177,6 +184,23 @@ impl Resources {
         match self.held.get(&number) {
             Some(Resource::Encrypting(encrypting)) => Some(encrypting),
             _ => None,
+        }
+    }
+
+    /// The questions to an object of that number.
+    pub(crate) fn source(&self, number: u32) -> Option<&Arc<Asking>> {
+        match self.held.get(&number) {
+            Some(Resource::Source(asking)) => Some(asking),
+            _ => None,
+        }
+    }
+
+    /// Gives up all who wait for an object.
+    pub(crate) fn cancel_sources(&self) {
+        for resource in self.held.values() {
+            if let Resource::Source(asking) = resource {
+                asking.cancel();
+            }
         }
     }
 

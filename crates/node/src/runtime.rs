@@ -21,6 +21,7 @@ use crate::job::Jobs;
 use crate::nbd::Serving;
 use crate::pool::{Pool, Task, default_threads};
 use crate::resource::{Handle, Resource, Resources};
+use crate::source::Asking;
 use crate::tls::Encrypting;
 use crate::watch::Watch;
 use crate::watched::Watched;
@@ -176,6 +177,12 @@ impl Runtime {
         found.ok_or_else(|| napi::Error::from_reason("no such connections to encrypt"))
     }
 
+    /// The questions to an object of that number.
+    pub(crate) fn source(&self, number: u32) -> napi::Result<Arc<Asking>> {
+        let resources = self.resources.borrow();
+        resources.source(number).cloned().ok_or_else(|| napi::Error::from_reason("no such source"))
+    }
+
     /// Looks at the server of that number.
     pub(crate) fn with_server<T>(&self, number: u32, look: impl FnOnce(&Serving) -> T) -> napi::Result<T> {
         let resources = self.resources.borrow();
@@ -232,6 +239,8 @@ impl Runtime {
     fn close(&self) {
         let jobs = self.jobs.close();
         self.watched.close();
+        // Nobody answers from here on.
+        self.resources.borrow().cancel_sources();
         let requests = [self.pool.close(), self.waiting.close()];
         let resources = self.resources.borrow_mut().take();
         let end = move || {

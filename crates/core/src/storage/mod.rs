@@ -9,6 +9,7 @@
 //! `#[deny(clippy::missing_trait_methods)]`: a method that is added here cannot be forgotten there.
 
 mod batch;
+mod block_cache;
 mod cache;
 mod direct;
 mod ext;
@@ -22,6 +23,7 @@ mod new_file;
 mod part;
 mod platform;
 mod range_lock;
+mod read_ahead;
 mod read_only;
 mod sectors;
 mod tail;
@@ -33,6 +35,7 @@ use std::ops::Range;
 use std::path::Path;
 
 pub use batch::{ReadTransfer, WriteTransfer, read_each, write_each};
+pub use block_cache::{BlockCache, BlockCacheShape, Fetch, Fetched, carried};
 pub use cache::CacheMode;
 pub use direct::DirectStorage;
 pub use ext::StorageExt;
