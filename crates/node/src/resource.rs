@@ -10,6 +10,7 @@ use qcow2_engine::{Error, ErrorKind, Image, Layer, Result, Storage};
 use crate::clone::Begun;
 use crate::guard::guarded;
 use crate::nbd::Serving;
+use crate::streamed::Streamed;
 use crate::tls::Encrypting;
 
 /// An open image. Requests share it; it closes when the last of them is done and JavaScript has released it.
@@ -109,6 +110,8 @@ pub(crate) enum Resource {
     Server(Box<Serving>),
     /// Connections to encrypt.
     Encrypting(Arc<Encrypting>),
+    /// A new image that is read front to back.
+    Streamed(Arc<Streamed>),
 }
 
 impl Resource {
@@ -124,7 +127,7 @@ impl Resource {
                 encrypting.end();
                 Ok(())
             }
-            Self::Storage(_) | Self::Layer(_) | Self::Clone(_) => Ok(()),
+            Self::Storage(_) | Self::Layer(_) | Self::Clone(_) | Self::Streamed(_) => Ok(()),
         }
     }
 }
@@ -184,6 +187,14 @@ impl Resources {
     pub(crate) fn server(&self, number: u32) -> Option<&Serving> {
         match self.held.get(&number) {
             Some(Resource::Server(serving)) => Some(serving),
+            _ => None,
+        }
+    }
+
+    /// The stream of that number.
+    pub(crate) fn streamed(&self, number: u32) -> Option<&Arc<Streamed>> {
+        match self.held.get(&number) {
+            Some(Resource::Streamed(streamed)) => Some(streamed),
             _ => None,
         }
     }
