@@ -201,7 +201,8 @@ const bitmaps: Reader<'all' | 'consistent' | undefined> = (value, name) => {
   return readOptions(value, name, BITMAPS).skipBroken ? 'consistent' : 'all'
 }
 
-const formats: Reader<SourceFormat | readonly (SourceFormat | undefined)[]> = (value, name) =>
+/** Reads {@link ConvertOptions.from}. */
+export const readFormats: Reader<SourceFormat | readonly (SourceFormat | undefined)[]> = (value, name) =>
   Array.isArray(value)
     ? value.map((each, index) => (each === undefined ? undefined : sourceFormat(each, `${name}[${index}]`)))
     : sourceFormat(value, name)
@@ -212,7 +213,7 @@ const OUT_OF_ORDER = ['base', 'salvage', 'start'] as const satisfies readonly (k
 const CONVERT = {
   ...LONG_RUNNING,
   ...SOURCE,
-  from: formats,
+  from: readFormats,
   start: bytes,
   length: bytes,
   salvage: flag,
@@ -408,7 +409,7 @@ async function openSources(
 }
 
 /** What to write for a source that is of a format. */
-function fromAdvice(from: ReadConvert['from'], index: number, sources: number, word: SourceFormat): string {
+export function fromAdvice(from: ReadConvert['from'], index: number, sources: number, word: SourceFormat): string {
   if (sources === 1) return `from: '${word}'`
   const formats = Array.from({ length: sources }, (_, i) => {
     const given = typeof from === 'string' ? from : from?.[i]

@@ -128,6 +128,7 @@ export type SystemErrorCode =
   | 'ESOCKTNOSUPPORT'
   | 'ESPIPE'
   | 'ESRCH'
+  | 'ESTALE'
   | 'ETIMEDOUT'
   | 'ETXTBSY'
   | 'EUNATCH'

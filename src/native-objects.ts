@@ -354,6 +354,23 @@ export interface NativeShape {
   options?: Record<string, boolean | number | string> | undefined
 }
 
+/** What to make a stream of. */
+export interface NativeStreamOrder {
+  shape: NativeShape
+  concurrency?: number | undefined
+  /** Bytes that the plan may take. */
+  maxMemory?: number | undefined
+}
+
+/** A stream that is ready to be read. */
+export interface NativePlannedStream {
+  readonly stream: number
+  readonly byteLength: number
+  readonly virtualSize: number
+  /** One request at a time. */
+  readonly sequential: boolean
+}
+
 export interface NativeConvertJob {
   shape: NativeShape
   compress: boolean

@@ -28,6 +28,7 @@ import type {
   NativeShape,
   NativeSourceFailure,
   NativeSourceOptions,
+  NativeStreamOrder,
   NativeWriting,
 } from './native-objects.js'
 import type { Plan } from './snapshot/types.js'
@@ -164,6 +165,9 @@ export interface Addon {
     inUse: readonly string[],
   ): void
   convertImage(request: number, job: number, images: readonly number[], path: string, order: NativeConvertJob): void
+  /** Tells a `NativePlannedStream`. */
+  planStream(request: number, job: number, images: readonly number[], order: NativeStreamOrder): void
+  readStream(request: number, stream: number, buffer: Uint8Array, position: number, watch?: number): void
   /** Makes the target and takes the point in time; tells the clone's number. */
   beginClone(request: number, job: number, image: number, path: string, order: NativeCloneOrder): void
   /** Copies the rest. The clone's number is gone, however it ends. */

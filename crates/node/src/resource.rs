@@ -11,6 +11,7 @@ use crate::clone::Begun;
 use crate::guard::guarded;
 use crate::nbd::Serving;
 use crate::source::Asking;
+use crate::streamed::Streamed;
 use crate::tls::Encrypting;
 
 /// An open image. Requests share it; it closes when the last of them is done and JavaScript has released it.
@@ -112,6 +113,8 @@ pub(crate) enum Resource {
     Encrypting(Arc<Encrypting>),
     /// Questions to an object.
     Source(Arc<Asking>),
+    /// A new image that is read front to back.
+    Streamed(Arc<Streamed>),
 }
 
 impl Resource {
@@ -131,7 +134,7 @@ impl Resource {
                 asking.end();
                 Ok(())
             }
-            Self::Storage(_) | Self::Layer(_) | Self::Clone(_) => Ok(()),
+            Self::Storage(_) | Self::Layer(_) | Self::Clone(_) | Self::Streamed(_) => Ok(()),
         }
     }
 }
@@ -208,6 +211,14 @@ impl Resources {
     pub(crate) fn server(&self, number: u32) -> Option<&Serving> {
         match self.held.get(&number) {
             Some(Resource::Server(serving)) => Some(serving),
+            _ => None,
+        }
+    }
+
+    /// The stream of that number.
+    pub(crate) fn streamed(&self, number: u32) -> Option<&Arc<Streamed>> {
+        match self.held.get(&number) {
+            Some(Resource::Streamed(streamed)) => Some(streamed),
             _ => None,
         }
     }

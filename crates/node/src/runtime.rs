@@ -22,6 +22,7 @@ use crate::nbd::Serving;
 use crate::pool::{Pool, Task, default_threads};
 use crate::resource::{Handle, Resource, Resources};
 use crate::source::Asking;
+use crate::streamed::Streamed;
 use crate::tls::Encrypting;
 use crate::watch::Watch;
 use crate::watched::Watched;
@@ -114,15 +115,22 @@ impl Runtime {
 
     /// Queues a task for the request of that number. The event loop stays alive until it is delivered.
     pub(crate) fn submit(&self, env: &Env, request: u32, task: Task) -> napi::Result<()> {
-        let submitted = self.pool.submit(request, task);
-        self.expect(env, request, submitted);
+        self.submit_where(env, request, task, false)
+    }
+
+    /// As [`Runtime::submit`]; `waits` as [`Handle::waits`] says.
+    pub(crate) fn submit_where(&self, env: &Env, request: u32, task: Task, waits: bool) -> napi::Result<()> {
+        self.expect(env, request, self.pool_for(waits).submit(request, task));
         Ok(())
+    }
+
+    fn pool_for(&self, waits: bool) -> &Pool {
+        if waits { &self.waiting } else { &self.pool }
     }
 
     /// As [`Runtime::submit`], for one of very many requests; `waits` as [`Handle::waits`] says. Returns whether to begin to [`look`].
     pub(crate) fn submit_soon(&self, env: &Env, request: u32, task: Task, waits: bool) -> napi::Result<bool> {
-        let pool = if waits { &self.waiting } else { &self.pool };
-        self.expect(env, request, pool.submit(request, task));
+        self.expect(env, request, self.pool_for(waits).submit(request, task));
         let begins = self.watch.requested();
         if begins {
             self.delivery.watch(true);
@@ -168,6 +176,12 @@ impl Runtime {
     pub(crate) fn storage(&self, number: u32) -> napi::Result<Arc<dyn Storage>> {
         let resources = self.resources.borrow();
         resources.storage(number).cloned().ok_or_else(|| napi::Error::from_reason("no such file"))
+    }
+
+    /// The stream of that number.
+    pub(crate) fn streamed(&self, number: u32) -> napi::Result<Arc<Streamed>> {
+        let resources = self.resources.borrow();
+        resources.streamed(number).cloned().ok_or_else(|| napi::Error::from_reason("no such stream"))
     }
 
     /// The connections to encrypt of that number.

@@ -84,7 +84,7 @@ impl Default for CreateOptions {
     }
 }
 
-fn refuse<T>(field: &'static str, message: impl Into<String>) -> Result<T> {
+pub(super) fn refuse<T>(field: &'static str, message: impl Into<String>) -> Result<T> {
     Err(Error::new(ErrorKind::InvalidArgument, message).with_field(field))
 }
 
