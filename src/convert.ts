@@ -1,13 +1,12 @@
 /** Converting between formats and shapes. */
 
-import { SHARING, type SharingOptions, toReadAccess } from './access.js'
+import { toReadAccess } from './access.js'
 import { type Chain, lookAtChain, openChain } from './backing/chain.js'
-import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
+import { convertToStream } from './convert-upload.js'
 import { invalidArgument, Qcow2Error } from './errors.js'
 import {
   can,
   DEFAULT_FORMAT,
-  type Format,
   formatNamed,
   isFormat,
   isPlain,
@@ -19,13 +18,11 @@ import type { NativeConverted, NativeConvertJob, NativeFile } from './native.js'
 import type { NbdSource } from './nbd-source.js'
 import {
   bytes,
+  checkNames,
   flag,
   integer,
-  type Limits,
   LONG_RUNNING,
   type LongRunning,
-  limits,
-  name,
   type Progress,
   type Read,
   type Reader,
@@ -33,7 +30,7 @@ import {
   throwIfAborted,
 } from './options.js'
 import type { RandomAccessSource, RandomPlace } from './random-access.js'
-import { forgetting, type Secrets, secrets } from './secret.js'
+import { forgetting } from './secret.js'
 import {
   type Compression,
   compression,
@@ -46,50 +43,23 @@ import {
   withParent,
 } from './shape.js'
 import {
-  format,
   type ImageSource,
   type Located,
   openFile,
   type PathLike,
   type RemoteLocated,
   release,
-  sourceFormat,
   targetFormat,
   toLocated,
   toPath,
   toRemote,
   toTargetFormat,
 } from './source.js'
+import { fromAdvice, readFormats, SOURCE, type SourceFormat, type SourceOptions } from './source-options.js'
+import { isStreamTarget, type StreamTarget } from './stream-target.js'
 import { runJob } from './support/jobs.js'
-import { encodeText, isText, type Name, shownText } from './text.js'
+import { encodeText, isText, shownText } from './text.js'
 import { type BigIntResults, type Size, sizesIn } from './units.js'
-
-/** What `convert` and `measure` read. */
-export interface SourceOptions extends SharingOptions {
-  /** Format of the source. Default: by its magic; raw, which has none, must be said. */
-  from?: Format | undefined
-  /** What the source may pull in. Default `'deny'`. */
-  references?: ReferencePolicy | undefined
-  /** What opens encrypted layers of the source; of a convert with `existingTarget`, of the target too. */
-  secret?: Secrets | undefined
-  /** Read this internal snapshot, by id or name. */
-  snapshot?: Name | undefined
-  /** What the image may claim before it is refused. */
-  limits?: Limits | undefined
-}
-
-/** The table entries of {@link SourceOptions}. */
-export const SOURCE = {
-  ...SHARING,
-  from: format,
-  references: referencePolicy,
-  secret: secrets,
-  snapshot: name,
-  limits,
-} as const
-
-/** What `convert` reads. */
-export type SourceFormat = Format | StreamFormat
 
 /** Options of {@link convert}. */
 export interface ConvertOptions extends Omit<SourceOptions, 'from'>, LongRunning {
@@ -173,9 +143,9 @@ export interface ConvertOptions extends Omit<SourceOptions, 'from'>, LongRunning
 export interface ConvertResult<N extends number | bigint = number> {
   /** Size of the disk in bytes. */
   readonly virtualSize: N
-  /** Bytes of guest data read from the source, or shared with it by the file system. */
+  /** Bytes of guest data read from the source, or shared with it by the file system. To a target that takes a stream: bytes of that. */
   readonly bytesRead: N
-  /** Bytes of guest data written to the target, as they are stored. */
+  /** Bytes of guest data written to the target, as they are stored. To a target that takes a stream: bytes of that. */
   readonly bytesWritten: N
   /** Milliseconds from the call to the end. */
   readonly durationMs: number
@@ -200,12 +170,6 @@ const bitmaps: Reader<'all' | 'consistent' | undefined> = (value, name) => {
   if (typeof value === 'boolean') return value ? 'all' : undefined
   return readOptions(value, name, BITMAPS).skipBroken ? 'consistent' : 'all'
 }
-
-/** Reads {@link ConvertOptions.from}. */
-export const readFormats: Reader<SourceFormat | readonly (SourceFormat | undefined)[]> = (value, name) =>
-  Array.isArray(value)
-    ? value.map((each, index) => (each === undefined ? undefined : sourceFormat(each, `${name}[${index}]`)))
-    : sourceFormat(value, name)
 
 /** What cannot be done with a disk that is read front to back. */
 const OUT_OF_ORDER = ['base', 'salvage', 'start'] as const satisfies readonly (keyof ConvertOptions)[]
@@ -240,7 +204,8 @@ type ReadConvert = Read<typeof CONVERT>
  * as zeroes is not read. The file has its name only when it is complete: nothing is left of a failure, an abort, or a killed process,
  * except of a file that is written in place (see `overwrite`). An export of an NBD server (`nbdSource`) can be the target, too: it exists, and
  * must be large enough; and so can an object of the caller's with a `write` ({@link RandomAccessSource}), which is as long as the image where it
- * has a `truncate`.
+ * has a `truncate`. What takes a stream ({@link StreamTarget}, `s3Target`) is sent the image as {@link createQcow2Stream} makes it, with the
+ * options of that alone.
  *
  * @throws {@link Qcow2Error} as `open` and `create`; `ERR_QCOW2_INVALID_ARGUMENT` for a target that is also a source, or one that exists and
  *   is too small
@@ -259,19 +224,23 @@ type ReadConvert = Read<typeof CONVERT>
  */
 export function convert(
   source: ImageSource | readonly ImageSource[],
-  target: PathLike | NbdSource | RandomAccessSource,
+  target: PathLike | NbdSource | RandomAccessSource | StreamTarget,
   options: ConvertOptions & { bigint: true },
 ): Promise<ConvertResult<bigint>>
 export function convert(
   source: ImageSource | readonly ImageSource[],
-  target: PathLike | NbdSource | RandomAccessSource,
+  target: PathLike | NbdSource | RandomAccessSource | StreamTarget,
   options: ConvertOptions & BigIntResults,
 ): Promise<ConvertResult>
 export async function convert(
   source: ImageSource | readonly ImageSource[],
-  target: PathLike | NbdSource | RandomAccessSource,
+  target: PathLike | NbdSource | RandomAccessSource | StreamTarget,
   options: ConvertOptions & BigIntResults,
 ): Promise<ConvertResult<number | bigint>> {
+  if (isStreamTarget(target)) {
+    checkNames(options, 'convert', CONVERT)
+    return convertToStream(source, target, options)
+  }
   return await forgetting(() => convertImages(source, target, options))
 }
 
@@ -406,16 +375,6 @@ async function openSources(
     chains.push(chain)
   }
   return chains
-}
-
-/** What to write for a source that is of a format. */
-export function fromAdvice(from: ReadConvert['from'], index: number, sources: number, word: SourceFormat): string {
-  if (sources === 1) return `from: '${word}'`
-  const formats = Array.from({ length: sources }, (_, i) => {
-    const given = typeof from === 'string' ? from : from?.[i]
-    return `'${i === index ? word : (given ?? DEFAULT_FORMAT)}'`
-  })
-  return `from: [${formats.join(', ')}]`
 }
 
 /** Refuses what a disk that is read front to back cannot give. */

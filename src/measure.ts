@@ -2,7 +2,6 @@
 
 import { toReadAccess } from './access.js'
 import { withChain } from './backing/chain.js'
-import { SOURCE, type SourceOptions } from './convert.js'
 import { invalidArgument } from './errors.js'
 import { can, PLAIN_FORMAT, type TargetFormat } from './formats/table.js'
 import type { NativeMeasured, NativeShape } from './native.js'
@@ -10,6 +9,7 @@ import { flag, LONG_RUNNING, type LongRunning, readOptions, throwIfAborted } fro
 import { forgetting } from './secret.js'
 import { type Preallocation, SHAPE, type Shape, shape, toNativeShape } from './shape.js'
 import { type ImageSource, targetFormat, toLocated, toTargetFormat } from './source.js'
+import { SOURCE, type SourceOptions } from './source-options.js'
 import { runJob } from './support/jobs.js'
 import { type BigIntResults, type Size, sizesIn, toBytes } from './units.js'
 

@@ -3,7 +3,6 @@
 import type { Readable } from 'node:stream'
 import { toReadAccess } from './access.js'
 import { openChain } from './backing/chain.js'
-import { fromAdvice, readFormats, SOURCE, type SourceFormat, type SourceOptions } from './convert.js'
 import { emit } from './emission.js'
 import { invalidArgument, Qcow2Error } from './errors.js'
 import { creationOf, DEFAULT_FORMAT, PLAIN_FORMAT, STREAMED_FORMATS, type StreamedFormat } from './formats/table.js'
@@ -13,9 +12,10 @@ import { bytes, LONG_RUNNING, type LongRunning, oneOf, type Read, readOptions, t
 import { forgetting } from './secret.js'
 import { type ReadShape, type Shapes, shape, toTarget } from './shape.js'
 import { type ImageSource, type Located, release, toLocated } from './source.js'
+import { fromAdvice, readFormats, SOURCE, type SourceFormat, type SourceOptions } from './source-options.js'
 import { runJob } from './support/jobs.js'
 import { type ImageOwner, ownerOf } from './support/owner.js'
-import { type Size, safe } from './units.js'
+import { type Size, safe, toSize } from './units.js'
 
 /** Options of {@link createQcow2Stream}. */
 export interface Qcow2StreamOptions extends Omit<SourceOptions, 'from'>, LongRunning {
@@ -34,8 +34,8 @@ export interface Qcow2StreamOptions extends Omit<SourceOptions, 'from'>, LongRun
   start?: Size | undefined
 }
 
-/** The bytes of an image, and how many it emits: from `start` on. */
-export type ImageStream = Readable & { readonly byteLength: number }
+/** The bytes of an image, how many it emits: from `start` on; and the bytes of its disk. */
+export type ImageStream = Readable & { readonly byteLength: number; readonly virtualSize: Size }
 
 const STREAM = {
   ...LONG_RUNNING,
@@ -185,7 +185,8 @@ async function plan(images: readonly number[], read: ReadStream, close: () => Pr
     }
     const ahead = planned.sequential ? 0 : (concurrency ?? 2)
     const report = progressOf(read, planned)
-    return emit({ stream: planned.stream, start, end, ahead, report, close: free }, read)
+    const stream = emit({ stream: planned.stream, start, end, ahead, report, close: free }, read)
+    return Object.assign(stream, { virtualSize: toSize(planned.virtualSize) })
   } catch (error) {
     await release(planned.stream)
     throw error

@@ -15,6 +15,8 @@ import {
   type S3ClientConfig,
 } from '@aws-sdk/client-s3'
 import {
+  compare,
+  convert,
   type Progress,
   type RandomAccessSource,
   type S3SourceOptions,
@@ -24,7 +26,7 @@ import {
   type UploadResult,
 } from 'qcow2'
 import { afterAll, beforeAll, beforeEach, describe, expect, it } from 'vitest'
-import { failure, temporaryFolder } from '../api/fixtures.js'
+import { failure, temporaryFolder, writeRaw } from '../api/fixtures.js'
 import { altered, cut, type Fault, FaultProxy, mute, reset, status } from './proxy.js'
 import { hasS3, S3_CREDENTIALS, type Serving, startS3 } from './servers.js'
 
@@ -390,6 +392,59 @@ describe.skipIf(!hasS3())('S3', () => {
     expect(ahead).toBeLessThanOrEqual(3 * PART + MIB)
     expect(told).toHaveLength(7)
     expect(told.at(-1)).toMatchObject({ phase: 'upload', current: 32 * MIB, total: 32 * MIB })
+  })
+
+  it('is what a disk is converted into, and from', async () => {
+    const raw = writeRaw(join(folder, 'disk.raw'), 64 * MIB, [
+      [0, MIB],
+      [40 * MIB, 12 * MIB],
+    ])
+    const key = fresh()
+    const told: Progress[] = []
+    const onProgress = (progress: Progress) => void told.push(progress)
+    const options = { from: 'raw', to: 'qcow2' } as const
+    const done = await convert(raw, target(key), { ...options, onProgress })
+    expect(done.virtualSize).toBe(64 * MIB)
+    expect(done.bytesWritten).toBeGreaterThan(13 * MIB)
+    expect(told.at(-1)).toMatchObject({ phase: 'convert', current: 64 * MIB, total: 64 * MIB })
+    proxy.reset()
+    const object = await source(key)
+    expect(object.size).toBe(done.bytesWritten)
+    expect(await compare(object, raw, { formatB: 'raw' })).toMatchObject({ identical: true })
+    expect(new Set(proxy.seen).size).toBe(proxy.seen.length)
+    // From store to store, nothing of it on a disk.
+    const copy = fresh()
+    await convert(await source(key), target(copy), { to: 'raw', bigint: true })
+    expect(await compare(await source(copy), raw, { formatA: 'raw', formatB: 'raw' })).toMatchObject({
+      identical: true,
+    })
+    await expect(convert(raw, target(key), options)).rejects.toMatchObject({ code: 'EEXIST' })
+    for (const [more, field] of [
+      [{ to: 'vhdx' }, 'to'],
+      [{ compress: true }, 'compress'],
+      [{ overwrite: true }, 'overwrite'],
+      [{ encrypt: {} }, 'encrypt'],
+      [{ create: { preallocation: 'full' } }, 'preallocation'],
+    ] as const) {
+      const refused = convert(raw, target('x'), { ...options, ...more } as never)
+      await expect(refused, field).rejects.toMatchObject({ code: 'ERR_QCOW2_INVALID_ARGUMENT', field })
+    }
+    const controller = new AbortController()
+    const stopped = fresh()
+    proxy.always = on(/partNumber/, exchange => {
+      mute(exchange)
+      controller.abort()
+    })
+    const { signal } = controller
+    await expect(convert(raw, target(stopped), { ...options, signal })).rejects.toMatchObject({ name: 'AbortError' })
+    await nothingLeft(stopped)
+    // A source that breaks off is the error, and leaves no object.
+    const broken = { size: 64 * MIB, read: () => Promise.reject(new Error('gone')), name: 'mine' }
+    await expect(convert(broken, target(stopped), options)).rejects.toMatchObject({
+      code: 'ERR_QCOW2_IO',
+      path: 'mine',
+    })
+    await nothingLeft(stopped)
   })
 
   it.skipIf(process.platform === 'win32')('says which package is missing', () => {

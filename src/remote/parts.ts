@@ -13,6 +13,11 @@ export const byteStream: Reader<AsyncIterable<Uint8Array>> = (value, name) => {
   throw invalidArgument(name, `${name} must be a stream of bytes (a Readable), not ${describe(value)}`)
 }
 
+/** What becomes of a stream is heard where it is read: until then, and when nobody reads it any more, its error must not end the process. */
+export function hush(stream: object): void {
+  if ('on' in stream && typeof stream.on === 'function') stream.on('error', () => {})
+}
+
 /** Parts of a stream, each of `size` bytes but for the last one. */
 export class Parts {
   /** Bytes that were taken from the stream. */
@@ -57,8 +62,6 @@ export class Parts {
     if (this.#ended) return
     this.#ended = true
     const stream: object = this.#stream
-    // A stream whose error nobody awaits any more must not end the process.
-    if ('on' in stream && typeof stream.on === 'function') stream.on('error', () => {})
     if ('destroy' in stream && typeof stream.destroy === 'function') {
       stream.destroy(error instanceof Error ? error : undefined)
     } else Promise.resolve(this.#iterator.return?.()).catch(() => {})

@@ -4,7 +4,7 @@ import { invalidArgument, Qcow2Error } from '../errors.js'
 import { ABORTABLE, bytes, callback, flag, integer, type Progress, type Reader, readOptions } from '../options.js'
 import type { StreamTarget, UploadOptions, UploadResult } from '../stream-target.js'
 import { describe, type Size } from '../units.js'
-import { byteStream } from './parts.js'
+import { byteStream, hush } from './parts.js'
 import { REMOTE_TIMES, type RemoteTimes, toPatience } from './retry.js'
 import { S3Object } from './s3-object.js'
 import { nameOf, type ReadS3Place, S3_PLACE, type S3Place, toS3Place } from './s3-place.js'
@@ -100,6 +100,7 @@ class S3Target implements StreamTarget {
 
   async upload(stream: AsyncIterable<Uint8Array>, options?: UploadOptions): Promise<UploadResult> {
     const taken = byteStream(stream, 'upload: bytes')
+    hush(taken)
     const { signal, byteLength, onProgress } = readOptions(options, 'upload', UPLOAD)
     const { overwrite = false, concurrency = CONCURRENCY, parameters = {} } = this.#options
     const partSize = this.#partSize(byteLength)
