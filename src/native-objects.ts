@@ -400,6 +400,8 @@ export interface NativeConvertJob {
 }
 
 export interface NativeCloneOrder {
+  /** Number of the open file that the copy is made in, if that is not a new one. */
+  targetFile?: number | undefined
   shape: NativeShape
   compress: boolean
   level?: number | undefined
