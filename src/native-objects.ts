@@ -357,6 +357,9 @@ export interface NativeShape {
 /** What to make a stream of. */
 export interface NativeStreamOrder {
   shape: NativeShape
+  compress: boolean
+  level?: number | undefined
+  smallWindow: boolean
   concurrency?: number | undefined
   /** Bytes that the plan may take. */
   maxMemory?: number | undefined
