@@ -4,7 +4,7 @@ import type { ConvertOptions, ConvertResult } from './convert.js'
 import { invalidArgument } from './errors.js'
 import { isStreamed, quoted, STREAMED_FORMATS } from './formats/table.js'
 import type { Progress } from './options.js'
-import { createQcow2Stream, type Qcow2StreamOptions } from './qcow2-stream.js'
+import { createQcow2Stream, type ImageStream, type Qcow2StreamOptions } from './qcow2-stream.js'
 import { type ImageSource, targetFormat, toTargetFormat } from './source.js'
 import type { StreamTarget } from './stream-target.js'
 import { type BigIntResults, sizesIn } from './units.js'
@@ -13,6 +13,7 @@ import { type BigIntResults, sizesIn } from './units.js'
 const STREAMED = [
   'from',
   'to',
+  'compress',
   'create',
   'references',
   'secret',
@@ -34,28 +35,27 @@ export async function convertToStream(
   options: ConvertOptions & BigIntResults,
 ): Promise<ConvertResult<number | bigint>> {
   const begin = performance.now()
-  const { from, to, create, references, secret, snapshot, limits, locking, forceShare } = refuseOthers(options)
-  const { concurrency, signal, onProgress, bigint } = options
+  const { from, to, compress, create, references, secret, snapshot, limits, locking, forceShare } =
+    refuseOthers(options)
+  const { concurrency, signal, onProgress, progressInterval, bigint } = options
   const format = toTargetFormat('convert', to === undefined ? undefined : targetFormat(to, 'convert: to'))
   if (!isStreamed(format)) {
     const message = `convert: a ${format} image is not made front to back: the target is a stream, which can be one of ${quoted(STREAMED_FORMATS)}`
     throw invalidArgument('to', message)
   }
   const reading = { from, references, secret, snapshot, limits, locking, forceShare, concurrency, signal }
+  const progress = new UploadProgress(onProgress)
   const stream = await createQcow2Stream(source, {
     ...reading,
+    ...progress.counting(progressInterval),
     to: format,
+    compress,
     // Its reader refuses what the format does not have.
     create: create as Qcow2StreamOptions['create'],
   })
   // The target hears of what fails when it reads.
   stream.on('error', () => {})
   const { byteLength, virtualSize } = stream
-  const scale = byteLength === 0 ? 0 : Number(virtualSize) / byteLength
-  const told = ({ current }: Progress): unknown => {
-    const done = current === byteLength ? Number(virtualSize) : Math.floor(current * scale)
-    return onProgress?.({ phase: 'convert', current: done, total: Number(virtualSize), steps: [done] })
-  }
   try {
     const size = sizesIn(bigint)
     const whole = size(virtualSize, 'convert: virtualSize')
@@ -69,6 +69,44 @@ export async function convertToStream(
   } finally {
     // A target that leaves some of it holds nothing open.
     stream.destroy()
+  }
+}
+
+/** The progress in bytes of guest data: of what is compressed, and so counted first, that is the first half. */
+class UploadProgress {
+  readonly #onProgress: ConvertOptions['onProgress']
+  #counted = 0
+  #sending = false
+
+  constructor(onProgress: ConvertOptions['onProgress']) {
+    this.#onProgress = onProgress
+  }
+
+  /** Of making the stream. */
+  counting(progressInterval: number | undefined): Pick<ConvertOptions, 'onProgress' | 'progressInterval'> {
+    const onProgress = this.#onProgress
+    if (onProgress === undefined) return {}
+    const told = (progress: Progress): unknown => {
+      // What was emitted is not sent yet.
+      if (this.#sending) return undefined
+      this.#counted = progress.total / 2
+      return onProgress({ ...progress, phase: 'convert' })
+    }
+    return { onProgress: told, progressInterval }
+  }
+
+  /** Of sending it. */
+  sending({ byteLength, virtualSize }: ImageStream): Pick<ConvertOptions, 'onProgress'> {
+    const onProgress = this.#onProgress
+    if (onProgress === undefined) return {}
+    this.#sending = true
+    const size = Number(virtualSize)
+    const told = ({ current }: Progress): unknown => {
+      const sent = current === byteLength ? size : Math.floor((current / byteLength) * size)
+      const done = this.#counted + sent
+      return onProgress({ phase: 'convert', current: done, total: this.#counted + size, steps: [done] })
+    }
+    return { onProgress: told }
   }
 }
 

@@ -3,7 +3,7 @@
 import { toReadAccess } from './access.js'
 import { type Chain, lookAtChain, openChain } from './backing/chain.js'
 import { convertToStream } from './convert-upload.js'
-import { invalidArgument, Qcow2Error } from './errors.js'
+import { invalidArgument } from './errors.js'
 import {
   can,
   DEFAULT_FORMAT,
@@ -30,6 +30,7 @@ import {
   throwIfAborted,
 } from './options.js'
 import type { RandomAccessSource, RandomPlace } from './random-access.js'
+import { isSource, nameOf, openTargetFile, refuseNew } from './remote-target.js'
 import { forgetting } from './secret.js'
 import {
   type Compression,
@@ -47,7 +48,6 @@ import {
   type Located,
   openFile,
   type PathLike,
-  type RemoteLocated,
   release,
   targetFormat,
   toLocated,
@@ -255,7 +255,7 @@ async function convertImages(
   const remote = toRemote(target, 'target')
   const place = remote ?? { path: toPath(target, 'target') }
   const read = readOptions(options, 'convert', CONVERT)
-  if (remote !== undefined) refuseNew(remote, read)
+  if (remote !== undefined) refuseNew('convert', remote, read)
   const order = toOrder(read, located.length)
   throwIfAborted(read.signal)
   const begin = performance.now()
@@ -273,7 +273,10 @@ async function convertImages(
     const onto =
       order.existing && read.to !== undefined && !isPlain(read.to) ? await openTarget(place, inUse, read) : undefined
     if (onto !== undefined) images.push(onto)
-    const targetFile = onto === undefined && remote !== undefined ? await openRemote(remote, inUse, read) : undefined
+    const targetFile =
+      onto === undefined && remote !== undefined
+        ? await openTargetFile('convert', remote, inUse, read.signal)
+        : undefined
     if (targetFile !== undefined) files.push(targetFile)
     const path = 'path' in place ? place.path : nameOf(place)
     const sources = chains.map(chain => chain.image)
@@ -297,36 +300,6 @@ async function convertImages(
   } finally {
     await Promise.all([...images, ...files].map(number => release(number)))
   }
-}
-
-/** What errors call a target that is no file. */
-const nameOf = (remote: RemoteLocated): string => ('nbd' in remote ? remote.nbd.uri : remote.random.name)
-
-/** An export, and an object that has bytes, is there: what would make it anew says that it may be written over. */
-function refuseNew(remote: RemoteLocated, { existingTarget, overwrite, create }: ReadConvert): void {
-  const what = 'nbd' in remote ? 'export' : 'source'
-  const isEmpty = 'random' in remote && remote.random.size === 0
-  if (!existingTarget && !overwrite && !isEmpty) {
-    const path = nameOf(remote)
-    const message = `EEXIST: the ${what} exists: say overwrite: true, or existingTarget: true, open '${path}'`
-    throw new Qcow2Error('EEXIST', message, { path, syscall: 'open' })
-  }
-  if (create?.dataFile !== undefined) {
-    throw invalidArgument('dataFile', `convert: an image in what is no file has no external data file`)
-  }
-}
-
-/** Opens what is no file and a disk is made in, which is none of what is read. */
-async function openRemote(located: RemoteLocated, inUse: readonly string[], { signal }: ReadConvert): Promise<number> {
-  const { file, identity, path } = await openFile(located, { writable: true }, signal)
-  if (identity === undefined || !inUse.includes(identity)) return file
-  await release(file)
-  throw isSource(path)
-}
-
-function isSource(path: string | undefined): Qcow2Error {
-  const message = `convert: ${path === undefined ? 'the target' : `'${path}'`} is also a source of this operation`
-  return new Qcow2Error('ERR_QCOW2_INVALID_ARGUMENT', message, { path, field: 'target' })
 }
 
 function toResult(
@@ -435,7 +408,7 @@ class Counting {
 async function openTarget(located: Located, inUse: readonly string[], read: ReadConvert): Promise<number> {
   const { references, secret, limits, signal } = read
   const { identity, path } = 'random' in located ? known(located.random) : await lookAt(located, signal)
-  if (identity !== undefined && inUse.includes(identity)) throw isSource(path)
+  if (identity !== undefined && inUse.includes(identity)) throw isSource('convert', path)
   const access = { ...toReadAccess({ locking: read.locking }), write: {} }
   return (await openChain(located, { format: read.to, references, secret, limits, signal, access })).image
 }

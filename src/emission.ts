@@ -23,7 +23,7 @@ export interface Emitted {
   /** Requests at the same time. */
   readonly ahead: number
   /** Tells how many of its bytes are there. */
-  readonly report: ((emitted: number) => void) | undefined
+  readonly report: ((emitted: number) => unknown) | undefined
   /** Frees everything, once. */
   close(): Promise<void>
 }
@@ -65,7 +65,9 @@ export function emit(emitted: Emitted, { signal, progressInterval }: LongRunning
   /** Whether the caller could be told. */
   const tell = (): boolean => {
     try {
-      emitted.report?.(done - emitted.start)
+      const returned = emitted.report?.(done - emitted.start)
+      // Of a stream that is gone nobody hears.
+      Promise.resolve(returned).catch((error: unknown) => readable.destroy(toThrown(error)))
       return true
     } catch (error) {
       readable.destroy(toThrown(error))

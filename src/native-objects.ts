@@ -357,6 +357,9 @@ export interface NativeShape {
 /** What to make a stream of. */
 export interface NativeStreamOrder {
   shape: NativeShape
+  compress: boolean
+  level?: number | undefined
+  smallWindow: boolean
   concurrency?: number | undefined
   /** Bytes that the plan may take. */
   maxMemory?: number | undefined
@@ -400,6 +403,8 @@ export interface NativeConvertJob {
 }
 
 export interface NativeCloneOrder {
+  /** Number of the open file that the copy is made in, if that is not a new one. */
+  targetFile?: number | undefined
   shape: NativeShape
   compress: boolean
   level?: number | undefined

@@ -8,9 +8,18 @@ import { invalidArgument, Qcow2Error } from './errors.js'
 import { creationOf, DEFAULT_FORMAT, PLAIN_FORMAT, STREAMED_FORMATS, type StreamedFormat } from './formats/table.js'
 import type { Image } from './image.js'
 import type { NativePlannedStream } from './native.js'
-import { bytes, LONG_RUNNING, type LongRunning, oneOf, type Read, readOptions, throwIfAborted } from './options.js'
+import {
+  bytes,
+  LONG_RUNNING,
+  type LongRunning,
+  oneOf,
+  type Progress,
+  type Read,
+  readOptions,
+  throwIfAborted,
+} from './options.js'
 import { forgetting } from './secret.js'
-import { type ReadShape, type Shapes, shape, toTarget } from './shape.js'
+import { type Compression, compression, type ReadShape, type Shapes, shape, type Target, toTarget } from './shape.js'
 import { type ImageSource, type Located, release, toLocated } from './source.js'
 import { fromAdvice, readFormats, SOURCE, type SourceFormat, type SourceOptions } from './source-options.js'
 import { runJob } from './support/jobs.js'
@@ -22,9 +31,15 @@ export interface Qcow2StreamOptions extends Omit<SourceOptions, 'from'>, LongRun
   /** Format of the source, or one for each of several: as {@link ConvertOptions.from}. Not for an open image. */
   from?: SourceFormat | readonly (SourceFormat | undefined)[] | undefined
   /**
-   * Format of the stream. Default `'qcow2'`. `'raw'` is the disk, zeroes and all; `'vpc'` a fixed VHD, which is that and a footer.
+   * Format of the stream. Default `'qcow2'`. `'raw'` is the disk, zeroes and all; `'vpc'` a fixed VHD, which is that and a footer; `'vmdk'`
+   * a streamOptimized image, which is always compressed.
    */
   to?: StreamedFormat | undefined
+  /**
+   * Compress every cluster that shrinks, and leave out what is zero; qcow2 and vmdk only. The tables in front of the data need the length of
+   * each cluster, so that everything is read and compressed twice: once before the promise resolves, to count, and once as it is emitted.
+   */
+  compress?: boolean | Compression | undefined
   /** Shape of the image, as far as it is one file that has no key and no more room than it needs. */
   create?: Shapes[StreamedFormat] | undefined
   /**
@@ -42,6 +57,7 @@ const STREAM = {
   ...SOURCE,
   from: readFormats,
   to: oneOf(...STREAMED_FORMATS),
+  compress: compression,
   create: shape,
   start: bytes,
 } as const
@@ -56,8 +72,9 @@ const OF_FILES = ['from', 'references', 'secret', 'snapshot', 'locking', 'forceS
 /**
  * The disk of an image, or of several one behind the other, as a stream of a new image, the header first: nothing is written to a file, and
  * how long it is is known before the first byte. Its bytes depend on the disk alone, and are the same in each run, so that what was
- * interrupted goes on at `start`. Only the map of the source decides what is stored, so that nothing is read before it is sent; what it
- * has nothing of is left out of the image. Memory is bounded by what is read ahead, a few MiB, and by the map: `limits.maxMemory`.
+ * interrupted goes on at `start`. Without `compress`, only the map of the source decides what is stored, so that nothing is read before it is
+ * sent. Memory is bounded by what is read ahead, a few MiB, and by the plan: 16 bytes for each run of the map, 4 for each cluster that is
+ * compressed, at most `limits.maxMemory`.
  *
  * The source must not change meanwhile: what is emitted is what is read when its turn comes. Of a disk that is in use, an internal snapshot
  * or {@link Image.clone} has one moment. The stream holds its source open until it has ended or was destroyed; closing an image that it
@@ -163,8 +180,9 @@ const closed = (): Qcow2Error => new Qcow2Error('ERR_QCOW2_CLOSED', 'the image w
 /** Plans the stream of open images; `close` gives them up when it has ended. */
 async function plan(images: readonly number[], read: ReadStream, close: () => Promise<void>): Promise<ImageStream> {
   const { concurrency, limits, signal, start = 0 } = read
-  const order = { shape: toShape(read), concurrency, maxMemory: limits?.maxMemory }
-  const planned = await runJob<NativePlannedStream>('stream', { signal }, (request, job, addon) =>
+  const order = { ...toTargetOf(read), concurrency, maxMemory: limits?.maxMemory }
+  const progress = new StreamProgress(read)
+  const planned = await runJob<NativePlannedStream>('stream', progress.counting(), (request, job, addon) =>
     addon.planStream(request, job, images, order),
   )
   const free = async (): Promise<void> => {
@@ -184,7 +202,7 @@ async function plan(images: readonly number[], read: ReadStream, close: () => Pr
       )
     }
     const ahead = planned.sequential ? 0 : (concurrency ?? 2)
-    const report = progressOf(read, planned)
+    const report = progress.emitting(planned)
     const stream = emit({ stream: planned.stream, start, end, ahead, report, close: free }, read)
     return Object.assign(stream, { virtualSize: toSize(planned.virtualSize) })
   } catch (error) {
@@ -193,27 +211,52 @@ async function plan(images: readonly number[], read: ReadStream, close: () => Pr
   }
 }
 
-/** The progress in bytes of guest data, as jobs have it: the part of the disk that the emitted part of the file is of the file. */
-function progressOf(
-  { onProgress, start = 0 }: ReadStream,
-  { byteLength, virtualSize }: NativePlannedStream,
-): ((emitted: number) => void) | undefined {
-  if (onProgress === undefined) return undefined
-  const length = byteLength - start
-  return emitted => {
-    const current = length === 0 ? virtualSize : Math.floor((emitted / length) * virtualSize)
-    onProgress({ phase: 'stream', current, total: virtualSize, steps: [] })
+/** The progress in bytes of guest data, as jobs have it; what is counted first, and read for that, is the first half. */
+class StreamProgress {
+  readonly #read: ReadStream
+  /** Bytes that were counted. */
+  #counted = 0
+
+  constructor(read: ReadStream) {
+    this.#read = read
+  }
+
+  /** Of the plan, which calls back only where it counts. */
+  counting(): LongRunning {
+    const { onProgress, progressInterval, signal } = this.#read
+    if (onProgress === undefined) return { signal }
+    const first = ({ phase, current, total, steps }: Progress): unknown => {
+      if (total === 0) return undefined
+      this.#counted = total
+      return onProgress({ phase, current, total: 2 * total, steps })
+    }
+    return { signal, progressInterval, onProgress: first }
+  }
+
+  /** Of what is emitted: the part of the disk that it is of the file. */
+  emitting({ byteLength, virtualSize }: NativePlannedStream): ((emitted: number) => unknown) | undefined {
+    const { onProgress, start = 0 } = this.#read
+    if (onProgress === undefined) return undefined
+    const length = byteLength - start
+    return emitted => {
+      const current = length === 0 ? virtualSize : Math.floor((emitted / length) * virtualSize)
+      const total = this.#counted + virtualSize
+      return onProgress({ phase: 'stream', current: this.#counted + current, total, steps: [] })
+    }
   }
 }
 
-/** The shape, as what of its format can be written front to back. */
-function toShape({ to = DEFAULT_FORMAT, create }: ReadStream) {
+/** What is made, in the shape of its format that can be written front to back. */
+function toTargetOf({ to = DEFAULT_FORMAT, create, compress }: ReadStream): Target {
   if (create?.encrypt !== undefined) {
     const message = `${OWNER}: a stream is the same in each run, and a key is not: convert to a file to encrypt`
     throw invalidArgument('encrypt', message)
   }
+  if (create?.backingFile !== undefined) {
+    throw invalidArgument('backingFile', `${OWNER}: a stream holds the whole disk: it has no backing file`)
+  }
   const { streamed } = creationOf(to)
   const free = create?.subformat === undefined && create?.preset === undefined
   const shape: ReadShape = typeof streamed === 'string' && free ? { ...create, subformat: streamed } : { ...create }
-  return toTarget(OWNER, to, shape, undefined).shape
+  return toTarget(OWNER, to, shape, compress)
 }

@@ -1,7 +1,7 @@
 /** New images as streams, judged by QEMU, by this library's own check, and by what a file of the same disk holds. */
 
 import { randomBytes } from 'node:crypto'
-import { statSync, truncateSync, writeFileSync } from 'node:fs'
+import { closeSync, openSync, statSync, truncateSync, writeFileSync, writeSync } from 'node:fs'
 import { join } from 'node:path'
 import { Writable } from 'node:stream'
 import { buffer as collect } from 'node:stream/consumers'
@@ -25,10 +25,16 @@ const RUNS = [
 ] as const
 const DISK = Buffer.alloc(SIZE)
 for (const [start, length] of RUNS) pattern(start, length).copy(DISK, start)
+/** What does not shrink: it makes a compressed image as long as a chunk, at least. */
+const NOISE = randomBytes(MIB + 3000)
+NOISE.copy(DISK, 4 * MIB)
 const raw = at('disk.raw')
 
 beforeAll(async () => {
   writeRaw(raw, SIZE, RUNS)
+  const file = openSync(raw, 'r+')
+  writeSync(file, NOISE, 0, NOISE.length, 4 * MIB)
+  closeSync(file)
   await convert(raw, at('disk.qcow2'), { from: 'raw', to: 'qcow2', compress: true })
 })
 
@@ -40,6 +46,21 @@ const SHAPES: readonly (Qcow2StreamOptions & { readonly name: string })[] = [
   { name: 'extended L2 entries', create: { extendedL2: true, clusterSize: 16384 } },
   { name: 'refcounts of a bit', create: { refcountBits: 1 } },
   { name: 'refcounts of 64 bits', create: { refcountBits: 64, lazyRefcounts: true, clusterSize: 1024 } },
+  { name: 'compressed', compress: true },
+  {
+    name: 'compressed by zstd',
+    compress: { type: 'zstd', level: 1 },
+    create: { clusterSize: 4096, extendedL2: false },
+  },
+  {
+    name: 'compressed beside subclusters',
+    compress: true,
+    create: { extendedL2: true, clusterSize: 16384 },
+    concurrency: 1,
+  },
+  { name: 'compressed with refcounts of a bit', compress: true, create: { refcountBits: 1, clusterSize: 512 } },
+  { name: 'streamOptimized VMDK', to: 'vmdk' },
+  { name: 'streamOptimized VMDK for ESXi', to: 'vmdk', create: { preset: 'esxi' }, compress: { level: 1 } },
   { name: 'raw', to: 'raw' },
   { name: 'fixed VHD', to: 'vpc', create: { forceSize: true } },
   { name: 'fixed VHD of whole cylinders', to: 'vpc' },
@@ -67,7 +88,7 @@ describeWithQemu('createQcow2Stream and QEMU', () => {
     }
     expect(await compare(path, raw, { formatA: to, formatB: 'raw' })).toMatchObject({ identical: true })
     expect((await made(shape)).equals(bytes)).toBe(true)
-    for (const start of [1, 511, 65_536, MIB - 1, bytes.length - 513, bytes.length]) {
+    for (const start of [1, 511, 65_536, Math.min(MIB - 1, bytes.length), bytes.length - 513, bytes.length]) {
       expect((await made({ ...shape, start })).equals(bytes.subarray(start)), `start ${start}`).toBe(true)
     }
   })
@@ -167,6 +188,30 @@ describe('a stream', () => {
     expect(seen.toSorted((a, b) => a - b)).toEqual(seen)
   })
 
+  it('that is compressed counts first, and is half done then', async () => {
+    const seen: [number, number][] = []
+    const onProgress = ({ current, total }: { current: number; total: number }) => void seen.push([current, total])
+    const controller = new AbortController()
+    await collect(await createQcow2Stream(at('disk.qcow2'), { compress: true, onProgress, signal: controller.signal }))
+    expect(seen).toContainEqual([SIZE, 2 * SIZE])
+    expect(seen.at(-1)).toEqual([2 * SIZE, 2 * SIZE])
+    expect(seen.toSorted(([a], [b]) => a - b)).toEqual(seen)
+    // Nor is anything counted that cannot be stored.
+    const large = at('zeroes.raw')
+    writeFileSync(large, '')
+    truncateSync(large, 2 ** 40)
+    const counting = createQcow2Stream(large, { from: 'raw', create: { clusterSize: 512 }, compress: true })
+    expect((await failure(() => counting)).code).toBe('ERR_QCOW2_LIMIT')
+    const stopped = createQcow2Stream(raw, {
+      from: 'raw',
+      compress: { level: 12 },
+      create: { clusterSize: 2 * MIB },
+      signal: controller.signal,
+    })
+    controller.abort()
+    await expect(stopped).rejects.toMatchObject({ name: 'AbortError' })
+  })
+
   it('ends by a signal, by destroy, by a progress that fails, and holds nothing then', async () => {
     const controller = new AbortController()
     const path = at('disk.qcow2')
@@ -224,6 +269,10 @@ describe('a stream', () => {
     [{ create: { encrypt: { secret: 'x' } } }, 'ERR_QCOW2_INVALID_ARGUMENT', 'encrypt'],
     [{ to: 'raw', create: { preallocation: 'full' } }, 'ERR_QCOW2_INVALID_ARGUMENT', 'preallocation'],
     [{ to: 'vpc', create: { subformat: 'dynamic' } }, 'ERR_QCOW2_UNSUPPORTED_FEATURE', 'to'],
+    [{ to: 'vmdk', create: { subformat: 'monolithicSparse' } }, 'ERR_QCOW2_UNSUPPORTED_FEATURE', 'subformat'],
+    [{ to: 'raw', compress: true }, 'ERR_QCOW2_INVALID_ARGUMENT', 'compress'],
+    [{ to: 'vpc', compress: true }, 'ERR_QCOW2_INVALID_ARGUMENT', 'compress'],
+    [{ compress: { level: 13 } }, 'ERR_QCOW2_INVALID_ARGUMENT', 'level'],
     [{ to: 'vdi' }, 'ERR_QCOW2_INVALID_ARGUMENT', 'to'],
     [{ start: 2 ** 40 }, 'ERR_QCOW2_INVALID_ARGUMENT', 'start'],
     [{ references: 'layer' }, 'ERR_QCOW2_INVALID_ARGUMENT', 'references'],

@@ -421,7 +421,7 @@ describe.skipIf(!hasS3())('S3', () => {
     await expect(convert(raw, target(key), options)).rejects.toMatchObject({ code: 'EEXIST' })
     for (const [more, field] of [
       [{ to: 'vhdx' }, 'to'],
-      [{ compress: true }, 'compress'],
+      [{ rate: 1000 }, 'rate'],
       [{ overwrite: true }, 'overwrite'],
       [{ encrypt: {} }, 'encrypt'],
       [{ create: { preallocation: 'full' } }, 'preallocation'],

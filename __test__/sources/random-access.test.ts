@@ -344,6 +344,24 @@ describe('a RandomAccessSource that is written to', () => {
     }
   })
 
+  it('is the target of a live clone, which has the disk of one moment', async () => {
+    const live = name('qcow2')
+    await convert(disk, live, { to: 'qcow2' })
+    await using image = await open(live, { flags: 'r+' })
+    const memory = new MemorySource(Buffer.of())
+    const target = memory.writable()
+    const written = () => image.write(Buffer.alloc(MIB, 9), { position: 16 * MIB })
+    await image.clone(target, { to: 'qcow2', onPointInTime: written })
+    expect(await compare(target, disk)).toMatchObject({ identical: true })
+    expect(await byte(image, 16 * MIB)).toBe(9)
+    await expect(image.clone(target, { to: 'raw' })).rejects.toMatchObject({ code: 'EEXIST' })
+    await image.clone(target, { to: 'raw', overwrite: true })
+    expect([memory.size, memory.bytes[16 * MIB]]).toEqual([24 * MIB, 9])
+    expect(memory.count('close')).toBe(3)
+    const failing: RandomAccessSource = { ...target, size: 0, write: () => Promise.reject(new Error('gone')) }
+    await expect(image.clone(failing, { to: 'qcow2' })).rejects.toMatchObject({ cause: { message: 'gone' } })
+  })
+
   it('takes writes, snapshots and another size, and what it fails with is told', async () => {
     const memory = source()
     const image = await open(memory.writable(), { flags: 'r+' })

@@ -119,8 +119,8 @@ export type Format = 'qcow2' | 'raw' | 'qcow' | 'luks' | 'vdi' | 'vpc' | 'parall
 /** The formats that new images are made in. `luks` is LUKS of version 1 then. */
 export type TargetFormat = 'qcow2' | 'raw' | 'qcow' | 'luks' | 'vdi' | 'vpc' | 'parallels' | 'vhdx' | 'vmdk'
 
-/** The formats that streams are made in: `vpc` is a fixed VHD then. */
-export type StreamedFormat = 'qcow2' | 'raw' | 'vpc'
+/** The formats that streams are made in: `vpc` is a fixed VHD then, `vmdk` streamOptimized. */
+export type StreamedFormat = 'qcow2' | 'raw' | 'vpc' | 'vmdk'
 
 /** Compressed files, by the names of their tools: what they hold is a raw disk, which `convert` reads front to back. */
 export type StreamFormat = 'gzip' | 'xz' | 'zstd'
@@ -342,6 +342,7 @@ const FORMATS: Table & Readonly<Record<FormatName, Row>> = {
           'twoGbMaxExtentFlat',
           'streamOptimized',
         ],
+        streamed: 'streamOptimized',
         backingFormat: 'vmdk',
       },
     },

@@ -10,7 +10,7 @@ use qcow2_engine::convert::{Compression, ConvertOptions, Delta, Window};
 use qcow2_engine::encryption::Encryption;
 use qcow2_engine::files::{self, Destination, NewDisk, Target};
 use qcow2_engine::salvage::Unreadable;
-use qcow2_engine::{Image, Job, Result, Storage, StorageExt};
+use qcow2_engine::{Image, Job, Result, Storage};
 
 use crate::create::target;
 use crate::job::{Lane, Ticket};
@@ -159,10 +159,6 @@ impl ConvertJob {
             Place::Image(handle) => handle.run(|image| order.run(Destination::Image(image), job))?,
             Place::Storage(storage) => {
                 let disk = self.new_disk(&order, None, encryption, job)?;
-                if !storage.traits().block_device {
-                    // As a file that is opened to be written anew.
-                    storage.resize(0)?;
-                }
                 order.run(Destination::Storage(storage, disk), job)?
             }
             Place::File(target) if self.existing => {

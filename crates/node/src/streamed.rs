@@ -1,10 +1,12 @@
 //! New images as streams: planned by a job, then read by whoever sends them on.
 
+use std::num::NonZeroUsize;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
 use napi::bindgen_prelude::{Env, ToNapiValue, Unknown};
 use napi_derive::napi;
+use qcow2_engine::convert::{Compression, Window};
 use qcow2_engine::format::Limits;
 use qcow2_engine::front_to_back::{FrontToBack, Planning};
 use qcow2_engine::splice::Splice;
@@ -23,6 +25,12 @@ use crate::shape::{Purpose, Shape};
 pub struct StreamOrder {
     /// The image's.
     pub shape: Shape,
+    /// Compress.
+    pub compress: bool,
+    /// The codec's.
+    pub level: Option<u32>,
+    /// The 4 KiB window of QEMU's writer.
+    pub small_window: bool,
     /// Threads of the planning.
     pub concurrency: Option<u32>,
     /// Bytes that the plan may take.
@@ -63,10 +71,13 @@ impl StreamOrder {
     fn plan(&self, handles: &[Arc<Handle>], job: &Job) -> Result<(Streamed, u64, bool)> {
         let images = handles.iter().map(|handle| handle.image()).collect::<Result<Vec<_>>>()?;
         let max_memory = self.max_memory.map_or_else(|| Limits::default().max_memory, |bytes| bytes as u64);
+        let concurrency = self.concurrency.and_then(|threads| NonZeroUsize::new(threads as usize));
+        let window = if self.small_window { Window::Qemu4KiB } else { Window::Full };
+        let compression = self.compress.then_some(Compression { level: self.level, window });
         let (plan, size, sequential) = with_disk(&images, |source| {
             let size = source.virtual_size();
             let disk = self.shape.new_disk(Purpose { size, path: None, encryption: None, job })?;
-            let plan = disk.front_to_back(&Planning { source, max_memory, job })?;
+            let plan = disk.front_to_back(&Planning { source, compression, concurrency, max_memory, job })?;
             Ok((plan, size, source.is_sequential()))
         })?;
         let waits = handles.iter().any(|handle| handle.waits());

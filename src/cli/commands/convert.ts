@@ -17,6 +17,7 @@ import {
   inspect,
   Qcow2Error,
   type Qcow2SpecificInfo,
+  type Qcow2StreamOptions,
   type Secrets,
   type SourceFormat,
   type TargetFormat,
@@ -51,6 +52,7 @@ import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
 import { sizeArgument } from '../size.js'
 import { exportOf, placeOf, sourceOf, targetSource } from '../sources.js'
+import { STANDARD_OUTPUT, streamedFormat, writeImage } from './convert-stream.js'
 import { addBacking, fromImage } from './create.js'
 
 interface ConvertArguments {
@@ -84,7 +86,9 @@ export function declareConvert(program: Command, run: Runner): void {
   const command = program
     .command('convert')
     .summary('copy an image into another, of any format')
-    .description('Copy a disk image into a new file of a format of your choice. An existing file is replaced.')
+    .description(
+      'Copy a disk image into a new file of a format of your choice. An existing file is replaced. The TARGET - is standard output.',
+    )
     .usage('[options] FILENAME... TARGET')
     .argument('[files...]', 'the image to read (several become one disk) and the file to write')
     .option('-f, --source-format <fmt>', `format of FILENAME: ${READ} (default: what it looks like)`)
@@ -175,6 +179,7 @@ async function convertFiles(files: readonly string[], given: ConvertArguments, s
   }
   const sources = files.slice(0, -1)
   if (sources.length === 0 || target === undefined) throw new CommandFailure('Must specify image file name')
+  if (target === STANDARD_OUTPUT) return streamNamed(sources, given, session)
   await convertNamed(sources, target, given, session)
   return 0
 }
@@ -248,6 +253,32 @@ async function convertNamed(
   } catch (error) {
     if (session.signal.aborted || error instanceof CommandFailure) throw error
     throw unlockFailure([...sources, target], error, session) ?? worded(target, to, parts.base, error)
+  }
+}
+
+/** The image on standard output. */
+async function streamNamed(sources: readonly string[], given: ConvertArguments, session: Session): Promise<number> {
+  const to = streamedFormat(targetFormat(given.targetFormat), given, session)
+  const { from, snapshot } = await lookAt(sources, given, session)
+  const { create, preallocation, compress } = newTarget(STANDARD_OUTPUT, to, given, sources.length > 1, session)
+  const options: Qcow2StreamOptions = {
+    from,
+    to,
+    references: session.objects.references,
+    secret: secretsOf(sources, STANDARD_OUTPUT, session),
+    ...session.objects.sharingOf(...sources),
+    ...(given.forceShare !== undefined && { forceShare: given.forceShare }),
+    ...(snapshot !== undefined && { snapshot }),
+    ...(given.parallel !== undefined && { concurrency: given.parallel }),
+    ...(compress !== undefined && { compress }),
+    create: { ...create, ...(preallocation !== undefined && { preallocation }) },
+  }
+  const choice = { progress: given.progress ?? false, quiet: given.quiet ?? false, verb: 'Converting', step: 1 }
+  try {
+    return await writeImage(sources, options, choice, session)
+  } catch (error) {
+    if (session.signal.aborted || error instanceof CommandFailure) throw error
+    throw unlockFailure(sources, error, session) ?? worded(STANDARD_OUTPUT, to, undefined, error)
   }
 }
 

@@ -5,10 +5,15 @@
 
 mod flat;
 mod identity;
+mod lengths;
 mod runs;
 
+use std::num::NonZeroUsize;
+
 pub use self::flat::Flat;
+pub use self::lengths::{Counter, Lengths, Pool, changed};
 pub use self::runs::{Part, Runs};
+use crate::convert::Compression;
 use crate::{GuestSource, Job, MemMut, Result};
 
 /// An image as the bytes of its file, which are made when they are asked for.
@@ -29,9 +34,13 @@ pub trait FrontToBack: Send + Sync {
 pub struct Planning<'a> {
     /// The disk.
     pub source: &'a dyn GuestSource,
+    /// Compress, where the format does.
+    pub compression: Option<Compression>,
+    /// Threads that compress; by default the cores, at most 8.
+    pub concurrency: Option<NonZeroUsize>,
     /// Most bytes that the plan may take.
     pub max_memory: u64,
-    /// Cancels it.
+    /// Cancels it. Compressing is its progress.
     pub job: &'a Job,
 }
 

@@ -44,12 +44,7 @@ impl Runs {
             if !extent.zero && extent.length > 0 {
                 let first = extent.start / unit;
                 runs.add(first, (extent.start + extent.length).div_ceil(unit) - first);
-                if runs.memory() > max_memory {
-                    let message = format!(
-                        "the disk is in too many pieces to plan it in {max_memory} bytes: a larger max_memory, or larger clusters, help"
-                    );
-                    return Err(Error::new(ErrorKind::Limit, message).with_field("max_memory"));
-                }
+                runs.check_memory(max_memory)?;
             }
             Ok(ControlFlow::Continue(()))
         })?;
@@ -83,6 +78,17 @@ impl Runs {
     /// Bytes that it takes.
     pub fn memory(&self) -> u64 {
         (self.runs.capacity() * size_of::<Run>()) as u64
+    }
+
+    /// `Limit` when it takes more than `most` bytes.
+    pub(super) fn check_memory(&self, most: u64) -> Result<()> {
+        if self.memory() <= most {
+            return Ok(());
+        }
+        let message = format!(
+            "the disk is in too many pieces to plan it in {most} bytes: a larger max_memory, or larger clusters, help"
+        );
+        Err(Error::new(ErrorKind::Limit, message).with_field("max_memory"))
     }
 
     fn part(&self, index: usize) -> Option<Part> {

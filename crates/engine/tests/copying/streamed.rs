@@ -1,10 +1,12 @@
 //! Images as streams: plans over maps of any kind, each offset's bytes against the whole, judged by QEMU and by our own check.
 
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use qcow2_engine::check::{CheckOptions, check};
+use qcow2_engine::convert::Compression;
 use qcow2_engine::create::{CreateOptions, Streamed};
-use qcow2_engine::format::Header;
+use qcow2_engine::format::{CompressionType, Header};
 use qcow2_engine::front_to_back::{FrontToBack, Planning};
 use qcow2_engine::storage::MemoryStorage;
 use qcow2_engine::{
@@ -14,7 +16,7 @@ use qcow2_engine::{
 use qcow2_testkit::model::assert_same;
 use qcow2_testkit::{Fixture, Qemu, Rng};
 
-/// A disk that is its map: what it has is a pattern, the rest reads as zeroes.
+/// A disk that is its map: what it has is a pattern, noise, and some zeroes, the rest reads as zeroes.
 #[derive(Debug)]
 struct Mapped {
     size: u64,
@@ -40,7 +42,12 @@ impl Mapped {
     }
 
     fn byte(offset: u64) -> u8 {
-        (offset ^ (offset >> 9) ^ (offset >> 17)) as u8 | 1
+        let noise = (offset + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        match (offset >> 14) % 5 {
+            0 => 0,
+            1 => ((noise ^ (noise >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 40) as u8,
+            _ => (offset ^ (offset >> 9) ^ (offset >> 17)) as u8 | 1,
+        }
     }
 
     fn bytes(&self) -> Vec<u8> {
@@ -110,8 +117,22 @@ impl GuestSource for Mapped {
     }
 }
 
+/// What a stream is made of.
+fn planning<'a>(source: &'a dyn GuestSource, max_memory: u64, job: &'a Job) -> Planning<'a> {
+    Planning { source, compression: None, concurrency: None, max_memory, job }
+}
+
 fn planned(options: &CreateOptions, source: &dyn GuestSource, max_memory: u64) -> Result<Streamed> {
-    Streamed::plan(options, &Planning { source, max_memory, job: &Job::new() })
+    Streamed::plan(options, &planning(source, max_memory, &Job::new()))
+}
+
+fn compressed(options: &CreateOptions, source: &dyn GuestSource, threads: usize) -> Result<Streamed> {
+    let (compression, concurrency, job) =
+        (Some(Compression::default()), NonZeroUsize::new(threads), Job::new());
+    let plan =
+        Streamed::plan(options, &Planning { compression, concurrency, ..planning(source, 1 << 20, &job) });
+    assert_eq!(job.progress(), (source.virtual_size(), source.virtual_size()));
+    plan
 }
 
 /// All bytes, in pieces of any length.
@@ -155,6 +176,11 @@ fn any_options(rng: &mut Rng) -> CreateOptions {
         cluster_size: 1 << (if extended_l2 { 14 } else { 9 } + rng.below(4)),
         extended_l2,
         refcount_bits: if version == 3 { 1 << rng.below(7) } else { 16 },
+        compression_type: if version == 3 && rng.below(2) == 0 {
+            CompressionType::Zstd
+        } else {
+            CompressionType::Zlib
+        },
         ..CreateOptions::default()
     }
 }
@@ -167,11 +193,15 @@ fn any_map_is_a_sound_image_whose_bytes_can_be_had_from_any_offset_on() {
         let size = [0, 1, 513, 65536, 700_000, 3 << 20][rng.below(6) as usize];
         let disk = Mapped::any(&mut rng, size, 40);
         let what = format!("seed {seed}: {options:?} {size}");
-        let plan = planned(&options, &disk, 1 << 20).unwrap();
-        let bytes = emitted(&plan, &disk, &mut rng);
+        let compress = seed % 3 > 0;
+        let plan = |threads| match compress {
+            true => compressed(&options, &disk, threads).unwrap(),
+            false => planned(&options, &disk, 1 << 20).unwrap(),
+        };
+        let bytes = emitted(&plan(3), &disk, &mut rng);
         assert_image(&bytes, &disk.bytes(), &what);
         // Planned again it is the same, wherever it begins.
-        let again = planned(&options, &disk, 1 << 20).unwrap();
+        let again = plan(1);
         for _ in 0..40 {
             let at = rng.below(bytes.len() as u64) as usize;
             let length = rng.below(5000).min((bytes.len() - at) as u64) as usize;
@@ -188,11 +218,14 @@ fn any_map_is_a_sound_image_whose_bytes_can_be_had_from_any_offset_on() {
 fn qemu_reads_what_is_streamed() {
     let Some(qemu) = Qemu::find() else { return };
     let dir = Fixture::new();
-    for seed in 100..106 {
+    for seed in 100..108 {
         let mut rng = Rng::new(seed);
         let options = any_options(&mut rng);
         let disk = Mapped::any(&mut rng, 3 << 20, 20);
-        let plan = planned(&options, &disk, 1 << 20).unwrap();
+        let plan = match seed % 2 {
+            0 => planned(&options, &disk, 1 << 20).unwrap(),
+            _ => compressed(&options, &disk, 2).unwrap(),
+        };
         let path = dir.file("streamed", &emitted(&plan, &disk, &mut rng));
         qemu.assert_clean(&path);
         assert_same(&disk.bytes(), &qemu.guest_bytes(&path, "qcow2", &[]), 0, &format!("{options:?}"));
@@ -215,17 +248,43 @@ fn a_plan_takes_what_the_map_has_in_runs() {
 
     let pieces = (0..1 << 12).map(|i| (i * (1 << 17), 512)).collect();
     let many = Mapped { size: tib, runs: pieces };
-    let refused = planned(&CreateOptions::default(), &many, 60_000).unwrap_err();
+    let refused = planned(&CreateOptions::default(), &many, 60_000).err().unwrap();
     assert_eq!((refused.kind(), refused.field()), (ErrorKind::Limit, Some("max_memory")));
     planned(&CreateOptions::default(), &many, 1 << 20).unwrap();
 
     let small = CreateOptions { cluster_size: 512, ..CreateOptions::default() };
-    assert_eq!(planned(&small, &full, 1 << 20).unwrap_err().kind(), ErrorKind::Limit);
+    assert_eq!(planned(&small, &full, 1 << 20).err().unwrap().kind(), ErrorKind::Limit);
     let job = Job::new();
     job.cancel();
-    let cancelled = Streamed::plan(
-        &CreateOptions::default(),
-        &Planning { source: &full, max_memory: 1 << 20, job: &job },
-    );
-    assert_eq!(cancelled.unwrap_err().kind(), ErrorKind::Aborted);
+    let cancelled = Streamed::plan(&CreateOptions::default(), &planning(&full, 1 << 20, &job));
+    assert_eq!(cancelled.err().unwrap().kind(), ErrorKind::Aborted);
+}
+
+#[test]
+fn a_disk_that_changes_between_counting_and_compressing_is_noticed() {
+    let size = 1 << 20;
+    let disk = Mapped { size, runs: vec![(0, size)] };
+    let plan = compressed(&CreateOptions::default(), &disk, 2).unwrap();
+    let other = Mapped { size, runs: vec![(0, size - 30_000)] };
+    let mut bytes = vec![0; plan.length() as usize];
+    let changed = plan.fill(&other, 0, MemMut::from(&mut bytes[..]), &Job::new()).unwrap_err();
+    assert_eq!((changed.kind(), changed.offset()), (ErrorKind::Io, Some(size - 65536)));
+}
+
+#[test]
+fn lengths_of_clusters_have_their_limit() {
+    let disk = Mapped { size: 1 << 40, runs: vec![(0, 1 << 40)] };
+    let job = Job::new();
+    let plan = |max_memory| {
+        let compression = Some(Compression::default());
+        Streamed::plan(
+            &CreateOptions::default(),
+            &Planning { compression, ..planning(&disk, max_memory, &job) },
+        )
+    };
+    // Before anything is allocated, or read.
+    let refused = plan(1 << 26).err().unwrap();
+    assert_eq!((refused.kind(), refused.field()), (ErrorKind::Limit, Some("max_memory")));
+    job.cancel();
+    assert_eq!(plan(1 << 27).err().unwrap().kind(), ErrorKind::Aborted);
 }

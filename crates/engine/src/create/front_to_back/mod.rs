@@ -3,29 +3,55 @@
 //! Layout: header, refcount table, refcount blocks, L1 table, L2 tables, then the data in guest order. Only what the source's map has is
 //! stored; what of that is zero is stored as well, so that nothing is read before it is wanted. Tables are made from the plan when their
 //! bytes are asked for, and kept nowhere.
+//!
+//! What a compressed cluster takes is known only when it was compressed, and the tables in front of it need that: qcow2 has nothing that
+//! could come behind its data and still be found by the header. So it is compressed twice, once to count. Zeroes are left out then.
 
 mod layout;
+mod packed;
 mod tables;
 
 use qcow2_core::front_to_back::{FrontToBack, Part, Planning, Runs, read_padded};
-use qcow2_format::{Geometry, HostOffset, L2Entry, L2Mapping, SubclusterBitmap};
+use qcow2_format::{Geometry, HostOffset, L2Mapping, SubclusterBitmap};
 
 use self::layout::{Layout, Region};
+use self::packed::Packed;
 use self::tables::Tables;
 use super::options::refuse;
 use super::{CreateOptions, Preallocation};
 use crate::{Error, ErrorKind, GuestSource, Job, MemMut, Result};
 
 /// A new image whose bytes are had front to back.
-#[derive(Debug)]
 pub struct Streamed {
     header: Vec<u8>,
     geometry: Geometry,
     layout: Layout,
     /// Indices in the L1 table that have an L2 table.
     tables: Runs,
-    /// Guest clusters that are stored.
-    data: Runs,
+    data: Data,
+}
+
+/// The guest clusters that are stored.
+enum Data {
+    /// As they are, each in a host cluster.
+    Plain(Runs),
+    Packed(Packed),
+}
+
+impl Data {
+    fn units(&self) -> &Runs {
+        match self {
+            Self::Plain(units) => units,
+            Self::Packed(packed) => packed.units(),
+        }
+    }
+
+    fn host_clusters(&self) -> u64 {
+        match self {
+            Self::Plain(units) => units.total(),
+            Self::Packed(packed) => packed.host_clusters(),
+        }
+    }
 }
 
 impl Streamed {
@@ -40,9 +66,16 @@ impl Streamed {
         let mut header = options.header()?;
         let geometry = header.geometry;
         let Planning { source, max_memory, job, .. } = *planning;
-        let data = Runs::of_data(source, geometry.cluster_size(), max_memory, job)?;
-        let tables = data.groups(geometry.l2_entries());
-        let layout = Layout::new(&geometry, header.l1_size, tables.total(), data.total())?;
+        let units = Runs::of_data(source, geometry.cluster_size(), max_memory, job)?;
+        let data = match planning.compression {
+            Some(compression) => {
+                Data::Packed(Packed::count(geometry, options.compress_options(compression), units, planning)?)
+            }
+            None => Data::Plain(units),
+        };
+        let tables = data.units().groups(geometry.l2_entries());
+        let layout = Layout::new(&geometry, header.l1_size, tables.total(), data.host_clusters())?;
+        check_compressed(&geometry, &layout, &data)?;
         layout.enter(&geometry, &mut header)?;
         let header = header.encode().map_err(|e| crate::invalid::invalid(e, ErrorKind::Internal))?;
         Ok(Self { header, geometry, layout, tables, data })
@@ -58,21 +91,30 @@ impl Streamed {
                 Ok(bytes)
             }
             Region::RefcountTable => Ok(tables.refcount_table(index)),
-            Region::RefcountBlocks => tables.refcount_block(index),
+            Region::RefcountBlocks => match &self.data {
+                Data::Plain(_) => tables.refcount_block(index, |_, _| Vec::new()),
+                Data::Packed(packed) => {
+                    tables.refcount_block(index, |first, end| packed.refcounts(first, end))
+                }
+            },
             Region::L1 => tables.l1(index, &self.tables),
             Region::L2 => {
                 let table = self.tables.at(index).ok_or_else(internal)?;
                 let first = table.first * self.geometry.l2_entries();
-                let parts = self.data.within(first, first + self.geometry.l2_entries());
-                let entries = parts.flat_map(|part| self.entries(part, first));
-                tables.l2(entries)
+                let parts = self.data.units().within(first, first + self.geometry.l2_entries());
+                match &self.data {
+                    Data::Plain(_) => tables.l2(first, parts.flat_map(|part| self.mappings(part))),
+                    Data::Packed(packed) => {
+                        tables.l2(first, parts.flat_map(|part| packed.mappings(part, self.layout.data)))
+                    }
+                }
             }
             Region::Data => Err(internal()),
         }
     }
 
-    /// The entries of stored clusters, each with its place in the table whose first cluster is `first`.
-    fn entries(&self, part: Part, first: u64) -> impl Iterator<Item = (u64, L2Entry)> + '_ {
+    /// How clusters are mapped that are stored as they are.
+    fn mappings(&self, part: Part) -> impl Iterator<Item = Result<(u64, L2Mapping)>> + '_ {
         let extended = self.geometry.extended_l2();
         (0..part.count).map(move |i| {
             let host = HostOffset((self.layout.data + part.rank + i) << self.geometry.cluster_bits());
@@ -84,7 +126,7 @@ impl Streamed {
                 },
                 false => L2Mapping::Data { host, copied: true },
             };
-            (part.first + i - first, mapping.encode(&self.geometry))
+            Ok((part.first + i, mapping))
         })
     }
 
@@ -97,7 +139,13 @@ impl Streamed {
         })?;
         let inside = g.in_cluster(offset);
         if region == Region::Data {
-            let part = self.data.at(index).ok_or_else(internal)?;
+            let units = match &self.data {
+                Data::Packed(packed) => {
+                    return packed.fill_front(source, (index << g.cluster_bits()) + inside, buf);
+                }
+                Data::Plain(units) => units,
+            };
+            let part = units.at(index).ok_or_else(internal)?;
             let left = (part.count << g.cluster_bits()) - inside;
             let front = buf.take_front(left.min(buf.len() as u64) as usize);
             let length = front.len() as u64;
@@ -143,6 +191,19 @@ fn check(options: &CreateOptions) -> Result<()> {
         return refuse("preallocation", "a stream has no room that is not used");
     }
     Ok(())
+}
+
+/// Descriptors of compressed clusters have fewer bits for offsets the larger the clusters are.
+fn check_compressed(geometry: &Geometry, layout: &Layout, data: &Data) -> Result<()> {
+    let limit = geometry.compressed_offset_limit() >> geometry.cluster_bits();
+    if matches!(data, Data::Plain(_)) || layout.end <= limit {
+        return Ok(());
+    }
+    let message = format!(
+        "the image is too large: compressed clusters lie in front of byte {}",
+        geometry.compressed_offset_limit()
+    );
+    Err(Error::new(ErrorKind::Limit, message))
 }
 
 fn internal() -> Error {

@@ -1,7 +1,7 @@
 //! The bytes of tables, cluster by cluster.
 
 use qcow2_core::front_to_back::Runs;
-use qcow2_format::{Geometry, HostOffset, L1Entry, L2Entry, refcount, words};
+use qcow2_format::{Geometry, HostOffset, L1Entry, L2Mapping, refcount, words};
 
 use super::internal;
 use super::layout::Layout;
@@ -34,13 +34,23 @@ impl Tables<'_> {
         words::encode(&table)
     }
 
-    /// A refcount block: everything up to the end is used once.
-    pub(super) fn refcount_block(self, index: u64) -> Result<Vec<u8>> {
+    /// A refcount block: everything up to the end is used once, but for data that `data` counts, from one of its host clusters up to
+    /// another one.
+    pub(super) fn refcount_block(self, index: u64, data: impl Fn(u64, u64) -> Vec<u64>) -> Result<Vec<u8>> {
         let entries = self.geometry.refcount_block_entries();
-        let used = (self.layout.end - (index * entries).min(self.layout.end)).min(entries);
+        let first = index * entries;
+        let end = (first + entries).min(self.layout.end);
         let mut bytes = vec![0; self.geometry.cluster_len()];
-        for entry in 0..used as usize {
-            refcount::set(&mut bytes, entry, self.geometry.refcount_order(), 1).ok_or_else(internal)?;
+        let mut put = |cluster: u64, count: u64| {
+            let entry = (cluster - first) as usize;
+            refcount::set(&mut bytes, entry, self.geometry.refcount_order(), count).ok_or_else(internal)
+        };
+        (first..end).try_for_each(|cluster| put(cluster, 1))?;
+        let begin = self.layout.data;
+        if end > begin {
+            let from = first.max(begin);
+            let counts = data(from - begin, end - begin);
+            (from..end).zip(counts).try_for_each(|(cluster, count)| put(cluster, count))?;
         }
         Ok(bytes)
     }
@@ -59,13 +69,18 @@ impl Tables<'_> {
         Ok(bytes)
     }
 
-    /// An L2 table with these entries.
-    pub(super) fn l2(self, entries: impl Iterator<Item = (u64, L2Entry)>) -> Result<Vec<u8>> {
+    /// The L2 table whose first guest cluster is `first`, with these clusters mapped.
+    pub(super) fn l2(
+        self,
+        first: u64,
+        mapped: impl Iterator<Item = Result<(u64, L2Mapping)>>,
+    ) -> Result<Vec<u8>> {
         let size = self.geometry.l2_entry_size() as usize;
         let mut bytes = vec![0; self.geometry.cluster_len()];
-        for (index, entry) in entries {
-            let start = index as usize * size;
-            entry.write(bytes.get_mut(start..start + size).ok_or_else(internal)?);
+        for mapping in mapped {
+            let (guest, mapping) = mapping?;
+            let start = (guest - first) as usize * size;
+            mapping.encode(self.geometry).write(bytes.get_mut(start..start + size).ok_or_else(internal)?);
         }
         Ok(bytes)
     }
