@@ -59,11 +59,7 @@ export async function convertToStream(
   try {
     const size = sizesIn(bigint)
     const whole = size(virtualSize, 'convert: virtualSize')
-    const { bytesWritten } = await target.upload(stream, {
-      byteLength,
-      signal,
-      ...(onProgress && { onProgress: told }),
-    })
+    const { bytesWritten } = await target.upload(stream, { byteLength, signal, ...progress.sending(stream) })
     const sent = size(bytesWritten, 'bytesWritten')
     return { virtualSize: whole, bytesRead: sent, bytesWritten: sent, durationMs: performance.now() - begin }
   } finally {
