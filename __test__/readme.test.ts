@@ -4,12 +4,14 @@
  */
 
 import { spawnSync } from 'node:child_process'
-import { cpSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from 'node:fs'
+import { cpSync, createReadStream, mkdirSync, readdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { fileURLToPath, pathToFileURL } from 'node:url'
-import { commit, convert, create, open } from 'qcow2'
-import { beforeAll, describe, expect, it } from 'vitest'
+import { CreateBucketCommand, S3Client } from '@aws-sdk/client-s3'
+import { commit, convert, create, open, s3Target } from 'qcow2'
+import { afterAll, beforeAll, describe, expect, it } from 'vitest'
 import { temporaryFolder, writeRaw } from './api/fixtures.js'
+import { has, hasS3, S3_CREDENTIALS, type Serving, startNginx, startS3 } from './remote/servers.js'
 
 const root = fileURLToPath(new URL('..', import.meta.url))
 const folder = temporaryFolder()
@@ -36,14 +38,56 @@ const GIVEN: Readonly<Record<string, string>> = {
   save: '() => Promise.resolve()',
   passphrase: "() => Promise.resolve('correct horse battery staple')",
   firstBytes: "readFileSync('disk.qcow2').subarray(0, 4096)",
+  token: "() => 'a token'",
   known: "new Map([['base.qcow2', 'base.qcow2']])",
 }
+
+/** The servers that examples ask. */
+const servers: Serving[] = []
+const web = { origin: 'https://images.example' }
+const environment: Record<string, string> = {}
+const canAsk = { web: has('nginx', 'examples that ask a web server do not run'), s3: hasS3() }
+
+/** Whether an example asks a server that is not there. */
+const lacksServer = (code: string): boolean =>
+  (!canAsk.web && /images\.example/.test(code)) || (!canAsk.s3 && /s3(?:Source|Target)\(/.test(code))
+
+async function startServers(): Promise<void> {
+  const serving = join(folder, 'servers')
+  mkdirSync(serving)
+  if (canAsk.web) {
+    const nginx = await startNginx(serving, files)
+    servers.push(nginx)
+    web.origin = nginx.origin
+  }
+  if (!canAsk.s3) return
+  const store = await startS3(serving)
+  servers.push(store)
+  const { accessKeyId, secretAccessKey } = S3_CREDENTIALS
+  // As the SDK finds them.
+  Object.assign(environment, {
+    AWS_ACCESS_KEY_ID: accessKeyId,
+    AWS_SECRET_ACCESS_KEY: secretAccessKey,
+    AWS_REGION: 'us-east-1',
+    AWS_ENDPOINT_URL_S3: `http://127.0.0.1:${store.upstream.port}`,
+    AWS_SDK_JS_NODE_VERSION_SUPPORT_WARNING_DISABLED: 'true',
+  })
+  Object.assign(process.env, environment)
+  const client = new S3Client({})
+  await client.send(new CreateBucketCommand({ Bucket: 'images' }))
+  client.destroy()
+  await s3Target({ bucket: 'images', key: 'base.qcow2' }).upload(createReadStream(join(files, 'base.qcow2')))
+}
+
+afterAll(() => Promise.all(servers.map(server => server.stop())))
 
 const library = pathToFileURL(join(root, 'dist', 'index.mjs')).href
 
 const givenIn = (code: string) =>
   Object.entries(GIVEN).filter(
-    ([name]) => new RegExp(`(?<!')\\b${name}\\b`).test(code) && !new RegExp(`(const|\\{) ${name}\\b`).test(code),
+    ([name]) =>
+      new RegExp(`(?<!')\\b${name}\\b`).test(code) &&
+      !new RegExp(`(const|(const|import) \\{|\\(\\{) ${name}\\b`).test(code),
   )
 
 function toModule(code: string): string {
@@ -59,8 +103,10 @@ function toModule(code: string): string {
 }
 
 function runModule(program: string, cwd: string) {
-  const { status, stderr } = spawnSync(process.execPath, ['--input-type=module', '--eval', program], {
+  const asking = program.replaceAll('https://images.example', web.origin)
+  const { status, stderr } = spawnSync(process.execPath, ['--input-type=module', '--eval', asking], {
     cwd,
+    env: { ...process.env, ...environment },
     input: Buffer.alloc(65536, 3),
     maxBuffer: 2 ** 26,
   })
@@ -112,6 +158,7 @@ beforeAll(async () => {
   const below = { backingFile: 'base.qcow2', backingFormat: 'qcow2' } as const
   await (await create(at('overlay.qcow2'), below)).close()
   await commit(at('overlay.qcow2'), { references: 'allow' })
+  await startServers()
 })
 
 /** A folder of its own, where no file is in the way that the example makes. The large file is made anew: copying fills its holes. */
@@ -128,16 +175,14 @@ describe('the examples of the README', () => {
     expect(blocks.filter(({ language }) => language === 'sh').length).toBeGreaterThan(1)
   })
 
-  it.each(blocks.map((block, index) => ({ ...block, index })).filter(({ language }) => language === 'js'))(
-    '$name',
-    ({ code, index }) => {
-      const cwd = fresh(
-        index,
-        /convert\('(disk)\.raw', 'disk/.test(code) ? ['disk.qcow2'] : /'disk\.raw', \{/.test(code) ? ['disk.raw'] : [],
-      )
-      expect(runModule(toModule(code), cwd)).toEqual({ status: 0, stderr: '' })
-    },
-  )
+  const scripts = blocks.map((block, index) => ({ ...block, index })).filter(({ language }) => language === 'js')
+  it.each(scripts.filter(({ code }) => !lacksServer(code)))('$name', ({ code, index }) => {
+    const cwd = fresh(
+      index,
+      /convert\('(disk)\.raw', 'disk/.test(code) ? ['disk.qcow2'] : /'disk\.raw', \{/.test(code) ? ['disk.raw'] : [],
+    )
+    expect(runModule(toModule(code), cwd)).toEqual({ status: 0, stderr: '' })
+  })
 
   it('work one after the other, as a newcomer tries the first two', () => {
     const cwd = fresh(blocks.length + 1, ['disk.qcow2'])
@@ -211,7 +256,9 @@ it('the examples of the docstrings, each in a folder of its own', () => {
     const comments = readFileSync(join(root, 'src', name), 'utf8')
       .replaceAll(/^ +(?=\*)/gm, '')
       .replaceAll(/^\* ?/gm, '')
-    return blocksOf(comments).map(example => ({ ...example, name: `${name}: ${example.name}` }))
+    return blocksOf(comments)
+      .filter(({ code }) => !lacksServer(code))
+      .map(example => ({ ...example, name: `${name}: ${example.name}` }))
   })
   expect(examples.length).toBeGreaterThan(25)
   const folders = examples.map((_, index) => fresh(200 + index, []))

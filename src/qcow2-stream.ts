@@ -49,8 +49,13 @@ export interface Qcow2StreamOptions extends Omit<SourceOptions, 'from'>, LongRun
   start?: Size | undefined
 }
 
-/** The bytes of an image, how many it emits: from `start` on; and the bytes of its disk. */
-export type ImageStream = Readable & { readonly byteLength: number; readonly virtualSize: Size }
+/** The bytes of an image. */
+export type ImageStream = Readable & {
+  /** Bytes that it emits: from `start` on. */
+  readonly byteLength: number
+  /** Bytes of the disk. */
+  readonly virtualSize: Size
+}
 
 const STREAM = {
   ...LONG_RUNNING,

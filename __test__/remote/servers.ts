@@ -58,9 +58,10 @@ export const listens = (upstream: Upstream): Promise<boolean> =>
     socket.once('connect', () => socket.destroy())
   })
 
-/** nginx, with the files of a folder. */
-export async function startNginx(folder: string, files: string): Promise<Serving> {
+/** nginx, with the files of a folder; on a port as well, for those who know no sockets. */
+export async function startNginx(folder: string, files: string): Promise<Serving & { readonly origin: string }> {
   const socketPath = join(folder, 'nginx.sock')
+  const [port] = await freePorts(1)
   const config = join(folder, 'nginx.conf')
   const places = ['client_body', 'proxy', 'fastcgi', 'uwsgi', 'scgi'].map(
     name => `${name}_temp_path ${join(folder, name)};`,
@@ -72,14 +73,15 @@ export async function startNginx(folder: string, files: string): Promise<Serving
     `${user} daemon off; worker_processes 1; pid ${join(folder, 'nginx.pid')}; error_log stderr;
      events { worker_connections 64; }
      http { access_log off; ${places.join(' ')}
-            server { listen unix:${socketPath}; root ${files}; location /plain/ { alias ${files}/; max_ranges 0; } } }`,
+            server { listen unix:${socketPath}; listen 127.0.0.1:${port}; root ${files}; location /plain/ { alias ${files}/; max_ranges 0; } } }`,
   )
   const child = spawn('nginx', ['-c', config, '-p', folder, '-e', 'stderr'], {
     env: { ...process.env, PATH: path },
     stdio: ['ignore', 'ignore', 'pipe'],
   })
   const upstream = { socketPath }
-  return serving(child, upstream, async () => existsSync(socketPath) && (await listens(upstream)))
+  const serves = await serving(child, upstream, async () => existsSync(socketPath) && (await listens(upstream)))
+  return { ...serves, origin: `http://127.0.0.1:${port}` }
 }
 
 /** Ports that nobody uses. */

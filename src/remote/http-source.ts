@@ -44,7 +44,9 @@ const CONCURRENCY = 8
  * which ones it reaches (`fetch`, `maxRedirects: 0`).
  *
  * @example
- * ```ts
+ * ```js
+ * import { httpSource } from 'qcow2'
+ *
  * const source = await httpSource('https://images.example/disk.qcow2', {
  *   headers: () => ({ authorization: `Bearer ${token()}` }),
  * })

@@ -39,8 +39,10 @@ const FIRST = 2 ** 20
  * An object that is replaced while it is read ends what reads it with `ERR_QCOW2_SOURCE_CHANGED`, unless the store keeps versions.
  *
  * @example
- * ```ts
- * const source = await s3Source({ bucket: 'images', key: 'disk.qcow2', region: 'eu-central-1' })
+ * ```js
+ * import { s3Source } from 'qcow2'
+ *
+ * const source = await s3Source({ bucket: 'images', key: 'base.qcow2', region: 'eu-central-1' })
  * const header = Buffer.alloc(512)
  * await source.read(header, 0, AbortSignal.timeout(60_000))
  * ```

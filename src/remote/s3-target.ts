@@ -70,8 +70,11 @@ const UPLOAD = { ...ABORTABLE, byteLength: bytes, onProgress: callback<(progress
  * signal ends an upload, its parts are given up, so that nothing is left to pay for.
  *
  * @example
- * ```ts
- * const target = s3Target({ bucket: 'images', key: 'disk.qcow2', region: 'eu-central-1' })
+ * ```js
+ * import { createReadStream } from 'node:fs'
+ * import { s3Target } from 'qcow2'
+ *
+ * const target = s3Target({ bucket: 'images', key: 'upload.qcow2', region: 'eu-central-1' })
  * await target.upload(createReadStream('disk.qcow2'), { signal: AbortSignal.timeout(3_600_000) })
  * ```
  *
