@@ -191,7 +191,7 @@ const formats: Reader<SourceFormat | readonly (SourceFormat | undefined)[]> = (v
 /** What cannot be done with a disk that is read front to back. */
 const OUT_OF_ORDER = ['base', 'salvage', 'start'] as const satisfies readonly (keyof ConvertOptions)[]
 
-const CONVERT = {
+export const CONVERT = {
   ...LONG_RUNNING,
   ...SOURCE,
   from: formats,
@@ -214,7 +214,10 @@ const CONVERT = {
   bigint: flag,
 } as const
 
-type ReadConvert = Read<typeof CONVERT>
+export type ReadConvert = Read<typeof CONVERT>
+
+/** What the engine is told of a convert, but for the files. */
+type Order = Omit<NativeConvertJob, 'inUse'>
 
 /**
  * Copies a disk into a new image; several sources become one disk, one behind the other. The bytes never enter JavaScript; what reads
@@ -251,18 +254,43 @@ async function convertImages(
   const located = Array.isArray(source)
     ? source.map((each: unknown, index) => toLocated(each, `source[${index}]`))
     : [toLocated(source, 'source')]
-  const nbd = NbdSource.read(target)
-  const place = nbd === undefined ? { path: toPath(target, 'target') } : { nbd }
+  const place = toPlace(target)
   const read = readOptions(options, 'convert', CONVERT)
-  if (nbd !== undefined) refuseNew(nbd, read)
-  const order = toOrder(read, located.length)
+  return await convertLocated(located, place, read, orderOf(place, read, located.length))
+}
+
+/** Where the target goes. */
+export type TargetPlace = { readonly path: string } | { readonly nbd: NbdPlace }
+
+/** Checks a target. */
+export function toPlace(target: unknown): TargetPlace {
+  const nbd = NbdSource.read(target)
+  return nbd === undefined ? { path: toPath(target, 'target') } : { nbd }
+}
+
+/** Checks what does not depend on any file. */
+export function orderOf(place: TargetPlace, read: ReadConvert, sources: number): Order {
+  if ('nbd' in place) refuseNew(place.nbd, read)
+  return toOrder(read, sources)
+}
+
+/** Converts what was located. `opened` is called when the sources are open, in front of the copy. */
+export async function convertLocated(
+  located: readonly Located[],
+  place: TargetPlace,
+  read: ReadConvert,
+  order: Order,
+  opened?: () => void,
+): Promise<ConvertResult<number | bigint>> {
   throwIfAborted(read.signal)
   const begin = performance.now()
+  const nbd = 'nbd' in place ? place.nbd : undefined
   const images: number[] = []
   const files: number[] = []
   try {
     const counting = new Counting(read, located.length)
     const chains = await openSources(located, read, images, counting)
+    opened?.()
     const [first] = chains
     // What cannot be said in the end is refused before anything is done.
     const whole = chains.reduce((sum, { virtualSize }) => sum + virtualSize, 0)
@@ -445,7 +473,7 @@ async function openTarget(located: Located, inUse: readonly string[], read: Read
 }
 
 /** Checks what the options demand of each other; the rules of the format are the engine's. */
-function toOrder(read: ReadConvert, sources: number): Omit<NativeConvertJob, 'inUse'> {
+function toOrder(read: ReadConvert, sources: number): Order {
   const { compress, create, existingTarget = false, targetIsZero = false } = read
   const to = toTargetFormat('convert', read.to)
   const from = typeof read.from === 'string' ? read.from : undefined

@@ -135,6 +135,20 @@ export async function inspect(
     ? inspectBytes(located, bounds)
     : inspectLocated(located, bounds, signal))
   throwIfAborted(signal)
+  return sized(found, bigint)
+}
+
+/** What the first bytes of an image say: as {@link inspect}. */
+export async function inspectPrefix(
+  bytes: Uint8Array,
+  given: ReadLimits | undefined,
+  big: boolean,
+): Promise<Inspection<number | bigint>> {
+  return sized(await inspectBytes(bytes, big ? given : withinNumbers(given)), big)
+}
+
+/** With sizes as the caller wants them. */
+function sized(found: Inspection<number | bigint>, bigint: boolean): Inspection<number | bigint> {
   const { virtualSize } = found
   const descriptor = found.descriptor && { descriptor: found.descriptor.map(disk => ovfDiskIn(disk, bigint)) }
   if (bigint) return { ...found, ...descriptor, virtualSize: BigInt(virtualSize) }

@@ -3,6 +3,7 @@
 import type { FileHandle } from 'node:fs/promises'
 import { fileURLToPath } from 'node:url'
 import { invalidArgument, Qcow2Error } from './errors.js'
+import type { FileBytes } from './formats/sizes.js'
 import {
   type Format,
   quoted,
@@ -73,7 +74,10 @@ export function toTargetFormat(owner: string, to: TargetFormat | undefined): Tar
 }
 
 /** A source that was checked: a path with all its bytes (see `text.ts`), a handle's descriptor, or an export. */
-export type Located = FileLocated | { readonly nbd: NbdPlace; readonly header?: undefined; readonly member?: undefined }
+export type Located =
+  | FileLocated
+  | ArrivingLocated
+  | { readonly nbd: NbdPlace; readonly header?: undefined; readonly member?: undefined }
 
 /** A file of the system. */
 export type FileLocated = ({ readonly path: string } | { readonly descriptor: number }) & {
@@ -83,6 +87,21 @@ export type FileLocated = ({ readonly path: string } | { readonly descriptor: nu
   readonly part?: Part
   /** The disk of an appliance that is meant. */
   readonly member?: string
+}
+
+/** What comes as a stream. */
+export interface ArrivingLocated {
+  readonly arriving: Arriving
+  readonly header?: undefined
+  readonly part?: Part
+  readonly member?: string | undefined
+}
+
+/** A stream that is read as a file, as far as it came. */
+export interface Arriving {
+  /** A new file of it, or of a part. */
+  open(part?: Part): Promise<NativeFile>
+  readonly bytes: FileBytes
 }
 
 /** A part of a file, in bytes. */
@@ -175,6 +194,7 @@ export async function openFile(
     connections.set(held.value.file, [held])
     return held.value
   }
+  if ('arriving' in located) return await located.arriving.open(located.part)
   try {
     return await openLocal(located, options)
   } catch (error) {

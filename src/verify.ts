@@ -156,7 +156,7 @@ function beside(path: string | undefined, policy: ReferencePolicy, signal: Abort
     names: [],
     read: async (filename, work) => {
       const located = await decide(policy, 'extent', { filename }, path, path, signal)
-      if (located === undefined || 'nbd' in located) {
+      if (located === undefined || 'nbd' in located || 'arriving' in located) {
         const message = `the file '${filename}' is not read: references has to give a file for it`
         throw new Qcow2Error('ERR_QCOW2_REFERENCE_DENIED', message, { path, field: 'references' })
       }

@@ -7,7 +7,7 @@ import { describeKnown, detectFormat } from '../formats/probe.js'
 import type { FileBytes } from '../formats/sizes.js'
 import { type FormatName, isFormat } from '../formats/table.js'
 import type { NativeOvfDisk } from '../native.js'
-import type { FileLocated, Located } from '../source.js'
+import type { ArrivingLocated, FileLocated, Located } from '../source.js'
 import { request } from '../support/requests.js'
 import { partOf, withFileBytes } from './file-bytes.js'
 import { decide, type ReferencePolicy } from './policy.js'
@@ -139,7 +139,7 @@ function candidates(
 export async function diskOf(
   located: Located,
   path: string | undefined,
-): Promise<FileLocated & { readonly format: FormatName }> {
+): Promise<(FileLocated | ArrivingLocated) & { readonly format: FormatName }> {
   const name = path ?? 'the appliance'
   if ('nbd' in located) throw refusal(path, `${name} is an appliance: its disks are read from a file only`)
   const { disks, descriptor } = await withFileBytes(located, applianceIn).catch((error: unknown) => {

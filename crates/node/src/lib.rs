@@ -49,6 +49,7 @@ mod resource;
 pub mod runtime;
 pub mod shape;
 pub mod snapshots;
+pub mod spool;
 pub mod streams;
 mod text;
 pub mod tls;

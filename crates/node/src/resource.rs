@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::RwLock;
-use qcow2_engine::{Error, ErrorKind, Image, Layer, Result, Storage};
+use qcow2_engine::storage::Spool;
+use qcow2_engine::{Error, ErrorKind, GuestSource, Image, Layer, Result, Storage};
 
 use crate::clone::Begun;
 use crate::guard::guarded;
@@ -32,6 +33,11 @@ impl Handle {
     /// Whether requests wait for a device or for another machine, rather than for a core.
     pub(crate) fn waits(&self) -> bool {
         self.waits.load(Ordering::Relaxed)
+    }
+
+    /// Whether its bytes are still coming.
+    pub(crate) fn arrives(&self) -> bool {
+        self.image.try_read().is_some_and(|image| image.is_arriving())
     }
 
     /// Runs one request; a panic poisons the handle. Requests of one handle do not run inside each other.
@@ -109,6 +115,8 @@ pub(crate) enum Resource {
     Server(Box<Serving>),
     /// Connections to encrypt.
     Encrypting(Arc<Encrypting>),
+    /// A stream that comes in.
+    Spool(Arc<Spool>),
 }
 
 impl Resource {
@@ -124,7 +132,7 @@ impl Resource {
                 encrypting.end();
                 Ok(())
             }
-            Self::Storage(_) | Self::Layer(_) | Self::Clone(_) => Ok(()),
+            Self::Storage(_) | Self::Layer(_) | Self::Clone(_) | Self::Spool(_) => Ok(()),
         }
     }
 }
@@ -176,6 +184,14 @@ impl Resources {
     pub(crate) fn encrypting(&self, number: u32) -> Option<&Arc<Encrypting>> {
         match self.held.get(&number) {
             Some(Resource::Encrypting(encrypting)) => Some(encrypting),
+            _ => None,
+        }
+    }
+
+    /// The stream of that number.
+    pub(crate) fn spool(&self, number: u32) -> Option<&Arc<Spool>> {
+        match self.held.get(&number) {
+            Some(Resource::Spool(spool)) => Some(spool),
             _ => None,
         }
     }

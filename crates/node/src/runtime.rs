@@ -11,6 +11,7 @@ use napi::bindgen_prelude::{Env, Unknown};
 use napi::sys;
 use napi_derive::napi;
 use parking_lot::Mutex;
+use qcow2_engine::storage::Spool;
 use qcow2_engine::{Error, ErrorKind, Layer, Result, Storage};
 
 use crate::boundary::{self, Numbers, Wake};
@@ -174,6 +175,12 @@ impl Runtime {
         let resources = self.resources.borrow();
         let found = resources.encrypting(number).cloned();
         found.ok_or_else(|| napi::Error::from_reason("no such connections to encrypt"))
+    }
+
+    /// The stream of that number.
+    pub(crate) fn spool(&self, number: u32) -> napi::Result<Arc<Spool>> {
+        let resources = self.resources.borrow();
+        resources.spool(number).cloned().ok_or_else(|| napi::Error::from_reason("no such stream"))
     }
 
     /// Looks at the server of that number.
