@@ -48,6 +48,7 @@ import {
   type Located,
   openFile,
   type PathLike,
+  type RemoteLocated,
   release,
   targetFormat,
   toLocated,
@@ -174,7 +175,7 @@ const bitmaps: Reader<'all' | 'consistent' | undefined> = (value, name) => {
 /** What cannot be done with a disk that is read front to back. */
 const OUT_OF_ORDER = ['base', 'salvage', 'start'] as const satisfies readonly (keyof ConvertOptions)[]
 
-const CONVERT = {
+export const CONVERT = {
   ...LONG_RUNNING,
   ...SOURCE,
   from: readFormats,
@@ -197,7 +198,10 @@ const CONVERT = {
   bigint: flag,
 } as const
 
-type ReadConvert = Read<typeof CONVERT>
+export type ReadConvert = Read<typeof CONVERT>
+
+/** What the engine is told of a convert, but for the files. */
+type Order = Omit<NativeConvertJob, 'inUse'>
 
 /**
  * Copies a disk into a new image; several sources become one disk, one behind the other. The bytes never enter JavaScript; what reads
@@ -252,18 +256,42 @@ async function convertImages(
   const located = Array.isArray(source)
     ? source.map((each: unknown, index) => toLocated(each, `source[${index}]`))
     : [toLocated(source, 'source')]
-  const remote = toRemote(target, 'target')
-  const place = remote ?? { path: toPath(target, 'target') }
+  const place = toPlace(target)
   const read = readOptions(options, 'convert', CONVERT)
-  if (remote !== undefined) refuseNew('convert', remote, read)
-  const order = toOrder(read, located.length)
+  return await convertLocated(located, place, read, orderOf(place, read, located.length))
+}
+
+/** Where the target goes. */
+export type TargetPlace = { readonly path: string } | RemoteLocated
+
+/** Checks a target. */
+export function toPlace(target: unknown): TargetPlace {
+  return toRemote(target, 'target') ?? { path: toPath(target, 'target') }
+}
+
+/** Checks what does not depend on any file. */
+export function orderOf(place: TargetPlace, read: ReadConvert, sources: number): Order {
+  if (!('path' in place)) refuseNew('convert', place, read)
+  return toOrder(read, sources)
+}
+
+/** Converts what was located. `opened` is called when the sources are open, in front of the copy. */
+export async function convertLocated(
+  located: readonly Located[],
+  place: TargetPlace,
+  read: ReadConvert,
+  order: Order,
+  opened?: () => void,
+): Promise<ConvertResult<number | bigint>> {
   throwIfAborted(read.signal)
   const begin = performance.now()
+  const remote = 'path' in place ? undefined : place
   const images: number[] = []
   const files: number[] = []
   try {
     const counting = new Counting(read, located.length)
     const chains = await openSources(located, read, images, counting)
+    opened?.()
     const [first] = chains
     // What cannot be said in the end is refused before anything is done.
     const whole = chains.reduce((sum, { virtualSize }) => sum + virtualSize, 0)
@@ -426,7 +454,7 @@ async function lookAt(located: Located, signal: AbortSignal | undefined): Promis
 }
 
 /** Checks what the options demand of each other; the rules of the format are the engine's. */
-function toOrder(read: ReadConvert, sources: number): Omit<NativeConvertJob, 'inUse'> {
+function toOrder(read: ReadConvert, sources: number): Order {
   const { compress, create, existingTarget = false, targetIsZero = false } = read
   const to = toTargetFormat('convert', read.to)
   const from = typeof read.from === 'string' ? read.from : undefined

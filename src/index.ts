@@ -29,6 +29,7 @@ export type {
   VmdkExtentInfo,
   VmdkInfo,
 } from './info.js'
+export { type IngestOptions, type IngestResult, ingest } from './ingest.js'
 export { type Finding, type FindingCode, type Inspection, type InspectOptions, inspect } from './inspect.js'
 export type { AddKeyOptions, ChangeKeyOptions, Keys, RemoveKeyOptions } from './keys.js'
 export type { MapEntry, MapOptions } from './map.js'

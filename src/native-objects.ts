@@ -34,6 +34,15 @@ export interface NativeFile {
   readonly head: Buffer
 }
 
+/** What is known of a stream before it comes. Bytes. */
+export interface NativeSpoolOptions {
+  readonly length?: number | undefined
+  /** Of a cluster of the image in it, where it has them. */
+  readonly unit?: number | undefined
+  /** All of it is kept, also what comes when all that was wanted was read. */
+  readonly keep: boolean
+}
+
 /** How to reach an NBD server, in milliseconds. */
 export interface NativeNbdConnect {
   readonly writable?: boolean | undefined

@@ -28,6 +28,7 @@ import type {
   NativeShape,
   NativeSourceFailure,
   NativeSourceOptions,
+  NativeSpoolOptions,
   NativeStreamOrder,
   NativeWriting,
 } from './native-objects.js'
@@ -43,6 +44,17 @@ export interface Addon {
   start(deliver: (count: number, others: readonly unknown[] | undefined) => void, numbers: Uint32Array): void
   /** Calls `deliver` with what is done. True: call this again in the next round of the event loop, nothing wakes the thread before. */
   look(deliver: (count: number, others: readonly unknown[] | undefined) => void): boolean
+  /** Tells the number of the spool. The job ends what waits for its bytes, whenever it is cancelled. */
+  openSpool(request: number, job: number, folder: string, options: NativeSpoolOptions): void
+  /** One at a time. */
+  feedSpool(request: number, spool: number, buffer: Uint8Array, offset: number, length: number): void
+  endSpool(spool: number): void
+  /** Fills the buffer with bytes that have come. */
+  readSpool(request: number, spool: number, buffer: Uint8Array, position: number): void
+  /** Bytes; `wanted` is 1 where somebody waits for what did not come. */
+  spoolProgress(spool: number): [came: number, stored: number, peak: number, wanted: number]
+  /** The number of a new file: what comes, or a part of it. */
+  spooledFile(spool: number, offset: number | undefined, length: number | undefined): number
   /** Ends all work and closes all images, now. Nothing is delivered any more. */
   stop(): void
   openFile(request: number, path: string, options: NativeFileOptions): void

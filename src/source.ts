@@ -3,6 +3,7 @@
 import type { FileHandle } from 'node:fs/promises'
 import { fileURLToPath } from 'node:url'
 import { invalidArgument, Qcow2Error } from './errors.js'
+import type { FileBytes } from './formats/sizes.js'
 import {
   type Format,
   quoted,
@@ -84,8 +85,8 @@ export function toTargetFormat(owner: string, to: TargetFormat | undefined): Tar
   return to
 }
 
-/** A source that was checked: a path with all its bytes (see `text.ts`), a handle's descriptor, an export, or a caller's object. */
-export type Located = FileLocated | RemoteLocated
+/** A source that was checked: a path with all its bytes (see `text.ts`), a handle's descriptor, a stream, an export, or a caller's object. */
+export type Located = FileLocated | ArrivingLocated | RemoteLocated
 
 /** What is no file of the system. */
 export type RemoteLocated = { readonly header?: undefined; readonly member?: undefined } & (
@@ -93,8 +94,11 @@ export type RemoteLocated = { readonly header?: undefined; readonly member?: und
   | { readonly random: RandomPlace }
 )
 
+/** Whether a source is somewhere else. */
+export const isRemote = (located: Located): located is RemoteLocated => 'nbd' in located || 'random' in located
+
 /** Whether a source is a file of the system. */
-export const isFile = (located: Located): located is FileLocated => !('nbd' in located || 'random' in located)
+export const isFile = (located: Located): located is FileLocated => !isRemote(located) && !('arriving' in located)
 
 /** A target that is no file of the system; undefined for what is one. */
 export function toRemote(target: unknown, name: string): RemoteLocated | undefined {
@@ -111,6 +115,21 @@ export type FileLocated = ({ readonly path: string } | { readonly descriptor: nu
   readonly part?: Part
   /** The disk of an appliance that is meant. */
   readonly member?: string
+}
+
+/** What comes as a stream. */
+export interface ArrivingLocated {
+  readonly arriving: Arriving
+  readonly header?: undefined
+  readonly part?: Part
+  readonly member?: string | undefined
+}
+
+/** A stream that is read as a file, as far as it came. */
+export interface Arriving {
+  /** A new file of it, or of a part. */
+  open(part?: Part): Promise<NativeFile>
+  readonly bytes: FileBytes
 }
 
 /** A part of a file, in bytes. */
@@ -210,6 +229,7 @@ export async function openFile(
     connections.set(held.value.file, [held])
     return held.value
   }
+  if ('arriving' in located) return await located.arriving.open(located.part)
   try {
     return await openLocal(located, options)
   } catch (error) {

@@ -50,6 +50,7 @@ pub mod runtime;
 pub mod shape;
 pub mod snapshots;
 pub mod source;
+pub mod spool;
 pub mod streamed;
 pub mod streams;
 mod text;

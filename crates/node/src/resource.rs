@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::RwLock;
-use qcow2_engine::{Error, ErrorKind, Image, Layer, Result, Storage};
+use qcow2_engine::storage::Spool;
+use qcow2_engine::{Error, ErrorKind, GuestSource, Image, Layer, Result, Storage};
 
 use crate::clone::Begun;
 use crate::guard::guarded;
@@ -34,6 +35,11 @@ impl Handle {
     /// Whether requests wait for a device or for another machine, rather than for a core.
     pub(crate) fn waits(&self) -> bool {
         self.waits.load(Ordering::Relaxed)
+    }
+
+    /// Whether its bytes are still coming.
+    pub(crate) fn arrives(&self) -> bool {
+        self.image.try_read().is_some_and(|image| image.is_arriving())
     }
 
     /// Runs one request; a panic poisons the handle. Requests of one handle do not run inside each other.
@@ -115,6 +121,8 @@ pub(crate) enum Resource {
     Source(Arc<Asking>),
     /// A new image that is read front to back.
     Streamed(Arc<Streamed>),
+    /// A stream that comes in.
+    Spool(Arc<Spool>),
 }
 
 impl Resource {
@@ -134,7 +142,7 @@ impl Resource {
                 asking.end();
                 Ok(())
             }
-            Self::Storage(_) | Self::Layer(_) | Self::Clone(_) | Self::Streamed(_) => Ok(()),
+            Self::Storage(_) | Self::Layer(_) | Self::Clone(_) | Self::Streamed(_) | Self::Spool(_) => Ok(()),
         }
     }
 }
@@ -194,6 +202,14 @@ impl Resources {
     pub(crate) fn source(&self, number: u32) -> Option<&Arc<Asking>> {
         match self.held.get(&number) {
             Some(Resource::Source(asking)) => Some(asking),
+            _ => None,
+        }
+    }
+
+    /// The stream of that number.
+    pub(crate) fn spool(&self, number: u32) -> Option<&Arc<Spool>> {
+        match self.held.get(&number) {
+            Some(Resource::Spool(spool)) => Some(spool),
             _ => None,
         }
     }

@@ -11,6 +11,7 @@ use napi::bindgen_prelude::{Env, Unknown};
 use napi::sys;
 use napi_derive::napi;
 use parking_lot::Mutex;
+use qcow2_engine::storage::Spool;
 use qcow2_engine::{Error, ErrorKind, Layer, Result, Storage};
 
 use crate::boundary::{self, Numbers, Wake};
@@ -195,6 +196,12 @@ impl Runtime {
     pub(crate) fn source(&self, number: u32) -> napi::Result<Arc<Asking>> {
         let resources = self.resources.borrow();
         resources.source(number).cloned().ok_or_else(|| napi::Error::from_reason("no such source"))
+    }
+
+    /// The stream of that number.
+    pub(crate) fn spool(&self, number: u32) -> napi::Result<Arc<Spool>> {
+        let resources = self.resources.borrow();
+        resources.spool(number).cloned().ok_or_else(|| napi::Error::from_reason("no such stream"))
     }
 
     /// Looks at the server of that number.

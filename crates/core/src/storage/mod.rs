@@ -26,6 +26,7 @@ mod range_lock;
 mod read_ahead;
 mod read_only;
 mod sectors;
+mod spool;
 mod tail;
 mod traits;
 
@@ -48,6 +49,7 @@ pub use platform::no_space;
 pub use range_lock::{HeldRange, RangeLock};
 pub use read_only::ReadOnly;
 pub use sectors::{SectorCodec, Sectors};
+pub use spool::{Arriving, Expected, Progress, Spool};
 pub use tail::Tail;
 pub use traits::{DeviceLimits, Identity, IoLimits, Operation, Traits};
 
@@ -148,6 +150,11 @@ pub trait ReadStorage: Send + Sync + fmt::Debug {
     fn lock(&self, claim: Claim, locking: Locking) -> Result<()> {
         let _ = (claim, locking);
         Ok(())
+    }
+
+    /// Where its bytes are still coming: what such a storage is told.
+    fn arriving(&self) -> Option<&dyn Arriving> {
+        None
     }
 
     /// The descriptor behind it, for the kernel's copies between two files.
