@@ -27,6 +27,7 @@ const RUST: Readonly<Record<string, string>> = {
   'crates/engine/src/maintenance/resize.rs': FOR_PEOPLE,
   'crates/format/src/header/feature.rs': FOR_PEOPLE,
   'crates/node/src/panics.rs': 'in no addon that is shipped',
+  'crates/node/src/source/mod.rs': FOR_PEOPLE,
   'crates/node/src/text.rs': `${EXACT}; on Windows a path that is no Unicode is refused`,
 }
 

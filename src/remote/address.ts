@@ -17,6 +17,13 @@ const WEB: ReadonlySet<string> = new Set(['http:', 'https:'])
 export const shownAddress = ({ origin, pathname, search }: URL): string =>
   `${origin}${pathname}${search === '' ? '' : '?…'}`
 
+/** A text in which addresses are as {@link shownAddress} has them. */
+export const withoutCredentials = (text: string): string =>
+  text.replace(/https?:\/\/[^\s']+/gi, found => {
+    const url = parse(found)
+    return url === undefined ? found : shownAddress(url)
+  })
+
 /** Reads the address that the caller of `owner` gave. No message has what is wrong: it may be a password. */
 export function toAddress(given: unknown, owner: string): Address {
   if (typeof given !== 'string' && !(given instanceof URL)) {

@@ -56,7 +56,7 @@ export async function writeImage(
   const aside: Session = Object.create(session, { stdout: { value: session.stderr } })
   try {
     await withProgress(aside, choice, async job => {
-      const opened = sources.map(name => sourceOf(name, session))
+      const opened = await Promise.all(sources.map(name => sourceOf(name, session)))
       const stream = await createQcow2Stream(opened, { ...options, ...job })
       for await (const chunk of stream) await answer(() => writeChunk(chunk, session), session.signal)
     })

@@ -33,7 +33,7 @@ import {
 } from '../create-options.js'
 import { describeError, openFailure, pathOf } from '../errors.js'
 import { CommandFailure, unsupported } from '../failure.js'
-import { imagePath, isExport, localPath } from '../filename.js'
+import { imagePath } from '../filename.js'
 import {
   alias,
   cacheMode,
@@ -51,7 +51,7 @@ import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
 import { sizeArgument } from '../size.js'
-import { exportOf, placeOf, sourceOf, targetSource } from '../sources.js'
+import { imageSource, placeOf, sourceOf, targetSource } from '../sources.js'
 import { convertInput, isInput, refuseOutOfOrder } from './convert-input.js'
 import { STANDARD_OUTPUT, streamedFormat, writeImage } from './convert-stream.js'
 import { addBacking, fromImage } from './create.js'
@@ -243,14 +243,14 @@ async function convertNamed(
   }
   const choice = { progress: given.progress ?? false, quiet: given.quiet ?? false, verb: 'Converting', step: 1 }
   try {
-    const converted = await withProgress(session, choice, job =>
+    const converted = await withProgress(session, choice, async job =>
       input
         ? convertInput(target, from[0], { ...options, ...job, bigint: true }, session)
-        : convert(
-            sources.map(name => sourceOf(name, session)),
-            targetSource(target, session),
-            { ...options, ...job, bigint: true },
-          ),
+        : convert(await Promise.all(sources.map(name => sourceOf(name, session))), targetSource(target, session), {
+            ...options,
+            ...job,
+            bigint: true,
+          }),
     )
     if (!given.quiet) warn(converted, session)
     const hints = given.create ? parseOptionList(given.targetOptions ?? '', optionSpecs(to)) : new Map()
@@ -333,7 +333,7 @@ async function lookAt(
     ).catch(async error => {
       // An image that is to be salvaged need not open: its header is enough.
       const { virtualSize } = salvage
-        ? await inspect(isExport(filename) ? exportOf(filename, session) : localPath(filename), { bigint: true })
+        ? await inspect(await imageSource(filename, session), { bigint: true })
         : { virtualSize: 0n }
       if (virtualSize === 0n) throw error
       return Number(virtualSize)
