@@ -47,6 +47,9 @@ const TYPESCRIPT: Readonly<Record<string, string>> = {
   'src/formats/ova.ts': 'names of members are shown; they are found by their place',
   'src/formats/sizes.ts': OURS,
   'src/formats/table.ts': OURS,
+  'src/jobs/roots.ts':
+    'the paths of jobs are JSON, which is text; what links lead to, and what images name, keeps every byte',
+  'src/jobs/target.ts': TAKES_APART,
   'src/native.ts': OURS,
   'src/text.ts': EXACT,
 }
