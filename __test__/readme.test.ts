@@ -5,8 +5,10 @@ import { cpSync, mkdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { fileURLToPath, pathToFileURL } from 'node:url'
 import { commit, convert, create, open } from 'qcow2'
-import { beforeAll, describe, expect, it } from 'vitest'
+import { afterAll, beforeAll, describe, expect, it } from 'vitest'
 import { temporaryFolder, writeRaw } from './api/fixtures.js'
+import { execute } from './cli/run.js'
+import { describeWithRedis, RedisServer } from './jobs/redis.js'
 
 const root = fileURLToPath(new URL('..', import.meta.url))
 const folder = temporaryFolder()
@@ -37,6 +39,7 @@ const GIVEN: Readonly<Record<string, string>> = {
 
 function toModule(code: string): string {
   const library = pathToFileURL(join(root, 'dist', 'index.mjs')).href
+  const jobs = pathToFileURL(join(root, 'dist', 'jobs', 'index.mjs')).href
   const wanted = Object.entries(GIVEN).filter(
     ([name]) => new RegExp(`\\b${name}\\b`).test(code) && !new RegExp(`const ${name} =`).test(code),
   )
@@ -46,7 +49,7 @@ function toModule(code: string): string {
     // What an earlier example imported.
     ...(/import .*\bopen\b/.test(code) || !/\bopen\(/.test(code) ? [] : ['const { open } = qcow2']),
     ...wanted.map(([name, value]) => `const ${name} = ${value}`),
-    code.replaceAll("from 'qcow2'", `from '${library}'`),
+    code.replaceAll("from 'qcow2'", `from '${library}'`).replaceAll("from 'qcow2/jobs'", `from '${jobs}'`),
   ].join('\n')
 }
 
@@ -93,21 +96,37 @@ describe('the examples of the README', () => {
     expect(blocks.filter(({ language }) => language === 'sh').length).toBeGreaterThan(1)
   })
 
-  it.each(blocks.map((block, index) => ({ ...block, index })).filter(({ language }) => language === 'js'))(
-    '$name',
-    ({ code, index }) => {
-      const cwd = fresh(
-        index,
-        /convert\('(disk)\.raw', 'disk/.test(code) ? ['disk.qcow2'] : /'disk\.raw', \{/.test(code) ? ['disk.raw'] : [],
-      )
-      const ended = spawnSync(process.execPath, ['--input-type=module', '--eval', toModule(code)], {
-        cwd,
-        input: Buffer.alloc(65536, 3),
-        maxBuffer: 2 ** 26,
-      })
-      expect({ status: ended.status, stderr: String(ended.stderr) }).toEqual({ status: 0, stderr: '' })
-    },
-  )
+  const examples = blocks.map((block, index) => ({ ...block, index })).filter(({ language }) => language === 'js')
+  const withQueue = ({ code }: { code: string }): boolean => code.includes('qcow2/jobs')
+  const run = ({ code, index }: { code: string; index: number }, env: NodeJS.ProcessEnv = {}): void => {
+    const cwd = fresh(
+      index,
+      /convert\('(disk)\.raw', 'disk/.test(code) ? ['disk.qcow2'] : /'disk\.raw', \{/.test(code) ? ['disk.raw'] : [],
+    )
+    const ended = spawnSync(process.execPath, ['--input-type=module', '--eval', toModule(code)], {
+      cwd,
+      input: Buffer.alloc(65536, 3),
+      maxBuffer: 2 ** 26,
+      env: { ...process.env, ...env },
+    })
+    expect({ status: ended.status, stderr: String(ended.stderr) }).toEqual({ status: 0, stderr: '' })
+  }
+  it.each(examples.filter(example => !withQueue(example)))('$name', example => run(example))
+
+  describeWithRedis('with a queue', () => {
+    const redis = new RedisServer(folder)
+    beforeAll(() => redis.start())
+    afterAll(() => redis.stop())
+
+    it.each(examples.filter(withQueue))('$name', example => run(example, { REDIS_URL: redis.url }))
+
+    it('three workers on one machine', async () => {
+      const ended = await execute(process.execPath, [join(root, 'examples', 'jobs', 'run.mjs')], root)
+      expect({ code: ended.code, stderr: ended.stderr }).toEqual({ code: 0, stderr: '' })
+      expect(ended.stdout).toContain('completed: 12, dead: 0')
+      expect(ended.stdout).toContain('13 files: ')
+    })
+  })
 
   it.skipIf(process.platform === 'win32')('of the command line', () => {
     const lines = blocks

@@ -77,7 +77,7 @@ export interface JobQueue extends AsyncDisposable {
   /**
    * Puts a job in. Its data is read here as the worker reads it: what is wrong is refused at once.
    *
-   * @throws {@link Qcow2Error} `ERR_QCOW2_INVALID_ARGUMENT`; the system's code, or `ETIMEDOUT`, where the queue does not answer: the job may have
+   * @throws `Qcow2Error` `ERR_QCOW2_INVALID_ARGUMENT`; the system's code, or `ETIMEDOUT`, where the queue does not answer: the job may have
    *   arrived
    */
   add<K extends JobKind>(kind: K, data: JobData[K], options?: AddOptions): Promise<QueuedJob<K>>
@@ -132,7 +132,7 @@ const STATES: Readonly<Record<string, JobState>> = {
 /**
  * Opens a queue of jobs in Redis or Valkey, by BullMQ (`npm install bullmq ioredis`). {@link startWorker} does them.
  *
- * @throws {@link Qcow2Error} `ERR_QCOW2_PEER_MISSING` without BullMQ; the system's code (`ECONNREFUSED`, `ETIMEDOUT`) where the queue does not
+ * @throws `Qcow2Error` `ERR_QCOW2_PEER_MISSING` without BullMQ; the system's code (`ECONNREFUSED`, `ETIMEDOUT`) where the queue does not
  *   answer within `timeout`
  * @example
  * await using queue = await openQueue({ connection: 'redis://queue.internal' })

@@ -166,7 +166,7 @@ const LOOK = 500
  * Every job is done by whoever takes it, and begun again by another when that one is lost. A target appears once, whole: an attempt makes a
  * file beside it, asks for its lock, and renames the file only then; whoever took the job over has removed that file before.
  *
- * @throws {@link Qcow2Error} `ERR_QCOW2_PEER_MISSING` without BullMQ; `ENOENT` for a root that is not there; the system's code (`ECONNREFUSED`,
+ * @throws `Qcow2Error` `ERR_QCOW2_PEER_MISSING` without BullMQ; `ENOENT` for a root that is not there; the system's code (`ECONNREFUSED`,
  *   `ETIMEDOUT`) where the queue does not answer within `timeout`
  * @example
  * const worker = await startWorker({ connection: 'redis://queue.internal', roots: '/srv/images', concurrency: 2 })
@@ -249,6 +249,8 @@ class QueueWorker implements JobWorker {
       stalledInterval: this.#lockDuration,
       maxStalledCount: read.maxStalled ?? DEFAULT.maxStalled,
       runRetryDelay: LOOK,
+      // Seconds of a wait for the next job, which outlives a queue that goes away meanwhile.
+      drainDelay: 2,
       autorun: false,
     })
     this.#listen()
@@ -393,8 +395,8 @@ class QueueWorker implements JobWorker {
     try {
       const kind: JobKind = jobKind(name, 'the kind of the job')
       const data = readJob(kind, job.data)
+      // One that was cancelled while no worker had it begins all the same: what attempts before it left is removed.
       await this.#lookAt(id, attempt)
-      throwIfAborted(attempt.signal)
       const result = await perform(kind, data, {
         means: this.#means,
         job: this.#worker.toKey(id),
