@@ -1,5 +1,16 @@
 import { spawnSync } from 'node:child_process'
-import { cpSync, existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import {
+  cpSync,
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  symlinkSync,
+  unlinkSync,
+  writeFileSync,
+} from 'node:fs'
 import { homedir, tmpdir } from 'node:os'
 import { join, resolve } from 'node:path'
 import { nodeFileTrace } from '@vercel/nft'
@@ -81,6 +92,22 @@ describe('the packed package', () => {
   test('works by require and by import, with one identity of every class', () => {
     const { names } = JSON.parse(must(process.execPath, ['smoke.cjs'], user)) as { names: number }
     expect(names).toBeGreaterThan(5)
+  })
+
+  test('has jobs at an entry of their own, which says what to install where that is missing', () => {
+    const { code, message, same } = JSON.parse(must(process.execPath, ['jobs.cjs'], user)) as Record<string, unknown>
+    expect({ code, same }).toEqual({ code: 'ERR_QCOW2_PEER_MISSING', same: true })
+    expect(message).toContain('npm install bullmq ioredis')
+    const bin = join(user, 'node_modules/.bin/qcow2')
+    const { status, stderr } = run(bin, ['worker', '--redis', 'redis://127.0.0.1:1', '--root', '.'], user)
+    expect(status).toBe(1)
+    expect(stderr).toContain('npm install bullmq ioredis')
+    // Where it is installed, it is what is loaded.
+    const found = join(user, 'node_modules')
+    for (const name of ['bullmq', 'ioredis']) symlinkSync(join(ROOT, 'node_modules', name), join(found, name))
+    const there = JSON.parse(must(process.execPath, ['jobs.cjs'], user)) as Record<string, unknown>
+    for (const name of ['bullmq', 'ioredis']) unlinkSync(join(found, name))
+    expect(there).toMatchObject({ code: 'ECONNREFUSED' })
   })
 
   test('loads the library that NAPI_RS_NATIVE_LIBRARY_PATH names', () => {

@@ -19,6 +19,10 @@ export const EXAMPLES: Readonly<Record<string, readonly [string, string]>> = {
   compact: ['compact disk.qcow2', 'compact --dry-run disk.qcow2'],
   dd: ['dd if=disk.qcow2 of=first-mib.raw bs=1M count=1', 'dd -O qcow2 if=disk.raw of=disk.qcow2 bs=64k'],
   bench: ['bench -c 10000 disk.qcow2', 'bench -w -t none -s 64k -d 16 scratch.qcow2'],
+  worker: [
+    'worker --redis redis://queue.internal --root /srv/images --concurrency 2',
+    'worker --redis unix:///run/redis/redis.sock --root . --queue thumbnails --rate 200M',
+  ],
   shims: ['shims ~/.local/qcow2', 'shims --force ./bin'],
   completion: ['completion bash > ~/.local/share/bash-completion/completions/qcow2', 'completion fish | source'],
   io: ["io -c 'read -P 0 0 64k' disk.qcow2", "io -f raw -c 'write -z 0 1M' -c flush disk.raw"],

@@ -41,6 +41,7 @@ const COMMANDS: Readonly<Record<string, () => Promise<Declare>>> = {
   io: async () => (await import('./commands/io.js')).declareIo,
   nbd: async () => (await import('./commands/nbd.js')).declareNbd,
   bench: async () => (await import('./commands/bench.js')).declareBench,
+  worker: async () => (await import('./commands/worker.js')).declareWorker,
   shims: async () => (await import('./commands/shims.js')).declareShims,
   completion: async () => (await import('./commands/completion.js')).declareCompletion,
 }
@@ -102,6 +103,7 @@ const IMAGES: Readonly<Record<string, (count: number, options: Readonly<Record<s
   convert: (count, { create }) => (create === false ? count : count - 1),
   compare: () => 2,
   create: () => 0,
+  worker: () => 0,
   shims: () => 0,
   completion: () => 0,
   // It has more options than those of images.
