@@ -65,6 +65,8 @@ const STREAM = {
 type ReadStream = Read<typeof STREAM>
 
 const OWNER = 'createQcow2Stream'
+/** Chunks that are read ahead, unless the caller says otherwise: compressing uses more than one core. */
+const AHEAD = 4
 
 /** What is only about files that are opened. */
 const OF_FILES = ['from', 'references', 'secret', 'snapshot', 'locking', 'forceShare'] as const
@@ -201,7 +203,7 @@ async function plan(images: readonly number[], read: ReadStream, close: () => Pr
         `${OWNER}: start (${start}) is behind the end of the stream, which has ${end} bytes`,
       )
     }
-    const ahead = planned.sequential ? 0 : (concurrency ?? 2)
+    const ahead = planned.sequential ? 0 : (concurrency ?? AHEAD)
     const report = progress.emitting(planned)
     return emit({ stream: planned.stream, start, end, ahead, report, close: free }, read)
   } catch (error) {
