@@ -148,6 +148,12 @@ describe('sources', () => {
     expect((await ended).code).toBe('ERR_QCOW2_CLOSED')
     expect(second.destroyed).toBe(true)
     expect((await failure(() => createQcow2Stream(image))).code).toBe('ERR_QCOW2_CLOSED')
+    // Closing ends the counting, too, which would take longer.
+    const other = await open(at('disk.qcow2'))
+    const compress = { type: 'zstd', level: 22 } as const
+    const counting = failure(() => createQcow2Stream(other, { compress, create: { clusterSize: 512 } }))
+    await other.close()
+    expect((await counting).code).toBe('ERR_QCOW2_CLOSED')
     await free(at('disk.qcow2'))
   })
 
