@@ -36,6 +36,7 @@ const COMMANDS: Readonly<Record<string, () => Promise<Declare>>> = {
   amend: async () => (await import('./commands/amend.js')).declareAmend,
   commit: async () => (await import('./commands/commit.js')).declareCommit,
   rebase: async () => (await import('./commands/rebase.js')).declareRebase,
+  report: async () => (await import('./commands/report.js')).declareReport,
   compact: async () => (await import('./commands/compact.js')).declareCompact,
   dd: async () => (await import('./commands/dd.js')).declareDd,
   io: async () => (await import('./commands/io.js')).declareIo,
