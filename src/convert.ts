@@ -3,7 +3,7 @@
 import { SHARING, type SharingOptions, toReadAccess } from './access.js'
 import { type Chain, lookAtChain, openChain } from './backing/chain.js'
 import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
-import { invalidArgument, Qcow2Error } from './errors.js'
+import { invalidArgument } from './errors.js'
 import {
   can,
   DEFAULT_FORMAT,
@@ -15,8 +15,8 @@ import {
   type StreamFormat,
   type TargetFormat,
 } from './formats/table.js'
-import type { NativeConverted, NativeConvertJob } from './native.js'
-import { type NbdPlace, NbdSource } from './nbd-source.js'
+import type { NativeConverted, NativeConvertJob, NativeFile } from './native.js'
+import type { NbdSource } from './nbd-source.js'
 import {
   bytes,
   flag,
@@ -32,6 +32,8 @@ import {
   readOptions,
   throwIfAborted,
 } from './options.js'
+import type { RandomAccessSource, RandomPlace } from './random-access.js'
+import { isSource, nameOf, openTargetFile, refuseNew } from './remote-target.js'
 import { forgetting, type Secrets, secrets } from './secret.js'
 import {
   type Compression,
@@ -50,11 +52,13 @@ import {
   type Located,
   openFile,
   type PathLike,
+  type RemoteLocated,
   release,
   sourceFormat,
   targetFormat,
   toLocated,
   toPath,
+  toRemote,
   toTargetFormat,
 } from './source.js'
 import { runJob } from './support/jobs.js'
@@ -198,7 +202,8 @@ const bitmaps: Reader<'all' | 'consistent' | undefined> = (value, name) => {
   return readOptions(value, name, BITMAPS).skipBroken ? 'consistent' : 'all'
 }
 
-const formats: Reader<SourceFormat | readonly (SourceFormat | undefined)[]> = (value, name) =>
+/** Reads {@link ConvertOptions.from}. */
+export const readFormats: Reader<SourceFormat | readonly (SourceFormat | undefined)[]> = (value, name) =>
   Array.isArray(value)
     ? value.map((each, index) => (each === undefined ? undefined : sourceFormat(each, `${name}[${index}]`)))
     : sourceFormat(value, name)
@@ -206,10 +211,10 @@ const formats: Reader<SourceFormat | readonly (SourceFormat | undefined)[]> = (v
 /** What cannot be done with a disk that is read front to back. */
 const OUT_OF_ORDER = ['base', 'salvage', 'start'] as const satisfies readonly (keyof ConvertOptions)[]
 
-const CONVERT = {
+export const CONVERT = {
   ...LONG_RUNNING,
   ...SOURCE,
-  from: formats,
+  from: readFormats,
   start: bytes,
   length: bytes,
   salvage: flag,
@@ -229,13 +234,17 @@ const CONVERT = {
   bigint: flag,
 } as const
 
-type ReadConvert = Read<typeof CONVERT>
+export type ReadConvert = Read<typeof CONVERT>
+
+/** What the engine is told of a convert, but for the files. */
+type Order = Omit<NativeConvertJob, 'inUse'>
 
 /**
  * Copies a disk into a new image; several sources become one disk, one behind the other. The bytes never enter JavaScript; what reads
  * as zeroes is not read. The file has its name only when it is complete: nothing is left of a failure, an abort, or a killed process,
  * except of a file that is written in place (see `overwrite`). An export of an NBD server (`nbdSource`) can be the target, too: it exists, and
- * must be large enough.
+ * must be large enough; and so can an object of the caller's with a `write` ({@link RandomAccessSource}), which is as long as the image where it
+ * has a `truncate`.
  *
  * @throws {@link Qcow2Error} as `open` and `create`; `ERR_QCOW2_INVALID_ARGUMENT` for a target that is also a source, or one that exists and
  *   is too small
@@ -254,17 +263,17 @@ type ReadConvert = Read<typeof CONVERT>
  */
 export function convert(
   source: ImageSource | readonly ImageSource[],
-  target: PathLike | NbdSource,
+  target: PathLike | NbdSource | RandomAccessSource,
   options: ConvertOptions & { bigint: true },
 ): Promise<ConvertResult<bigint>>
 export function convert(
   source: ImageSource | readonly ImageSource[],
-  target: PathLike | NbdSource,
+  target: PathLike | NbdSource | RandomAccessSource,
   options: ConvertOptions & BigIntResults,
 ): Promise<ConvertResult>
 export async function convert(
   source: ImageSource | readonly ImageSource[],
-  target: PathLike | NbdSource,
+  target: PathLike | NbdSource | RandomAccessSource,
   options: ConvertOptions & BigIntResults,
 ): Promise<ConvertResult<number | bigint>> {
   return await forgetting(() => convertImages(source, target, options))
@@ -272,24 +281,48 @@ export async function convert(
 
 async function convertImages(
   source: ImageSource | readonly ImageSource[],
-  target: PathLike | NbdSource,
+  target: PathLike | NbdSource | RandomAccessSource,
   options: ConvertOptions & BigIntResults,
 ): Promise<ConvertResult<number | bigint>> {
   const located = Array.isArray(source)
     ? source.map((each: unknown, index) => toLocated(each, `source[${index}]`))
     : [toLocated(source, 'source')]
-  const nbd = NbdSource.read(target)
-  const place = nbd === undefined ? { path: toPath(target, 'target') } : { nbd }
+  const place = toPlace(target)
   const read = readOptions(options, 'convert', CONVERT)
-  if (nbd !== undefined) refuseNew(nbd, read)
-  const order = toOrder(read, located.length)
+  return await convertLocated(located, place, read, orderOf(place, read, located.length))
+}
+
+/** Where the target goes. */
+export type TargetPlace = { readonly path: string } | RemoteLocated
+
+/** Checks a target. */
+export function toPlace(target: unknown): TargetPlace {
+  return toRemote(target, 'target') ?? { path: toPath(target, 'target') }
+}
+
+/** Checks what does not depend on any file. */
+export function orderOf(place: TargetPlace, read: ReadConvert, sources: number): Order {
+  if (!('path' in place)) refuseNew('convert', place, read)
+  return toOrder(read, sources)
+}
+
+/** Converts what was located. `opened` is called when the sources are open, in front of the copy. */
+export async function convertLocated(
+  located: readonly Located[],
+  place: TargetPlace,
+  read: ReadConvert,
+  order: Order,
+  opened?: () => void,
+): Promise<ConvertResult<number | bigint>> {
   throwIfAborted(read.signal)
   const begin = performance.now()
+  const remote = 'path' in place ? undefined : place
   const images: number[] = []
   const files: number[] = []
   try {
     const counting = new Counting(read, located.length)
     const chains = await openSources(located, read, images, counting)
+    opened?.()
     const [first] = chains
     // What cannot be said in the end is refused before anything is done.
     const whole = chains.reduce((sum, { virtualSize }) => sum + virtualSize, 0)
@@ -299,9 +332,12 @@ async function convertImages(
     const onto =
       order.existing && read.to !== undefined && !isPlain(read.to) ? await openTarget(place, inUse, read) : undefined
     if (onto !== undefined) images.push(onto)
-    const targetFile = onto === undefined && nbd !== undefined ? await openExport({ nbd }, inUse, read) : undefined
+    const targetFile =
+      onto === undefined && remote !== undefined
+        ? await openTargetFile('convert', remote, inUse, read.signal)
+        : undefined
     if (targetFile !== undefined) files.push(targetFile)
-    const path = 'path' in place ? place.path : place.nbd.uri
+    const path = 'path' in place ? place.path : nameOf(place)
     const sources = chains.map(chain => chain.image)
     const shape = await withParent('convert', order.shape, delta)
     const converted = await runJob<NativeConverted>('convert', counting.copying(), (request, job, addon) =>
@@ -323,30 +359,6 @@ async function convertImages(
   } finally {
     await Promise.all([...images, ...files].map(number => release(number)))
   }
-}
-
-/** An export is there: what would make it anew says that it may be written over. */
-function refuseNew({ uri }: NbdPlace, { existingTarget, overwrite, create }: ReadConvert): void {
-  if (!existingTarget && !overwrite) {
-    const message = `EEXIST: the export exists: say overwrite: true, or existingTarget: true, open '${uri}'`
-    throw new Qcow2Error('EEXIST', message, { path: uri, syscall: 'open' })
-  }
-  if (create?.dataFile !== undefined) {
-    throw invalidArgument('dataFile', 'convert: an image in an export has no external data file')
-  }
-}
-
-/** Opens the export that a disk is made in, which is none of the files that are read. */
-async function openExport(located: Located, inUse: readonly string[], { signal }: ReadConvert): Promise<number> {
-  const { file, identity, path } = await openFile(located, { writable: true }, signal)
-  if (identity === undefined || !inUse.includes(identity)) return file
-  await release(file)
-  throw isSource(path)
-}
-
-function isSource(path: string | undefined): Qcow2Error {
-  const message = `convert: ${path === undefined ? 'the target' : `'${path}'`} is also a source of this operation`
-  return new Qcow2Error('ERR_QCOW2_INVALID_ARGUMENT', message, { path, field: 'target' })
 }
 
 function toResult(
@@ -398,7 +410,7 @@ async function openSources(
 }
 
 /** What to write for a source that is of a format. */
-function fromAdvice(from: ReadConvert['from'], index: number, sources: number, word: SourceFormat): string {
+export function fromAdvice(from: ReadConvert['from'], index: number, sources: number, word: SourceFormat): string {
   if (sources === 1) return `from: '${word}'`
   const formats = Array.from({ length: sources }, (_, i) => {
     const given = typeof from === 'string' ? from : from?.[i]
@@ -464,15 +476,26 @@ class Counting {
 /** Opens the target that exists, which is none of the files that are read. */
 async function openTarget(located: Located, inUse: readonly string[], read: ReadConvert): Promise<number> {
   const { references, secret, limits, signal } = read
-  const { file, identity, path } = await openFile(located, {}, signal)
-  await release(file)
-  if (identity !== undefined && inUse.includes(identity)) throw isSource(path)
+  const { identity, path } = 'random' in located ? known(located.random) : await lookAt(located, signal)
+  if (identity !== undefined && inUse.includes(identity)) throw isSource('convert', path)
   const access = { ...toReadAccess({ locking: read.locking }), write: {} }
   return (await openChain(located, { format: read.to, references, secret, limits, signal, access })).image
 }
 
+/** What a caller's object is known by: it is not opened for that. */
+const known = ({ identity, name }: RandomPlace): Pick<NativeFile, 'identity' | 'path'> => ({
+  identity: `source:${identity}`,
+  path: name,
+})
+
+async function lookAt(located: Located, signal: AbortSignal | undefined): Promise<NativeFile> {
+  const opened = await openFile(located, {}, signal)
+  await release(opened.file)
+  return opened
+}
+
 /** Checks what the options demand of each other; the rules of the format are the engine's. */
-function toOrder(read: ReadConvert, sources: number): Omit<NativeConvertJob, 'inUse'> {
+function toOrder(read: ReadConvert, sources: number): Order {
   const { compress, create, existingTarget = false, targetIsZero = false } = read
   const to = toTargetFormat('convert', read.to)
   const from = typeof read.from === 'string' ? read.from : undefined

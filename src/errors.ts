@@ -126,6 +126,7 @@ export type SystemErrorCode =
   | 'ESOCKTNOSUPPORT'
   | 'ESPIPE'
   | 'ESRCH'
+  | 'ESTALE'
   | 'ETIMEDOUT'
   | 'ETXTBSY'
   | 'EUNATCH'

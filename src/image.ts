@@ -13,13 +13,15 @@ import { type AnyImageInfo, type ImageInfo, infoIn, layersInfo } from './info.js
 import { Keys } from './keys.js'
 import { entryIn, type MapEntry, type MapOptions, type ReadMapOptions, readMapOptions, walkMap } from './map.js'
 import { native } from './native.js'
+import type { NbdSource } from './nbd-source.js'
 import { ABORTABLE, type Abortable, flag, type LongRunning, readOptions, throwIfAborted } from './options.js'
 import { type OverlayOptions, putOverlay, readOverlayOptions } from './overlay.js'
+import type { RandomAccessSource } from './random-access.js'
 import { fill, fillAll, READ, type ReadOptions, type ReadResult, type ReadvResult } from './read.js'
 import { resizeDisk, TRUNCATE, type TruncateOptions } from './resize.js'
 import { forgetting } from './secret.js'
 import { Snapshots } from './snapshot/snapshots.js'
-import { type PathLike, release } from './source.js'
+import { closing, type PathLike, release } from './source.js'
 import {
   type Guest,
   openReadStream,
@@ -449,15 +451,21 @@ export class Image implements AsyncDisposable {
    * await image.clone('backup.qcow2', { to: 'qcow2', compress: true })
    * ```
    */
-  clone(target: PathLike, options: CloneOptions & { bigint: true }): Promise<CloneResult<bigint>>
-  clone(target: PathLike, options: CloneOptions & BigIntResults): Promise<CloneResult>
-  async clone(target: PathLike, options: CloneOptions & BigIntResults): Promise<CloneResult<number | bigint>> {
+  clone(
+    target: PathLike | NbdSource | RandomAccessSource,
+    options: CloneOptions & { bigint: true },
+  ): Promise<CloneResult<bigint>>
+  clone(target: PathLike | NbdSource | RandomAccessSource, options: CloneOptions & BigIntResults): Promise<CloneResult>
+  async clone(
+    target: PathLike | NbdSource | RandomAccessSource,
+    options: CloneOptions & BigIntResults,
+  ): Promise<CloneResult<number | bigint>> {
     return await forgetting(async () => {
-      const { path, options: read } = readCloneOptions(target, options)
+      const { target: place, options: read } = readCloneOptions(target, options)
       throwIfAborted(read.signal)
       // What cannot be said in the end is refused before anything is done.
       sizesIn(read.bigint)(this.#size, 'Image.clone: virtualSize')
-      return this.#lifetime.run(() => this.#clones.make(path, read))
+      return this.#lifetime.run(() => this.#clones.make(place, read))
     })
   }
 
@@ -584,6 +592,7 @@ export class Image implements AsyncDisposable {
   close(): Promise<void> {
     this.#clones.end()
     for (const end of this.#ends) end()
+    closing(this.#chain.image)
     return this.#lifetime.close()
   }
 

@@ -18,7 +18,7 @@ import {
   readOptions,
   throwIfAborted,
 } from './options.js'
-import { type ImageSource, type Located, openFile, release, toLocated } from './source.js'
+import { type ImageSource, isRemote, type Located, openFile, release, toLocated } from './source.js'
 import { toBytesView } from './support/buffers.js'
 import { request } from './support/requests.js'
 import { shown, shownText } from './text.js'
@@ -158,6 +158,20 @@ export async function inspect(
     ? inspectBytes(located, bounds)
     : inspectLocated(located, bounds, signal))
   throwIfAborted(signal)
+  return sized(found, bigint)
+}
+
+/** What the first bytes of an image say: as {@link inspect}. */
+export async function inspectPrefix(
+  bytes: Uint8Array,
+  given: ReadLimits | undefined,
+  big: boolean,
+): Promise<Inspection<number | bigint>> {
+  return sized(await inspectBytes(bytes, big ? given : withinNumbers(given)), big)
+}
+
+/** With sizes as the caller wants them. */
+function sized(found: Inspection<number | bigint>, bigint: boolean): Inspection<number | bigint> {
   const { virtualSize } = found
   const descriptor = found.descriptor && { descriptor: found.descriptor.map(disk => ovfDiskIn(disk, bigint)) }
   if (bigint) return { ...found, ...descriptor, virtualSize: BigInt(virtualSize) }
@@ -209,7 +223,7 @@ async function inspectLocated(
       addon.inspectFile(number, file, format ?? DEFAULT_FORMAT, bounds),
     )
     if (found.header !== undefined) return await toInspection(format, found)
-    if ('nbd' in located) return await toInspection(format, found, prefixBytes(head))
+    if (isRemote(located)) return await toInspection(format, found, prefixBytes(head))
     // What is read is the file of a folder, where that was named.
     const whole = 'path' in located && path !== undefined ? { ...located, path } : located
     return await withFileBytes(whole, async bytes => {

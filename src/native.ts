@@ -20,6 +20,10 @@ import type {
   NativeOverlayOrder,
   NativeSecret,
   NativeShape,
+  NativeSourceFailure,
+  NativeSourceOptions,
+  NativeSpoolOptions,
+  NativeStreamOrder,
   NativeWriting,
 } from './native-objects.js'
 import type { Plan } from './snapshot/types.js'
@@ -34,6 +38,17 @@ export interface Addon {
   start(deliver: (count: number, others: readonly unknown[] | undefined) => void, numbers: Uint32Array): void
   /** Calls `deliver` with what is done. True: call this again in the next round of the event loop, nothing wakes the thread before. */
   look(deliver: (count: number, others: readonly unknown[] | undefined) => void): boolean
+  /** Tells the number of the spool. The job ends what waits for its bytes, whenever it is cancelled. */
+  openSpool(request: number, job: number, folder: string, options: NativeSpoolOptions): void
+  /** One at a time. */
+  feedSpool(request: number, spool: number, buffer: Uint8Array, offset: number, length: number): void
+  endSpool(spool: number): void
+  /** Fills the buffer with bytes that have come. */
+  readSpool(request: number, spool: number, buffer: Uint8Array, position: number): void
+  /** Bytes; `wanted` is 1 where somebody waits for what did not come. */
+  spoolProgress(spool: number): [came: number, stored: number, peak: number, wanted: number]
+  /** The number of a new file: what comes, or a part of it. */
+  spooledFile(spool: number, offset: number | undefined, length: number | undefined): number
   /** Ends all work and closes all images, now. Nothing is delivered any more. */
   stop(): void
   openFile(request: number, path: string, options: NativeFileOptions): void
@@ -43,6 +58,21 @@ export interface Addon {
   nbdLocation(name: string): string | NativeFailure
   /** The job ends the connection, whenever it is cancelled. */
   openNbd(request: number, job: number, name: string, options: NativeNbdConnect): void
+  /** A place where questions to one object come, as many as `concurrency` at once; its number. */
+  startSource(concurrency: number): number
+  /** Opens what is asked there as a file. */
+  openSource(request: number, source: number, options: NativeSourceOptions): void
+  /** Waits for questions; nothing where no more come. */
+  nextQuestions(request: number, source: number): void
+  answerBytes(source: number, id: number, bytes: Uint8Array): void
+  answerDone(source: number, id: number): void
+  /** Of each run where it ends, and whether it is zero (0 or 1). */
+  answerExtents(source: number, id: number, runs: Float64Array): void
+  answerFailed(source: number, id: number, failure: NativeSourceFailure): void
+  /** What stands on it is being closed: who waits does so for some seconds only. */
+  closeSource(source: number): void
+  /** Gives up all who wait. */
+  cancelSource(source: number): void
   listNbd(request: number, job: number, name: string, options: NativeNbdConnect): void
   /** `format` is QEMU's name of it. */
   openLayer(request: number, file: number, format: string, options: NativeLayerOptions): void
@@ -141,6 +171,9 @@ export interface Addon {
     inUse: readonly string[],
   ): void
   convertImage(request: number, job: number, images: readonly number[], path: string, order: NativeConvertJob): void
+  /** Tells a `NativePlannedStream`. */
+  planStream(request: number, job: number, images: readonly number[], order: NativeStreamOrder): void
+  readStream(request: number, stream: number, buffer: Uint8Array, position: number, watch?: number): void
   /** Makes the target and takes the point in time; tells the clone's number. */
   beginClone(request: number, job: number, image: number, path: string, order: NativeCloneOrder): void
   /** Copies the rest. The clone's number is gone, however it ends. */

@@ -21,7 +21,7 @@ export interface Abortable {
 export interface Progress {
   /**
    * What the job is doing: `'convert'`, `'check'`, `'compare'`, `'measure'`, `'create'`, `'clone'`, `'compact'`, `'amend'`, `'commit'`,
-   * `'rebase'`.
+   * `'rebase'`, `'stream'`.
    */
   readonly phase: string
   /** Bytes of guest data done. */

@@ -47,7 +47,9 @@ const TYPESCRIPT: Readonly<Record<string, string>> = {
   'src/formats/ova.ts': 'names of members are shown; they are found by their place',
   'src/formats/sizes.ts': OURS,
   'src/formats/table.ts': OURS,
+  'src/ingest.ts': TAKES_APART,
   'src/native.ts': OURS,
+  'src/remote/address.ts': 'an address of the web and its user, which are text',
   'src/text.ts': EXACT,
 }
 

@@ -7,7 +7,7 @@ import { describeKnown, detectFormat } from '../formats/probe.js'
 import type { FileBytes } from '../formats/sizes.js'
 import { type FormatName, isFormat } from '../formats/table.js'
 import type { NativeOvfDisk } from '../native.js'
-import type { FileLocated, Located } from '../source.js'
+import { type ArrivingLocated, type FileLocated, isRemote, type Located } from '../source.js'
 import { request } from '../support/requests.js'
 import { partOf, withFileBytes } from './file-bytes.js'
 import { decide, type ReferencePolicy } from './policy.js'
@@ -140,9 +140,9 @@ function candidates(
 export async function diskOf(
   located: Located,
   path: string | undefined,
-): Promise<FileLocated & { readonly format: FormatName }> {
+): Promise<(FileLocated | ArrivingLocated) & { readonly format: FormatName }> {
   const name = path ?? 'the appliance'
-  if ('nbd' in located) throw refusal(path, `${name} is an appliance: its disks are read from a file only`)
+  if (isRemote(located)) throw refusal(path, `${name} is an appliance: its disks are read from a file only`)
   const { disks, descriptor } = await withFileBytes(located, applianceIn).catch((error: unknown) => {
     if (error instanceof RangeError) throw archiveError(error, path)
     throw error
@@ -197,7 +197,7 @@ export async function diskBeside(
   { policy, signal }: Beside,
 ): Promise<{ readonly located: Located; readonly filename: string }> {
   const name = path ?? 'the descriptor'
-  if ('nbd' in located) throw refusal(path, `${name} is an OVF descriptor: its disks are read from files only`)
+  if (isRemote(located)) throw refusal(path, `${name} is an OVF descriptor: its disks are read from files only`)
   const descriptor = await withFileBytes(located, readDescriptor)
   const filename = chosenFile(descriptor, name, path, located.member)
   const next = await decide(policy, 'extent', { filename }, path, 'path' in located ? path : undefined, signal)

@@ -51,6 +51,8 @@ struct Reader {
     step: Vec<u8>,
     /// Bytes that it has decoded.
     position: u64,
+    /// Bytes of the file that are not asked for again, in whole sectors.
+    passed: u64,
 }
 
 impl Compressed {
@@ -94,6 +96,7 @@ impl Compressed {
                 decoder: self.codec.decoder(&self.storage, self.options.max_window)?,
                 step: vec![0; STEP],
                 position: 0,
+                passed: 0,
             },
         };
         while reader.position < offset {
@@ -116,6 +119,11 @@ impl Compressed {
         let bytes = reader.step.get_mut(..most.min(STEP as u64) as usize).unwrap_or_default();
         let got = reader.decoder.fill(bytes)?;
         reader.position += got as u64;
+        if let Some(arriving) = self.storage.arriving() {
+            let passed = reader.decoder.position() / SECTOR * SECTOR;
+            arriving.taken(reader.passed, passed - reader.passed)?;
+            reader.passed = passed;
+        }
         if got < bytes.len() {
             return Err(self.other_length("ends", reader.position));
         }

@@ -11,6 +11,7 @@ pub mod convert;
 pub mod disk;
 pub mod error;
 mod extents;
+pub mod front_to_back;
 pub mod inspect;
 pub mod job;
 pub mod layer;

@@ -354,6 +354,7 @@ pub fn open_layer(
         salvage: options.salvage.unwrap_or(false),
         ..OpenOptions::default()
     };
+    let arrives = storage.arriving().is_some();
     let work = move || {
         // Before anything of the image is believed.
         lock.claim(&*storage, !format.plain)?;
@@ -364,6 +365,9 @@ pub fn open_layer(
         let size = layer.virtual_size();
         if is_exact(size) { Ok(layer) } else { Err(layer.storage().located(inexact(size))) }
     };
+    if arrives {
+        return runtime.run_arriving(&env, request, work, hold_layer);
+    }
     runtime.run(&env, request, work, hold_layer)
 }
 

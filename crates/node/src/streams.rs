@@ -46,10 +46,11 @@ pub fn open_stream(
     let runtime = Runtime::of(&env)?;
     let storage = runtime.storage(file)?;
     let codec = codec(&format)?;
+    let lane = if storage.arriving().is_some() { Lane::Arriving } else { Lane::Usual };
     let lock = LockOptions::read(given.lock.as_ref())?;
     let options = options(&LimitOptions::read(given.limits.as_ref()));
     runtime.start_job_in(
-        Lane::Usual,
+        lane,
         &env,
         Ticket { request, job },
         move |job| -> Result<Compressed> {

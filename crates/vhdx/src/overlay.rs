@@ -120,7 +120,7 @@ where
         }
     }
 
-    forward_storage!(inner: is_empty allocated_bytes identity traits io_limits path operation is_transient lock no_fd read_each);
+    forward_storage!(inner: is_empty allocated_bytes identity traits io_limits path operation is_transient lock arriving no_fd read_each);
 }
 
 #[deny(clippy::missing_trait_methods, reason = "in front of another storage: a new method must be passed on")]

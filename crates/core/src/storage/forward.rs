@@ -74,6 +74,17 @@ macro_rules! forward_storage {
             self.$inner.lock(claim, locking)
         }
     };
+    (@arriving $inner:tt) => {
+        fn arriving(&self) -> Option<&dyn $crate::storage::Arriving> {
+            self.$inner.arriving()
+        }
+    };
+    // Where offsets or bytes are others than the inner storage's.
+    (@no_arriving $inner:tt) => {
+        fn arriving(&self) -> Option<&dyn $crate::storage::Arriving> {
+            None
+        }
+    };
     (@as_fd $inner:tt) => {
         #[cfg(unix)]
         fn as_fd(&self) -> Option<std::os::fd::BorrowedFd<'_>> {

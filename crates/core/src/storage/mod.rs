@@ -9,6 +9,7 @@
 //! `#[deny(clippy::missing_trait_methods)]`: a method that is added here cannot be forgotten there.
 
 mod batch;
+mod block_cache;
 mod cache;
 mod direct;
 mod ext;
@@ -22,8 +23,10 @@ mod new_file;
 mod part;
 mod platform;
 mod range_lock;
+mod read_ahead;
 mod read_only;
 mod sectors;
+mod spool;
 mod tail;
 mod traits;
 
@@ -33,6 +36,7 @@ use std::ops::Range;
 use std::path::Path;
 
 pub use batch::{ReadTransfer, WriteTransfer, read_each, write_each};
+pub use block_cache::{BlockCache, BlockCacheShape, Fetch, Fetched, carried};
 pub use cache::CacheMode;
 pub use direct::DirectStorage;
 pub use ext::StorageExt;
@@ -45,6 +49,7 @@ pub use platform::no_space;
 pub use range_lock::{HeldRange, RangeLock};
 pub use read_only::ReadOnly;
 pub use sectors::{SectorCodec, Sectors};
+pub use spool::{Arriving, Expected, Progress, Spool};
 pub use tail::Tail;
 pub use traits::{DeviceLimits, Identity, IoLimits, Operation, Traits};
 
@@ -145,6 +150,11 @@ pub trait ReadStorage: Send + Sync + fmt::Debug {
     fn lock(&self, claim: Claim, locking: Locking) -> Result<()> {
         let _ = (claim, locking);
         Ok(())
+    }
+
+    /// Where its bytes are still coming: what such a storage is told.
+    fn arriving(&self) -> Option<&dyn Arriving> {
+        None
     }
 
     /// The descriptor behind it, for the kernel's copies between two files.

@@ -204,7 +204,7 @@ impl ReadStorage for Sectors {
     fn traits(&self) -> Traits {
         Traits { alignment: 1, memory_alignment: 1, ..self.host.traits() }
     }
-    forward_storage!(host: len is_empty allocated_bytes identity io_limits path operation is_transient lock no_fd read_each);
+    forward_storage!(host: len is_empty allocated_bytes identity io_limits path operation is_transient lock no_arriving no_fd read_each);
 }
 
 #[deny(clippy::missing_trait_methods, reason = "in front of another storage: a new method must be passed on")]

@@ -47,7 +47,7 @@ impl ReadStorage for Tail {
         let run = self.host.run_in(start..range.end.saturating_add(self.start))?;
         Ok(Run { end: run.end.saturating_sub(self.start), ..run })
     }
-    forward_storage!(host: allocated_bytes identity traits io_limits path operation is_transient lock no_fd);
+    forward_storage!(host: allocated_bytes identity traits io_limits path operation is_transient lock no_arriving no_fd);
 }
 
 #[deny(clippy::missing_trait_methods, reason = "in front of another storage: a new method must be passed on")]

@@ -38,7 +38,7 @@ impl Device {
 }
 
 impl ReadStorage for Device {
-    forward_storage!(inner: read_at run_in len is_empty allocated_bytes identity traits io_limits path operation is_transient lock as_fd read_each);
+    forward_storage!(inner: read_at run_in len is_empty allocated_bytes identity traits io_limits path operation is_transient lock arriving as_fd read_each);
 }
 
 impl Storage for Device {

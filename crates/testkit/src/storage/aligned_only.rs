@@ -46,7 +46,7 @@ impl ReadStorage for AlignedOnly {
     fn traits(&self) -> Traits {
         Traits { alignment: self.alignment, memory_alignment: self.memory_alignment, ..self.inner.traits() }
     }
-    forward_storage!(inner: len is_empty run_in allocated_bytes identity io_limits path operation is_transient lock no_fd read_each);
+    forward_storage!(inner: len is_empty run_in allocated_bytes identity io_limits path operation is_transient lock arriving no_fd read_each);
 }
 
 #[deny(clippy::missing_trait_methods, reason = "in front of another storage: a new method must be passed on")]

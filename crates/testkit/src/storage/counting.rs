@@ -63,7 +63,7 @@ impl ReadStorage for CountingStorage {
     fn run_in(&self, range: Range<u64>) -> io::Result<Run> {
         self.count(Op::Run, self.inner.run_in(range), |_| 0)
     }
-    forward_storage!(inner: len is_empty allocated_bytes identity traits io_limits path operation is_transient lock as_fd read_each);
+    forward_storage!(inner: len is_empty allocated_bytes identity traits io_limits path operation is_transient lock arriving as_fd read_each);
 }
 
 #[deny(clippy::missing_trait_methods, reason = "in front of another storage: a new method must be passed on")]

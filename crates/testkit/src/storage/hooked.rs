@@ -65,7 +65,7 @@ impl<B: Before> ReadStorage for Hooked<B> {
     fn run_in(&self, range: Range<u64>) -> io::Result<Run> {
         self.pass(Op::Run, range.start, 0)?.run_in(range)
     }
-    forward_storage!(inner: len is_empty allocated_bytes identity traits io_limits path operation is_transient lock no_fd read_each);
+    forward_storage!(inner: len is_empty allocated_bytes identity traits io_limits path operation is_transient lock arriving no_fd read_each);
 }
 
 #[deny(clippy::missing_trait_methods, reason = "in front of another storage: a new method must be passed on")]

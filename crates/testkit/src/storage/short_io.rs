@@ -35,7 +35,7 @@ impl ReadStorage for ShortIo {
         let n = self.share(buf.len());
         self.inner.read_at(buf.split_at(n).0, offset)
     }
-    forward_storage!(inner: len is_empty run_in allocated_bytes identity traits io_limits path operation is_transient lock no_fd
+    forward_storage!(inner: len is_empty run_in allocated_bytes identity traits io_limits path operation is_transient lock arriving no_fd
         read_each);
 }
 

@@ -5,5 +5,6 @@ mod forged;
 mod new;
 mod power;
 mod qemu;
+mod streamed;
 mod support;
 mod writing;
