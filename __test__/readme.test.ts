@@ -43,7 +43,7 @@ const library = pathToFileURL(join(root, 'dist', 'index.mjs')).href
 
 const givenIn = (code: string) =>
   Object.entries(GIVEN).filter(
-    ([name]) => new RegExp(`(?<!')\\b${name}\\b`).test(code) && !new RegExp(`(const|\\{) ${name}\\b`).test(code),
+    ([name]) => new RegExp(`(?<!')\\b${name}\\b`).test(code) && !new RegExp(`const (\\{[^}]*\\b)?${name}\\b`).test(code),
   )
 
 function toModule(code: string): string {
