@@ -32,8 +32,6 @@ const GIVEN: Readonly<Record<string, string>> = {
   sector: 'Buffer.alloc(512, 1)',
   signal: 'AbortSignal.timeout(60_000)',
   onProgress: '() => {}',
-  thawTheGuest: '() => {}',
-  save: '() => Promise.resolve()',
   passphrase: "() => Promise.resolve('correct horse battery staple')",
   firstBytes: "readFileSync('disk.qcow2').subarray(0, 4096)",
   known: "new Map([['base.qcow2', 'base.qcow2']])",
