@@ -36,8 +36,6 @@ const GIVEN: Readonly<Record<string, string>> = {
   sector: 'Buffer.alloc(512, 1)',
   signal: 'AbortSignal.timeout(60_000)',
   onProgress: '() => {}',
-  thawTheGuest: '() => {}',
-  save: '() => Promise.resolve()',
   passphrase: "() => Promise.resolve('correct horse battery staple')",
   firstBytes: "readFileSync('disk.qcow2').subarray(0, 4096)",
   token: "() => 'a token'",
@@ -90,7 +88,7 @@ const givenIn = (code: string) =>
   Object.entries(GIVEN).filter(
     ([name]) =>
       new RegExp(`(?<!')\\b${name}\\b`).test(code) &&
-      !new RegExp(`(const|(const|import) \\{|\\(\\{) ${name}\\b`).test(code),
+      !new RegExp(`((const|import) (\\{[^}]*\\b)?|\\(\\{ )${name}\\b`).test(code),
   )
 
 function toModule(code: string): string {

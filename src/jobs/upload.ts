@@ -2,7 +2,7 @@
 
 import { open } from 'node:fs/promises'
 import { Readable } from 'node:stream'
-import { AbortError, Qcow2Error } from '../errors.js'
+import { AbortError, Qcow2Error, type SystemErrorCode } from '../errors.js'
 import { toName } from '../text.js'
 import type { UploadResult } from './kinds.js'
 import type { JobProgress } from './progress.js'
@@ -112,7 +112,7 @@ function failed(error: unknown, url: string): Qcow2Error {
   const code = codeOf(cause)
   const system = code !== undefined && /^E[A-Z]+$/.test(code)
   const message = `PUT ${shown(url)}: ${reason}`
-  return new Qcow2Error(system ? (code as `E${Uppercase<string>}`) : 'ERR_QCOW2_IO', message, {
+  return new Qcow2Error(system ? (code as SystemErrorCode) : 'ERR_QCOW2_IO', message, {
     path: shown(url),
     transient: true,
     cause: error,
