@@ -108,9 +108,10 @@ const WORKERS = 2
  * Takes an image from a stream, and makes a new one of it, as `convert` does of a file: qcow2, raw, raw compressed with gzip, xz or zstd, VMDK (as in
  * an OVA), VHD and all other formats. Its first bytes are judged before the rest is taken. Data goes to its place as it comes, as far as the image is
  * laid out so: what has to wait is stored in a file without a name, whose space is given back as it is used up. So much is stored at most: a little
- * of raw disks and fixed VHD with `byteLength`, of compressed raw disks with `diskSize`, and of uncompressed qcow2 whose tables lie in front of what they
- * map, as `convert` and `qemu-img convert` write it; the compressed bytes of compressed images; of all others the whole image, which goes while the
- * target grows.
+ * of raw disks and fixed VHD with `byteLength`, of compressed raw disks with `diskSize`, of streamOptimized VMDK, in an appliance too (QEMU's with
+ * `byteLength` only), and of uncompressed
+ * qcow2 whose tables lie in front of what they map, as `convert` and `qemu-img convert` write it; the compressed bytes of compressed qcow2; of all
+ * others the whole image, which goes while the target grows.
  *
  * The stream is read to its end, and only as fast as the disk takes it. The target has its name only when all of it came and is written: nothing is
  * left of a stream that breaks, ends early, or is aborted. What it fails with is the `cause` of `ERR_QCOW2_IO`. When `ingest` fails, the stream is

@@ -101,7 +101,11 @@ beforeAll(async () => {
     await convert(at('disk.raw'), at(file), { from: 'raw', ...(options as { to: TargetFormat }) })
     add(name, readFileSync(at(file)), said)
   }
-  writeFileSync(at('machine.ovf'), '<Envelope/>')
+  writeFileSync(
+    at('machine.ovf'),
+    `<Envelope xmlns="http://schemas.dmtf.org/ovf/envelope/1" xmlns:ovf="http://schemas.dmtf.org/ovf/envelope/1"><References><File ovf:id="f"
+      ovf:href="o.vmdk"/></References><DiskSection><Disk ovf:diskId="d" ovf:fileRef="f" ovf:capacity="${SIZE}"/></DiskSection></Envelope>`,
+  )
   execFileSync('tar', ['-cf', at('m.ova'), '-C', folder, 'machine.ovf', 'o.vmdk'])
   add('ova', readFileSync(at('m.ova')))
   add('raw of a known length', DISK, { from: 'raw', byteLength: SIZE })
@@ -368,6 +372,10 @@ describe('what is stored', () => {
     await convert(at('noise.raw'), at('noise.qcow2'), { from: 'raw', to: 'qcow2' })
     const qcow2 = readFileSync(at('noise.qcow2'))
     const gzip = gzipSync(noise, { level: 1 })
+    const optimized = { subformat: 'streamOptimized' } as const
+    await convert(at('noise.raw'), at('o.vmdk'), { from: 'raw', to: 'vmdk', create: optimized, overwrite: true })
+    const vmdk = readFileSync(at('o.vmdk'))
+    execFileSync('tar', ['-cf', at('n.ova'), '-C', folder, 'machine.ovf', 'o.vmdk', 'disk.raw'])
     const fixed = { subformat: 'fixed', forceSize: true } as const
     await convert(at('noise.raw'), at('noise.vhd'), { from: 'raw', to: 'vpc', create: fixed })
     const footer = readFileSync(at('noise.vhd')).subarray(LARGE)
@@ -376,6 +384,8 @@ describe('what is stored', () => {
       [qcow2, { maxSpool: 16 * MIB }, 16 * MIB],
       [Buffer.concat([noise, footer]), { from: 'vpc', byteLength: LARGE + 512, maxSpool: 16 * MIB }, 16 * MIB],
       [gzip, { diskSize: LARGE, maxSpool: 16 * MIB }, 16 * MIB],
+      [vmdk, { maxSpool: 16 * MIB }, 16 * MIB],
+      [readFileSync(at('n.ova')), { maxSpool: 16 * MIB }, 16 * MIB],
       [noise, { from: 'raw' }, LARGE],
       [gzip, {}, gzip.length],
     ]
@@ -399,6 +409,20 @@ describe('what is stored', () => {
     ]
     for (const [each, code] of wrong) {
       expect(await fails(() => into('out', each, { ...options, byteLength }))).toMatchObject({ code })
+    }
+    // The first grain of the stream and the next one change places; and the end speaks of another disk.
+    const vmdk = stream('streamOptimized vmdk').bytes
+    const [swapped, longer] = [Buffer.from(vmdk), Buffer.from(vmdk)]
+    const first = 128 * 512
+    const next = first + Math.ceil((12 + vmdk.readUInt32LE(first + 8)) / 512) * 512
+    vmdk.copy(swapped, first, next, next + 8)
+    vmdk.copy(swapped, next, first, first + 8)
+    longer.writeBigUInt64LE(1n << 20n, longer.length - 1024 + 12)
+    for (const [each, code] of [
+      [swapped, 'ERR_QCOW2_UNSUPPORTED_FEATURE'],
+      [longer, 'ERR_QCOW2_CORRUPT'],
+    ] as const) {
+      expect(await fails(() => into('out', each))).toMatchObject({ code })
     }
     for (const diskSize of [SIZE - 512, SIZE + 512]) {
       expect(await fails(() => into('out', stream('gzip').bytes, { diskSize }))).toMatchObject({
