@@ -109,9 +109,8 @@ const WORKERS = 2
  * an OVA), VHD and all other formats. Its first bytes are judged before the rest is taken. Data goes to its place as it comes, as far as the image is
  * laid out so: what has to wait is stored in a file without a name, whose space is given back as it is used up. So much is stored at most: a little
  * of raw disks and fixed VHD with `byteLength`, of compressed raw disks with `diskSize`, of streamOptimized VMDK, in an appliance too (QEMU's with
- * `byteLength` only), and of uncompressed
- * qcow2 whose tables lie in front of what they map, as `convert` and `qemu-img convert` write it; the compressed bytes of compressed qcow2; of all
- * others the whole image, which goes while the target grows.
+ * `byteLength` only), and of uncompressed qcow2 whose tables lie in front of what they map, as `convert` and `qemu-img convert` write it; the
+ * compressed bytes of compressed qcow2; of all others the whole image, which goes while the target grows.
  *
  * The stream is read to its end, and only as fast as the disk takes it. The target has its name only when all of it came and is written: nothing is
  * left of a stream that breaks, ends early, or is aborted. What it fails with is the `cause` of `ERR_QCOW2_IO`. When `ingest` fails, the stream is
