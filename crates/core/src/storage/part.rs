@@ -38,6 +38,10 @@ impl ReadStorage for Part {
         self.host.read_at(buf.take_front(inside), self.start + offset)
     }
     fn len(&self) -> io::Result<u64> {
+        // Of what is still coming nobody waits for the end of what lies behind.
+        if self.host.arriving().is_some() {
+            return Ok(self.length);
+        }
         Ok(self.host.len()?.saturating_sub(self.start).min(self.length))
     }
     fn is_empty(&self) -> io::Result<bool> {
