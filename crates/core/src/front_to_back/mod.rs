@@ -11,7 +11,7 @@ mod runs;
 use std::num::NonZeroUsize;
 
 pub use self::flat::Flat;
-pub use self::lengths::{Counter, Lengths, Pool, changed};
+pub use self::lengths::{Counter, Latest, Lengths, Pool, changed};
 pub use self::runs::{Part, Runs};
 use crate::convert::Compression;
 use crate::{GuestSource, Job, MemMut, Result};
