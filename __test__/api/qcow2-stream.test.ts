@@ -192,6 +192,19 @@ describe('sources', () => {
     expect(performance.now() - begin).toBeLessThan(10_000)
   })
 
+  it('take the memory of what is read ahead, however long the stream is', async () => {
+    writeRaw(at('long.raw'), 2 ** 30, [[2 ** 30 - 512, 512]])
+    const stream = await createQcow2Stream(at('long.raw'), { from: 'raw', to: 'raw' })
+    const before = process.memoryUsage.rss()
+    let [most, length] = [0, 0]
+    for await (const chunk of stream) {
+      length += chunk.length
+      most = Math.max(most, process.memoryUsage.rss())
+    }
+    expect(length).toBe(2 ** 30)
+    expect((most - before) / MIB).toBeLessThan(256)
+  })
+
   it('in too many pieces are refused', async () => {
     const pieces = { from: 'raw', limits: { maxMemory: 31 } } as const
     expect(await failure(() => createQcow2Stream(raw, pieces))).toMatchObject({
