@@ -3,7 +3,7 @@
 import { hostname } from 'node:os'
 import { setTimeout as delay } from 'node:timers/promises'
 import type { Job, Processor, Worker, WorkerOptions } from 'bullmq'
-import { invalidArgument } from '../errors.js'
+import { AbortError, invalidArgument } from '../errors.js'
 import {
   abortSignal,
   bytes,
@@ -38,6 +38,7 @@ import { type Means, perform } from './perform.js'
 import { Reports } from './progress.js'
 import { Roots } from './roots.js'
 import { Running } from './running.js'
+import { LockLost } from './target.js'
 
 /** What happens at a worker. */
 export type WorkerEvent =
@@ -429,7 +430,7 @@ class QueueWorker implements JobWorker {
       this.#tell({ type: back === undefined ? 'lost' : 'returned', id, kind })
       return new WaitingError()
     }
-    if (end?.type === 'lost') {
+    if (end?.type === 'lost' || (error instanceof AbortError && error.cause instanceof LockLost)) {
       this.#tell({ type: 'lost', id, kind })
       // It is not this worker's: nothing is said of it to the queue.
       return new WaitingError()
