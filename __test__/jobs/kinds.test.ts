@@ -1,6 +1,15 @@
 /** Each kind of job through a real queue and a worker: what comes back, what is refused, and where the dead lie. */
 
-import { mkdirSync, readdirSync, readFileSync, statSync, symlinkSync, unlinkSync, writeFileSync } from 'node:fs'
+import {
+  chmodSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  statSync,
+  symlinkSync,
+  unlinkSync,
+  writeFileSync,
+} from 'node:fs'
 import { createServer, type Server } from 'node:http'
 import type { AddressInfo } from 'node:net'
 import { join } from 'node:path'
@@ -156,8 +165,19 @@ describeWithRedis('jobs of a queue', () => {
     expect(await failure(() => again.finished())).toMatchObject({ code: 'EEXIST' })
     expect(await queue.drop(again.id)).toBe(true)
     expect(await again.state()).toBeUndefined()
+    const image = await open(at('late.qcow2'), { flags: 'r+' })
+    const inUse = [
+      await queue.add('convert', { ...data, overwrite: true }, { attempts: 1 }),
+      await queue.add('upload', { source: 'late.qcow2', url: `${address}/x` }, { attempts: 1 }),
+    ]
+    for (const job of inUse) expect(await failure(() => job.finished())).toMatchObject({ code: 'ERR_QCOW2_LOCKED' })
+    await image.close()
+    chmodSync(at('late.qcow2'), 0o600)
+    const { ino } = statSync(at('late.qcow2'))
     const replacing = await queue.add('convert', { ...data, overwrite: true })
     await replacing.finished()
+    expect(statSync(at('late.qcow2')).mode & 0o777).toBe(0o600)
+    expect(statSync(at('late.qcow2')).ino).not.toBe(ino)
     // A server that is away for a moment is tried again; one that refuses is not.
     answerWith = 503
     const upload = { source: 'late.qcow2', url: `${address}/c` }

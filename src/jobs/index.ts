@@ -24,4 +24,5 @@ export {
   openQueue,
   type QueuedJob,
 } from './queue.js'
-export { type JobWorker, type JobWorkerOptions, startWorker, type WorkerEvent } from './worker.js'
+export { startWorker } from './worker.js'
+export type { JobWorker, JobWorkerOptions, WorkerEvent } from './worker-options.js'
