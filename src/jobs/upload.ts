@@ -3,6 +3,7 @@
 import { type FileHandle, open as openFile } from 'node:fs/promises'
 import { Readable } from 'node:stream'
 import { AbortError, invalidArgument, Qcow2Error } from '../errors.js'
+import type { Image } from '../image.js'
 import { open } from '../open.js'
 import { toName } from '../text.js'
 import type { UploadResult } from './kinds.js'
@@ -27,8 +28,7 @@ const SILENCE = 60_000
 export async function upload({ path, url, headers, signal, onProgress }: Upload): Promise<UploadResult> {
   const begin = performance.now()
   const name = toName(path)
-  // Nobody writes to the image meanwhile.
-  const held = await open(name, { format: 'raw', signal })
+  const held = await locked(name, signal)
   const silence = new Silence()
   let file: FileHandle | undefined
   try {
@@ -58,7 +58,17 @@ export async function upload({ path, url, headers, signal, onProgress }: Upload)
     throw failed(error, url)
   } finally {
     silence.end()
-    await Promise.all([file?.close(), held.close()])
+    await Promise.all([file?.close(), held?.close()])
+  }
+}
+
+/** Nobody writes to an image meanwhile; any other file is only its bytes. */
+async function locked(name: string | Buffer, signal: AbortSignal): Promise<Image | undefined> {
+  try {
+    return await open(name, { references: 'layer', signal })
+  } catch (error) {
+    if (codeOf(error) === 'ERR_QCOW2_LOCKED' || signal.aborted) throw error
+    return undefined
   }
 }
 
