@@ -1,14 +1,19 @@
-/** The examples of the README do what they say: each runs as it stands there, in a folder with the files that it names. */
+/**
+ * The examples of the README, of the guides and of the docstrings do what they say: each runs as it stands there, in a folder with the files that
+ * it names.
+ */
 
 import { spawnSync } from 'node:child_process'
-import { cpSync, mkdirSync, readFileSync, writeFileSync } from 'node:fs'
+import { cpSync, createReadStream, mkdirSync, readdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { fileURLToPath, pathToFileURL } from 'node:url'
-import { commit, convert, create, open } from 'qcow2'
+import { CreateBucketCommand, S3Client } from '@aws-sdk/client-s3'
+import { commit, convert, create, open, s3Target } from 'qcow2'
 import { afterAll, beforeAll, describe, expect, it } from 'vitest'
 import { temporaryFolder, writeRaw } from './api/fixtures.js'
 import { execute } from './cli/run.js'
 import { describeWithRedis, RedisServer } from './jobs/redis.js'
+import { has, hasS3, S3_CREDENTIALS, type Serving, startNginx, startS3 } from './remote/servers.js'
 
 const root = fileURLToPath(new URL('..', import.meta.url))
 const folder = temporaryFolder()
@@ -16,13 +21,14 @@ const files = join(folder, 'files')
 const GIB = 2 ** 30
 const MIB = 2 ** 20
 
-const blocks = [...readFileSync(join(root, 'README.md'), 'utf8').matchAll(/^```(js|sh)\n(.*?)^```$/gms)].map(
-  ([, language, code = '']) => ({
+const blocksOf = (text: string) =>
+  [...text.matchAll(/^```(js|sh)\n(.*?)^```$/gms)].map(([, language, code = '']) => ({
     language,
     code,
-    name: code.split('\n').find(line => /await|qcow2 /.test(line)) ?? '',
-  }),
-)
+    name: code.split('\n').find(line => /await|qcow2 /.test(line)) ?? code.split('\n', 1)[0] ?? '',
+  }))
+
+const blocks = blocksOf(readFileSync(join(root, 'README.md'), 'utf8'))
 
 /** What an example takes for granted. An open image is not the file that it opens. */
 const GIVEN: Readonly<Record<string, string>> = {
@@ -30,19 +36,63 @@ const GIVEN: Readonly<Record<string, string>> = {
   sector: 'Buffer.alloc(512, 1)',
   signal: 'AbortSignal.timeout(60_000)',
   onProgress: '() => {}',
-  thawTheGuest: '() => {}',
-  save: '() => Promise.resolve()',
   passphrase: "() => Promise.resolve('correct horse battery staple')",
   firstBytes: "readFileSync('disk.qcow2').subarray(0, 4096)",
+  token: "() => 'a token'",
   known: "new Map([['base.qcow2', 'base.qcow2']])",
 }
 
-function toModule(code: string): string {
-  const library = pathToFileURL(join(root, 'dist', 'index.mjs')).href
-  const jobs = pathToFileURL(join(root, 'dist', 'jobs', 'index.mjs')).href
-  const wanted = Object.entries(GIVEN).filter(
-    ([name]) => new RegExp(`\\b${name}\\b`).test(code) && !new RegExp(`const ${name} =`).test(code),
+/** The servers that examples ask. */
+const servers: Serving[] = []
+const web = { origin: 'https://images.example' }
+const environment: Record<string, string> = {}
+const canAsk = { web: has('nginx', 'examples that ask a web server do not run'), s3: hasS3() }
+
+/** Whether an example asks a server that is not there. */
+const lacksServer = (code: string): boolean =>
+  (!canAsk.web && /images\.example/.test(code)) || (!canAsk.s3 && /s3(?:Source|Target)\(/.test(code))
+
+async function startServers(): Promise<void> {
+  const serving = join(folder, 'servers')
+  mkdirSync(serving)
+  if (canAsk.web) {
+    const nginx = await startNginx(serving, files)
+    servers.push(nginx)
+    web.origin = nginx.origin
+  }
+  if (!canAsk.s3) return
+  const store = await startS3(serving)
+  servers.push(store)
+  const { accessKeyId, secretAccessKey } = S3_CREDENTIALS
+  // As the SDK finds them.
+  Object.assign(environment, {
+    AWS_ACCESS_KEY_ID: accessKeyId,
+    AWS_SECRET_ACCESS_KEY: secretAccessKey,
+    AWS_REGION: 'us-east-1',
+    AWS_ENDPOINT_URL_S3: `http://127.0.0.1:${store.upstream.port}`,
+    AWS_SDK_JS_NODE_VERSION_SUPPORT_WARNING_DISABLED: 'true',
+  })
+  Object.assign(process.env, environment)
+  const client = new S3Client({})
+  await client.send(new CreateBucketCommand({ Bucket: 'images' }))
+  client.destroy()
+  await s3Target({ bucket: 'images', key: 'base.qcow2' }).upload(createReadStream(join(files, 'base.qcow2')))
+}
+
+afterAll(() => Promise.all(servers.map(server => server.stop())))
+
+const library = pathToFileURL(join(root, 'dist', 'index.mjs')).href
+const jobs = pathToFileURL(join(root, 'dist', 'jobs', 'index.mjs')).href
+
+const givenIn = (code: string) =>
+  Object.entries(GIVEN).filter(
+    ([name]) =>
+      new RegExp(`(?<!')\\b${name}\\b`).test(code) &&
+      !new RegExp(`((const|import) (\\{[^}]*\\b)?|\\(\\{ )${name}\\b`).test(code),
   )
+
+function toModule(code: string): string {
+  const wanted = givenIn(code)
   return [
     "import { readFileSync } from 'node:fs'",
     `import * as qcow2 from '${library}'`,
@@ -51,6 +101,35 @@ function toModule(code: string): string {
     ...wanted.map(([name, value]) => `const ${name} = ${value}`),
     code.replaceAll("from 'qcow2'", `from '${library}'`).replaceAll("from 'qcow2/jobs'", `from '${jobs}'`),
   ].join('\n')
+}
+
+function runModule(program: string, cwd: string, env: Readonly<Record<string, string>> = {}) {
+  const asking = program.replaceAll('https://images.example', web.origin)
+  const { status, stderr } = spawnSync(process.execPath, ['--input-type=module', '--eval', asking], {
+    cwd,
+    env: { ...process.env, ...environment, ...env },
+    input: Buffer.alloc(65536, 3),
+    maxBuffer: 2 ** 26,
+  })
+  return { status, stderr: String(stderr) }
+}
+
+const linesOf = (code: string): string[] =>
+  code
+    .split('\n')
+    .map(line => line.replace(/^npx /, ''))
+    .filter(line => line.startsWith('qcow2 '))
+
+/** The lines of this command line; those of npm and others are left out. */
+function runShell(code: string, cwd: string) {
+  const cli = `qcow2() { "${process.execPath}" "${join(root, 'dist', 'cli.js')}" "$@"; }`
+  const lines = linesOf(code).map(line => `echo '+ ${line.replaceAll("'", '')}'; ${line}`)
+  const { status, stdout, stderr } = spawnSync('sh', ['-c', ['set -eu', cli, ...lines].join('\n')], {
+    cwd,
+    encoding: 'utf8',
+  })
+  const last = stdout.split('\n').findLast(line => line.startsWith('+ '))
+  return { status, last, stderr }
 }
 
 const writeDisk = (path: string): string =>
@@ -80,6 +159,7 @@ beforeAll(async () => {
   const below = { backingFile: 'base.qcow2', backingFormat: 'qcow2' } as const
   await (await create(at('overlay.qcow2'), below)).close()
   await commit(at('overlay.qcow2'), { references: 'allow' })
+  await startServers()
 })
 
 /** A folder of its own, where no file is in the way that the example makes. The large file is made anew: copying fills its holes. */
@@ -98,20 +178,16 @@ describe('the examples of the README', () => {
 
   const examples = blocks.map((block, index) => ({ ...block, index })).filter(({ language }) => language === 'js')
   const withQueue = ({ code }: { code: string }): boolean => code.includes('qcow2/jobs')
-  const run = ({ code, index }: { code: string; index: number }, env: NodeJS.ProcessEnv = {}): void => {
+  const run = ({ code, index }: { code: string; index: number }, env: Record<string, string> = {}): void => {
     const cwd = fresh(
       index,
       /convert\('(disk)\.raw', 'disk/.test(code) ? ['disk.qcow2'] : /'disk\.raw', \{/.test(code) ? ['disk.raw'] : [],
     )
-    const ended = spawnSync(process.execPath, ['--input-type=module', '--eval', toModule(code)], {
-      cwd,
-      input: Buffer.alloc(65536, 3),
-      maxBuffer: 2 ** 26,
-      env: { ...process.env, ...env },
-    })
-    expect({ status: ended.status, stderr: String(ended.stderr) }).toEqual({ status: 0, stderr: '' })
+    expect(runModule(toModule(code), cwd, env)).toEqual({ status: 0, stderr: '' })
   }
-  it.each(examples.filter(example => !withQueue(example)))('$name', example => run(example))
+  it.each(examples.filter(example => !withQueue(example) && !lacksServer(example.code)))('$name', example =>
+    run(example),
+  )
 
   describeWithRedis('with a queue', () => {
     const redis = new RedisServer(folder)
@@ -128,22 +204,84 @@ describe('the examples of the README', () => {
     })
   })
 
+  it('work one after the other, as a newcomer tries the first two', () => {
+    const cwd = fresh(blocks.length + 1, ['disk.qcow2'])
+    const [install, first] = blocks
+    expect(install?.code).toContain('npx qcow2 convert')
+    expect(runShell(install?.code ?? '', cwd)).toMatchObject({ status: 0, stderr: '' })
+    expect(runModule(toModule(first?.code ?? ''), cwd)).toEqual({ status: 0, stderr: '' })
+  })
+
   it.skipIf(process.platform === 'win32')('of the command line', () => {
-    const lines = blocks
-      .filter(({ language }) => language === 'sh')
-      .flatMap(({ code }) => code.split('\n'))
-      .map(line => line.replace(/^npx /, ''))
-      .filter(line => line.startsWith('qcow2 '))
-    expect(lines.length).toBeGreaterThan(15)
-    const cwd = fresh(blocks.length, [])
-    const cli = `qcow2() { "${process.execPath}" "${join(root, 'dist', 'cli.js')}" "$@"; }`
-    const script = ['set -eu', cli, ...lines.map(line => `echo '+ ${line.replaceAll("'", '')}'; ${line}`)].join('\n')
-    const ended = spawnSync('sh', ['-c', script], { cwd, encoding: 'utf8' })
-    const last = ended.stdout
-      .split('\n')
-      .filter(line => line.startsWith('+ '))
-      .at(-1)
-    expect({ status: ended.status, last, stderr: ended.stderr }).toMatchObject({ status: 0, stderr: '' })
+    const all = blocks.filter(({ language }) => language === 'sh').map(({ code }) => code)
+    expect(linesOf(all.join('')).length).toBeGreaterThan(15)
+    const cwd = fresh(blocks.length, ['disk.qcow2'])
+    expect(runShell(all.join(''), cwd)).toMatchObject({ status: 0, stderr: '' })
     expect(readFileSync(join(cwd, 'disk.svg'), 'utf8')).toContain('<svg')
   })
+})
+
+/** One example after the other in one process, each with names of its own. */
+const together = (examples: readonly { readonly code: string; readonly name: string }[], between = ''): string =>
+  examples
+    .map(({ code, name }) => {
+      const given = givenIn(code)
+      const inside = code
+        .replaceAll(/^import \{([^}]*)\} from '([^']+)'$/gm, (_, names: string, from: string) => {
+          const module = from === 'qcow2' ? 'qcow2' : `await import('${from}')`
+          return `const {${names.replaceAll(' as ', ': ')}} = ${module}`
+        })
+        .trimEnd()
+      const end = given.some(([known]) => known === 'image') ? 'await image.close()' : ''
+      const values = given.map(([known, value]) => `const ${known} = ${value}`)
+      return [between, `at = ${JSON.stringify(name)}`, '{', ...values, inside, end, '}'].join('\n')
+    })
+    .join('\n')
+
+const alone = (code: string): string =>
+  [
+    "import { readFileSync } from 'node:fs'",
+    `import * as qcow2 from '${library}'`,
+    "let at = ''",
+    "process.on('exit', code => { if (code !== 0) console.error('in the example:', at) })",
+    code,
+  ].join('\n')
+
+describe('the examples of the guides, from the first to the last', () => {
+  const guides = readdirSync(join(root, 'docs', 'guides'))
+  it('are found', () => expect(guides.length).toBeGreaterThan(7))
+
+  it.each(guides)('%s', guide => {
+    const found = blocksOf(readFileSync(join(root, 'docs', 'guides', guide), 'utf8'))
+    const cwd = fresh(100 + guides.indexOf(guide), [])
+    // What follows each other in one language is one program.
+    for (let first = 0; first < found.length; ) {
+      const language = found[first]?.language
+      let next = first + 1
+      while (next < found.length && found[next]?.language === language) next += 1
+      const run = found.slice(first, next)
+      const ended =
+        language === 'js' ? runModule(alone(together(run)), cwd) : runShell(run.map(({ code }) => code).join(''), cwd)
+      expect(ended).toMatchObject({ status: 0, stderr: '' })
+      first = next
+    }
+  })
+})
+
+it('the examples of the docstrings, each in a folder of its own', () => {
+  const sources = readdirSync(join(root, 'src'), { recursive: true, encoding: 'utf8' }).filter(name =>
+    name.endsWith('.ts'),
+  )
+  const examples = sources.flatMap(name => {
+    const comments = readFileSync(join(root, 'src', name), 'utf8')
+      .replaceAll(/^ +(?=\*)/gm, '')
+      .replaceAll(/^\* ?/gm, '')
+    return blocksOf(comments)
+      .filter(({ code }) => !lacksServer(code))
+      .map(example => ({ ...example, name: `${name}: ${example.name}` }))
+  })
+  expect(examples.length).toBeGreaterThan(25)
+  const folders = examples.map((_, index) => fresh(200 + index, []))
+  const program = `const folders = ${JSON.stringify(folders)}\n${together(examples, 'process.chdir(folders.shift())')}`
+  expect(runModule(alone(program), folder)).toEqual({ status: 0, stderr: '' })
 })

@@ -51,6 +51,7 @@ export interface AmendOptions extends LongRunning, SharingOptions {
   backingFormat?: Format | undefined
   /** What the image names is opened only to change the size. Default `'deny'`. */
   references?: ReferencePolicy | undefined
+  /** What the image may claim before it is refused. */
   limits?: Limits | undefined
 }
 
@@ -81,6 +82,13 @@ const AMEND = {
  * @throws {@link Qcow2Error} as `open`; `ERR_QCOW2_INVALID_ARGUMENT` for what the format or the image does not allow, before anything is
  *   changed; `ERR_QCOW2_DATA_LOSS` for a smaller size without `shrink`; `ERR_QCOW2_CORRUPT` for an image that must be repaired first;
  *   `ERR_QCOW2_LIMIT` for refcounts that do not fit
+ *
+ * @example
+ * ```js
+ * import { amend } from 'qcow2'
+ *
+ * await amend('disk.qcow2', { lazyRefcounts: true })
+ * ```
  */
 export async function amend(source: ImageSource, options?: AmendOptions): Promise<void> {
   const located = toLocated(source, 'source')

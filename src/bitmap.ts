@@ -1,5 +1,6 @@
 /** Persistent dirty bitmaps of an open image: what incremental backups are made of. */
 
+import type { InspectOptions } from 'node:util'
 import { Qcow2Error } from './errors.js'
 import type { BitmapInfo } from './info.js'
 import type { Addon } from './native.js'
@@ -13,10 +14,13 @@ import {
   storedName,
   throwIfAborted,
 } from './options.js'
+import { INSPECT, type Inspect, inspectAs, staysHere } from './support/handle.js'
 import type { ImageOwner } from './support/owner.js'
 import { request, requestWatched } from './support/requests.js'
 import { canBeInexact, exactName, exactText, findName, type Name } from './text.js'
 import type { Size } from './units.js'
+
+const STAYS = staysHere('the bitmaps of an open image')
 
 /** Options of {@link Bitmaps.add}. */
 export interface AddBitmapOptions extends Abortable {
@@ -28,7 +32,9 @@ export interface AddBitmapOptions extends Abortable {
 
 /** A run of dirty guest bytes. */
 export interface DirtyRange {
+  /** First guest byte. */
   readonly start: number
+  /** Bytes. */
   readonly length: number
 }
 
@@ -53,9 +59,17 @@ export class Bitmaps {
   static readonly #owners = new WeakMap<Bitmaps, BitmapOwner>()
 
   /** @internal */
+  readonly threadBound = STAYS
+
+  /** @internal */
   constructor(owner: BitmapOwner) {
     this.#owner = owner
     Bitmaps.#owners.set(this, owner)
+  }
+
+  /** @internal */
+  [INSPECT](depth: number, options: InspectOptions, inspect: Inspect): string {
+    return inspectAs('Bitmaps', { image: this.#owner.shown()['path'] }, depth, options, inspect)
   }
 
   /** The bitmaps in the order of the directory. */
@@ -70,6 +84,11 @@ export class Bitmaps {
    *
    * @throws {@link Qcow2Error} `ERR_QCOW2_INVALID_ARGUMENT` for a name that is empty, taken or longer than 1023 bytes and for a bad
    *   granularity; `ERR_QCOW2_UNSUPPORTED_FEATURE` for a raw or version 2 image and a disk of no bytes; `ERR_QCOW2_READ_ONLY`
+   *
+   * @example
+   * ```js
+   * await image.bitmaps.add('backup', { granularity: 65536 })
+   * ```
    */
   async add(name: Name, options?: AddBitmapOptions): Promise<void> {
     const checked = storedName(name, 'Bitmaps.add: name')
@@ -179,6 +198,13 @@ export class Bitmaps {
    * Iterates over the dirty ranges as they are now, in order.
    *
    * @throws {@link Qcow2Error} `ERR_QCOW2_NO_BITMAP`; `ERR_QCOW2_CORRUPT` for an inconsistent bitmap
+   *
+   * @example
+   * ```js
+   * await image.bitmaps.add('changed')
+   * await image.write(Buffer.alloc(512, 1), { position: 2 ** 20 })
+   * for await (const { start, length } of image.bitmaps.extents('changed')) console.log(start, length)
+   * ```
    */
   async *extents(name: Name, options?: Abortable): AsyncGenerator<DirtyRange, void, undefined> {
     const wanted = readName(name, 'Bitmaps.extents: name')

@@ -30,6 +30,7 @@ export interface CheckOptions extends LongRunning, SharingOptions {
    * not open is an error.
    */
   references?: ReferencePolicy | undefined
+  /** What the image may claim before it is refused. */
   limits?: Limits | undefined
   /**
    * Repair what is found: leaked clusters only, or all that can be repaired. The image is locked for that: nobody else has it open.
@@ -46,6 +47,7 @@ export interface CheckFinding {
   readonly repaired: boolean
   /** What is wrong, such as `'LEAK'` or `'REFCOUNT_TOO_LOW'`. Stable, unlike the message. */
   readonly code: string
+  /** One sentence. */
   readonly message: string
   /** The byte offset in the image file that it is about. */
   readonly offset?: number
@@ -53,14 +55,17 @@ export interface CheckFinding {
 
 /** What a check found. Every counter is present: what does not occur is 0. */
 export interface CheckResult {
+  /** The file as it was opened. */
   readonly filename: string
   /** The bytes of `filename`, where they are not UTF-8. */
   readonly filenameBytes?: Buffer
+  /** What it was checked as. */
   readonly format: Format
   /** No corruption, no leak, and no error kept the check from looking. */
   readonly ok: boolean
   /** Places that the check could not look at. */
   readonly checkErrors: number
+  /** Errors: what reads as something else than was written, or may soon. */
   readonly corruptions: number
   /** Clusters whose refcount is higher than their references: wasted space, no danger. */
   readonly leaks: number
@@ -74,6 +79,7 @@ export interface CheckResult {
   readonly allocatedClusters: number
   /** Of those, how many do not follow their neighbour in the file. */
   readonly fragmentedClusters: number
+  /** Of the allocated clusters, those that are compressed. */
   readonly compressedClusters: number
   /** Byte behind the last cluster in use. */
   readonly imageEndOffset: number
@@ -115,6 +121,14 @@ export const readCheckOptions = (options: unknown): Read<typeof LONG_RUNNING> =>
  * their directory or a table of theirs is damaged. A finding names each.
  *
  * @throws {@link Qcow2Error} as `open`; `ERR_QCOW2_LIMIT` if the counters need more than `limits.maxMemory`
+ *
+ * @example
+ * ```js
+ * import { check } from 'qcow2'
+ *
+ * const { ok, leaks } = await check('disk.qcow2')
+ * if (!ok) await check('disk.qcow2', { repair: leaks > 0 ? 'leaks' : 'all' })
+ * ```
  */
 export async function check(source: ImageSource, options?: CheckOptions): Promise<CheckResult> {
   const located = toLocated(source, 'source')

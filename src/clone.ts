@@ -3,9 +3,12 @@
 import { invalidArgument, Qcow2Error } from './errors.js'
 import type { TargetFormat } from './formats/table.js'
 import type { NativeCloned, NativeCloneOrder } from './native.js'
+import type { NbdSource } from './nbd-source.js'
 import { callback, flag, LONG_RUNNING, type LongRunning, type Read, readOptions } from './options.js'
+import type { RandomAccessSource } from './random-access.js'
+import { nameOf, openTargetFile, refuseNew } from './remote-target.js'
 import { type Compression, compression, type Shape, shape, toTarget } from './shape.js'
-import { type PathLike, release, targetFormat, toPath } from './source.js'
+import { type PathLike, type RemoteLocated, release, targetFormat, toPath, toRemote } from './source.js'
 import { runJob } from './support/jobs.js'
 import { answer, onAbort } from './support/signals.js'
 import { type BigIntResults, sizesIn } from './units.js'
@@ -37,6 +40,7 @@ export interface CloneResult<N extends number | bigint = number> {
   readonly bytesRead: N
   /** Bytes of guest data written to the copy; zeroes are left out. */
   readonly bytesWritten: N
+  /** Milliseconds from the call to the end. */
   readonly durationMs: number
 }
 
@@ -59,6 +63,9 @@ interface Source {
   identities(): readonly string[]
 }
 
+/** Where a copy goes: a file, or what is none. */
+export type CloneTarget = { readonly path: string } | RemoteLocated
+
 /** The clones of one image that are under way. */
 export class Clones {
   readonly #source: Source
@@ -74,7 +81,7 @@ export class Clones {
   }
 
   /** Makes one. The caller keeps the image open meanwhile. */
-  async make(path: string, options: ReadClone): Promise<CloneResult<number | bigint>> {
+  async make(target: CloneTarget, options: ReadClone): Promise<CloneResult<number | bigint>> {
     const { signal } = options
     const begin = performance.now()
     // Two may end it: the caller's signal, and closing the image.
@@ -82,7 +89,7 @@ export class Clones {
     const forgetSignal = onAbort(signal, () => ending.abort(signal?.reason))
     const forgetClosing = onAbort(this.#closing.signal, () => ending.abort())
     try {
-      const cloned = await this.#run(path, { ...options, signal: ending.signal })
+      const cloned = await this.#run(target, { ...options, signal: ending.signal })
       return { ...resultIn(cloned, options.bigint), durationMs: performance.now() - begin }
     } catch (error) {
       if (!this.#closing.signal.aborted || signal?.aborted || !ending.signal.aborted) throw error
@@ -96,10 +103,25 @@ export class Clones {
     }
   }
 
-  async #run(path: string, options: ReadClone): Promise<NativeCloned> {
+  async #run(target: CloneTarget, options: ReadClone): Promise<NativeCloned> {
+    if ('path' in target) return await this.#copy(target.path, undefined, options)
+    const file = await openTargetFile('Image.clone', target, this.#source.identities(), options.signal)
+    let cloned: NativeCloned
+    try {
+      cloned = await this.#copy(nameOf(target), file, options)
+    } catch (error) {
+      // Why it failed is said already.
+      await release(file).catch(() => undefined)
+      throw error
+    }
+    await release(file)
+    return cloned
+  }
+
+  async #copy(path: string, targetFile: number | undefined, options: ReadClone): Promise<NativeCloned> {
     const { image } = this.#source
     const { signal, concurrency, onPointInTime } = options
-    const order: NativeCloneOrder = { ...toOrder(options), inUse: this.#source.identities() }
+    const order: NativeCloneOrder = { ...toOrder(options), inUse: this.#source.identities(), targetFile }
     const clone = await runJob<number>('clone', { signal }, (request, job, addon) =>
       addon.beginClone(request, job, image, path, order),
     )
@@ -129,13 +151,15 @@ type ReadClone = Read<typeof CLONE>
 
 /** Reads the options, and checks what they demand of each other. */
 export function readCloneOptions(
-  target: PathLike,
+  target: PathLike | NbdSource | RandomAccessSource,
   options: CloneOptions & BigIntResults,
-): { path: string; options: ReadClone } {
-  const path = toPath(target, 'target')
+): { target: CloneTarget; options: ReadClone } {
+  const remote = toRemote(target, 'target')
+  const place = remote ?? { path: toPath(target, 'target') }
   const read = readOptions(options, 'Image.clone', CLONE)
+  if (remote !== undefined) refuseNew('Image.clone', remote, read)
   toOrder(read)
-  return { path, options: read }
+  return { target: place, options: read }
 }
 
 function toOrder({ to, compress, create, overwrite = false }: ReadClone): Omit<NativeCloneOrder, 'inUse'> {

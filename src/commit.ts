@@ -37,6 +37,7 @@ export interface CommitOptions extends LongRunning, Pick<SharingOptions, 'lockin
   cache?: CacheMode | undefined
   /** At most this many bytes a second; 0, the default, for as fast as it goes. */
   rate?: Size | undefined
+  /** What the image may claim before it is refused. */
   limits?: Limits | undefined
 }
 
@@ -62,6 +63,14 @@ type ReadCommit = Read<typeof COMMIT>
  *
  * @throws {@link Qcow2Error} as `open`; `ERR_QCOW2_CHAIN` for an image without a backing file; `ERR_QCOW2_INVALID_ARGUMENT` for a base
  *   that is not in its chain; `ERR_QCOW2_LOCKED` while somebody else uses a file of the chain
+ *
+ * @example
+ * ```js
+ * import { commit } from 'qcow2'
+ *
+ * // What the overlay has is in its backing file then, and the overlay is empty.
+ * await commit('overlay.qcow2', { references: 'allow' })
+ * ```
  */
 export async function commit(top: ImageSource, options?: CommitOptions): Promise<void> {
   return await forgetting(() => commitImage(top, options))

@@ -14,6 +14,7 @@ export interface CompactFileOptions extends CompactOptions, SharingOptions {
   references?: ReferencePolicy | undefined
   /** What opens the image, if it is encrypted. Only `zeroes` and `rewrite` need it. */
   secret?: Secrets | undefined
+  /** What the image may claim before it is refused. */
   limits?: Limits | undefined
 }
 
@@ -24,6 +25,14 @@ const COMPACT_FILE = { ...COMPACT, ...SHARING, references: referencePolicy, secr
  * reading.
  *
  * @throws {@link Qcow2Error} as `open` and {@link Image.compact}
+ *
+ * @example
+ * ```js
+ * import { compact } from 'qcow2'
+ *
+ * const { reclaimedBytes } = await compact('disk.qcow2', { mode: 'rewrite', zeroes: true, dryRun: true })
+ * if (reclaimedBytes > 2 ** 20) await compact('disk.qcow2', { mode: 'rewrite', zeroes: true })
+ * ```
  */
 export async function compact(source: ImageSource, options?: CompactFileOptions): Promise<CompactResult> {
   return await forgetting(() => compactFile(source, options))

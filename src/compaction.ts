@@ -24,9 +24,11 @@ export interface CompactResult {
   readonly reclaimedBytes: number
   /** Length of the image file before and afterwards, in bytes. */
   readonly fileLengthBefore: number
+  /** Length of the file after it. */
   readonly fileLengthAfter: number
   /** Space that the image file, and an external data file, took before and take afterwards, in bytes. */
   readonly actualSizeBefore: number
+  /** Space that the file takes after it. */
   readonly actualSizeAfter: number
   /** Clusters that nothing referred to. */
   readonly leakedClusters: number

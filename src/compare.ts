@@ -25,11 +25,13 @@ export interface CompareOptions extends LongRunning, SharingOptions {
   secretA?: Secrets | undefined
   /** What opens encrypted layers of the second. */
   secretB?: Secrets | undefined
+  /** What the images may claim before they are refused. */
   limits?: Limits | undefined
 }
 
 /** What a comparison found. */
 export interface CompareResult<N extends number | bigint = number> {
+  /** Whether both disks read the same. */
   readonly identical: boolean
   /** Guest offset of the first byte, or allocation, that differs. Absent where only the sizes differ. */
   readonly firstDifference?: N
@@ -56,6 +58,14 @@ const COMPARE = {
  * Compares two disks byte by byte, through their backing chains. Ranges that both know to be zero are not read.
  *
  * @throws {@link Qcow2Error} as `open`, and as reading does where it fails before the first difference
+ *
+ * @example
+ * ```js
+ * import { compare } from 'qcow2'
+ *
+ * const { identical, firstDifference } = await compare('a.qcow2', 'b.raw', { formatB: 'raw' })
+ * if (!identical) console.log(`they differ at byte ${firstDifference}`)
+ * ```
  */
 export function compare(
   a: ImageSource,

@@ -24,8 +24,18 @@ const SETTINGS = { maxJobs: integer(1, 1024) } as const
  * force. What runs goes on; more jobs that wait begin at once, fewer when those that run have ended.
  *
  * @throws {@link Qcow2Error} `ERR_QCOW2_INVALID_ARGUMENT`: nothing is changed
+ *
+ * @example
+ * ```js
+ * import { configure } from 'qcow2'
+ *
+ * configure({ maxJobs: 4 })
+ * ```
  */
-export function configure(settings?: Settings): { readonly maxJobs: number } {
+export function configure(settings?: Settings): {
+  /** How many run at the same time from now on. */
+  readonly maxJobs: number
+} {
   const { maxJobs } = readOptions(settings, 'configure', SETTINGS)
   try {
     return { maxJobs: native.maxJobs(maxJobs) }

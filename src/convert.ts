@@ -1,13 +1,12 @@
 /** Converting between formats and shapes. */
 
-import { SHARING, type SharingOptions, toReadAccess } from './access.js'
+import { toReadAccess } from './access.js'
 import { type Chain, lookAtChain, openChain } from './backing/chain.js'
-import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
-import { invalidArgument, Qcow2Error } from './errors.js'
+import { convertToStream } from './convert-upload.js'
+import { invalidArgument } from './errors.js'
 import {
   can,
   DEFAULT_FORMAT,
-  type Format,
   formatNamed,
   isFormat,
   isPlain,
@@ -15,24 +14,24 @@ import {
   type StreamFormat,
   type TargetFormat,
 } from './formats/table.js'
-import type { NativeConverted, NativeConvertJob } from './native.js'
-import { type NbdPlace, NbdSource } from './nbd-source.js'
+import type { NativeConverted, NativeConvertJob, NativeFile } from './native.js'
+import type { NbdSource } from './nbd-source.js'
 import {
   bytes,
+  checkNames,
   flag,
   integer,
-  type Limits,
   LONG_RUNNING,
   type LongRunning,
-  limits,
-  name,
   type Progress,
   type Read,
   type Reader,
   readOptions,
   throwIfAborted,
 } from './options.js'
-import { forgetting, type Secrets, secrets } from './secret.js'
+import type { RandomAccessSource, RandomPlace } from './random-access.js'
+import { isSource, nameOf, openTargetFile, refuseNew } from './remote-target.js'
+import { forgetting } from './secret.js'
 import {
   type Compression,
   compression,
@@ -45,47 +44,23 @@ import {
   withParent,
 } from './shape.js'
 import {
-  format,
   type ImageSource,
   type Located,
   openFile,
   type PathLike,
+  type RemoteLocated,
   release,
-  sourceFormat,
   targetFormat,
   toLocated,
   toPath,
+  toRemote,
   toTargetFormat,
 } from './source.js'
+import { fromAdvice, readFormats, SOURCE, type SourceFormat, type SourceOptions } from './source-options.js'
+import { isStreamTarget, type StreamTarget } from './stream-target.js'
 import { runJob } from './support/jobs.js'
-import { encodeText, isText, type Name, shownText } from './text.js'
+import { encodeText, isText, shownText } from './text.js'
 import { type BigIntResults, type Size, sizesIn } from './units.js'
-
-/** What `convert` and `measure` read. */
-export interface SourceOptions extends SharingOptions {
-  /** Format of the source. Default: by its magic; raw, which has none, must be said. */
-  from?: Format | undefined
-  /** What the source may pull in. Default `'deny'`. */
-  references?: ReferencePolicy | undefined
-  /** What opens encrypted layers of the source; of a convert with `existingTarget`, of the target too. */
-  secret?: Secrets | undefined
-  /** Read this internal snapshot, by id or name. */
-  snapshot?: Name | undefined
-  limits?: Limits | undefined
-}
-
-/** The table entries of {@link SourceOptions}. */
-export const SOURCE = {
-  ...SHARING,
-  from: format,
-  references: referencePolicy,
-  secret: secrets,
-  snapshot: name,
-  limits,
-} as const
-
-/** What `convert` reads. */
-export type SourceFormat = Format | StreamFormat
 
 /** Options of {@link convert}. */
 export interface ConvertOptions extends Omit<SourceOptions, 'from'>, LongRunning {
@@ -156,20 +131,34 @@ export interface ConvertOptions extends Omit<SourceOptions, 'from'>, LongRunning
    * qcow2 of version 3 only, both of them, whether there is any bitmap or not. An inconsistent bitmap, as a crash leaves it, is refused with `ERR_QCOW2_CORRUPT` before
    * anything is written; with `{ skipBroken: true }` it is left out. Default false.
    */
-  bitmaps?: boolean | { skipBroken?: boolean | undefined } | undefined
+  bitmaps?:
+    | boolean
+    | {
+        /** Leave inconsistent ones out instead of failing. Default false. */
+        skipBroken?: boolean | undefined
+      }
+    | undefined
 }
 
 /** What a conversion did. */
 export interface ConvertResult<N extends number | bigint = number> {
   /** Size of the disk in bytes. */
   readonly virtualSize: N
-  /** Bytes of guest data read from the source, or shared with it by the file system. */
+  /** Bytes of guest data read from the source, or shared with it by the file system. To a target that takes a stream: bytes of that. */
   readonly bytesRead: N
-  /** Bytes of guest data written to the target, as they are stored. */
+  /** Bytes of guest data written to the target, as they are stored. To a target that takes a stream: bytes of that. */
   readonly bytesWritten: N
+  /** Milliseconds from the call to the end. */
   readonly durationMs: number
   /** With `salvage`: what could not be read, in order, and why. Of very many ranges, the first 4096. */
-  readonly unreadable?: readonly { readonly start: N; readonly length: N; readonly message: string }[]
+  readonly unreadable?: readonly {
+    /** First guest byte. */
+    readonly start: N
+    /** Bytes. */
+    readonly length: N
+    /** Why. */
+    readonly message: string
+  }[]
   /** With `bitmaps`: names of the inconsistent ones that were left out. */
   readonly skippedBitmaps?: readonly string[]
   /** The bytes of all of them, where one is not UTF-8. */
@@ -183,18 +172,13 @@ const bitmaps: Reader<'all' | 'consistent' | undefined> = (value, name) => {
   return readOptions(value, name, BITMAPS).skipBroken ? 'consistent' : 'all'
 }
 
-const formats: Reader<SourceFormat | readonly (SourceFormat | undefined)[]> = (value, name) =>
-  Array.isArray(value)
-    ? value.map((each, index) => (each === undefined ? undefined : sourceFormat(each, `${name}[${index}]`)))
-    : sourceFormat(value, name)
-
 /** What cannot be done with a disk that is read front to back. */
 const OUT_OF_ORDER = ['base', 'salvage', 'start'] as const satisfies readonly (keyof ConvertOptions)[]
 
-const CONVERT = {
+export const CONVERT = {
   ...LONG_RUNNING,
   ...SOURCE,
-  from: formats,
+  from: readFormats,
   start: bytes,
   length: bytes,
   salvage: flag,
@@ -214,55 +198,108 @@ const CONVERT = {
   bigint: flag,
 } as const
 
-type ReadConvert = Read<typeof CONVERT>
+export type ReadConvert = Read<typeof CONVERT>
+
+/** What the engine is told of a convert, but for the files. */
+type Order = Omit<NativeConvertJob, 'inUse'>
 
 /**
  * Copies a disk into a new image; several sources become one disk, one behind the other. The bytes never enter JavaScript; what reads
  * as zeroes is not read. The file has its name only when it is complete: nothing is left of a failure, an abort, or a killed process,
  * except of a file that is written in place (see `overwrite`). An export of an NBD server (`nbdSource`) can be the target, too: it exists, and
- * must be large enough.
+ * must be large enough; and so can an object of the caller's with a `write` ({@link RandomAccessSource}), which is as long as the image where it
+ * has a `truncate`. What takes a stream ({@link StreamTarget}, `s3Target`) is sent the image as {@link createQcow2Stream} makes it, with the
+ * options of that alone.
  *
  * @throws {@link Qcow2Error} as `open` and `create`; `ERR_QCOW2_INVALID_ARGUMENT` for a target that is also a source, or one that exists and
  *   is too small
+ *
+ * @example
+ * ```js
+ * import { convert } from 'qcow2'
+ *
+ * const { bytesWritten } = await convert('disk.raw', 'small.qcow2', {
+ *   from: 'raw',
+ *   to: 'qcow2',
+ *   compress: true,
+ *   onProgress: ({ current, total }) => console.log(`${Math.floor((100 * current) / total)} %`),
+ * })
+ * ```
  */
 export function convert(
   source: ImageSource | readonly ImageSource[],
-  target: PathLike | NbdSource,
+  target: PathLike | NbdSource | RandomAccessSource | StreamTarget,
   options: ConvertOptions & { bigint: true },
 ): Promise<ConvertResult<bigint>>
 export function convert(
   source: ImageSource | readonly ImageSource[],
-  target: PathLike | NbdSource,
+  target: PathLike | NbdSource | RandomAccessSource | StreamTarget,
   options: ConvertOptions & BigIntResults,
 ): Promise<ConvertResult>
 export async function convert(
   source: ImageSource | readonly ImageSource[],
-  target: PathLike | NbdSource,
+  target: PathLike | NbdSource | RandomAccessSource | StreamTarget,
   options: ConvertOptions & BigIntResults,
 ): Promise<ConvertResult<number | bigint>> {
+  if (isStreamTarget(target)) {
+    checkNames(options, 'convert', CONVERT)
+    return convertToStream(source, target, options)
+  }
   return await forgetting(() => convertImages(source, target, options))
 }
 
 async function convertImages(
   source: ImageSource | readonly ImageSource[],
-  target: PathLike | NbdSource,
+  target: PathLike | NbdSource | RandomAccessSource,
   options: ConvertOptions & BigIntResults,
 ): Promise<ConvertResult<number | bigint>> {
   const located = Array.isArray(source)
     ? source.map((each: unknown, index) => toLocated(each, `source[${index}]`))
     : [toLocated(source, 'source')]
-  const nbd = NbdSource.read(target)
-  const place = nbd === undefined ? { path: toPath(target, 'target') } : { nbd }
+  const place = toPlace(target)
   const read = readOptions(options, 'convert', CONVERT)
-  if (nbd !== undefined) refuseNew(nbd, read)
-  const order = toOrder(read, located.length)
+  return await convertLocated(located, place, read, orderOf(place, read, located.length))
+}
+
+/** Where the target goes. */
+export type TargetPlace = { readonly path: string } | RemoteLocated
+
+/** Checks a target. */
+export function toPlace(target: unknown): TargetPlace {
+  return toRemote(target, 'target') ?? { path: toPath(target, 'target') }
+}
+
+/** Checks what does not depend on any file. */
+export function orderOf(place: TargetPlace, read: ReadConvert, sources: number): Order {
+  if (!('path' in place)) refuseNew('convert', place, read)
+  return toOrder(read, sources)
+}
+
+/** What is known of a source that comes while it is read. */
+export interface Coming {
+  /** Bytes of the disk in a compressed one, where that is known. */
+  readonly diskSize: number | undefined
+  /** Called when it is open, in front of the copy. */
+  opened(): void
+}
+
+/** Converts what was located. */
+export async function convertLocated(
+  located: readonly Located[],
+  place: TargetPlace,
+  read: ReadConvert,
+  order: Order,
+  coming?: Coming,
+): Promise<ConvertResult<number | bigint>> {
   throwIfAborted(read.signal)
   const begin = performance.now()
+  const remote = 'path' in place ? undefined : place
   const images: number[] = []
   const files: number[] = []
   try {
     const counting = new Counting(read, located.length)
-    const chains = await openSources(located, read, images, counting)
+    const chains = await openSources(located, read, images, counting, coming?.diskSize)
+    coming?.opened()
     const [first] = chains
     // What cannot be said in the end is refused before anything is done.
     const whole = chains.reduce((sum, { virtualSize }) => sum + virtualSize, 0)
@@ -272,9 +309,12 @@ async function convertImages(
     const onto =
       order.existing && read.to !== undefined && !isPlain(read.to) ? await openTarget(place, inUse, read) : undefined
     if (onto !== undefined) images.push(onto)
-    const targetFile = onto === undefined && nbd !== undefined ? await openExport({ nbd }, inUse, read) : undefined
+    const targetFile =
+      onto === undefined && remote !== undefined
+        ? await openTargetFile('convert', remote, inUse, read.signal)
+        : undefined
     if (targetFile !== undefined) files.push(targetFile)
-    const path = 'path' in place ? place.path : place.nbd.uri
+    const path = 'path' in place ? place.path : nameOf(place)
     const sources = chains.map(chain => chain.image)
     const shape = await withParent('convert', order.shape, delta)
     const converted = await runJob<NativeConverted>('convert', counting.copying(), (request, job, addon) =>
@@ -296,30 +336,6 @@ async function convertImages(
   } finally {
     await Promise.all([...images, ...files].map(number => release(number)))
   }
-}
-
-/** An export is there: what would make it anew says that it may be written over. */
-function refuseNew({ uri }: NbdPlace, { existingTarget, overwrite, create }: ReadConvert): void {
-  if (!existingTarget && !overwrite) {
-    const message = `EEXIST: the export exists: say overwrite: true, or existingTarget: true, open '${uri}'`
-    throw new Qcow2Error('EEXIST', message, { path: uri, syscall: 'open' })
-  }
-  if (create?.dataFile !== undefined) {
-    throw invalidArgument('dataFile', 'convert: an image in an export has no external data file')
-  }
-}
-
-/** Opens the export that a disk is made in, which is none of the files that are read. */
-async function openExport(located: Located, inUse: readonly string[], { signal }: ReadConvert): Promise<number> {
-  const { file, identity, path } = await openFile(located, { writable: true }, signal)
-  if (identity === undefined || !inUse.includes(identity)) return file
-  await release(file)
-  throw isSource(path)
-}
-
-function isSource(path: string | undefined): Qcow2Error {
-  const message = `convert: ${path === undefined ? 'the target' : `'${path}'`} is also a source of this operation`
-  return new Qcow2Error('ERR_QCOW2_INVALID_ARGUMENT', message, { path, field: 'target' })
 }
 
 function toResult(
@@ -354,6 +370,7 @@ async function openSources(
   read: ReadConvert,
   images: number[],
   counting: Counting,
+  size: number | undefined,
 ): Promise<Chain[]> {
   const { from, references, secret, snapshot, limits, signal, salvage } = read
   const access = toReadAccess(read)
@@ -361,23 +378,13 @@ async function openSources(
   for (const [index, each] of located.entries()) {
     const format = typeof from === 'string' ? from : from?.[index]
     const say = (word: SourceFormat): string => fromAdvice(from, index, located.length, word)
-    const streams = { ...counting.source(), judge: (stream: StreamFormat) => refuseOutOfOrder(read, stream), say }
+    const streams = { ...counting.source(), size, judge: (stream: StreamFormat) => refuseOutOfOrder(read, stream), say }
     const opening = { format, sayRaw: say(PLAIN_FORMAT), streams, references, secret, source: index, snapshot }
     const chain = await openChain(each, { ...opening, limits, signal, access, salvage })
     images.push(chain.image)
     chains.push(chain)
   }
   return chains
-}
-
-/** What to write for a source that is of a format. */
-function fromAdvice(from: ReadConvert['from'], index: number, sources: number, word: SourceFormat): string {
-  if (sources === 1) return `from: '${word}'`
-  const formats = Array.from({ length: sources }, (_, i) => {
-    const given = typeof from === 'string' ? from : from?.[i]
-    return `'${i === index ? word : (given ?? DEFAULT_FORMAT)}'`
-  })
-  return `from: [${formats.join(', ')}]`
 }
 
 /** Refuses what a disk that is read front to back cannot give. */
@@ -437,15 +444,26 @@ class Counting {
 /** Opens the target that exists, which is none of the files that are read. */
 async function openTarget(located: Located, inUse: readonly string[], read: ReadConvert): Promise<number> {
   const { references, secret, limits, signal } = read
-  const { file, identity, path } = await openFile(located, {}, signal)
-  await release(file)
-  if (identity !== undefined && inUse.includes(identity)) throw isSource(path)
+  const { identity, path } = 'random' in located ? known(located.random) : await lookAt(located, signal)
+  if (identity !== undefined && inUse.includes(identity)) throw isSource('convert', path)
   const access = { ...toReadAccess({ locking: read.locking }), write: {} }
   return (await openChain(located, { format: read.to, references, secret, limits, signal, access })).image
 }
 
+/** What a caller's object is known by: it is not opened for that. */
+const known = ({ identity, name }: RandomPlace): Pick<NativeFile, 'identity' | 'path'> => ({
+  identity: `source:${identity}`,
+  path: name,
+})
+
+async function lookAt(located: Located, signal: AbortSignal | undefined): Promise<NativeFile> {
+  const opened = await openFile(located, {}, signal)
+  await release(opened.file)
+  return opened
+}
+
 /** Checks what the options demand of each other; the rules of the format are the engine's. */
-function toOrder(read: ReadConvert, sources: number): Omit<NativeConvertJob, 'inUse'> {
+function toOrder(read: ReadConvert, sources: number): Order {
   const { compress, create, existingTarget = false, targetIsZero = false } = read
   const to = toTargetFormat('convert', read.to)
   const from = typeof read.from === 'string' ? read.from : undefined

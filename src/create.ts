@@ -36,8 +36,18 @@ export interface NewImageOptions extends LongRunning {
  * nothing is written to the disk of a luks image, which reads as noise until a guest writes to it.
  */
 export type CreateOptions =
-  | { [F in TargetFormat]: NewImageOptions & Shapes[F] & { format: F } }[TargetFormat]
-  | (NewImageOptions & Shapes['qcow2'] & { format?: undefined })
+  | {
+      [F in TargetFormat]: NewImageOptions &
+        Shapes[F] & {
+          /** What the image becomes. */
+          format: F
+        }
+    }[TargetFormat]
+  | (NewImageOptions &
+      Shapes['qcow2'] & {
+        /** Not said, it is qcow2. */
+        format?: undefined
+      })
 
 const CREATE = {
   ...LONG_RUNNING,
@@ -55,6 +65,15 @@ const CREATE = {
  *
  * @throws {@link Qcow2Error} `EEXIST` unless `overwrite` is set; `ERR_QCOW2_INVALID_ARGUMENT` for options that contradict each
  *   other or the format; `ERR_QCOW2_LIMIT` for a size that the geometry cannot address; the system's code (`ENOSPC`, `EACCES`)
+ *
+ * @example
+ * ```js
+ * import { create } from 'qcow2'
+ *
+ * const image = await create('new.qcow2', { size: 20 * 2 ** 30, compressionType: 'zstd' })
+ * await image.write(Buffer.from('hello'), { position: 0 })
+ * await image.close()
+ * ```
  */
 export async function create(path: PathLike, options: CreateOptions): Promise<Image> {
   return await forgetting(() => createImage(path, options))

@@ -16,6 +16,7 @@ import { type Shown, shown, shownText } from './text.js'
  * - `ERR_QCOW2_NO_SNAPSHOT`, `ERR_QCOW2_NO_BITMAP`: nothing has this id or name
  * - `ERR_QCOW2_DATA_LOSS`: the operation would lose data and that was not acknowledged
  * - `ERR_QCOW2_CHAIN`: the backing chain contains itself, is too deep, or a member is missing
+ * - `ERR_QCOW2_SOURCE_CHANGED`: what was being read is another version now, on the web server or in the store that it is read from
  * - `ERR_QCOW2_CLOSED`: the handle is closed or closing
  * - `ERR_QCOW2_INVALID_ARGUMENT`: an argument has the wrong type, is out of range, or contradicts another; an
  *   unknown option
@@ -38,6 +39,7 @@ export type Qcow2ErrorCode =
   | 'ERR_QCOW2_NO_BITMAP'
   | 'ERR_QCOW2_DATA_LOSS'
   | 'ERR_QCOW2_CHAIN'
+  | 'ERR_QCOW2_SOURCE_CHANGED'
   | 'ERR_QCOW2_CLOSED'
   | 'ERR_QCOW2_INVALID_ARGUMENT'
   | 'ERR_QCOW2_FORMAT_UNKNOWN'
@@ -46,22 +48,93 @@ export type Qcow2ErrorCode =
   | 'ERR_QCOW2_IO'
   | 'ERR_QCOW2_INTERNAL'
 
-/** A system error's name, as Node's own errors carry it. The list names the usual ones; any other can occur. */
+/** A system error's name, as Node's own errors carry it: all that Node knows. What it has no name for is `ERR_QCOW2_IO`, with its `errno`. */
 export type SystemErrorCode =
+  | 'E2BIG'
   | 'EACCES'
+  | 'EADDRINUSE'
+  | 'EADDRNOTAVAIL'
+  | 'EAFNOSUPPORT'
+  | 'EAGAIN'
+  | 'EAI_ADDRFAMILY'
+  | 'EAI_AGAIN'
+  | 'EAI_BADFLAGS'
+  | 'EAI_BADHINTS'
+  | 'EAI_CANCELED'
+  | 'EAI_FAIL'
+  | 'EAI_FAMILY'
+  | 'EAI_MEMORY'
+  | 'EAI_NODATA'
+  | 'EAI_NONAME'
+  | 'EAI_OVERFLOW'
+  | 'EAI_PROTOCOL'
+  | 'EAI_SERVICE'
+  | 'EAI_SOCKTYPE'
+  | 'EALREADY'
   | 'EBADF'
   | 'EBUSY'
+  | 'ECANCELED'
+  | 'ECHARSET'
+  | 'ECONNABORTED'
+  | 'ECONNREFUSED'
+  | 'ECONNRESET'
+  | 'EDESTADDRREQ'
   | 'EEXIST'
+  | 'EFAULT'
+  | 'EFBIG'
+  | 'EFTYPE'
+  | 'EHOSTDOWN'
+  | 'EHOSTUNREACH'
+  | 'EILSEQ'
+  | 'EINTR'
   | 'EINVAL'
   | 'EIO'
+  | 'EISCONN'
   | 'EISDIR'
+  | 'ELOOP'
+  | 'EMFILE'
+  | 'EMLINK'
+  | 'EMSGSIZE'
+  | 'ENAMETOOLONG'
+  | 'ENETDOWN'
+  | 'ENETUNREACH'
+  | 'ENFILE'
+  | 'ENOBUFS'
+  | 'ENODATA'
+  | 'ENODEV'
   | 'ENOENT'
+  | 'ENOEXEC'
+  | 'ENOMEM'
+  | 'ENONET'
+  | 'ENOPROTOOPT'
   | 'ENOSPC'
+  | 'ENOSYS'
+  | 'ENOTCONN'
   | 'ENOTDIR'
+  | 'ENOTEMPTY'
+  | 'ENOTSOCK'
+  | 'ENOTSUP'
+  | 'ENOTTY'
+  | 'ENXIO'
+  | 'EOF'
+  | 'EOVERFLOW'
   | 'EPERM'
+  | 'EPIPE'
+  | 'EPROTO'
+  | 'EPROTONOSUPPORT'
+  | 'EPROTOTYPE'
+  | 'ERANGE'
+  | 'EREMOTEIO'
   | 'EROFS'
+  | 'ESHUTDOWN'
+  | 'ESOCKTNOSUPPORT'
+  | 'ESPIPE'
+  | 'ESRCH'
+  | 'ESTALE'
+  | 'ETIMEDOUT'
   | 'ETXTBSY'
-  | (`E${Uppercase<string>}` & {})
+  | 'EUNATCH'
+  | 'EXDEV'
 
 /** Where an error happened. All optional: what is not known is absent. */
 export interface ErrorPlace {
@@ -79,6 +152,7 @@ export interface ErrorPlace {
   syscall?: string | undefined
   /** The same request may succeed when it is made again. */
   transient?: boolean | undefined
+  /** The error that led to this one. */
   cause?: unknown
 }
 
@@ -101,6 +175,7 @@ function captureCaller(error: Error, maker: typeof Qcow2Error): void {
  * request that its signal cancelled ({@link AbortError}).
  */
 export class Qcow2Error extends Error {
+  /** What went wrong: part of the API, where messages are not. */
   readonly code: Qcow2ErrorCode | SystemErrorCode | 'ABORT_ERR'
   /** The file this happened in, as it was opened. */
   declare readonly path?: string

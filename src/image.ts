@@ -2,6 +2,7 @@
 
 import type { Readable, Writable } from 'node:stream'
 import type { ReadableStream } from 'node:stream/web'
+import type { InspectOptions } from 'node:util'
 import type { Chain } from './backing/chain.js'
 import { Bitmaps } from './bitmap.js'
 import { type CheckResult, checkImage, readCheckOptions } from './check.js'
@@ -12,15 +13,25 @@ import { type AnyImageInfo, type ImageInfo, infoIn, layersInfo } from './info.js
 import { Keys } from './keys.js'
 import { entryIn, type MapEntry, type MapOptions, type ReadMapOptions, readMapOptions, walkMap } from './map.js'
 import { native } from './native.js'
+import type { NbdSource } from './nbd-source.js'
 import { ABORTABLE, type Abortable, flag, type LongRunning, readOptions, throwIfAborted } from './options.js'
 import { type OverlayOptions, putOverlay, readOverlayOptions } from './overlay.js'
-import { fill, fillAll, READ, type ReadOptions } from './read.js'
+import type { RandomAccessSource } from './random-access.js'
+import { fill, fillAll, READ, type ReadOptions, type ReadResult, type ReadvResult } from './read.js'
 import { resizeDisk, TRUNCATE, type TruncateOptions } from './resize.js'
 import { forgetting } from './secret.js'
 import { Snapshots } from './snapshot/snapshots.js'
-import { type PathLike, release } from './source.js'
-import { type Guest, openReadStream, openWebStream, type ReadStreamOptions, type WebStreamOptions } from './stream.js'
+import { closing, type PathLike, release } from './source.js'
+import {
+  type Guest,
+  openReadStream,
+  openWebStream,
+  type ReadStreamOptions,
+  type SparseReadable,
+  type WebStreamOptions,
+} from './stream.js'
 import { toBytesView } from './support/buffers.js'
+import { INSPECT, type Inspect, inspectAs, staysHere } from './support/handle.js'
 import { Lifetime } from './support/lifetime.js'
 import { type ImageOwner, setOwner } from './support/owner.js'
 import { request } from './support/requests.js'
@@ -39,8 +50,10 @@ import {
   WRITE_ZEROES,
   WRITEV,
   type WriteOptions,
+  type WriteResult,
   type WriteStreamOptions,
   type WritevOptions,
+  type WritevResult,
   type WriteZeroesOptions,
 } from './write.js'
 
@@ -54,6 +67,8 @@ const unclosed = new FinalizationRegistry<Chain>(({ image, path }) => {
 })
 
 const INFO = { ...ABORTABLE, bigint: flag } as const
+
+const STAYS = staysHere('an open image')
 
 let stopsAtExit = false
 
@@ -98,6 +113,7 @@ export class Image implements AsyncDisposable {
     if (chain.writable) stopAtExit()
     const owner: ImageOwner = {
       image: chain.image,
+      shown: () => this.#shown(),
       read: work => this.#lifetime.run(work),
       change: (what, signal, work) => this.#change(what, signal, work),
       onClose: end => {
@@ -117,6 +133,9 @@ export class Image implements AsyncDisposable {
     this.bitmaps = new Bitmaps({ ...owner, infos: async () => (await top())?.formatSpecific?.bitmaps ?? [] })
     this.keys = new Keys({ ...owner, top })
   }
+
+  /** @internal */
+  readonly threadBound = STAYS
 
   /** The internal snapshots. */
   readonly snapshots: Snapshots
@@ -165,11 +184,13 @@ export class Image implements AsyncDisposable {
    *
    * @throws {@link Qcow2Error} `ERR_QCOW2_CLOSED`; `ERR_QCOW2_INVALID_ARGUMENT` for a detached or resizable buffer or a range
    *   outside it; `ERR_QCOW2_CORRUPT` for damaged tables or compressed data; the system's code for an I/O error
+   *
+   * @example
+   * ```js
+   * const { bytesRead, buffer } = await image.read(Buffer.alloc(4096), { position: 2 ** 20 })
+   * ```
    */
-  async read<T extends NodeJS.ArrayBufferView>(
-    buffer: T,
-    options: ReadOptions,
-  ): Promise<{ bytesRead: number; buffer: T }> {
+  async read<T extends NodeJS.ArrayBufferView>(buffer: T, options: ReadOptions): Promise<ReadResult<T>> {
     const view = toBytesView(buffer, 'Image.read: buffer')
     const given: ReadOptions | undefined = checkTransfer(options, 'Image.read', READ)
     const signal = given?.signal
@@ -190,7 +211,7 @@ export class Image implements AsyncDisposable {
     buffers: T,
     position: Size,
     options?: Abortable,
-  ): Promise<{ bytesRead: number; buffers: T }> {
+  ): Promise<ReadvResult<T>> {
     const views = toViews(buffers, 'Image.readv')
     const start = toBytes(position, 'Image.readv: position')
     checkPlaces('Image.readv', views, start)
@@ -209,11 +230,14 @@ export class Image implements AsyncDisposable {
    * @throws {@link Qcow2Error} before anything changes: `ERR_QCOW2_READ_ONLY`, `ERR_QCOW2_CLOSED`, `ERR_QCOW2_INVALID_ARGUMENT`,
    *   `ERR_QCOW2_UNSUPPORTED_FEATURE`. Else `ERR_QCOW2_CORRUPT`, `ERR_QCOW2_LIMIT`, or the system's code (`ENOSPC`, `EIO`): the guest bytes are then
    *   the old ones or the new ones, and after an error of the tables the image refuses writes until it is opened again
+   *
+   * @example
+   * ```js
+   * await image.write(Buffer.from('boot'), { position: 510 })
+   * await image.datasync() // it survives a power cut from here on
+   * ```
    */
-  async write<T extends NodeJS.ArrayBufferView>(
-    buffer: T,
-    options: WriteOptions,
-  ): Promise<{ bytesWritten: number; buffer: T }> {
+  async write<T extends NodeJS.ArrayBufferView>(buffer: T, options: WriteOptions): Promise<WriteResult<T>> {
     const view = toBytesView(buffer, 'Image.write: buffer')
     const given: WriteOptions | undefined = checkTransfer(options, 'Image.write', WRITE)
     const { signal, compressed = false } = given ?? {}
@@ -234,7 +258,7 @@ export class Image implements AsyncDisposable {
     buffers: T,
     position: Size,
     options?: WritevOptions,
-  ): Promise<{ bytesWritten: number; buffers: T }> {
+  ): Promise<WritevResult<T>> {
     const views = toViews(buffers, 'Image.writev')
     const start = toBytes(position, 'Image.writev: position')
     checkPlaces('Image.writev', views, start)
@@ -255,6 +279,11 @@ export class Image implements AsyncDisposable {
    * Makes guest bytes read as zeroes, as far as possible without writing them.
    *
    * @throws {@link Qcow2Error} as {@link Image.write}
+   *
+   * @example
+   * ```js
+   * await image.writeZeroes(2 ** 20, 2 ** 20, { unmap: true }) // may free the space
+   * ```
    */
   async writeZeroes(position: Size, length: Size, options?: WriteZeroesOptions): Promise<void> {
     const { unmap = false, signal } = readOptions(options, 'Image.writeZeroes', WRITE_ZEROES)
@@ -299,6 +328,12 @@ export class Image implements AsyncDisposable {
    *
    * @throws {@link Qcow2Error} as {@link Image.write}; with nothing changed `ERR_QCOW2_DATA_LOSS` for a smaller size without `shrink`,
    *   `ERR_QCOW2_LIMIT`, `ERR_QCOW2_UNSUPPORTED_FEATURE` (version 2 with snapshots; 0 bytes with bitmaps), `ERR_QCOW2_CORRUPT` (an inconsistent bitmap)
+   *
+   * @example
+   * ```js
+   * await image.truncate(40 * 2 ** 30)
+   * await image.truncate(20 * 2 ** 30, { shrink: true })
+   * ```
    */
   async truncate(size: Size, options?: TruncateOptions): Promise<void> {
     const wanted = toBytes(size, 'Image.truncate: size')
@@ -340,7 +375,14 @@ export class Image implements AsyncDisposable {
     )
   }
 
-  /** Describes the top layer, in the terms of QAPI's `ImageInfo`. */
+  /**
+   * Describes the top layer, in the terms of QAPI's `ImageInfo`.
+   *
+   * @example
+   * ```js
+   * const { format, virtualSize, actualSize, snapshots } = await image.info()
+   * ```
+   */
   info(options: Abortable & { bigint: true }): Promise<ImageInfo<bigint>>
   info(options?: Abortable & BigIntResults): Promise<ImageInfo>
   async info(options?: Abortable & BigIntResults): Promise<AnyImageInfo> {
@@ -367,6 +409,12 @@ export class Image implements AsyncDisposable {
   /**
    * Iterates over what the disk is made of: runs of one kind in order and without gaps, neighbours merged. A `start` beyond
    * the end of the disk gives nothing.
+   *
+   * @example
+   * ```js
+   * let allocated = 0
+   * for await (const { length, data } of image.map()) if (data) allocated += length
+   * ```
    */
   map(options: MapOptions & { bigint: true }): AsyncGenerator<MapEntry<bigint>, void, undefined>
   map(options?: MapOptions & BigIntResults): AsyncGenerator<MapEntry, void, undefined>
@@ -397,16 +445,27 @@ export class Image implements AsyncDisposable {
    *
    * @throws {@link Qcow2Error} as `create`; `ERR_QCOW2_INVALID_ARGUMENT` for a target that is a file of this image; `ERR_QCOW2_CLOSED` if the
    *   image is closed first; the system's code (`ENOSPC`, `EIO`)
+   *
+   * @example
+   * ```js
+   * await image.clone('backup.qcow2', { to: 'qcow2', compress: true })
+   * ```
    */
-  clone(target: PathLike, options: CloneOptions & { bigint: true }): Promise<CloneResult<bigint>>
-  clone(target: PathLike, options: CloneOptions & BigIntResults): Promise<CloneResult>
-  async clone(target: PathLike, options: CloneOptions & BigIntResults): Promise<CloneResult<number | bigint>> {
+  clone(
+    target: PathLike | NbdSource | RandomAccessSource,
+    options: CloneOptions & { bigint: true },
+  ): Promise<CloneResult<bigint>>
+  clone(target: PathLike | NbdSource | RandomAccessSource, options: CloneOptions & BigIntResults): Promise<CloneResult>
+  async clone(
+    target: PathLike | NbdSource | RandomAccessSource,
+    options: CloneOptions & BigIntResults,
+  ): Promise<CloneResult<number | bigint>> {
     return await forgetting(async () => {
-      const { path, options: read } = readCloneOptions(target, options)
+      const { target: place, options: read } = readCloneOptions(target, options)
       throwIfAborted(read.signal)
       // What cannot be said in the end is refused before anything is done.
       sizesIn(read.bigint)(this.#size, 'Image.clone: virtualSize')
-      return this.#lifetime.run(() => this.#clones.make(path, read))
+      return this.#lifetime.run(() => this.#clones.make(place, read))
     })
   }
 
@@ -417,6 +476,12 @@ export class Image implements AsyncDisposable {
    * bitmaps stay in the file that has them. An error leaves the image as it was, without an overlay.
    *
    * @throws {@link Qcow2Error} as `create`; `ERR_QCOW2_READ_ONLY`; `ERR_QCOW2_INVALID_ARGUMENT` for a `backingFile` that is not the image
+   *
+   * @example
+   * ```js
+   * // From now on writes go to today.qcow2; what was the image stands still.
+   * await image.createOverlay('today.qcow2')
+   * ```
    */
   async createOverlay(path: PathLike, options?: OverlayOptions): Promise<void> {
     await forgetting(async () => {
@@ -449,6 +514,11 @@ export class Image implements AsyncDisposable {
    *
    * @throws {@link Qcow2Error} with nothing changed: `ERR_QCOW2_CORRUPT` for an image that must be repaired first,
    *   `ERR_QCOW2_UNSUPPORTED_FEATURE` for a raw image, `ERR_QCOW2_LIMIT`, `ERR_QCOW2_READ_ONLY`. Else as {@link Image.write}
+   *
+   * @example
+   * ```js
+   * const { reclaimedBytes } = await image.compact()
+   * ```
    */
   async compact(options?: CompactOptions): Promise<CompactResult> {
     const read = readOptions(options, 'Image.compact', COMPACT)
@@ -460,7 +530,16 @@ export class Image implements AsyncDisposable {
   /**
    * A stream of guest bytes; with `sparse`, of objects `{ position, buffer }` for what does not read as zeroes. The image stays
    * open when the stream ends.
+   *
+   * @example
+   * ```js
+   * for await (const { position, buffer } of image.createReadStream({ sparse: true })) {
+   *   console.log(`${buffer.length} bytes at ${position}`)
+   * }
+   * ```
    */
+  createReadStream(options: ReadStreamOptions & { sparse: true }): SparseReadable
+  createReadStream(options?: ReadStreamOptions): Readable
   createReadStream(options?: ReadStreamOptions): Readable {
     return openReadStream(this.#guest(), options)
   }
@@ -473,9 +552,35 @@ export class Image implements AsyncDisposable {
   /**
    * A stream that writes guest bytes one behind the other. The image stays open when the stream ends; what was written is durable
    * after the next `datasync`, or with `flush`.
+   *
+   * @example
+   * ```js
+   * import { createReadStream } from 'node:fs'
+   * import { pipeline } from 'node:stream/promises'
+   *
+   * await pipeline(createReadStream('b.raw'), image.createWriteStream({ start: 2 ** 20, flush: true }))
+   * ```
    */
   createWriteStream(options?: WriteStreamOptions): Writable {
     return openWriteStream(this, options)
+  }
+
+  #shown(): Readonly<Record<string, unknown>> {
+    const { path, format, depth, writable } = this.#chain
+    return {
+      path: path === undefined ? undefined : shownText(path),
+      format,
+      virtualSize: Number.isSafeInteger(this.#size) ? this.#size : this.virtualSizeBigInt,
+      clusterSize: this.clusterSize,
+      depth,
+      readOnly: !writable,
+      state: this.#lifetime.state,
+    }
+  }
+
+  /** @internal */
+  [INSPECT](depth: number, options: InspectOptions, inspect: Inspect): string {
+    return inspectAs('Image', this.#shown(), depth, options, inspect)
   }
 
   /**
@@ -487,6 +592,7 @@ export class Image implements AsyncDisposable {
   close(): Promise<void> {
     this.#clones.end()
     for (const end of this.#ends) end()
+    closing(this.#chain.image)
     return this.#lifetime.close()
   }
 

@@ -10,9 +10,11 @@ import { sizesIn } from './units.js'
 
 /** An internal snapshot, as QAPI's `SnapshotInfo`. */
 export interface SnapshotInfo<N extends number | bigint = number> {
+  /** Unique in the image; a number, as QEMU counts them. */
   readonly id: string
   /** The bytes of `id`, where they are not UTF-8: it then has replacement characters. */
   readonly idBytes?: Buffer
+  /** What a person called it; need not be unique. */
   readonly name: string
   /** The bytes of `name`, where they are not UTF-8: it then has replacement characters, and other names can be shown the same. */
   readonly nameBytes?: Buffer
@@ -20,9 +22,11 @@ export interface SnapshotInfo<N extends number | bigint = number> {
   readonly vmStateSize: N
   /** When it was made: seconds since 1970, and nanoseconds. */
   readonly dateSec: number
+  /** Nanoseconds of `dateSec`. */
   readonly dateNsec: number
   /** The guest's clock when it was made. */
   readonly vmClockSec: number
+  /** Nanoseconds of `vmClockSec`. */
   readonly vmClockNsec: number
   /** Instruction count, where record/replay stored one. */
   readonly icount?: number
@@ -30,11 +34,13 @@ export interface SnapshotInfo<N extends number | bigint = number> {
 
 /** A persistent dirty bitmap, as QAPI's `Qcow2BitmapInfo`. */
 export interface BitmapInfo {
+  /** Its name. */
   readonly name: string
   /** The bytes of `name`, where they are not UTF-8: it then has replacement characters, and other names can be shown the same. */
   readonly nameBytes?: Buffer
   /** Bytes of guest data that one bit stands for. */
   readonly granularity: number
+  /** `in-use`: who wrote to the image last has not stored it, so that it is inconsistent; `auto`: it records. */
   readonly flags: readonly ('in-use' | 'auto')[]
 }
 
@@ -54,6 +60,7 @@ export interface LuksSlotInfo {
 
 /** What a LUKS header says, as QAPI's `QCryptoBlockInfoLUKS`. No secret is needed for it. */
 export interface LuksInfo {
+  /** The version of LUKS. */
   readonly version: 1 | 2
   /** The header lies in a file of its own. */
   readonly detachedHeader: boolean
@@ -67,6 +74,7 @@ export interface LuksInfo {
   readonly ivgenHashAlg?: string
   /** As `sha256`: of version 1, where it is that of every slot. */
   readonly hashAlg?: string
+  /** Of this header. */
   readonly uuid: string
   /** Where data begins, in bytes from the header's start. A qcow2 image says itself where its data is. */
   readonly payloadOffset: number
@@ -80,16 +88,38 @@ export interface LuksInfo {
 
 /** How guest data is encrypted. `damaged` says why there is nothing about a LUKS header: then no secret opens the image. */
 export type EncryptInfo =
-  | { readonly format: 'aes'; readonly slots?: never; readonly damaged?: never }
-  | ({ readonly format: 'luks'; readonly damaged?: never } & LuksInfo)
-  | { readonly format: 'luks'; readonly slots?: never; readonly damaged: Qcow2Error }
+  | {
+      /** The legacy encryption of QEMU. */
+      readonly format: 'aes'
+      /** It has none. */
+      readonly slots?: never
+      /** It has no header that could be. */
+      readonly damaged?: never
+    }
+  | ({
+      /** LUKS, with what its header says. */
+      readonly format: 'luks'
+      /** The header was read. */
+      readonly damaged?: never
+    } & LuksInfo)
+  | {
+      /** LUKS, whose header cannot be read. */
+      readonly format: 'luks'
+      /** Nobody knows. */
+      readonly slots?: never
+      /** Why it cannot. */
+      readonly damaged: Qcow2Error
+    }
 
 /** What only qcow2 images have, as QAPI's `ImageInfoSpecificQCow2`. Spec: "Header". */
 export interface Qcow2SpecificInfo {
+  /** Tells it from what other formats have. */
   readonly type: 'qcow2'
   /** `'0.10'` for version 2, `'1.1'` for version 3. */
   readonly compat: '0.10' | '1.1'
+  /** Bits of a reference count: 1 to 64. */
   readonly refcountBits: number
+  /** How clusters are compressed where they are. */
   readonly compressionType: 'zlib' | 'zstd'
   /** The external data file's name as the image has it. */
   readonly dataFile?: string
@@ -103,6 +133,7 @@ export interface Qcow2SpecificInfo {
   readonly lazyRefcounts?: boolean
   /** Version 3 only: the image is marked corrupt. */
   readonly corrupt?: boolean
+  /** How guest data is encrypted, where it is. */
   readonly encrypt?: EncryptInfo
   /** Present where there is at least one. */
   readonly bitmaps?: readonly BitmapInfo[]
@@ -118,10 +149,13 @@ export interface VmdkExtentInfo<N extends number | bigint = number> {
   readonly opened: boolean
   /** Its type in the descriptor, as `FLAT` or `SPARSE`; absent where the image's own file holds it. */
   readonly format?: string
+  /** Bytes of the disk that it holds. */
   readonly virtualSize: N
   /** Length of the file, and the space that it takes; of one in a file of its own that was opened. */
   readonly fileLength?: N
+  /** Space that the file takes; as `fileLength`. */
   readonly actualSize?: N
+  /** Whether its grains are. */
   readonly compressed: boolean
   /** Bytes of a grain, of an extent with grains that was opened. */
   readonly clusterSize?: number
@@ -165,6 +199,7 @@ export interface ImageInfo<N extends number | bigint = number> {
   readonly filename: string
   /** The bytes of `filename`, where they are not UTF-8: it then has replacement characters. */
   readonly filenameBytes?: Buffer
+  /** The format it was opened as. */
   readonly format: Format
   /** Size of the disk. */
   readonly virtualSize: N
@@ -178,6 +213,7 @@ export interface ImageInfo<N extends number | bigint = number> {
   readonly clusterSize?: number
   /** The image was not closed cleanly: refcounts may be out of date. */
   readonly dirtyFlag: boolean
+  /** Whether reading guest data takes a secret. */
   readonly encrypted: boolean
   /** The backing file's name as the image has it. */
   readonly backingFilename?: string
@@ -187,6 +223,7 @@ export interface ImageInfo<N extends number | bigint = number> {
   readonly fullBackingFilename?: string
   /** The bytes of `fullBackingFilename`, where they are not UTF-8. */
   readonly fullBackingFilenameBytes?: Buffer
+  /** The format of the backing file, where the image says it. */
   readonly backingFilenameFormat?: string
   /** In the order of the snapshot table. */
   readonly snapshots: readonly SnapshotInfo<N>[]
@@ -202,7 +239,12 @@ export interface ImageInfo<N extends number | bigint = number> {
   /** Of VMDK images. */
   readonly vmdk?: VmdkInfo<N>
   /** What requests on the disk should look like, and those on its file. They depend on how the image is opened: `cache`. */
-  readonly limits: { readonly disk: BlockLimits; readonly file: BlockLimits }
+  readonly limits: {
+    /** Of requests of this image. */
+    readonly disk: BlockLimits
+    /** Of what it does with its file. */
+    readonly file: BlockLimits
+  }
 }
 
 type NativeQcow2Info = NonNullable<NativeLayerInfo['qcow2']>

@@ -18,7 +18,7 @@ import {
   readOptions,
   throwIfAborted,
 } from './options.js'
-import { type ImageSource, type Located, openFile, release, toLocated } from './source.js'
+import { type ImageSource, isRemote, type Located, openFile, release, toLocated } from './source.js'
 import { toBytesView } from './support/buffers.js'
 import { request } from './support/requests.js'
 import { shown, shownText } from './text.js'
@@ -26,6 +26,7 @@ import type { BigIntResults } from './units.js'
 
 /** Options of {@link inspect}. */
 export interface InspectOptions extends Abortable {
+  /** What the image may claim before it is refused. */
   limits?: Limits | undefined
 }
 
@@ -47,7 +48,9 @@ export type FindingCode =
 
 /** One finding of {@link inspect}. */
 export interface Finding {
+  /** What it is: part of the API. */
   readonly code: FindingCode
+  /** One sentence for a person. */
   readonly message: string
 }
 
@@ -71,22 +74,33 @@ export interface Inspection<N extends number | bigint = number> {
    * no bigints were asked for.
    */
   readonly virtualSize: N
+  /** Bytes; absent for formats without clusters. */
   readonly clusterSize?: number
   /** Of qcow2. */
   readonly version?: 2 | 3
+  /** The backing file, as the image names it. It was not looked at. */
   readonly backingFilename?: string
   /** The bytes of `backingFilename`, where they are not UTF-8: it then has replacement characters. */
   readonly backingFilenameBytes?: Buffer
+  /** Its format, where the image says it. */
   readonly backingFilenameFormat?: string
+  /** The external data file, as the image names it. */
   readonly dataFile?: string
   /** The bytes of `dataFile`, where they are not UTF-8. */
   readonly dataFileBytes?: Buffer
+  /** How guest data is encrypted, if it is. */
   readonly encryption?: 'aes' | 'luks'
+  /** How clusters are compressed where they are, of qcow2. */
   readonly compressionType?: 'zlib' | 'zstd'
+  /** Whether clusters have subclusters, of qcow2. */
   readonly extendedL2?: boolean
+  /** What the header says is used, by the names of the specification. */
   readonly features: {
+    /** Features that a reader must know. */
     readonly incompatible: readonly string[]
+    /** Features that a reader need not know. */
     readonly compatible: readonly string[]
+    /** Features that whoever writes without knowing them ends. */
     readonly autoclear: readonly string[]
     /** Bit numbers of incompatible features without a known meaning. */
     readonly unknownIncompatible: readonly number[]
@@ -96,6 +110,7 @@ export interface Inspection<N extends number | bigint = number> {
    * that its file makes likely; no key slot asks for more work than this library does. Says nothing about what is behind the header (`check` does), nor about what the disk holds.
    */
   readonly safe: boolean
+  /** What speaks against it. */
   readonly findings: readonly Finding[]
 }
 
@@ -114,6 +129,14 @@ const INSPECT = { ...ABORTABLE, limits, bigint: flag } as const
  * A file name is a `string`, `URL` or `FileHandle` here: a `Buffer` is bytes of an image.
  *
  * @throws {@link Qcow2Error} the system's code where the file cannot be read
+ *
+ * @example
+ * ```js
+ * import { inspect } from 'qcow2'
+ *
+ * const { format, virtualSize, safe, findings } = await inspect('upload.qcow2', { limits: { maxVirtualSize: 2 ** 40 } })
+ * if (!safe) console.log(findings.map(({ code, message }) => `${code}: ${message}`).join('\n'))
+ * ```
  */
 export function inspect(
   source: Exclude<ImageSource, Buffer> | Uint8Array,
@@ -135,6 +158,20 @@ export async function inspect(
     ? inspectBytes(located, bounds)
     : inspectLocated(located, bounds, signal))
   throwIfAborted(signal)
+  return sized(found, bigint)
+}
+
+/** What the first bytes of an image say: as {@link inspect}. */
+export async function inspectPrefix(
+  bytes: Uint8Array,
+  given: ReadLimits | undefined,
+  big: boolean,
+): Promise<Inspection<number | bigint>> {
+  return sized(await inspectBytes(bytes, big ? given : withinNumbers(given)), big)
+}
+
+/** With sizes as the caller wants them. */
+function sized(found: Inspection<number | bigint>, bigint: boolean): Inspection<number | bigint> {
   const { virtualSize } = found
   const descriptor = found.descriptor && { descriptor: found.descriptor.map(disk => ovfDiskIn(disk, bigint)) }
   if (bigint) return { ...found, ...descriptor, virtualSize: BigInt(virtualSize) }
@@ -186,7 +223,7 @@ async function inspectLocated(
       addon.inspectFile(number, file, format ?? DEFAULT_FORMAT, bounds),
     )
     if (found.header !== undefined) return await toInspection(format, found)
-    if ('nbd' in located) return await toInspection(format, found, prefixBytes(head))
+    if (isRemote(located)) return await toInspection(format, found, prefixBytes(head))
     // What is read is the file of a folder, where that was named.
     const whole = 'path' in located && path !== undefined ? { ...located, path } : located
     return await withFileBytes(whole, async bytes => {

@@ -1,12 +1,16 @@
 /** Key slots of an encrypted image: which secrets open it. */
 
+import type { InspectOptions } from 'node:util'
 import { invalidArgument, Qcow2Error } from './errors.js'
 import type { AnyImageInfo, LuksSlotInfo } from './info.js'
 import type { NativeKeyOrder } from './native.js'
 import { ABORTABLE, type Abortable, flag, integer, type Read, readOptions, throwIfAborted } from './options.js'
 import { forgetting, ITER_TIME, type Secret, secret } from './secret.js'
+import { INSPECT, type Inspect, inspectAs, staysHere } from './support/handle.js'
 import { runJob } from './support/jobs.js'
 import type { ImageOwner } from './support/owner.js'
+
+const STAYS = staysHere('the key slots of an open image')
 
 /** Options of {@link Keys.change}. */
 export interface ChangeKeyOptions extends Abortable {
@@ -58,8 +62,16 @@ export class Keys {
   readonly #owner: KeyOwner
 
   /** @internal */
+  readonly threadBound = STAYS
+
+  /** @internal */
   constructor(owner: KeyOwner) {
     this.#owner = owner
+  }
+
+  /** @internal */
+  [INSPECT](depth: number, options: InspectOptions, inspect: Inspect): string {
+    return inspectAs('Keys', { image: this.#owner.shown()['path'] }, depth, options, inspect)
   }
 
   /**

@@ -30,6 +30,7 @@ export interface MapEntry<N extends number | bigint = number> {
   readonly zero: boolean
   /** Reading takes it from a file. */
   readonly data: boolean
+  /** It lies in the file compressed. */
   readonly compressed: boolean
   /** Where the first byte is in the file, for what is stored uncompressed. */
   readonly offset?: N

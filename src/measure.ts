@@ -2,7 +2,6 @@
 
 import { toReadAccess } from './access.js'
 import { withChain } from './backing/chain.js'
-import { SOURCE, type SourceOptions } from './convert.js'
 import { invalidArgument } from './errors.js'
 import { can, PLAIN_FORMAT, type TargetFormat } from './formats/table.js'
 import type { NativeMeasured, NativeShape } from './native.js'
@@ -10,6 +9,7 @@ import { flag, LONG_RUNNING, type LongRunning, readOptions, throwIfAborted } fro
 import { forgetting } from './secret.js'
 import { type Preallocation, SHAPE, type Shape, shape, toNativeShape } from './shape.js'
 import { type ImageSource, targetFormat, toLocated, toTargetFormat } from './source.js'
+import { SOURCE, type SourceOptions } from './source-options.js'
 import { runJob } from './support/jobs.js'
 import { type BigIntResults, type Size, sizesIn, toBytes } from './units.js'
 
@@ -19,6 +19,7 @@ export interface MeasureOptions extends SourceOptions, LongRunning {
   to: TargetFormat
   /** Shape of the planned target; of a luks target `encrypt`, which it needs. */
   create?: Shape | undefined
+  /** The same as `create.preallocation`, and for raw targets too. */
   preallocation?: Preallocation | undefined
 }
 
@@ -47,6 +48,14 @@ const MEASURE = {
  *
  * @throws {@link Qcow2Error} as `open`; `ERR_QCOW2_INVALID_ARGUMENT`; `ERR_QCOW2_LIMIT` for a size that the geometry cannot
  *   address
+ *
+ * @example
+ * ```js
+ * import { measure } from 'qcow2'
+ *
+ * const { required, fullyAllocated } = await measure('disk.qcow2', { to: 'qcow2' })
+ * console.log(`the copy takes ${required} bytes now, and ${fullyAllocated} at most`)
+ * ```
  */
 export function measure(
   source: ImageSource | { readonly size: Size },

@@ -13,6 +13,8 @@ export interface NativeFailure {
   readonly transient: boolean
   /** What caused it, and what caused that. */
   readonly causes: readonly string[]
+  /** The number of what a caller's object threw. */
+  readonly thrown?: number
 }
 
 /** A file that an image names. */
@@ -32,6 +34,15 @@ export interface NativeFile {
   readonly head: Buffer
 }
 
+/** What is known of a stream before it comes. Bytes. */
+export interface NativeSpoolOptions {
+  readonly length?: number | undefined
+  /** Of a cluster of the image in it, where it has them. */
+  readonly unit?: number | undefined
+  /** All of it is kept, also what comes when all that was wanted was read. */
+  readonly keep: boolean
+}
+
 /** How to reach an NBD server, in milliseconds. */
 export interface NativeNbdConnect {
   readonly writable?: boolean | undefined
@@ -40,6 +51,46 @@ export interface NativeNbdConnect {
   readonly reconnectTime?: number | undefined
   /** Number of what encrypts the connection. */
   readonly tls?: number | undefined
+}
+
+/** What a caller's object is. Sizes are bytes. */
+export interface NativeSourceOptions {
+  readonly name: string
+  readonly identity: string
+  readonly size: number
+  readonly writable: boolean
+  readonly resizes: boolean
+  readonly syncs: boolean
+  /** It tells what is zero. */
+  readonly tells: boolean
+  readonly cache?: NativeSourceCache | undefined
+}
+
+/** How what was read is kept, in bytes. */
+export interface NativeSourceCache {
+  readonly blockSize: number
+  readonly size: number
+  readonly readAhead: number
+}
+
+/** What is asked of a caller's object. */
+export interface NativeSourceQuestion {
+  readonly id: number
+  readonly operation: 'read' | 'write' | 'sync' | 'truncate' | 'extents' | 'forget'
+  /** Bytes in front of the range; the new size to truncate to. */
+  readonly position: number
+  readonly length: number
+  /** What is written. */
+  readonly data?: Buffer
+}
+
+/** What a caller's object threw. */
+export interface NativeSourceFailure {
+  readonly message: string
+  readonly code?: string | undefined
+  /** See `support/thrown.ts`. */
+  readonly number: number
+  readonly transient: boolean
 }
 
 /** An export that a server tells of. */
@@ -130,6 +181,8 @@ export interface NativeLayerOptions {
   /** Open an image whose active L1 table is not whole. */
   salvage?: boolean | undefined
   limits?: NativeLimits | undefined
+  /** Bytes of the disk in a compressed file, where that is known. */
+  size?: number | undefined
   /** Number of the file with the header, where that is another one. */
   header?: number | undefined
 }
@@ -312,6 +365,26 @@ export interface NativeShape {
   options?: Record<string, boolean | number | string> | undefined
 }
 
+/** What to make a stream of. */
+export interface NativeStreamOrder {
+  shape: NativeShape
+  compress: boolean
+  level?: number | undefined
+  smallWindow: boolean
+  concurrency?: number | undefined
+  /** Bytes that the plan may take. */
+  maxMemory?: number | undefined
+}
+
+/** A stream that is ready to be read. */
+export interface NativePlannedStream {
+  readonly stream: number
+  readonly byteLength: number
+  readonly virtualSize: number
+  /** One request at a time. */
+  readonly sequential: boolean
+}
+
 export interface NativeConvertJob {
   shape: NativeShape
   compress: boolean
@@ -341,6 +414,8 @@ export interface NativeConvertJob {
 }
 
 export interface NativeCloneOrder {
+  /** Number of the open file that the copy is made in, if that is not a new one. */
+  targetFile?: number | undefined
   shape: NativeShape
   compress: boolean
   level?: number | undefined

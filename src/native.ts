@@ -1,11 +1,6 @@
-/**
- * The addon: found, loaded, and typed. The one module that loads it.
- *
- * Looked for in this order: the file that `NAPI_RS_NATIVE_LIBRARY_PATH` names, the local build beside the compiled
- * library, the platform's own package (`qcow2-linux-x64-gnu` and so on), which npm installs as an optional dependency.
- */
+/** The addon, typed. The one module that has it loaded. */
 
-import { join } from 'node:path'
+import { loadAddon } from './addon.js'
 import { Qcow2Error } from './errors.js'
 import type {
   NativeAmendChanges,
@@ -25,6 +20,10 @@ import type {
   NativeOverlayOrder,
   NativeSecret,
   NativeShape,
+  NativeSourceFailure,
+  NativeSourceOptions,
+  NativeSpoolOptions,
+  NativeStreamOrder,
   NativeWriting,
 } from './native-objects.js'
 import type { Plan } from './snapshot/types.js'
@@ -39,6 +38,17 @@ export interface Addon {
   start(deliver: (count: number, others: readonly unknown[] | undefined) => void, numbers: Uint32Array): void
   /** Calls `deliver` with what is done. True: call this again in the next round of the event loop, nothing wakes the thread before. */
   look(deliver: (count: number, others: readonly unknown[] | undefined) => void): boolean
+  /** Tells the number of the spool. The job ends what waits for its bytes, whenever it is cancelled. */
+  openSpool(request: number, job: number, folder: string, options: NativeSpoolOptions): void
+  /** One at a time. */
+  feedSpool(request: number, spool: number, buffer: Uint8Array, offset: number, length: number): void
+  endSpool(spool: number): void
+  /** Fills the buffer with bytes that have come. */
+  readSpool(request: number, spool: number, buffer: Uint8Array, position: number): void
+  /** Bytes; `wanted` is 1 where somebody waits for what did not come. */
+  spoolProgress(spool: number): [came: number, stored: number, peak: number, wanted: number]
+  /** The number of a new file: what comes, or a part of it. */
+  spooledFile(spool: number, offset: number | undefined, length: number | undefined): number
   /** Ends all work and closes all images, now. Nothing is delivered any more. */
   stop(): void
   openFile(request: number, path: string, options: NativeFileOptions): void
@@ -48,6 +58,21 @@ export interface Addon {
   nbdLocation(name: string): string | NativeFailure
   /** The job ends the connection, whenever it is cancelled. */
   openNbd(request: number, job: number, name: string, options: NativeNbdConnect): void
+  /** A place where questions to one object come, as many as `concurrency` at once; its number. */
+  startSource(concurrency: number): number
+  /** Opens what is asked there as a file. */
+  openSource(request: number, source: number, options: NativeSourceOptions): void
+  /** Waits for questions; nothing where no more come. */
+  nextQuestions(request: number, source: number): void
+  answerBytes(source: number, id: number, bytes: Uint8Array): void
+  answerDone(source: number, id: number): void
+  /** Of each run where it ends, and whether it is zero (0 or 1). */
+  answerExtents(source: number, id: number, runs: Float64Array): void
+  answerFailed(source: number, id: number, failure: NativeSourceFailure): void
+  /** What stands on it is being closed: who waits does so for some seconds only. */
+  closeSource(source: number): void
+  /** Gives up all who wait. */
+  cancelSource(source: number): void
   listNbd(request: number, job: number, name: string, options: NativeNbdConnect): void
   /** `format` is QEMU's name of it. */
   openLayer(request: number, file: number, format: string, options: NativeLayerOptions): void
@@ -146,6 +171,9 @@ export interface Addon {
     inUse: readonly string[],
   ): void
   convertImage(request: number, job: number, images: readonly number[], path: string, order: NativeConvertJob): void
+  /** Tells a `NativePlannedStream`. */
+  planStream(request: number, job: number, images: readonly number[], order: NativeStreamOrder): void
+  readStream(request: number, stream: number, buffer: Uint8Array, position: number, watch?: number): void
   /** Makes the target and takes the point in time; tells the clone's number. */
   beginClone(request: number, job: number, image: number, path: string, order: NativeCloneOrder): void
   /** Copies the rest. The clone's number is gone, however it ends. */
@@ -197,61 +225,11 @@ export interface Addon {
   maxJobs(most: number | undefined): number
 }
 
-/** The packages for each platform. On Linux the one for the C library that is there loads, the other is not installed or fails. */
-const PACKAGES: Readonly<Record<string, readonly string[]>> = {
-  'linux-x64': ['linux-x64-gnu', 'linux-x64-musl'],
-  'linux-arm64': ['linux-arm64-gnu', 'linux-arm64-musl'],
-  'darwin-x64': ['darwin-x64'],
-  'darwin-arm64': ['darwin-arm64'],
-  'win32-x64': ['win32-x64-msvc'],
-  'win32-arm64': ['win32-arm64-msvc'],
-}
-
 function load(): Addon {
-  const explicit = process.env['NAPI_RS_NATIVE_LIBRARY_PATH']
-  if (explicit) {
-    const loaded = attempt(explicit)
-    if ('addon' in loaded) return loaded.addon
-    throw failed(`${explicit} (NAPI_RS_NATIVE_LIBRARY_PATH)`, loaded.error)
-  }
-  const platform = `${process.platform}-${process.arch}`
-  const suffixes = PACKAGES[platform]
-  if (suffixes === undefined) {
-    const known = Object.keys(PACKAGES).join(', ')
-    throw new Qcow2Error('ERR_QCOW2_ADDON_MISSING', `qcow2 has no addon for ${platform}; it has one for ${known}`)
-  }
-  const local = suffixes.map(suffix => join(__dirname, `qcow2.${suffix}.node`))
-  const packages = suffixes.map(suffix => `qcow2-${suffix}`)
-  let broken: Qcow2Error | undefined
-  for (const name of [...local, ...packages]) {
-    const loaded = attempt(name)
-    if ('addon' in loaded) return loaded.addon
-    if (!isMissing(loaded.error, name)) broken ??= failed(name, loaded.error)
-  }
-  throw broken ?? notInstalled(packages.join(' or '))
+  const loaded = loadAddon()
+  if ('addon' in loaded) return loaded.addon as Addon
+  const { message, cause } = loaded
+  throw new Qcow2Error('ERR_QCOW2_ADDON_MISSING', message, { cause })
 }
-
-function attempt(name: string): { readonly addon: Addon } | { readonly error: unknown } {
-  try {
-    return { addon: require(name) as Addon }
-  } catch (error) {
-    return { error }
-  }
-}
-
-const isMissing = (error: unknown, name: string): boolean =>
-  error instanceof Error && 'code' in error && error.code === 'MODULE_NOT_FOUND' && error.message.includes(name)
-
-const failed = (name: string, cause: unknown): Qcow2Error => {
-  const reason = cause instanceof Error ? cause.message : String(cause)
-  return new Qcow2Error('ERR_QCOW2_ADDON_MISSING', `the addon ${name} cannot be loaded: ${reason}`, { cause })
-}
-
-const notInstalled = (name: string): Qcow2Error =>
-  new Qcow2Error(
-    'ERR_QCOW2_ADDON_MISSING',
-    `the package ${name} with the addon for this platform is not installed. npm installs it with qcow2 unless optional ` +
-      'dependencies are left out (--omit=optional), or node_modules came from another platform: run npm install here',
-  )
 
 export const native: Addon = load()

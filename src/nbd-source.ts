@@ -155,7 +155,14 @@ export interface NbdExport {
   /** The transmission flags of the protocol. */
   readonly flags?: number
   /** Sizes of requests in bytes. */
-  readonly blockSizes?: { readonly minimum: number; readonly preferred: number; readonly maximum: number }
+  readonly blockSizes?: {
+    /** Multiple that offsets and lengths must be of. */
+    readonly minimum: number
+    /** What is quick. */
+    readonly preferred: number
+    /** Most bytes of one request. */
+    readonly maximum: number
+  }
   /** What block statuses it tells of, as `base:allocation`. */
   readonly contexts: readonly string[]
   /** Its requests can be of 2^32 bytes and more. */

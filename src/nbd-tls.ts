@@ -55,7 +55,12 @@ export interface NbdClientX509 {
 /** A server with which a key is shared. */
 export interface NbdClientPsk {
   /** By what name the server knows the key. */
-  psk: { readonly user: string; readonly key: Uint8Array }
+  psk: {
+    /** The name of the key. */
+    readonly user: string
+    /** The key itself. */
+    readonly key: Uint8Array
+  }
 }
 
 /** How the connection to a server is encrypted. */

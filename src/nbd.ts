@@ -1,5 +1,6 @@
 /** Serving open images over NBD, the network block device protocol. */
 
+import type { InspectOptions } from 'node:util'
 import { invalidArgument, Qcow2Error } from './errors.js'
 import type { Image } from './image.js'
 import { type NativeNbdExportOrder, type NativeNbdOrder, type NativeNbdStarted, native } from './native.js'
@@ -18,6 +19,7 @@ import {
   throwIfAborted,
 } from './options.js'
 import { type PathLike, release, toPath } from './source.js'
+import { INSPECT, type Inspect, inspectAs, staysHere } from './support/handle.js'
 import { type ImageOwner, ownerOf } from './support/owner.js'
 import { request } from './support/requests.js'
 import { onAbort } from './support/signals.js'
@@ -78,11 +80,17 @@ export interface NbdOptions extends NbdServerOptions, NbdServing {
 /** Where a server listens. */
 export type NbdAddress =
   | {
+      /** The socket's file. */
       readonly path: string
       /** The bytes of a path that is no text. */
       readonly pathBytes?: Buffer
     }
-  | { readonly host: string; readonly port: number }
+  | {
+      /** The address of this machine. */
+      readonly host: string
+      /** The port that it got. */
+      readonly port: number
+    }
 
 /** Images of one server: what clients of this library list at most, and more than anybody has. */
 const MAX_EXPORTS = 1024
@@ -118,6 +126,8 @@ const names: Reader<readonly string[]> = (value, name) => {
   return value.map((entry: unknown, index) => storedName(entry, `${name}[${index}]`))
 }
 
+const STAYS = staysHere('an NBD server')
+
 const SERVER = {
   ...ABORTABLE,
   path: (value: unknown, name: string) => toPath(value, name),
@@ -145,6 +155,8 @@ const SERVED = { ...SERVING, name: exportName, image: anImage } as const
  * `close()`, with its image, with the environment, and, if it is not persistent, with its last client.
  */
 export class NbdServer implements AsyncDisposable {
+  /** @internal */
+  readonly threadBound = STAYS
   readonly #server: number
   readonly #closed: Promise<void>
   #ended = false
@@ -201,6 +213,18 @@ export class NbdServer implements AsyncDisposable {
   /** As {@link NbdServer.close}, for `await using`. */
   [Symbol.asyncDispose](): Promise<void> {
     return this.close()
+  }
+
+  /** @internal */
+  [INSPECT](depth: number, options: InspectOptions, inspect: Inspect): string {
+    const { address, connections } = this
+    return inspectAs(
+      'NbdServer',
+      { address, connections, state: this.#ended ? 'closed' : 'open' },
+      depth,
+      options,
+      inspect,
+    )
   }
 
   #end(): void {

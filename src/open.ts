@@ -24,6 +24,7 @@ export interface OpenOptions extends AccessOptions, Abortable {
   snapshot?: Name | undefined
   /** Most bytes of L2 tables kept in memory, for each layer. Default: enough for the whole image, 32 MiB at most. */
   l2CacheSize?: Size | undefined
+  /** What the image may claim before it is refused. */
   limits?: Limits | undefined
 }
 
@@ -48,6 +49,15 @@ const OPEN = {
  *   `ERR_QCOW2_LOCKED` if another process uses the image in a way that excludes this one, or the system's code (`ENOENT`,
  *   `EACCES`). For writing also `ERR_QCOW2_CORRUPT` for an image that is marked corrupt, or that was not
  *   closed cleanly and cannot be repaired
+ *
+ * @example
+ * ```js
+ * import { open } from 'qcow2'
+ *
+ * const image = await open('disk.qcow2')
+ * const { buffer } = await image.read(Buffer.alloc(512), { position: 0 })
+ * await image.close()
+ * ```
  */
 export async function open(source: ImageSource, options?: OpenOptions): Promise<Image> {
   return openFor(undefined, source, options)

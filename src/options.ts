@@ -21,7 +21,7 @@ export interface Abortable {
 export interface Progress {
   /**
    * What the job is doing: `'convert'`, `'check'`, `'compare'`, `'measure'`, `'create'`, `'clone'`, `'compact'`, `'amend'`, `'commit'`,
-   * `'rebase'`.
+   * `'rebase'`, `'stream'`, `'upload'`.
    */
   readonly phase: string
   /** Bytes of guest data done. */
@@ -87,15 +87,21 @@ export function readOptions<S extends Readonly<Record<string, Reader<unknown>>>>
   owner: string,
   table: S,
 ): Read<S> {
-  const given = new Map<string, unknown>(Object.entries(asObject(options, owner)))
-  for (const name of given.keys()) {
-    if (!Object.hasOwn(table, name)) throw unknownOption(name, owner, Object.keys(table))
-  }
+  const given = new Map<string, unknown>(Object.entries(checkNames(options, owner, table)))
   const read = Object.entries(table).map(([name, reader]) => {
     const value = given.get(name)
     return [name, value === undefined ? undefined : reader(value, `${owner}: ${name}`)]
   })
   return Object.fromEntries(read) as Read<S>
+}
+
+/** Refuses options that `owner` does not have. */
+export function checkNames(options: unknown, owner: string, table: object): object {
+  const given = asObject(options, owner)
+  for (const name of Object.keys(given)) {
+    if (!Object.hasOwn(table, name)) throw unknownOption(name, owner, Object.keys(table))
+  }
+  return given
 }
 
 function asObject(options: unknown, owner: string): object {

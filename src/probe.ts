@@ -21,6 +21,13 @@ const PROBE = { ...ABORTABLE, references: referencePolicy } as const
  * `'raw'` for everything else; of an appliance (`.ova`) with one disk, what that disk is, and of
  * a descriptor by itself (`.ovf`) the same where `references` lets its disk be opened. A guess for tools whose user chose the file: a guest can write any magic into its
  * raw disk, so the library itself never acts on this.
+ *
+ * @example
+ * ```js
+ * import { probe } from 'qcow2'
+ *
+ * console.log(await probe('disk.qcow2')) // 'qcow2'
+ * ```
  */
 export async function probe(source: ImageSource, options?: ProbeOptions): Promise<Format | KnownFormat> {
   const located = toLocated(source, 'source')

@@ -4,6 +4,22 @@ import { ABORTABLE, type Abortable, bytes } from './options.js'
 import { requestWatched, type StartWatched, submitRead, toError, watchLook } from './support/requests.js'
 import type { Size } from './units.js'
 
+/** What {@link Image.read} did. */
+export interface ReadResult<T> {
+  /** Bytes that were read: fewer than asked only at the end of the disk. */
+  bytesRead: number
+  /** The buffer that was given. */
+  buffer: T
+}
+
+/** What {@link Image.readv} did. */
+export interface ReadvResult<T> {
+  /** Bytes that were read, into all of them. */
+  bytesRead: number
+  /** The buffers that were given. */
+  buffers: T
+}
+
 /** Options of {@link Image.read}. */
 export interface ReadOptions extends Abortable {
   /** Guest offset in bytes. */

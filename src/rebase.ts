@@ -46,9 +46,11 @@ export interface RebaseOptions extends LongRunning, Pick<SharingOptions, 'lockin
    * disk reads as before only if the new one has the same contents; so this needs `acknowledgeDataLoss`.
    */
   unsafe?: boolean | undefined
+  /** What `unsafe` needs, so that nobody says that by mistake. */
   acknowledgeDataLoss?: boolean | undefined
   /** Default `'writeback'`. */
   cache?: CacheMode | undefined
+  /** What the image may claim before it is refused. */
   limits?: Limits | undefined
 }
 
@@ -79,6 +81,14 @@ type ReadRebase = Read<typeof REBASE>
  * @throws {@link Qcow2Error} as `open`; `ERR_QCOW2_CHAIN` for a new backing chain that contains the image;
  *   `ERR_QCOW2_DATA_LOSS` for `unsafe` without `acknowledgeDataLoss`; `ERR_QCOW2_LIMIT` for a name that does not fit into the header.
  *   Nothing is changed by any of these
+ *
+ * @example
+ * ```js
+ * import { rebase } from 'qcow2'
+ *
+ * // What the two backing files have differently is copied: the disk reads as before.
+ * await rebase('overlay.qcow2', 'new-base.qcow2', { backingFormat: 'qcow2', references: 'allow' })
+ * ```
  */
 export async function rebase(top: ImageSource, backing: Name | null, options?: RebaseOptions): Promise<void> {
   return await forgetting(() => rebaseImage(top, backing, options))

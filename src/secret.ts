@@ -8,13 +8,26 @@ import { type PathLike, toPath } from './source.js'
 import { describe } from './units.js'
 
 /** A secret: a string, whose UTF-8 bytes are the secret, bytes, or a file, all of whose bytes are the secret (a line's end in it too). */
-export type SecretBytes = string | Uint8Array | { readonly file: PathLike }
+export type SecretBytes =
+  | string
+  | Uint8Array
+  | {
+      /** Its whole content is the secret. */
+      readonly file: PathLike
+    }
 
 /**
  * What opens an encrypted image. With `allowWeak`, the image can be written to also where its encryption is weak, as legacy AES is;
  * `ERR_QCOW2_UNSUPPORTED_FEATURE` without it.
  */
-export type Secret = SecretBytes | { readonly secret: SecretBytes; readonly allowWeak: boolean }
+export type Secret =
+  | SecretBytes
+  | {
+      /** The secret itself. */
+      readonly secret: SecretBytes
+      /** Open what is encrypted weakly for writing, too. */
+      readonly allowWeak: boolean
+    }
 
 /** A layer that is encrypted. */
 export interface EncryptedLayer {
@@ -24,6 +37,7 @@ export interface EncryptedLayer {
   readonly depth: number
   /** Of `convert`: which of the sources its image is, from 0; absent for a target that exists. */
   readonly source?: number
+  /** By what its guest data is encrypted. */
   readonly encryption: 'aes' | 'luks'
 }
 

@@ -36,6 +36,7 @@ export interface Qcow2Shape {
   extendedL2?: boolean | undefined
   /** How clusters are compressed when they are. Default `'zlib'`; `'zstd'` needs version 3. */
   compressionType?: 'zlib' | 'zstd' | undefined
+  /** What has its place in the file from the start. Default `'off'`. */
   preallocation?: Preallocation | undefined
   /** Width of a refcount. Default 16; others need version 3. */
   refcountBits?: 1 | 2 | 4 | 8 | 16 | 32 | 64 | undefined
@@ -43,6 +44,7 @@ export interface Qcow2Shape {
   lazyRefcounts?: boolean | undefined
   /** Recorded as it is written here: a relative name starts from the directory of the new image. Needs `backingFormat`. */
   backingFile?: Name | undefined
+  /** Format of the backing file, which the image names with it. */
   backingFormat?: Format | undefined
   /**
    * Keep the guest's data in this file, which is created too. Recorded as it is written here: a relative name starts from the working
@@ -66,6 +68,7 @@ export interface Qcow2Shape {
 
 /** The shape of a raw image: its file is the disk. */
 export interface RawShape {
+  /** What has its place in the file from the start. Default `'off'`. */
   preallocation?: Exclude<Preallocation, 'metadata'> | undefined
 }
 
@@ -82,6 +85,7 @@ export interface QcowShape {
 
 /** The shape of a LUKS file, of version 1. */
 export interface LuksShape {
+  /** What has its place in the file from the start. Default `'off'`. */
   preallocation?: Preallocation | undefined
   /** A LUKS file is not made without it. */
   encrypt: Encrypt
@@ -98,6 +102,7 @@ export interface VdiShape {
    * child says by a function as {@link OpenOptions.references} which file has it; its `filename` is `uuid:` and the UUID.
    */
   backingFile?: Name | undefined
+  /** That of the image itself: no other can be below it. */
   backingFormat?: 'vdi' | undefined
   /** Anything but `'off'` makes the image static. */
   preallocation?: Preallocation | undefined
@@ -124,11 +129,13 @@ export interface VpcShape {
    * size. Products know it by its UUID and the time of its last change. `qemu-img` reads such an image without its parent, which is wrong.
    */
   backingFile?: Name | undefined
+  /** That of the image itself: no other can be below it. */
   backingFormat?: 'vpc' | undefined
 }
 
 /** The shape of a Parallels image, an expanding one. */
 export interface ParallelsShape {
+  /** There is none. */
   preallocation?: 'off' | undefined
   /** Bytes, a multiple of 512 up to 2097152. Default 1048576. */
   clusterSize?: number | undefined
@@ -136,6 +143,7 @@ export interface ParallelsShape {
 
 /** The shape of a VHDX image. */
 export interface VhdxShape {
+  /** There is none. */
   preallocation?: 'off' | undefined
   /** What a product takes: `'hyper-v'` is dynamic, with blocks of 32 MiB. The other options are stronger. */
   preset?: 'hyper-v' | undefined
@@ -154,6 +162,7 @@ export interface VhdxShape {
    * size, with blocks of 2 MiB unless `blockSize` says otherwise. It knows it by its DataWriteGuid. QEMU reads no such image.
    */
   backingFile?: Name | undefined
+  /** That of the image itself: no other can be below it. */
   backingFormat?: 'vhdx' | undefined
 }
 
@@ -187,19 +196,29 @@ export interface VmdkShape {
   zeroedGrain?: boolean | undefined
   /** Backing file, as the image names it: relative to its own directory. It is a `vmdk` image. */
   backingFile?: Name | undefined
+  /** That of the image itself: no other can be below it. */
   backingFormat?: 'vmdk' | undefined
 }
 
 /** The shape of a new image of each format. */
 export interface Shapes {
+  /** Of qcow2 images. */
   qcow2: Qcow2Shape
+  /** Of raw files. */
   raw: RawShape
+  /** Of qcow version 1 images. */
   qcow: QcowShape
+  /** Of LUKS images. */
   luks: LuksShape
+  /** Of VDI images. */
   vdi: VdiShape
+  /** Of VHD images. */
   vpc: VpcShape
+  /** Of Parallels images. */
   parallels: ParallelsShape
+  /** Of VHDX images. */
   vhdx: VhdxShape
+  /** Of VMDK images. */
   vmdk: VmdkShape
 }
 

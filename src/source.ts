@@ -3,6 +3,7 @@
 import type { FileHandle } from 'node:fs/promises'
 import { fileURLToPath } from 'node:url'
 import { invalidArgument, Qcow2Error } from './errors.js'
+import type { FileBytes } from './formats/sizes.js'
 import {
   type Format,
   quoted,
@@ -15,6 +16,8 @@ import {
 import type { NativeFile, NativeFileOptions } from './native.js'
 import { type NbdPlace, NbdSource, reach } from './nbd-source.js'
 import { bytes, oneOf, type Reader } from './options.js'
+import { isRandomAccess, type RandomAccessSource, type RandomPlace, toRandomPlace } from './random-access.js'
+import { openRandom } from './random-answers.js'
 import { fileStat } from './support/files.js'
 import type { Held } from './support/jobs.js'
 import { request } from './support/requests.js'
@@ -26,13 +29,21 @@ export type PathLike = string | Buffer | URL
 
 /**
  * What can be opened: a file name, or a `FileHandle` of Node's. A handle stays the caller's: the library reads through a
- * descriptor of its own and leaves the handle, its cursor and its closing alone. An export of an NBD server is what `nbdSource` makes. A folder with a
- * `DiskDescriptor.xml` is a Parallels bundle, `disk.hdd`, and opened by that.
+ * descriptor of its own and leaves the handle, its cursor and its closing alone. An export of an NBD server is what `nbdSource` makes; anything else
+ * that can be read at any place is an object of the caller's ({@link RandomAccessSource}). A folder with a `DiskDescriptor.xml` is a Parallels bundle, `disk.hdd`, and opened by that.
  */
-export type ImageSource = PathLike | FileHandle | DetachedImage | ImageInFile | ImageInAppliance | NbdSource
+export type ImageSource =
+  | PathLike
+  | FileHandle
+  | DetachedImage
+  | ImageInFile
+  | ImageInAppliance
+  | NbdSource
+  | RandomAccessSource
 
 /** An image inside of another file, which is read in place: in an archive, say. What lies around it cannot be reached through it. */
 export interface ImageInFile {
+  /** The file that holds it. */
   readonly file: PathLike
   /** Bytes of the file in front of the image. */
   readonly offset: number
@@ -42,7 +53,9 @@ export interface ImageInFile {
 
 /** A disk of an appliance (`.ova`, `.ovf`) that has several, by the name of its file or its id: `inspect` lists them. */
 export interface ImageInAppliance {
+  /** The appliance (`.ova`) or the OVF descriptor. */
   readonly file: PathLike
+  /** Name of the disk in it. */
   readonly member: string
 }
 
@@ -72,8 +85,27 @@ export function toTargetFormat(owner: string, to: TargetFormat | undefined): Tar
   return to
 }
 
-/** A source that was checked: a path with all its bytes (see `text.ts`), a handle's descriptor, or an export. */
-export type Located = FileLocated | { readonly nbd: NbdPlace; readonly header?: undefined; readonly member?: undefined }
+/** A source that was checked: a path with all its bytes (see `text.ts`), a handle's descriptor, a stream, an export, or a caller's object. */
+export type Located = FileLocated | ArrivingLocated | RemoteLocated
+
+/** What is no file of the system. */
+export type RemoteLocated = { readonly header?: undefined; readonly member?: undefined } & (
+  | { readonly nbd: NbdPlace }
+  | { readonly random: RandomPlace }
+)
+
+/** Whether a source is somewhere else. */
+export const isRemote = (located: Located): located is RemoteLocated => 'nbd' in located || 'random' in located
+
+/** Whether a source is a file of the system. */
+export const isFile = (located: Located): located is FileLocated => !isRemote(located) && !('arriving' in located)
+
+/** A target that is no file of the system; undefined for what is one. */
+export function toRemote(target: unknown, name: string): RemoteLocated | undefined {
+  const nbd = NbdSource.read(target)
+  if (nbd !== undefined) return { nbd }
+  return isRandomAccess(target) ? { random: toRandomPlace(target, name) } : undefined
+}
 
 /** A file of the system. */
 export type FileLocated = ({ readonly path: string } | { readonly descriptor: number }) & {
@@ -83,6 +115,21 @@ export type FileLocated = ({ readonly path: string } | { readonly descriptor: nu
   readonly part?: Part
   /** The disk of an appliance that is meant. */
   readonly member?: string
+}
+
+/** What comes as a stream. */
+export interface ArrivingLocated {
+  readonly arriving: Arriving
+  readonly header?: undefined
+  readonly part?: Part
+  readonly member?: string | undefined
+}
+
+/** A stream that is read as a file, as far as it came. */
+export interface Arriving {
+  /** A new file of it, or of a part. */
+  open(part?: Part): Promise<NativeFile>
+  readonly bytes: FileBytes
 }
 
 /** A part of a file, in bytes. */
@@ -95,8 +142,8 @@ const NO_DESCRIPTOR = -1
 
 /** Checks an image source. `name` is the argument's, for the message. */
 export function toLocated(source: unknown, name: string): Located {
-  const nbd = NbdSource.read(source)
-  if (nbd !== undefined) return { nbd }
+  const remote = toRemote(source, name)
+  if (remote !== undefined) return remote
   if (typeof source === 'object' && source !== null && !(source instanceof URL) && !Buffer.isBuffer(source)) {
     if ('fd' in source && typeof source.fd === 'number') {
       if (source.fd !== NO_DESCRIPTOR) return { descriptor: source.fd }
@@ -126,7 +173,9 @@ export function toLocated(source: unknown, name: string): Located {
       return { path: toPath(source.file, `${name}.file`), part }
     }
   }
-  return { path: toPath(source, name, 'a string, Buffer, file: URL, FileHandle or what nbdSource() made') }
+  return {
+    path: toPath(source, name, 'a string, Buffer, file: URL, FileHandle, RandomAccessSource or what nbdSource() made'),
+  }
 }
 
 /** Checks a file name; it has all its bytes then. */
@@ -175,6 +224,12 @@ export async function openFile(
     connections.set(held.value.file, [held])
     return held.value
   }
+  if ('random' in located) {
+    const held = await openRandom(located.random, options.writable === true, signal)
+    connections.set(held.value.file, [held])
+    return held.value
+  }
+  if ('arriving' in located) return await located.arriving.open(located.part)
   try {
     return await openLocal(located, options)
   } catch (error) {
@@ -213,13 +268,20 @@ export function detach(image: number): void {
   for (const held of connections.get(image) ?? []) held.detach()
 }
 
+/** What stands on these files is being closed. */
+export function closing(image: number): void {
+  for (const held of connections.get(image) ?? []) held.closing?.()
+}
+
 /** Gives a file, layer or image of the addon's up; an image is flushed first. It is gone also if that fails. */
 export async function release(number: number): Promise<void> {
+  closing(number)
+  const held = connections.get(number) ?? []
   try {
     await request<void>((id, addon) => addon.release(id, number))
   } finally {
-    const held = connections.get(number)
     connections.delete(number)
-    for (const connection of held ?? []) connection.end()
+    for (const connection of held) connection.end()
   }
+  await Promise.all(held.map(connection => connection.ended))
 }

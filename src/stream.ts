@@ -5,7 +5,7 @@ import type { ReadableStream } from 'node:stream/web'
 import { invalidArgument } from './errors.js'
 import type { MapEntry } from './map.js'
 import { ABORTABLE, type Abortable, bytes, flag, integer, readOptions } from './options.js'
-import { nodeStream } from './support/node-stream.js'
+import { endedBy, nodeStream } from './support/node-stream.js'
 import { type Size, safe } from './units.js'
 
 /** Options of {@link Image.readableWebStream}. */
@@ -28,7 +28,18 @@ export interface ReadStreamOptions extends WebStreamOptions {
 export interface SparseChunk {
   /** Guest offset in bytes. */
   readonly position: number
+  /** The bytes there. It is the receiver’s own. */
   readonly buffer: Buffer
+}
+
+/** The stream that {@link Image.createReadStream} makes with `sparse`. */
+export interface SparseReadable extends Readable {
+  /** The chunks, in the disk's order. */
+  [Symbol.asyncIterator](): NodeJS.AsyncIterator<SparseChunk, undefined, undefined>
+  /** The next chunk, if there is one already. */
+  read(size?: number): SparseChunk | null
+  /** All chunks. */
+  toArray(options?: Abortable): Promise<SparseChunk[]>
 }
 
 /** What a stream needs of an image. */
@@ -68,11 +79,11 @@ export function openReadStream(image: Guest, options: ReadStreamOptions | undefi
   const { start, end, highWaterMark = CHUNK, sparse, signal } = readOptions(options, 'Image.createReadStream', NODE)
   const range = toRange(image.virtualSize, start, end, highWaterMark)
   const chunks = sparse ? sparseChunks(image, range, highWaterMark) : denseChunks(image, range, highWaterMark)
-  return nodeStream().Readable.from(chunks, {
+  const stream = nodeStream().Readable.from(chunks, {
     objectMode: sparse === true,
     highWaterMark: sparse ? 1 : highWaterMark,
-    ...(signal && { signal }),
   })
+  return endedBy(stream, signal)
 }
 
 /** See {@link Image.readableWebStream}. */

@@ -18,7 +18,7 @@ import {
 import { isOva, isOvf, type Member, members } from './formats/ova.js'
 import type { FileBytes } from './formats/sizes.js'
 import { ABORTABLE, type Abortable, readOptions, throwIfAborted } from './options.js'
-import { type FileLocated, type ImageSource, openFile, release, toLocated } from './source.js'
+import { type FileLocated, type ImageSource, isFile, openFile, release, toLocated } from './source.js'
 import { shown } from './text.js'
 
 /** Options of {@link verifyManifest}. */
@@ -29,17 +29,21 @@ export interface VerifyOptions extends Abortable {
 
 /** A file that a manifest lists. */
 export interface VerifiedFile {
+  /** The file, as the manifest names it. */
   readonly name: string
+  /** Of the digest. */
   readonly algorithm: ManifestAlgorithm
   /** The digest in the manifest, in hexadecimal. */
   readonly expected: string
   /** The digest of the file; absent where there is no such file. */
   readonly actual?: string
+  /** Whether it is there and has its digest. */
   readonly state: 'ok' | 'mismatch' | 'missing'
 }
 
 /** What {@link verifyManifest} found. */
 export interface VerifyResult {
+  /** The appliance or descriptor, as it was opened. */
   readonly filename: string
   /** The bytes of `filename`, where they are not UTF-8. */
   readonly filenameBytes?: Buffer
@@ -47,6 +51,7 @@ export interface VerifyResult {
   readonly manifest: string
   /** Each file that the manifest lists is there, and has its digest. */
   readonly ok: boolean
+  /** What the manifest lists, in its order. */
   readonly files: readonly VerifiedFile[]
   /** Files of an archive that the manifest says nothing about, but for itself and its certificate. */
   readonly unlisted: readonly string[]
@@ -80,7 +85,7 @@ export async function verifyManifest(source: ImageSource, options?: VerifyOption
   const { file, head, path } = await openFile(located, {}, signal)
   await release(file)
   const name = path === undefined ? '' : `${path}: `
-  if ('nbd' in located || !(isOva(head) || isOvf(head))) {
+  if (!isFile(located) || !(isOva(head) || isOvf(head))) {
     throw new Qcow2Error('ERR_QCOW2_FORMAT_UNKNOWN', `${name}no appliance, which would have a manifest`, { path })
   }
   return await withFileBytes(located, async bytes => {
@@ -156,7 +161,7 @@ function beside(path: string | undefined, policy: ReferencePolicy, signal: Abort
     names: [],
     read: async (filename, work) => {
       const located = await decide(policy, 'extent', { filename }, path, path, signal)
-      if (located === undefined || 'nbd' in located) {
+      if (located === undefined || !isFile(located)) {
         const message = `the file '${filename}' is not read: references has to give a file for it`
         throw new Qcow2Error('ERR_QCOW2_REFERENCE_DENIED', message, { path, field: 'references' })
       }

@@ -5,9 +5,25 @@ import type { Chain } from './backing/chain.js'
 import { AbortError, invalidArgument, Qcow2Error } from './errors.js'
 import { can } from './formats/table.js'
 import { ABORTABLE, type Abortable, bytes, flag, integer, readOptions } from './options.js'
-import { nodeStream } from './support/node-stream.js'
+import { endedBy, nodeStream } from './support/node-stream.js'
 import { requestWatched, type StartWatched, submitWrite, toError, watchLook } from './support/requests.js'
 import { type Size, toBytes } from './units.js'
+
+/** What {@link Image.write} did. */
+export interface WriteResult<T> {
+  /** Bytes that were written: all of them. */
+  bytesWritten: number
+  /** The buffer that was given. */
+  buffer: T
+}
+
+/** What {@link Image.writev} did. */
+export interface WritevResult<T> {
+  /** Bytes that were written, from all of them. */
+  bytesWritten: number
+  /** The buffers that were given. */
+  buffers: T
+}
 
 /** Options of {@link Image.write}. */
 export interface WriteOptions extends Abortable {
@@ -75,9 +91,8 @@ export function openWriteStream(disk: Disk, options: WriteStreamOptions | undefi
     for (const buffer of buffers) position += BigInt(buffer.length)
     disk.writev(buffers, at).then(() => done(), done)
   }
-  return new (nodeStream().Writable)({
+  const stream = new (nodeStream().Writable)({
     highWaterMark,
-    ...(signal && { signal }),
     write: (chunk: Uint8Array, _, done) => write([chunk], done),
     writev: (chunks, done) =>
       write(
@@ -89,6 +104,7 @@ export function openWriteStream(disk: Disk, options: WriteStreamOptions | undefi
       else done()
     },
   })
+  return endedBy(stream, signal)
 }
 
 /** Checks a range that is to be written against the disk, before anything changes. */

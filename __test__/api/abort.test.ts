@@ -3,6 +3,8 @@
 import { getEventListeners } from 'node:events'
 import { existsSync, readdirSync, rmSync } from 'node:fs'
 import { join } from 'node:path'
+import { buffer } from 'node:stream/consumers'
+import { finished } from 'node:stream/promises'
 import {
   AbortError,
   check,
@@ -274,6 +276,47 @@ describe('functions of the caller that fail later', () => {
     expect(unhandled).not.toHaveBeenCalled()
     rmSync(at('late.qcow2'))
   })
+})
+
+it('one signal serves as many requests and streams as there are, without a warning', async () => {
+  const warned = vi.fn()
+  process.on('warning', warned)
+  await using image = await open(at('disk.qcow2'), { flags: 'r+' })
+  const many: Record<string, (signal: AbortSignal) => Promise<unknown>> = {
+    read: signal => image.read(Buffer.alloc(512), { position: 0, signal }),
+    writeZeroes: signal => image.writeZeroes(MIB / 2, 512, { signal }),
+    createReadStream: signal => image.createReadStream({ signal, end: 511 }).toArray(),
+    createWriteStream: signal => finished(image.createWriteStream({ signal, start: MIB / 2 }).end(Buffer.alloc(512))),
+    readableWebStream: signal => buffer(image.readableWebStream({ signal, end: 511 })),
+  }
+  for (const [name, call] of Object.entries(many)) {
+    const { signal } = new AbortController()
+    const calls = Array.from({ length: 24 }, () => call(signal))
+    expect(getEventListeners(signal, 'abort').length, name).toBeLessThanOrEqual(1)
+    await Promise.all(calls)
+    await new Promise(resolve => setImmediate(resolve))
+    expect(getEventListeners(signal, 'abort'), name).toHaveLength(0)
+  }
+  process.off('warning', warned)
+  expect(warned).not.toHaveBeenCalled()
+})
+
+it('a signal destroys the streams that it was given to', async () => {
+  await using image = await open(at('disk.qcow2'), { flags: 'r+' })
+  const kinds = [
+    (signal: AbortSignal) => image.createReadStream({ signal }),
+    (signal: AbortSignal) => image.createWriteStream({ signal }),
+  ]
+  for (const make of kinds) {
+    const controller = new AbortController()
+    const stream = make(controller.signal)
+    const ended = expect(finished(stream)).rejects.toMatchObject({ name: 'AbortError', cause: 'enough' })
+    controller.abort('enough')
+    await ended
+    expect(getEventListeners(controller.signal, 'abort')).toHaveLength(0)
+    const late = make(AbortSignal.abort('before'))
+    await expect(finished(late)).rejects.toMatchObject({ name: 'AbortError', cause: 'before' })
+  }
 })
 
 it('one signal serves as many jobs and clones as there are, without a warning', async () => {

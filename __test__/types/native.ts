@@ -70,7 +70,9 @@ interface Delivered {
   OpenedLayer: [binding.OpenedLayer, native.NativeLayer]
   OpenedStream: [binding.OpenedStream, native.NativeStream]
   OvfDisk: [binding.OvfDisk, native.NativeOvfDisk]
+  PlannedStream: [binding.PlannedStream, native.NativePlannedStream]
   Overlaid: [binding.Overlaid, native.NativeOverlaid]
+  SourceQuestion: [binding.SourceQuestion, native.NativeSourceQuestion]
   Table: [binding.Table, SnapshotTable]
 }
 

@@ -27,6 +27,7 @@ const RUST: Readonly<Record<string, string>> = {
   'crates/engine/src/maintenance/resize.rs': FOR_PEOPLE,
   'crates/format/src/header/feature.rs': FOR_PEOPLE,
   'crates/node/src/panics.rs': 'in no addon that is shipped',
+  'crates/node/src/source/mod.rs': FOR_PEOPLE,
   'crates/node/src/text.rs': `${EXACT}; on Windows a path that is no Unicode is refused`,
 }
 
@@ -47,10 +48,12 @@ const TYPESCRIPT: Readonly<Record<string, string>> = {
   'src/formats/ova.ts': 'names of members are shown; they are found by their place',
   'src/formats/sizes.ts': OURS,
   'src/formats/table.ts': OURS,
+  'src/ingest.ts': TAKES_APART,
   'src/jobs/roots.ts':
     'the paths of jobs are JSON, which is text; what links lead to, and what images name, keeps every byte',
   'src/jobs/target.ts': TAKES_APART,
   'src/native.ts': OURS,
+  'src/remote/address.ts': 'an address of the web and its user, which are text',
   'src/text.ts': EXACT,
 }
 

@@ -2,12 +2,12 @@
 
 import { Qcow2Error } from '../errors.js'
 import { manifestIn } from '../formats/manifest.js'
-import { ArchiveLimit, members } from '../formats/ova.js'
+import { ArchiveLimit, eachMember, members } from '../formats/ova.js'
 import { describeKnown, detectFormat } from '../formats/probe.js'
 import type { FileBytes } from '../formats/sizes.js'
 import { type FormatName, isFormat } from '../formats/table.js'
 import type { NativeOvfDisk } from '../native.js'
-import type { FileLocated, Located } from '../source.js'
+import { type ArrivingLocated, type FileLocated, isRemote, type Located } from '../source.js'
 import { request } from '../support/requests.js'
 import { partOf, withFileBytes } from './file-bytes.js'
 import { decide, type ReferencePolicy } from './policy.js'
@@ -20,6 +20,7 @@ export interface ApplianceDisk {
   readonly offset: number
   /** Its length in bytes. */
   readonly length: number
+  /** By its first bytes. */
   readonly format: FormatName
   /** Bytes of its disk, where its first bytes say that and its format is not opened. */
   readonly virtualSize?: number
@@ -95,6 +96,30 @@ export async function applianceIn(file: FileBytes): Promise<Appliance> {
   }
 }
 
+/**
+ * The disk that is meant of an appliance that is still coming, as soon as its descriptor and the header of its member came: what lies behind is not waited
+ * for. Undefined where the descriptor, which comes first, does not say which one that is.
+ */
+async function diskAsItComes(file: FileBytes, wanted: string | undefined): Promise<ApplianceDisk | undefined> {
+  let listed: OvfDisk<number | bigint> | undefined
+  for await (const { name, offset, length } of eachMember(file)) {
+    const bytes = partOf(file, { offset, length })
+    if (listed === undefined) {
+      if (!/\.ovf$/i.test(name)) return undefined
+      const disks = await readDescriptor(bytes).catch(() => [])
+      const files = disks.filter(disk => disk.href !== undefined)
+      const hasId = ({ diskId }: OvfDisk<number | bigint>): boolean => diskId === wanted
+      const found = wanted === undefined ? files : meant(files, disk => fileOf(disk) === wanted, hasId)
+      if (found.length !== 1 || found[0] === undefined) return undefined
+      listed = found[0]
+    } else if (isOf(listed, { name })) {
+      const format = detectFormat(await bytes.at(0, 1024))
+      return format === undefined ? undefined : { name, offset, length, format }
+    }
+  }
+  return undefined
+}
+
 /** The file of a listed disk: what its URI, which is relative to the descriptor, says. */
 export function fileOf({ href }: Pick<OvfDisk<number | bigint>, 'href'>): string | undefined {
   try {
@@ -139,9 +164,16 @@ function candidates(
 export async function diskOf(
   located: Located,
   path: string | undefined,
-): Promise<FileLocated & { readonly format: FormatName }> {
+): Promise<(FileLocated | ArrivingLocated) & { readonly format: FormatName }> {
   const name = path ?? 'the appliance'
-  if ('nbd' in located) throw refusal(path, `${name} is an appliance: its disks are read from a file only`)
+  if (isRemote(located)) throw refusal(path, `${name} is an appliance: its disks are read from a file only`)
+  if ('arriving' in located) {
+    const early = await diskAsItComes(located.arriving.bytes, located.member).catch(() => undefined)
+    if (early !== undefined) {
+      const { offset, length, format } = early
+      return { arriving: located.arriving, part: { offset, length }, format }
+    }
+  }
   const { disks, descriptor } = await withFileBytes(located, applianceIn).catch((error: unknown) => {
     if (error instanceof RangeError) throw archiveError(error, path)
     throw error
@@ -196,7 +228,7 @@ export async function diskBeside(
   { policy, signal }: Beside,
 ): Promise<{ readonly located: Located; readonly filename: string }> {
   const name = path ?? 'the descriptor'
-  if ('nbd' in located) throw refusal(path, `${name} is an OVF descriptor: its disks are read from files only`)
+  if (isRemote(located)) throw refusal(path, `${name} is an OVF descriptor: its disks are read from files only`)
   const descriptor = await withFileBytes(located, readDescriptor)
   const filename = chosenFile(descriptor, name, path, located.member)
   const next = await decide(policy, 'extent', { filename }, path, 'path' in located ? path : undefined, signal)

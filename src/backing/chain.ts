@@ -25,7 +25,7 @@ import { type ReadLimits, throwIfAborted } from '../options.js'
 import { forget, type ReadSecrets } from '../secret.js'
 import { findSnapshot } from '../snapshot/ids.js'
 import type { SnapshotRecord } from '../snapshot/types.js'
-import { handOver, type Located, openFile, release } from '../source.js'
+import { handOver, isFile, type Located, openFile, release } from '../source.js'
 import { runJob, type StartJob } from '../support/jobs.js'
 import { isAborted, request } from '../support/requests.js'
 import { canBeInexact, exactName, type Name } from '../text.js'
@@ -483,7 +483,7 @@ class Opening {
 
 /** The path whose directory relative names start from. An export has none. */
 const folderPath = (located: Located, path: string | undefined): string | undefined =>
-  'nbd' in located ? undefined : path
+  isFile(located) ? path : undefined
 
 /** The id of the snapshot that a text stands for which may not have all bytes of its name. The layer is given up. */
 async function idOf(snapshot: string, { layer }: NativeLayer): Promise<string> {

@@ -1,14 +1,18 @@
 /** Reads of a file by Node itself, for what is no image of this library's. */
 
 import type { FileBytes } from '../formats/sizes.js'
-import type { FileLocated, Part } from '../source.js'
+import type { ArrivingLocated, FileLocated, Part } from '../source.js'
 import { closeDescriptor, descriptorStat, openDescriptor, readDescriptor } from '../support/files.js'
 import { toName } from '../text.js'
 
 /** Runs `work` on the bytes of a file, which is closed behind it; a descriptor stays the caller's. */
-export async function withFileBytes<T>(located: FileLocated, work: (bytes: FileBytes) => Promise<T>): Promise<T> {
+export async function withFileBytes<T>(
+  located: FileLocated | ArrivingLocated,
+  work: (bytes: FileBytes) => Promise<T>,
+): Promise<T> {
   const { part } = located
   const read = (bytes: FileBytes): Promise<T> => work(part === undefined ? bytes : partOf(bytes, part))
+  if ('arriving' in located) return read(located.arriving.bytes)
   if ('descriptor' in located) return read(await bytesOf(located.descriptor))
   const descriptor = await openDescriptor(toName(located.path), 'r')
   try {

@@ -12,6 +12,7 @@ import { type FileName, readDataFileName, readExtentName, readFileName } from '.
 
 /** A file that an image names. */
 export interface Reference {
+  /** What the image takes the file for. */
   readonly kind: 'backing' | 'data-file' | 'extent'
   /** The name exactly as the image has it: not resolved, not trusted. Of a parent that a `vdi` image knows by its UUID alone: `uuid:` and that. */
   readonly filename: string

@@ -16,6 +16,7 @@ export const EXAMPLES: Readonly<Record<string, readonly [string, string]>> = {
   amend: ['amend -o compat=v3 disk.qcow2', 'amend -f qcow2 -o help'],
   commit: ['commit overlay.qcow2', 'commit -p -b base.qcow2 overlay.qcow2'],
   rebase: ['rebase -b new-base.qcow2 -F qcow2 overlay.qcow2', 'rebase -u -b moved/base.qcow2 -F qcow2 overlay.qcow2'],
+  report: ['report disk.qcow2 -o report.html', 'report overlay.qcow2 > report.html'],
   compact: ['compact disk.qcow2', 'compact --dry-run disk.qcow2'],
   dd: ['dd if=disk.qcow2 of=first-mib.raw bs=1M count=1', 'dd -O qcow2 if=disk.raw of=disk.qcow2 bs=64k'],
   bench: ['bench -c 10000 disk.qcow2', 'bench -w -t none -s 64k -d 16 scratch.qcow2'],

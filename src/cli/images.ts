@@ -59,7 +59,7 @@ async function known(
   if (filename === '') throw new CommandFailure("Could not open '': The 'file' block driver requires a file name")
   const named = requested ?? session.objects.formatOf(filename)
   if (named !== undefined) return namedFormat(filename, named)
-  const format = await probe(imageSource(filename, session), { signal: session.signal, references: 'allow' })
+  const format = await probe(await imageSource(filename, session), { signal: session.signal, references: 'allow' })
   if (isFormat(format) || isStream(format)) return format
   throw new CommandFailure(
     `Could not open '${filename}': Image is in ${format} format, which is not supported ` +
@@ -151,9 +151,9 @@ export async function openImage(
 ): Promise<Image> {
   const format = await formatOf(filename, requested, session)
   const opening = { ...options, format, signal: session.signal }
-  if (options.flags !== 'r+' || can(format, 'write')) return opener(sourceOf(filename, session), opening)
+  if (options.flags !== 'r+' || can(format, 'write')) return opener(await sourceOf(filename, session), opening)
   // What is wrong with the file itself comes first.
-  const image = await open(sourceOf(filename, session), { ...opening, flags: 'r' })
+  const image = await open(await sourceOf(filename, session), { ...opening, flags: 'r' })
   await image.close()
   const why = `writing ${format} images is not supported (ERR_QCOW2_UNSUPPORTED_FEATURE)`
   throw new CommandFailure(unwritable ?? `Could not open '${filename}': ${why}`)

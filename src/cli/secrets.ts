@@ -19,7 +19,7 @@ import type {
 import { toName } from '../text.js'
 import { type BelowImage, type Description, plainDescription, readDescription } from './descriptions.js'
 import { CommandFailure, unsupported } from './failure.js'
-import { argumentOf, isExport, localPath } from './filename.js'
+import { argumentOf, isExport, isRemote, localPath } from './filename.js'
 import { settings } from './options.js'
 import { isTlsObject, namedTls, readTlsObject, type TlsCredentials } from './tls-objects.js'
 
@@ -121,7 +121,7 @@ export class Objects {
 
   /** Takes the disk of an appliance that is meant by a plain name, which others of all arguments can have, too; returns its own name. */
   choose(filename: string, member: string, all: readonly string[]): string {
-    if (isExport(filename)) {
+    if (isRemote(filename)) {
       throw new CommandFailure(`Could not open '${filename}': --member is for an appliance, which is a file`)
     }
     const shared = all.filter(each => each === filename).length > 1
@@ -150,9 +150,9 @@ export class Objects {
 
   /** Takes the files below an image by its name, the next one first. */
   putBelow(filename: string, parents: readonly string[]): void {
-    if (isExport(filename) || this.#below.has(localPath(filename))) {
-      const why = isExport(filename)
-        ? 'of an export, --parent is not taken'
+    if (isRemote(filename) || this.#below.has(localPath(filename))) {
+      const why = isRemote(filename)
+        ? 'of what is no file, --parent is not taken'
         : 'both --parent and its description have it'
       throw new CommandFailure(`Could not open '${filename}': what lies below it: ${why}`)
     }

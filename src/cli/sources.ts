@@ -2,18 +2,22 @@
 
 import {
   type DetachedImage,
+  httpSource,
   type ImageInAppliance,
   type NbdSource,
   type NbdSourceOptions,
   nbdSource,
   Qcow2Error,
+  type RandomAccessSource,
 } from '../index.js'
 import { describeError } from './errors.js'
 import { CommandFailure } from './failure.js'
-import { imagePath, isExport, localPath } from './filename.js'
+import { imagePath, isExport, isWebAddress, localPath, shownName } from './filename.js'
+import type { Objects } from './secrets.js'
 import type { Session } from './session.js'
 
 type HasObjects = Pick<Session, 'objects'>
+type WithSources = Pick<Session, 'objects' | 'signal'>
 
 /** The export that an argument names. */
 export function exportOf(argument: string, { objects }: HasObjects): NbdSource {
@@ -33,8 +37,28 @@ function named(argument: string, connection: NbdSourceOptions): NbdSource {
   }
 }
 
-/** What an argument names, as the library opens it: a file, a disk in one, or an export. */
-export function imageSource(filename: string, session: HasObjects): string | Buffer | ImageInAppliance | NbdSource {
+/** Disks on web servers, by the arguments that name them: one command reads one version of each. */
+const onTheWeb = new WeakMap<Objects, Map<string, Promise<RandomAccessSource>>>()
+
+/** The disk on a web server that an argument names. */
+function webSource(argument: string, { objects, signal }: WithSources): Promise<RandomAccessSource> {
+  const known = onTheWeb.get(objects) ?? new Map<string, Promise<RandomAccessSource>>()
+  onTheWeb.set(objects, known)
+  const source = known.get(argument) ?? httpSource(argument, { signal })
+  known.set(argument, source)
+  return source
+}
+
+/** What an argument names, as the library opens it: a file, a disk in one, an export, or a disk on a web server, which is asked now. */
+export async function imageSource(
+  filename: string,
+  session: WithSources,
+): Promise<string | Buffer | ImageInAppliance | NbdSource | RandomAccessSource> {
+  return isWebAddress(filename) ? webSource(filename, session) : writtenSource(filename, session)
+}
+
+/** What an argument names that is read and written to, as the library opens it. */
+export function writtenSource(filename: string, session: HasObjects): string | Buffer | ImageInAppliance | NbdSource {
   const member = session.objects.memberOf(filename)
   return member === undefined ? targetSource(filename, session) : { file: imagePath(filename), member }
 }
@@ -45,15 +69,15 @@ export const targetSource = (filename: string, session: HasObjects): string | Bu
 
 /** By which path errors name the file or export of an argument. */
 export const placeOf = (filename: string): string =>
-  isExport(filename) ? named(filename, {}).uri : localPath(filename)
+  isExport(filename) ? named(filename, {}).uri : isWebAddress(filename) ? shownName(filename) : localPath(filename)
 
 /** What an image is opened by: its name, and that of its header where its description has one. */
-export function sourceOf(
+export async function sourceOf(
   filename: string,
-  session: HasObjects,
-): string | Buffer | DetachedImage | ImageInAppliance | NbdSource {
+  session: WithSources,
+): Promise<string | Buffer | DetachedImage | ImageInAppliance | NbdSource | RandomAccessSource> {
   const header = session.objects.headerOf(filename)
   return header === undefined
-    ? imageSource(filename, session)
+    ? await imageSource(filename, session)
     : { file: imagePath(filename), header: imagePath(header) }
 }

@@ -21,6 +21,7 @@ import {
   statSync,
   unlinkSync,
   writeFileSync,
+  writeSync,
 } from 'node:fs'
 import { wrap } from 'node:module'
 import { dirname, isAbsolute, join } from 'node:path'
@@ -44,7 +45,14 @@ if (folder !== undefined && (kept === undefined || script.cachedDataRejected ===
   process.once('exit', () => keep(folder))
 }
 const run = script.runInThisContext() as (...values: readonly unknown[]) => void
-run.call(exports, exports, require, module, bundle, __dirname)
+try {
+  run.call(exports, exports, require, module, bundle, __dirname)
+} catch (error) {
+  // All that a command says goes through the command line, which is not there without the addon.
+  if (!(error instanceof Error && 'code' in error && error.code === 'ERR_QCOW2_ADDON_MISSING')) throw error
+  writeSync(2, `qcow2: ${error.message}\n`)
+  process.exitCode = 1
+}
 
 function cacheFolder(): string | undefined {
   const { NODE_DISABLE_COMPILE_CACHE, XDG_CACHE_HOME, HOME, LOCALAPPDATA } = process.env

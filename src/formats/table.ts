@@ -103,6 +103,8 @@ export interface Creation {
   readonly presets?: readonly string[]
   /** New ones, or those of some subformats, are compressed as a whole, though nothing is compressed that exists. */
   readonly compressed?: boolean
+  /** It can be written front to back: all of it, or its images of this subformat. */
+  readonly streamed?: true | string
   /** The only format of a backing file. */
   readonly backingFormat?: 'vmdk' | 'vpc' | 'vdi' | 'vhdx'
   /** It stores no name of its backing file, and knows it by its UUID alone. */
@@ -116,6 +118,9 @@ export type Format = 'qcow2' | 'raw' | 'qcow' | 'luks' | 'vdi' | 'vpc' | 'parall
 
 /** The formats that new images are made in. `luks` is LUKS of version 1 then. */
 export type TargetFormat = 'qcow2' | 'raw' | 'qcow' | 'luks' | 'vdi' | 'vpc' | 'parallels' | 'vhdx' | 'vmdk'
+
+/** The formats that streams are made in: `vpc` is a fixed VHD then, `vmdk` streamOptimized. */
+export type StreamedFormat = 'qcow2' | 'raw' | 'vpc' | 'vmdk'
 
 /** Compressed files, by the names of their tools: what they hold is a raw disk, which `convert` reads front to back. */
 export type StreamFormat = 'gzip' | 'xz' | 'zstd'
@@ -178,6 +183,7 @@ const FORMATS: Table & Readonly<Record<FormatName, Row>> = {
           'encrypt',
         ],
         preallocation: ['off', 'metadata', 'falloc', 'full'],
+        streamed: true,
       },
     },
   },
@@ -190,7 +196,7 @@ const FORMATS: Table & Readonly<Record<FormatName, Row>> = {
       backingFile: false,
       requestAlignment: 1,
       can: ['write'],
-      create: { shape: ['preallocation'], preallocation: ['off', 'falloc', 'full'] },
+      create: { shape: ['preallocation'], preallocation: ['off', 'falloc', 'full'], streamed: true },
     },
   },
   qcow: {
@@ -254,6 +260,7 @@ const FORMATS: Table & Readonly<Record<FormatName, Row>> = {
         preallocation: ['off', 'metadata', 'falloc', 'full'],
         presets: ['azure', 'xenserver'],
         subformats: ['dynamic', 'fixed'],
+        streamed: 'fixed',
         backingFormat: 'vpc',
         datesBacking: true,
       },
@@ -335,6 +342,7 @@ const FORMATS: Table & Readonly<Record<FormatName, Row>> = {
           'twoGbMaxExtentFlat',
           'streamOptimized',
         ],
+        streamed: 'streamOptimized',
         backingFormat: 'vmdk',
       },
     },
@@ -367,7 +375,7 @@ function isParallelsDescriptor(head: Buffer): boolean {
 export const ROWS: readonly (readonly [FormatName, Row])[] = Object.entries(FORMATS) as [FormatName, Row][]
 
 /** What is opened where nothing says otherwise, and what new images are unless the caller says so. */
-export const DEFAULT_FORMAT: Format & TargetFormat = 'qcow2'
+export const DEFAULT_FORMAT: Format & TargetFormat & StreamedFormat = 'qcow2'
 
 /** A file of which nothing else is known: its bytes are the disk. */
 export const PLAIN_FORMAT: Format & TargetFormat = 'raw'
@@ -403,6 +411,12 @@ export const traitsOf = (format: Format): Traits => FORMATS[format].image
 
 /** What a new image of the format can be made with. */
 export const creationOf = (format: TargetFormat): Creation => FORMATS[format].image.create
+
+/** Whether a new image of the format can be a stream. */
+export const isStreamed = (format: TargetFormat): format is StreamedFormat => creationOf(format).streamed !== undefined
+
+/** Formats that streams are made in. */
+export const STREAMED_FORMATS: readonly StreamedFormat[] = TARGET_FORMATS.filter(isStreamed)
 
 /** Whether the file is the disk. */
 export const isPlain = (format: Format): boolean => traitsOf(format).plain

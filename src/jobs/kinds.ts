@@ -5,13 +5,14 @@
 
 import type { CheckResult } from '../check.js'
 import type { CompactResult } from '../compaction.js'
-import type { ConvertResult, SourceFormat } from '../convert.js'
+import type { ConvertResult } from '../convert.js'
 import { invalidArgument } from '../errors.js'
 import type { Format, TargetFormat } from '../formats/table.js'
 import type { Inspection } from '../inspect.js'
 import { flag, integer, oneOf, type Reader, readOptions, text } from '../options.js'
 import { type Compression, compression, type Preallocation, SHAPE, type Shape, shape } from '../shape.js'
 import { format, sourceFormat, targetFormat } from '../source.js'
+import type { SourceFormat } from '../source-options.js'
 import { describe } from '../units.js'
 import type { Plain } from './plain.js'
 

@@ -2,7 +2,7 @@
 
 import { type FileHandle, open as openFile } from 'node:fs/promises'
 import { Readable } from 'node:stream'
-import { AbortError, invalidArgument, Qcow2Error } from '../errors.js'
+import { AbortError, invalidArgument, Qcow2Error, type SystemErrorCode } from '../errors.js'
 import type { Image } from '../image.js'
 import { open } from '../open.js'
 import { toName } from '../text.js'
@@ -129,7 +129,7 @@ function failed(error: unknown, url: string): Qcow2Error {
   const code = codeOf(cause)
   const system = code !== undefined && /^E[A-Z]+$/.test(code)
   const message = `PUT ${shown(url)}: ${reason}`
-  return new Qcow2Error(system ? (code as `E${Uppercase<string>}`) : 'ERR_QCOW2_IO', message, {
+  return new Qcow2Error(system ? (code as SystemErrorCode) : 'ERR_QCOW2_IO', message, {
     path: shown(url),
     transient: true,
     cause: error,

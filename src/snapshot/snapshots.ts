@@ -1,7 +1,9 @@
 /** Internal snapshots of an open image. */
 
+import type { InspectOptions } from 'node:util'
 import { type SnapshotInfo, snapshotIn } from '../info.js'
 import { ABORTABLE, type Abortable, flag, readOptions, throwIfAborted } from '../options.js'
+import { INSPECT, type Inspect, inspectAs, staysHere } from '../support/handle.js'
 import type { ImageOwner } from '../support/owner.js'
 import { request, requestWatched } from '../support/requests.js'
 import { exactText, type Name, shown } from '../text.js'
@@ -9,6 +11,8 @@ import type { BigIntResults } from '../units.js'
 import { checkName, findSnapshot } from './ids.js'
 import { planApply, planCreate, planDelete, planRename } from './plan.js'
 import type { Plan, SnapshotTable } from './types.js'
+
+const STAYS = staysHere('the snapshots of an open image')
 
 const LIST = { ...ABORTABLE, bigint: flag } as const
 
@@ -32,11 +36,28 @@ export class Snapshots {
   readonly #owner: SnapshotOwner
 
   /** @internal */
+  readonly threadBound = STAYS
+
+  /** @internal */
   constructor(owner: SnapshotOwner) {
     this.#owner = owner
   }
 
-  /** The snapshots in the order of the table. */
+  /** @internal */
+  [INSPECT](depth: number, options: InspectOptions, inspect: Inspect): string {
+    return inspectAs('Snapshots', { image: this.#owner.shown()['path'] }, depth, options, inspect)
+  }
+
+  /**
+   * The snapshots in the order of the table.
+   *
+   * @example
+   * ```js
+   * for (const { id, name, dateSec } of await image.snapshots.list()) {
+   *   console.log(id, name, new Date(1000 * dateSec).toISOString())
+   * }
+   * ```
+   */
   list(options: Abortable & { bigint: true }): Promise<readonly SnapshotInfo<bigint>[]>
   list(options?: Abortable & BigIntResults): Promise<readonly SnapshotInfo[]>
   async list(options?: Abortable & BigIntResults): Promise<readonly SnapshotInfo<number | bigint>[]> {
@@ -52,6 +73,12 @@ export class Snapshots {
    * @throws {@link Qcow2Error} `ERR_QCOW2_INVALID_ARGUMENT` for a bad name; `ERR_QCOW2_LIMIT` if a refcount of the image is too
    *   narrow to count one more reference, or the table is full; `ERR_QCOW2_READ_ONLY`; `ERR_QCOW2_UNSUPPORTED_FEATURE` for a raw
    *   image and for one with an external data file
+   *
+   * @example
+   * ```js
+   * const { id } = await image.snapshots.create('before the upgrade')
+   * await image.snapshots.apply(id)
+   * ```
    */
   async create(name: Name, options?: Abortable): Promise<SnapshotInfo> {
     const checked = checkName(name, 'Snapshots.create: name')

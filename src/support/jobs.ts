@@ -52,25 +52,36 @@ export interface Held<T> {
   detach(): void
   /** It is not used any more. */
   end(): void
+  /** It is going to be ended: nobody waits for ever for what it stands on. */
+  closing?(): void
+  /** Resolves when what it stands on was closed. */
+  readonly ended?: Promise<void>
+}
+
+/** What a job of this process left behind. */
+export interface HeldJob<T> extends Held<T> {
+  /** Does what the signal does. */
+  cancel(): void
 }
 
 /** Runs a job of which something goes on until it is ended: the signal ends that, too. */
-export async function runHeld<T>(signal: AbortSignal | undefined, start: StartJob): Promise<Held<T>> {
+export async function runHeld<T>(signal: AbortSignal | undefined, start: StartJob): Promise<HeldJob<T>> {
   throwIfAborted(signal)
   lastJob += 1
   const job = lastJob
-  const detach = onAbort(signal, () => {
+  const cancel = (): void => {
     // In the signal's event nobody would catch what it throws: an environment that ends, where the job has ended, too.
     try {
       native.cancelJob(job)
     } catch {}
-  })
+  }
+  const detach = onAbort(signal, cancel)
   const end = (): void => {
     detach()
     native.endJob(job)
   }
   try {
-    return { value: await submit<T>(request => start(request, job, native)), detach, end }
+    return { value: await submit<T>(request => start(request, job, native)), detach, end, cancel }
   } catch (failure) {
     end()
     if (isAborted(failure) && signal?.aborted) throw new AbortError(signal.reason)

@@ -7,6 +7,7 @@ export class Lifetime {
   readonly #what: () => string
   readonly #release: () => Promise<void>
   #running = 0
+  #released = false
   #closing: Promise<void> | undefined
   #idle: (() => void) | undefined
 
@@ -19,6 +20,11 @@ export class Lifetime {
   /** Whether `close` was called. */
   get closed(): boolean {
     return this.#closing !== undefined
+  }
+
+  get state(): 'open' | 'closing' | 'closed' {
+    if (this.#closing === undefined) return 'open'
+    return this.#released ? 'closed' : 'closing'
   }
 
   /** Begins a request. Every `enter` that returns is followed by one `leave`. */
@@ -57,6 +63,10 @@ export class Lifetime {
         this.#idle = resolve
       })
     }
-    await this.#release()
+    try {
+      await this.#release()
+    } finally {
+      this.#released = true
+    }
   }
 }

@@ -34,6 +34,13 @@ const MEANT: Readonly<Record<string, Readonly<Record<string, string>>>> = {
     type: "it belongs into 'compress': { type: … }",
     compression: "Image.clone takes 'compress'",
   },
+  createQcow2Stream: {
+    format: "createQcow2Stream takes 'to' for the stream's format and 'from' for the source's",
+    end: 'a stream goes to its end: destroy() ends it earlier',
+    highWaterMark: 'a stream reads whole chunks of 1 MiB, some of them ahead',
+    level: "it belongs into 'compress': { level: … }",
+    length: "a stream has the whole disk: 'start' is the first byte of the stream",
+  },
   measure: {
     format: "measure takes 'to' for the target's format and 'from' for the source's",
     size: 'the size of a new disk is the first argument: measure({ size }, options)',

@@ -3,6 +3,8 @@
 export interface ImageOwner {
   /** The addon's number of the image. */
   readonly image: number
+  /** What `console.log` shows it as. */
+  readonly shown: () => Readonly<Record<string, unknown>>
   /** Runs work while the image is kept open. */
   read<T>(work: () => Promise<T>): Promise<T>
   /** As `read`, for work that changes the image: refused, in the name of `what`, for one that is open for reading only. */

@@ -8,6 +8,8 @@ import { setImmediate } from 'node:timers'
 import { getSystemErrorName } from 'node:util'
 import { AbortError, Qcow2Error } from '../errors.js'
 import { type Addon, type NativeFailure, native } from '../native.js'
+import { onAbort } from './signals.js'
+import { findThrown } from './thrown.js'
 
 /** Numbers that fit into one delivery. More are delivered in several calls. */
 const BATCH = 1024
@@ -154,14 +156,14 @@ export async function requestWatched<T>(
       thrown = { error: toError(error) }
     }
   }
-  signal.addEventListener('abort', cancel, { once: true })
+  const forget = onAbort(signal, cancel)
   let end: { readonly value: T } | { readonly failure: unknown }
   try {
     end = { value: await submit<T>(number => start(number, native, watch), buffer) }
   } catch (failure) {
     end = { failure }
   }
-  signal.removeEventListener('abort', cancel)
+  forget()
   const done = native.endRequest(watch)
   if (thrown !== undefined) throw thrown.error
   if ('value' in end) return end.value
@@ -195,7 +197,9 @@ function inOptionNames(failure: NativeFailure): NativeFailure {
 function fromNative(failure: NativeFailure): Qcow2Error {
   const { code, message, path, offset, field, errno, syscall } = inOptionNames(failure)
   const transient = failure.transient || undefined
-  const place = { path, offset, field, syscall, transient, cause: causeOf(failure.causes) }
+  const thrown = findThrown(failure.thrown)
+  const cause = thrown === undefined ? causeOf(failure.causes) : thrown.error
+  const place = { path, offset, field, syscall, transient, cause }
   if (code === 'ERR_QCOW2_IO' && errno !== undefined) {
     const name = systemName(-errno)
     if (name !== undefined) {
@@ -208,7 +212,9 @@ function fromNative(failure: NativeFailure): Qcow2Error {
   }
   const where = [field && `field ${field}`, offset !== undefined && `offset 0x${offset.toString(16)}`].filter(Boolean)
   const sentence = `${path === undefined ? '' : `${path}: `}${message}${where.length > 0 ? ` (${where.join(', ')})` : ''}`
-  return new Qcow2Error(code as Qcow2Error['code'], sentence, { ...place, errno })
+  // An error of this library's that came by way of a caller's object is still that one.
+  const known = cause instanceof Qcow2Error ? cause.code : (code as Qcow2Error['code'])
+  return new Qcow2Error(known, sentence, { ...place, errno })
 }
 
 /** Errors, the first caused by the second and so on; undefined without any. */

@@ -43,3 +43,5 @@ export function explain(error: unknown): string {
 void open('disk.qcow2', { referencs: 'allow' })
 // @ts-expect-error The target's format must be said.
 void convert('disk.qcow2', 'disk.raw', {})
+// @ts-expect-error A misspelt code of an error, too.
+export const isFull = (error: Qcow2Error): boolean => error.code === 'ENOSPACE'

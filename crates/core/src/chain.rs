@@ -3,10 +3,13 @@
 //! Reading is plan, then execute: a layer turns a guest range into segments, then the bytes are read or inflated straight
 //! into the caller's buffer. No lock is held across data I/O.
 
+use std::sync::Arc;
+
 use crate::extents;
 use crate::layer::{Below, Layer};
 use crate::source::{Extent, GuestSource};
-use crate::{Error, ErrorKind, Job, MemMut, Result, StorageExt};
+use crate::storage::{Arriving, Operation};
+use crate::{Error, ErrorKind, Job, MemMut, Result, Storage, StorageExt};
 
 /// A unit for chunks where no layer has one, in bytes.
 const DEFAULT_UNIT: u64 = 64 << 10;
@@ -93,6 +96,13 @@ impl Chain {
     }
 }
 
+impl Chain {
+    /// The files whose bytes are still coming.
+    fn arriving(&self) -> impl Iterator<Item = &Arc<dyn Storage>> {
+        self.layers.iter().flat_map(|layer| layer.files()).filter(|file| file.arriving().is_some())
+    }
+}
+
 impl GuestSource for Chain {
     fn virtual_size(&self) -> u64 {
         self.virtual_size()
@@ -104,6 +114,18 @@ impl GuestSource for Chain {
 
     fn is_sequential(&self) -> bool {
         self.layers.iter().any(|layer| layer.is_sequential())
+    }
+
+    fn is_arriving(&self) -> bool {
+        self.arriving().next().is_some()
+    }
+
+    fn settle(&self) -> Result<()> {
+        self.layers.iter().try_for_each(|layer| layer.complete())?;
+        self.arriving().try_for_each(|file| {
+            let settled = file.arriving().map_or(Ok(()), Arriving::settle);
+            settled.map_err(|error| file.failure(error, Operation::Read))
+        })
     }
 
     fn extents_up_to(

@@ -120,6 +120,11 @@ impl Error {
         if error.get_ref().is_some_and(|inner| inner.is::<GivenUp>()) {
             return Self::aborted();
         }
+        // What a storage says of itself with all that belongs to it.
+        let error = match error.downcast::<Self>() {
+            Ok(own) => return own,
+            Err(error) => error,
+        };
         let mut e = Self::new(ErrorKind::Io, error.to_string());
         e.0.errno = error.raw_os_error();
         e.0.syscall = Some(syscall);

@@ -1,5 +1,6 @@
 //! A long-running job's control block: cancellation and progress, shared with the caller's thread.
 
+use std::cell::RefCell;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -39,7 +40,46 @@ impl Progress {
 /// A job that is held back looks this often whether it is cancelled.
 const LOOK: Duration = Duration::from_millis(50);
 
+thread_local! {
+    /// The cancel flag of the job that this thread works for.
+    static CURRENT: RefCell<Option<Arc<AtomicBool>>> = const { RefCell::new(None) };
+}
+
+/// The job that a thread works for, on its way to another thread that helps.
+#[derive(Debug, Clone, Default)]
+pub struct WorksFor(Option<Arc<AtomicBool>>);
+
+impl WorksFor {
+    /// The job of this thread.
+    pub fn current() -> Self {
+        Self(CURRENT.with_borrow(Clone::clone))
+    }
+
+    /// Whether the job of this thread was cancelled: what waits for somebody else in the depth of a storage looks here.
+    pub fn is_cancelled() -> bool {
+        CURRENT.with_borrow(|flag| flag.as_ref().is_some_and(|flag| flag.load(Ordering::Acquire)))
+    }
+
+    /// Runs `work` on this thread, for that job.
+    pub fn during<T>(&self, work: impl FnOnce() -> T) -> T {
+        /// Sets back what was there, whatever becomes of the work.
+        struct Before(Option<Arc<AtomicBool>>);
+        impl Drop for Before {
+            fn drop(&mut self) {
+                CURRENT.set(self.0.take());
+            }
+        }
+        let _before = Before(CURRENT.replace(self.0.clone()));
+        work()
+    }
+}
+
 impl Job {
+    /// Runs `work` on this thread: what waits in it looks whether this job is cancelled ([`WorksFor::is_cancelled`]).
+    pub fn during<T>(&self, work: impl FnOnce() -> T) -> T {
+        WorksFor(Some(Arc::clone(&self.cancelled))).during(work)
+    }
+
     /// A fresh job at 0 of 0.
     pub fn new() -> Self {
         Self::default()
@@ -122,6 +162,8 @@ impl Job {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
     use super::*;
 
     #[test]
@@ -153,6 +195,24 @@ mod tests {
             assert_eq!(steps.last(), Some(&total));
             assert!(steps.is_sorted_by(|a, b| a < b));
         }
+    }
+
+    #[test]
+    fn a_thread_and_those_that_help_it_know_that_their_job_is_cancelled() {
+        let (outer, inner) = (Job::new(), Job::new());
+        outer.during(|| {
+            assert!(!WorksFor::is_cancelled());
+            inner.cancel();
+            inner.during(|| assert!(WorksFor::is_cancelled()));
+            assert!(!WorksFor::is_cancelled());
+            outer.cancel();
+            let helped = std::thread::scope(|scope| {
+                let helper = crate::workers::help(scope, "help".to_owned(), WorksFor::is_cancelled);
+                helper.map(|helper| helper.join().unwrap())
+            });
+            assert_ne!(helped, Some(false));
+        });
+        assert!(!WorksFor::is_cancelled());
     }
 
     #[test]

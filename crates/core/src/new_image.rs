@@ -8,8 +8,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::convert::{Context, Sink};
+use crate::front_to_back::{FrontToBack, Planning};
 use crate::space::Preallocation;
-use crate::{Job, Layer, Result, Storage};
+use crate::{Error, ErrorKind, Job, Layer, Result, Storage};
 
 /// The files of a new image: its own, and those of [`NewImage::other_files`] behind it.
 #[derive(Debug, Clone)]
@@ -76,6 +77,17 @@ pub trait NewImage: fmt::Debug + Send + Sync {
     /// # Errors
     /// As [`NewImage::create`].
     fn sink(self: Arc<Self>, hosts: Hosts, context: &Context<'_>, workers: usize) -> Result<Box<dyn Sink>>;
+
+    /// The image of a disk of [`NewImage::size`] bytes as a stream.
+    ///
+    /// # Errors
+    /// `UnsupportedFeature` for one that is not written front to back; what planning it gives.
+    fn front_to_back(&self, planning: &Planning<'_>) -> Result<Box<dyn FrontToBack>> {
+        let _ = planning;
+        let message =
+            format!("a {} image of this kind is not written front to back: convert to a file", self.format());
+        Err(Error::new(ErrorKind::UnsupportedFeature, message).with_field("to"))
+    }
 
     /// Makes a disk that reads as zeroes and is written to. It is complete with [`NewImage::publish`].
     ///

@@ -63,6 +63,14 @@ impl GuestSource for Salvage<'_> {
         self.source.is_sequential()
     }
 
+    fn is_arriving(&self) -> bool {
+        self.source.is_arriving()
+    }
+
+    fn settle(&self) -> Result<()> {
+        self.source.settle()
+    }
+
     fn extents_up_to(
         &self,
         start: u64,

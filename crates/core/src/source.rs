@@ -49,6 +49,19 @@ pub trait GuestSource: Send + Sync {
         false
     }
 
+    /// Whether it is read while its bytes are still coming: then a convert asks for no more of its tables than it needs next.
+    fn is_arriving(&self) -> bool {
+        false
+    }
+
+    /// All that was wanted is read: of what is still coming, waits for the end.
+    ///
+    /// # Errors
+    /// `Aborted`, where what came was not all of it.
+    fn settle(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Appends the extents of `start..start + length` to `out`, in order and without gaps, neighbours of one
     /// kind and contiguous host bytes merged. `length` is clamped to the end of the disk.
     fn extents(&self, start: u64, length: u64, job: &Job, out: &mut Vec<Extent>) -> Result<()> {

@@ -86,6 +86,14 @@ impl GuestSource for Splice<'_> {
         self.parts.iter().any(|part| part.source.is_sequential())
     }
 
+    fn is_arriving(&self) -> bool {
+        self.parts.iter().any(|part| part.source.is_arriving())
+    }
+
+    fn settle(&self) -> Result<()> {
+        self.parts.iter().try_for_each(|part| part.source.settle())
+    }
+
     fn extents_up_to(
         &self,
         start: u64,

@@ -10,6 +10,7 @@ use std::thread::{self, Scope, ScopedJoinHandle};
 use crossbeam_channel::{Sender, TrySendError, bounded};
 use parking_lot::Mutex;
 
+use crate::job::WorksFor;
 use crate::{Error, Job, Result};
 
 /// Most workers that are started by default.
@@ -58,9 +59,10 @@ pub fn help<'scope, T: Send + 'scope>(
     work: impl FnOnce() -> T + Send + 'scope,
 ) -> Option<ScopedJoinHandle<'scope, T>> {
     let permit = Permit::take()?;
+    let job = WorksFor::current();
     let work = move || {
         let _permit = permit;
-        work()
+        job.during(work)
     };
     thread::Builder::new().name(name).spawn_scoped(scope, work).ok()
 }

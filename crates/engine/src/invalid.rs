@@ -21,3 +21,12 @@ pub(crate) fn invalid(error: FormatError, kind: ErrorKind) -> Error {
     };
     invalid.with_source(error)
 }
+
+/// An error of a codec.
+pub(crate) fn transform(error: qcow2_transform::Error) -> Error {
+    let kind = match error {
+        qcow2_transform::Error::InvalidLevel { .. } => ErrorKind::InvalidArgument,
+        _ => ErrorKind::Internal,
+    };
+    Error::new(kind, error.to_string()).with_source(error)
+}

@@ -38,7 +38,7 @@ pub use qcow2_core::{
     DetectZeroes, Discard, DiskOptions, Error, ErrorKind, Extent, ExtentKind, GuestSource, Job, Layer, Mem,
     MemMut, NewImage, Raw, ReadStorage, Result, Storage, StorageExt, check_limit,
 };
-pub use qcow2_core::{blocks, compare, error, job, memory, salvage, source, splice, storage};
+pub use qcow2_core::{blocks, compare, error, front_to_back, job, memory, salvage, source, splice, storage};
 use qcow2_core::{walk, workers};
 pub use qcow2_format as format;
 pub use writer::WriteOptions;

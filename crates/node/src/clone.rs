@@ -31,6 +31,8 @@ pub struct CloneOrder {
     pub overwrite: bool,
     /// Identities of the image's files.
     pub in_use: Vec<String>,
+    /// Number of the open file that the copy is made in, if that is not a new one.
+    pub target_file: Option<u32>,
 }
 
 /// What a clone did.
@@ -62,6 +64,7 @@ pub fn begin_clone(
 ) -> napi::Result<()> {
     let runtime = Runtime::of(&env)?;
     let handle = runtime.image(image)?;
+    let open = order.target_file.map(|file| runtime.storage(file)).transpose()?;
     let target = target(path, order.overwrite, &order.in_use)?;
     let encryption = order.shape.take_encryption()?;
     runtime.start_job_in(
@@ -70,10 +73,14 @@ pub fn begin_clone(
         Ticket { request, job },
         move |job| {
             let clone = handle.run(|image| {
-                let (size, path) = (image.virtual_size(), Some(&*target.path));
+                let path = Some(&*target.path).filter(|_| open.is_none());
+                let size = image.virtual_size();
                 let purpose = Purpose { size, path, encryption: encryption.as_ref(), job };
                 let disk = order.shape.new_disk(purpose)?;
-                FileClone::begin(image, &target, disk, order.compression(), job)
+                match open {
+                    Some(open) => FileClone::begin_onto(image, open, disk, order.compression(), job),
+                    None => FileClone::begin(image, &target, disk, order.compression(), job),
+                }
             })?;
             Ok(Box::new(Begun { handle, clone }))
         },

@@ -116,7 +116,8 @@ pub fn convert_image(
         (None, None) => Place::File(target(path, order.overwrite, &order.in_use)?),
     };
     let encryption = order.shape.take_encryption()?;
-    let lane = Lane::of_rate(order.rate);
+    let arrives = sources.iter().any(|source| source.arrives());
+    let lane = if arrives { Lane::Arriving } else { Lane::of_rate(order.rate) };
     runtime.start_job_in(
         lane,
         &env,

@@ -40,7 +40,7 @@ impl Entry {
 
     fn run(&self, delivery: &Delivery) {
         let Some(work) = self.withdraw() else { return };
-        let outcome = Outcome::from_result(guarded(|| work(&self.job)));
+        let outcome = Outcome::from_result(guarded(|| self.job.during(|| work(&self.job))));
         delivery.push(Completion { request: self.request, outcome });
     }
 }

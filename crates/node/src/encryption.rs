@@ -81,8 +81,9 @@ pub fn unlock_layer(env: Env, request: u32, job: u32, layer: u32, secret: Secret
     let Some(Resource::Layer(layer)) = runtime.release(layer) else {
         return Err(napi::Error::from_reason("no such layer"));
     };
+    let lane = if layer.storage().arriving().is_some() { Lane::Arriving } else { Lane::Brief };
     runtime.start_job_in(
-        Lane::Brief,
+        lane,
         &env,
         Ticket { request, job },
         move |job| -> Result<Box<dyn Layer>> {

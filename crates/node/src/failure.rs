@@ -4,8 +4,10 @@ use napi::bindgen_prelude::ToNapiValue;
 use napi::{Env, sys};
 use napi_derive::napi;
 use qcow2_engine::Error;
+use qcow2_engine::storage::carried;
 
 use crate::bytes::is_exact;
+use crate::source::Thrown;
 use crate::text::Text;
 
 /// An engine error, field by field.
@@ -29,6 +31,8 @@ pub struct Failure {
     pub transient: bool,
     /// What caused it, and what caused that; nothing that only repeats the message.
     pub causes: Vec<String>,
+    /// The number of what an object of JavaScript's threw.
+    pub thrown: Option<u32>,
 }
 
 impl From<&Error> for Failure {
@@ -43,8 +47,21 @@ impl From<&Error> for Failure {
             syscall: error.syscall().map(str::to_owned),
             transient: error.is_transient(),
             causes: causes(error),
+            thrown: thrown(error),
         }
     }
+}
+
+fn thrown(error: &Error) -> Option<u32> {
+    let mut next = std::error::Error::source(error);
+    while let Some(cause) = next {
+        let thrown = cause.downcast_ref().and_then(carried::<Thrown>);
+        if let Some(thrown) = thrown {
+            return Some(thrown.number);
+        }
+        next = cause.source();
+    }
+    None
 }
 
 fn causes(error: &Error) -> Vec<String> {

@@ -36,7 +36,12 @@ pub(crate) enum Lane {
     Paced,
     /// Those that reach for a server.
     Connecting,
+    /// Those that read what is still coming: they wait for whoever sends it.
+    Arriving,
 }
+
+/// How many streams are read at the same time. The others come in and wait: they are stored meanwhile.
+const MOST_ARRIVING: usize = 256;
 
 impl Lane {
     /// The lane of a job that has a rate limit, or not.
@@ -55,6 +60,7 @@ pub(crate) struct Jobs {
     usual: Crew,
     paced: Crew,
     connecting: Crew,
+    arriving: Crew,
 }
 
 impl Jobs {
@@ -68,6 +74,7 @@ impl Jobs {
             usual: crew("qcow2-job"),
             paced: crew("qcow2-paced"),
             connecting: crew("qcow2-connect"),
+            arriving: Crew::new("qcow2-arriving", MOST_ARRIVING, Arc::clone(&delivery)),
             known: RefCell::default(),
             most: Cell::new(most),
             delivery,
@@ -86,16 +93,26 @@ impl Jobs {
             Lane::Continued => (&self.usual, true),
             Lane::Paced => (&self.paced, false),
             Lane::Connecting => (&self.connecting, false),
+            Lane::Arriving => (&self.arriving, false),
         };
         crew.submit(Arc::clone(&entry), second_half)?;
         self.known.borrow_mut().insert(job, entry);
         Ok(())
     }
 
+    /// Runs `work`, which waits for a stream and ends with it, as the answer to a request.
+    ///
+    /// # Errors
+    /// As [`Crew::submit`].
+    fn answer(&self, request: u32, work: Work) -> Result<()> {
+        self.arriving.submit(Arc::new(Entry::new(request, work)), false)
+    }
+
     fn find(&self, number: u32) -> Option<Arc<Entry>> {
         self.known.borrow().get(&number).cloned()
     }
 
+    /// Those whose threads are as many as the jobs that may run at the same time.
     fn crews(&self) -> [&Crew; 4] {
         [&self.brief, &self.usual, &self.paced, &self.connecting]
     }
@@ -118,9 +135,11 @@ impl Jobs {
             }
         }
         let crews = self.crews().map(Crew::close);
+        let arriving = self.arriving.close();
         move || {
             withdrawn.into_iter().for_each(give_up);
             crews.into_iter().for_each(|wait| wait());
+            arriving();
         }
     }
 }
@@ -170,6 +189,23 @@ impl Runtime {
         };
         let started = self.jobs().start(ticket, lane, Box::new(work));
         self.expect(env, ticket.request, started);
+        Ok(())
+    }
+
+    /// As [`Runtime::run`], where the work may wait for a stream: on a thread that nobody else waits for.
+    pub(crate) fn run_arriving<T: Send + 'static>(
+        &self,
+        env: &Env,
+        request: u32,
+        work: impl FnOnce() -> Result<T> + Send + 'static,
+        into_js: impl FnOnce(&Self, &Env, T) -> napi::Result<sys::napi_value> + Send + 'static,
+    ) -> napi::Result<()> {
+        let work = move |_: &Arc<Job>| -> Result<IntoJs> {
+            let value = work()?;
+            Ok(Box::new(move |runtime, env| into_js(runtime, env, value)))
+        };
+        let started = self.jobs().answer(request, Box::new(work));
+        self.expect(env, request, started);
         Ok(())
     }
 

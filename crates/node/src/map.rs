@@ -32,7 +32,8 @@ pub fn extents(
     let work = move || {
         handle.run(|image| {
             let mut extents = Vec::new();
-            image.extents_up_to(start as u64, length as u64, MOST_EXTENTS, &job, &mut extents)?;
+            let (start, length) = (start as u64, length as u64);
+            job.during(|| image.extents_up_to(start, length, MOST_EXTENTS, &job, &mut extents))?;
             Ok(Packed::new(&extents))
         })
     };

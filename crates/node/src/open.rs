@@ -175,6 +175,8 @@ pub struct LayerOptions {
     pub salvage: Option<bool>,
     /// Safety limits.
     pub limits: Option<LimitOptions>,
+    /// Bytes of the disk in a compressed file, where that is known.
+    pub size: Option<f64>,
     /// Number of the file with the header, where that is another one: of LUKS.
     pub header: Option<u32>,
     /// How to lock the files; not at all without it.
@@ -354,6 +356,7 @@ pub fn open_layer(
         salvage: options.salvage.unwrap_or(false),
         ..OpenOptions::default()
     };
+    let arrives = storage.arriving().is_some();
     let work = move || {
         // Before anything of the image is believed.
         lock.claim(&*storage, !format.plain)?;
@@ -364,6 +367,9 @@ pub fn open_layer(
         let size = layer.virtual_size();
         if is_exact(size) { Ok(layer) } else { Err(layer.storage().located(inexact(size))) }
     };
+    if arrives {
+        return runtime.run_arriving(&env, request, work, hold_layer);
+    }
     runtime.run(&env, request, work, hold_layer)
 }
 

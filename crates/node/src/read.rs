@@ -13,6 +13,7 @@ use crate::delivery::Outcome;
 use crate::pool::Task;
 use crate::resource::Handle;
 use crate::runtime::Runtime;
+use crate::watched::during;
 
 /// A read that is under way. JavaScript keeps the buffer reachable until it hears of the completion, and the
 /// cleanup hook waits for running reads before the environment frees its memory.
@@ -42,7 +43,9 @@ impl Read {
         // SAFETY: the range was checked against the buffer when the request was made; the buffer is alive (see
         // `Read`), and no Rust reference to its bytes exists.
         let buffer = unsafe { MemMut::from_raw(self.start, self.length) };
-        match self.handle.run(|image| read(image, buffer, self.position, self.job.as_deref())) {
+        let job = self.job.as_deref();
+        let read = || self.handle.run(|image| read(image, buffer, self.position, job));
+        match during(job, read) {
             Ok(()) => Outcome::Done,
             Err(error) => Outcome::Failed(error),
         }

@@ -5,11 +5,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::RwLock;
-use qcow2_engine::{Error, ErrorKind, Image, Layer, Result, Storage};
+use qcow2_engine::storage::Spool;
+use qcow2_engine::{Error, ErrorKind, GuestSource, Image, Layer, Result, Storage};
 
 use crate::clone::Begun;
 use crate::guard::guarded;
 use crate::nbd::Serving;
+use crate::source::Asking;
+use crate::streamed::Streamed;
 use crate::tls::Encrypting;
 
 /// An open image. Requests share it; it closes when the last of them is done and JavaScript has released it.
@@ -32,6 +35,11 @@ impl Handle {
     /// Whether requests wait for a device or for another machine, rather than for a core.
     pub(crate) fn waits(&self) -> bool {
         self.waits.load(Ordering::Relaxed)
+    }
+
+    /// Whether its bytes are still coming.
+    pub(crate) fn arrives(&self) -> bool {
+        self.image.try_read().is_some_and(|image| image.is_arriving())
     }
 
     /// Runs one request; a panic poisons the handle. Requests of one handle do not run inside each other.
@@ -109,6 +117,12 @@ pub(crate) enum Resource {
     Server(Box<Serving>),
     /// Connections to encrypt.
     Encrypting(Arc<Encrypting>),
+    /// Questions to an object.
+    Source(Arc<Asking>),
+    /// A new image that is read front to back.
+    Streamed(Arc<Streamed>),
+    /// A stream that comes in.
+    Spool(Arc<Spool>),
 }
 
 impl Resource {
@@ -124,7 +138,11 @@ impl Resource {
                 encrypting.end();
                 Ok(())
             }
-            Self::Storage(_) | Self::Layer(_) | Self::Clone(_) => Ok(()),
+            Self::Source(asking) => {
+                asking.end();
+                Ok(())
+            }
+            Self::Storage(_) | Self::Layer(_) | Self::Clone(_) | Self::Streamed(_) | Self::Spool(_) => Ok(()),
         }
     }
 }
@@ -180,10 +198,43 @@ impl Resources {
         }
     }
 
+    /// The questions to an object of that number.
+    pub(crate) fn source(&self, number: u32) -> Option<&Arc<Asking>> {
+        match self.held.get(&number) {
+            Some(Resource::Source(asking)) => Some(asking),
+            _ => None,
+        }
+    }
+
+    /// The stream of that number.
+    pub(crate) fn spool(&self, number: u32) -> Option<&Arc<Spool>> {
+        match self.held.get(&number) {
+            Some(Resource::Spool(spool)) => Some(spool),
+            _ => None,
+        }
+    }
+
+    /// Gives up all who wait for an object.
+    pub(crate) fn cancel_sources(&self) {
+        for resource in self.held.values() {
+            if let Resource::Source(asking) = resource {
+                asking.cancel();
+            }
+        }
+    }
+
     /// The server of that number.
     pub(crate) fn server(&self, number: u32) -> Option<&Serving> {
         match self.held.get(&number) {
             Some(Resource::Server(serving)) => Some(serving),
+            _ => None,
+        }
+    }
+
+    /// The stream of that number.
+    pub(crate) fn streamed(&self, number: u32) -> Option<&Arc<Streamed>> {
+        match self.held.get(&number) {
+            Some(Resource::Streamed(streamed)) => Some(streamed),
             _ => None,
         }
     }

@@ -11,6 +11,7 @@ use napi::bindgen_prelude::{Env, Unknown};
 use napi::sys;
 use napi_derive::napi;
 use parking_lot::Mutex;
+use qcow2_engine::storage::Spool;
 use qcow2_engine::{Error, ErrorKind, Layer, Result, Storage};
 
 use crate::boundary::{self, Numbers, Wake};
@@ -21,6 +22,8 @@ use crate::job::Jobs;
 use crate::nbd::Serving;
 use crate::pool::{Pool, Task, default_threads};
 use crate::resource::{Handle, Resource, Resources};
+use crate::source::Asking;
+use crate::streamed::Streamed;
 use crate::tls::Encrypting;
 use crate::watch::Watch;
 use crate::watched::Watched;
@@ -113,15 +116,22 @@ impl Runtime {
 
     /// Queues a task for the request of that number. The event loop stays alive until it is delivered.
     pub(crate) fn submit(&self, env: &Env, request: u32, task: Task) -> napi::Result<()> {
-        let submitted = self.pool.submit(request, task);
-        self.expect(env, request, submitted);
+        self.submit_where(env, request, task, false)
+    }
+
+    /// As [`Runtime::submit`]; `waits` as [`Handle::waits`] says.
+    pub(crate) fn submit_where(&self, env: &Env, request: u32, task: Task, waits: bool) -> napi::Result<()> {
+        self.expect(env, request, self.pool_for(waits).submit(request, task));
         Ok(())
+    }
+
+    fn pool_for(&self, waits: bool) -> &Pool {
+        if waits { &self.waiting } else { &self.pool }
     }
 
     /// As [`Runtime::submit`], for one of very many requests; `waits` as [`Handle::waits`] says. Returns whether to begin to [`look`].
     pub(crate) fn submit_soon(&self, env: &Env, request: u32, task: Task, waits: bool) -> napi::Result<bool> {
-        let pool = if waits { &self.waiting } else { &self.pool };
-        self.expect(env, request, pool.submit(request, task));
+        self.expect(env, request, self.pool_for(waits).submit(request, task));
         let begins = self.watch.requested();
         if begins {
             self.delivery.watch(true);
@@ -169,11 +179,29 @@ impl Runtime {
         resources.storage(number).cloned().ok_or_else(|| napi::Error::from_reason("no such file"))
     }
 
+    /// The stream of that number.
+    pub(crate) fn streamed(&self, number: u32) -> napi::Result<Arc<Streamed>> {
+        let resources = self.resources.borrow();
+        resources.streamed(number).cloned().ok_or_else(|| napi::Error::from_reason("no such stream"))
+    }
+
     /// The connections to encrypt of that number.
     pub(crate) fn encrypting(&self, number: u32) -> napi::Result<Arc<Encrypting>> {
         let resources = self.resources.borrow();
         let found = resources.encrypting(number).cloned();
         found.ok_or_else(|| napi::Error::from_reason("no such connections to encrypt"))
+    }
+
+    /// The questions to an object of that number.
+    pub(crate) fn source(&self, number: u32) -> napi::Result<Arc<Asking>> {
+        let resources = self.resources.borrow();
+        resources.source(number).cloned().ok_or_else(|| napi::Error::from_reason("no such source"))
+    }
+
+    /// The stream of that number.
+    pub(crate) fn spool(&self, number: u32) -> napi::Result<Arc<Spool>> {
+        let resources = self.resources.borrow();
+        resources.spool(number).cloned().ok_or_else(|| napi::Error::from_reason("no such stream"))
     }
 
     /// Looks at the server of that number.
@@ -232,6 +260,8 @@ impl Runtime {
     fn close(&self) {
         let jobs = self.jobs.close();
         self.watched.close();
+        // Nobody answers from here on.
+        self.resources.borrow().cancel_sources();
         let requests = [self.pool.close(), self.waiting.close()];
         let resources = self.resources.borrow_mut().take();
         let end = move || {

@@ -124,7 +124,7 @@ pub fn execute_plan(
     let work = move || {
         let plan = plan.read()?;
         handle.run(|image| {
-            image.execute_as(&job, &plan)?;
+            job.during(|| image.execute_as(&job, &plan))?;
             Ok(image.virtual_size() as f64)
         })
     };

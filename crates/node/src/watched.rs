@@ -36,6 +36,14 @@ impl Watched {
     }
 }
 
+/// Runs `work` on this thread: what waits in it looks whether the job is cancelled, if there is one.
+pub(crate) fn during<T>(job: Option<&Job>, work: impl FnOnce() -> T) -> T {
+    match job {
+        Some(job) => job.during(work),
+        None => work(),
+    }
+}
+
 /// Asks a request to stop. It ends as failed, or completes if it was done anyway.
 #[napi(catch_unwind)]
 pub fn cancel_request(env: Env, number: u32) -> napi::Result<()> {

@@ -15,6 +15,7 @@ use crate::read::{bytes_of, range_of};
 use crate::resource::Handle;
 use crate::runtime::Runtime;
 use crate::shape::to_preallocation;
+use crate::watched::during;
 
 /// A write that is under way. JavaScript keeps the buffer reachable until it hears of the completion, and the
 /// cleanup hook waits for running writes before the environment frees its memory.
@@ -46,7 +47,7 @@ impl Write {
         // SAFETY: the range was checked against the buffer when the request was made; the buffer is alive (see
         // `Write`).
         let buffer = unsafe { Mem::from_raw(self.start, self.length) };
-        match self.handle.run(|image| write(image, buffer, &self)) {
+        match during(self.job.as_deref(), || self.handle.run(|image| write(image, buffer, &self))) {
             Ok(()) => Outcome::Done,
             Err(error) => Outcome::Failed(error),
         }
@@ -123,7 +124,7 @@ pub fn write_zeroes(
     let job = Runtime::of(&env)?.watched().begin(watch);
     let (position, length) = (position as u64, length as u64);
     change(&env, request, image, move |image| match &job {
-        Some(job) => image.write_zeroes_as(job, position, length, unmap),
+        Some(job) => job.during(|| image.write_zeroes_as(job, position, length, unmap)),
         None => image.write_zeroes(position, length, unmap),
     })
 }
@@ -141,7 +142,7 @@ pub fn discard(
     let job = Runtime::of(&env)?.watched().begin(watch);
     let (position, length) = (position as u64, length as u64);
     change(&env, request, image, move |image| match &job {
-        Some(job) => image.discard_as(job, position, length),
+        Some(job) => job.during(|| image.discard_as(job, position, length)),
         None => image.discard(position, length),
     })
 }

@@ -11,7 +11,7 @@ use crate::new::NewVmdk;
 use crate::sparse::{GD_AT_END, Header, Marker};
 
 /// Sectors of metadata in front of the first grain.
-const OVERHEAD: u64 = 128;
+pub(crate) const OVERHEAD: u64 = 128;
 /// Sectors that an entry can name.
 const MAX_SECTORS: u64 = 1 << 32;
 
@@ -45,6 +45,11 @@ impl Stream {
             table: vec![0; geometry.table_entries as usize],
             directory: vec![0; geometry.tables() as usize],
         })
+    }
+
+    /// Grains that one table maps.
+    pub(crate) fn table_entries(&self) -> u64 {
+        self.geometry.table_entries
     }
 
     /// The header of the file.

@@ -5,6 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use qcow2_core::blocks::{Blueprint, NewBlocks};
 use qcow2_core::convert::{Context, ConvertOptions, RawSink, Rules, Sink, Worker};
+use qcow2_core::front_to_back::{Flat, FrontToBack, Planning};
 use qcow2_core::layer::References;
 use qcow2_core::new_image::{Hosts, NewImage};
 use qcow2_core::space::{Preallocation, size_raw};
@@ -269,6 +270,12 @@ impl NewImage for NewFixed {
         self.begin(&*hosts.own)?;
         let data = RawSink::new(context, Arc::clone(&hosts.own), self.preallocation, false)?;
         Ok(Box::new(FixedSink { data, image: self, host: hosts.own }))
+    }
+
+    /// With an identity and a time that are the same in each run.
+    fn front_to_back(&self, planning: &Planning<'_>) -> Result<Box<dyn FrontToBack>> {
+        let footer = self.footer.made_as(planning.uuid()?, 0);
+        Ok(Box::new(Flat::new(self.size(), footer.bytes().to_vec())))
     }
 
     fn disk(&self, hosts: &Hosts, job: &Job) -> Result<Box<dyn Layer>> {

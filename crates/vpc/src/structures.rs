@@ -222,6 +222,17 @@ impl Footer {
         Self { bytes, disk_type }.resized(size, geometry)
     }
 
+    /// The same with another identity, made so many seconds after 2000.
+    #[must_use]
+    pub fn made_as(&self, uuid: [u8; 16], seconds: u32) -> Self {
+        let mut bytes = self.bytes;
+        put(&mut bytes, TIMESTAMP, &seconds.to_be_bytes());
+        put(&mut bytes, UNIQUE_ID, &uuid);
+        let sum = checksum(&bytes, CHECKSUM);
+        put(&mut bytes, CHECKSUM, &sum.to_be_bytes());
+        Self { bytes, disk_type: self.disk_type }
+    }
+
     /// The same with another size.
     #[must_use]
     pub fn resized(&self, size: u64, geometry: Geometry) -> Self {

@@ -20,7 +20,7 @@ import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
 import { toSize } from '../size.js'
-import { imageSource } from '../sources.js'
+import { writtenSource } from '../sources.js'
 
 interface AmendArguments {
   readonly format?: string
@@ -96,7 +96,7 @@ async function amendFile(files: readonly string[], options: AmendArguments, sess
   const choice = { progress: progress && !quiet, quiet, verb: 'Amending', step: 1 }
   await withProgress(session, choice, async job => {
     if (keys === undefined || Object.keys(changes).length > 0) {
-      await amend(imageSource(filename, session), {
+      await amend(writtenSource(filename, session), {
         ...job,
         ...lockingOf(filename, session),
         ...changes,

@@ -21,7 +21,7 @@ import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import { spokenCheckFailure } from '../qemu-words.js'
 import type { Session } from '../session.js'
-import { imageSource } from '../sources.js'
+import { imageSource, writtenSource } from '../sources.js'
 
 interface CheckArguments {
   readonly repair?: 'leaks' | 'all'
@@ -98,7 +98,7 @@ async function checkManifest(
 ): Promise<number> {
   if (repair !== undefined) throw new UsageFailure('--manifest and --repair (-r) are mutually exclusive')
   const { signal } = session
-  const found = await verifyManifest(imageSource(filename, session), { signal, references: 'allow' }).catch(error => {
+  const found = await verifyManifest(writtenSource(filename, session), { signal, references: 'allow' }).catch(error => {
     if (signal.aborted) throw error
     const none = error instanceof Qcow2Error && error.code === 'ERR_QCOW2_FORMAT_UNKNOWN' && error.field === 'manifest'
     throw openFailure(filename, error, none ? CHECK_NOT_SUPPORTED : 1)
@@ -123,8 +123,8 @@ async function checked(
       await withImage({ filename, format: from, references: 'layer', forceShare }, session, async () => undefined)
       throw new CommandFailure('This image format does not support checks', { exitCode: CHECK_NOT_SUPPORTED })
     }
-    return await withProgress(session, choice, job =>
-      check(imageSource(filename, session), {
+    return await withProgress(session, choice, async job =>
+      check(await imageSource(filename, session), {
         ...job,
         ...session.objects.sharingOf(filename),
         ...(forceShare !== undefined && { forceShare }),

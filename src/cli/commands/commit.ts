@@ -12,7 +12,7 @@ import { formatOf, lockingOf, unlockFailure, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
-import { imageSource } from '../sources.js'
+import { writtenSource } from '../sources.js'
 
 interface CommitArguments {
   readonly format?: string
@@ -57,7 +57,7 @@ async function commitFile(files: readonly string[], options: CommitArguments, se
   const drop = options.drop || options.base !== undefined
   const cache: CacheMode = toCacheMode(options.cache)
   await withProgress(session, choice, job =>
-    commit(imageSource(filename, session), {
+    commit(writtenSource(filename, session), {
       ...job,
       ...lockingOf(filename, session),
       references: session.objects.references,

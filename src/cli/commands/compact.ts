@@ -9,7 +9,7 @@ import { formatOf, lockingOf, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
-import { imageSource } from '../sources.js'
+import { writtenSource } from '../sources.js'
 
 interface CompactArguments {
   readonly format?: string
@@ -68,7 +68,7 @@ async function compacted(filename: string, options: CompactArguments, session: S
   const mode = rewrite ? 'rewrite' : 'in-place'
   try {
     return await withProgress(session, choice, job =>
-      compact(imageSource(filename, session), {
+      compact(writtenSource(filename, session), {
         ...job,
         ...lockingOf(filename, session),
         mode,

@@ -70,8 +70,8 @@ async function compareFiles(files: readonly string[], options: CompareArguments,
   const secrets = { secretA: objects.secretsOf(a), secretB: objects.secretsOf(b) }
   const sharing = { ...objects.sharingOf(a, b), ...(forceShare !== undefined && { forceShare }) }
   const request = { formatA, formatB, ...secrets, ...sharing, strict, references: objects.references } as const
-  const result = await withProgress(session, choice, job =>
-    compare(sourceOf(a, session), sourceOf(b, session), { ...request, ...job, bigint: true }),
+  const result = await withProgress(session, choice, async job =>
+    compare(await sourceOf(a, session), await sourceOf(b, session), { ...request, ...job, bigint: true }),
   ).catch(error => {
     if (session.signal.aborted) throw error
     const closed = unlockFailure([a, b], error, session, CANNOT_OPEN)

@@ -17,6 +17,7 @@ import {
   inspect,
   Qcow2Error,
   type Qcow2SpecificInfo,
+  type Qcow2StreamOptions,
   type Secrets,
   type SourceFormat,
   type TargetFormat,
@@ -32,7 +33,7 @@ import {
 } from '../create-options.js'
 import { describeError, openFailure, pathOf } from '../errors.js'
 import { CommandFailure, unsupported } from '../failure.js'
-import { imagePath, isExport, localPath } from '../filename.js'
+import { imagePath } from '../filename.js'
 import {
   alias,
   cacheMode,
@@ -50,7 +51,9 @@ import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
 import { sizeArgument } from '../size.js'
-import { exportOf, placeOf, sourceOf, targetSource } from '../sources.js'
+import { imageSource, placeOf, sourceOf, targetSource } from '../sources.js'
+import { convertInput, isInput, refuseOutOfOrder } from './convert-input.js'
+import { STANDARD_OUTPUT, streamedFormat, writeImage } from './convert-stream.js'
 import { addBacking, fromImage } from './create.js'
 
 interface ConvertArguments {
@@ -84,9 +87,11 @@ export function declareConvert(program: Command, run: Runner): void {
   const command = program
     .command('convert')
     .summary('copy an image into another, of any format')
-    .description('Copy a disk image into a new file of a format of your choice. An existing file is replaced.')
+    .description(
+      'Copy a disk image into a new file of a format of your choice. An existing file is replaced. The TARGET - is standard output.',
+    )
     .usage('[options] FILENAME... TARGET')
-    .argument('[files...]', 'the image to read (several become one disk) and the file to write')
+    .argument('[files...]', 'the image to read (several become one disk; - is standard input) and the file to write')
     .option('-f, --source-format <fmt>', `format of FILENAME: ${READ} (default: what it looks like)`)
     .option('-O, --target-format <fmt>', `format of TARGET: ${TARGETS}`, PLAIN_FORMAT)
     .option('-o, --target-options <list>', 'options of that format: name=value,... ("-o help" lists them)', optionList)
@@ -175,6 +180,7 @@ async function convertFiles(files: readonly string[], given: ConvertArguments, s
   }
   const sources = files.slice(0, -1)
   if (sources.length === 0 || target === undefined) throw new CommandFailure('Must specify image file name')
+  if (target === STANDARD_OUTPUT) return streamNamed(sources, given, session)
   await convertNamed(sources, target, given, session)
   return 0
 }
@@ -208,11 +214,13 @@ async function convertNamed(
 ): Promise<void> {
   const { forceShare } = given
   const several = sources.length > 1
-  const { from, size, snapshot } = await lookAt(sources, given, session)
+  const input = isInput(sources)
+  if (input) refuseOutOfOrder(given)
+  const { from, size, snapshot } = input ? await lookAtInput(given, session) : await lookAt(sources, given, session)
   const to = await formatOfTarget(target, given, session)
   const parts = given.create ? newTarget(target, to, given, several, session) : existingTarget(to, given)
   if (several && given.bitmaps) throw new CommandFailure('Copying bitmaps only possible with single source')
-  if (given.bitmaps) await checkBitmaps(sources[0] ?? target, to, parts, given, session)
+  if (given.bitmaps && !input) await checkBitmaps(sources[0] ?? target, to, parts, given, session)
   if (!given.create) await checkTarget(target, to, { size, bitmaps: given.bitmaps }, session)
   const options: ConvertOptions = {
     from,
@@ -235,12 +243,14 @@ async function convertNamed(
   }
   const choice = { progress: given.progress ?? false, quiet: given.quiet ?? false, verb: 'Converting', step: 1 }
   try {
-    const converted = await withProgress(session, choice, job =>
-      convert(
-        sources.map(name => sourceOf(name, session)),
-        targetSource(target, session),
-        { ...options, ...job, bigint: true },
-      ),
+    const converted = await withProgress(session, choice, async job =>
+      input
+        ? convertInput(target, from[0], { ...options, ...job, bigint: true }, session)
+        : convert(await Promise.all(sources.map(name => sourceOf(name, session))), targetSource(target, session), {
+            ...options,
+            ...job,
+            bigint: true,
+          }),
     )
     if (!given.quiet) warn(converted, session)
     const hints = given.create ? parseOptionList(given.targetOptions ?? '', optionSpecs(to)) : new Map()
@@ -248,6 +258,32 @@ async function convertNamed(
   } catch (error) {
     if (session.signal.aborted || error instanceof CommandFailure) throw error
     throw unlockFailure([...sources, target], error, session) ?? worded(target, to, parts.base, error)
+  }
+}
+
+/** The image on standard output. */
+async function streamNamed(sources: readonly string[], given: ConvertArguments, session: Session): Promise<number> {
+  const to = streamedFormat(targetFormat(given.targetFormat), given, session)
+  const { from, snapshot } = await lookAt(sources, given, session)
+  const { create, preallocation, compress } = newTarget(STANDARD_OUTPUT, to, given, sources.length > 1, session)
+  const options: Qcow2StreamOptions = {
+    from,
+    to,
+    references: session.objects.references,
+    secret: secretsOf(sources, STANDARD_OUTPUT, session),
+    ...session.objects.sharingOf(...sources),
+    ...(given.forceShare !== undefined && { forceShare: given.forceShare }),
+    ...(snapshot !== undefined && { snapshot }),
+    ...(given.parallel !== undefined && { concurrency: given.parallel }),
+    ...(compress !== undefined && { compress }),
+    create: { ...create, ...(preallocation !== undefined && { preallocation }) },
+  }
+  const choice = { progress: given.progress ?? false, quiet: given.quiet ?? false, verb: 'Converting', step: 1 }
+  try {
+    return await writeImage(sources, options, choice, session)
+  } catch (error) {
+    if (session.signal.aborted || error instanceof CommandFailure) throw error
+    throw unlockFailure(sources, error, session) ?? worded(STANDARD_OUTPUT, to, undefined, error)
   }
 }
 
@@ -297,7 +333,7 @@ async function lookAt(
     ).catch(async error => {
       // An image that is to be salvaged need not open: its header is enough.
       const { virtualSize } = salvage
-        ? await inspect(isExport(filename) ? exportOf(filename, session) : localPath(filename), { bigint: true })
+        ? await inspect(await imageSource(filename, session), { bigint: true })
         : { virtualSize: 0n }
       if (virtualSize === 0n) throw error
       return Number(virtualSize)
@@ -312,6 +348,15 @@ async function lookAt(
   const snapshot = await snapshotOf(filename, format, sourceSnapshot, forceShare, session)
   const viewed = { filename, format, snapshot, forceShare, closed: true }
   return { from, size: await withImage(viewed, session, async image => Number(image.virtualSizeBigInt)), snapshot }
+}
+
+/** Standard input is not looked at before it is read; its format is what it says of itself, unless it is said. */
+async function lookAtInput(
+  { sourceFormat, sourceSnapshot }: ConvertArguments,
+  session: Session,
+): ReturnType<typeof lookAt> {
+  const from = sourceFormat === undefined ? undefined : await sourceFormatOf('-', sourceFormat, session)
+  return { from: [from], size: 0, snapshot: sourceSnapshot }
 }
 
 function warn({ skippedBitmaps, skippedBitmapsBytes, unreadable }: ConvertResult<bigint>, session: Session): void {

@@ -114,8 +114,8 @@ async function dd(list: readonly string[], options: DdArguments, session: Sessio
     secret,
     overwrite: true,
   } as const
-  await withProgress(session, choice, job =>
-    convert(sourceOf(input, session), targetSource(output, session), { ...copy, ...job, bigint: true }),
+  await withProgress(session, choice, async job =>
+    convert(await sourceOf(input, session), targetSource(output, session), { ...copy, ...job, bigint: true }),
   ).catch(error => {
     if (session.signal.aborted) throw error
     const closed = unlockFailure([input], error, session)

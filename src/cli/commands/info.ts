@@ -18,7 +18,7 @@ import { fileStat } from '../../support/files.js'
 import { exactText } from '../../text.js'
 import { describeError, openFailure } from '../errors.js'
 import { CommandFailure } from '../failure.js'
-import { argumentOf, imagePath, isExport, localPath, shownName } from '../filename.js'
+import { argumentOf, imagePath, isRemote, localPath, shownName } from '../filename.js'
 import { applianceDocument } from '../format/appliance.js'
 import { formatInfo, type InfoDocument } from '../format/info.js'
 import { type Json, toJson } from '../format/json.js'
@@ -121,7 +121,7 @@ async function withExtents(
 
 /** What an appliance or a descriptor has. One that is damaged is for opening it to say. */
 async function listingOf(filename: string, format: string | undefined, session: Session): Promise<Listing | undefined> {
-  if (filename === '' || isExport(filename) || (isFormat(format) && !isKnownByStart(format))) return undefined
+  if (filename === '' || isRemote(filename) || (isFormat(format) && !isKnownByStart(format))) return undefined
   const stat = await fileStat(imagePath(filename)).catch(() => undefined)
   if (!stat?.isFile()) return undefined
   const listing = await listAppliance({ path: localPath(filename) }).catch(() => undefined)
@@ -180,10 +180,10 @@ async function describeOther(
   format: string | undefined,
   session: Session,
 ): Promise<InfoDocument | undefined> {
-  if (filename === '' || isFormat(format) || isExport(filename)) return undefined
+  if (filename === '' || isFormat(format) || isRemote(filename)) return undefined
   const path = imagePath(filename)
   const { signal } = session
-  const source = imageSource(filename, session)
+  const source = await imageSource(filename, session)
   const looks = await probe(source, { signal }).catch(error => {
     throw signal.aborted ? error : openFailure(filename, error)
   })
@@ -211,7 +211,7 @@ function below(
   { objects }: Session,
 ): { filename: string; format: string | undefined } | undefined {
   if (info.backingFilename === undefined) return undefined
-  const given = isExport(filename) ? undefined : objects.belowOf(localPath(filename))
+  const given = isRemote(filename) ? undefined : objects.belowOf(localPath(filename))
   if (given !== undefined) return { filename: argumentOf(given.path), format: given.format }
   if (info.fullBackingFilename === undefined) {
     throw new CommandFailure(

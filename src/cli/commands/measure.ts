@@ -104,7 +104,7 @@ async function measureWith(
   try {
     const from = await formatOf(source, options.format, session)
     const snapshot = await snapshotOf(source, from, options.snapshot, options.forceShare, session)
-    return await measure(sourceOf(source, session), {
+    return await measure(await sourceOf(source, session), {
       ...plan,
       from,
       snapshot,

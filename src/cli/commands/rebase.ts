@@ -9,7 +9,7 @@ import { formatOf, lockingOf, unlockFailure, withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import { withProgress } from '../progress.js'
 import type { Session } from '../session.js'
-import { imageSource, placeOf } from '../sources.js'
+import { placeOf, writtenSource } from '../sources.js'
 
 /** Names that QEMU has for what a backing file can be, beside formats. */
 const PROTOCOLS: ReadonlySet<string> = new Set(
@@ -77,7 +77,7 @@ async function rebaseFile(files: readonly string[], options: RebaseArguments, se
   const choice = { progress: options.progress ?? false, quiet, verb: 'Rebasing', step: 2 }
   const cache: CacheMode = toCacheMode(options.cache)
   await withProgress(session, choice, job =>
-    rebase(imageSource(filename, session), next === null ? null : toName(next), {
+    rebase(writtenSource(filename, session), next === null ? null : toName(next), {
       ...job,
       ...lockingOf(filename, session),
       // Unsafe is unsafe: nothing but the name is looked at.

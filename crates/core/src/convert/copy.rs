@@ -52,6 +52,9 @@ impl<'a> Copier<'a> {
         match &piece.content {
             Content::Stored(storage, offset) => {
                 storage.read_padded_at(MemMut::from(&mut *into), *offset)?;
+                if let Some(arriving) = storage.arriving() {
+                    arriving.taken(*offset, into.len() as u64)?;
+                }
                 self.context.count_read(into.len() as u64);
             }
             Content::Read => {

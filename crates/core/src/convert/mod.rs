@@ -164,6 +164,7 @@ pub fn copy_disk<'s>(
     if !options.count_data {
         job.advance(virtual_size.saturating_sub(scanner.lock().done()));
     }
+    source.settle()?;
     sink.finish(options, job)?;
     Ok(ConvertResult {
         virtual_size,

@@ -14,6 +14,9 @@ use crate::{Job, Result, Storage};
 /// How much is asked for at once: more over holes, less where extents are many.
 const STEPS: Steps = Steps::growing(4 << 20, 64 << 30, 16 << 10);
 
+/// The same of a disk that is still coming: the tables that are needed next, and none that lie far behind.
+const NEXT: Steps = Steps::of(4 << 20, 16 << 10);
+
 /// Bytes of an extent that are one step of a progress over data, at most: as much as QEMU copies at once.
 const COUNTED: u64 = 2 << 20;
 
@@ -137,7 +140,7 @@ impl<'a> Scanner<'a> {
     /// Over the whole disk.
     pub fn new(source: &'a dyn GuestSource, rules: Rules, job: &'a Job) -> Self {
         let size = source.virtual_size();
-        let walk = Walk::new(0..size, STEPS);
+        let walk = Walk::new(0..size, if source.is_arriving() { NEXT } else { STEPS });
         Self { source, rules, size, job, walk, queue: VecDeque::new(), tickets: 0, done: 0, counted: None }
     }
 

@@ -74,6 +74,17 @@ macro_rules! forward_storage {
             self.$inner.lock(claim, locking)
         }
     };
+    (@arriving $inner:tt) => {
+        fn arriving(&self) -> Option<&dyn $crate::storage::Arriving> {
+            self.$inner.arriving()
+        }
+    };
+    // Where offsets or bytes are others than the inner storage's.
+    (@no_arriving $inner:tt) => {
+        fn arriving(&self) -> Option<&dyn $crate::storage::Arriving> {
+            None
+        }
+    };
     (@as_fd $inner:tt) => {
         #[cfg(unix)]
         fn as_fd(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
@@ -93,6 +104,11 @@ macro_rules! forward_storage {
             $crate::storage::read_each(self, batch);
         }
     };
+    (@forget $inner:tt) => {
+        fn forget(&self, range: std::ops::Range<u64>) {
+            self.$inner.forget(range);
+        }
+    };
     (@write_at $inner:tt) => {
         fn write_at(&self, buf: $crate::Mem<'_>, offset: u64) -> std::io::Result<usize> {
             self.$inner.write_at(buf, offset)
@@ -106,6 +122,11 @@ macro_rules! forward_storage {
     (@sync_data $inner:tt) => {
         fn sync_data(&self) -> std::io::Result<()> {
             self.$inner.sync_data()
+        }
+    };
+    (@begin_sync $inner:tt) => {
+        fn begin_sync(&self) {
+            self.$inner.begin_sync();
         }
     };
     (@write_vectored_at $inner:tt) => {

@@ -9,6 +9,7 @@
 //! `#[deny(clippy::missing_trait_methods)]`: a method that is added here cannot be forgotten there.
 
 mod batch;
+mod block_cache;
 mod cache;
 mod direct;
 mod ext;
@@ -22,8 +23,10 @@ mod new_file;
 mod part;
 mod platform;
 mod range_lock;
+mod read_ahead;
 mod read_only;
 mod sectors;
+mod spool;
 mod tail;
 mod traits;
 
@@ -33,6 +36,7 @@ use std::ops::Range;
 use std::path::Path;
 
 pub use batch::{ReadTransfer, WriteTransfer, read_each, write_each};
+pub use block_cache::{BlockCache, BlockCacheShape, Fetch, Fetched, carried};
 pub use cache::CacheMode;
 pub use direct::DirectStorage;
 pub use ext::StorageExt;
@@ -45,6 +49,7 @@ pub use platform::no_space;
 pub use range_lock::{HeldRange, RangeLock};
 pub use read_only::ReadOnly;
 pub use sectors::{SectorCodec, Sectors};
+pub use spool::{Arriving, Expected, Progress, Spool};
 pub use tail::Tail;
 pub use traits::{DeviceLimits, Identity, IoLimits, Operation, Traits};
 
@@ -147,6 +152,16 @@ pub trait ReadStorage: Send + Sync + fmt::Debug {
         Ok(())
     }
 
+    /// Where its bytes are still coming: what such a storage is told.
+    fn arriving(&self) -> Option<&dyn Arriving> {
+        None
+    }
+
+    /// Says that nobody reads the range again: the system need not keep it in memory. A hint; a later read gets what is there.
+    fn forget(&self, range: Range<u64>) {
+        let _ = range;
+    }
+
     /// The descriptor behind it, for the kernel's copies between two files.
     #[cfg(unix)]
     fn as_fd(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
@@ -164,6 +179,10 @@ pub trait Storage: ReadStorage {
 
     /// Makes everything written so far durable (fdatasync: data, and the metadata needed to read it).
     fn sync_data(&self) -> io::Result<()>;
+
+    /// Has the system begin to write what it holds back, so that a sync to come has less to wait for. A hint: nothing is durable by it,
+    /// and errors wait for the sync.
+    fn begin_sync(&self) {}
 
     /// Writes `bufs` one behind the other in one request where the system can; may write fewer bytes.
     fn write_vectored_at(&self, bufs: &[Mem<'_>], offset: u64) -> io::Result<usize> {

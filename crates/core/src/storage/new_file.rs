@@ -375,6 +375,17 @@ fn create_exclusive(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).create_new(true).open(path)
 }
 
+/// A file in `folder` that never has a name, or has lost it: it goes with its last descriptor.
+pub(super) fn temporary(folder: &Path) -> io::Result<File> {
+    match platform::open_unnamed(folder) {
+        Err(e) if e.kind() == io::ErrorKind::Unsupported => {}
+        opened => return opened,
+    }
+    let (file, name) = with_sibling(&folder.join("spool"), create_exclusive)?;
+    std::fs::remove_file(name)?;
+    Ok(file)
+}
+
 /// Runs `make` with hidden names beside `path` until one was free.
 fn with_sibling<T>(path: &Path, mut make: impl FnMut(&Path) -> io::Result<T>) -> io::Result<(T, PathBuf)> {
     static SERIAL: AtomicU32 = AtomicU32::new(0);

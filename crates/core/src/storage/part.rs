@@ -4,8 +4,8 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::{ReadStorage, ReadTransfer, Run, Storage, Traits, read_each};
-use crate::{MemMut, forward_storage};
+use super::{Arriving, ReadStorage, ReadTransfer, Run, Storage, Traits, read_each};
+use crate::{MemMut, Result, forward_storage};
 
 /// `length` bytes of `host` from `start` on, as a file of their own that is only read. What lies around them cannot be reached through it.
 #[derive(Debug)]
@@ -38,6 +38,10 @@ impl ReadStorage for Part {
         self.host.read_at(buf.take_front(inside), self.start + offset)
     }
     fn len(&self) -> io::Result<u64> {
+        // Of what is still coming nobody waits for the end of what lies behind.
+        if self.host.arriving().is_some() {
+            return Ok(self.length);
+        }
         Ok(self.host.len()?.saturating_sub(self.start).min(self.length))
     }
     fn is_empty(&self) -> io::Result<bool> {
@@ -59,8 +63,25 @@ impl ReadStorage for Part {
     fn allocated_bytes(&self) -> io::Result<u64> {
         self.len()
     }
+    fn forget(&self, range: Range<u64>) {
+        let inside = |offset: u64| self.start + offset.min(self.length);
+        self.host.forget(inside(range.start)..inside(range.end));
+    }
     fn traits(&self) -> Traits {
         Traits { writable: false, block_device: false, ..self.host.traits() }
     }
+    fn arriving(&self) -> Option<&dyn Arriving> {
+        self.host.arriving().map(|_| self as &dyn Arriving)
+    }
     forward_storage!(host: identity io_limits path operation is_transient lock no_fd);
+}
+
+impl Arriving for Part {
+    fn taken(&self, offset: u64, length: u64) -> Result<()> {
+        let (start, length) = (self.start + offset.min(self.length), length.min(self.rest(offset)));
+        self.host.arriving().map_or(Ok(()), |host| host.taken(start, length))
+    }
+    fn settle(&self) -> io::Result<()> {
+        self.host.arriving().map_or(Ok(()), Arriving::settle)
+    }
 }

@@ -6,7 +6,8 @@ use qcow2_transform::{Compressor, zero};
 
 use super::Delta;
 use crate::create::NewCluster;
-use crate::{Error, ErrorKind, MemMut, Result};
+use crate::invalid::transform;
+use crate::{MemMut, Result};
 
 /// State of one unit of allocation: a cluster, or a subcluster with extended L2 entries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -251,12 +252,4 @@ impl Planner {
             None => NewCluster::Unallocated,
         }
     }
-}
-
-pub(super) fn transform(error: qcow2_transform::Error) -> Error {
-    let kind = match error {
-        qcow2_transform::Error::InvalidLevel { .. } => ErrorKind::InvalidArgument,
-        _ => ErrorKind::Internal,
-    };
-    Error::new(kind, error.to_string()).with_source(error)
 }

@@ -9,15 +9,16 @@ use parking_lot::{Condvar, Mutex};
 use qcow2_core::convert::{
     Ahead, Chunk, Context, Copier, Piece, Rules, SHARED_BLOCK, Sink, Worker, Zeroes, shares_blocks,
 };
-use qcow2_format::{CompressionType, HostOffset};
-use qcow2_transform::{Codec, CompressOptions, Compressor};
+use qcow2_format::HostOffset;
+use qcow2_transform::{CompressOptions, Compressor};
 
-use super::prepare::{Payload, Planner, Prepared, Unit, transform};
-use super::{Compression, ConvertOptions};
+use super::ConvertOptions;
+use super::prepare::{Payload, Planner, Prepared, Unit};
 use crate::create::{
     CreateOptions, ImageBuilder, NewCluster, Preallocation, Preallocator, lengthen, size_data_file, zero_out,
 };
 use crate::door::GuestData;
+use crate::invalid::transform;
 use crate::{Job, Mem, Result, Storage, StorageExt};
 
 /// Bytes of a chunk: small enough to stay in the core's cache between its read and its write.
@@ -76,7 +77,7 @@ impl Qcow2Sink {
         workers: usize,
     ) -> Result<Self> {
         let options = context.options;
-        let compression = options.compression.map(|c| compress_options(&create, c));
+        let compression = options.compression.map(|c| create.compress_options(c));
         let preallocation = create.effective_preallocation();
         let builder = ImageBuilder::new(storage.clone(), &create, compression.is_some())?;
         let geometry = builder.geometry();
@@ -336,14 +337,6 @@ fn put(copier: &Copier<'_>, data: &Arc<dyn Storage>, bytes: Option<&[u8]>, host:
     let bytes = bytes.unwrap_or_default();
     copier.context.count_written(bytes.len() as u64);
     data.write_all_at(Mem::from(bytes), host)
-}
-
-fn compress_options(create: &CreateOptions, compression: Compression) -> CompressOptions {
-    let codec = match create.compression_type {
-        CompressionType::Zlib => Codec::Zlib,
-        CompressionType::Zstd => Codec::Zstd,
-    };
-    CompressOptions { codec, level: compression.level, window: compression.window }
 }
 
 /// Bytes of a payload that go to one place.

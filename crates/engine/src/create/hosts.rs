@@ -55,19 +55,23 @@ pub(super) struct HostClusters {
     packing: Option<Packing>,
 }
 
-/// Clusters that the refcount table of an image of up to `clusters` host clusters takes, its own and those of
-/// the refcount blocks included; cut to the format's limit.
-fn table_clusters_for(geometry: &Geometry, clusters: u64) -> u64 {
+/// Refcount blocks, and clusters of the refcount table, of an image of up to `clusters` host clusters beside them.
+pub(super) fn refcount_clusters(geometry: &Geometry, clusters: u64) -> (u64, u64) {
     let per_block = geometry.refcount_block_entries();
     let (mut blocks, mut table) = (0u64, 1u64);
     loop {
         let needed = clusters.saturating_add(blocks).saturating_add(table).div_ceil(per_block);
         let wanted = geometry.clusters_for(needed.saturating_mul(TABLE_ENTRY_SIZE)).max(1);
         if needed == blocks && wanted == table {
-            break;
+            return (blocks, table);
         }
         (blocks, table) = (needed, wanted);
     }
+}
+
+/// Clusters that the refcount table takes then; cut to the format's limit.
+fn table_clusters_for(geometry: &Geometry, clusters: u64) -> u64 {
+    let (_, table) = refcount_clusters(geometry, clusters);
     table.min((MAX_REFCOUNT_TABLE_BYTES >> geometry.cluster_bits()).max(1))
 }
 

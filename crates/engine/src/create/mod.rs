@@ -5,12 +5,14 @@
 //! cluster 2 and the L1 table in cluster 3.
 
 mod builder;
+mod front_to_back;
 mod hosts;
 mod options;
 mod target;
 
 use std::sync::Arc;
 
+pub use front_to_back::Streamed;
 pub use options::{Backing, CreateOptions, DataFile};
 use qcow2_core::raw::SECTOR;
 pub use qcow2_core::space::Preallocation;

@@ -2,12 +2,14 @@
 
 use std::sync::Arc;
 
+use qcow2_core::convert::Compression;
 use qcow2_core::raw::SECTOR;
 use qcow2_core::space::Preallocation;
 use qcow2_format::header::extension::Extension;
 use qcow2_format::header::feature::{Autoclear, Compatible, Incompatible};
 use qcow2_format::limits::{MAX_L1_BYTES, MAX_VIRTUAL_SIZE};
 use qcow2_format::{CompressionType, CryptMethod, FormatError, Geometry, Header, HostOffset};
+use qcow2_transform::{Codec, CompressOptions};
 
 use crate::door::DataDoor;
 use crate::invalid::invalid;
@@ -84,7 +86,7 @@ impl Default for CreateOptions {
     }
 }
 
-fn refuse<T>(field: &'static str, message: impl Into<String>) -> Result<T> {
+pub(super) fn refuse<T>(field: &'static str, message: impl Into<String>) -> Result<T> {
     Err(Error::new(ErrorKind::InvalidArgument, message).with_field(field))
 }
 
@@ -189,6 +191,15 @@ impl CreateOptions {
             }
             _ => Ok(()),
         }
+    }
+
+    /// How its clusters are compressed.
+    pub(crate) fn compress_options(&self, Compression { level, window }: Compression) -> CompressOptions {
+        let codec = match self.compression_type {
+            CompressionType::Zlib => Codec::Zlib,
+            CompressionType::Zstd => Codec::Zstd,
+        };
+        CompressOptions { codec, level, window }
     }
 
     /// The encryption header that the image gets.

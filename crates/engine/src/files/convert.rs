@@ -153,21 +153,10 @@ impl ConvertJob<'_> {
         job: &Job,
     ) -> Result<ConvertResult> {
         let door = match &disk {
-            NewDisk::Qcow2 { data_path: Some(_), .. } => {
-                let message = "a disk that is made in an open file has no external data file";
-                return Err(Error::new(ErrorKind::InvalidArgument, message).with_field("data_file"));
-            }
-            NewDisk::Format(image) if !image.other_files().is_empty() => {
-                let message = "an image that is made in an open file has no other files";
-                return Err(Error::new(ErrorKind::InvalidArgument, message).with_field("subformat"));
-            }
-            NewDisk::Qcow2 { create, .. } => {
-                create.validate()?;
-                create.data_door.clone()
-            }
+            NewDisk::Qcow2 { create, .. } => create.data_door.clone(),
             NewDisk::Raw { .. } | NewDisk::Format(_) => None,
         };
-        let target = ConvertTarget::New(disk.onto(Arc::clone(storage), Vec::new()));
+        let target = ConvertTarget::New(disk.onto_open(storage)?);
         let result = convert(source, target, &self.options, job)?;
         if let Some(bitmaps) = bitmaps {
             bitmaps.copy_to(Arc::clone(storage), None, door)?;

@@ -4,6 +4,7 @@
 
 mod clone;
 mod convert;
+mod front_to_back;
 mod new_disk;
 mod overlay;
 

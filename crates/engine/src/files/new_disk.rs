@@ -10,7 +10,7 @@ use super::Target;
 use crate::convert::data_bytes;
 use crate::create::{self, CreateOptions, NewTarget, Preallocation, create_raw};
 use crate::storage::{NewFile, Overwrite, Room};
-use crate::{Error, ErrorKind, GuestSource, Job, Result, Storage};
+use crate::{Error, ErrorKind, GuestSource, Job, Result, Storage, StorageExt};
 
 /// What a new disk is made as.
 #[derive(Debug, Clone)]
@@ -87,6 +87,29 @@ impl NewDisk {
             }
             Self::Format(image) => NewTarget::Format { image, hosts: Hosts { own, others } },
         }
+    }
+
+    /// The disk, made in what is open and no new file: an export, a caller's object. What can have another size has none then.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a disk that has other files; those of the options' rules and of the file.
+    pub(super) fn onto_open(self, storage: &Arc<dyn Storage>) -> Result<NewTarget> {
+        match &self {
+            Self::Qcow2 { data_path: Some(_), .. } => {
+                let message = "a disk that is made in an open file has no external data file";
+                return Err(Error::new(ErrorKind::InvalidArgument, message).with_field("data_file"));
+            }
+            Self::Format(image) if !image.other_files().is_empty() => {
+                let message = "an image that is made in an open file has no other files";
+                return Err(Error::new(ErrorKind::InvalidArgument, message).with_field("subformat"));
+            }
+            Self::Qcow2 { create, .. } => create.validate()?,
+            Self::Raw { .. } | Self::Format(_) => {}
+        }
+        if !storage.traits().block_device {
+            storage.resize(0)?;
+        }
+        Ok(self.onto(Arc::clone(storage), Vec::new()))
     }
 
     fn content<'a>(&'a self, source: Option<&'a dyn GuestSource>, job: &'a Job) -> Content<'a> {

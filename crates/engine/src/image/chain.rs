@@ -89,6 +89,14 @@ impl GuestSource for Image {
         self.chain.is_sequential()
     }
 
+    fn is_arriving(&self) -> bool {
+        self.chain.is_arriving()
+    }
+
+    fn settle(&self) -> Result<()> {
+        self.chain.settle()
+    }
+
     fn extents_up_to(
         &self,
         start: u64,

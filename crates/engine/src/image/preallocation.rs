@@ -21,6 +21,10 @@ impl Qcow2 {
     fn detect_metadata_preallocation(&self) -> Result<bool> {
         let g = self.geometry();
         let storage = &**self.storage();
+        // What has not come has no space yet; and what comes is data.
+        if storage.arriving().is_some() {
+            return Ok(false);
+        }
         let file_clusters = g.clusters_for(storage.size()?);
         let in_use = storage.space_in_use()? / g.cluster_size();
         let threshold = (in_use.saturating_mul(10) / 9).max(in_use.saturating_add(2));

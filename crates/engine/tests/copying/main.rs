@@ -4,3 +4,4 @@
 mod clone;
 mod clone_crash;
 mod convert;
+mod streamed;

@@ -10,8 +10,8 @@ use std::sync::Arc;
 
 use qcow2_core::forward_storage;
 use qcow2_engine::storage::{
-    Access, CacheMode, FileStorage, Identity, MemoryStorage, NewFile, Operation, Overwrite, Part, ReadOnly,
-    Run, Tail, Traits,
+    Access, BlockCache, BlockCacheShape, CacheMode, Fetch, Fetched, FileStorage, Identity, MemoryStorage,
+    NewFile, Operation, Overwrite, Part, ReadOnly, Run, Tail, Traits,
 };
 use qcow2_engine::{ErrorKind, Mem, MemMut, ReadStorage, Storage, StorageExt};
 use qcow2_testkit::contract::{StorageContract, check_read_only};
@@ -90,6 +90,40 @@ impl Storage for Least {
     forward_storage!(0: write_at set_len sync_data);
 }
 
+/// As what is behind a cache of blocks: fetches are answered at once.
+#[derive(Debug, Default)]
+struct Fetching(MemoryStorage);
+
+impl ReadStorage for Fetching {
+    fn traits(&self) -> Traits {
+        Traits { writable: true, ..Traits::default() }
+    }
+    forward_storage!(0: read_at len);
+}
+
+impl Storage for Fetching {
+    forward_storage!(0: write_at set_len sync_data);
+}
+
+impl Fetch for Fetching {
+    fn fetch(&self, range: Range<u64>, done: Fetched) -> u64 {
+        let mut bytes = vec![0; usize::try_from(range.end - range.start).unwrap()];
+        let got = self.0.read_at(MemMut::from(&mut bytes[..]), range.start);
+        done(got.map(|got| Mem::from(&bytes[..got])));
+        0
+    }
+    fn give_up(&self, _: u64) {}
+    fn given_up(&self) -> Option<io::Error> {
+        None
+    }
+}
+
+/// Blocks and room for them that the contract's requests do not fit into.
+fn cached() -> Arc<dyn Storage> {
+    let shape = BlockCacheShape { block: 5000, size: 15_000, ahead: 10_000 };
+    Arc::new(BlockCache::new(Arc::new(Fetching::default()), shape))
+}
+
 #[test]
 fn every_storage_keeps_the_contract() {
     let dir = scratch();
@@ -107,8 +141,9 @@ fn every_storage_keeps_the_contract() {
     };
     let direct_works = direct().is_ok();
     type Make<'a> = &'a dyn Fn() -> Arc<dyn Storage>;
-    let kinds: [(&str, Make<'_>); 11] = [
+    let kinds: [(&str, Make<'_>); 12] = [
         ("memory", &memory),
+        ("cached blocks", &cached),
         ("the least", &|| Arc::new(Least::default())),
         ("file", &|| file("plain")),
         ("file, short transfers", &|| Arc::new(ShortIo::new(file("short"), 4099))),

@@ -63,7 +63,12 @@ impl ReadStorage for CountingStorage {
     fn run_in(&self, range: Range<u64>) -> io::Result<Run> {
         self.count(Op::Run, self.inner.run_in(range), |_| 0)
     }
-    forward_storage!(inner: len is_empty allocated_bytes identity traits io_limits path operation is_transient lock as_fd read_each);
+    fn forget(&self, range: Range<u64>) {
+        let length = range.end - range.start;
+        self.inner.forget(range);
+        let _ = self.count(Op::Forget, Ok(()), |()| length);
+    }
+    forward_storage!(inner: len is_empty allocated_bytes identity traits io_limits path operation is_transient lock arriving as_fd read_each);
 }
 
 #[deny(clippy::missing_trait_methods, reason = "in front of another storage: a new method must be passed on")]
@@ -79,6 +84,10 @@ impl Storage for CountingStorage {
     }
     fn sync_data(&self) -> io::Result<()> {
         self.count(Op::Sync, self.inner.sync_data(), |()| 0)
+    }
+    fn begin_sync(&self) {
+        self.inner.begin_sync();
+        let _ = self.count(Op::BeginSync, Ok(()), |()| 0);
     }
     fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
         self.count(Op::Zero, self.inner.write_zeroes(offset, length, unmap), |()| length)

@@ -1,5 +1,6 @@
 //! New images: their options, their files, and the order in which they are written.
 
+mod front_to_back;
 mod joined;
 mod layout;
 mod options;
@@ -11,10 +12,12 @@ use std::sync::Arc;
 
 use qcow2_core::convert::{BlockSink, Context, RawSink, Sink};
 use qcow2_core::disk::DiskOptions;
+use qcow2_core::front_to_back::{FrontToBack, Planning};
 use qcow2_core::new_image::{Hosts, NewImage};
 use qcow2_core::space::{Preallocation, empty};
 use qcow2_core::{Error, ErrorKind, Job, Layer, Mem, Result, Storage, StorageExt, check_limit};
 
+use self::front_to_back::Streamed;
 use self::joined::Joined;
 use self::layout::SparseLayout;
 pub use self::options::{AdapterType, CreateOptions, Parent, Subformat};
@@ -63,19 +66,7 @@ impl NewVmdk {
             return Err(invalid(ErrorKind::InvalidArgument, "file name", format_args!("'{shown}'"), reason));
         }
         let extents = lines(&options, &name);
-        let adapter = options.adapter_type;
-        let descriptor = NewDescriptor {
-            cid: random_cid(8, 0)?,
-            parent_cid: options.parent.as_ref().map_or(NO_PARENT, |parent| parent.cid),
-            create_type: options.subformat.name(),
-            parent: options.parent.as_ref().map(|parent| &parent.filename[..]),
-            extents: &extents,
-            hardware_version: options.hardware_version(),
-            adapter_type: adapter.name(),
-            tools_version: options.tools_version(),
-            heads: adapter.heads(),
-        };
-        let descriptor = descriptor.encode();
+        let descriptor = describe(&options, &extents, random_cid(8, 0)?);
         if embedded {
             check_limit("descriptor", descriptor.len() as u64, SparseLayout::DESCRIPTOR_BYTES)?;
         }
@@ -92,6 +83,11 @@ impl NewVmdk {
     /// The text of its descriptor.
     pub fn descriptor(&self) -> &[u8] {
         &self.descriptor
+    }
+
+    /// Its descriptor with another content identifier.
+    fn described(&self, cid: u32) -> Vec<u8> {
+        describe(&self.options, &self.extents, cid)
     }
 
     /// Sectors of the disk.
@@ -230,6 +226,19 @@ impl NewImage for NewVmdk {
         Ok(Box::new(BlockSink::new(context, storage, target)))
     }
 
+    fn front_to_back(&self, planning: &Planning<'_>) -> Result<Box<dyn FrontToBack>> {
+        if self.options.subformat != Subformat::StreamOptimized || self.options.parent.is_some() {
+            let reason = "only a streamOptimized image without a backing file is written front to back";
+            return Err(invalid(
+                ErrorKind::UnsupportedFeature,
+                "subformat",
+                self.options.subformat.name(),
+                reason,
+            ));
+        }
+        Ok(Box::new(Streamed::plan(self, planning)?))
+    }
+
     fn disk(&self, hosts: &Hosts, job: &Job) -> Result<Box<dyn Layer>> {
         if self.options.subformat == Subformat::StreamOptimized {
             let reason = "it is written once, front to back";
@@ -243,6 +252,22 @@ impl NewImage for NewVmdk {
         vmdk.make_writable(DiskOptions::default())?;
         Ok(Box::new(vmdk))
     }
+}
+
+fn describe(options: &CreateOptions, extents: &[ExtentLine], cid: u32) -> Vec<u8> {
+    let adapter = options.adapter_type;
+    let descriptor = NewDescriptor {
+        cid,
+        parent_cid: options.parent.as_ref().map_or(NO_PARENT, |parent| parent.cid),
+        create_type: options.subformat.name(),
+        parent: options.parent.as_ref().map(|parent| &parent.filename[..]),
+        extents,
+        hardware_version: options.hardware_version(),
+        adapter_type: adapter.name(),
+        tools_version: options.tools_version(),
+        heads: adapter.heads(),
+    };
+    descriptor.encode()
 }
 
 #[cfg(unix)]
