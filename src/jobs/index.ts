@@ -12,7 +12,7 @@ export type {
   UploadJob,
   UploadResult,
 } from './kinds.js'
-export type { Plain } from './plain.js'
+export type { Plain, PlainError } from './plain.js'
 export type { FinishOptions, JobProgress } from './progress.js'
 export {
   type AddOptions,
@@ -25,4 +25,15 @@ export {
   type QueuedJob,
 } from './queue.js'
 export { startWorker } from './worker.js'
-export type { JobWorker, JobWorkerOptions, WorkerEvent } from './worker-options.js'
+export type {
+  CompletedEvent,
+  EndedEvent,
+  FailedEvent,
+  JobEvent,
+  JobWorker,
+  JobWorkerOptions,
+  StalledEvent,
+  StartedEvent,
+  WorkerErrorEvent,
+  WorkerEvent,
+} from './worker-options.js'

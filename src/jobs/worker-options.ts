@@ -17,30 +17,67 @@ import type { EncryptedLayer, Secret } from '../secret.js'
 import type { Size } from '../units.js'
 import { PLACE, type QueuePlace } from './connection.js'
 
+/** A job that an event is about. */
+export interface JobEvent {
+  /** The job. */
+  readonly id: string
+  /** Its kind, as the queue has it. */
+  readonly kind: string
+}
+
+/** An attempt began. */
+export interface StartedEvent extends JobEvent {
+  /** What happened. */
+  readonly type: 'started'
+  /** Which attempt it is, from 1; those that were lost or given back are counted. */
+  readonly attempt: number
+}
+
+/** The job is done, and the queue knows. */
+export interface CompletedEvent extends JobEvent {
+  /** What happened. */
+  readonly type: 'completed'
+  /** Milliseconds since its worker took it. */
+  readonly durationMs: number
+}
+
+/** An attempt failed. */
+export interface FailedEvent extends JobEvent {
+  /** What happened. */
+  readonly type: 'failed'
+  /** The error's code and message. */
+  readonly reason: string
+  /** It was the last attempt, and the job is among the dead. */
+  readonly final: boolean
+}
+
+/** An attempt ended without a result, and left nothing. */
+export interface EndedEvent extends JobEvent {
+  /**
+   * `'cancelled'`: as was asked for; the job is gone. `'returned'`: the worker closes and gave the job back; that attempt does not count. `'lost'`: the
+   * job is another worker's, or will be, since this one did not hear from the queue for too long.
+   */
+  readonly type: 'cancelled' | 'returned' | 'lost'
+}
+
+/** A worker, this one or another, was found to be gone, and its job waits again. */
+export interface StalledEvent {
+  /** What happened. */
+  readonly type: 'stalled'
+  /** The job. */
+  readonly id: string
+}
+
+/** The connection, or the queue, failed: it is tried again. */
+export interface WorkerErrorEvent {
+  /** What happened. */
+  readonly type: 'error'
+  /** How it failed. */
+  readonly error: Error
+}
+
 /** What happens at a worker. */
-export type WorkerEvent =
-  /** An attempt began. */
-  | { readonly type: 'started'; readonly id: string; readonly kind: string; readonly attempt: number }
-  /** The job is done, and the queue knows. */
-  | { readonly type: 'completed'; readonly id: string; readonly kind: string; readonly durationMs: number }
-  /** An attempt failed; with `final` it was the last one, and the job is among the dead. */
-  | {
-      readonly type: 'failed'
-      readonly id: string
-      readonly kind: string
-      readonly reason: string
-      readonly final: boolean
-    }
-  /** It was cancelled while it ran, and is gone. */
-  | { readonly type: 'cancelled'; readonly id: string; readonly kind: string }
-  /** It was given back to the queue by a worker that closes: an attempt that does not count. */
-  | { readonly type: 'returned'; readonly id: string; readonly kind: string }
-  /** The job is another worker's, or will be: this one did not hear from the queue for too long. Its attempt left nothing. */
-  | { readonly type: 'lost'; readonly id: string; readonly kind: string }
-  /** A worker, this one or another, was found to be gone, and its job waits again. */
-  | { readonly type: 'stalled'; readonly id: string }
-  /** The connection, or the queue: it is tried again. */
-  | { readonly type: 'error'; readonly error: Error }
+export type WorkerEvent = StartedEvent | CompletedEvent | FailedEvent | EndedEvent | StalledEvent | WorkerErrorEvent
 
 /** Options of {@link startWorker}. */
 export interface JobWorkerOptions extends QueuePlace {
