@@ -6,7 +6,12 @@ const dist = (name: string) => fileURLToPath(new URL(`./dist/${name}`, import.me
 
 // Tests run against the built package, the files that users get: `npm test` builds them first.
 export default defineConfig({
-  resolve: { alias: [{ find: /^qcow2$/, replacement: dist('index.js') }] },
+  resolve: {
+    alias: [
+      { find: /^qcow2$/, replacement: dist('index.js') },
+      { find: /^qcow2\/jobs$/, replacement: dist('jobs/index.js') },
+    ],
+  },
   test: {
     include: ['__test__/**/*.test.ts'],
     exclude: ['__test__/package/**'],

@@ -3,6 +3,7 @@
 import { spawnSync } from 'node:child_process'
 import { cpSync, existsSync, mkdirSync, readdirSync, rmSync, writeFileSync } from 'node:fs'
 import { join, resolve } from 'node:path'
+import { bundleLibrary } from './bundle-library.mjs'
 import { fail, manifest, root } from './lib.mjs'
 import { binaryName, packageName, platforms, problemsOf } from './release.mjs'
 
@@ -44,6 +45,8 @@ for (const file of ['README.md', 'LICENSE', 'CHANGELOG.md', 'dist']) {
   const filter = path => !/\.node$|\.stamp\.json$|binding\.d\.ts$/.test(path)
   if (existsSync(join(root, file))) cpSync(join(root, file), join(rootFolder, file), { recursive: true, filter })
 }
+
+await bundleLibrary(join(rootFolder, 'dist'))
 
 const problems = problemsOf(folder, wanted)
 for (const problem of problems) process.stderr.write(`release: ${problem}\n`)

@@ -11,6 +11,8 @@ import { CreateBucketCommand, S3Client } from '@aws-sdk/client-s3'
 import { commit, convert, create, open, s3Target } from 'qcow2'
 import { afterAll, beforeAll, describe, expect, it } from 'vitest'
 import { temporaryFolder, writeRaw } from './api/fixtures.js'
+import { execute } from './cli/run.js'
+import { describeWithRedis, RedisServer } from './jobs/redis.js'
 import { has, hasS3, S3_CREDENTIALS, type Serving, startNginx, startS3 } from './remote/servers.js'
 
 const root = fileURLToPath(new URL('..', import.meta.url))
@@ -34,8 +36,6 @@ const GIVEN: Readonly<Record<string, string>> = {
   sector: 'Buffer.alloc(512, 1)',
   signal: 'AbortSignal.timeout(60_000)',
   onProgress: '() => {}',
-  thawTheGuest: '() => {}',
-  save: '() => Promise.resolve()',
   passphrase: "() => Promise.resolve('correct horse battery staple')",
   firstBytes: "readFileSync('disk.qcow2').subarray(0, 4096)",
   token: "() => 'a token'",
@@ -82,12 +82,13 @@ async function startServers(): Promise<void> {
 afterAll(() => Promise.all(servers.map(server => server.stop())))
 
 const library = pathToFileURL(join(root, 'dist', 'index.mjs')).href
+const jobs = pathToFileURL(join(root, 'dist', 'jobs', 'index.mjs')).href
 
 const givenIn = (code: string) =>
   Object.entries(GIVEN).filter(
     ([name]) =>
       new RegExp(`(?<!')\\b${name}\\b`).test(code) &&
-      !new RegExp(`(const|(const|import) \\{|\\(\\{) ${name}\\b`).test(code),
+      !new RegExp(`((const|import) (\\{[^}]*\\b)?|\\(\\{ )${name}\\b`).test(code),
   )
 
 function toModule(code: string): string {
@@ -98,15 +99,15 @@ function toModule(code: string): string {
     // What an earlier example imported.
     ...(/import .*\bopen\b/.test(code) || !/\bopen\(/.test(code) ? [] : ['const { open } = qcow2']),
     ...wanted.map(([name, value]) => `const ${name} = ${value}`),
-    code.replaceAll("from 'qcow2'", `from '${library}'`),
+    code.replaceAll("from 'qcow2'", `from '${library}'`).replaceAll("from 'qcow2/jobs'", `from '${jobs}'`),
   ].join('\n')
 }
 
-function runModule(program: string, cwd: string) {
+function runModule(program: string, cwd: string, env: Readonly<Record<string, string>> = {}) {
   const asking = program.replaceAll('https://images.example', web.origin)
   const { status, stderr } = spawnSync(process.execPath, ['--input-type=module', '--eval', asking], {
     cwd,
-    env: { ...process.env, ...environment },
+    env: { ...process.env, ...environment, ...env },
     input: Buffer.alloc(65536, 3),
     maxBuffer: 2 ** 26,
   })
@@ -175,13 +176,32 @@ describe('the examples of the README', () => {
     expect(blocks.filter(({ language }) => language === 'sh').length).toBeGreaterThan(1)
   })
 
-  const scripts = blocks.map((block, index) => ({ ...block, index })).filter(({ language }) => language === 'js')
-  it.each(scripts.filter(({ code }) => !lacksServer(code)))('$name', ({ code, index }) => {
+  const examples = blocks.map((block, index) => ({ ...block, index })).filter(({ language }) => language === 'js')
+  const withQueue = ({ code }: { code: string }): boolean => code.includes('qcow2/jobs')
+  const run = ({ code, index }: { code: string; index: number }, env: Record<string, string> = {}): void => {
     const cwd = fresh(
       index,
       /convert\('(disk)\.raw', 'disk/.test(code) ? ['disk.qcow2'] : /'disk\.raw', \{/.test(code) ? ['disk.raw'] : [],
     )
-    expect(runModule(toModule(code), cwd)).toEqual({ status: 0, stderr: '' })
+    expect(runModule(toModule(code), cwd, env)).toEqual({ status: 0, stderr: '' })
+  }
+  it.each(examples.filter(example => !withQueue(example) && !lacksServer(example.code)))('$name', example =>
+    run(example),
+  )
+
+  describeWithRedis('with a queue', () => {
+    const redis = new RedisServer(folder)
+    beforeAll(() => redis.start())
+    afterAll(() => redis.stop())
+
+    it.each(examples.filter(withQueue))('$name', example => run(example, { REDIS_URL: redis.url }))
+
+    it('three workers on one machine', async () => {
+      const ended = await execute(process.execPath, [join(root, 'examples', 'jobs', 'run.mjs')], root)
+      expect({ code: ended.code, stderr: ended.stderr }).toEqual({ code: 0, stderr: '' })
+      expect(ended.stdout).toContain('completed: 12, dead: 0')
+      expect(ended.stdout).toContain('13 files: ')
+    })
   })
 
   it('work one after the other, as a newcomer tries the first two', () => {

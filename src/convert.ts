@@ -275,13 +275,21 @@ export function orderOf(place: TargetPlace, read: ReadConvert, sources: number):
   return toOrder(read, sources)
 }
 
-/** Converts what was located. `opened` is called when the sources are open, in front of the copy. */
+/** What is known of a source that comes while it is read. */
+export interface Coming {
+  /** Bytes of the disk in a compressed one, where that is known. */
+  readonly diskSize: number | undefined
+  /** Called when it is open, in front of the copy. */
+  opened(): void
+}
+
+/** Converts what was located. */
 export async function convertLocated(
   located: readonly Located[],
   place: TargetPlace,
   read: ReadConvert,
   order: Order,
-  opened?: () => void,
+  coming?: Coming,
 ): Promise<ConvertResult<number | bigint>> {
   throwIfAborted(read.signal)
   const begin = performance.now()
@@ -290,8 +298,8 @@ export async function convertLocated(
   const files: number[] = []
   try {
     const counting = new Counting(read, located.length)
-    const chains = await openSources(located, read, images, counting)
-    opened?.()
+    const chains = await openSources(located, read, images, counting, coming?.diskSize)
+    coming?.opened()
     const [first] = chains
     // What cannot be said in the end is refused before anything is done.
     const whole = chains.reduce((sum, { virtualSize }) => sum + virtualSize, 0)
@@ -362,6 +370,7 @@ async function openSources(
   read: ReadConvert,
   images: number[],
   counting: Counting,
+  size: number | undefined,
 ): Promise<Chain[]> {
   const { from, references, secret, snapshot, limits, signal, salvage } = read
   const access = toReadAccess(read)
@@ -369,7 +378,7 @@ async function openSources(
   for (const [index, each] of located.entries()) {
     const format = typeof from === 'string' ? from : from?.[index]
     const say = (word: SourceFormat): string => fromAdvice(from, index, located.length, word)
-    const streams = { ...counting.source(), judge: (stream: StreamFormat) => refuseOutOfOrder(read, stream), say }
+    const streams = { ...counting.source(), size, judge: (stream: StreamFormat) => refuseOutOfOrder(read, stream), say }
     const opening = { format, sayRaw: say(PLAIN_FORMAT), streams, references, secret, source: index, snapshot }
     const chain = await openChain(each, { ...opening, limits, signal, access, salvage })
     images.push(chain.image)

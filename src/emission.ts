@@ -38,13 +38,12 @@ export function emit(emitted: Emitted, { signal, progressInterval }: LongRunning
     read() {
       const next = chunks.next()
       if (next === undefined) {
-        readable.push(null)
+        if (tell()) readable.push(null)
         return
       }
       next.then(
         buffer => {
           done += buffer.length
-          if (done === emitted.end && !tell()) return
           readable.push(buffer)
         },
         (error: unknown) => readable.destroy(toThrown(error)),

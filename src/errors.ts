@@ -22,6 +22,7 @@ import { type Shown, shown, shownText } from './text.js'
  *   unknown option
  * - `ERR_QCOW2_FORMAT_UNKNOWN`: the file is no qcow2 image and `format` does not say what it is
  * - `ERR_QCOW2_ADDON_MISSING`: the native addon for this platform is not installed or cannot be loaded
+ * - `ERR_QCOW2_PEER_MISSING`: a package that only this part needs is not installed: `bullmq` for `qcow2/jobs`
  * - `ERR_QCOW2_IO`: a system error without a name of its own
  * - `ERR_QCOW2_INTERNAL`: a bug in this library; the handle refuses further work
  */
@@ -43,6 +44,7 @@ export type Qcow2ErrorCode =
   | 'ERR_QCOW2_INVALID_ARGUMENT'
   | 'ERR_QCOW2_FORMAT_UNKNOWN'
   | 'ERR_QCOW2_ADDON_MISSING'
+  | 'ERR_QCOW2_PEER_MISSING'
   | 'ERR_QCOW2_IO'
   | 'ERR_QCOW2_INTERNAL'
 

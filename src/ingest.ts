@@ -49,6 +49,11 @@ export interface IngestOptions
    * where this says how large it is; without it all of it is stored first.
    */
   byteLength?: Size | undefined
+  /**
+   * Of a compressed stream: how many bytes the disk in it has; another number is an error. It is then decompressed as it comes. Default: all of the stream is
+   * stored, to find out.
+   */
+  diskSize?: Size | undefined
   /** Refuse a stream of more bytes. Default: as long as it likes. Set it, or `byteLength`, for streams of strangers. */
   maxBytes?: Size | undefined
   /**
@@ -84,6 +89,7 @@ const INGEST = {
   from: sourceFormat,
   member: text,
   byteLength: bytes,
+  diskSize: bytes,
   maxBytes: bytes,
   maxSpool: bytes,
   spoolDir: (value: unknown, name: string): string => toPath(value, name),
@@ -102,8 +108,9 @@ const WORKERS = 2
  * Takes an image from a stream, and makes a new one of it, as `convert` does of a file: qcow2, raw, raw compressed with gzip, xz or zstd, VMDK (as in
  * an OVA), VHD and all other formats. Its first bytes are judged before the rest is taken. Data goes to its place as it comes, as far as the image is
  * laid out so: what has to wait is stored in a file without a name, whose space is given back as it is used up. So much is stored at most: a little
- * of raw disks with `byteLength`, and of qcow2 whose tables lie in front of what they map (`qemu-img convert`, `createQcow2Stream`); the compressed
- * bytes of compressed images; of others the whole image, which goes while the target grows.
+ * of raw disks and fixed VHD with `byteLength`, of compressed raw disks with `diskSize`, of streamOptimized VMDK, in an appliance too (QEMU's with
+ * `byteLength` only), and of uncompressed qcow2 whose tables lie in front of what they map, as `convert` and `qemu-img convert` write it; the
+ * compressed bytes of compressed qcow2; of all others the whole image, which goes while the target grows.
  *
  * The stream is read to its end, and only as fast as the disk takes it. The target has its name only when all of it came and is written: nothing is
  * left of a stream that breaks, ends early, or is aborted. What it fails with is the `cause` of `ERR_QCOW2_IO`. When `ingest` fails, the stream is
@@ -168,7 +175,9 @@ async function ingestStream(input: unknown, target: unknown, options: unknown): 
     const spool = await Spool.open(folder, { length, unit, keep: bitmaps !== undefined }, signal)
     try {
       const located = { arriving: spool, member: given.member }
-      const converted = await intake.into(spool, opened => convertLocated([located], place, read, order, opened))
+      const { diskSize } = given
+      const use = (opened: () => void) => convertLocated([located], place, read, order, { diskSize, opened })
+      const converted = await intake.into(spool, use)
       const size = sizesIn(given.bigint)
       const { came, peak } = spool.progress
       return {

@@ -181,6 +181,8 @@ export interface NativeLayerOptions {
   /** Open an image whose active L1 table is not whole. */
   salvage?: boolean | undefined
   limits?: NativeLimits | undefined
+  /** Bytes of the disk in a compressed file, where that is known. */
+  size?: number | undefined
   /** Number of the file with the header, where that is another one. */
   header?: number | undefined
 }

@@ -1,12 +1,6 @@
-/**
- * The addon: found, loaded, and typed. The one module that loads it.
- *
- * Looked for in this order: the file that `NAPI_RS_NATIVE_LIBRARY_PATH` names, the local build beside the compiled
- * library, the platform's own package (`qcow2-linux-x64-gnu` and so on), which npm installs as an optional dependency.
- */
+/** The addon, typed. The one module that has it loaded. */
 
-import { existsSync } from 'node:fs'
-import { dirname, isAbsolute, join, resolve } from 'node:path'
+import { loadAddon } from './addon.js'
 import { Qcow2Error } from './errors.js'
 import type {
   NativeAmendChanges,
@@ -231,126 +225,11 @@ export interface Addon {
   maxJobs(most: number | undefined): number
 }
 
-interface Packages {
-  /** Loads whatever can be required from that place. */
-  readonly load: (name: string) => unknown
-  readonly addons: Readonly<Record<string, () => unknown>>
-}
-
-/**
- * The platform packages, seen from a file. Their names are written out for what traces imports (nft), which knows a `createRequire` by
- * the very words here. Bundlers leave them alone, as they must: an addon does not fit into a script.
- */
-function packagesFrom(file: string): Packages {
-  const module = require('node:module') as typeof import('node:module')
-  const packaged = module.createRequire(file)
-  return {
-    load: name => packaged(name),
-    addons: {
-      'linux-x64-gnu': () => packaged('qcow2-linux-x64-gnu'),
-      'linux-x64-musl': () => packaged('qcow2-linux-x64-musl'),
-      'linux-arm64-gnu': () => packaged('qcow2-linux-arm64-gnu'),
-      'linux-arm64-musl': () => packaged('qcow2-linux-arm64-musl'),
-      'darwin-x64': () => packaged('qcow2-darwin-x64'),
-      'darwin-arm64': () => packaged('qcow2-darwin-arm64'),
-      'win32-x64-msvc': () => packaged('qcow2-win32-x64-msvc'),
-      'win32-arm64-msvc': () => packaged('qcow2-win32-arm64-msvc'),
-    },
-  }
-}
-
-/**
- * The same as files of the folders beside this package: ncc takes those that are there into the bundle's folder, and puts their place there
- * for `__dirname`, which a module of the ES kind does not have.
- */
-const filesBeside = (load: (file: string) => unknown): Packages['addons'] => ({
-  'linux-x64-gnu': () => load(`${__dirname}/../../qcow2-linux-x64-gnu/qcow2.linux-x64-gnu.node`),
-  'linux-x64-musl': () => load(`${__dirname}/../../qcow2-linux-x64-musl/qcow2.linux-x64-musl.node`),
-  'linux-arm64-gnu': () => load(`${__dirname}/../../qcow2-linux-arm64-gnu/qcow2.linux-arm64-gnu.node`),
-  'linux-arm64-musl': () => load(`${__dirname}/../../qcow2-linux-arm64-musl/qcow2.linux-arm64-musl.node`),
-  'darwin-x64': () => load(`${__dirname}/../../qcow2-darwin-x64/qcow2.darwin-x64.node`),
-  'darwin-arm64': () => load(`${__dirname}/../../qcow2-darwin-arm64/qcow2.darwin-arm64.node`),
-  'win32-x64-msvc': () => load(`${__dirname}/../../qcow2-win32-x64-msvc/qcow2.win32-x64-msvc.node`),
-  'win32-arm64-msvc': () => load(`${__dirname}/../../qcow2-win32-arm64-msvc/qcow2.win32-arm64-msvc.node`),
-})
-
-/*
- * The syntax of this file stays that of ES2020: what ncc reads with knows no newer one, and then finds no addon.
- */
-
-/**
- * The files from which the addon is looked for: this one; where a bundler took it into a script that does not know its own place, the
- * script that was started, then the working folder.
- */
-function places(): readonly string[] {
-  if (typeof __filename === 'string' && isAbsolute(__filename) && existsSync(__filename)) return [__filename]
-  const started = process.argv[1]
-  return [...(started === undefined ? [] : [resolve(started)]), resolve('here.js')]
-}
-
 function load(): Addon {
-  const from = places().map(file => ({ folder: dirname(file), ...packagesFrom(file) }))
-  const explicit = process.env['NAPI_RS_NATIVE_LIBRARY_PATH']
-  if (explicit) {
-    const loaded = attempt(() => from[0]?.load(explicit))
-    if ('addon' in loaded) return loaded.addon
-    throw failed(`${explicit} (NAPI_RS_NATIVE_LIBRARY_PATH)`, loaded.error)
-  }
-  const platform = `${process.platform}-${process.arch}`
-  let broken: Qcow2Error | undefined
-  let wanted: readonly string[] = []
-  for (const { folder, load, addons } of from) {
-    // On Linux the one for the C library that is there loads, the other is not installed or fails.
-    const suffixes = Object.keys(addons).filter(suffix => `${suffix}-`.startsWith(`${platform}-`))
-    if (suffixes.length === 0) throw noSuchPlatform(platform, Object.keys(addons))
-    wanted = suffixes.map(suffix => `qcow2-${suffix}`)
-    const beside = filesBeside(load)
-    const local = suffixes.map(suffix => join(folder, `qcow2.${suffix}.node`))
-    const ways: readonly (readonly [name: string, read: () => unknown])[] = [
-      ...local.map(file => [file, () => load(file)] as const),
-      ...suffixes.map(suffix => [`qcow2-${suffix}`, () => addons[suffix]?.()] as const),
-      ...suffixes.map(suffix => [`qcow2.${suffix}.node`, () => beside[suffix]?.()] as const),
-    ]
-    for (const [name, read] of ways) {
-      const loaded = attempt(read)
-      if ('addon' in loaded) return loaded.addon
-      if (broken === undefined && !isMissing(loaded.error, name)) broken = failed(name, loaded.error)
-    }
-  }
-  throw broken ?? notInstalled(wanted.join(' or '))
+  const loaded = loadAddon()
+  if ('addon' in loaded) return loaded.addon as Addon
+  const { message, cause } = loaded
+  throw new Qcow2Error('ERR_QCOW2_ADDON_MISSING', message, { cause })
 }
-
-function attempt(read: () => unknown): { readonly addon: Addon } | { readonly error: unknown } {
-  try {
-    return { addon: read() as Addon }
-  } catch (error) {
-    return { error }
-  }
-}
-
-const noSuchPlatform = (platform: string, suffixes: readonly string[]): Qcow2Error => {
-  const known = new Set(suffixes.map(suffix => suffix.replace(/-(gnu|musl|msvc)$/, '')))
-  return new Qcow2Error(
-    'ERR_QCOW2_ADDON_MISSING',
-    `qcow2 has no addon for ${platform}; it has one for ${[...known].join(', ')}`,
-  )
-}
-
-const isMissing = (error: unknown, name: string): boolean =>
-  error instanceof ReferenceError ||
-  (error instanceof Error && 'code' in error && error.code === 'MODULE_NOT_FOUND' && error.message.includes(name))
-
-const failed = (name: string, cause: unknown): Qcow2Error => {
-  const reason = cause instanceof Error ? cause.message : String(cause)
-  return new Qcow2Error('ERR_QCOW2_ADDON_MISSING', `the addon ${name} cannot be loaded: ${reason}`, { cause })
-}
-
-const notInstalled = (name: string): Qcow2Error =>
-  new Qcow2Error(
-    'ERR_QCOW2_ADDON_MISSING',
-    `the package ${name} with the addon for this platform is not installed. npm installs it with qcow2 unless optional ` +
-      'dependencies are left out (--omit=optional), or node_modules came from another platform: run npm install here. In a bundle, ' +
-      'keep qcow2 external, or lay its .node file beside the script',
-  )
 
 export const native: Addon = load()

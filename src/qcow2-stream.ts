@@ -24,6 +24,7 @@ import { type ImageSource, type Located, release, toLocated } from './source.js'
 import { fromAdvice, readFormats, SOURCE, type SourceFormat, type SourceOptions } from './source-options.js'
 import { runJob } from './support/jobs.js'
 import { type ImageOwner, ownerOf } from './support/owner.js'
+import { onAbort } from './support/signals.js'
 import { type Size, safe, toSize } from './units.js'
 
 /** Options of {@link createQcow2Stream}. */
@@ -70,6 +71,8 @@ const STREAM = {
 type ReadStream = Read<typeof STREAM>
 
 const OWNER = 'createQcow2Stream'
+/** Chunks that are read ahead, unless the caller says otherwise: compressing uses more than one core. */
+const AHEAD = 4
 
 /** What is only about files that are opened. */
 const OF_FILES = ['from', 'references', 'secret', 'snapshot', 'locking', 'forceShare'] as const
@@ -103,16 +106,21 @@ export async function createQcow2Stream(
   source: ImageSource | Image | readonly ImageSource[],
   options?: Qcow2StreamOptions,
 ): Promise<ImageStream> {
-  const owner = typeof source === 'object' && source !== null ? ownerOf(source) : undefined
-  const read = readOptions(options, OWNER, STREAM)
-  if (owner !== undefined) return streamOfImage(owner, read)
-  const located = Array.isArray(source)
-    ? source.map((each: unknown, index) => toLocated(each, `source[${index}]`))
-    : [toLocated(source, 'source')]
-  return await forgetting(() => streamOfFiles(located, read))
+  return await forgetting(async () => {
+    const owner = typeof source === 'object' && source !== null ? ownerOf(source) : undefined
+    const located = owner === undefined ? toSources(source) : []
+    const read = readOptions(options, OWNER, STREAM)
+    const target = toTargetOf(read)
+    return owner === undefined ? streamOfFiles(located, target, read) : streamOfImage(owner, target, read)
+  })
 }
 
-async function streamOfFiles(located: readonly Located[], read: ReadStream): Promise<ImageStream> {
+const toSources = (source: unknown): readonly Located[] =>
+  Array.isArray(source)
+    ? source.map((each: unknown, index) => toLocated(each, `source[${index}]`))
+    : [toLocated(source, 'source')]
+
+async function streamOfFiles(located: readonly Located[], target: Target, read: ReadStream): Promise<ImageStream> {
   checkSources(located.length, read)
   throwIfAborted(read.signal)
   const images: number[] = []
@@ -122,7 +130,7 @@ async function streamOfFiles(located: readonly Located[], read: ReadStream): Pro
   }
   try {
     for (const index of located.keys()) images.push(await openSource(located, index, read))
-    return await plan(images, read, close)
+    return await plan(images, target, read, { close, signal: read.signal })
   } catch (error) {
     // The error that led here is the one to report.
     await close().catch(() => {})
@@ -156,38 +164,66 @@ function checkSources(count: number, { from, snapshot, references }: ReadStream)
 }
 
 /** An image that is open stays the caller's: it is kept open until the stream has ended, and ends it when it is closed. */
-async function streamOfImage(owner: ImageOwner, read: ReadStream): Promise<ImageStream> {
+async function streamOfImage(owner: ImageOwner, target: Target, read: ReadStream): Promise<ImageStream> {
   const given = OF_FILES.find(name => read[name] !== undefined)
   if (given !== undefined) {
     throw invalidArgument(given, `${OWNER}: ${given} is for a source that is opened here: the image is open already`)
   }
-  throwIfAborted(read.signal)
+  const { signal } = read
+  throwIfAborted(signal)
+  // Two may end the planning: the caller's signal, and closing the image.
+  const ending = new AbortController()
+  const forgetSignal = onAbort(signal, () => ending.abort(signal?.reason))
+  let stream: ImageStream | undefined
+  let isClosing = false
+  const forgetClosing = owner.onClose(() => {
+    isClosing = true
+    ending.abort()
+    stream?.destroy(closed())
+  })
   return new Promise<ImageStream>((resolve, reject) => {
-    const closing = new AbortController()
-    // Until the stream has freed what it holds.
     const hold = (): Promise<void> =>
       new Promise<void>((freed, failed) => {
-        plan([owner.image], read, async () => freed()).then(stream => {
-          const end = (): unknown => stream.destroy(closed())
-          closing.signal.addEventListener('abort', end, { once: true })
-          if (!closing.signal.aborted) return resolve(stream)
-          stream.destroy()
-          reject(closed())
+        const close = async (): Promise<void> => freed()
+        plan([owner.image], target, read, { close, signal: ending.signal }).then(planned => {
+          stream = planned
+          resolve(planned)
         }, failed)
       })
-    const forget = owner.onClose(() => closing.abort())
-    owner.read(hold).catch(reject).finally(forget)
+    const fail = (error: unknown): void => reject(isClosing && !signal?.aborted ? closed() : error)
+    // Until the stream has freed what it holds.
+    owner
+      .read(hold)
+      .catch(fail)
+      .finally(() => {
+        forgetSignal()
+        forgetClosing()
+      })
   })
 }
 
 const closed = (): Qcow2Error => new Qcow2Error('ERR_QCOW2_CLOSED', 'the image was closed before its stream had ended')
 
-/** Plans the stream of open images; `close` gives them up when it has ended. */
-async function plan(images: readonly number[], read: ReadStream, close: () => Promise<void>): Promise<ImageStream> {
-  const { concurrency, limits, signal, start = 0 } = read
-  const order = { ...toTargetOf(read), concurrency, maxMemory: limits?.maxMemory }
+/** How a stream begins and ends. */
+interface Held {
+  /** Gives up what it is made of, when it has ended. */
+  close(): Promise<void>
+  /** Ends the planning. */
+  readonly signal: AbortSignal | undefined
+}
+
+/** Plans the stream of open images. */
+async function plan(
+  images: readonly number[],
+  target: Target,
+  read: ReadStream,
+  { close, signal }: Held,
+): Promise<ImageStream> {
+  const { concurrency, limits, start = 0 } = read
+  const order = { ...target, concurrency, maxMemory: limits?.maxMemory }
   const progress = new StreamProgress(read)
-  const planned = await runJob<NativePlannedStream>('stream', progress.counting(), (request, job, addon) =>
+  const counting = { ...progress.counting(), signal }
+  const planned = await runJob<NativePlannedStream>('stream', counting, (request, job, addon) =>
     addon.planStream(request, job, images, order),
   )
   const free = async (): Promise<void> => {
@@ -206,7 +242,7 @@ async function plan(images: readonly number[], read: ReadStream, close: () => Pr
         `${OWNER}: start (${start}) is behind the end of the stream, which has ${end} bytes`,
       )
     }
-    const ahead = planned.sequential ? 0 : (concurrency ?? 2)
+    const ahead = planned.sequential ? 0 : (concurrency ?? AHEAD)
     const report = progress.emitting(planned)
     const stream = emit({ stream: planned.stream, start, end, ahead, report, close: free }, read)
     return Object.assign(stream, { virtualSize: toSize(planned.virtualSize) })
@@ -228,14 +264,14 @@ class StreamProgress {
 
   /** Of the plan, which calls back only where it counts. */
   counting(): LongRunning {
-    const { onProgress, progressInterval, signal } = this.#read
-    if (onProgress === undefined) return { signal }
+    const { onProgress, progressInterval } = this.#read
+    if (onProgress === undefined) return {}
     const first = ({ phase, current, total, steps }: Progress): unknown => {
       if (total === 0) return undefined
       this.#counted = total
       return onProgress({ phase, current, total: 2 * total, steps })
     }
-    return { signal, progressInterval, onProgress: first }
+    return { progressInterval, onProgress: first }
   }
 
   /** Of what is emitted: the part of the disk that it is of the file. */

@@ -1,6 +1,6 @@
 /** Images from streams: each format, in pieces of any size, cut off anywhere, hostile, endless, aborted. */
 
-import { execFileSync } from 'node:child_process'
+import { execFileSync, spawnSync } from 'node:child_process'
 import { randomBytes } from 'node:crypto'
 import { readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
@@ -11,6 +11,7 @@ import { afterEach, beforeAll, describe, expect, it } from 'vitest'
 import { creationOf, TARGET_FORMATS, type TargetFormat } from '../../src/formats/table.js'
 import { execute, haveQemu, workspace } from '../cli/run.js'
 import { failure } from './fixtures.js'
+import { LIBRARY } from './shell.js'
 
 const folder = workspace()
 const at = (name: string): string => join(folder, name)
@@ -100,7 +101,11 @@ beforeAll(async () => {
     await convert(at('disk.raw'), at(file), { from: 'raw', ...(options as { to: TargetFormat }) })
     add(name, readFileSync(at(file)), said)
   }
-  writeFileSync(at('machine.ovf'), '<Envelope/>')
+  writeFileSync(
+    at('machine.ovf'),
+    `<Envelope xmlns="http://schemas.dmtf.org/ovf/envelope/1" xmlns:ovf="http://schemas.dmtf.org/ovf/envelope/1"><References><File ovf:id="f"
+      ovf:href="o.vmdk"/></References><DiskSection><Disk ovf:diskId="d" ovf:fileRef="f" ovf:capacity="${SIZE}"/></DiskSection></Envelope>`,
+  )
   execFileSync('tar', ['-cf', at('m.ova'), '-C', folder, 'machine.ovf', 'o.vmdk'])
   add('ova', readFileSync(at('m.ova')))
   add('raw of a known length', DISK, { from: 'raw', byteLength: SIZE })
@@ -367,9 +372,20 @@ describe('what is stored', () => {
     await convert(at('noise.raw'), at('noise.qcow2'), { from: 'raw', to: 'qcow2' })
     const qcow2 = readFileSync(at('noise.qcow2'))
     const gzip = gzipSync(noise, { level: 1 })
+    const optimized = { subformat: 'streamOptimized' } as const
+    await convert(at('noise.raw'), at('o.vmdk'), { from: 'raw', to: 'vmdk', create: optimized, overwrite: true })
+    const vmdk = readFileSync(at('o.vmdk'))
+    execFileSync('tar', ['-cf', at('n.ova'), '-C', folder, 'machine.ovf', 'o.vmdk', 'disk.raw'])
+    const fixed = { subformat: 'fixed', forceSize: true } as const
+    await convert(at('noise.raw'), at('noise.vhd'), { from: 'raw', to: 'vpc', create: fixed })
+    const footer = readFileSync(at('noise.vhd')).subarray(LARGE)
     const cases: readonly (readonly [Buffer, Partial<IngestOptions>, number])[] = [
       [noise, { from: 'raw', byteLength: LARGE, maxSpool: 16 * MIB }, 16 * MIB],
       [qcow2, { maxSpool: 16 * MIB }, 16 * MIB],
+      [Buffer.concat([noise, footer]), { from: 'vpc', byteLength: LARGE + 512, maxSpool: 16 * MIB }, 16 * MIB],
+      [gzip, { diskSize: LARGE, maxSpool: 16 * MIB }, 16 * MIB],
+      [vmdk, { maxSpool: 16 * MIB }, 16 * MIB],
+      [readFileSync(at('n.ova')), { maxSpool: 16 * MIB }, 16 * MIB],
       [noise, { from: 'raw' }, LARGE],
       [gzip, {}, gzip.length],
     ]
@@ -379,6 +395,43 @@ describe('what is stored', () => {
       expect(spooled).toBeLessThanOrEqual(most)
       await holdsDisk('out.qcow2', 'qcow2', 'noise.raw')
     }
+  })
+
+  it('is not believed to be what its end says that it is not', async () => {
+    const { bytes, options } = stream('fixed vpc')
+    const byteLength = bytes.length
+    const other = Buffer.from(bytes)
+    other.fill(0, SIZE)
+    const dynamic = Buffer.concat([DISK, stream('vpc').bytes.subarray(0, 512)])
+    const wrong: readonly (readonly [Buffer, string])[] = [
+      [other, 'ERR_QCOW2_INVALID_HEADER'],
+      [dynamic, 'ERR_QCOW2_UNSUPPORTED_FEATURE'],
+    ]
+    for (const [each, code] of wrong) {
+      expect(await fails(() => into('out', each, { ...options, byteLength }))).toMatchObject({ code })
+    }
+    // The first grain of the stream and the next one change places; and the end speaks of another disk.
+    const vmdk = stream('streamOptimized vmdk').bytes
+    const [swapped, longer] = [Buffer.from(vmdk), Buffer.from(vmdk)]
+    const first = 128 * 512
+    const next = first + Math.ceil((12 + vmdk.readUInt32LE(first + 8)) / 512) * 512
+    vmdk.copy(swapped, first, next, next + 8)
+    vmdk.copy(swapped, next, first, first + 8)
+    longer.writeBigUInt64LE(1n << 20n, longer.length - 1024 + 12)
+    for (const [each, code] of [
+      [swapped, 'ERR_QCOW2_UNSUPPORTED_FEATURE'],
+      [longer, 'ERR_QCOW2_CORRUPT'],
+    ] as const) {
+      expect(await fails(() => into('out', each))).toMatchObject({ code })
+    }
+    for (const diskSize of [SIZE - 512, SIZE + 512]) {
+      expect(await fails(() => into('out', stream('gzip').bytes, { diskSize }))).toMatchObject({
+        code: 'ERR_QCOW2_CORRUPT',
+        message: expect.stringContaining(`and not at ${diskSize} as was said`),
+      })
+    }
+    await into('out', bytes, { ...options, byteLength })
+    await holdsDisk('out')
   })
 })
 
@@ -403,5 +456,51 @@ describe.skipIf(!haveQemu)('what QEMU writes', () => {
     expect(checked).toMatchObject({ code: 0 })
     rmSync(at('out.qcow2'))
     rmSync(at('qemu.image'))
+  })
+})
+
+describe('streams that say nothing for a long time', () => {
+  it('hold up nothing else, and end when they are aborted', async () => {
+    const abort = new AbortController()
+    const names = ['qcow2', 'gzip', 'fixed vpc', 'ova'] as const
+    const stalled = Array.from({ length: 40 }, (_, index) => {
+      const { bytes, options } = stream(names[index % names.length] ?? 'qcow2')
+      async function* begins(): AsyncGenerator<Buffer> {
+        yield bytes.subarray(0, 100_000)
+        await new Promise(() => {})
+      }
+      return ingest(begins(), at(`stalled-${index}`), { to: 'raw', ...options, signal: abort.signal })
+    })
+    const ended = Promise.allSettled(stalled)
+    await convert(at('from.qcow2'), at('out'), { to: 'raw' })
+    await holdsDisk('out', 'raw')
+    await into('out', stream('compressed qcow2').bytes)
+    await holdsDisk('out')
+    abort.abort()
+    for (const end of await ended) expect(end).toMatchObject({ status: 'rejected', reason: { name: 'AbortError' } })
+    expect(readdirSync(folder).filter(name => name.startsWith('stalled'))).toEqual([])
+  })
+
+  it('do not keep a process or a worker from ending', () => {
+    const script = `
+      const { Worker, isMainThread, parentPort } = require('node:worker_threads')
+      const { ingest } = require(${JSON.stringify(LIBRARY)})
+      const { readFileSync } = require('node:fs')
+      async function* begins() {
+        yield readFileSync('from.qcow2').subarray(0, 100_000)
+        if (isMainThread) setTimeout(() => process.exit(7), 50)
+        else parentPort.postMessage('begun')
+        await new Promise(() => {})
+      }
+      const start = () => ingest(begins(), isMainThread ? 'a' : 'b', { to: 'raw' }).catch(() => {})
+      if (!isMainThread) start()
+      else {
+        const worker = new Worker(__filename)
+        worker.on('message', () => setTimeout(() => worker.terminate().then(start), 50))
+      }`
+    writeFileSync(at('script.cjs'), script)
+    const { status, stderr } = spawnSync(process.execPath, ['script.cjs'], { cwd: folder, timeout: 20_000 })
+    expect({ status, stderr: String(stderr) }).toEqual({ status: 7, stderr: '' })
+    expect(readdirSync(folder).filter(name => name === 'a' || name === 'b')).toEqual([])
   })
 })

@@ -7,7 +7,17 @@ import { Writable } from 'node:stream'
 import { buffer as collect } from 'node:stream/consumers'
 import { pipeline } from 'node:stream/promises'
 import { gzipSync } from 'node:zlib'
-import { check, compare, convert, create, createQcow2Stream, open, type Qcow2StreamOptions } from 'qcow2'
+import {
+  check,
+  compare,
+  convert,
+  create,
+  createQcow2Stream,
+  nbdSource,
+  open,
+  type Qcow2StreamOptions,
+  serveNbd,
+} from 'qcow2'
 import { beforeAll, describe, expect, it } from 'vitest'
 import { describeWithQemu, ok, qemuImg } from '../interop/qemu.js'
 import { failure, pattern, temporaryFolder, writeRaw } from './fixtures.js'
@@ -138,7 +148,25 @@ describe('sources', () => {
     expect((await ended).code).toBe('ERR_QCOW2_CLOSED')
     expect(second.destroyed).toBe(true)
     expect((await failure(() => createQcow2Stream(image))).code).toBe('ERR_QCOW2_CLOSED')
+    // Closing ends the counting, too, which would take longer.
+    const other = await open(at('disk.qcow2'))
+    const compress = { type: 'zstd', level: 22 } as const
+    const counting = failure(() => createQcow2Stream(other, { compress, create: { clusterSize: 512 } }))
+    await other.close()
+    expect((await counting).code).toBe('ERR_QCOW2_CLOSED')
     await free(at('disk.qcow2'))
+  })
+
+  it('can be exports of a server', async () => {
+    await using image = await open(at('disk.qcow2'))
+    await using server = await serveNbd(image, { path: at('nbd.sock') })
+    const source = nbdSource(`nbd+unix:///?socket=${at('nbd.sock')}`)
+    const options = { from: 'raw', compress: true, concurrency: 4 } as const
+    const bytes = await collect(await createQcow2Stream(source, options))
+    expect(bytes.equals(await made({ compress: true }))).toBe(true)
+    const unread = await createQcow2Stream(source, options)
+    await new Promise(resolve => unread.once('close', resolve).destroy())
+    await expect.poll(() => server.connections).toBe(0)
   })
 
   it('can be of any size: what takes no room in it takes none in the stream', async () => {

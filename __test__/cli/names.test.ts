@@ -178,6 +178,7 @@ describe('a new image', () => {
     'rebase -b ./top.qcow2 -F qcow2 top.qcow2',
     'map --output=svg -o ./base.qcow2 top.qcow2',
     'map --output=svg -o data.raw over.qcow2',
+    'report -o ./base.qcow2 top.qcow2',
   ])('is not made over what it needs: %s', command => {
     const { code, stdout } = shell(
       folder,

@@ -3,7 +3,17 @@
 import { createRequire } from 'node:module'
 import { join } from 'node:path'
 import { afterEach, expect, it } from 'vitest'
-import { compact, compare, convert, create, measure, open, rebase, type Secret } from '../../dist/index.js'
+import {
+  compact,
+  compare,
+  convert,
+  create,
+  createQcow2Stream,
+  measure,
+  open,
+  rebase,
+  type Secret,
+} from '../../dist/index.js'
 import { failure, temporaryFolder } from '../api/fixtures.js'
 
 const folder = temporaryFolder()
@@ -75,6 +85,8 @@ it('are overwritten, however a call ends', async () => {
     expect(await forgotten(() => compact(path, { secret }))).toEqual(['unlockLayer one'])
     expect(await forgotten(() => measure(path, { to: 'raw', secret }))).toEqual(['unlockLayer one'])
     expect(await forgotten(() => rebase(path, null, { secret }))).toEqual(['unlockLayer one'])
+    const stream = async () => (await createQcow2Stream(path, { secret })).destroy()
+    expect(await forgotten(stream)).toEqual(['unlockLayer one'])
   }
   expect(bytes.toString()).toBe('one')
   expect(await forgotten(() => closed(open(path, { secret: 'wrong' })))).toEqual(['unlockLayer wrong'])

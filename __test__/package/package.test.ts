@@ -1,5 +1,17 @@
 import { spawnSync } from 'node:child_process'
-import { cpSync, existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import {
+  cpSync,
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  statSync,
+  symlinkSync,
+  unlinkSync,
+  writeFileSync,
+} from 'node:fs'
 import { homedir, tmpdir } from 'node:os'
 import { join, resolve } from 'node:path'
 import { nodeFileTrace } from '@vercel/nft'
@@ -8,7 +20,12 @@ import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 
 const PLATFORM = 'linux-x64-gnu'
 const ROOT = resolve('.')
-const { version }: { version: string } = JSON.parse(readFileSync('package.json', 'utf8'))
+const MIB = 2 ** 20
+type Entry = Record<'import' | 'require', Record<'types' | 'default', string>>
+const manifest: { version: string; exports: Record<string, Entry | string> } = JSON.parse(
+  readFileSync('package.json', 'utf8'),
+)
+const { version } = manifest
 
 let work: string
 let user: string
@@ -49,18 +66,42 @@ afterAll(() => rmSync(work, { recursive: true, force: true }))
 
 describe('the packed package', () => {
   test('holds the built library, its types, and nothing else', () => {
-    // The modules of the command line are in one file.
-    const sources = readdirSync('src', { recursive: true, encoding: 'utf8' }).filter(name =>
-      /^(?!cli[\\/]).*\.m?ts$/.test(name),
+    // The modules of the library are one file, and so are those of the command line.
+    const types = readdirSync('src', { recursive: true, encoding: 'utf8' })
+      .filter(name => /^(?!cli[\\/.]).*\.m?ts$/.test(name))
+      .map(name => `dist/${name.replace(/\.(m?)ts$/, '.d.$1ts')}`)
+    const entries = Object.values(manifest.exports).flatMap(entry =>
+      typeof entry === 'string'
+        ? []
+        : [entry.import.default, entry.require.default].map(name => name.replace('./', '')),
     )
-    const built = sources.flatMap(name => {
-      const base = `dist/${name.replace(/\.m?ts$/, '')}`
-      return name.endsWith('.mts') ? [`${base}.mjs`, `${base}.d.mts`] : [`${base}.js`, `${base}.d.ts`]
-    })
+    const built = [...entries, 'dist/library.js', 'dist/addon.js', 'dist/cli.js', ...types]
     const documents = ['CHANGELOG.md', 'LICENSE', 'README.md', 'package.json']
     const commandLine = ['dist/command-line.js', 'dist/command-line.licenses.txt', 'dist/man/qcow2.1']
     const expected = [...documents, ...commandLine, ...built].sort()
     expect(filesIn(join(work, 'release', `qcow2-${version}.tgz`))).toEqual(expected)
+  })
+
+  test('is as small as it was, and starts as quickly: by what it has and loads, not by the clock', () => {
+    const sizeOf = (name: string): number =>
+      readdirSync(join(user, 'node_modules', name), { recursive: true, withFileTypes: true })
+        .filter(entry => entry.isFile())
+        .reduce((sum, { parentPath, name }) => sum + statSync(join(parentPath, name)).size, 0)
+    expect(sizeOf('qcow2')).toBeLessThan(1.5 * MIB)
+    const addon = sizeOf(`qcow2-${PLATFORM}`)
+    if (addon > 20 * MIB) process.stderr.write('SKIPPED the size of the addon: it is a debug build\n')
+    else expect(addon).toBeLessThan(9 * MIB)
+    const script = `const before = new Set(process.moduleLoadList)
+      require('qcow2')
+      const own = Object.keys(require.cache).filter(name => name.includes('qcow2'))
+      const builtin = process.moduleLoadList.filter(name => !before.has(name) && /^NativeModule [a-z_]+$/.test(name))
+      console.log(JSON.stringify({ own: own.length, builtin }))`
+    const loaded = JSON.parse(must(process.execPath, ['-e', script], user)) as { own: number; builtin: string[] }
+    // The entry, the library, what finds the addon, and the addon.
+    expect(loaded.own).toBe(4)
+    for (const name of ['stream', 'net', 'tls', 'crypto', 'child_process', 'http', 'worker_threads']) {
+      expect(loaded.builtin).not.toContain(`NativeModule ${name}`)
+    }
   })
 
   test('leaves the addon to the platform package', () => {
@@ -83,6 +124,22 @@ describe('the packed package', () => {
     expect(names).toBeGreaterThan(5)
   })
 
+  test('has jobs at an entry of their own, which says what to install where that is missing', () => {
+    const { code, message, same } = JSON.parse(must(process.execPath, ['jobs.cjs'], user)) as Record<string, unknown>
+    expect({ code, same }).toEqual({ code: 'ERR_QCOW2_PEER_MISSING', same: true })
+    expect(message).toContain('npm install bullmq ioredis')
+    const bin = join(user, 'node_modules/.bin/qcow2')
+    const { status, stderr } = run(bin, ['worker', '--redis', 'redis://127.0.0.1:1', '--root', '.'], user)
+    expect(status).toBe(1)
+    expect(stderr).toContain('npm install bullmq ioredis')
+    // Where it is installed, it is what is loaded.
+    const found = join(user, 'node_modules')
+    for (const name of ['bullmq', 'ioredis']) symlinkSync(join(ROOT, 'node_modules', name), join(found, name))
+    const there = JSON.parse(must(process.execPath, ['jobs.cjs'], user)) as Record<string, unknown>
+    for (const name of ['bullmq', 'ioredis']) unlinkSync(join(found, name))
+    expect(there).toMatchObject({ code: 'ECONNREFUSED' })
+  })
+
   test('loads the library that NAPI_RS_NATIVE_LIBRARY_PATH names', () => {
     const moved = join(work, 'elsewhere.node')
     const addon = join(user, 'node_modules', `qcow2-${PLATFORM}`, `qcow2.${PLATFORM}.node`)
@@ -98,7 +155,7 @@ describe('the packed package', () => {
     ) as {
       optionalDependencies: Record<string, string>
     }
-    const loader = readFileSync(join(user, 'node_modules/qcow2/dist/native.js'), 'utf8')
+    const loader = readFileSync(join(user, 'node_modules/qcow2/dist/addon.js'), 'utf8')
     for (const name of Object.keys(optionalDependencies)) {
       expect(loader).toContain(`packaged('${name}')`)
       expect(loader).toContain(`/../../${name}/${name.replace('-', '.')}.node\``)
@@ -150,17 +207,31 @@ describe('the packed package', () => {
   })
 
   test.each([
-    { module: 'Node16', resolution: 'Node16', name: 'consumer.ts' },
-    { module: 'Node16', resolution: 'Node16', name: 'consumer.mts' },
-    { module: 'ESNext', resolution: 'Bundler', name: 'consumer.ts' },
-  ])('type-checks $name under $module', ({ module, resolution, name }) => {
-    if (name !== 'consumer.ts') cpSync(join(user, 'consumer.ts'), join(user, name))
+    { module: 'Node16', resolution: 'Node16', skipLibCheck: false },
+    { module: 'NodeNext', resolution: 'NodeNext', skipLibCheck: true },
+    { module: 'ESNext', resolution: 'Bundler', skipLibCheck: false },
+  ])('has types for $resolution, skipLibCheck: $skipLibCheck', ({ module, resolution, skipLibCheck }) => {
+    cpSync(join(user, 'consumer.ts'), join(user, 'consumer.mts'))
     const tsc = join(ROOT, 'node_modules/typescript/bin/tsc')
     const types = ['--types', 'node', '--typeRoots', join(ROOT, 'node_modules/@types')]
-    const strict = ['--strict', '--exactOptionalPropertyTypes', '--noUncheckedIndexedAccess', '--skipLibCheck', 'false']
+    const strict = ['--strict', '--exactOptionalPropertyTypes', '--noUncheckedIndexedAccess']
     const target = ['--target', 'ES2022', '--lib', 'ES2022,ESNext.Disposable', '--noEmit']
-    const how = ['--module', module, '--moduleResolution', resolution]
-    must(process.execPath, [tsc, ...how, ...target, ...strict, ...types, name], user)
+    const how = ['--module', module, '--moduleResolution', resolution, '--skipLibCheck', String(skipLibCheck)]
+    // As CommonJS and as an ES module.
+    must(process.execPath, [tsc, ...how, ...target, ...strict, ...types, 'consumer.ts', 'consumer.mts'], user)
+  })
+
+  test('has one manifest for every resolution and registry', () => {
+    const root = join(user, 'node_modules', 'qcow2')
+    const { exports, bin, files } = JSON.parse(readFileSync(join(root, 'package.json'), 'utf8')) as {
+      exports: { '.': Record<'import' | 'require', Record<'types' | 'default', string>> }
+      bin: Record<string, string>
+      files: string[]
+    }
+    const named = [...Object.values(exports['.']).flatMap(kind => Object.values(kind)), ...Object.values(bin)]
+    for (const name of named) expect(existsSync(join(root, name)), name).toBe(true)
+    expect(Object.keys(exports['.'].import)).toEqual(['types', 'default'])
+    expect(files).not.toContain('src')
   })
 })
 

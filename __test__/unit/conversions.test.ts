@@ -49,6 +49,9 @@ const TYPESCRIPT: Readonly<Record<string, string>> = {
   'src/formats/sizes.ts': OURS,
   'src/formats/table.ts': OURS,
   'src/ingest.ts': TAKES_APART,
+  'src/jobs/roots.ts':
+    'the paths of jobs are JSON, which is text; what links lead to, and what images name, keeps every byte',
+  'src/jobs/target.ts': TAKES_APART,
   'src/native.ts': OURS,
   'src/remote/address.ts': 'an address of the web and its user, which are text',
   'src/text.ts': EXACT,

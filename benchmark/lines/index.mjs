@@ -5,6 +5,7 @@ import { line as convert } from './convert.mjs'
 import { line as encryption } from './encryption.mjs'
 import { line as formats } from './formats.mjs'
 import { line as installation } from './installation.mjs'
+import { line as jobs } from './jobs.mjs'
 import { check, compare, map, measure } from './looking.mjs'
 import { line as micro } from './micro.mjs'
 import { line as reflink } from './reflink.mjs'
@@ -25,6 +26,7 @@ export const lines = [
   rebase,
   snapshot,
   small,
+  jobs,
   requests,
   scale,
   encryption,

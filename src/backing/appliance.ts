@@ -2,7 +2,7 @@
 
 import { Qcow2Error } from '../errors.js'
 import { manifestIn } from '../formats/manifest.js'
-import { ArchiveLimit, members } from '../formats/ova.js'
+import { ArchiveLimit, eachMember, members } from '../formats/ova.js'
 import { describeKnown, detectFormat } from '../formats/probe.js'
 import type { FileBytes } from '../formats/sizes.js'
 import { type FormatName, isFormat } from '../formats/table.js'
@@ -96,6 +96,30 @@ export async function applianceIn(file: FileBytes): Promise<Appliance> {
   }
 }
 
+/**
+ * The disk that is meant of an appliance that is still coming, as soon as its descriptor and the header of its member came: what lies behind is not waited
+ * for. Undefined where the descriptor, which comes first, does not say which one that is.
+ */
+async function diskAsItComes(file: FileBytes, wanted: string | undefined): Promise<ApplianceDisk | undefined> {
+  let listed: OvfDisk<number | bigint> | undefined
+  for await (const { name, offset, length } of eachMember(file)) {
+    const bytes = partOf(file, { offset, length })
+    if (listed === undefined) {
+      if (!/\.ovf$/i.test(name)) return undefined
+      const disks = await readDescriptor(bytes).catch(() => [])
+      const files = disks.filter(disk => disk.href !== undefined)
+      const hasId = ({ diskId }: OvfDisk<number | bigint>): boolean => diskId === wanted
+      const found = wanted === undefined ? files : meant(files, disk => fileOf(disk) === wanted, hasId)
+      if (found.length !== 1 || found[0] === undefined) return undefined
+      listed = found[0]
+    } else if (isOf(listed, { name })) {
+      const format = detectFormat(await bytes.at(0, 1024))
+      return format === undefined ? undefined : { name, offset, length, format }
+    }
+  }
+  return undefined
+}
+
 /** The file of a listed disk: what its URI, which is relative to the descriptor, says. */
 export function fileOf({ href }: Pick<OvfDisk<number | bigint>, 'href'>): string | undefined {
   try {
@@ -143,6 +167,13 @@ export async function diskOf(
 ): Promise<(FileLocated | ArrivingLocated) & { readonly format: FormatName }> {
   const name = path ?? 'the appliance'
   if (isRemote(located)) throw refusal(path, `${name} is an appliance: its disks are read from a file only`)
+  if ('arriving' in located) {
+    const early = await diskAsItComes(located.arriving.bytes, located.member).catch(() => undefined)
+    if (early !== undefined) {
+      const { offset, length, format } = early
+      return { arriving: located.arriving, part: { offset, length }, format }
+    }
+  }
   const { disks, descriptor } = await withFileBytes(located, applianceIn).catch((error: unknown) => {
     if (error instanceof RangeError) throw archiveError(error, path)
     throw error

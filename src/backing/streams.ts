@@ -12,6 +12,8 @@ import { runJob } from '../support/jobs.js'
 
 /** How a compressed file is opened, where one is taken at all. */
 export interface StreamReading extends Pick<LongRunning, 'onProgress' | 'progressInterval' | 'signal'> {
+  /** Bytes of the disk, where the caller knows. */
+  readonly size?: number | undefined
   /** Throws where what is done with the disk cannot be done front to back. */
   judge(format: StreamFormat): void
   /** How the caller says that what is in the file is a raw disk, whatever that begins with. */
@@ -35,7 +37,7 @@ export async function openStream(
 ): Promise<NativeLayer> {
   streams.judge(format)
   const lock = lockFor(access)
-  const options = { lock, ...(limits !== undefined && { limits }) }
+  const options = { lock, size: streams.size, ...(limits !== undefined && { limits }) }
   const { layer, virtualSize, head } = await runJob<NativeStream>('convert', streams, (number, job, addon) =>
     addon.openStream(number, job, file, format, options),
   )

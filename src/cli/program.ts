@@ -12,11 +12,11 @@ import type { Session } from './session.js'
 export type Runner = (work: (session: Session) => Promise<number>) => Promise<void>
 
 const TARGETS = listed(TARGET_FORMATS, 'and')
-const ONLY_READ = SOURCE_FORMATS.filter(format => !isTarget(format)).join(', ')
+const ONLY_READ = SOURCE_FORMATS.filter(format => !isTarget(format))
 
 /** What the help says of the arguments of all commands. */
 export const VALUES = `
-Sizes take the suffixes k, M, G, T, P and E, powers of 1024. Formats are ${TARGETS}; only read: ${ONLY_READ}.
+Sizes take the suffixes k, M, G, T, P and E, powers of 1024. Formats are ${TARGETS}${ONLY_READ.length === 0 ? '' : `; only read: ${ONLY_READ.join(', ')}`}.
 Backing files are followed by file name only, never json: or a protocol.`
 
 type Declare = (program: Command, run: Runner, whole: () => Promise<Command>) => void
@@ -36,11 +36,13 @@ const COMMANDS: Readonly<Record<string, () => Promise<Declare>>> = {
   amend: async () => (await import('./commands/amend.js')).declareAmend,
   commit: async () => (await import('./commands/commit.js')).declareCommit,
   rebase: async () => (await import('./commands/rebase.js')).declareRebase,
+  report: async () => (await import('./commands/report.js')).declareReport,
   compact: async () => (await import('./commands/compact.js')).declareCompact,
   dd: async () => (await import('./commands/dd.js')).declareDd,
   io: async () => (await import('./commands/io.js')).declareIo,
   nbd: async () => (await import('./commands/nbd.js')).declareNbd,
   bench: async () => (await import('./commands/bench.js')).declareBench,
+  worker: async () => (await import('./commands/worker.js')).declareWorker,
   shims: async () => (await import('./commands/shims.js')).declareShims,
   completion: async () => (await import('./commands/completion.js')).declareCompletion,
 }
@@ -102,6 +104,7 @@ const IMAGES: Readonly<Record<string, (count: number, options: Readonly<Record<s
   convert: (count, { create }) => (create === false ? count : count - 1),
   compare: () => 2,
   create: () => 0,
+  worker: () => 0,
   shims: () => 0,
   completion: () => 0,
   // It has more options than those of images.

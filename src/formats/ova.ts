@@ -49,12 +49,19 @@ export const isTar = (head: Buffer): boolean =>
  */
 export async function members(file: FileBytes): Promise<readonly Member[]> {
   const found: Member[] = []
+  for await (const member of eachMember(file)) found.push(member)
+  return found
+}
+
+/** The same one by one: each when its header was read, whatever follows. */
+export async function* eachMember(file: FileBytes): AsyncGenerator<Member> {
   let position = 0
+  let count = 0
   let own: Attributes = {}
   for (;;) {
     const block = await file.at(position, BLOCK)
     // Two blocks of zeroes end it; some writers leave them out.
-    if (block.length === 0 || block.every(byte => byte === 0)) return found
+    if (block.length === 0 || block.every(byte => byte === 0)) return
     const header = block.length === BLOCK ? readHeader(block) : undefined
     if (header === undefined) throw new RangeError(`the archive has no header at ${position}`)
     const offset = position + BLOCK
@@ -68,8 +75,11 @@ export async function members(file: FileBytes): Promise<readonly Member[]> {
         throw new ArchiveLimit(`the attributes at ${position} have ${length} bytes, more than ${MAX_EXTENSION}`)
       own = { ...own, ...attributesOf(header.type, await file.at(offset, length)) }
     } else {
-      if (isFile(header.type)) found.push({ name: own.name ?? header.name, offset, length })
-      if (found.length > MAX_MEMBERS) throw new ArchiveLimit(`the archive has more than ${MAX_MEMBERS} members`)
+      if (isFile(header.type)) {
+        count += 1
+        if (count > MAX_MEMBERS) throw new ArchiveLimit(`the archive has more than ${MAX_MEMBERS} members`)
+        yield { name: own.name ?? header.name, offset, length }
+      }
       own = {}
     }
     position = Math.ceil(end / BLOCK) * BLOCK

@@ -1,5 +1,6 @@
 // A consumer's file, checked against the installed package under its strictest settings.
 import { type ConvertResult, convert, create, type Image, type MapEntry, open, Qcow2Error } from 'qcow2'
+import { type JobQueue, type JobResults, openQueue, startWorker } from 'qcow2/jobs'
 
 export async function use(path: string): Promise<number> {
   const result: ConvertResult = await convert(path, `${path}.raw`, {
@@ -20,6 +21,17 @@ export async function use(path: string): Promise<number> {
   }
   await image.close()
   return result.bytesWritten + bytesRead + typed.length
+}
+
+export async function send(path: string): Promise<number> {
+  const queue: JobQueue = await openQueue({ connection: 'redis://localhost' })
+  const job = await queue.add('convert', { source: path, target: `${path}.raw`, to: 'raw' }, { priority: 1 })
+  const result: JobResults['convert'] = await job.finished({ onProgress: ({ current }) => console.log(current) })
+  const { ok } = await (await queue.add('check', { source: path })).finished()
+  await startWorker({ connection: { host: 'localhost' }, roots: [path] })
+  // @ts-expect-error A job has no options of others.
+  await queue.add('inspect', { source: path, to: 'raw' })
+  return ok ? result.virtualSize : 0
 }
 
 export function explain(error: unknown): string {

@@ -24,11 +24,13 @@ pub struct OpenOptions {
     pub max_virtual_size: u64,
     /// Largest window, or dictionary, that the file may want the decoder to keep.
     pub max_window: u64,
+    /// Bytes that the file holds, where that is known: it is not looked for then. Another number is an error where the data ends.
+    pub size: Option<u64>,
 }
 
 impl Default for OpenOptions {
     fn default() -> Self {
-        Self { max_virtual_size: i64::MAX as u64, max_window: 128 << 20 }
+        Self { max_virtual_size: i64::MAX as u64, max_window: 128 << 20, size: None }
     }
 }
 
@@ -70,8 +72,8 @@ impl Compressed {
             let error = Error::new(ErrorKind::InvalidHeader, message).with_field("magic").with_offset(0);
             return Err(storage.located(error));
         }
-        let OpenOptions { max_virtual_size, max_window } = *options;
-        let length = match size::stated(codec, &storage, job)? {
+        let OpenOptions { max_virtual_size, max_window, size } = *options;
+        let length = match size.map_or_else(|| size::stated(codec, &storage, job), |size| Ok(Some(size)))? {
             Some(length) => length,
             None => size::counted(codec, &storage, max_window, max_virtual_size, job)?,
         };
@@ -135,7 +137,7 @@ impl Compressed {
 
     fn other_length(&self, what: &str, at: u64) -> Error {
         let (name, length) = (self.codec.name(), self.length);
-        let message = format!("the {name} data {what} at {at}, and not at {length} as the file said");
+        let message = format!("the {name} data {what} at {at}, and not at {length} as was said");
         self.storage.located(Error::new(ErrorKind::Corrupt, message).with_field("size"))
     }
 }

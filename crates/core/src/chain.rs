@@ -121,6 +121,7 @@ impl GuestSource for Chain {
     }
 
     fn settle(&self) -> Result<()> {
+        self.layers.iter().try_for_each(|layer| layer.complete())?;
         self.arriving().try_for_each(|file| {
             let settled = file.arriving().map_or(Ok(()), Arriving::settle);
             settled.map_err(|error| file.failure(error, Operation::Read))

@@ -340,6 +340,14 @@ pub trait Layer: Any + Send + Sync + fmt::Debug {
         false
     }
 
+    /// Of a layer whose file was read while it came: all of its disk was, and what is left may say that it is none.
+    ///
+    /// # Errors
+    /// What is wrong with the image; `Io`.
+    fn complete(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// To be kept from before a plan until its places are not used any more; `None` where places do not change.
     fn pin(&self) -> Option<Pin> {
         None

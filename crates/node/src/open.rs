@@ -175,6 +175,8 @@ pub struct LayerOptions {
     pub salvage: Option<bool>,
     /// Safety limits.
     pub limits: Option<LimitOptions>,
+    /// Bytes of the disk in a compressed file, where that is known.
+    pub size: Option<f64>,
     /// Number of the file with the header, where that is another one: of LUKS.
     pub header: Option<u32>,
     /// How to lock the files; not at all without it.

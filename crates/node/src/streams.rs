@@ -28,8 +28,12 @@ fn codec(name: &str) -> napi::Result<Codec> {
     Codec::from_name(name).ok_or_else(|| napi::Error::from_reason(format!("unknown compression '{name}'")))
 }
 
-fn options(limits: &Limits) -> OpenOptions {
-    OpenOptions { max_virtual_size: limits.max_virtual_size, max_window: limits.max_metadata_bytes }
+fn options(limits: &Limits, size: Option<f64>) -> OpenOptions {
+    OpenOptions {
+        max_virtual_size: limits.max_virtual_size,
+        max_window: limits.max_metadata_bytes,
+        size: size.map(|size| size as u64),
+    }
 }
 
 /// Opens the layer that a file is which is compressed in a way, by the name of its tool; where the file does not say how much it holds,
@@ -48,7 +52,7 @@ pub fn open_stream(
     let codec = codec(&format)?;
     let lane = if storage.arriving().is_some() { Lane::Arriving } else { Lane::Usual };
     let lock = LockOptions::read(given.lock.as_ref())?;
-    let options = options(&LimitOptions::read(given.limits.as_ref()));
+    let options = options(&LimitOptions::read(given.limits.as_ref()), given.size);
     runtime.start_job_in(
         lane,
         &env,
@@ -82,7 +86,7 @@ pub fn inspect_stream(
     let runtime = Runtime::of(&env)?;
     let codec = codec(&format)?;
     let storage = runtime.storage(file)?;
-    let options = options(&LimitOptions::read(limits.as_ref()));
+    let options = options(&LimitOptions::read(limits.as_ref()), None);
     let work = move || {
         let found = qcow2_compressed::inspect(&storage, codec, &options)?;
         let seen = Seen { virtual_size: found.virtual_size.unwrap_or_default(), ..Seen::default() };

@@ -143,6 +143,11 @@ impl Header {
         self.compression == DEFLATE
     }
 
+    /// Whether markers stand in front of grains and tables.
+    pub fn has_markers(&self) -> bool {
+        self.flags & FLAG_MARKERS != 0
+    }
+
     /// How the extent is cut.
     ///
     /// # Errors
@@ -157,7 +162,7 @@ impl Header {
             overhead: self.overhead,
             encoding: Encoding::Sectors { zero_grains: self.flags & FLAG_ZERO_GRAIN != 0 },
             compressed: self.is_compressed(),
-            markers: self.flags & FLAG_MARKERS != 0,
+            markers: self.has_markers(),
         };
         geometry.checked()
     }
@@ -257,6 +262,46 @@ impl Marker {
     }
 }
 
+/// What a marker says, read front to back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mark {
+    /// A grain with its first sector on the disk, and the bytes that follow the marker.
+    Grain {
+        /// Sector.
+        sector: u64,
+        /// Bytes.
+        size: u32,
+    },
+    /// A table or the directory: sectors behind the marker's own.
+    Tables {
+        /// Sectors.
+        sectors: u64,
+    },
+    /// The footer follows.
+    Footer,
+    /// The end.
+    EndOfStream,
+}
+
+impl Mark {
+    /// Bytes of a marker that say what it is.
+    pub const BYTES: usize = 16;
+
+    /// Reads one; `None` where it is none, or not there as a whole.
+    pub fn parse(bytes: &[u8]) -> Option<Self> {
+        let mut fields = Fields(bytes);
+        let (value, size, kind) =
+            (fields.u64("val").ok()?, fields.u32("size").ok()?, fields.u32("type").ok()?);
+        match (size, kind) {
+            (1.., _) => Some(Self::Grain { sector: value, size }),
+            (_, 0) => Some(Self::EndOfStream),
+            (_, 1 | 2) => Some(Self::Tables { sectors: value }),
+            (_, 3) => Some(Self::Footer),
+            _ => None,
+        }
+    }
+}
+
 /// Bytes of the footer with its marker and the end of the stream.
 pub const FOOTER_BYTES: usize = 3 * 512;
 
@@ -338,6 +383,26 @@ mod tests {
                 "{length}"
             );
         }
+    }
+
+    #[test]
+    fn marks_are_those_of_the_markers() {
+        for (marker, mark) in [
+            (Marker::EndOfStream.encode(0), Mark::EndOfStream),
+            (Marker::GrainTable.encode(4), Mark::Tables { sectors: 4 }),
+            (Marker::GrainDirectory.encode(1), Mark::Tables { sectors: 1 }),
+            (Marker::Footer.encode(1), Mark::Footer),
+            (
+                [&7u64.to_le_bytes()[..], &[9, 0, 0, 0], &[0xff; 4]].concat(),
+                Mark::Grain { sector: 7, size: 9 },
+            ),
+        ] {
+            assert_eq!(Mark::parse(&marker), Some(mark));
+            assert_eq!(Mark::parse(&marker[..Mark::BYTES - 1]), None);
+        }
+        let mut unknown = Marker::Footer.encode(1);
+        unknown[12] = 4;
+        assert_eq!(Mark::parse(&unknown), None);
     }
 
     #[test]

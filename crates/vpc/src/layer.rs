@@ -10,6 +10,7 @@ use qcow2_core::check::{CheckReport, Repair};
 use qcow2_core::layer::{References, SegmentKind};
 use qcow2_core::{Error, ErrorKind, Job, Layer, Mem, MemMut, Result, Storage, StorageExt, check_limit};
 
+use crate::awaited::Awaited;
 use crate::check::check;
 use crate::fixed::Fixed;
 use crate::footers::read_footers;
@@ -43,6 +44,9 @@ pub struct VpcScheme {
 /// # Errors
 /// As [`Footer::parse`] and [`Header::parse`]; `Limit`; `Corrupt` for a BAT that is not in the file; `Io`.
 pub fn open(storage: Arc<dyn Storage>, options: &OpenOptions) -> Result<Box<dyn Layer>> {
+    if let Some(fixed) = Awaited::new(&storage, options.max_virtual_size).map_err(|e| storage.located(e))? {
+        return Ok(Box::new(fixed));
+    }
     let footers = read_footers(&*storage)?;
     let footer = footers.chosen().map_err(|e| storage.located(e))?;
     check_limit("size", footer.virtual_size(), options.max_virtual_size).map_err(|e| storage.located(e))?;

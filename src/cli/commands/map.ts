@@ -1,13 +1,13 @@
 import { type Command, Option } from 'commander'
 import { isPlain } from '../../formats/table.js'
 import type { Image } from '../../index.js'
-import { exactStat, writeWhole } from '../../support/files.js'
-import { exactText, shownText, toName } from '../../text.js'
+import { writeWhole } from '../../support/files.js'
+import { shownText, toName } from '../../text.js'
 import { CommandFailure } from '../failure.js'
-import { Allocation, type DiskCaption } from '../format/allocation.js'
+import { Allocation } from '../format/allocation.js'
 import { colorDepthOf } from '../format/color.js'
 import { Layout } from '../format/layout.js'
-import { humanMap, jsonMap, type MapExtent, type MapWriter } from '../format/map.js'
+import { humanMap, jsonMap, type MapWriter } from '../format/map.js'
 import { drawPicture, terminalGrid } from '../format/picture.js'
 import { drawSvg, svgGrid } from '../format/svg.js'
 import { oneFile, outputOption, SOURCES, takeDriverSyntax, takeMember, takeParent } from '../grammar.js'
@@ -15,6 +15,7 @@ import { withImage } from '../images.js'
 import type { Runner } from '../program.js'
 import type { Session } from '../session.js'
 import { sizeArgument, toSize } from '../size.js'
+import { captionOf, extentsOf, type Range, refuseFilesOf, survey } from '../survey.js'
 
 interface MapArguments {
   readonly format?: string
@@ -62,11 +63,6 @@ async function map(filename: string, options: MapArguments, session: Session): P
   return 0
 }
 
-interface Range {
-  readonly start: number
-  readonly length: number
-}
-
 function rangeOf(image: Image, { startOffset = 0n, maxLength }: MapArguments): Range {
   const rest = image.virtualSizeBigInt - startOffset
   const length = maxLength !== undefined && maxLength < rest ? maxLength : rest
@@ -83,42 +79,6 @@ async function list(image: Image, range: Range, writer: MapWriter, session: Sess
     }
   }
   session.stdout.write(writer.end)
-}
-
-/** The extents of a range, with bigints where numbers would not be exact. */
-function extentsOf(image: Image, range: Range, { signal }: Session): AsyncIterable<MapExtent<number | bigint>> {
-  const [start, length] = [BigInt(range.start), BigInt(range.length)]
-  const asked = { start, length, signal }
-  return Number.isSafeInteger(range.start + range.length) ? image.map(asked) : image.map({ ...asked, bigint: true })
-}
-
-type Sink = Pick<Allocation, 'add'>
-
-async function survey(image: Image, range: Range, sinks: readonly Sink[], session: Session): Promise<void> {
-  if (range.length === 0) return
-  for await (const extent of extentsOf(image, range, session)) {
-    const { start, length, offset } = extent
-    const drawn = {
-      ...extent,
-      start: Number(start),
-      length: Number(length),
-      offset: offset === undefined ? undefined : Number(offset),
-    }
-    for (const sink of sinks) sink.add(drawn)
-  }
-}
-
-async function captionOf(filename: string, image: Image): Promise<DiskCaption> {
-  const [top, ...below] = await image.chain({ bigint: true })
-  if (top === undefined) throw new CommandFailure(`Could not open '${filename}': no layers`)
-  return {
-    filename,
-    format: top.format,
-    virtualSize: Number(top.virtualSize),
-    clusterSize: top.clusterSize,
-    fileSize: top.actualSize === undefined ? undefined : Number(top.actualSize),
-    chain: [filename, ...below.map(layer => exactText(layer.filename, layer.filenameBytes))],
-  }
 }
 
 async function drawTerminal(filename: string, image: Image, range: Range, session: Session): Promise<void> {
@@ -146,25 +106,6 @@ async function drawFile(
   // An XML document is text.
   const svg = shownText(drawSvg(allocation, await captionOf(filename, image), layout))
   if (path === undefined) return session.stdout.write(svg)
-  await refuseFilesOf(image, path)
+  await refuseFilesOf(image, path, 'picture')
   await writeWhole(toName(path), svg)
-}
-
-/** The picture is not written over what it is of. */
-async function refuseFilesOf(image: Image, path: string): Promise<void> {
-  const identity = async (name: string | Buffer): Promise<string | undefined> => {
-    const found = await exactStat(name).catch(() => undefined)
-    return found && `${found.dev}:${found.ino}`
-  }
-  const written = await identity(toName(path))
-  if (written === undefined) return
-  const files = (await image.chain({ bigint: true })).flatMap(({ filename, filenameBytes, formatSpecific }) => [
-    filenameBytes ?? filename,
-    formatSpecific?.dataFileBytes ?? formatSpecific?.dataFile ?? '',
-  ])
-  for (const name of files) {
-    if ((await identity(name)) === written) {
-      throw new CommandFailure(`'${path}' is a file of the image: the picture is not written over it`)
-    }
-  }
 }

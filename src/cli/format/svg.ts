@@ -25,7 +25,7 @@ const STACK: readonly Kind[] = ['data', 'compressed', 'backing1', 'backing2', 'b
 type Part = Kind | 'paper' | 'ink' | 'faint'
 
 /** Plain rules rather than custom properties, which many viewers do not know. */
-const LIGHT: Readonly<Record<Part, string>> = {
+export const LIGHT: Readonly<Record<Part, string>> = {
   paper: '#ffffff',
   ink: '#0f172a',
   faint: '#64748b',
@@ -38,7 +38,7 @@ const LIGHT: Readonly<Record<Part, string>> = {
   unallocated: '#f1f5f9',
 }
 
-const DARK: Readonly<Record<Part, string>> = {
+export const DARK: Readonly<Record<Part, string>> = {
   paper: '#0f172a',
   ink: '#f1f5f9',
   faint: '#94a3b8',
@@ -220,7 +220,7 @@ const box = (kind: Kind, x: number, y: number, width: number, height: number): s
 const round = (value: number): number => Math.round(value * 100) / 100
 
 /** File names may hold anything; XML may not. */
-const xmlText = (text: string): string =>
+export const xmlText = (text: string): string =>
   text
     .replace(/[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\u{10000}-\u{10ffff}]/gu, '\ufffd')
     .replaceAll('&', '&amp;')

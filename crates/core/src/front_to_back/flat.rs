@@ -1,11 +1,14 @@
 //! A disk as it is, with a few bytes behind it where the format has some.
 
+use std::ops::ControlFlow;
+
 use super::{FrontToBack, Planning, read_padded};
 use crate::raw::SECTOR;
+use crate::walk::{Steps, for_each_extent};
 use crate::{Error, ErrorKind, GuestSource, Job, MemMut, Result};
 
-/// Bytes that are read between two looks at the job.
-const STEP: usize = 4 << 20;
+/// How much of the map is looked at at once.
+const STEPS: Steps = Steps::of(4 << 20, 1024);
 
 /// A file that is the disk.
 #[derive(Debug, Clone)]
@@ -40,13 +43,24 @@ impl FrontToBack for Flat {
     }
 
     fn fill(&self, source: &dyn GuestSource, mut offset: u64, mut buf: MemMut<'_>, job: &Job) -> Result<()> {
-        while offset < self.size && !buf.is_empty() {
+        let of_disk = self.size.saturating_sub(offset).min(buf.len() as u64);
+        let mut disk = buf.take_front(of_disk as usize);
+        for_each_extent(source, offset..offset + of_disk, STEPS, job, |extent| {
             job.checkpoint()?;
-            let part = buf.take_front((self.size - offset).min(STEP as u64) as usize);
+            // A hole is not read: the system would have to make pages of it first.
+            let end = extent.start + extent.length;
+            let mut part = disk.take_front(end.saturating_sub(offset).min(disk.len() as u64) as usize);
             let length = part.len() as u64;
-            read_padded(source, part, offset)?;
+            match extent.zero {
+                true => part.fill_zero(),
+                false => read_padded(source, part, offset)?,
+            }
             offset += length;
-        }
+            Ok(ControlFlow::Continue(()))
+        })?;
+        // What lies behind the end of the source.
+        offset += disk.len() as u64;
+        disk.fill_zero();
         let rest = self.tail.get(offset.saturating_sub(self.size) as usize..).unwrap_or_default();
         buf.copy_from(rest);
         Ok(())

@@ -95,8 +95,8 @@ impl Lengths {
                 counted.get(part.rank as usize..(part.rank + part.count) as usize).unwrap_or_default();
             for (number, length) in (part.first..).zip(lengths) {
                 if *length > 0 {
+                    kept.make_room(max_memory)?;
                     kept.add(number, 1);
-                    kept.check_memory(max_memory)?;
                 }
             }
         }

@@ -43,8 +43,8 @@ impl Runs {
         for_each_extent(source, 0..source.virtual_size(), STEPS, job, |extent| {
             if !extent.zero && extent.length > 0 {
                 let first = extent.start / unit;
+                runs.make_room(max_memory)?;
                 runs.add(first, (extent.start + extent.length).div_ceil(unit) - first);
-                runs.check_memory(max_memory)?;
             }
             Ok(ControlFlow::Continue(()))
         })?;
@@ -80,15 +80,24 @@ impl Runs {
         (self.runs.capacity() * size_of::<Run>()) as u64
     }
 
-    /// `Limit` when it takes more than `most` bytes.
-    pub(super) fn check_memory(&self, most: u64) -> Result<()> {
-        if self.memory() <= most {
+    /// Makes room for another run, in `most` bytes in all.
+    ///
+    /// # Errors
+    /// `Limit` where there is none.
+    pub(super) fn make_room(&mut self, most: u64) -> Result<()> {
+        let (runs, allowed) = (self.runs.len(), most / size_of::<Run>() as u64);
+        if runs < self.runs.capacity() {
             return Ok(());
         }
-        let message = format!(
-            "the disk is in too many pieces to plan it in {most} bytes: a larger max_memory, or larger clusters, help"
-        );
-        Err(Error::new(ErrorKind::Limit, message).with_field("max_memory"))
+        if runs as u64 >= allowed {
+            let message = format!(
+                "the disk is in too many pieces to plan it in {most} bytes: a larger max_memory, or larger clusters, help"
+            );
+            return Err(Error::new(ErrorKind::Limit, message).with_field("max_memory"));
+        }
+        let wanted = (2 * runs as u64).max(64).min(allowed);
+        self.runs.reserve_exact(wanted as usize - runs);
+        Ok(())
     }
 
     fn part(&self, index: usize) -> Option<Part> {

@@ -38,6 +38,10 @@ impl ReadStorage for Part {
         self.host.read_at(buf.take_front(inside), self.start + offset)
     }
     fn len(&self) -> io::Result<u64> {
+        // Of what is still coming nobody waits for the end of what lies behind.
+        if self.host.arriving().is_some() {
+            return Ok(self.length);
+        }
         Ok(self.host.len()?.saturating_sub(self.start).min(self.length))
     }
     fn is_empty(&self) -> io::Result<bool> {
@@ -58,6 +62,10 @@ impl ReadStorage for Part {
     /// Its length: a file system counts whole files.
     fn allocated_bytes(&self) -> io::Result<u64> {
         self.len()
+    }
+    fn forget(&self, range: Range<u64>) {
+        let inside = |offset: u64| self.start + offset.min(self.length);
+        self.host.forget(inside(range.start)..inside(range.end));
     }
     fn traits(&self) -> Traits {
         Traits { writable: false, block_device: false, ..self.host.traits() }

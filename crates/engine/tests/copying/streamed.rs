@@ -7,7 +7,7 @@ use qcow2_engine::check::{CheckOptions, check};
 use qcow2_engine::convert::Compression;
 use qcow2_engine::create::{CreateOptions, Streamed};
 use qcow2_engine::format::{CompressionType, Header};
-use qcow2_engine::front_to_back::{FrontToBack, Planning};
+use qcow2_engine::front_to_back::{Flat, FrontToBack, Planning};
 use qcow2_engine::storage::MemoryStorage;
 use qcow2_engine::{
     ErrorKind, Extent, ExtentKind, GuestSource, Image, Job, Mem, MemMut, OpenOptions, Qcow2, Result, Storage,
@@ -229,6 +229,24 @@ fn qemu_reads_what_is_streamed() {
         let path = dir.file("streamed", &emitted(&plan, &disk, &mut rng));
         qemu.assert_clean(&path);
         assert_same(&disk.bytes(), &qemu.guest_bytes(&path, "qcow2", &[]), 0, &format!("{options:?}"));
+    }
+}
+
+#[test]
+fn a_raw_stream_is_the_disk_and_its_tail() {
+    for seed in 0..20 {
+        let mut rng = Rng::new(seed);
+        let size = [0, 513, 700_000, 9 << 20][rng.below(4) as usize];
+        let disk = Mapped::any(&mut rng, size, 40);
+        let mut whole = disk.bytes();
+        whole.resize(whole.len().next_multiple_of(512), 0);
+        let raw = Flat::raw(&planning(&disk, 1 << 20, &Job::new())).unwrap();
+        assert_same(&whole, &emitted(&raw, &disk, &mut rng), 0, &format!("seed {seed}"));
+        // A disk that is longer than its source, with something behind it.
+        let longer = Flat::new(whole.len() as u64 + 1000, b"tail".to_vec());
+        whole.resize(whole.len() + 1000, 0);
+        whole.extend(b"tail");
+        assert_same(&whole, &emitted(&longer, &disk, &mut rng), 0, &format!("seed {seed}, longer"));
     }
 }
 

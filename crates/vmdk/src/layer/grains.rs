@@ -9,11 +9,13 @@ use qcow2_core::layer::{Place, PlanBuilder, SegmentKind, Token};
 use qcow2_core::{Error, ErrorKind, MemMut, Result, Storage, StorageExt, check_limit};
 
 use super::OpenOptions;
+use super::coming::Coming;
 use super::inflate::Stream;
 use super::tables::{Table, TableCache};
 use super::write::GrainWriter;
 use crate::fields::SECTOR;
 use crate::geometry::{Geometry, Grain};
+use crate::sparse::{GRAIN_MARKER_BYTES, Mark};
 use crate::{cowd, sesparse, sparse};
 
 /// An extent with grain tables. The tables are read when they are used; the directory is in memory.
@@ -28,6 +30,8 @@ pub(super) struct Grains {
     /// The file's length when it was asked for last: it only grows here.
     length: AtomicU64,
     pub(super) writer: Option<GrainWriter>,
+    /// Of an extent that is read while it comes, and has no directory yet.
+    coming: Option<Coming>,
 }
 
 /// A grain directory.
@@ -122,7 +126,35 @@ impl Grains {
             directory: RwLock::new(directory),
             length: AtomicU64::new(length),
             writer: None,
+            coming: None,
         })
+    }
+
+    /// The extent in `storage`, whose directory has not come yet.
+    pub(super) fn coming(storage: Arc<dyn Storage>, geometry: Geometry, coming: Coming) -> Self {
+        Self {
+            storage,
+            base: geometry,
+            capacity: AtomicU64::new(geometry.capacity),
+            directory: RwLock::new(Directory::new(0, [])),
+            length: AtomicU64::new(0),
+            writer: None,
+            coming: Some(coming),
+        }
+    }
+
+    /// All of the disk was read.
+    pub(super) fn complete(&self) -> Result<()> {
+        self.coming.as_ref().map_or(Ok(()), |coming| coming.complete(&*self.storage, &self.base))
+    }
+
+    /// The compressed grain at `host` was read as a whole: nobody asks for it again.
+    pub(super) fn taken(&self, host: u64) -> Result<()> {
+        let Some(arriving) = self.storage.arriving().filter(|_| self.base.markers) else { return Ok(()) };
+        let marker = front(&*self.storage, host, Mark::BYTES)?;
+        let Some(Mark::Grain { size, .. }) = Mark::parse(&marker) else { return Ok(()) };
+        // A grain is padded to a sector: what pads the last one may be missing where it ends the stream.
+        arriving.taken(host, (GRAIN_MARKER_BYTES + u64::from(size)).next_multiple_of(SECTOR))
     }
 
     /// How it is cut now.
@@ -207,6 +239,9 @@ impl Grains {
         base: u64,
         plan: &mut PlanBuilder<'_>,
     ) -> Result<()> {
+        if let Some(coming) = &self.coming {
+            return coming.plan(&*self.storage, &self.base, range, base, plan);
+        }
         let (grain, coverage) = (self.base.grain_bytes(), self.base.coverage());
         let mut at = range.start;
         while at < range.end {

@@ -94,8 +94,13 @@ fn damaged(stream: Stream<'_>, error: Error) -> Error {
 /// Reads a stream with its marker; without one, as much as it can have.
 fn read(stream: Stream<'_>, input: &mut Vec<u8>) -> Result<()> {
     let most = 2 * stream.grain;
-    // Most grains shrink to less than that.
-    let first = if stream.marker { stream.grain / 2 + 512 } else { most };
+    let first = match stream.marker {
+        // Nothing of the grains behind it: they may have been given back.
+        true if stream.storage.arriving().is_some() => GRAIN_MARKER_BYTES as usize,
+        // Most grains shrink to less than that.
+        true => stream.grain / 2 + 512,
+        false => most,
+    };
     fill(stream, input, 0, first)?;
     if !stream.marker {
         return Ok(());

@@ -1,6 +1,7 @@
 //! An open image: a layer of a chain. What it names is opened by nobody here.
 
 mod check;
+mod coming;
 mod extent;
 mod grains;
 mod inflate;
@@ -21,6 +22,7 @@ use qcow2_core::layer::{
 };
 use qcow2_core::{Error, ErrorKind, MemMut, Result, Storage, StorageExt, check_limit};
 
+use self::coming::Coming;
 use self::extent::{Data, Extent};
 use self::grains::{Grains, front, hosted};
 use self::inflate::Inflated;
@@ -98,7 +100,8 @@ impl Vmdk {
             if header.is_wrapper() {
                 return Self::apart(storage, descriptor, room, options);
             }
-            let header = hosted(&*storage, &bytes).map_err(located)?;
+            let coming = Coming::suits(&*storage, &header);
+            let header = if coming { header } else { hosted(&*storage, &bytes).map_err(located)? };
             return Self::whole(storage, descriptor, room, header, options);
         }
         if bytes.starts_with(&cowd::MAGIC) || bytes.starts_with(&sesparse::MAGIC) {
@@ -145,13 +148,23 @@ impl Vmdk {
         header: sparse::Header,
         options: &OpenOptions,
     ) -> Result<Self> {
-        let geometry = header.geometry().map_err(|e| storage.located(e))?;
+        let coming = header.is_at_end();
+        // The front one does not say where the directory is, which nobody asks for then.
+        let directory = if coming { 0 } else { header.directory };
+        let geometry = sparse::Header { directory, ..header }.geometry().map_err(|e| storage.located(e))?;
         let listed = descriptor.extents.len();
         if listed > 1 {
             let reason = "the file itself is the only extent of a disk whose descriptor is inside it";
             return Err(storage.located(invalid(ErrorKind::InvalidHeader, "extents", listed, reason)));
         }
-        let grains = Grains::with_geometry(Arc::clone(&storage), geometry, options)?;
+        let grains = match coming {
+            true => Grains::coming(
+                Arc::clone(&storage),
+                geometry,
+                Coming::new(header, options.max_metadata_bytes),
+            ),
+            false => Grains::with_geometry(Arc::clone(&storage), geometry, options)?,
+        };
         // The header counts, as with QEMU: the line is the descriptor's to be wrong.
         let line = ExtentLine {
             access: descriptor.extents.first().map_or(Access::ReadWrite, |line| line.access),
@@ -259,7 +272,7 @@ impl Vmdk {
         match buf.exclusive() {
             Some(bytes) if whole => match inflate::run(stream, bytes)? {
                 length if length < held => short(length),
-                _ => Ok(()),
+                _ => grains.taken(host),
             },
             _ => {
                 let bytes = self.inflated.get(index, stream)?;
@@ -434,6 +447,10 @@ impl Layer for Vmdk {
             }
         }
         Ok(Box::new(fresh))
+    }
+
+    fn complete(&self) -> Result<()> {
+        self.extents.iter().filter_map(Extent::grains).try_for_each(Grains::complete)
     }
 
     fn absent_from(&self, at: u64) -> u64 {

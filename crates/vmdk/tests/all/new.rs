@@ -22,7 +22,7 @@ fn new_disk(options: CreateOptions, path: &Path) -> NewDisk {
     NewDisk::Format(Arc::new(NewVmdk::new(options, Some(path)).unwrap()))
 }
 
-fn convert(source: &Image, options: CreateOptions, path: &Path, how: ConvertOptions) {
+pub(crate) fn convert(source: &Image, options: CreateOptions, path: &Path, how: ConvertOptions) {
     let job = ConvertJob {
         sources: &[source],
         start: None,
@@ -34,7 +34,7 @@ fn convert(source: &Image, options: CreateOptions, path: &Path, how: ConvertOpti
     job.run(Destination::New(&target(path), new_disk(options, path)), &Job::new()).unwrap();
 }
 
-fn raw(path: &Path) -> Image {
+pub(crate) fn raw(path: &Path) -> Image {
     Image::new(vec![Box::new(Raw::new(file(path, Access::ReadOnly)).unwrap())]).unwrap()
 }
 

@@ -1,0 +1,28 @@
+/** Results as JSON has them. */
+
+/** As JSON has it: without bytes, which stand beside a text where that is not exact; errors with their code and message. */
+export type Plain<T> = T extends Error
+  ? { readonly code: string; readonly message: string }
+  : T extends readonly (infer U)[]
+    ? readonly Plain<U>[]
+    : T extends object
+      ? {
+          readonly [K in keyof T as NonNullable<T[K]> extends Uint8Array | readonly Uint8Array[] ? never : K]: Plain<
+            T[K]
+          >
+        }
+      : T
+
+/** See {@link Plain}. */
+export const plain = <T>(value: T): Plain<T> => JSON.parse(JSON.stringify(value, jsonOf)) as Plain<T>
+
+/** Before JSON calls it, a Buffer's own `toJSON` has made an object of it: so the holder is asked. */
+function jsonOf(this: unknown, key: string, value: unknown): unknown {
+  const own: unknown = typeof this === 'object' && this !== null ? Reflect.get(this, key) : value
+  if (own instanceof Uint8Array || (Array.isArray(own) && own.length > 0 && own.every(isBytes))) return undefined
+  if (own instanceof Error)
+    return { code: 'code' in own ? String(own.code) : 'ERR_QCOW2_INTERNAL', message: own.message }
+  return value
+}
+
+const isBytes = (value: unknown): boolean => value instanceof Uint8Array
