@@ -418,6 +418,14 @@ describe.skipIf(!hasS3())('S3', () => {
     expect(await compare(await source(copy), raw, { formatA: 'raw', formatB: 'raw' })).toMatchObject({
       identical: true,
     })
+    // What is compressed is counted first, and that is the first half.
+    told.length = 0
+    const packed = fresh()
+    const small = await convert(raw, target(packed), { ...options, compress: true, durable: true, onProgress })
+    expect(small.bytesWritten).toBeLessThan(done.bytesWritten / 2)
+    expect(told.map(({ current, total }) => current <= total)).not.toContain(false)
+    expect(told.at(-1)).toMatchObject({ phase: 'convert', current: told.at(-1)?.total })
+    expect(await compare(await source(packed), raw, { formatB: 'raw' })).toMatchObject({ identical: true })
     await expect(convert(raw, target(key), options)).rejects.toMatchObject({ code: 'EEXIST' })
     for (const [more, field] of [
       [{ to: 'vhdx' }, 'to'],
