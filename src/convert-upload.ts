@@ -26,6 +26,8 @@ const STREAMED = [
   'progressInterval',
   'onProgress',
   'bigint',
+  // Whatever is said: the other side has all of it, or nothing.
+  'durable',
 ] as const satisfies readonly (keyof (ConvertOptions & BigIntResults))[]
 
 /** Converts into a target that takes a stream. `options` has no names but those of {@link ConvertOptions}. */
@@ -113,6 +115,8 @@ function refuseOthers(options: ConvertOptions & BigIntResults): ConvertOptions {
   )
   if (other === undefined) return options
   const [name] = other
-  const message = `convert: ${name} is not possible where the target is a stream: convert to a file, and upload that`
+  const way =
+    name === 'overwrite' ? 'it is an option of the target: s3Target({ … })' : 'convert to a file, and upload that'
+  const message = `convert: ${name} is not possible where the target takes a stream: ${way}`
   throw invalidArgument(name, message)
 }

@@ -93,6 +93,9 @@ async function freePorts(count: number): Promise<number[]> {
   return ports
 }
 
+// On the oldest version of Node that this package runs on, the SDK says that its days are numbered.
+process.env['AWS_SDK_JS_NODE_VERSION_SUPPORT_WARNING_DISABLED'] = 'true'
+
 /** SeaweedFS, or what names it. */
 const weed = process.env['QCOW2_WEED'] ?? 'weed'
 

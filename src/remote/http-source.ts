@@ -1,10 +1,9 @@
 /** Disks on web servers, which answer requests of ranges. */
 
-import { invalidArgument } from '../errors.js'
 import { ABORTABLE, type Abortable, callback, integer, readOptions } from '../options.js'
 import type { RandomAccessSource } from '../random-access.js'
 import { type Address, toAddress } from './address.js'
-import type { Version } from './content-range.js'
+import { CONCURRENCY, RangedSource } from './ranged-source.js'
 import { Ranges } from './ranges.js'
 import { type HeadersOption, Requests, requestHeaders } from './requests.js'
 import { REMOTE_TIMES, type RemoteTimes, toPatience } from './retry.js'
@@ -34,7 +33,6 @@ const OPTIONS = {
 } as const
 
 const REDIRECTS = 5
-const CONCURRENCY = 8
 
 /**
  * A disk on a web server, which is asked for the ranges that are read of it. The first request, of its first MiB, is made here; it tells the
@@ -66,71 +64,25 @@ export async function httpSource(url: string | URL, options?: HttpSourceOptions)
     signal,
     headers,
     maxRedirects = REDIRECTS,
-    concurrency,
+    concurrency = CONCURRENCY,
     fetch,
     ...times
   } = readOptions(options, 'httpSource', OPTIONS)
   const patience = toPatience(times)
   const ranges = new Ranges(new Requests(address, { headers, maxRedirects, fetch }), patience)
   const { version, first } = await ranges.begin(signal)
-  return new HttpSource(ranges, { version, first, identity: identityOf(address), concurrency })
+  return new RangedSource({
+    size: version.size,
+    name: ranges.name,
+    identity: identityOf(address),
+    concurrency,
+    first,
+    fill: (buffer, position, signal) => ranges.fill(buffer, position, version, signal),
+  })
 }
 
 /** Equal addresses are the same disk. What may be secret in them is not to be read from it. */
 function identityOf({ url }: Address): string {
   const { createHash } = process.getBuiltinModule('node:crypto')
   return `http:${createHash('sha256').update(url.href).digest('hex')}`
-}
-
-/** What {@link httpSource} makes. */
-class HttpSource implements RandomAccessSource {
-  readonly size: number
-  readonly name: string
-  readonly identity: string
-  readonly concurrency: number
-  readonly #ranges: Ranges
-  readonly #version: Version
-  /** The beginning, which came with the size. */
-  #first: Uint8Array | undefined
-
-  constructor(
-    ranges: Ranges,
-    {
-      version,
-      first,
-      identity,
-      concurrency = CONCURRENCY,
-    }: {
-      readonly version: Version
-      readonly first: Uint8Array
-      readonly identity: string
-      readonly concurrency: number | undefined
-    },
-  ) {
-    this.size = version.size
-    this.name = ranges.name
-    this.identity = identity
-    this.concurrency = concurrency
-    this.#ranges = ranges
-    this.#version = version
-    this.#first = first
-  }
-
-  async read(buffer: Uint8Array, position: number, signal?: AbortSignal): Promise<number> {
-    const end = position + buffer.length
-    if (!Number.isSafeInteger(position) || position < 0 || end > this.size) {
-      throw invalidArgument(
-        'position',
-        `read: bytes ${position} to ${end} are not all in the ${this.size} that there are`,
-      )
-    }
-    if (this.#first !== undefined && end <= this.#first.length) buffer.set(this.#first.subarray(position, end))
-    else if (buffer.length > 0) await this.#ranges.fill(buffer, position, this.#version, signal)
-    return buffer.length
-  }
-
-  /** Forgets what it kept. It can be opened again. */
-  close(): void {
-    this.#first = undefined
-  }
 }

@@ -13,11 +13,9 @@ import {
   wrongPart,
 } from './content-range.js'
 import { badConnection, badStatus, changed, failed, silent } from './failures.js'
+import { FIRST } from './ranged-source.js'
 import { discard, type RequestHeaders, type Requests } from './requests.js'
 import { Attempt, Passing, type Patience, retrying } from './retry.js'
-
-/** Bytes of the first request: what is asked for first, once there is a size. */
-const FIRST = 2 ** 20
 
 /** Requests of ranges of one file. */
 export class Ranges {
@@ -156,6 +154,6 @@ function conditions({ etag, modified }: Version): RequestHeaders {
 
 function noRanges(place: Requests['place']): Qcow2Error {
   const message =
-    'the server answers with the whole file, and not with the range that it was asked for: download it to a file, and name that'
+    'the server answers with the whole file, and not with the range that it was asked for: download it, or take its body in by ingest()'
   return failed('ERR_QCOW2_UNSUPPORTED_FEATURE', message, place)
 }

@@ -1,12 +1,13 @@
 /** Disks that are objects of an S3-compatible store. */
 
 import type { GetObjectCommandOutput } from '@aws-sdk/client-s3'
-import { invalidArgument, Qcow2Error } from '../errors.js'
+import { Qcow2Error } from '../errors.js'
 import { ABORTABLE, type Abortable, integer, readOptions, text } from '../options.js'
 import type { RandomAccessSource } from '../random-access.js'
 import { readBody, wrongAnswer } from './body.js'
 import { difference, readContentRange, type Version, wrongPart } from './content-range.js'
 import { changed, failed, type RequestPlace } from './failures.js'
+import { CONCURRENCY, FIRST, RangedSource } from './ranged-source.js'
 import { type Attempt, REMOTE_TIMES, type RemoteTimes, toPatience } from './retry.js'
 import { S3Object, statusOf } from './s3-object.js'
 import { S3_PLACE, type S3Place, toS3Place } from './s3-place.js'
@@ -26,11 +27,6 @@ const OPTIONS = {
   versionId: text,
   concurrency: integer(1, 64),
 } as const
-
-const CONCURRENCY = 8
-
-/** Bytes of the first request: what is asked for first, once there is a size. */
-const FIRST = 2 ** 20
 
 /**
  * A disk that is an object of an S3-compatible store, which is asked for the ranges that are read of it, by the package `@aws-sdk/client-s3`: an optional
@@ -55,7 +51,16 @@ export async function s3Source(options: S3SourceOptions): Promise<RandomAccessSo
   const read = readOptions(options, 's3Source', OPTIONS)
   const { signal, versionId, concurrency = CONCURRENCY } = read
   const object = await S3Object.at(toS3Place(read, 's3Source'), toPatience(read), 's3Source')
-  return S3Source.begin(object, versionId, concurrency, signal)
+  const version = await begin(object, versionId, signal)
+  return new RangedSource({
+    size: version.size,
+    name: object.name,
+    identity: `${object.name}?${version.versionId ?? version.etag}`,
+    concurrency,
+    first: version.first,
+    fill: (buffer, position, signal) => fill(object, version, buffer, position, signal),
+    rest: () => object.rest(),
+  })
 }
 
 /** A version of an object, and its beginning. */
@@ -64,97 +69,63 @@ interface Beginning extends Version {
   readonly first: Uint8Array
 }
 
-/** What {@link s3Source} makes. */
-class S3Source implements RandomAccessSource {
-  readonly size: number
-  readonly name: string
-  readonly identity: string
-  readonly concurrency: number
-  readonly #object: S3Object
-  readonly #version: Version
-  readonly #versionId: string | undefined
-  #first: Uint8Array | undefined
-
-  private constructor(object: S3Object, { first, versionId, ...version }: Beginning, concurrency: number) {
-    this.size = version.size
-    this.name = object.name
-    this.identity = `${object.name}?${versionId ?? version.etag}`
-    this.concurrency = concurrency
-    this.#object = object
-    this.#version = version
-    this.#versionId = versionId
-    this.#first = first
-  }
-
-  static async begin(
-    object: S3Object,
-    versionId: string | undefined,
-    concurrency: number,
-    signal: AbortSignal | undefined,
-  ): Promise<S3Source> {
-    const named = { ...object.address, ...(versionId !== undefined && { VersionId: versionId }) }
-    try {
-      const command = new object.sdk.GetObjectCommand({ ...named, Range: `bytes=0-${FIRST - 1}` })
-      const beginning = await object.call('GetObject', { signal }, async (client, options, attempt, place) => {
-        const answer = await client.send(command, options)
-        const { total } = partOf(answer, { first: 0, last: FIRST - 1 }, undefined, place)
-        const first = new Uint8Array(Math.min(FIRST, total))
-        await readBody(bodyOf(answer, attempt), { buffer: first, start: 0, attempt, place })
-        return { ...versionOf(answer, total), first }
-      })
-      return new S3Source(object, beginning, concurrency)
-    } catch (error) {
-      // Of an object that has nothing there is no range.
-      if (!(error instanceof Qcow2Error) || statusOf(error.cause) !== 416) throw error
-    }
-    const head = new object.sdk.HeadObjectCommand(named)
-    const answer = await object.call('HeadObject', { signal }, (client, options) => client.send(head, options))
-    const place = { name: object.name, call: 'HeadObject' }
-    if (answer.ContentLength !== 0) throw wrongAnswer('no range of an object that is not empty', place)
-    return new S3Source(object, { ...versionOf(answer, 0), first: new Uint8Array(0) }, concurrency)
-  }
-
-  async read(buffer: Uint8Array, position: number, signal?: AbortSignal): Promise<number> {
-    const end = position + buffer.length
-    if (!Number.isSafeInteger(position) || position < 0 || end > this.size) {
-      throw invalidArgument(
-        'position',
-        `read: bytes ${position} to ${end} are not all in the ${this.size} that there are`,
-      )
-    }
-    if (this.#first !== undefined && end <= this.#first.length) buffer.set(this.#first.subarray(position, end))
-    else if (buffer.length > 0) await this.#fill(buffer, position, signal)
-    return buffer.length
-  }
-
-  /** Forgets what it kept, and ends connections that idle. It can be opened again. */
-  close(): void {
-    this.#first = undefined
-    this.#object.rest()
-  }
-
-  async #fill(buffer: Uint8Array, position: number, signal: AbortSignal | undefined): Promise<void> {
-    const { sdk, address } = this.#object
-    const { etag, size } = this.#version
-    let filled = 0
-    const came = (count: number): void => {
-      filled += count
-    }
-    await this.#object.call('GetObject', { signal, reached: () => filled }, async (client, options, attempt, place) => {
-      const asked = { first: position + filled, last: position + buffer.length - 1 }
-      const command = new sdk.GetObjectCommand({
-        ...address,
-        Range: `bytes=${asked.first}-${asked.last}`,
-        ...(etag !== undefined && { IfMatch: etag }),
-        ...(this.#versionId !== undefined && { VersionId: this.#versionId }),
-      })
+/** Asks for the beginning, and so for all else that is to be known. */
+async function begin(
+  object: S3Object,
+  versionId: string | undefined,
+  signal: AbortSignal | undefined,
+): Promise<Beginning> {
+  const named = { ...object.address, ...(versionId !== undefined && { VersionId: versionId }) }
+  try {
+    const command = new object.sdk.GetObjectCommand({ ...named, Range: `bytes=0-${FIRST - 1}` })
+    return await object.call('GetObject', { signal }, async (client, options, attempt, place) => {
       const answer = await client.send(command, options)
-      const how = difference(this.#version, versionOf(answer, readContentRange(answer.ContentRange)?.total ?? size))
-      if (how !== undefined) throw changed(how, place)
-      partOf(answer, asked, size, place)
-      await readBody(bodyOf(answer, attempt), { buffer, start: filled, attempt, place, came })
+      const { total } = partOf(answer, { first: 0, last: FIRST - 1 }, undefined, place)
+      const first = new Uint8Array(Math.min(FIRST, total))
+      await readBody(bodyOf(answer, attempt), { buffer: first, start: 0, attempt, place })
+      return { ...versionOf(answer, total), first }
     })
+  } catch (error) {
+    // Of an object that has nothing there is no range.
+    if (!(error instanceof Qcow2Error) || statusOf(error.cause) !== 416) throw error
   }
+  const head = new object.sdk.HeadObjectCommand(named)
+  const answer = await object.call('HeadObject', { signal }, (client, options) => client.send(head, options))
+  const place = { name: object.name, call: 'HeadObject' }
+  if (answer.ContentLength !== 0) throw wrongAnswer('no range of an object that is not empty', place)
+  return { ...versionOf(answer, 0), first: new Uint8Array(0) }
+}
+
+/** Fills the buffer with the bytes of that version from `position` on. */
+async function fill(
+  object: S3Object,
+  version: Beginning,
+  buffer: Uint8Array,
+  position: number,
+  signal: AbortSignal | undefined,
+): Promise<void> {
+  const { etag, size, versionId } = version
+  let filled = 0
+  const came = (count: number): void => {
+    filled += count
+  }
+  await object.call('GetObject', { signal, reached: () => filled }, async (client, options, attempt, place) => {
+    const asked = { first: position + filled, last: position + buffer.length - 1 }
+    const command = new object.sdk.GetObjectCommand({
+      ...object.address,
+      Range: `bytes=${asked.first}-${asked.last}`,
+      ...(etag !== undefined && { IfMatch: etag }),
+      ...(versionId !== undefined && { VersionId: versionId }),
+    })
+    const answer = await client.send(command, options)
+    const how = difference(version, versionOf(answer, readContentRange(answer.ContentRange)?.total ?? size))
+    if (how !== undefined) {
+      giveUp(answer.Body)
+      throw changed(how, place)
+    }
+    partOf(answer, asked, size, place)
+    await readBody(bodyOf(answer, attempt), { buffer, start: filled, attempt, place, came })
+  })
 }
 
 /** By what versions of an object are told apart: not by times, which say less than its ETag. */
