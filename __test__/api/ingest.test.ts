@@ -7,7 +7,7 @@ import { join } from 'node:path'
 import { Readable } from 'node:stream'
 import { gzipSync } from 'node:zlib'
 import { compare, convert, create, type IngestOptions, ingest, open, type Qcow2Error } from 'qcow2'
-import { afterEach, beforeAll, describe, expect, it } from 'vitest'
+import { afterEach, beforeAll, describe, expect, it, vi } from 'vitest'
 import { creationOf, TARGET_FORMATS, type TargetFormat } from '../../src/formats/table.js'
 import { execute, haveQemu, workspace } from '../cli/run.js'
 import { failure } from './fixtures.js'
@@ -421,6 +421,28 @@ describe('what is stored', () => {
       expect(spooled).toBeLessThanOrEqual(most)
       await holdsDisk('out.qcow2', 'qcow2', 'noise.raw')
     }
+  })
+
+  it('is not much more than what is used, however fast it comes', async () => {
+    let taken = 0
+    async function* fast(): AsyncGenerator<Buffer> {
+      for (; taken < 256 * MIB; taken += MIB) yield noise.subarray(0, MIB)
+    }
+    const abort = new AbortController()
+    const slow = ingest(fast(), at('out'), {
+      from: 'raw',
+      to: 'qcow2',
+      byteLength: 256 * MIB,
+      compress: { type: 'zstd', level: 22 },
+      create: { compressionType: 'zstd' },
+      signal: abort.signal,
+    })
+    const ended = slow.catch((error: Error) => error.name)
+    await vi.waitFor(() => expect(taken).toBeGreaterThan(4 * MIB), { timeout: 20_000 })
+    await new Promise(resolve => setTimeout(resolve, 200))
+    expect(taken).toBeLessThan(128 * MIB)
+    abort.abort()
+    expect(await ended).toBe('AbortError')
   })
 
   it('is not believed to be what its end says that it is not', async () => {
