@@ -23,7 +23,7 @@ import { type Shown, shown, shownText } from './text.js'
  * - `ERR_QCOW2_FORMAT_UNKNOWN`: the file is no qcow2 image and `format` does not say what it is
  * - `ERR_QCOW2_ADDON_MISSING`: the native addon for this platform is not installed or cannot be loaded
  * - `ERR_QCOW2_PEER_MISSING`: a package that only this part needs is not installed: `bullmq` for `qcow2/jobs`
- * - `ERR_QCOW2_IO`: a system error without a name of its own
+ * - `ERR_QCOW2_IO`: a system error without a name of its own; a stream of the caller's that failed
  * - `ERR_QCOW2_INTERNAL`: a bug in this library; the handle refuses further work
  */
 export type Qcow2ErrorCode =

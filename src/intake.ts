@@ -16,6 +16,8 @@ export interface Bounds {
   readonly maxSpool: number | undefined
 }
 
+/** Bytes that are stored ahead of who reads them: more are taken only where somebody waits for them. */
+const AHEAD = 32 << 20
 /** Bytes that are handed over at once. */
 const PIECE = 1 << 20
 /** Milliseconds between two looks whether there is room. */
@@ -101,25 +103,25 @@ export class Intake {
   async #handOver(spool: Spool, chunk: Uint8Array): Promise<void> {
     for (let offset = 0; offset < chunk.length; offset += PIECE) {
       const length = Math.min(PIECE, chunk.length - offset)
-      if (this.#bounds.maxSpool !== undefined) await this.#room(spool, length, this.#bounds.maxSpool)
+      await this.#room(spool, length, this.#bounds.maxSpool ?? Number.POSITIVE_INFINITY)
       await spool.feed(chunk, offset, length)
     }
   }
 
-  /** Waits until there is room for more. */
+  /** Waits until there is room for more, and a use of it. */
   async #room(spool: Spool, length: number, most: number): Promise<void> {
     let before = Number.POSITIVE_INFINITY
     let since = performance.now()
     for (;;) {
       const { came, stored, wanted } = spool.progress
-      if (stored + length <= most) return
+      if (stored + length <= most && (stored + length <= AHEAD || wanted)) return
       const now = performance.now()
       if (stored < before) {
         before = stored
         since = now
       }
       // Before the image is open nothing of it is given back.
-      if (wanted && (!this.#opened || now - since > PATIENCE)) {
+      if (wanted && stored + length > most && (!this.#opened || now - since > PATIENCE)) {
         const message =
           `the image is laid out so that more than ${most} bytes of it have to be stored: after ${came} bytes of the stream, what it ` +
           'needs first has not come (a larger maxSpool takes it)'

@@ -46,7 +46,8 @@ function ofChunks(chunks: Chunks, name: string, destroy?: () => void): Incoming 
     next: () => nextOf(async () => chunks.next(), name),
     leave(keep) {
       // What is under way comes first, and may never come.
-      Promise.resolve(chunks.return?.()).catch(() => {})
+      const left = async (): Promise<unknown> => chunks.return?.()
+      left().catch(() => {})
       if (!keep) destroy?.()
     },
   }

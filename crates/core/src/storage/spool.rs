@@ -282,7 +282,8 @@ impl Arriving for Spool {
             drop(state);
             let _given = self.file.set_len(0);
         }
-        self.wait(false, |state| state.ended.then_some(()))
+        // What is kept may be all that is taken: more comes when somebody wants it.
+        self.wait(self.expected.keep, |state| state.ended.then_some(()))
     }
 }
 
