@@ -28,6 +28,7 @@ pub mod splice;
 pub mod storage;
 pub mod walk;
 pub mod workers;
+mod write_behind;
 
 pub use chain::Chain;
 pub use disk::{DetectZeroes, Discard, Disk, DiskOptions, Durability};
@@ -39,3 +40,4 @@ pub use new_image::NewImage;
 pub use raw::Raw;
 pub use source::{Extent, ExtentKind, GuestSource};
 pub use storage::{ReadStorage, Storage, StorageExt};
+pub use write_behind::WriteBehind;

@@ -138,6 +138,18 @@ impl L2Entry {
     pub const fn offset_bits(self) -> u64 {
         self.word & OFFSET_MASK
     }
+    /// The host offset of an entry with nothing special about it: a standard cluster that has a host cluster, and does not read as
+    /// zeroes by a flag. [`L2Entry::decode`] judges all others.
+    #[inline]
+    pub const fn sound_host(self, geometry: &Geometry) -> Option<u64> {
+        let offset = self.offset_bits();
+        let sound = offset != 0
+            && !self.is_compressed()
+            && !self.has_zero_flag(geometry)
+            && self.bitmap.is_valid()
+            && geometry.in_cluster(offset) == 0;
+        if sound { Some(offset) } else { None }
+    }
     /// Reserved bits of a standard descriptor that are set although they must not be.
     pub const fn reserved_bits(self) -> u64 {
         self.word & L2_RESERVED_MASK
@@ -365,6 +377,16 @@ mod tests {
                     (L2Mapping::Subclusters { .. }, Ok(L2Mapping::Subclusters { .. })) => {}
                     (before, after) => prop_assert_eq!(Ok(before), after),
                 }
+            }
+            // Most words are not aligned.
+            for word in [word, word & !(g.cluster_size() - 2), word & !(g.cluster_size() - 1)] {
+                let entry = L2Entry { word, bitmap };
+                let Some(host) = entry.sound_host(&g) else { continue };
+                let found = match entry.decode(&g, 2, external) {
+                    Ok(L2Mapping::Data { host, .. } | L2Mapping::Subclusters { host: Some(host), .. }) => Some(host.0),
+                    _ => None,
+                };
+                prop_assert_eq!(found, Some(host));
             }
         }
     }

@@ -120,7 +120,7 @@ where
         }
     }
 
-    forward_storage!(inner: is_empty allocated_bytes identity traits io_limits path operation is_transient lock arriving no_fd read_each);
+    forward_storage!(inner: is_empty allocated_bytes identity traits io_limits path operation is_transient lock forget arriving no_fd read_each);
 }
 
 #[deny(clippy::missing_trait_methods, reason = "in front of another storage: a new method must be passed on")]
@@ -146,7 +146,7 @@ where
     fn allocate(&self, _: u64, _: u64) -> io::Result<()> {
         Self::refused()
     }
-    forward_storage!(inner: sync_data check_close never_ahead never_clone write_each);
+    forward_storage!(inner: sync_data begin_sync check_close never_ahead never_clone write_each);
 }
 
 #[cfg(test)]

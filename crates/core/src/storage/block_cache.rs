@@ -24,11 +24,11 @@ pub type Fetched = Box<dyn for<'a> FnOnce(io::Result<Mem<'a>>) + Send>;
 /// A storage whose reads can be begun without waiting for them.
 pub trait Fetch: Storage {
     /// Begins to read a range that lies inside the storage; `done` is called once, by any thread, also by this one before this returns.
-    /// What is returned names the fetch for [`Fetch::forget`].
+    /// What is returned names the fetch for [`Fetch::give_up`].
     fn fetch(&self, range: Range<u64>, done: Fetched) -> u64;
 
     /// Nobody waits for that fetch any more.
-    fn forget(&self, fetch: u64);
+    fn give_up(&self, fetch: u64);
 
     /// Looked at again and again while somebody waits for a fetch: what ends the waiting.
     fn given_up(&self) -> Option<io::Error>;
@@ -153,7 +153,7 @@ impl<S: Fetch> Drop for Waiter<'_, S> {
         table.lose(&self.flight);
         drop(table);
         if let Some(fetch) = self.flight.fetch.get() {
-            self.cache.inner.forget(*fetch);
+            self.cache.inner.give_up(*fetch);
         }
     }
 }
@@ -442,7 +442,7 @@ impl<S: Fetch> ReadStorage for BlockCache<S> {
     }
 
     forward_storage!(inner: len is_empty run_in allocated_bytes identity traits io_limits path operation is_transient
-        lock no_fd);
+        lock forget no_arriving no_fd);
 }
 
 #[deny(clippy::missing_trait_methods, reason = "passed on: a new method must be, too")]
@@ -477,7 +477,7 @@ impl<S: Fetch> Storage for BlockCache<S> {
         self.change(self.inner.len()?, u64::MAX, || self.inner.allocate_ahead(offset, length))
     }
 
-    forward_storage!(inner: sync_data check_close write_each never_clone);
+    forward_storage!(inner: sync_data begin_sync check_close write_each never_clone);
 }
 
 #[cfg(test)]

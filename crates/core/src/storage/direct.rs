@@ -350,7 +350,7 @@ impl ReadStorage for DirectStorage {
         Traits { alignment: 1, memory_alignment: 1, ..self.inner.traits() }
     }
 
-    forward_storage!(inner: is_empty run_in allocated_bytes identity io_limits path operation is_transient lock arriving as_fd read_each);
+    forward_storage!(inner: is_empty run_in allocated_bytes identity io_limits path operation is_transient lock forget arriving as_fd read_each);
 }
 
 #[deny(clippy::missing_trait_methods, reason = "in front of another storage: a new method must be passed on")]
@@ -416,5 +416,5 @@ impl Storage for DirectStorage {
     }
 
     // Not ahead: what is taken lies in blocks that a write may have to read first.
-    forward_storage!(inner: sync_data check_close write_each never_ahead);
+    forward_storage!(inner: sync_data begin_sync check_close write_each never_ahead);
 }

@@ -275,6 +275,10 @@ impl ReadStorage for FileStorage {
         })
     }
 
+    fn forget(&self, range: Range<u64>) {
+        platform::forget(&self.file, range);
+    }
+
     #[cfg(unix)]
     fn as_fd(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
         Some(std::os::fd::AsFd::as_fd(&self.file))
@@ -303,6 +307,13 @@ impl Storage for FileStorage {
             return Ok(());
         }
         self.file.sync_data()
+    }
+
+    fn begin_sync(&self) {
+        // Past the page cache, nothing is held back.
+        if !self.cache.ignores_flush() && !self.cache.is_direct() {
+            platform::begin_sync(&self.file);
+        }
     }
 
     fn check_close(&self) -> io::Result<()> {

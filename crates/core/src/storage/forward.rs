@@ -104,6 +104,11 @@ macro_rules! forward_storage {
             $crate::storage::read_each(self, batch);
         }
     };
+    (@forget $inner:tt) => {
+        fn forget(&self, range: std::ops::Range<u64>) {
+            self.$inner.forget(range);
+        }
+    };
     (@write_at $inner:tt) => {
         fn write_at(&self, buf: $crate::Mem<'_>, offset: u64) -> std::io::Result<usize> {
             self.$inner.write_at(buf, offset)
@@ -117,6 +122,11 @@ macro_rules! forward_storage {
     (@sync_data $inner:tt) => {
         fn sync_data(&self) -> std::io::Result<()> {
             self.$inner.sync_data()
+        }
+    };
+    (@begin_sync $inner:tt) => {
+        fn begin_sync(&self) {
+            self.$inner.begin_sync();
         }
     };
     (@write_vectored_at $inner:tt) => {

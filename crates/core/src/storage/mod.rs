@@ -157,6 +157,11 @@ pub trait ReadStorage: Send + Sync + fmt::Debug {
         None
     }
 
+    /// Says that nobody reads the range again: the system need not keep it in memory. A hint; a later read gets what is there.
+    fn forget(&self, range: Range<u64>) {
+        let _ = range;
+    }
+
     /// The descriptor behind it, for the kernel's copies between two files.
     #[cfg(unix)]
     fn as_fd(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
@@ -174,6 +179,10 @@ pub trait Storage: ReadStorage {
 
     /// Makes everything written so far durable (fdatasync: data, and the metadata needed to read it).
     fn sync_data(&self) -> io::Result<()>;
+
+    /// Has the system begin to write what it holds back, so that a sync to come has less to wait for. A hint: nothing is durable by it,
+    /// and errors wait for the sync.
+    fn begin_sync(&self) {}
 
     /// Writes `bufs` one behind the other in one request where the system can; may write fewer bytes.
     fn write_vectored_at(&self, bufs: &[Mem<'_>], offset: u64) -> io::Result<usize> {

@@ -63,6 +63,10 @@ impl ReadStorage for Part {
     fn allocated_bytes(&self) -> io::Result<u64> {
         self.len()
     }
+    fn forget(&self, range: Range<u64>) {
+        let inside = |offset: u64| self.start + offset.min(self.length);
+        self.host.forget(inside(range.start)..inside(range.end));
+    }
     fn traits(&self) -> Traits {
         Traits { writable: false, block_device: false, ..self.host.traits() }
     }

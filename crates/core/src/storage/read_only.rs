@@ -12,7 +12,7 @@ pub struct ReadOnly<R>(pub R);
 #[deny(clippy::missing_trait_methods, reason = "passed on: a new method must be, too")]
 impl<R: ReadStorage> ReadStorage for ReadOnly<R> {
     forward_storage!(0: read_at len is_empty read_batch run_in allocated_bytes identity traits io_limits path operation
-        is_transient lock arriving as_fd);
+        is_transient lock forget arriving as_fd);
 }
 
 impl<R: ReadStorage> Storage for ReadOnly<R> {

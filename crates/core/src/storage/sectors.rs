@@ -204,7 +204,7 @@ impl ReadStorage for Sectors {
     fn traits(&self) -> Traits {
         Traits { alignment: 1, memory_alignment: 1, ..self.host.traits() }
     }
-    forward_storage!(host: len is_empty allocated_bytes identity io_limits path operation is_transient lock no_arriving no_fd read_each);
+    forward_storage!(host: len is_empty allocated_bytes identity io_limits path operation is_transient lock forget no_arriving no_fd read_each);
 }
 
 #[deny(clippy::missing_trait_methods, reason = "in front of another storage: a new method must be passed on")]
@@ -232,7 +232,7 @@ impl Storage for Sectors {
     fn write_zeroes(&self, offset: u64, length: u64, _unmap: bool) -> io::Result<()> {
         self.write_pieces(offset, length, |piece| piece.fill(0))
     }
-    forward_storage!(host: set_len sync_data check_close discard allocate never_ahead never_clone write_each);
+    forward_storage!(host: set_len sync_data begin_sync check_close discard allocate never_ahead never_clone write_each);
 }
 
 #[cfg(test)]

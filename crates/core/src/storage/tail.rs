@@ -47,6 +47,9 @@ impl ReadStorage for Tail {
         let run = self.host.run_in(start..range.end.saturating_add(self.start))?;
         Ok(Run { end: run.end.saturating_sub(self.start), ..run })
     }
+    fn forget(&self, range: Range<u64>) {
+        self.host.forget(range.start.saturating_add(self.start)..range.end.saturating_add(self.start));
+    }
     forward_storage!(host: allocated_bytes identity traits io_limits path operation is_transient lock no_arriving no_fd);
 }
 
@@ -85,5 +88,5 @@ impl Storage for Tail {
     ) -> io::Result<()> {
         self.host.clone_range(from, from_offset, self.place(offset)?, length)
     }
-    forward_storage!(host: sync_data check_close);
+    forward_storage!(host: sync_data begin_sync check_close);
 }

@@ -38,7 +38,7 @@ impl Device {
 }
 
 impl ReadStorage for Device {
-    forward_storage!(inner: read_at run_in len is_empty allocated_bytes identity traits io_limits path operation is_transient lock arriving as_fd read_each);
+    forward_storage!(inner: read_at run_in len is_empty allocated_bytes identity traits io_limits path operation is_transient lock forget arriving as_fd read_each);
 }
 
 impl Storage for Device {
@@ -59,7 +59,7 @@ impl Storage for Device {
     fn sync_data(&self) -> io::Result<()> {
         if self.ignored.load(Ordering::Relaxed) { Ok(()) } else { self.sync() }
     }
-    forward_storage!(inner: set_len write_zeroes discard allocate allocate_ahead clone_range check_close write_each);
+    forward_storage!(inner: set_len begin_sync write_zeroes discard allocate allocate_ahead clone_range check_close write_each);
 }
 
 /// QEMU 0.10.5's policy: what an allocation changes in the tables is written at once, before the next request. With `none` it

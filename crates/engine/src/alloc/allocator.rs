@@ -231,6 +231,11 @@ impl Allocator {
 
     /// Reserves clusters: free ones inside the file where a short search finds some, else behind its end.
     fn reserve(&mut self, count: u64, metadata: &mut MetadataMap) -> Result<()> {
+        if self.reserve_inside(count, metadata)? > 0 { Ok(()) } else { self.reserve_end(count, metadata) }
+    }
+
+    /// Reserves the first run of free clusters inside the file that a short search finds, at most `count`; returns how many.
+    fn reserve_inside(&mut self, count: u64, metadata: &mut MetadataMap) -> Result<u64> {
         while self.search < self.end {
             let (found, next) = self.refcounts.find_free(self.search, self.end, count, SEARCH_BUDGET)?;
             self.search = next;
@@ -251,9 +256,29 @@ impl Allocator {
             }
             let clean = self.punch(start, usable);
             self.fresh.of(clean).insert(start, usable);
+            return Ok(usable);
+        }
+        Ok(0)
+    }
+
+    /// Reserves clusters inside the file where those that are reserved have no room for neighbours any more: what is left of them lies
+    /// between the guest's neighbours, and a request that gets it is written in pieces.
+    fn reserve_room(&mut self, target: u64, metadata: &mut MetadataMap) -> Result<()> {
+        let chunk = chunk_clusters(&self.geometry);
+        let has_room = self.ready.clean.has_aligned(chunk) || self.fresh.clean.has_aligned(chunk);
+        // Never so many that what is beyond the pools' limit comes back to be found again.
+        let most = POOL_BYTES / 2 / self.geometry.cluster_size();
+        if has_room || self.ready.total() + self.fresh.total() > most {
             return Ok(());
         }
-        self.reserve_end(count, metadata)
+        let mut missing = target;
+        while missing > 0 {
+            match self.reserve_inside(missing, metadata)? {
+                0 => break,
+                found => missing = missing.saturating_sub(found),
+            }
+        }
+        Ok(())
     }
 
     fn reserve_end(&mut self, count: u64, metadata: &mut MetadataMap) -> Result<()> {
@@ -381,6 +406,9 @@ impl Allocator {
                 Err(error) if error.is_no_room() => {}
                 reserved => reserved?,
             }
+        }
+        if self.recent > 0 {
+            self.reserve_room(target, metadata)?;
         }
         self.recent = 0;
         for clean in [true, false] {

@@ -97,11 +97,17 @@ impl Allocator {
     /// in the new image, and still what it was in the old one: nobody may allocate before the switch is durable and what
     /// planned before has ended.
     pub(crate) fn count_beside(&mut self, cluster: u64, more: bool, metadata: &MetadataMap) -> Result<u64> {
-        let index = self.geometry.refcount_table_index(cluster);
-        if !self.refcounts.is_forked(index) && self.refcounts.is_covered(cluster) {
-            self.fork_block(index, metadata)?;
-        }
+        self.fork_for(cluster, metadata)?;
         if more { self.refcounts.increment(cluster) } else { self.refcounts.decrement(cluster) }
+    }
+
+    /// Gives the block that counts `cluster`, if there is one, a place of the fork's.
+    pub(super) fn fork_for(&mut self, cluster: u64, metadata: &MetadataMap) -> Result<()> {
+        let index = self.geometry.refcount_table_index(cluster);
+        if self.refcounts.is_forked(index) || !self.refcounts.is_covered(cluster) {
+            return Ok(());
+        }
+        self.fork_block(index, metadata)
     }
 
     /// Gives the table its place, and returns all that must be durable before the header may name it.

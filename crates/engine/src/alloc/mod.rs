@@ -10,6 +10,7 @@ mod places;
 mod quarantine;
 mod ranges;
 mod refcounts;
+mod runs;
 mod spare;
 
 pub(crate) use allocator::{Allocation, Allocator, Wish, chunk_clusters};

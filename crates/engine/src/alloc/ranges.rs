@@ -62,29 +62,31 @@ impl Ranges {
     /// Removes up to `count` contiguous clusters from place `within` of an aligned run of `chunk` clusters on, all of
     /// which are in the set. `chunk` is the same in every call.
     pub(super) fn take_aligned(&mut self, count: u64, chunk: u64, within: u64) -> Option<(u64, u64)> {
-        if self.aligned_from == u64::MAX {
-            return None;
-        }
-        let mut first = None;
-        let before = self.ranges.range(..self.aligned_from).next_back().map(|(start, _)| *start);
-        for (&start, &length) in self.ranges.range(before.unwrap_or(self.aligned_from)..) {
-            let aligned = start.max(self.aligned_from).next_multiple_of(chunk);
-            if aligned + chunk > start + length {
-                continue;
-            }
-            first = first.or(Some((start, length, aligned)));
-            if aligned + within + count <= start + length {
-                let earliest = first.map_or(aligned, |f| f.2);
-                self.aligned_from = earliest;
-                return Some(self.cut(start, length, aligned + within, count));
-            }
-        }
-        let Some((start, length, aligned)) = first else {
-            self.aligned_from = u64::MAX;
-            return None;
-        };
-        self.aligned_from = aligned;
+        let mut runs = self.aligned_runs(chunk).peekable();
+        let first = runs.peek().copied();
+        let fits = runs.find(|(start, length, aligned)| aligned + within + count <= start + length);
+        drop(runs);
+        self.aligned_from = first.map_or(u64::MAX, |(.., aligned)| aligned);
+        let (start, length, aligned) = fits.or(first)?;
         Some(self.cut(start, length, aligned + within, count))
+    }
+
+    /// Whether [`Ranges::take_aligned`] finds anything.
+    pub(super) fn has_aligned(&mut self, chunk: u64) -> bool {
+        let found = self.aligned_runs(chunk).next().map(|(.., aligned)| aligned);
+        self.aligned_from = found.unwrap_or(u64::MAX);
+        found.is_some()
+    }
+
+    /// The ranges that hold an aligned run of `chunk` clusters: start, length, and where the first such run begins.
+    fn aligned_runs(&self, chunk: u64) -> impl Iterator<Item = (u64, u64, u64)> + '_ {
+        let from = self.aligned_from;
+        let before = self.ranges.range(..from).next_back().map(|(start, _)| *start);
+        let ranges = self.ranges.range(before.unwrap_or(from)..).filter(move |_| from != u64::MAX);
+        ranges.filter_map(move |(&start, &length)| {
+            let aligned = start.max(from).next_multiple_of(chunk);
+            (aligned + chunk <= start + length).then_some((start, length, aligned))
+        })
     }
 
     /// Start of the first range that has `count` clusters.
@@ -156,6 +158,7 @@ mod tests {
                     _ => {
                         let whole = |c: u64| (c..c + CHUNK).all(|c| model.contains(&c));
                         let any = (0..40).any(|n| whole(n * CHUNK));
+                        prop_assert_eq!(ranges.has_aligned(CHUNK), any);
                         let taken = ranges.take_aligned(count, CHUNK, within);
                         prop_assert_eq!(taken.is_some(), any);
                         prop_assert!(taken.is_none_or(|t| t.0 % CHUNK == within && whole(t.0 - within)));

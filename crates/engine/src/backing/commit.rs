@@ -1,13 +1,14 @@
 //! Commit: what the layers above a base have goes into the base.
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
-use qcow2_core::{Disk, Durability};
+use qcow2_core::WriteBehind;
 
 use crate::source::ExtentKind;
 use crate::walk::{Steps, for_each_extent};
 use crate::workers::{Tasks, share};
-use crate::{Error, ErrorKind, GuestSource, Image, Job, Layer, Mem, MemMut, Result, StorageExt};
+use crate::{Error, ErrorKind, GuestSource, Image, Job, Layer, Mem, MemMut, Result, Storage, StorageExt};
 
 /// Guest bytes of data that a worker moves at once, aligned: workers seldom meet in a cluster.
 const CHUNK: u64 = 1 << 20;
@@ -35,7 +36,22 @@ impl Default for CommitOptions {
 struct Task {
     start: u64,
     length: u64,
-    zero: bool,
+    content: Content,
+}
+
+/// Where its bytes come from.
+#[derive(Clone)]
+enum Content {
+    Zero,
+    Read,
+    /// Read as well; stored there, and given up when all is committed.
+    Once(Arc<dyn Storage>, u64),
+}
+
+/// The disk that is written to.
+struct Target<'a> {
+    disk: &'a Image,
+    behind: WriteBehind<'a>,
 }
 
 /// Writes what `above` has into `base`. `above` is the part of the chain in front of the base, on its own; `base` the rest,
@@ -53,11 +69,13 @@ pub fn commit(above: &Image, base: &Image, options: &CommitOptions, job: &Job) -
     if base.virtual_size() < wanted {
         base.resize(wanted)?;
     }
+    let files = base.layers().first().map_or_else(Vec::new, |top| top.files());
+    let target = Target { disk: base, behind: WriteBehind::new(files) };
     share(
         options.workers,
         job,
-        |tasks| find(above, tasks, job),
-        |buffer, task| copy(above, base, buffer, &task, job),
+        |tasks| find(above, options.empty, tasks, job),
+        |buffer, task| copy(above, &target, buffer, &task, job),
     )?;
     job.checkpoint()?;
     base.flush()?;
@@ -88,8 +106,8 @@ fn check(above: &Image, base: &Image, options: &CommitOptions) -> Result<()> {
     Ok(())
 }
 
-/// Hands out what the layers have: data, and zeroes that they state.
-fn find(above: &Image, tasks: &Tasks<'_, Task>, job: &Job) -> Result<()> {
+/// Hands out what the layers have: data, and zeroes that they state. `once`: nobody needs it afterwards.
+fn find(above: &Image, once: bool, tasks: &Tasks<'_, Task>, job: &Job) -> Result<()> {
     // What lies behind the end of a layer between reads as zeroes, whatever the base has there.
     let reach = above.layers().iter().skip(1).map(|layer| layer.virtual_size()).min().unwrap_or(u64::MAX);
     for_each_extent(above, 0..above.virtual_size(), STEPS, job, |extent| {
@@ -97,19 +115,31 @@ fn find(above: &Image, tasks: &Tasks<'_, Task>, job: &Job) -> Result<()> {
         if extent.kind == ExtentKind::Unallocated {
             let hidden = extent.start.max(reach).min(end);
             job.advance(hidden - extent.start);
-            hand_out(tasks, hidden, end, true)?;
+            hand_out(tasks, hidden, end, &Content::Zero)?;
         } else {
-            hand_out(tasks, extent.start, end, extent.zero)?;
+            let content = match &extent.host {
+                _ if extent.zero => Content::Zero,
+                Some((storage, host)) if once => Content::Once(Arc::clone(storage), *host),
+                _ => Content::Read,
+            };
+            hand_out(tasks, extent.start, end, &content)?;
         }
         Ok(ControlFlow::Continue(()))
     })
 }
 
-fn hand_out(tasks: &Tasks<'_, Task>, mut start: u64, end: u64, zero: bool) -> Result<()> {
-    let chunk = if zero { ZERO_CHUNK } else { CHUNK };
+fn hand_out(tasks: &Tasks<'_, Task>, from: u64, end: u64, content: &Content) -> Result<()> {
+    let mut start = from;
     while start < end {
+        let (chunk, content) = match content {
+            Content::Zero => (ZERO_CHUNK, Content::Zero),
+            Content::Read => (CHUNK, Content::Read),
+            Content::Once(storage, host) => {
+                (CHUNK, Content::Once(Arc::clone(storage), host + (start - from)))
+            }
+        };
         let next = (start - start % chunk).saturating_add(chunk).min(end);
-        tasks.hand_out(Task { start, length: next - start, zero })?;
+        tasks.hand_out(Task { start, length: next - start, content })?;
         start = next;
     }
     Ok(())
@@ -117,19 +147,25 @@ fn hand_out(tasks: &Tasks<'_, Task>, mut start: u64, end: u64, zero: bool) -> Re
 
 fn copy(
     above: &dyn GuestSource,
-    base: &dyn Disk,
+    base: &Target<'_>,
     buffer: &mut Vec<u8>,
     task: &Task,
     job: &Job,
 ) -> Result<()> {
-    if task.zero {
-        base.write_zeroes(task.start, task.length, true, Durability::AtFlush)?;
+    let Target { disk, behind } = base;
+    if matches!(task.content, Content::Zero) {
+        disk.write_zeroes(task.start, task.length, true)?;
     } else {
         job.pace(task.length)?;
         buffer.resize(CHUNK as usize, 0);
         let bytes = buffer.get_mut(..task.length as usize).unwrap_or_default();
         above.read_at(MemMut::from(&mut *bytes), task.start)?;
-        base.write_at(Mem::from(&*bytes), task.start, Durability::AtFlush)?;
+        // Memory of what is done with is at hand for what is written.
+        if let Content::Once(storage, host) = &task.content {
+            storage.forget(*host..*host + task.length);
+        }
+        disk.write_at(Mem::from(&*bytes), task.start)?;
+        behind.wrote(task.length);
     }
     job.advance(task.length);
     Ok(())

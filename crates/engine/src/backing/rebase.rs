@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use qcow2_core::WriteBehind;
 use qcow2_format::Header;
 use qcow2_format::header::extension::Extension;
 use qcow2_format::header::feature::{Autoclear, Incompatible};
@@ -79,7 +80,8 @@ pub fn rebase(
         (true, false) => old_size,
     };
     let shared = shared_depth(top, new);
-    let disks = Disks { top, new, shared, unit, size, zeroes_from, compress: options.compress };
+    let behind = WriteBehind::new(Layer::files(layer));
+    let disks = Disks { top, new, shared, unit, size, zeroes_from, compress: options.compress, behind };
     share(
         options.workers,
         job,
@@ -201,6 +203,7 @@ struct Disks<'a> {
     /// From here on, zeroes become zero clusters.
     zeroes_from: u64,
     compress: bool,
+    behind: WriteBehind<'a>,
 }
 
 /// Ranges of whole units inside one chunk that the top does not have, in guest order.
@@ -289,8 +292,13 @@ impl Disks<'_> {
                     self.top.write_zeroes(at, bytes.len() as u64, true)?
                 }
                 Some(Kind::Same) | None => {}
-                Some(_) if self.compress => self.top.write_compressed_at(Mem::from(bytes), at)?,
-                Some(_) => self.top.write_at(Mem::from(bytes), at)?,
+                Some(_) => {
+                    match self.compress {
+                        true => self.top.write_compressed_at(Mem::from(bytes), at)?,
+                        false => self.top.write_at(Mem::from(bytes), at)?,
+                    }
+                    self.behind.wrote(bytes.len() as u64);
+                }
             }
             from = to;
         }

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use qcow2_format::{HostOffset, L1Entry, L2Entry};
+use qcow2_format::{HostOffset, L1Entry};
 
 use super::session::{Session, WAITING_LIMIT};
 use crate::alloc::Unlinked;
@@ -36,7 +36,9 @@ impl Session<'_> {
     /// Writes what nothing refers to. A failure harms nothing.
     fn write_beside(&self, offset: u64, bytes: &[u8]) -> Result<()> {
         self.writer.check()?;
-        self.image.storage().write_all_at(Mem::from(bytes), offset)
+        self.image.storage().write_all_at(Mem::from(bytes), offset)?;
+        self.behind.wrote(bytes.len() as u64);
+        Ok(())
     }
 
     /// Writes a table to contiguous clusters of its own; returns its host offset.
@@ -53,10 +55,10 @@ impl Session<'_> {
     }
 
     /// Counts a reference of each cluster once more, or once less. Blocks of the fork are written when many wait.
-    fn count(&self, clusters: impl IntoIterator<Item = u64>, more: bool) -> Result<()> {
+    fn count(&self, runs: impl IntoIterator<Item = Range<u64>>, more: bool) -> Result<()> {
         self.writer.with_fork(|alloc, metadata| {
-            for cluster in clusters {
-                alloc.count_beside(cluster, more, metadata)?;
+            for run in runs {
+                alloc.count_run_beside(run, more, metadata)?;
                 if alloc.refcounts.waiting_bytes() > WAITING_LIMIT {
                     self.writer.check()?;
                     alloc.refcounts.write_dirty()?;
@@ -66,14 +68,10 @@ impl Session<'_> {
         })
     }
 
-    /// Host clusters that the entries of an L2 table refer to.
-    fn clusters_in(&self, table: &[u8], l1_index: usize) -> Result<Vec<Range<u64>>> {
-        let g = self.geometry();
-        let clusters = L2Entry::entries(table, &g)
-            .enumerate()
-            .map(|(number, entry)| self.clusters_of(entry, &g, l1_index, number))
-            .filter(|clusters| !matches!(clusters, Ok(range) if range.is_empty()));
-        clusters.collect()
+    /// As [`Session::count`], of the cluster of a table.
+    fn count_table(&self, table: HostOffset, more: bool) -> Result<()> {
+        let own = self.geometry().cluster_index(table.0);
+        self.count(Some(own..own + 1), more)
     }
 
     /// Calls `visit` with index, host offset and bytes of every L2 table of `l1`.
@@ -109,25 +107,23 @@ impl Session<'_> {
     /// A new L1 table that refers to all that `l1` refers to, counted once more. L2 tables without COPIED flags are
     /// shared, of the others it has copies without them.
     pub(super) fn share(&self, l1: &[u64]) -> Result<Vec<u64>> {
-        let g = self.geometry();
         self.map_tables(l1, |index, offset, table| {
             self.checkpoint()?;
-            self.count(self.clusters_in(table, index)?.into_iter().flatten(), true)?;
+            self.count(self.references_in(table, index)?, true)?;
             if self.rewrite_table(table, index, false)? {
                 return Ok(L1Entry::new(HostOffset(self.write_table_beside(table.clone())?), true));
             }
-            self.count([g.cluster_index(offset.0)], true)?;
+            self.count_table(offset, true)?;
             Ok(L1Entry::new(offset, false))
         })
     }
 
     /// Counts everything that `l1` refers to once less.
     pub(super) fn drop_beside(&self, l1: &[u64]) -> Result<()> {
-        let g = self.geometry();
         self.for_tables(l1, |index, offset, table| {
             self.checkpoint()?;
-            self.count(self.clusters_in(table, index)?.into_iter().flatten(), false)?;
-            self.count([g.cluster_index(offset.0)], false)
+            self.count(self.references_in(table, index)?, false)?;
+            self.count_table(offset, false)
         })
     }
 
@@ -143,7 +139,7 @@ impl Session<'_> {
             // The copy is exclusive in any case.
             self.rewrite_table(table, index, true)?;
             let place = self.write_table_beside(table.clone())?;
-            self.count([g.cluster_index(offset.0)], false)?;
+            self.count_table(offset, false)?;
             Ok(L1Entry::new(HostOffset(place), true))
         })
     }
@@ -159,11 +155,13 @@ impl Session<'_> {
                 return Ok(());
             }
             let mut free: Vec<Unlinked> = Vec::new();
-            for cluster in self.clusters_in(table, index)?.into_iter().flatten() {
-                let repeated = free.last().is_some_and(|last| last.cluster + last.count == cluster + 1);
-                if !repeated && self.refcount(cluster)? == 0 {
-                    Unlinked { cluster, count: 1, punch: true }.push_to(&mut free);
-                }
+            for clusters in self.references_in(table, index)? {
+                self.for_counts(clusters, |cluster, count| {
+                    let repeated = free.last().is_some_and(|last| last.cluster + last.count == cluster + 1);
+                    if count == 0 && !repeated {
+                        Unlinked { cluster, count: 1, punch: true }.push_to(&mut free);
+                    }
+                })?;
             }
             Unlinked { cluster: own, count: 1, punch: true }.push_to(&mut free);
             self.image.forget_slices(offset.0, g.cluster_size());

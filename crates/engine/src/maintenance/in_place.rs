@@ -110,10 +110,14 @@ impl Session<'_> {
             }
         }
         if !self.writer.mark_dirty(self.image)? {
-            self.for_references(l1, |cluster| {
-                if self.refcount(cluster)? == 1 {
-                    self.unlink(cluster * size, size);
-                }
+            self.for_references(l1, |clusters| {
+                let mut free = Vec::new();
+                self.for_counts(clusters, |cluster, count| {
+                    if count == 1 {
+                        free.push(cluster);
+                    }
+                })?;
+                free.into_iter().for_each(|cluster| self.unlink(cluster * size, size));
                 Ok(())
             })?;
             return self.barrier();

@@ -1,6 +1,9 @@
 //! Having an image to oneself, and the primitives of changing it.
 
+use std::ops::Range;
+
 use parking_lot::RwLockWriteGuard;
+use qcow2_core::WriteBehind;
 use qcow2_format::Geometry;
 
 use crate::alloc::Unlinked;
@@ -27,6 +30,8 @@ pub(crate) struct Session<'a> {
     pub(crate) writer: &'a Writer,
     /// What cancels it, before it has changed anything that is not beside the image.
     job: Option<&'a Job>,
+    /// What is written beside the image can be all tables of a large disk.
+    pub(super) behind: WriteBehind<'a>,
     _alone: RwLockWriteGuard<'a, ()>,
 }
 
@@ -44,7 +49,8 @@ impl<'a> Session<'a> {
         let alone = writer.gate.write();
         writer.begin(image)?;
         Active { disk, image, writer }.flush_metadata()?;
-        Ok(Self { disk, image, writer, job: None, _alone: alone })
+        let behind = WriteBehind::new(vec![image.storage()]);
+        Ok(Self { disk, image, writer, job: None, behind, _alone: alone })
     }
 
     /// As [`Session::begin`], for work that `job` cancels at its checkpoints.
@@ -198,6 +204,11 @@ impl<'a> Session<'a> {
             Ok(alloc.refcounts.waiting_bytes())
         })?;
         if waiting > WAITING_LIMIT { self.active().flush_metadata() } else { Ok(()) }
+    }
+
+    /// Calls `visit` with each cluster of a run and its refcount. It takes no lock: the allocation's is held.
+    pub(crate) fn for_counts(&self, run: Range<u64>, visit: impl FnMut(u64, u64)) -> Result<()> {
+        self.writer.with_alloc(|alloc, _| alloc.refcounts.for_counts(run, visit))
     }
 
     /// The refcount of a cluster.

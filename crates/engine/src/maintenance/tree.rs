@@ -1,6 +1,7 @@
 //! Walking what an L1 table refers to.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use qcow2_format::{Geometry, HostOffset, L1Entry, L2Entry, L2Mapping, SnapshotRecord, words};
 
@@ -11,41 +12,78 @@ use crate::{ErrorKind, Result, StorageExt};
 /// References dropped between two looks at how many wait.
 const LOOK_EVERY: u64 = 4096;
 
-/// One reference that a tree makes: to an L2 table, a data cluster, or a cluster with compressed data.
-type Reference = u64;
+/// References that a tree makes, to host clusters that follow each other: an L2 table, data clusters, clusters with compressed data.
+type References = Range<u64>;
+
+/// Entries of an L2 table that refer to one host cluster each, and these follow each other.
+struct Run {
+    /// Number of the first entry.
+    first: usize,
+    clusters: Range<u64>,
+}
 
 impl Session<'_> {
-    /// Calls `visit` with every host cluster that `l1` refers to, once per reference, in guest order. Stops with the first
+    /// Calls `visit` with all host clusters that `l1` refers to, once per reference, in guest order. Stops with the first
     /// error.
     pub(super) fn for_references(
         &self,
         l1: &[u64],
-        mut visit: impl FnMut(Reference) -> Result<()>,
+        mut visit: impl FnMut(References) -> Result<()>,
     ) -> Result<()> {
         let g = self.geometry();
         let mut table = vec![0u8; g.cluster_len()];
         for (index, &entry) in l1.iter().enumerate() {
             let Some(offset) = self.table_of(entry, index)? else { continue };
-            visit(g.cluster_index(offset.0))?;
+            let own = g.cluster_index(offset.0);
+            visit(own..own + 1)?;
             self.read(offset.0, &mut table)?;
-            for (number, entry) in L2Entry::entries(&table, &g).enumerate() {
-                self.clusters_of(entry, &g, index, number)?.try_for_each(&mut visit)?;
-            }
+            self.references_in(&table, index)?.into_iter().try_for_each(&mut visit)?;
         }
         Ok(())
     }
 
+    /// Host clusters that the entries of an L2 table refer to.
+    pub(super) fn references_in(&self, table: &[u8], l1_index: usize) -> Result<Vec<References>> {
+        let g = self.geometry();
+        let mut runs: Vec<References> = Vec::new();
+        for (number, entry) in L2Entry::entries(table, &g).enumerate() {
+            let clusters = self.clusters_of(entry, &g, l1_index, number)?;
+            match runs.last_mut() {
+                Some(last) if last.end == clusters.start => last.end = clusters.end,
+                _ if clusters.is_empty() => {}
+                _ => runs.push(clusters),
+            }
+        }
+        Ok(runs)
+    }
+
     /// Host clusters that one L2 entry refers to.
+    #[inline]
     pub(super) fn clusters_of(
         &self,
         entry: L2Entry,
         g: &Geometry,
         l1_index: usize,
         number: usize,
-    ) -> Result<std::ops::Range<u64>> {
-        if entry.word == 0 && entry.bitmap.0 == 0 {
-            return Ok(0..0);
+    ) -> Result<Range<u64>> {
+        match entry.sound_host(g) {
+            // What most entries are.
+            Some(host) if !self.image.header().has_data_file() => {
+                let cluster = g.cluster_index(host);
+                Ok(cluster..cluster + 1)
+            }
+            _ if entry.word == 0 && entry.bitmap.0 == 0 => Ok(0..0),
+            _ => self.clusters_of_any(entry, g, l1_index, number),
         }
+    }
+
+    fn clusters_of_any(
+        &self,
+        entry: L2Entry,
+        g: &Geometry,
+        l1_index: usize,
+        number: usize,
+    ) -> Result<Range<u64>> {
         let guest = l1_index as u64 * g.l2_coverage() + number as u64 * g.cluster_size();
         let none = 0..0;
         let one = |host: HostOffset| g.cluster_index(host.0)..g.cluster_index(host.0) + 1;
@@ -77,34 +115,42 @@ impl Session<'_> {
         // remember those that may reach the limit.
         let mut repeated: HashMap<u64, u64> = HashMap::new();
         let mut previous = None;
-        self.for_references(l1, |cluster| {
+        self.for_references(l1, |clusters| {
             self.checkpoint()?;
-            let count = self.refcount(cluster)?;
-            if count == 0 {
-                let message = format!("host cluster {cluster} is referenced but has a refcount of 0");
-                return Err(self.image.error(ErrorKind::Corrupt, message));
-            }
-            if count <= max / 2 {
+            let mut few = true;
+            self.for_counts(clusters.clone(), |_, count| few &= count != 0 && count <= max / 2)?;
+            if few {
                 return Ok(());
             }
-            let mut more = 1;
-            if count > 1 || previous == Some(cluster) {
-                if repeated.len() as u64 >= limit {
-                    return Err(self.image.error(ErrorKind::Limit, "too many packed clusters to account for"));
+            clusters.into_iter().try_for_each(|cluster| {
+                let count = self.refcount(cluster)?;
+                if count == 0 {
+                    let message = format!("host cluster {cluster} is referenced but has a refcount of 0");
+                    return Err(self.image.error(ErrorKind::Corrupt, message));
                 }
-                let times = repeated.entry(cluster).or_insert(0);
-                *times += 1;
-                more = *times;
-            }
-            previous = Some(cluster);
-            if count > max.saturating_sub(more) {
-                let message = format!(
-                    "host cluster {cluster} has a refcount of {count}, and its references counted once more would \
-                     exceed the largest refcount of this image ({max})"
-                );
-                return Err(self.image.error(ErrorKind::Limit, message).with_field("refcount_bits"));
-            }
-            Ok(())
+                if count <= max / 2 {
+                    return Ok(());
+                }
+                let mut more = 1;
+                if count > 1 || previous == Some(cluster) {
+                    if repeated.len() as u64 >= limit {
+                        let message = "too many packed clusters to account for";
+                        return Err(self.image.error(ErrorKind::Limit, message));
+                    }
+                    let times = repeated.entry(cluster).or_insert(0);
+                    *times += 1;
+                    more = *times;
+                }
+                previous = Some(cluster);
+                if count > max.saturating_sub(more) {
+                    let message = format!(
+                        "host cluster {cluster} has a refcount of {count}, and its references counted once more would \
+                         exceed the largest refcount of this image ({max})"
+                    );
+                    return Err(self.image.error(ErrorKind::Limit, message).with_field("refcount_bits"));
+                }
+                Ok(())
+            })
         })
     }
 
@@ -112,10 +158,15 @@ impl Session<'_> {
     pub(super) fn drop_references(&self, l1: &[u64]) -> Result<()> {
         let size = self.geometry().cluster_size();
         let mut visited = 0u64;
-        self.for_references(l1, |cluster| {
-            self.unlink(cluster * size, size);
-            visited += 1;
-            if visited.is_multiple_of(LOOK_EVERY) { self.limit_unlinked() } else { Ok(()) }
+        self.for_references(l1, |clusters| {
+            let count = clusters.end - clusters.start;
+            self.unlink(clusters.start * size, count * size);
+            visited += count;
+            if visited < LOOK_EVERY {
+                return Ok(());
+            }
+            visited = 0;
+            self.limit_unlinked()
         })
     }
 
@@ -143,22 +194,45 @@ impl Session<'_> {
 
     /// Changes the flags in one table's bytes; true if any changed. In a table that is shared, no flag may be set.
     pub(super) fn rewrite_table(&self, table: &mut [u8], l1_index: usize, exclusive: bool) -> Result<bool> {
+        // In an external data file every allocated cluster is exclusive: its flag says that it is allocated.
+        if self.image.header().has_data_file() {
+            return Ok(false);
+        }
         let g = self.geometry();
-        let external = self.image.header().has_data_file();
-        let mut changed = false;
         let width = g.l2_entry_size() as usize;
-        for (number, bytes) in table.chunks_exact_mut(width).enumerate() {
+        let mut changed = false;
+        let mut run = Run { first: 0, clusters: 0..0 };
+        for number in 0..table.len() / width {
+            let bytes = table.get(number * width..(number + 1) * width).unwrap_or_default();
             let entry = L2Entry::read(bytes);
-            // In an external data file every allocated cluster is exclusive: its flag says that it is allocated.
-            if entry.word == 0 || entry.is_compressed() || external {
+            let counted = entry.word != 0 && !entry.is_compressed();
+            let clusters = if counted { self.clusters_of(entry, &g, l1_index, number)? } else { 0..0 };
+            let follows = run.first as u64 + (run.clusters.end - run.clusters.start) == number as u64;
+            if follows && run.clusters.end == clusters.start && !clusters.is_empty() {
+                run.clusters.end = clusters.end;
                 continue;
             }
-            let clusters = self.clusters_of(entry, &g, l1_index, number)?;
-            let copied = exclusive && !clusters.is_empty() && self.refcount(clusters.start)? == 1;
-            if copied != entry.copied() {
-                entry.with_copied(copied).write(bytes);
-                changed = true;
+            changed |= self.rewrite_run(table, &run, exclusive)?;
+            run = Run { first: number, clusters };
+            if counted && run.clusters.is_empty() {
+                changed |= set_copied(table.get_mut(number * width..).unwrap_or_default(), width, false);
             }
+        }
+        Ok(self.rewrite_run(table, &run, exclusive)? || changed)
+    }
+
+    /// As [`Session::rewrite_table`], for the entries of a run.
+    fn rewrite_run(&self, table: &mut [u8], run: &Run, exclusive: bool) -> Result<bool> {
+        let width = self.geometry().l2_entry_size() as usize;
+        let mut entries = table.get_mut(run.first * width..).unwrap_or_default().chunks_exact_mut(width);
+        let mut changed = false;
+        let mut flag = |copied| {
+            changed |= entries.next().is_some_and(|bytes| set_copied(bytes, width, copied));
+        };
+        if exclusive {
+            self.for_counts(run.clusters.clone(), |_, count| flag(count == 1))?;
+        } else {
+            run.clusters.clone().for_each(|_| flag(false));
         }
         Ok(changed)
     }
@@ -171,4 +245,15 @@ impl Session<'_> {
         self.read(record.l1_table_offset.0, &mut bytes)?;
         Ok(words::decode(&bytes))
     }
+}
+
+/// Sets the COPIED flag of the first entry, of `width` bytes, as given; true if it was not so.
+fn set_copied(entries: &mut [u8], width: usize, copied: bool) -> bool {
+    let bytes = entries.get_mut(..width).unwrap_or_default();
+    let entry = L2Entry::read(bytes);
+    if entry.copied() == copied {
+        return false;
+    }
+    entry.with_copied(copied).write(bytes);
+    true
 }

@@ -14,7 +14,7 @@ use qcow2_engine::{
 };
 use qcow2_testkit::crash::{Durability, Session};
 use qcow2_testkit::recorder::RecordingStorage;
-use qcow2_testkit::storage::{Fault, FaultStorage, Scrambling, scrambled_image};
+use qcow2_testkit::storage::{CountingStorage, Fault, FaultStorage, Op, Scrambling, scrambled_image};
 use qcow2_testkit::{Fixture, Qemu, Rng, Sparse};
 
 /// A layer to make: its options, its size in KiB, whether it is raw.
@@ -499,7 +499,10 @@ fn what_is_refused_changes_nothing() {
 
 /// An empty overlay for a disk of this size.
 fn new_layer(size: u64) -> Box<dyn Layer> {
-    let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
+    new_layer_in(Arc::new(MemoryStorage::new()), size)
+}
+
+fn new_layer_in(storage: Arc<dyn Storage>, size: u64) -> Box<dyn Layer> {
     let options = CreateOptions {
         size,
         backing: Some(Backing { filename: b"below".to_vec(), format: Some(b"qcow2".to_vec()) }),
@@ -507,6 +510,31 @@ fn new_layer(size: u64) -> Box<dyn Layer> {
     };
     create(Arc::clone(&storage), None, &options, &Job::new()).unwrap();
     layer(storage, false, true)
+}
+
+/// Data goes to the device while more of it is copied, and what is emptied afterwards makes room in memory for it.
+#[test]
+fn long_jobs_leave_little_to_the_sync_at_their_end() {
+    const DATA: u64 = 32 << 20;
+    let counting = || Arc::new(CountingStorage::new(Arc::new(MemoryStorage::new())));
+    let calls = |storage: &CountingStorage, op| storage.of(op).calls;
+    let (base, top) = (counting(), counting());
+    let below = Image::new(vec![new_layer_in(base.clone(), DATA)]).unwrap();
+    let above = Image::new(vec![new_layer_in(top.clone(), DATA)]).unwrap();
+    above.write_at(Mem::from(&vec![1; DATA as usize][..]), 0).unwrap();
+    base.reset();
+    commit(&above, &below, &CommitOptions::default(), &Job::new()).unwrap();
+    assert!(calls(&base, Op::BeginSync) >= 3, "{} times in a commit", calls(&base, Op::BeginSync));
+    assert!(calls(&base, Op::Sync) <= 3, "{} syncs", calls(&base, Op::Sync));
+    assert_eq!(top.of(Op::Forget).bytes, DATA);
+    above.close().unwrap();
+    below.close().unwrap();
+    let layers = vec![layer(top.clone(), false, true), layer(base.clone(), false, false)];
+    let disk = Image::new(layers).unwrap();
+    top.reset();
+    rebase(&disk, None, None, &RebaseOptions::default(), &Job::new()).unwrap();
+    assert!(calls(&top, Op::BeginSync) >= 3, "{} times in a rebase", calls(&top, Op::BeginSync));
+    assert_eq!(calls(&base, Op::Forget), 0, "a backing file is there for others");
 }
 
 #[test]

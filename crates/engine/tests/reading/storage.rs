@@ -112,7 +112,7 @@ impl Fetch for Fetching {
         done(got.map(|got| Mem::from(&bytes[..got])));
         0
     }
-    fn forget(&self, _: u64) {}
+    fn give_up(&self, _: u64) {}
     fn given_up(&self) -> Option<io::Error> {
         None
     }

@@ -222,7 +222,7 @@ impl Fetch for AskedStorage {
         self.asking.ask(Ask::Read(range), Box::new(hears)).into()
     }
 
-    fn forget(&self, fetch: u64) {
+    fn give_up(&self, fetch: u64) {
         self.asking.forget(u32::try_from(fetch).unwrap_or_default());
     }
 

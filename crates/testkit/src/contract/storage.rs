@@ -108,6 +108,7 @@ impl StorageContract<'_> {
         let _ = storage.discard(FAR, 16);
         let _ = storage.read_at(MemMut::from(&mut buf[..]), FAR);
         let _ = storage.run_in(FAR..u64::MAX);
+        storage.forget(FAR..u64::MAX);
         assert_eq!(storage.size().unwrap(), len, "{}", self.name);
     }
 
@@ -154,6 +155,8 @@ impl StorageContract<'_> {
             }
             assert_eq!(storage.size().unwrap(), model.bytes.len() as u64, "{what}");
             if step % 10 == 0 {
+                storage.begin_sync();
+                storage.forget(offset..offset + length);
                 self.check_bytes(&*storage, &model, &what);
             }
         }

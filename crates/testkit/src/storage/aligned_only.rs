@@ -46,7 +46,7 @@ impl ReadStorage for AlignedOnly {
     fn traits(&self) -> Traits {
         Traits { alignment: self.alignment, memory_alignment: self.memory_alignment, ..self.inner.traits() }
     }
-    forward_storage!(inner: len is_empty run_in allocated_bytes identity io_limits path operation is_transient lock arriving no_fd read_each);
+    forward_storage!(inner: len is_empty run_in allocated_bytes identity io_limits path operation is_transient lock forget arriving no_fd read_each);
 }
 
 #[deny(clippy::missing_trait_methods, reason = "in front of another storage: a new method must be passed on")]
@@ -69,5 +69,5 @@ impl Storage for AlignedOnly {
         self.range(offset, length)?;
         self.inner.discard(offset, length)
     }
-    forward_storage!(inner: set_len sync_data check_close allocate never_ahead never_clone write_each);
+    forward_storage!(inner: set_len sync_data begin_sync check_close allocate never_ahead never_clone write_each);
 }

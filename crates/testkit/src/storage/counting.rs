@@ -63,6 +63,11 @@ impl ReadStorage for CountingStorage {
     fn run_in(&self, range: Range<u64>) -> io::Result<Run> {
         self.count(Op::Run, self.inner.run_in(range), |_| 0)
     }
+    fn forget(&self, range: Range<u64>) {
+        let length = range.end - range.start;
+        self.inner.forget(range);
+        let _ = self.count(Op::Forget, Ok(()), |()| length);
+    }
     forward_storage!(inner: len is_empty allocated_bytes identity traits io_limits path operation is_transient lock arriving as_fd read_each);
 }
 
@@ -79,6 +84,10 @@ impl Storage for CountingStorage {
     }
     fn sync_data(&self) -> io::Result<()> {
         self.count(Op::Sync, self.inner.sync_data(), |()| 0)
+    }
+    fn begin_sync(&self) {
+        self.inner.begin_sync();
+        let _ = self.count(Op::BeginSync, Ok(()), |()| 0);
     }
     fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
         self.count(Op::Zero, self.inner.write_zeroes(offset, length, unmap), |()| length)

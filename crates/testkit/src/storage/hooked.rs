@@ -65,7 +65,7 @@ impl<B: Before> ReadStorage for Hooked<B> {
     fn run_in(&self, range: Range<u64>) -> io::Result<Run> {
         self.pass(Op::Run, range.start, 0)?.run_in(range)
     }
-    forward_storage!(inner: len is_empty allocated_bytes identity traits io_limits path operation is_transient lock arriving no_fd read_each);
+    forward_storage!(inner: len is_empty allocated_bytes identity traits io_limits path operation is_transient lock forget arriving no_fd read_each);
 }
 
 #[deny(clippy::missing_trait_methods, reason = "in front of another storage: a new method must be passed on")]
@@ -96,5 +96,5 @@ impl<B: Before> Storage for Hooked<B> {
         self.pass(Op::Allocate, offset, length)?.allocate(offset, length)
     }
     // What is taken ahead would make some hooks meet calls that depend on the file system.
-    forward_storage!(inner: never_ahead never_clone write_each);
+    forward_storage!(inner: begin_sync never_ahead never_clone write_each);
 }

@@ -46,4 +46,8 @@ pub enum Op {
     Run,
     /// `FICLONERANGE`.
     Clone,
+    /// `sync_file_range`, a hint.
+    BeginSync,
+    /// `fadvise`, a hint.
+    Forget,
 }

@@ -35,7 +35,7 @@ impl ReadStorage for ShortIo {
         let n = self.share(buf.len());
         self.inner.read_at(buf.split_at(n).0, offset)
     }
-    forward_storage!(inner: len is_empty run_in allocated_bytes identity traits io_limits path operation is_transient lock arriving no_fd
+    forward_storage!(inner: len is_empty run_in allocated_bytes identity traits io_limits path operation is_transient lock forget arriving no_fd
         read_each);
 }
 
@@ -54,5 +54,5 @@ impl Storage for ShortIo {
         }
         self.inner.write_vectored_at(&part, offset)
     }
-    forward_storage!(inner: set_len sync_data check_close write_zeroes discard allocate never_ahead never_clone write_each);
+    forward_storage!(inner: set_len sync_data begin_sync check_close write_zeroes discard allocate never_ahead never_clone write_each);
 }

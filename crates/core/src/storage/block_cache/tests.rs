@@ -77,7 +77,7 @@ impl Fetch for Manual {
         state.push((range, Some(done)));
         state.len() as u64 - 1
     }
-    fn forget(&self, fetch: u64) {
+    fn give_up(&self, fetch: u64) {
         self.forgotten.lock().push(fetch);
     }
     fn given_up(&self) -> Option<io::Error> {

@@ -9,6 +9,7 @@ pub(super) mod byte_lock;
 mod copy;
 pub(super) mod device;
 mod file;
+mod hints;
 mod limits;
 mod space;
 mod transfer;
@@ -24,6 +25,7 @@ pub(super) use file::{
     FileKind, already_exists, close_duplicate, identity, is_a_directory, kind, not_permitted, open,
     too_many_links,
 };
+pub(super) use hints::{begin_sync, forget};
 pub(super) use limits::{device_limits, page_size};
 pub(super) use space::{
     allocate, allocate_ahead, allocated_bytes, discard, gains_by_allocating_ahead, run_at, write_zeroes,
