@@ -24,4 +24,4 @@ export {
   openQueue,
   type QueuedJob,
 } from './queue.js'
-export { type JobWorker, type JobWorkerOptions, startWorker, type WorkerEvent } from './worker.js'
+export { type EventOfJob, type JobWorker, type JobWorkerOptions, startWorker, type WorkerEvent } from './worker.js'

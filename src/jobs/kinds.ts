@@ -18,27 +18,41 @@ import type { Plain } from './plain.js'
 
 /** `convert` of the API: see there for the options. Paths lie under the worker's roots; relative ones start from the first. */
 export interface ConvertJob {
+  /** The file, under one of the worker’s `roots`. */
   source: string
   /** Has its name when it is whole. A file that is replaced (`overwrite`) keeps its permissions. */
   target: string
+  /** Format of the source; raw must be said. */
   from?: SourceFormat | undefined
+  /** Format of the target. */
   to: TargetFormat
+  /** Read this internal snapshot, by id or name. */
   snapshot?: string | undefined
+  /** Copy from this byte of the disk on. */
   start?: number | undefined
+  /** Copy this many bytes. */
   length?: number | undefined
+  /** What cannot be read becomes zeroes. */
   salvage?: boolean | undefined
+  /** Compress every cluster that shrinks. */
   compress?: boolean | Compression | undefined
   /** The shape of an image that stands by itself and needs no secret: without `backingFile`, `dataFile`, `encrypt` and what belongs to them. */
   create?: Shape | undefined
+  /** What has its place in the target from the start. */
   preallocation?: Preallocation | undefined
+  /** Zeroes of at least this many bytes become a hole. */
   sparseSize?: number | undefined
+  /** Copy the persistent bitmaps. */
   bitmaps?: boolean | undefined
+  /** Replace an existing file. */
   overwrite?: boolean | undefined
 }
 
 /** `check` of the API. */
 export interface CheckJob {
+  /** The file, under one of the worker’s `roots`. */
   source: string
+  /** Default: by its magic. */
   format?: Format | undefined
   /** Changes the image in place: whoever is interrupted leaves it no worse, and the next attempt repairs the rest. */
   repair?: 'leaks' | 'all' | undefined
@@ -46,19 +60,25 @@ export interface CheckJob {
 
 /** `inspect` of the API. */
 export interface InspectJob {
+  /** The file, under one of the worker’s `roots`. */
   source: string
 }
 
 /** `compact` of the API. It changes the image in place, and can be interrupted and begun again. */
 export interface CompactJob {
+  /** The file, under one of the worker’s `roots`. */
   source: string
+  /** Whether clusters are moved as well. */
   mode?: 'in-place' | 'rewrite' | undefined
+  /** Give up clusters of zeroes, too. */
   zeroes?: boolean | undefined
+  /** Change nothing. */
   dryRun?: boolean | undefined
 }
 
 /** A file, byte for byte, as the body of an HTTP PUT. */
 export interface UploadJob {
+  /** The file, under one of the worker’s `roots`. */
   source: string
   /** Begins with one of the worker's `uploads`. */
   url: string
@@ -74,27 +94,39 @@ export interface UploadResult {
   readonly status: number
   /** The server's name for what it has now, if it says one. */
   readonly etag?: string
+  /** Milliseconds that it took. */
   readonly durationMs: number
 }
 
 /** By kind, what a job is given. */
 export interface JobData {
+  /** What `convert` is given. */
   convert: ConvertJob
+  /** What `check` is given. */
   check: CheckJob
+  /** What `inspect` is given. */
   inspect: InspectJob
+  /** What `compact` is given. */
   compact: CompactJob
+  /** What `upload` is given. */
   upload: UploadJob
 }
 
 /** By kind, what a job that is done says: what the API's call says, as JSON has it. Of a check's findings the first 100. */
 export interface JobResults {
+  /** What `convert` says. */
   convert: Plain<ConvertResult>
+  /** What `check` says. */
   check: Plain<Omit<CheckResult, 'messages'>>
+  /** What `inspect` says. */
   inspect: Plain<Inspection>
+  /** What `compact` says. */
   compact: Plain<CompactResult>
+  /** What `upload` says. */
   upload: UploadResult
 }
 
+/** What a job can be. */
 export type JobKind = keyof JobData
 
 export const JOB_KINDS = ['convert', 'check', 'inspect', 'compact', 'upload'] as const satisfies readonly JobKind[]

@@ -2,7 +2,12 @@
 
 /** As JSON has it: without bytes, which stand beside a text where that is not exact; errors with their code and message. */
 export type Plain<T> = T extends Error
-  ? { readonly code: string; readonly message: string }
+  ? {
+      /** The error's code. */
+      readonly code: string
+      /** Its message. */
+      readonly message: string
+    }
   : T extends readonly (infer U)[]
     ? readonly Plain<U>[]
     : T extends object

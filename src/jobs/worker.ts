@@ -39,30 +39,55 @@ import { Reports } from './progress.js'
 import { Roots } from './roots.js'
 import { Running } from './running.js'
 
+/** Which job an event is about. */
+export interface EventOfJob {
+  /** The job's id. */
+  readonly id: string
+  /** What it does. */
+  readonly kind: string
+}
+
 /** What happens at a worker. */
 export type WorkerEvent =
-  /** An attempt began. */
-  | { readonly type: 'started'; readonly id: string; readonly kind: string; readonly attempt: number }
-  /** The job is done, and the queue knows. */
-  | { readonly type: 'completed'; readonly id: string; readonly kind: string; readonly durationMs: number }
-  /** An attempt failed; with `final` it was the last one, and the job is among the dead. */
-  | {
+  | (EventOfJob & {
+      /** An attempt began. */
+      readonly type: 'started'
+      /** Which one it is. */
+      readonly attempt: number
+    })
+  | (EventOfJob & {
+      /** The job is done, and the queue knows. */
+      readonly type: 'completed'
+      /** Milliseconds that it took. */
+      readonly durationMs: number
+    })
+  | (EventOfJob & {
+      /** An attempt failed. */
       readonly type: 'failed'
-      readonly id: string
-      readonly kind: string
+      /** Its message. */
       readonly reason: string
+      /** It was the last one, and the job is among the dead. */
       readonly final: boolean
+    })
+  | (EventOfJob & {
+      /**
+       * `'cancelled'` while it ran, and gone. `'returned'` to the queue by a worker that closes: an attempt that does not count. `'lost'`: the job is
+       * another worker's, or will be, because this one did not hear from the queue for too long; its attempt left nothing.
+       */
+      readonly type: 'cancelled' | 'returned' | 'lost'
+    })
+  | {
+      /** A worker, this one or another, was found to be gone, and its job waits again. */
+      readonly type: 'stalled'
+      /** The job's id. */
+      readonly id: string
     }
-  /** It was cancelled while it ran, and is gone. */
-  | { readonly type: 'cancelled'; readonly id: string; readonly kind: string }
-  /** It was given back to the queue by a worker that closes: an attempt that does not count. */
-  | { readonly type: 'returned'; readonly id: string; readonly kind: string }
-  /** The job is another worker's, or will be: this one did not hear from the queue for too long. Its attempt left nothing. */
-  | { readonly type: 'lost'; readonly id: string; readonly kind: string }
-  /** A worker, this one or another, was found to be gone, and its job waits again. */
-  | { readonly type: 'stalled'; readonly id: string }
-  /** The connection, or the queue: it is tried again. */
-  | { readonly type: 'error'; readonly error: Error }
+  | {
+      /** The connection, or the queue: it is tried again. */
+      readonly type: 'error'
+      /** What went wrong. */
+      readonly error: Error
+    }
 
 /** Options of {@link startWorker}. */
 export interface JobWorkerOptions extends QueuePlace {
