@@ -88,7 +88,7 @@ const givenIn = (code: string) =>
   Object.entries(GIVEN).filter(
     ([name]) =>
       new RegExp(`(?<!')\\b${name}\\b`).test(code) &&
-      !new RegExp(`((const|import) (\\{[^}]*\\b)?|\\(\\{ )${name}\\b`).test(code),
+      !new RegExp(`(const|import) (\\{[^}]*\\b)?${name}\\b|\\(\\{[^}]*\\b${name}\\b[^}]*\\}\\) =>`).test(code),
   )
 
 function toModule(code: string): string {

@@ -32,6 +32,7 @@ const RUST: Readonly<Record<string, string>> = {
 }
 
 const TYPESCRIPT: Readonly<Record<string, string>> = {
+  'src/addon.ts': OURS,
   'src/cli.ts': 'arguments with replacement characters are read again from /proc: cli/names.test.ts',
   'src/cli/commands/commit.ts': TAKES_APART,
   'src/cli/commands/create.ts': TAKES_APART,
@@ -39,6 +40,7 @@ const TYPESCRIPT: Readonly<Record<string, string>> = {
   'src/cli/commands/nbd.ts':
     'of the temporary overlay only: below a folder whose name is no text, its backing file is not found',
   'src/cli/commands/shims.ts': OURS,
+  'src/cli/format/report-page.ts': 'a page is text: names are shown with replacement characters',
   'src/cli/io/disk.ts': 'of the temporary overlay only, as for nbd',
   'src/cli/main.ts': OURS,
   'src/cli/secrets.ts': TAKES_APART,
@@ -52,7 +54,6 @@ const TYPESCRIPT: Readonly<Record<string, string>> = {
   'src/jobs/roots.ts':
     'the paths of jobs are JSON, which is text; what links lead to, and what images name, keeps every byte',
   'src/jobs/target.ts': TAKES_APART,
-  'src/native.ts': OURS,
   'src/remote/address.ts': 'an address of the web and its user, which are text',
   'src/text.ts': EXACT,
 }
