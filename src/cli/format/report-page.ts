@@ -1,6 +1,6 @@
 /** `report`: an image as one HTML page that needs nothing but itself, in light and dark. */
 
-import { exactText } from '../../text.js'
+import { exactText, shownText } from '../../text.js'
 import type { Facts, Known } from '../facts.js'
 import { KINDS, LABELS, STORED } from './allocation.js'
 import { fixed, humanSize } from './number.js'
@@ -120,7 +120,7 @@ function map({ allocation, caption, layout, runs }: Facts): string {
     const name = `<span class="swatch ${kind}"></span>${LABELS[kind]}`
     return `<tr><td>${name}</td><td class="number">${size(bytes)}</td><td class="number">${percent(bytes, length)}</td><td class="number">${extents}</td></tr>`
   })
-  const svg = Buffer.from(drawSvg(allocation, caption, layout)).toString('base64')
+  const svg = Buffer.from(shownText(drawSvg(allocation, caption, layout))).toString('base64')
   const coarse =
     runs.cellBytes === 0 ? '' : ` There are very many extents: each cell of ${size(runs.cellBytes)} is shown as one.`
   return `<h2>Allocation</h2>
