@@ -90,8 +90,10 @@ impl ReferenceCounts {
         while cluster < end {
             let (page, index) = place(cluster);
             let count = (PAGE - index).min(usize::try_from(end - cluster).unwrap_or(PAGE));
-            self.prepare(page)?;
-            if !self.add_fast(page, index, count) {
+            // What is not written to first is looked at first: then the system gives each page of memory twice.
+            let is_new = self.prepare(page)?;
+            let counted = is_new && self.begin(page, index, count) || self.add_fast(page, index, count);
+            if !counted {
                 for i in 0..count {
                     if !self.add_one(page, index + i)? {
                         if self.overflowed.insert(cluster + i as u64) {
@@ -106,17 +108,27 @@ impl ReferenceCounts {
         Ok(())
     }
 
-    /// Makes sure that page `page` has counters.
-    fn prepare(&mut self, page: usize) -> Result<()> {
+    /// Makes sure that page `page` has counters; true if it had none.
+    fn prepare(&mut self, page: usize) -> Result<bool> {
         if page >= self.pages.len() {
             self.charge((page + 1 - self.pages.len()) * size_of::<Page>())?;
             self.pages.resize_with(page + 1, Page::default);
         }
-        if matches!(self.pages.get(page), Some(Page::Empty)) {
+        let is_new = matches!(self.pages.get(page), Some(Page::Empty));
+        if is_new {
             self.charge(PAGE)?;
             self.set(page, Page::Byte(vec![0; PAGE].into_boxed_slice()));
         }
-        Ok(())
+        Ok(is_new)
+    }
+
+    /// Counts the first reference to a run inside a new page: any refcount can be one.
+    fn begin(&mut self, page: usize, index: usize, count: usize) -> bool {
+        let Some(Page::Byte(counts)) = self.pages.get_mut(page) else { return false };
+        counts.get_mut(index..index + count).is_some_and(|run| {
+            run.fill(1);
+            true
+        })
     }
 
     /// Adds one to a run inside one page, if none of the counters is at its limit.

@@ -64,9 +64,10 @@ pub(super) struct Inflate<'a> {
 
 impl Inflate<'_> {
     fn run_to_new(&self) -> Result<Arc<[u8]>> {
-        let mut cluster = vec![0u8; self.cluster_size];
-        self.run(&mut cluster)?;
-        Ok(cluster.into())
+        // In its last place: a copy of each cluster is a part of what inflating costs.
+        let mut cluster: Arc<[u8]> = std::iter::repeat_n(0, self.cluster_size).collect();
+        self.run(Arc::get_mut(&mut cluster).unwrap_or_default())?;
+        Ok(cluster)
     }
 
     /// Inflates into `cluster`, exactly one cluster.

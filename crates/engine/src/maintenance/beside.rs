@@ -11,6 +11,9 @@ use super::session::{Session, WAITING_LIMIT};
 use crate::alloc::Unlinked;
 use crate::{Mem, Result, StorageExt};
 
+/// Runs that are freed together.
+const FREED_AT_ONCE: usize = 1024;
+
 impl Session<'_> {
     /// Begins to change refcounts beside those in the file.
     pub(super) fn fork(&self) -> Result<()> {
@@ -148,13 +151,13 @@ impl Session<'_> {
     /// can reach it.
     pub(super) fn free_dropped(&self, l1: &[u64]) -> Result<()> {
         let g = self.geometry();
+        let mut free: Vec<Unlinked> = Vec::new();
         self.for_tables(l1, |index, offset, table| {
             let own = g.cluster_index(offset.0);
             // What a shared table refers to is as shared.
             if self.refcount(own)? != 0 {
                 return Ok(());
             }
-            let mut free: Vec<Unlinked> = Vec::new();
             for clusters in self.references_in(table, index)? {
                 self.for_counts(clusters, |cluster, count| {
                     let repeated = free.last().is_some_and(|last| last.cluster + last.count == cluster + 1);
@@ -165,9 +168,19 @@ impl Session<'_> {
             }
             Unlinked { cluster: own, count: 1, punch: true }.push_to(&mut free);
             self.image.forget_slices(offset.0, g.cluster_size());
-            let mut alloc = self.writer.alloc();
-            free.into_iter().for_each(|run| alloc.give_up(run));
+            // The last one may go on with the next table: each is a call of the file system, and tables lie side by side.
+            let last = if free.len() > FREED_AT_ONCE { free.pop() } else { None };
+            if last.is_some() {
+                self.give_up(std::mem::replace(&mut free, Vec::from_iter(last)));
+            }
             Ok(())
-        })
+        })?;
+        self.give_up(free);
+        Ok(())
+    }
+
+    fn give_up(&self, free: Vec<Unlinked>) {
+        let mut alloc = self.writer.alloc();
+        free.into_iter().for_each(|run| alloc.give_up(run));
     }
 }
