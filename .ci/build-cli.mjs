@@ -15,7 +15,7 @@ const { metafile } = await build({
   format: 'cjs',
   target: 'node20',
   // The manifest is read where it lies; the addon is no JavaScript; who has the SDK of S3, or queues, has them beside this package.
-  external: ['qcow2/package.json', '*.node', '@aws-sdk/client-s3', 'bullmq'],
+  external: ['qcow2/package.json', '*.node', '@aws-sdk/client-s3', 'bullmq', 'ioredis'],
   // Commander starts other programs as commands, which this one has none of: their module is not loaded.
   alias: { 'node:child_process': './.ci/no-child-process.cjs' },
   minify: true,
