@@ -88,7 +88,8 @@ const givenIn = (code: string) =>
   Object.entries(GIVEN).filter(
     ([name]) =>
       new RegExp(`(?<!')\\b${name}\\b`).test(code) &&
-      !new RegExp(`((const|import) (\\{[^}]*\\b)?|\\(\\{ (?=[^}]*\\}\\) =>))${name}\\b`).test(code),
+      // Not declared, and no parameter of a function either.
+      !new RegExp(`(const|import) (\\{[^}]*\\b)?${name}\\b|\\(\\{ ([^}]*\\b)?${name}\\b[^}]*\\}\\) =>`).test(code),
   )
 
 function toModule(code: string): string {

@@ -79,8 +79,8 @@ const OF_FILES = ['from', 'references', 'secret', 'snapshot', 'locking', 'forceS
 
 /**
  * The disk of an image, or of several one behind the other, as a stream of a new image, the header first: nothing is written to a file, and
- * how long it is is known before the first byte. Its bytes depend on the disk alone, and are the same in each run, so that what was
- * interrupted goes on at `start`. Without `compress`, only the map of the source decides what is stored, so that nothing is read before it is
+ * how long it is is known before the first byte. Its bytes depend on the disk and its map alone, and are the same in each run, so that what
+ * was interrupted goes on at `start`. Without `compress`, only the map of the source decides what is stored, so that nothing is read before it is
  * sent. Memory is bounded by what is read ahead, a few MiB, and by the plan: 16 bytes for each run of the map, 4 for each cluster that is
  * compressed, at most `limits.maxMemory`.
  *

@@ -61,6 +61,17 @@ it('goes as fast as its reader, and ends when that goes', async () => {
   expect(String(await errors)).toBe('')
 })
 
+it.skipIf(process.platform === 'win32')('is ended by a signal, also while its reader takes nothing', async () => {
+  const child = spawn(process.execPath, [CLI, 'convert', '-O', 'raw', 'disk.qcow2', '-'], { cwd: folder })
+  const ended = new Promise(resolve => child.once('exit', (...how) => resolve(how)))
+  await new Promise(resolve => child.stdout.once('data', resolve))
+  child.stdout.pause()
+  await new Promise(resolve => setTimeout(resolve, 50))
+  child.kill('SIGTERM')
+  expect(await ended).toEqual([143, null])
+  child.stdout.destroy()
+})
+
 it.each([
   [['-n', '-O', 'qcow2'], '-n with standard output is not supported'],
   [['-S', '0', '-O', 'qcow2'], '-S with standard output is not supported'],

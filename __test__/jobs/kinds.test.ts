@@ -1,9 +1,19 @@
 /** Each kind of job through a real queue and a worker: what comes back, what is refused, and where the dead lie. */
 
-import { mkdirSync, readdirSync, readFileSync, statSync, symlinkSync, unlinkSync, writeFileSync } from 'node:fs'
+import {
+  chmodSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  statSync,
+  symlinkSync,
+  unlinkSync,
+  writeFileSync,
+} from 'node:fs'
 import { createServer, type Server } from 'node:http'
 import type { AddressInfo } from 'node:net'
 import { join } from 'node:path'
+import { Queue } from 'bullmq'
 import { AbortError, compare, convert, create, open } from 'qcow2'
 import { type JobProgress, type JobQueue, type JobWorker, openQueue, startWorker, type WorkerEvent } from 'qcow2/jobs'
 import { afterAll, beforeAll, expect, it } from 'vitest'
@@ -155,8 +165,19 @@ describeWithRedis('jobs of a queue', () => {
     expect(await failure(() => again.finished())).toMatchObject({ code: 'EEXIST' })
     expect(await queue.drop(again.id)).toBe(true)
     expect(await again.state()).toBeUndefined()
+    const image = await open(at('late.qcow2'), { flags: 'r+' })
+    const inUse = [
+      await queue.add('convert', { ...data, overwrite: true }, { attempts: 1 }),
+      await queue.add('upload', { source: 'late.qcow2', url: `${address}/x` }, { attempts: 1 }),
+    ]
+    for (const job of inUse) expect(await failure(() => job.finished())).toMatchObject({ code: 'ERR_QCOW2_LOCKED' })
+    await image.close()
+    chmodSync(at('late.qcow2'), 0o600)
+    const { ino } = statSync(at('late.qcow2'))
     const replacing = await queue.add('convert', { ...data, overwrite: true })
     await replacing.finished()
+    expect(statSync(at('late.qcow2')).mode & 0o777).toBe(0o600)
+    expect(statSync(at('late.qcow2')).ino).not.toBe(ino)
     // A server that is away for a moment is tried again; one that refuses is not.
     answerWith = 503
     const upload = { source: 'late.qcow2', url: `${address}/c` }
@@ -225,6 +246,37 @@ describeWithRedis('jobs of a queue', () => {
     writeFileSync(place.path, 'changed by whoever has it')
     expect(await new NewFile(place, 'job').done(fence)).toBeUndefined()
     unlinkSync(place.path)
+  })
+
+  it('takes up a job whose worker died when it had named the target, or before', async () => {
+    const given = { connection: redis.url, queue: 'taken' }
+    await using taken = await openQueue(given)
+    const ids = ['named', 'unnamed', 'cancelled']
+    const left = ids.map(id => new NewFile({ folder: root, name: id, path: at(id) }, `bull:taken:${id}`).temporary)
+    const jobs = await Promise.all(
+      ids.map(id => taken.add('convert', { source: 'disk.qcow2', target: id, to: 'raw' }, { id })),
+    )
+    writeFileSync(at('named'), 'whole')
+    const { ino, size, mtimeNs } = statSync(at('named'), { bigint: true })
+    const raw = new Queue('taken', { connection: { path: join(folder, 'redis', 'socket') } })
+    const client = await raw.backend.client
+    for (const [index, id] of ids.entries()) {
+      writeFileSync(left[index] ?? '', 'what an attempt left')
+      // As its worker had it: begun once, and about to give a file the target's name.
+      const intent = { made: `${ino}:${size}:${mtimeNs}`, result: { virtualSize: 42 } }
+      await client.hset(`bull:taken:${id}`, { ats: 1, 'qcow2:intent': JSON.stringify(intent) })
+    }
+    await client.hset('bull:taken:cancelled', { 'qcow2:cancel': 'while nobody had it' })
+    await raw.close()
+    await using one = await startWorker({ ...given, roots: root })
+    const [named, unnamed, cancelled] = await Promise.allSettled(jobs.map(job => job.finished()))
+    expect(named).toEqual({ status: 'fulfilled', value: { virtualSize: 42 } })
+    expect(readFileSync(at('named'), 'utf8')).toBe('whole')
+    expect(unnamed).toMatchObject({ status: 'fulfilled', value: { virtualSize: 64 * MIB } })
+    expect(cancelled).toMatchObject({ status: 'rejected', reason: { name: 'AbortError' } })
+    await one.close()
+    expect(readdirSync(root).filter(name => name.startsWith('.') || name === 'cancelled')).toEqual([])
+    for (const name of ['named', 'unnamed']) unlinkSync(at(name))
   })
 
   it('says in time that there is no queue', async () => {

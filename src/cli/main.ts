@@ -60,6 +60,7 @@ export async function main(argv: readonly string[]): Promise<void> {
     session.release()
     await session.stdout.written()
     session.stderr.flush()
+    if (session.stdout.abandoned) process.exit()
   }
 }
 

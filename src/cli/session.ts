@@ -41,6 +41,7 @@ export class Output {
   #direct: DirectWriter | undefined
   #pending = ''
   #closed = false
+  #abandoned = false
   /** Pieces that the stream has not written yet. */
   #unwritten = 0
   /** Who waits for the stream to move on. */
@@ -82,6 +83,18 @@ export class Output {
   /** Nobody reads any more. */
   get closed(): boolean {
     return this.#closed
+  }
+
+  /** What is under way is left where it is: its reader may never take it, and the process ends without it. */
+  abandon(): void {
+    this.#closed = true
+    this.#abandoned = true
+    this.#wake()
+  }
+
+  /** Whether it was abandoned. */
+  get abandoned(): boolean {
+    return this.#abandoned
   }
 
   write(text: string): void {

@@ -12,6 +12,7 @@ export type Connection = string | Readonly<Record<string, unknown>>
 
 /** Options of both ends of a queue. */
 export interface QueuePlace {
+  /** Where it is. */
   connection: Connection
   /** Name of the queue: letters, digits, `-`, `_` and `.`. Default `'qcow2'`. */
   queue?: string | undefined

@@ -12,7 +12,7 @@ export type {
   UploadJob,
   UploadResult,
 } from './kinds.js'
-export type { Plain } from './plain.js'
+export type { Plain, PlainError } from './plain.js'
 export type { FinishOptions, JobProgress } from './progress.js'
 export {
   type AddOptions,
@@ -24,4 +24,16 @@ export {
   openQueue,
   type QueuedJob,
 } from './queue.js'
-export { type JobWorker, type JobWorkerOptions, startWorker, type WorkerEvent } from './worker.js'
+export { startWorker } from './worker.js'
+export type {
+  CompletedEvent,
+  EndedEvent,
+  FailedEvent,
+  JobEvent,
+  JobWorker,
+  JobWorkerOptions,
+  StalledEvent,
+  StartedEvent,
+  WorkerErrorEvent,
+  WorkerEvent,
+} from './worker-options.js'

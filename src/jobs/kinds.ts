@@ -18,27 +18,41 @@ import type { Plain } from './plain.js'
 
 /** `convert` of the API: see there for the options. Paths lie under the worker's roots; relative ones start from the first. */
 export interface ConvertJob {
+  /** The image, below a root of the worker. */
   source: string
   /** Has its name when it is whole. A file that is replaced (`overwrite`) keeps its permissions. */
   target: string
+  /** Its format. Default: by its magic. */
   from?: SourceFormat | undefined
+  /** Format of the target. */
   to: TargetFormat
+  /** Read this internal snapshot, by id or name. */
   snapshot?: string | undefined
+  /** Copy from this byte of the disk on. Default 0. */
   start?: number | undefined
+  /** Copy this many bytes. Default: the rest of the disk. */
   length?: number | undefined
+  /** What cannot be read becomes zeroes. Default false. */
   salvage?: boolean | undefined
+  /** Compress every cluster that shrinks. Default false. */
   compress?: boolean | Compression | undefined
   /** The shape of an image that stands by itself and needs no secret: without `backingFile`, `dataFile`, `encrypt` and what belongs to them. */
   create?: Shape | undefined
+  /** The same as `create.preallocation`, and for raw targets too. */
   preallocation?: Preallocation | undefined
+  /** Zeroes of at least this many bytes become a hole. Default 4096. */
   sparseSize?: number | undefined
+  /** Copy the persistent bitmaps. Default false. */
   bitmaps?: boolean | undefined
+  /** Replace a file that has the target's name. Default false: `EEXIST`. */
   overwrite?: boolean | undefined
 }
 
 /** `check` of the API. */
 export interface CheckJob {
+  /** The image, below a root of the worker. */
   source: string
+  /** Its format. Default: by its magic. */
   format?: Format | undefined
   /** Changes the image in place: whoever is interrupted leaves it no worse, and the next attempt repairs the rest. */
   repair?: 'leaks' | 'all' | undefined
@@ -46,19 +60,25 @@ export interface CheckJob {
 
 /** `inspect` of the API. */
 export interface InspectJob {
+  /** The image, below a root of the worker. */
   source: string
 }
 
 /** `compact` of the API. It changes the image in place, and can be interrupted and begun again. */
 export interface CompactJob {
+  /** The image, below a root of the worker. */
   source: string
+  /** `'rewrite'` moves clusters, too. Default `'in-place'`. */
   mode?: 'in-place' | 'rewrite' | undefined
+  /** Give up clusters of zeroes. Default false. */
   zeroes?: boolean | undefined
+  /** Change nothing: tell what would be had. Default false. */
   dryRun?: boolean | undefined
 }
 
 /** A file, byte for byte, as the body of an HTTP PUT. */
 export interface UploadJob {
+  /** The file, below a root of the worker; an image that is written to is `ERR_QCOW2_LOCKED`. */
   source: string
   /** Begins with one of the worker's `uploads`. */
   url: string
@@ -74,27 +94,39 @@ export interface UploadResult {
   readonly status: number
   /** The server's name for what it has now, if it says one. */
   readonly etag?: string
+  /** Milliseconds that it took. */
   readonly durationMs: number
 }
 
 /** By kind, what a job is given. */
 export interface JobData {
+  /** A disk into a new image. */
   convert: ConvertJob
+  /** An image's metadata against itself. */
   check: CheckJob
+  /** What the header of an image claims. */
   inspect: InspectJob
+  /** An image made smaller in place. */
   compact: CompactJob
+  /** A file to a server. */
   upload: UploadJob
 }
 
 /** By kind, what a job that is done says: what the API's call says, as JSON has it. Of a check's findings the first 100. */
 export interface JobResults {
+  /** What was copied. */
   convert: Plain<ConvertResult>
+  /** What was found. */
   check: Plain<Omit<CheckResult, 'messages'>>
+  /** What the header claims. */
   inspect: Plain<Inspection>
+  /** What was given back. */
   compact: Plain<CompactResult>
+  /** What the server answered. */
   upload: UploadResult
 }
 
+/** What a job can be. */
 export type JobKind = keyof JobData
 
 export const JOB_KINDS = ['convert', 'check', 'inspect', 'compact', 'upload'] as const satisfies readonly JobKind[]

@@ -1,8 +1,16 @@
 /** Results as JSON has them. */
 
+/** An error as JSON has it. */
+export interface PlainError {
+  /** Its code. */
+  readonly code: string
+  /** What it says. */
+  readonly message: string
+}
+
 /** As JSON has it: without bytes, which stand beside a text where that is not exact; errors with their code and message. */
 export type Plain<T> = T extends Error
-  ? { readonly code: string; readonly message: string }
+  ? PlainError
   : T extends readonly (infer U)[]
     ? readonly Plain<U>[]
     : T extends object

@@ -35,7 +35,9 @@ export type JobState = 'waiting' | 'delayed' | 'active' | 'completed' | 'dead'
 
 /** A job in the queue. */
 export interface QueuedJob<K extends JobKind = JobKind> {
+  /** Its name in the queue. */
   readonly id: string
+  /** What it is. */
   readonly kind: K
   /** Where it is; undefined when it is gone: cancelled, dropped, or done long ago. */
   state(): Promise<JobState | undefined>
@@ -58,14 +60,19 @@ export type Cancelled = 'removed' | 'aborting' | 'ended'
 
 /** A job whose attempts are used up, or that cannot be done. */
 export interface DeadJob<K extends JobKind = JobKind> {
+  /** Its name in the queue. */
   readonly id: string
+  /** What it is. */
   readonly kind: K
   /** What it was given. */
   readonly data: JobData[K]
   /** The code of the last failure; `ERR_QCOW2_IO` where workers were lost with it. */
   readonly code: string
+  /** The message of the last failure, which begins with its code. */
   readonly reason: string
+  /** How often it failed. */
   readonly attempts: number
+  /** When it failed last. */
   readonly failedAt: Date
 }
 
@@ -91,6 +98,7 @@ export interface JobQueue extends AsyncDisposable {
   retry(id: string): Promise<boolean>
   /** Removes a dead job. False if it is not dead. */
   drop(id: string): Promise<boolean>
+  /** How many jobs are where. */
   counts(): Promise<JobCounts>
   /** Ends the connections. Jobs stay. */
   close(): Promise<void>

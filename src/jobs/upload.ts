@@ -1,8 +1,10 @@
 /** A file as the body of an HTTP PUT. */
 
-import { open } from 'node:fs/promises'
+import { type FileHandle, open as openFile } from 'node:fs/promises'
 import { Readable } from 'node:stream'
-import { AbortError, Qcow2Error, type SystemErrorCode } from '../errors.js'
+import { AbortError, invalidArgument, Qcow2Error, type SystemErrorCode } from '../errors.js'
+import type { Image } from '../image.js'
+import { open } from '../open.js'
 import { toName } from '../text.js'
 import type { UploadResult } from './kinds.js'
 import type { JobProgress } from './progress.js'
@@ -25,10 +27,15 @@ const SILENCE = 60_000
 /** Sends a file with its length said first. A redirection is an error: only the address that was judged is spoken to. */
 export async function upload({ path, url, headers, signal, onProgress }: Upload): Promise<UploadResult> {
   const begin = performance.now()
-  const file = await open(toName(path), 'r')
+  const name = toName(path)
+  const held = await locked(name, signal)
   const silence = new Silence()
+  let file: FileHandle | undefined
   try {
-    const { size } = await file.stat()
+    file = await openFile(name, 'r')
+    const stat = await file.stat()
+    if (!stat.isFile()) throw invalidArgument('source', `upload: '${path}' is no regular file, whose length is known`)
+    const { size } = stat
     const chunks = counted(file.createReadStream({ autoClose: false }), size, onProgress)
     const body = Readable.from(silence.watch(chunks))
     const answer = await fetch(url, {
@@ -51,7 +58,17 @@ export async function upload({ path, url, headers, signal, onProgress }: Upload)
     throw failed(error, url)
   } finally {
     silence.end()
-    await file.close()
+    await Promise.all([file?.close(), held?.close()])
+  }
+}
+
+/** Nobody writes to an image meanwhile; any other file is only its bytes. */
+async function locked(name: string | Buffer, signal: AbortSignal): Promise<Image | undefined> {
+  try {
+    return await open(name, { references: 'layer', signal })
+  } catch (error) {
+    if (codeOf(error) === 'ERR_QCOW2_LOCKED' || signal.aborted) throw error
+    return undefined
   }
 }
 

@@ -3,33 +3,10 @@
 import { hostname } from 'node:os'
 import { setTimeout as delay } from 'node:timers/promises'
 import type { Job, Processor, Worker, WorkerOptions } from 'bullmq'
-import { invalidArgument } from '../errors.js'
-import {
-  abortSignal,
-  bytes,
-  callback,
-  integer,
-  type Limits,
-  limits,
-  oneOf,
-  type Read,
-  type Reader,
-  readOptions,
-  text,
-  throwIfAborted,
-} from '../options.js'
-import type { EncryptedLayer, Secret } from '../secret.js'
+import { AbortError } from '../errors.js'
+import { readOptions, throwIfAborted } from '../options.js'
 import { answer, onAbort } from '../support/signals.js'
-import type { Size } from '../units.js'
-import {
-  answered,
-  DEFAULT_PREFIX,
-  DEFAULT_QUEUE,
-  DEFAULT_TIMEOUT,
-  needed,
-  PLACE,
-  type QueuePlace,
-} from './connection.js'
+import { answered, DEFAULT_PREFIX, DEFAULT_QUEUE, DEFAULT_TIMEOUT, needed } from './connection.js'
 import { CANCELLED, isFinal, reasonOf } from './failure.js'
 import { cancelledBecause, fenceOf } from './fence.js'
 import { type JobKind, jobKind, readJob } from './kinds.js'
@@ -38,123 +15,16 @@ import { type Means, perform } from './perform.js'
 import { Reports } from './progress.js'
 import { Roots } from './roots.js'
 import { Running } from './running.js'
-
-/** What happens at a worker. */
-export type WorkerEvent =
-  /** An attempt began. */
-  | { readonly type: 'started'; readonly id: string; readonly kind: string; readonly attempt: number }
-  /** The job is done, and the queue knows. */
-  | { readonly type: 'completed'; readonly id: string; readonly kind: string; readonly durationMs: number }
-  /** An attempt failed; with `final` it was the last one, and the job is among the dead. */
-  | {
-      readonly type: 'failed'
-      readonly id: string
-      readonly kind: string
-      readonly reason: string
-      readonly final: boolean
-    }
-  /** It was cancelled while it ran, and is gone. */
-  | { readonly type: 'cancelled'; readonly id: string; readonly kind: string }
-  /** It was given back to the queue by a worker that closes: an attempt that does not count. */
-  | { readonly type: 'returned'; readonly id: string; readonly kind: string }
-  /** The job is another worker's, or will be: this one did not hear from the queue for too long. Its attempt left nothing. */
-  | { readonly type: 'lost'; readonly id: string; readonly kind: string }
-  /** A worker, this one or another, was found to be gone, and its job waits again. */
-  | { readonly type: 'stalled'; readonly id: string }
-  /** The connection, or the queue: it is tried again. */
-  | { readonly type: 'error'; readonly error: Error }
-
-/** Options of {@link startWorker}. */
-export interface JobWorkerOptions extends QueuePlace {
-  /** Folders that jobs may name files in, symbolic links resolved; relative paths of jobs start from the first. */
-  roots: string | readonly string[]
-  /** Jobs at once, 1 to 64. Default 1. Run one worker on a machine, so that this is what the machine does. */
-  concurrency?: number | undefined
-  /** Worker threads of one job, 1 to 64. Default: as for the API; all jobs of a process share a number of them. */
-  threads?: number | undefined
-  /** Bytes a second that the converts of this worker read, all together: each has its share. Default: as fast as it goes. */
-  rate?: Size | undefined
-  /** What images may claim; see {@link Limits}. */
-  limits?: Limits | undefined
-  /**
-   * What the images of jobs may pull in: nothing, the default, or with `'roots'` files that lie under the roots, by the rules of the API's
-   * `'allow'`.
-   */
-  references?: 'deny' | 'roots' | undefined
-  /** Gives the secrets of encrypted sources. No job has one: a queue would keep it in clear. */
-  secret?: ((layer: EncryptedLayer) => Secret | undefined | Promise<Secret | undefined>) | undefined
-  /** What addresses of uploads begin with: `https://store.example/images/`. Default: nothing is uploaded. */
-  uploads?: string | readonly string[] | undefined
-  /** Headers of an upload (`authorization`), by its address. */
-  uploadHeaders?: ((url: string) => Record<string, string> | Promise<Record<string, string>>) | undefined
-  /**
-   * Milliseconds, 1000 to 3600000, for which a job is this worker's without word from it: it says so again twice as often. A worker that was
-   * lost is noticed within two of them. Default 30000.
-   */
-  lockDuration?: number | undefined
-  /** How often a job's worker may be lost before the job counts as failed, 0 to 100: an image may be what ends them. Default 2. */
-  maxStalled?: number | undefined
-  /** Milliseconds that running jobs have to finish when the worker closes; then they are given back. Default 30000. */
-  grace?: number | undefined
-  /** Milliseconds between two reports of a job's progress. Default 1000. */
-  progressInterval?: number | undefined
-  /** Hears of what happens. What it throws is a warning of the process. */
-  onEvent?: ((event: WorkerEvent) => unknown) | undefined
-  /** Closes the worker, as `close` does. */
-  signal?: AbortSignal | undefined
-}
-
-/** A worker that runs. */
-export interface JobWorker extends AsyncDisposable {
-  /** The machine and the process, as the queue knows it. */
-  readonly name: string
-  /** Jobs that it does now. */
-  readonly running: number
-  /** Resolves when the worker has closed. */
-  readonly closed: Promise<void>
-  /**
-   * Takes no job any more, and waits for those that run; what is not done within `grace` milliseconds is aborted and given back to the queue,
-   * where another worker takes it first.
-   */
-  close(options?: { grace?: number | undefined }): Promise<void>
-}
-
-const DURATION = integer(0, 2 ** 31 - 1)
-
-const texts: Reader<readonly string[]> = (value, name) =>
-  Array.isArray(value) ? value.map((each, index) => text(each, `${name}[${index}]`)) : [text(value, name)]
-
-const addresses: Reader<readonly string[]> = (value, name) =>
-  texts(value, name).map(each => {
-    // With a path: 'https://store.example' is the beginning of 'https://store.example.org', too.
-    if (URL.canParse(each) && /^https?:$/.test(new URL(each).protocol)) return new URL(each).href
-    throw invalidArgument(name, `${name} must be addresses of http:// or https://, not '${each}'`)
-  })
-
-const WORKER = {
-  ...PLACE,
-  roots: texts,
-  concurrency: integer(1, 64),
-  threads: integer(1, 64),
-  rate: bytes,
-  limits,
-  references: oneOf('deny', 'roots'),
-  secret: callback<NonNullable<JobWorkerOptions['secret']>>(),
-  uploads: addresses,
-  uploadHeaders: callback<NonNullable<JobWorkerOptions['uploadHeaders']>>(),
-  lockDuration: integer(1000, 3_600_000),
-  maxStalled: integer(0, 100),
-  grace: DURATION,
-  progressInterval: integer(1, 2 ** 31 - 1),
-  onEvent: callback<NonNullable<JobWorkerOptions['onEvent']>>(),
-  signal: abortSignal,
-} as const
-
-const CLOSE = { grace: DURATION } as const
-
-type ReadWorker = Read<typeof WORKER>
-
-const DEFAULT = { lockDuration: 30_000, grace: 30_000, maxStalled: 2, progressInterval: 1000, concurrency: 1 } as const
+import { LockLost } from './target.js'
+import {
+  CLOSE,
+  DEFAULT,
+  type JobWorker,
+  type JobWorkerOptions,
+  type ReadWorker,
+  WORKER,
+  type WorkerEvent,
+} from './worker-options.js'
 
 /** Milliseconds between two looks for jobs that are cancelled, or lost. */
 const LOOK = 500
@@ -429,7 +299,7 @@ class QueueWorker implements JobWorker {
       this.#tell({ type: back === undefined ? 'lost' : 'returned', id, kind })
       return new WaitingError()
     }
-    if (end?.type === 'lost') {
+    if (end?.type === 'lost' || (error instanceof AbortError && error.cause instanceof LockLost)) {
       this.#tell({ type: 'lost', id, kind })
       // It is not this worker's: nothing is said of it to the queue.
       return new WaitingError()

@@ -63,6 +63,8 @@ export async function writeImage(
     return 0
   } catch (error) {
     if (error instanceof OutputLost) return 1
+    // A chunk may be on its way to a reader that has stopped.
+    if (session.signal.aborted) session.stdout.abandon()
     throw error
   }
 }

@@ -170,6 +170,24 @@ impl<T> Pool<T> {
     }
 }
 
+/// The unit that a request ended in, for the one that goes on there: a disk that is read front to back has no way to it any more.
+#[derive(Default)]
+pub struct Latest {
+    unit: Mutex<Option<(u64, Vec<u8>)>>,
+}
+
+impl Latest {
+    /// Takes the unit of that number, if it is the one.
+    pub fn take(&self, number: u64) -> Option<Vec<u8>> {
+        self.unit.lock().take_if(|(kept, _)| *kept == number).map(|(_, bytes)| bytes)
+    }
+
+    /// Keeps a unit, and no other one.
+    pub fn keep(&self, number: u64, bytes: Vec<u8>) {
+        *self.unit.lock() = Some((number, bytes));
+    }
+}
+
 /// What was counted is not there any more.
 #[must_use]
 pub fn changed(offset: u64) -> Error {

@@ -1,7 +1,7 @@
 //! The seam of streams: a new image of which all places are decided before its first byte is there, so that its bytes can be had front
 //! to back, and from any offset on, without a file that they are written to.
 //!
-//! Such an image depends on the source alone: its bytes are the same from run to run, and on every machine.
+//! Such an image depends on the source and its map alone: its bytes are the same from run to run, and on every machine.
 
 mod flat;
 mod identity;
@@ -11,7 +11,7 @@ mod runs;
 use std::num::NonZeroUsize;
 
 pub use self::flat::Flat;
-pub use self::lengths::{Counter, Lengths, Pool, changed};
+pub use self::lengths::{Counter, Latest, Lengths, Pool, changed};
 pub use self::runs::{Part, Runs};
 use crate::convert::Compression;
 use crate::{GuestSource, Job, MemMut, Result};

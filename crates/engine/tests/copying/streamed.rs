@@ -1,7 +1,7 @@
 //! Images as streams: plans over maps of any kind, each offset's bytes against the whole, judged by QEMU and by our own check.
 
 use std::num::NonZeroUsize;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use qcow2_engine::check::{CheckOptions, check};
 use qcow2_engine::convert::Compression;
@@ -305,4 +305,53 @@ fn lengths_of_clusters_have_their_limit() {
     assert_eq!((refused.kind(), refused.field()), (ErrorKind::Limit, Some("max_memory")));
     job.cancel();
     assert_eq!(plan(1 << 27).err().unwrap().kind(), ErrorKind::Aborted);
+}
+
+/// The same disk, read front to back.
+struct InOrder<'a>(&'a Mapped, Mutex<u64>);
+
+impl GuestSource for InOrder<'_> {
+    fn virtual_size(&self) -> u64 {
+        self.0.size
+    }
+
+    fn cluster_size(&self) -> u64 {
+        self.0.cluster_size()
+    }
+
+    fn is_sequential(&self) -> bool {
+        true
+    }
+
+    fn extents_up_to(
+        &self,
+        start: u64,
+        length: u64,
+        most: usize,
+        job: &Job,
+        out: &mut Vec<Extent>,
+    ) -> Result<u64> {
+        self.0.extents_up_to(start, length, most, job, out)
+    }
+
+    fn read_at(&self, buf: MemMut<'_>, offset: u64) -> Result<()> {
+        let mut next = self.1.lock().unwrap();
+        assert!(*next <= offset, "a read at {offset} behind one up to {next}");
+        *next = offset + buf.len() as u64;
+        self.0.read_at(buf, offset)
+    }
+}
+
+#[test]
+fn a_disk_that_is_read_front_to_back_is_read_so_in_both_passes() {
+    let mut rng = Rng::new(5);
+    let disk = Mapped { size: 3 << 20, runs: vec![(0, 1 << 20), (1 << 21, 1 << 20)] };
+    let in_order = || InOrder(&disk, Mutex::new(0));
+    let whole = compressed(&CreateOptions::default(), &disk, 2).unwrap();
+    let plan = compressed(&CreateOptions::default(), &in_order(), 3).unwrap();
+    // Requests end in the middle of clusters.
+    let bytes = emitted(&plan, &in_order(), &mut rng);
+    assert_same(&emitted(&whole, &disk, &mut rng), &bytes, 0, "in order");
+    let plain = planned(&CreateOptions::default(), &in_order(), 1 << 20).unwrap();
+    assert_image(&emitted(&plain, &in_order(), &mut rng), &disk.bytes(), "as it is");
 }

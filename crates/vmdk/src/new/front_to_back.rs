@@ -1,6 +1,8 @@
 //! A streamOptimized image as a stream of bytes: the grains are compressed twice, once to know where each of them lies.
 
-use qcow2_core::front_to_back::{FrontToBack, Lengths, Part, Planning, Pool, Runs, changed, read_padded};
+use qcow2_core::front_to_back::{
+    FrontToBack, Latest, Lengths, Part, Planning, Pool, Runs, changed, read_padded,
+};
 use qcow2_core::{Error, ErrorKind, GuestSource, Job, MemMut, Result};
 use qcow2_transform::{StreamDeflater, is_zero, zlib};
 
@@ -25,6 +27,16 @@ pub(super) struct Streamed {
     /// The last table, the directory and the footer, from this sector on.
     tail: (u64, Vec<u8>),
     deflaters: Pool<StreamDeflater>,
+    latest: Latest,
+}
+
+/// What is made as a whole.
+struct Piece {
+    /// First byte in the file.
+    begin: u64,
+    bytes: Vec<u8>,
+    /// Which grain it is, if it is one.
+    grain: Option<u64>,
 }
 
 /// Sectors of a grain with its marker.
@@ -82,8 +94,8 @@ impl Streamed {
         let end = stream.end()?;
         let from = end.first().map_or(OVERHEAD, |(sector, _)| *sector);
         let tail = (from, end.into_iter().flat_map(|(_, bytes)| bytes).collect());
-        let deflaters = Pool::default();
-        Ok(Self { level, head, grains, table_entries, tables, starts, tail, deflaters })
+        let (deflaters, latest) = (Pool::default(), Latest::default());
+        Ok(Self { level, head, grains, table_entries, tables, starts, tail, deflaters, latest })
     }
 
     /// The grains of a table, by its place among those that map something: number, length, and first sector of each.
@@ -102,15 +114,17 @@ impl Streamed {
         )
     }
 
-    /// The bytes of a piece of the file that `offset` is in, and where that begins.
-    fn piece(&self, source: &dyn GuestSource, offset: u64) -> Result<(u64, Vec<u8>)> {
+    /// The bytes of a piece of the file that `offset` is in, and where that begins; of a grain with its number.
+    fn piece(&self, source: &dyn GuestSource, offset: u64) -> Result<Piece> {
         let sector = offset / SECTOR;
         let rank = self.starts.partition_point(|start| *start <= sector).saturating_sub(1);
         let (mut entries, mut end) = (vec![0u32; self.table_entries as usize], 0);
         for (number, length, place) in self.table(rank) {
             end = place + sectors(length);
             if sector < end {
-                return Ok((place * SECTOR, self.grain(source, number, length)?));
+                let kept = self.latest.take(number);
+                let bytes = kept.map_or_else(|| self.grain(source, number, length), Ok)?;
+                return Ok(Piece { begin: place * SECTOR, bytes, grain: Some(number) });
             }
             if let Some(entry) = entries.get_mut((number % self.table_entries) as usize) {
                 *entry = place as u32;
@@ -118,7 +132,7 @@ impl Streamed {
         }
         let table: Vec<u8> = entries.iter().flat_map(|entry| entry.to_le_bytes()).collect();
         let marker = Marker::GrainTable.encode((table.len() as u64).div_ceil(SECTOR));
-        Ok((end * SECTOR, [marker, table].concat()))
+        Ok(Piece { begin: end * SECTOR, bytes: [marker, table].concat(), grain: None })
     }
 
     /// A grain with its marker, padded to a sector.
@@ -153,23 +167,30 @@ impl FrontToBack for Streamed {
         let end = self.tail.0 * SECTOR;
         while !buf.is_empty() {
             job.checkpoint()?;
-            let made;
-            let (begin, bytes) = match offset {
-                offset if offset < OVERHEAD * SECTOR => (0, &self.head),
-                offset if offset >= end => (end, &self.tail.1),
-                _ => {
-                    made = self.piece(source, offset)?;
-                    (made.0, &made.1)
+            if (OVERHEAD * SECTOR..end).contains(&offset) {
+                let piece = self.piece(source, offset)?;
+                let copied = copy(&piece.bytes, offset - piece.begin, &mut buf);
+                offset += copied;
+                if let (Some(number), true) = (piece.grain, offset < piece.begin + piece.bytes.len() as u64) {
+                    self.latest.keep(number, piece.bytes);
                 }
-            };
-            let rest = bytes.get((offset - begin) as usize..).unwrap_or_default();
-            if rest.is_empty() {
+                continue;
+            }
+            let (begin, bytes) = if offset < end { (0, &self.head) } else { (end, &self.tail.1) };
+            let copied = copy(bytes, offset - begin, &mut buf);
+            if copied == 0 {
                 let message = format!("offset {offset} is behind the end of the stream, {}", self.length());
                 return Err(Error::new(ErrorKind::InvalidArgument, message));
             }
-            let mut front = buf.take_front(rest.len());
-            offset += front.copy_from(rest) as u64;
+            offset += copied;
         }
         Ok(())
     }
+}
+
+/// Copies bytes from one of them on to the front of `buf`; how many.
+fn copy(bytes: &[u8], from: u64, buf: &mut MemMut<'_>) -> u64 {
+    let rest = bytes.get(from as usize..).unwrap_or_default();
+    let mut front = buf.take_front(rest.len());
+    front.copy_from(rest) as u64
 }

@@ -131,7 +131,13 @@ impl Streamed {
     }
 
     /// Fills the front of `buf` from `offset` on, up to where something else begins; returns how much that was.
-    fn fill_front(&self, source: &dyn GuestSource, offset: u64, buf: &mut MemMut<'_>) -> Result<u64> {
+    fn fill_front(
+        &self,
+        source: &dyn GuestSource,
+        offset: u64,
+        buf: &mut MemMut<'_>,
+        job: &Job,
+    ) -> Result<u64> {
         let g = &self.geometry;
         let (region, index) = self.layout.region(g.cluster_index(offset)).ok_or_else(|| {
             let message = format!("offset {offset} is behind the end of the stream, {}", self.length());
@@ -141,7 +147,7 @@ impl Streamed {
         if region == Region::Data {
             let units = match &self.data {
                 Data::Packed(packed) => {
-                    return packed.fill_front(source, (index << g.cluster_bits()) + inside, buf);
+                    return packed.fill(source, (index << g.cluster_bits()) + inside, buf, job);
                 }
                 Data::Plain(units) => units,
             };
@@ -167,7 +173,7 @@ impl FrontToBack for Streamed {
     fn fill(&self, source: &dyn GuestSource, mut offset: u64, mut buf: MemMut<'_>, job: &Job) -> Result<()> {
         while !buf.is_empty() {
             job.checkpoint()?;
-            offset += self.fill_front(source, offset, &mut buf)?;
+            offset += self.fill_front(source, offset, &mut buf, job)?;
         }
         Ok(())
     }

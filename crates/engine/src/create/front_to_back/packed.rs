@@ -1,12 +1,12 @@
 //! Compressed data: where each cluster lies, one directly behind the other, and the clusters that do not shrink, as they are.
 
-use qcow2_core::front_to_back::{Lengths, Part, Planning, Pool, Runs, changed, read_padded};
+use qcow2_core::front_to_back::{Latest, Lengths, Part, Planning, Pool, Runs, changed, read_padded};
 use qcow2_format::{CompressedDescriptor, Geometry, HostOffset, L2Mapping, SubclusterBitmap};
 use qcow2_transform::{CompressOptions, Compressor, is_zero};
 
 use super::internal;
 use crate::invalid::{invalid, transform};
-use crate::{ErrorKind, GuestSource, MemMut, Result};
+use crate::{ErrorKind, GuestSource, Job, MemMut, Result};
 
 /// Clusters between two places that are kept.
 const KEPT: usize = 1024;
@@ -44,6 +44,7 @@ pub(super) struct Packed {
     kept: Vec<State>,
     end: u64,
     compressors: Pool<Compressor>,
+    latest: Latest,
 }
 
 impl Packed {
@@ -69,8 +70,15 @@ impl Packed {
                 Ok(length.unwrap_or(size) as u32)
             }))
         })?;
-        let mut packed =
-            Self { geometry, options, lengths, kept: Vec::new(), end: 0, compressors: Pool::default() };
+        let mut packed = Self {
+            geometry,
+            options,
+            lengths,
+            kept: Vec::new(),
+            end: 0,
+            compressors: Pool::default(),
+            latest: Latest::default(),
+        };
         let mut state = State::default();
         for lengths in packed.lengths.bytes.chunks(KEPT) {
             packed.kept.push(state);
@@ -159,39 +167,59 @@ impl Packed {
         counts
     }
 
-    /// Fills the front of `buf` from `offset` on, which counts from where the data begins; returns how much that was.
+    /// Fills `buf` from `offset` on, which counts from where the data begins, up to the end at most; returns how much that was.
     ///
     /// # Errors
-    /// `Io` for a disk that is another one than that which was counted; what reading it gives.
-    pub(super) fn fill_front(
+    /// `Io` for a disk that is another one than that which was counted; what reading it gives; `Aborted`.
+    pub(super) fn fill(
         &self,
         source: &dyn GuestSource,
         offset: u64,
         buf: &mut MemMut<'_>,
+        job: &Job,
     ) -> Result<u64> {
-        let Some(placed) = self.ending_behind(offset).next() else {
-            // What is left of the last host cluster.
-            let mut front =
-                buf.take_front((self.geometry.cluster_size() - self.geometry.in_cluster(offset)) as usize);
-            front.fill_zero();
-            return Ok(front.len() as u64);
-        };
-        if placed.at > offset {
-            let mut front = buf.take_front((placed.at - offset).min(buf.len() as u64) as usize);
-            front.fill_zero();
-            return Ok(front.len() as u64);
+        let end = self.host_clusters() << self.geometry.cluster_bits();
+        let mut rest = buf.take_front(end.saturating_sub(offset).min(buf.len() as u64) as usize);
+        let (length, mut at) = (rest.len() as u64, offset);
+        for placed in self.ending_behind(offset) {
+            job.checkpoint()?;
+            let mut gap = rest.take_front(placed.at.saturating_sub(at).min(rest.len() as u64) as usize);
+            gap.fill_zero();
+            at += gap.len() as u64;
+            if rest.is_empty() {
+                return Ok(length);
+            }
+            let front = rest.take_front((placed.end() - at).min(rest.len() as u64) as usize);
+            let inside = at - placed.at;
+            at += front.len() as u64;
+            self.fill_cluster(source, placed, inside, front)?;
         }
-        let inside = offset - placed.at;
-        let mut front = buf.take_front((placed.length - inside).min(buf.len() as u64) as usize);
+        // What is left of the last host cluster.
+        rest.fill_zero();
+        Ok(length)
+    }
+
+    /// Fills `front` with a cluster from its byte `inside` on.
+    fn fill_cluster(
+        &self,
+        source: &dyn GuestSource,
+        placed: Placed,
+        inside: u64,
+        mut front: MemMut<'_>,
+    ) -> Result<()> {
         let guest = placed.guest << self.geometry.cluster_bits();
         if placed.length == self.geometry.cluster_size() {
-            let length = front.len() as u64;
-            read_padded(source, front, guest + inside)?;
-            return Ok(length);
+            return read_padded(source, front, guest + inside);
         }
-        let compressed = self.compress(source, placed, guest)?;
-        let part = compressed.get(inside as usize..).ok_or_else(internal)?;
-        Ok(front.copy_from(part) as u64)
+        let compressed = match self.latest.take(placed.guest) {
+            Some(compressed) => compressed,
+            None => self.compress(source, placed, guest)?,
+        };
+        front.copy_from(compressed.get(inside as usize..).ok_or_else(internal)?);
+        if inside + (front.len() as u64) < placed.length {
+            self.latest.keep(placed.guest, compressed);
+        }
+        Ok(())
     }
 
     fn compress(&self, source: &dyn GuestSource, placed: Placed, guest: u64) -> Result<Vec<u8>> {
