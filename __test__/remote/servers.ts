@@ -70,7 +70,7 @@ export async function startNginx(folder: string, files: string): Promise<Serving
   const user = process.getuid?.() === 0 ? 'user root;' : ''
   writeFileSync(
     config,
-    `${user} daemon off; worker_processes 1; pid ${join(folder, 'nginx.pid')}; error_log stderr;
+    `${user} daemon off; master_process off; pid ${join(folder, 'nginx.pid')}; error_log stderr;
      events { worker_connections 64; }
      http { access_log off; ${places.join(' ')}
             server { listen unix:${socketPath}; listen 127.0.0.1:${port}; root ${files}; location /plain/ { alias ${files}/; max_ranges 0; } } }`,
