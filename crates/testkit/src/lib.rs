@@ -24,6 +24,7 @@
 )]
 
 pub mod alloc;
+pub mod at;
 pub mod audit;
 pub mod chain;
 pub mod contents;

@@ -3,7 +3,6 @@
 //! masks and offsets of its own, those of the forge, and not those of the format crate: a mistake there must show.
 
 use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use crate::forge::{codec, field};
@@ -46,7 +45,7 @@ fn read_padded(file: &File, offset: u64, len: usize) -> Vec<u8> {
     let mut out = vec![0; len];
     let mut filled = 0;
     while filled < len {
-        match file.read_at(&mut out[filled..], offset + filled as u64).unwrap() {
+        match crate::at::read_at(file, &mut out[filled..], offset + filled as u64).unwrap() {
             0 => break,
             n => filled += n,
         }

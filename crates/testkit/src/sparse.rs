@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -141,7 +140,7 @@ impl Sparse {
         for (&page, bytes) in &self.pages {
             let at = page * PAGE;
             let n = (self.len - at).min(PAGE) as usize;
-            file.write_all_at(&bytes[..n], at).unwrap();
+            crate::at::write_all_at(&file, &bytes[..n], at).unwrap();
         }
     }
 }

@@ -26,9 +26,8 @@ fn severity(report: &CheckReport) -> u64 {
 
 /// Eight bytes of a file that may be far larger than memory: repairs can make sparse files of terabytes.
 fn word(path: &Path, at: u64) -> u64 {
-    use std::os::unix::fs::FileExt;
     let mut bytes = [0; 8];
-    std::fs::File::open(path).unwrap().read_exact_at(&mut bytes, at).unwrap();
+    qcow2_testkit::at::read_exact_at(&std::fs::File::open(path).unwrap(), &mut bytes, at).unwrap();
     u64::from_be_bytes(bytes)
 }
 

@@ -4,7 +4,6 @@
 use crate::contents;
 
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex};
@@ -253,7 +252,7 @@ fn holes_of_what_moves_stay_holes() {
     qemu.assert_clean(&path);
     assert!(result.moved_clusters >= 4, "{result:?}");
     // Four clusters with 4 KiB each; header, refcounts and the L2 table may have all of theirs.
-    let used = std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&path).unwrap()) * 512;
+    let used = qcow2_testkit::at::space(&path).unwrap();
     assert!(used < 4 * CLUSTER + CLUSTER / 2, "{used} bytes in use: {result:?}");
     let bytes = qemu.guest_bytes(&path, "qcow2", &[]);
     for (number, cluster) in (0..).zip(bytes.chunks(CLUSTER as usize)) {
@@ -443,8 +442,8 @@ fn space_of_a_data_file_that_nothing_refers_to_is_given_back() {
         let count = (1 << 20) / cluster;
         let file = std::fs::File::options().write(true).open(&path).unwrap();
         let l2 = word(word(40));
-        file.write_all_at(&vec![0; 8 * (count as usize - 1)], l2 + 8 * count).unwrap();
-        let used = || std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&data).unwrap()) * 512;
+        qcow2_testkit::at::write_all_at(&file, &vec![0; 8 * (count as usize - 1)], l2 + 8 * count).unwrap();
+        let used = || qcow2_testkit::at::space(&data).unwrap();
         let before = (std::fs::read(&data).unwrap(), used());
         let image = open_file(&path, &Opening::default()).unwrap();
         let disk = bytes_of(&image);
@@ -486,8 +485,8 @@ fn with_vm_state(qemu: &Qemu, path: &std::path::Path, state: u64) {
     let bytes = std::fs::read(path).unwrap();
     let table = u64::from_be_bytes(bytes[64..72].try_into().unwrap());
     let file = std::fs::File::options().write(true).open(path).unwrap();
-    file.write_all_at(&(state as u32).to_be_bytes(), table + 32).unwrap();
-    file.write_all_at(&state.to_be_bytes(), table + 40).unwrap();
+    qcow2_testkit::at::write_all_at(&file, &(state as u32).to_be_bytes(), table + 32).unwrap();
+    qcow2_testkit::at::write_all_at(&file, &state.to_be_bytes(), table + 40).unwrap();
     qemu.io(path, "qcow2", &[format!("write -b -P 98 0 {}", state / 2)]);
 }
 

@@ -1,6 +1,5 @@
 //! Snapshots made, applied and deleted through plans, on every kind of image; QEMU judges and does the same.
 
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -139,7 +138,7 @@ fn the_largest_refcount_takes_no_more() {
     let word = |at: u64| u64::from_be_bytes(bytes[at as usize..][..8].try_into().unwrap()) & !(1 << 63);
     let (block, data) = (word(word(48)), word(word(word(40))));
     let file = std::fs::File::options().write(true).open(&path).unwrap();
-    file.write_all_at(&[0xff; 8], block + 8 * (data >> 16)).unwrap();
+    qcow2_testkit::at::write_all_at(&file, &[0xff; 8], block + 8 * (data >> 16)).unwrap();
     let image = open(&path);
     let error = create(&image, "1").unwrap_err();
     assert_eq!((error.kind(), error.field()), (ErrorKind::Limit, Some("refcount_bits")));

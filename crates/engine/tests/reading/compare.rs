@@ -56,8 +56,8 @@ fn check(qemu: &Qemu, a: (&Path, &str), b: (&Path, &str), strict: bool) -> Compa
 }
 
 fn write(path: &Path, offset: u64, bytes: &[u8]) {
-    use std::os::unix::fs::FileExt;
-    std::fs::File::options().write(true).open(path).unwrap().write_all_at(bytes, offset).unwrap();
+    let file = std::fs::File::options().write(true).open(path).unwrap();
+    qcow2_testkit::at::write_all_at(&file, bytes, offset).unwrap();
 }
 
 #[test]

@@ -252,6 +252,7 @@ fn an_image_in_use_is_not_replaced() {
     assert_eq!(images.refusal("io", &READ, "top.qcow2"), None);
 }
 
+#[cfg(unix)]
 #[test]
 fn a_borrowed_descriptor_locks_and_gives_the_lock_back() {
     use std::os::fd::AsFd;

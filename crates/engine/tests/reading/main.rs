@@ -3,6 +3,7 @@
 
 mod compare;
 mod devices;
+#[cfg(unix)]
 mod direct;
 mod edges;
 mod everything;
@@ -13,4 +14,5 @@ mod locks;
 mod measure;
 mod model_read;
 mod salvage;
+#[cfg(unix)]
 mod storage;

@@ -160,14 +160,13 @@ fn every_other_option() {
 
 #[test]
 fn preallocation_takes_the_space_it_says() {
-    use std::os::unix::fs::MetadataExt;
     let dir = Fixture::new();
     let used = |preallocation, data_file: bool| {
         let data_file = data_file.then(|| DataFile { filename: b"data".to_vec(), raw: true });
         let options = CreateOptions { size: 8 << 20, preallocation, data_file, ..Default::default() };
         create_file(&dir.path("image"), &options).unwrap();
         let file = if options.data_file.is_some() { "data" } else { "image" };
-        std::fs::metadata(dir.path(file)).unwrap().blocks() * 512
+        qcow2_testkit::at::space(&dir.path(file)).unwrap()
     };
     for data_file in [false, true] {
         assert!(used(Preallocation::Off, data_file) < 1 << 20);

@@ -100,8 +100,8 @@ pub(crate) const IMAGES: &[Described] = &[
 
 /// Writes `bytes` at `offset` of a file.
 pub(crate) fn poke(path: &Path, offset: u64, bytes: &[u8]) {
-    use std::os::unix::fs::FileExt;
-    std::fs::File::options().write(true).open(path).unwrap().write_all_at(bytes, offset).unwrap();
+    let file = std::fs::File::options().write(true).open(path).unwrap();
+    qcow2_testkit::at::write_all_at(&file, bytes, offset).unwrap();
 }
 
 pub(crate) fn be64(bytes: &[u8], at: u64) -> u64 {
