@@ -86,3 +86,8 @@ impl Layout {
         found.map(|(region, first)| (region, cluster - first))
     }
 }
+
+/// A bug: the plan says more, or less, than it holds.
+pub(super) fn internal() -> Error {
+    Error::new(ErrorKind::Internal, "a place of a stream is in no part of its plan")
+}

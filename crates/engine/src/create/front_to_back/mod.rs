@@ -14,7 +14,7 @@ mod tables;
 use qcow2_core::front_to_back::{FrontToBack, Part, Planning, Runs, read_padded};
 use qcow2_format::{Geometry, HostOffset, L2Mapping, SubclusterBitmap};
 
-use self::layout::{Layout, Region};
+use self::layout::{Layout, Region, internal};
 use self::packed::Packed;
 use self::tables::Tables;
 use super::options::refuse;
@@ -210,8 +210,4 @@ fn check_compressed(geometry: &Geometry, layout: &Layout, data: &Data) -> Result
         geometry.compressed_offset_limit()
     );
     Err(Error::new(ErrorKind::Limit, message))
-}
-
-fn internal() -> Error {
-    Error::new(ErrorKind::Internal, "a place of a stream is in no part of its plan")
 }

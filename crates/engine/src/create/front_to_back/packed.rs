@@ -4,7 +4,7 @@ use qcow2_core::front_to_back::{Latest, Lengths, Part, Planning, Pool, Runs, cha
 use qcow2_format::{CompressedDescriptor, Geometry, HostOffset, L2Mapping, SubclusterBitmap};
 use qcow2_transform::{CompressOptions, Compressor, is_zero};
 
-use super::internal;
+use super::layout::internal;
 use crate::invalid::{invalid, transform};
 use crate::{ErrorKind, GuestSource, Job, MemMut, Result};
 

@@ -3,8 +3,7 @@
 use qcow2_core::front_to_back::Runs;
 use qcow2_format::{Geometry, HostOffset, L1Entry, L2Mapping, refcount, words};
 
-use super::internal;
-use super::layout::Layout;
+use super::layout::{Layout, internal};
 use crate::Result;
 use crate::create::options::L1_ENTRY_SIZE;
 
