@@ -11,7 +11,7 @@ use qcow2_core::{Chain, Job, MemMut, Storage};
 use qcow2_transform::{Codec, CompressOptions, Compressor, Decompressor};
 
 /// Largest disk in a file, and largest window of its decoder.
-const LIMITS: OpenOptions = OpenOptions { max_virtual_size: 1 << 20, max_window: 1 << 20 };
+const LIMITS: OpenOptions = OpenOptions { max_virtual_size: 1 << 20, max_window: 1 << 20, size: None };
 
 /// Reads the disk in a file, from its end and from its start. The bytes are those of every kind of file: no fuzzer needs to find its magic.
 fn read_file(choice: u8, input: &[u8]) {
@@ -23,12 +23,14 @@ fn read_file(choice: u8, input: &[u8]) {
     };
     let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::from_bytes(&[magic, input].concat()));
     let found = qcow2_compressed::inspect(&storage, codec, &LIMITS).expect("memory reads");
-    let Ok(disk) = Compressed::open(storage, codec, &LIMITS, &Job::new()) else { return };
+    // What the caller knows of it may be wrong.
+    let known = (choice >= 128).then(|| u64::from(choice) << 6);
+    let limits = OpenOptions { size: known, ..LIMITS };
+    let Ok(disk) = Compressed::open(storage, codec, &limits, &Job::new()) else { return };
     let Ok(chain) = Chain::new(vec![Box::new(disk)]) else { return };
     let size = chain.virtual_size();
-    assert!(
-        size <= (1 << 20) + 511 && found.virtual_size.is_none_or(|said| said.next_multiple_of(512) == size)
-    );
+    assert!(size <= (1 << 20) + 511);
+    assert!(known.or(found.virtual_size).is_none_or(|said| said.next_multiple_of(512) == size));
     let mut bytes = vec![0; size.min(4096) as usize];
     for start in [size - bytes.len() as u64, 0] {
         let _ = chain.read_at(MemMut::from(&mut bytes[..]), start);
