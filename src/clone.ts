@@ -6,9 +6,9 @@ import type { NativeCloned, NativeCloneOrder } from './native.js'
 import type { NbdSource } from './nbd-source.js'
 import { callback, flag, LONG_RUNNING, type LongRunning, type Read, readOptions } from './options.js'
 import type { RandomAccessSource } from './random-access.js'
-import { nameOf, openTargetFile, refuseNew } from './remote-target.js'
+import { nameOf, openTargetFile, refuseNew, type TargetPlace, toPlace } from './remote-target.js'
 import { type Compression, compression, type Shape, shape, toTarget } from './shape.js'
-import { type PathLike, type RemoteLocated, release, targetFormat, toPath, toRemote } from './source.js'
+import { type PathLike, release, targetFormat } from './source.js'
 import { runJob } from './support/jobs.js'
 import { answer, onAbort } from './support/signals.js'
 import { type BigIntResults, sizesIn } from './units.js'
@@ -63,9 +63,6 @@ interface Source {
   identities(): readonly string[]
 }
 
-/** Where a copy goes: a file, or what is none. */
-export type CloneTarget = { readonly path: string } | RemoteLocated
-
 /** The clones of one image that are under way. */
 export class Clones {
   readonly #source: Source
@@ -81,7 +78,7 @@ export class Clones {
   }
 
   /** Makes one. The caller keeps the image open meanwhile. */
-  async make(target: CloneTarget, options: ReadClone): Promise<CloneResult<number | bigint>> {
+  async make(target: TargetPlace, options: ReadClone): Promise<CloneResult<number | bigint>> {
     const { signal } = options
     const begin = performance.now()
     // Two may end it: the caller's signal, and closing the image.
@@ -103,7 +100,7 @@ export class Clones {
     }
   }
 
-  async #run(target: CloneTarget, options: ReadClone): Promise<NativeCloned> {
+  async #run(target: TargetPlace, options: ReadClone): Promise<NativeCloned> {
     if ('path' in target) return await this.#copy(target.path, undefined, options)
     const file = await openTargetFile('Image.clone', target, this.#source.identities(), options.signal)
     let cloned: NativeCloned
@@ -153,11 +150,10 @@ type ReadClone = Read<typeof CLONE>
 export function readCloneOptions(
   target: PathLike | NbdSource | RandomAccessSource,
   options: CloneOptions & BigIntResults,
-): { target: CloneTarget; options: ReadClone } {
-  const remote = toRemote(target, 'target')
-  const place = remote ?? { path: toPath(target, 'target') }
+): { target: TargetPlace; options: ReadClone } {
+  const place = toPlace(target)
   const read = readOptions(options, 'Image.clone', CLONE)
-  if (remote !== undefined) refuseNew('Image.clone', remote, read)
+  if (!('path' in place)) refuseNew('Image.clone', place, read)
   toOrder(read)
   return { target: place, options: read }
 }

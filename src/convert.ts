@@ -30,7 +30,7 @@ import {
   throwIfAborted,
 } from './options.js'
 import type { RandomAccessSource, RandomPlace } from './random-access.js'
-import { isSource, nameOf, openTargetFile, refuseNew } from './remote-target.js'
+import { isSource, nameOf, openTargetFile, refuseNew, type TargetPlace, toPlace } from './remote-target.js'
 import { forgetting } from './secret.js'
 import {
   type Compression,
@@ -48,15 +48,20 @@ import {
   type Located,
   openFile,
   type PathLike,
-  type RemoteLocated,
   release,
   targetFormat,
   toLocated,
-  toPath,
-  toRemote,
+  toSources,
   toTargetFormat,
 } from './source.js'
-import { fromAdvice, readFormats, SOURCE, type SourceFormat, type SourceOptions } from './source-options.js'
+import {
+  checkFormats,
+  fromAdvice,
+  readFormats,
+  SOURCE,
+  type SourceFormat,
+  type SourceOptions,
+} from './source-options.js'
 import { isStreamTarget, type StreamTarget } from './stream-target.js'
 import { runJob } from './support/jobs.js'
 import { encodeText, isText, shownText } from './text.js'
@@ -253,20 +258,10 @@ async function convertImages(
   target: PathLike | NbdSource | RandomAccessSource,
   options: ConvertOptions & BigIntResults,
 ): Promise<ConvertResult<number | bigint>> {
-  const located = Array.isArray(source)
-    ? source.map((each: unknown, index) => toLocated(each, `source[${index}]`))
-    : [toLocated(source, 'source')]
+  const located = toSources(source)
   const place = toPlace(target)
   const read = readOptions(options, 'convert', CONVERT)
   return await convertLocated(located, place, read, orderOf(place, read, located.length))
-}
-
-/** Where the target goes. */
-export type TargetPlace = { readonly path: string } | RemoteLocated
-
-/** Checks a target. */
-export function toPlace(target: unknown): TargetPlace {
-  return toRemote(target, 'target') ?? { path: toPath(target, 'target') }
 }
 
 /** Checks what does not depend on any file. */
@@ -517,10 +512,7 @@ function toOrder(read: ReadConvert, sources: number): Order {
 
 /** What only makes sense for one whole source. */
 function refuseParts(read: ReadConvert, sources: number): void {
-  if (sources === 0) throw invalidArgument('source', 'convert: there must be a source')
-  if (Array.isArray(read.from) && read.from.length !== sources) {
-    throw invalidArgument('from', `convert: from must have a format for each of the ${sources} sources`)
-  }
+  checkFormats('convert', read.from, sources)
   const part = read.start !== undefined || read.length !== undefined
   for (const name of ['base', 'bitmaps', 'snapshot'] as const) {
     const whole = name === 'snapshot' ? sources === 1 : sources === 1 && !part

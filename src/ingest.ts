@@ -12,8 +12,6 @@ import {
   convertLocated,
   orderOf,
   type ReadConvert,
-  type TargetPlace,
-  toPlace,
 } from './convert.js'
 import { AbortError, Qcow2Error } from './errors.js'
 import { isOva } from './formats/ova.js'
@@ -23,6 +21,7 @@ import { type FindingCode, type Inspection, inspectPrefix } from './inspect.js'
 import { Intake } from './intake.js'
 import type { NbdSource } from './nbd-source.js'
 import { bytes, flag, type Read, readOptions, text, throwIfAborted } from './options.js'
+import { type TargetPlace, toPlace } from './remote-target.js'
 import { forgetting } from './secret.js'
 import { type PathLike, sourceFormat, toPath } from './source.js'
 import type { SourceFormat } from './source-options.js'

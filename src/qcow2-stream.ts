@@ -20,8 +20,15 @@ import {
 } from './options.js'
 import { forgetting } from './secret.js'
 import { type Compression, compression, type ReadShape, type Shapes, shape, type Target, toTarget } from './shape.js'
-import { type ImageSource, type Located, release, toLocated } from './source.js'
-import { fromAdvice, readFormats, SOURCE, type SourceFormat, type SourceOptions } from './source-options.js'
+import { type ImageSource, type Located, release, toSources } from './source.js'
+import {
+  checkFormats,
+  fromAdvice,
+  readFormats,
+  SOURCE,
+  type SourceFormat,
+  type SourceOptions,
+} from './source-options.js'
 import { runJob } from './support/jobs.js'
 import { type ImageOwner, ownerOf } from './support/owner.js'
 import { onAbort } from './support/signals.js'
@@ -115,11 +122,6 @@ export async function createQcow2Stream(
   })
 }
 
-const toSources = (source: unknown): readonly Located[] =>
-  Array.isArray(source)
-    ? source.map((each: unknown, index) => toLocated(each, `source[${index}]`))
-    : [toLocated(source, 'source')]
-
 async function streamOfFiles(located: readonly Located[], target: Target, read: ReadStream): Promise<ImageStream> {
   checkSources(located.length, read)
   throwIfAborted(read.signal)
@@ -150,10 +152,7 @@ async function openSource(all: readonly Located[], index: number, read: ReadStre
 }
 
 function checkSources(count: number, { from, snapshot, references }: ReadStream): void {
-  if (count === 0) throw invalidArgument('source', `${OWNER}: there must be a source`)
-  if (Array.isArray(from) && from.length !== count) {
-    throw invalidArgument('from', `${OWNER}: from must have a format for each of the ${count} sources`)
-  }
+  checkFormats(OWNER, from, count)
   if (snapshot !== undefined && count > 1) {
     throw invalidArgument('snapshot', `${OWNER}: snapshot is for one source, not several`)
   }

@@ -1,7 +1,14 @@
 /** Targets that are no files: exports, and objects of the caller's. */
 
 import { invalidArgument, Qcow2Error } from './errors.js'
-import { openFile, type RemoteLocated, release } from './source.js'
+import { openFile, type RemoteLocated, release, toPath, toRemote } from './source.js'
+
+/** Where a disk is made: in a file, or in what is none. */
+export type TargetPlace = { readonly path: string } | RemoteLocated
+
+/** Checks a target. */
+export const toPlace = (target: unknown): TargetPlace =>
+  toRemote(target, 'target') ?? { path: toPath(target, 'target') }
 
 /** What errors call one. */
 export const nameOf = (remote: RemoteLocated): string => ('nbd' in remote ? remote.nbd.uri : remote.random.name)

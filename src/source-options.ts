@@ -2,6 +2,7 @@
 
 import { SHARING, type SharingOptions } from './access.js'
 import { type ReferencePolicy, referencePolicy } from './backing/policy.js'
+import { invalidArgument } from './errors.js'
 import { DEFAULT_FORMAT, type Format, type StreamFormat } from './formats/table.js'
 import { type Limits, limits, name, type Reader } from './options.js'
 import { type Secrets, secrets } from './secret.js'
@@ -43,6 +44,14 @@ export const readFormats: Reader<ReadFormats> = (value, name) =>
   Array.isArray(value)
     ? value.map((each, index) => (each === undefined ? undefined : sourceFormat(each, `${name}[${index}]`)))
     : sourceFormat(value, name)
+
+/** Each source has a format, where there is one for each. */
+export function checkFormats(owner: string, from: ReadFormats | undefined, sources: number): void {
+  if (sources === 0) throw invalidArgument('source', `${owner}: there must be a source`)
+  if (Array.isArray(from) && from.length !== sources) {
+    throw invalidArgument('from', `${owner}: from must have a format for each of the ${sources} sources`)
+  }
+}
 
 /** What to write for a source that is of a format. */
 export function fromAdvice(from: ReadFormats | undefined, index: number, sources: number, word: SourceFormat): string {

@@ -178,6 +178,12 @@ export function toLocated(source: unknown, name: string): Located {
   }
 }
 
+/** Checks the source of a call that takes several. */
+export const toSources = (source: unknown): readonly Located[] =>
+  Array.isArray(source)
+    ? source.map((each: unknown, index) => toLocated(each, `source[${index}]`))
+    : [toLocated(source, 'source')]
+
 /** Checks a file name; it has all its bytes then. */
 export function toPath(source: unknown, name: string, wanted = 'a string, Buffer or file: URL'): string {
   if (source instanceof URL) {

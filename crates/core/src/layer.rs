@@ -23,6 +23,14 @@ pub struct Segment {
     pub kind: SegmentKind,
 }
 
+impl Segment {
+    /// Guest bytes that lie in a layer's own file where they lie on the disk.
+    pub fn in_place(range: Range<u64>) -> Self {
+        let kind = SegmentKind::Data(Place { file: 0, host: range.start });
+        Self { start: range.start, length: range.end - range.start, kind }
+    }
+}
+
 /// A byte of one of a layer's files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Place {

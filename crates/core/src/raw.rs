@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::disk::{DiskOptions, WriteLayer};
-use crate::layer::{Below, Holes, Layer, Place, Segment, SegmentKind};
+use crate::layer::{Below, Holes, Layer, Segment};
 use crate::space::{Preallocation, reserve, write_zero_bytes, zero_out};
 use crate::{Error, ErrorKind, Job, Mem, MemMut, Result, Storage, StorageExt};
 
@@ -148,8 +148,7 @@ impl Layer for Raw {
     }
 
     fn plan(&self, range: Range<u64>, segments: &mut Vec<Segment>) -> Result<()> {
-        let kind = SegmentKind::Data(Place { file: 0, host: range.start });
-        segments.push(Segment { start: range.start, length: range.end - range.start, kind });
+        segments.push(Segment::in_place(range));
         Ok(())
     }
 

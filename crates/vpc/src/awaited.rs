@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use qcow2_core::layer::{Holes, Layer, Place, Segment, SegmentKind};
+use qcow2_core::layer::{Holes, Layer, Segment};
 use qcow2_core::{Error, ErrorKind, MemMut, Result, Storage, StorageExt, check_limit};
 
 use crate::structures::{DiskType, FOOTER_LENGTH, Footer, SECTOR};
@@ -76,8 +76,7 @@ impl Layer for Awaited {
     }
 
     fn plan(&self, range: Range<u64>, segments: &mut Vec<Segment>) -> Result<()> {
-        let kind = SegmentKind::Data(Place { file: 0, host: range.start });
-        segments.push(Segment { start: range.start, length: range.end - range.start, kind });
+        segments.push(Segment::in_place(range));
         Ok(())
     }
 

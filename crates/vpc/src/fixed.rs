@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use parking_lot::Mutex;
 use qcow2_core::check::{CheckLayer, CheckReport, Repair};
 use qcow2_core::disk::{DiskOptions, WriteLayer};
-use qcow2_core::layer::{Holes, Layer, Place, Segment, SegmentKind};
+use qcow2_core::layer::{Holes, Layer, Segment};
 use qcow2_core::space::{Preallocation, reserve, write_zero_bytes};
 use qcow2_core::{Error, ErrorKind, Job, Mem, MemMut, Result, Storage, StorageExt};
 
@@ -142,8 +142,7 @@ impl Layer for Fixed {
 
     fn plan(&self, range: Range<u64>, segments: &mut Vec<Segment>) -> Result<()> {
         if !range.is_empty() {
-            let kind = SegmentKind::Data(Place { file: 0, host: range.start });
-            segments.push(Segment { start: range.start, length: range.end - range.start, kind });
+            segments.push(Segment::in_place(range));
         }
         Ok(())
     }

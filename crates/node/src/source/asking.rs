@@ -265,11 +265,9 @@ impl Asking {
         state.queue.clear();
         state.handed = 0;
         self.tell(&mut state);
-        let error = state.ended();
         drop(state);
         for (_, pending) in given_up {
-            let kind = error.as_ref().map_or(io::ErrorKind::Other, io::Error::kind);
-            (pending.hears)(Err(io::Error::new(kind, GivenUp)));
+            (pending.hears)(Err(GivenUp.into()));
         }
     }
 
