@@ -1,10 +1,11 @@
 // npm run build:cli: the command line as one file, dist/command-line.js, with the packages that it is made of, and their licences beside it. One small file is
 // found, read and compiled several times as fast as what it is made of.
 import { createHash } from 'node:crypto'
-import { chmodSync, readdirSync, readFileSync, writeFileSync } from 'node:fs'
+import { chmodSync, readFileSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { build } from 'esbuild'
 import { fail, root } from './lib.mjs'
+import { bundledPackages, noticesOf } from './linked.mjs'
 
 const { metafile } = await build({
   absWorkingDir: root,
@@ -41,14 +42,10 @@ await build({
 })
 chmodSync(join(root, 'dist', 'cli.js'), 0o755)
 
-/** The folder of the package that a file belongs to; nothing for this package's own. */
-const packageOf = file => /^(?:.*\/)?node_modules\/(?:@[^/]+\/)?[^/]+/.exec(file)?.[0]
-const packages = new Set(Object.keys(metafile.inputs).map(packageOf).filter(Boolean))
-const notices = [...packages].sort().map(folder => {
-  const { name, version, license } = JSON.parse(readFileSync(join(root, folder, 'package.json'), 'utf8'))
-  const file = readdirSync(join(root, folder)).find(entry => /^licen[cs]e/i.test(entry))
-  if (file === undefined) fail(`${folder} has no licence file`)
-  return `${name} ${version} (${license})\n\n${readFileSync(join(root, folder, file), 'utf8').trim()}\n`
-})
-const head = 'command-line.js contains the packages below, each under its own licence.\n'
-writeFileSync(join(root, 'dist', 'command-line.licenses.txt'), [head, ...notices].join(`\n${'-'.repeat(80)}\n\n`))
+/** The package that a file belongs to; nothing for this package's own. */
+const packageOf = file => /^(?:.*\/)?node_modules\/((?:@[^/]+\/)?[^/]+)/.exec(file)?.[1]
+const inBundle = new Set(Object.keys(metafile.inputs).map(packageOf).filter(Boolean))
+const known = bundledPackages().filter(({ name }) => inBundle.delete(name))
+if (inBundle.size > 0) fail(`${[...inBundle].join(', ')}: in the bundle, and not among what linked.mjs lists`)
+const head = 'command-line.js contains the packages below, each under its own licence.'
+writeFileSync(join(root, 'dist', 'command-line.licenses.txt'), noticesOf(head, known))

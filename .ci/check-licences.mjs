@@ -1,9 +1,9 @@
 // Every crate and npm package that ships must be under a licence that goes with MIT, and every crate must come from the
 // registry. What `cargo deny` checks too, for machines without it: see deny.toml, whose list of licences this reads.
-import { spawnSync } from 'node:child_process'
-import { existsSync, readFileSync } from 'node:fs'
+import { readFileSync } from 'node:fs'
 import { join } from 'node:path'
-import { fail, manifest, root } from './lib.mjs'
+import { root } from './lib.mjs'
+import { bundledPackages, cargoMetadata } from './linked.mjs'
 
 const deny = readFileSync(join(root, 'deny.toml'), 'utf8')
 const allowed = new Set([.../allow = \[([^\]]*)\]/.exec(deny)[1].matchAll(/"([^"]+)"/g)].map(found => found[1]))
@@ -46,33 +46,19 @@ function isAllowed(expression) {
 }
 
 const problems = []
-const metadata = spawnSync('cargo', ['metadata', '--format-version=1', '--locked'], {
-  cwd: root,
-  encoding: 'utf8',
-  maxBuffer: 1 << 28,
-})
-if (metadata.status !== 0) fail(`cargo metadata: ${metadata.stderr}`)
-const crates = JSON.parse(metadata.stdout).packages
+const crates = cargoMetadata().packages
 for (const { name, version, license, source } of crates) {
   if (!isAllowed(license ?? '')) problems.push(`crate ${name} ${version} is under ${license ?? 'no licence'}`)
   if (source && !source.startsWith('registry+')) problems.push(`crate ${name} ${version} comes from ${source}`)
 }
 
-// The command line's own are in its bundle.
-const BUNDLED = ['cli-progress', 'commander']
-const waiting = [...BUNDLED, ...Object.keys(manifest.dependencies ?? {})]
-const seen = new Set()
-while (waiting.length > 0) {
-  const name = waiting.pop()
-  if (seen.has(name)) continue
-  seen.add(name)
-  const path = join(root, 'node_modules', name, 'package.json')
-  if (!existsSync(path)) fail(`${name} is not installed: run npm ci`)
-  const { version, license, dependencies } = JSON.parse(readFileSync(path, 'utf8'))
+const packages = bundledPackages()
+for (const { name, version, license } of packages) {
   if (!isAllowed(license ?? '')) problems.push(`npm package ${name} ${version} is under ${license ?? 'no licence'}`)
-  waiting.push(...Object.keys(dependencies ?? {}))
 }
 
 for (const problem of problems) process.stderr.write(`licences: ${problem}\n`)
-process.stdout.write(`licences: ${crates.length} crates, ${seen.size} npm packages, ${problems.length} problems\n`)
+process.stdout.write(
+  `licences: ${crates.length} crates, ${packages.length} npm packages, ${problems.length} problems\n`,
+)
 process.exitCode = problems.length === 0 ? 0 : 1

@@ -1,11 +1,12 @@
 // node .ci/pack.mjs ARTIFACTS FOLDER [PLATFORM...]: builds the packages of a release from dist/ and the .node files in
 // ARTIFACTS, and packs each into FOLDER/*.tgz. Refuses an incomplete set, unless only some platforms are asked for.
 import { spawnSync } from 'node:child_process'
-import { cpSync, existsSync, mkdirSync, readdirSync, rmSync, writeFileSync } from 'node:fs'
+import { cpSync, existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { join, resolve } from 'node:path'
 import { bundleLibrary } from './bundle-library.mjs'
 import { fail, manifest, root } from './lib.mjs'
-import { binaryName, packageName, platforms, problemsOf } from './release.mjs'
+import { addonNotices, billOfMaterials } from './linked.mjs'
+import { binaryName, MATERIALS, NOTICES, packageName, platforms, problemsOf, tripleOf } from './release.mjs'
 
 const [artifacts, target, ...only] = process.argv.slice(2)
 if (!artifacts || !target) fail('usage: node .ci/pack.mjs ARTIFACTS FOLDER [PLATFORM...]')
@@ -35,7 +36,12 @@ for (const platform of platforms) {
   const binary = join(artifacts, binaryName(platform))
   if (existsSync(binary)) cpSync(binary, join(at, binaryName(platform)))
   cpSync(join(root, 'LICENSE'), join(at, 'LICENSE'))
+  writeFileSync(join(at, NOTICES), addonNotices(tripleOf(platform)))
+  const manifestAt = join(at, 'package.json')
+  const own = JSON.parse(readFileSync(manifestAt, 'utf8'))
+  writeFileSync(manifestAt, `${JSON.stringify({ ...own, files: [...own.files, NOTICES] }, null, 2)}\n`)
 }
+writeFileSync(join(folder, MATERIALS), billOfMaterials(wanted.map(tripleOf)))
 
 // The published manifest: what a user's npm needs, without what only this repository does.
 const { devDependencies, scripts, napi: config, allowScripts, overrides, ...published } = manifest

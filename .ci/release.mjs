@@ -16,6 +16,12 @@ function platformOf(triple) {
 }
 
 export const platforms = manifest.napi.targets.map(platformOf)
+/** `linux-x64-gnu` -> `x86_64-unknown-linux-gnu`. */
+export const tripleOf = platform => manifest.napi.targets[platforms.indexOf(platform)]
+/** What is in a platform's package beside its manifest and its addon. */
+export const NOTICES = 'THIRD-PARTY-LICENSES.txt'
+/** What a release is made of, beside its packages. */
+export const MATERIALS = 'qcow2.cdx.json'
 export const packageName = platform => `${manifest.name}-${platform}`
 export const binaryName = platform => `${manifest.napi.binaryName}.${platform}.node`
 
@@ -73,6 +79,7 @@ export function problemsOf(folder, wanted = platforms) {
     if (!found) continue
     if (found.name !== packageName(platform)) problems.push(`${at} holds ${found.name}`)
     if (found.version !== version) problems.push(`${found.name} is version ${found.version}, the root ${version}`)
+    if (!existsSync(join(at, NOTICES))) problems.push(`${found.name} has no ${NOTICES}`)
     const binary = join(at, binaryName(platform))
     if (!existsSync(binary)) {
       problems.push(`${found.name} has no ${binaryName(platform)}`)
@@ -81,6 +88,7 @@ export function problemsOf(folder, wanted = platforms) {
     const actual = platformOfBinary(readFileSync(binary))
     if (actual !== platform) problems.push(`${binary} is built for ${actual ?? 'no platform that is known here'}`)
   }
+  if (!existsSync(join(folder, MATERIALS))) problems.push(`${MATERIALS}, the bill of materials, is missing`)
   const strays = existsSync(join(folder, 'npm')) ? readdirSync(join(folder, 'npm')) : []
   for (const stray of strays.filter(name => !wanted.includes(name))) problems.push(`npm/${stray} is no target`)
   return problems

@@ -59,8 +59,10 @@ beforeEach(() => {
   for (const name of ['index.js', 'index.mjs', 'index.d.ts', 'cli.js', 'command-line.js']) file(`root/dist/${name}`, '')
   for (const platform of PLATFORMS) {
     file(`npm/${platform}/package.json`, JSON.stringify({ name: `qcow2-${platform}`, version }))
+    file(`npm/${platform}/THIRD-PARTY-LICENSES.txt`, '')
     file(binary(platform), binaryFor(platform))
   }
+  file('qcow2.cdx.json', '{}')
 })
 
 afterEach(() => rmSync(folder, { recursive: true }))
@@ -75,6 +77,15 @@ describe('the release gate', () => {
     const { status, stderr } = gate()
     expect(status).toBe(1)
     expect(stderr).toContain(join('npm', platform, 'package.json is missing'))
+  })
+
+  test('refuses an addon without the licences of what is in it, and a set without its bill of materials', () => {
+    rmSync(join(folder, 'npm/linux-x64-gnu/THIRD-PARTY-LICENSES.txt'))
+    rmSync(join(folder, 'qcow2.cdx.json'))
+    const { status, stderr } = gate()
+    expect(status).toBe(1)
+    expect(stderr).toContain('qcow2-linux-x64-gnu has no THIRD-PARTY-LICENSES.txt')
+    expect(stderr).toContain('qcow2.cdx.json, the bill of materials, is missing')
   })
 
   test.each(PLATFORMS)('refuses %s without its binary', platform => {

@@ -203,11 +203,8 @@ export class Qcow2Error extends Error {
       if (value !== undefined) Object.defineProperty(this, key, { value, enumerable: true })
     }
   }
-
-  static {
-    Object.defineProperty(Qcow2Error.prototype, 'name', { value: 'Qcow2Error', configurable: true, writable: true })
-  }
 }
+nameErrors(Qcow2Error, 'Qcow2Error')
 
 /**
  * A request that its `signal` cancelled, as Node words it: `name` is `AbortError`, `cause` the signal's reason. What has no
@@ -225,10 +222,12 @@ export class AbortError extends Qcow2Error {
     super('ABORT_ERR', `The operation was aborted${done}`, { cause: reason })
     if (bytesDone !== undefined) Object.defineProperty(this, 'bytesDone', { value: bytesDone, enumerable: true })
   }
+}
+nameErrors(AbortError, 'AbortError')
 
-  static {
-    Object.defineProperty(AbortError.prototype, 'name', { value: 'AbortError', configurable: true, writable: true })
-  }
+/** Behind the class, not in it: a bundler gives a class that speaks of itself another name, which stacks would show. */
+function nameErrors(kind: { readonly prototype: Error }, name: string): void {
+  Object.defineProperty(kind.prototype, 'name', { value: name, configurable: true, writable: true })
 }
 
 /** The error for an argument that cannot be used; `name` ends with its name, behind that of the call (`open: flags`). */

@@ -97,17 +97,23 @@ export function readOptions<S extends Readonly<Record<string, Reader<unknown>>>>
 
 /** Refuses options that `owner` does not have. */
 export function checkNames(options: unknown, owner: string, table: object): object {
-  const given = asObject(options, owner)
+  const given = asObject(options, owner, table)
   for (const name of Object.keys(given)) {
     if (!Object.hasOwn(table, name)) throw unknownOption(name, owner, Object.keys(table))
   }
   return given
 }
 
-function asObject(options: unknown, owner: string): object {
+/** An `owner` such as `convert: compress` is an option that is an object itself: it is the one to name, with what it takes. */
+function asObject(options: unknown, owner: string, table: object): object {
   if (options === undefined) return {}
   if (typeof options !== 'object' || options === null || Array.isArray(options) || ArrayBuffer.isView(options)) {
-    throw invalidArgument('options', `${owner}: options must be an object, not ${describe(options)}`)
+    throw owner.includes(': ')
+      ? invalidArgument(
+          owner,
+          `${owner} must be an object ({ ${Object.keys(table).join(', ')} }), not ${describe(options)}`,
+        )
+      : invalidArgument('options', `${owner}: options must be an object, not ${describe(options)}`)
   }
   return options
 }

@@ -389,12 +389,14 @@ const COMPRESSION = {
 } as const
 
 /** Reads `true`, `false` or a {@link Compression}. */
-export const compression: Reader<Read<typeof COMPRESSION> | undefined> = (value, name) =>
-  typeof value === 'boolean'
-    ? value
-      ? readOptions({}, name, COMPRESSION)
-      : undefined
-    : readOptions(value, name, COMPRESSION)
+export const compression: Reader<Read<typeof COMPRESSION> | undefined> = (value, name) => {
+  if (value === false) return undefined
+  if (typeof value !== 'object') {
+    if (value === true) return readOptions({}, name, COMPRESSION)
+    throw invalidArgument(name, `${name} must be true, false or { type, level, window }, not ${describe(value)}`)
+  }
+  return readOptions(value, name, COMPRESSION)
+}
 
 /** How a new image is made, and what is written to it. */
 export type Target = Pick<NativeCloneOrder, 'shape' | 'compress' | 'level' | 'smallWindow'>

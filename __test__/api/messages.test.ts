@@ -103,6 +103,11 @@ const CASES: readonly [name: string, run: () => Promise<unknown>, said: string][
     () => call('convert', image, target, { to: 'qcow2', compress: { level: 15 } }),
     '1 to 12 for zlib, not 15',
   ],
+  [
+    'a compression that is a word',
+    () => call('convert', image, target, { to: 'qcow2', compress: 'zlib' }),
+    "compress must be true, false or { type, level, window }, not 'zlib'",
+  ],
   ['zlib 0', () => call('convert', image, target, { to: 'qcow2', compress: { level: 0 } }), '1 to 12 for zlib, not 0'],
   [
     'zstd 23',

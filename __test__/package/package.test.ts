@@ -104,9 +104,31 @@ describe('the packed package', () => {
     }
   })
 
-  test('leaves the addon to the platform package', () => {
-    const expected = ['LICENSE', 'README.md', 'package.json', `qcow2.${PLATFORM}.node`]
+  test('leaves the addon to the platform package, with the licences of what is linked into it', () => {
+    const expected = ['LICENSE', 'README.md', 'THIRD-PARTY-LICENSES.txt', 'package.json', `qcow2.${PLATFORM}.node`]
     expect(filesIn(join(work, 'release', `qcow2-${PLATFORM}-${version}.tgz`))).toEqual(expected)
+    const notices = readFileSync(join(user, 'node_modules', `qcow2-${PLATFORM}`, 'THIRD-PARTY-LICENSES.txt'), 'utf8')
+    for (const name of ['napi ', 'zstd-sys ', 'libdeflate-sys ', 'aes ', "Rust's standard library"]) {
+      expect(notices).toContain(`\n${name}`)
+    }
+    expect(notices).not.toContain('qcow2-engine')
+  })
+
+  test('comes with a bill of materials: every crate of the addon, every package of the command line', () => {
+    const bom = JSON.parse(readFileSync(join(work, 'release', 'qcow2.cdx.json'), 'utf8'))
+    expect(bom).toMatchObject({ bomFormat: 'CycloneDX', metadata: { component: { purl: `pkg:npm/qcow2@${version}` } } })
+    const purls = (bom.components as { purl: string }[]).map(({ purl }) => purl)
+    for (const purl of ['pkg:cargo/napi@', 'pkg:cargo/zstd-sys@', 'pkg:npm/commander@']) {
+      expect(purls).toContainEqual(expect.stringMatching(`^${purl}`))
+    }
+    // What only builds or tests it is no part of it.
+    for (const name of ['cargo/proptest', 'cargo/napi-derive@', 'npm/vitest'])
+      expect(purls.join(' ')).not.toContain(name)
+  })
+
+  test('shows errors by the names of their classes', () => {
+    const script = `require('qcow2').open('nothing').catch(error => console.log(require('node:util').inspect(error)))`
+    expect(must(process.execPath, ['-e', script], user)).toMatch(/^Qcow2Error: /)
   })
 
   test('has a manifest without scripts and development dependencies', () => {

@@ -38,6 +38,13 @@ describe('readOptions', () => {
     )
   })
 
+  it('names an option that has to be an object itself, and what it takes', () => {
+    const nested = { shape: (value: unknown, name: string) => readOptions(value, name, { size: flag, type: flag }) }
+    expect(() => readOptions({ shape: 'flat' }, 'f', nested)).toThrow(
+      expect.objectContaining({ field: 'shape', message: "f: shape must be an object ({ size, type }), not 'flat'" }),
+    )
+  })
+
   it('is not fooled by names that every object has', () => {
     expect(() => readOptions(JSON.parse('{"__proto__": 1}'), 'f', table)).toThrow("unknown option '__proto__'")
     expect(() => readOptions({ toString: 1 }, 'f', table)).toThrow("unknown option 'toString'")
