@@ -1,7 +1,7 @@
 // The benchmarks: this package against qemu-img at its best flags, side by side, every trial in a fresh process.
 //
 // npm run bench [-- NAME...] [--rounds N] [--quick] [--data MIB] [--source FOLDER] [--cold] [--results FOLDER] [--device NAME] [--no-build]
-// Without names, every line. --quick: one round of everything on small inputs, to see that nothing rots; nothing is recorded unless
+// Without names, every line but `guest`. --quick: one round of everything on small inputs, to see that nothing rots; nothing is recorded unless
 // --results says where. --data: what plain converts copy, 2048. --no-build takes dist/ as it is.
 // --device: the installation on 'shared disk', 'quiet device' or 'quiet device, 200 us a sync' alone; with every line, the quiet one.
 
@@ -32,7 +32,8 @@ if (unknown.length > 0) {
   process.stderr.write(`no line is called ${unknown.join(', ')}: ${all.map(({ name }) => name).join(', ')}\n`)
   process.exit(1)
 }
-const chosen = positionals.length === 0 ? all : all.filter(({ name }) => positionals.includes(name))
+// What takes long and needs a machine of its own runs by its name alone.
+const chosen = all.filter(({ name, alone }) => (positionals.length === 0 ? !alone : positionals.includes(name)))
 const { quick } = values
 if (!quick && !values['no-build']) await prepare()
 

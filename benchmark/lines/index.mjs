@@ -4,6 +4,7 @@ import { commit, rebase } from './chains.mjs'
 import { line as convert } from './convert.mjs'
 import { line as encryption } from './encryption.mjs'
 import { line as formats } from './formats.mjs'
+import { line as guest } from './guest.mjs'
 import { line as installation } from './installation.mjs'
 import { line as jobs } from './jobs.mjs'
 import { check, compare, map, measure } from './looking.mjs'
@@ -32,4 +33,5 @@ export const lines = [
   encryption,
   micro,
   installation,
+  guest,
 ]
