@@ -89,13 +89,21 @@ describe('progress', () => {
 
   it('has each step of what was passed between two looks, and where the job turned out to be longer', async () => {
     const { session, stdout } = sessionOn({ stdout: false, stderr: false })
-    await withProgress(session, { ...CHOICE, progress: true, saysDone: false }, async ({ onProgress }) => {
+    await withProgress(session, { ...CHOICE, progress: true, whole: () => true }, async ({ onProgress }) => {
       onProgress?.({ phase: 'amend', current: 100, total: 200, steps: [1, 2, 4, 60, 61, 100] })
       onProgress?.({ phase: 'amend', current: 100, total: 400, steps: [] })
       onProgress?.({ phase: 'amend', current: 400, total: 400, steps: [399, 400] })
     })
     const percents = ['0.00', '2.00', '30.00', '50.00', '25.00', '99.75', '100.00']
     expect(stdout()).toBe(`${percents.map(percent => `    (${percent}/100%)\r`).join('')}\n`)
+  })
+
+  it('ends at 100 % only where the result says so', async () => {
+    const { session, stdout } = sessionOn({ stdout: false, stderr: false })
+    await withProgress(session, { ...CHOICE, progress: true, whole: () => false }, async ({ onProgress }) => {
+      onProgress?.({ phase: 'compare', current: 200, total: 200, steps: [100, 200] })
+    })
+    expect(stdout()).toBe('    (0.00/100%)\r    (50.00/100%)\r\n')
   })
 
   it('is silent without a terminal, and where silence was asked for', async () => {

@@ -3,6 +3,7 @@
 import { type ChildProcess, spawn, spawnSync } from 'node:child_process'
 import { once } from 'node:events'
 import { closeSync, existsSync, openSync, readdirSync, truncateSync, writeFileSync } from 'node:fs'
+import { connect } from 'node:net'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { create, open } from 'qcow2'
@@ -76,6 +77,37 @@ onUnix('SIGUSR1', () => {
     expect(await job.ended).toEqual([0, null])
     expect(job.stderr()).toBe('')
     expect(job.stdout()).toMatch(/^( {4}\(\d+\.\d\d\/100%\)\r)+\n$/)
+  })
+
+  it('closes the debugger that a signal opened before the program was there to hear it', async () => {
+    const early = join(folder, 'early.cjs')
+    writeFileSync(
+      early,
+      `process.debugPort = 0; process.kill(process.pid, 'SIGUSR1'); setTimeout(() => require(${JSON.stringify(CLI)}), 50)`,
+    )
+    const child = spawn(process.execPath, [early, ...SLOW], { cwd: folder, stdio: ['ignore', 'ignore', 'pipe'] })
+    try {
+      const [said] = (await once(child.stderr, 'data')) as [Buffer]
+      const port = Number(/ws:\/\/127\.0\.0\.1:(\d+)\//.exec(String(said))?.[1])
+      expect(port).toBeGreaterThan(0)
+      const open = (): Promise<boolean> =>
+        new Promise(resolve => {
+          const socket = connect(port, '127.0.0.1', () => resolve(true)).on('error', () => resolve(false))
+          socket.once('connect', () => socket.destroy())
+        })
+      expect(await open()).toBe(true)
+      let still = true
+      const deadline = Date.now() + 20_000
+      while (still && Date.now() < deadline) {
+        await sleep(50)
+        still = await open()
+      }
+      expect({ still, ended: child.exitCode }).toEqual({ still: false, ended: null })
+    } finally {
+      const gone = once(child, 'exit')
+      child.kill('SIGTERM')
+      await gone
+    }
   })
 
   it('opens no debugger where there is no job, and ends nothing', async () => {

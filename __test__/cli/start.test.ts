@@ -1,7 +1,18 @@
 /** What a short command loads: a script that looks at many images pays it for each. */
 
 import { spawnSync } from 'node:child_process'
-import { chmodSync, existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs'
+import {
+  chmodSync,
+  chownSync,
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  statSync,
+  writeFileSync,
+} from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { create } from 'qcow2'
@@ -90,6 +101,29 @@ test('compiled code is kept for the user alone, and what is damaged or of others
   expect(info().stdout).toBe(first.stdout)
   expect(statSync(file)).toMatchObject({ mode: expect.toSatisfy((mode: number) => (mode & 0o777) === 0o600) })
   expect(statSync(file).ino).not.toBe(writable)
+})
+
+test.skipIf(process.getuid?.() !== 0)('another user’s home is left as it is, and nothing is said about it', () => {
+  const shared = mkdtempSync(join(tmpdir(), 'qcow2-start-'))
+  chmodSync(shared, 0o755)
+  try {
+    const home = join(shared, 'home')
+    // Root with the HOME of a user, as by sudo: neither a folder without a cache nor one with it.
+    for (const cache of ['.cache', '.cache/qcow2']) {
+      mkdirSync(join(home, cache), { recursive: true })
+      for (const made of [home, join(home, '.cache'), join(home, cache)]) chownSync(made, 1234, 1234)
+      const run = piped('$NODE $CLI info disk.qcow2', { HOME: home, XDG_CACHE_HOME: undefined })
+      expect(run).toMatchObject({ stderr: '', status: 0 })
+      expect(readdirSync(join(home, '.cache'), { recursive: true })).toEqual(cache === '.cache' ? [] : ['qcow2'])
+    }
+    // A user with the HOME of root, into which nobody else looks.
+    const closed = join(shared, 'closed')
+    mkdirSync(join(closed, '.cache'), { recursive: true, mode: 0o700 })
+    const line = 'setpriv --reuid 1234 --regid 1234 --clear-groups "$NODE" "$CLI" --version'
+    expect(piped(line, { HOME: closed, XDG_CACHE_HOME: undefined })).toMatchObject({ stderr: '', status: 0 })
+  } finally {
+    rmSync(shared, { recursive: true })
+  }
 })
 
 test('without a folder to keep it in, everything works', () => {

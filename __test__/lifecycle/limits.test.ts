@@ -132,6 +132,8 @@ const qemuCheck = (path: string): number | null =>
 describe.skipIf(!possible || !isRoot)('a system that starts no more threads', () => {
   const few = (more: number): unknown =>
     run(`
+      // Node's own threads, which it cannot do without.
+      await fs.promises.stat(folder)
       const image = await qcow2.open(at('disk.qcow2'))
       await image.read(Buffer.alloc(4096), { position: 0 })
       const threads = status('Threads')
@@ -139,6 +141,9 @@ describe.skipIf(!possible || !isRoot)('a system that starts no more threads', ()
       process.setuid(65534)
       limit('nproc', Math.max(1, threads + ${more}))
       const o = { concurrency: 6 }
+      const { Readable } = require('node:stream')
+      const bytes = fs.readFileSync(at('disk.qcow2')), disk = fs.readFileSync(at('disk.raw'))
+      const object = () => ({ size: disk.length, read: async (buffer, position) => disk.copy(buffer, 0, position, position + buffer.length) })
       const calls = {
         compare: () => qcow2.compare(at('disk.raw'), at('disk.qcow2'), { formatA: 'raw', ...o }),
         check: () => qcow2.check(at('tables.qcow2'), o),
@@ -147,10 +152,15 @@ describe.skipIf(!possible || !isRoot)('a system that starts no more threads', ()
         measure: () => qcow2.measure(at('disk.qcow2'), { to: 'qcow2' }),
         clone: () => image.clone(at('few.clone'), { to: 'raw', overwrite: true, ...o }),
         create: () => qcow2.create(at('few.new'), { size: 65536, overwrite: true }).then(made => made.close()),
+        ingest: () => qcow2.ingest(Readable.from([bytes]), at('few.in'), { from: 'qcow2', to: 'raw', overwrite: true }),
+        stream: async () => { for await (const chunk of await qcow2.createQcow2Stream(at('disk.qcow2'), { compress: true, ...o })) ; },
+        object: () => qcow2.convert(object(), at('few.object'), { from: 'raw', to: 'qcow2', overwrite: true, ...o }),
+        serve: () => qcow2.serveNbd(image, { path: at('few.sock') }).then(server => server.close()),
       }
       const codes = {}
       for (const [name, call] of Object.entries(calls)) codes[name] = await code(call())
       await image.close()
+      if (fs.existsSync(at('few.sock'))) codes.left = 'a socket'
       out(codes)
     `)
 
@@ -244,5 +254,81 @@ describe.skipIf(!possible)('a process that may open no more files', () => {
       out([bad, await code(qcow2.check(at('own.qcow2')))])
     `)
     expect(seen).toEqual([[], 'ok'])
+  })
+
+  it('is told so by streams, sockets and objects, too, which leave no file and no connection', () => {
+    const seen = run(`
+      const { spawn } = require('node:child_process')
+      const { once } = require('node:events')
+      const { Readable } = require('node:stream')
+      const bytes = fs.readFileSync(at('disk.qcow2'))
+      fs.copyFileSync(at('disk.qcow2'), at('served.qcow2'))
+      // Servers in a process that has descriptors.
+      const server = spawn(process.execPath, ['-e', \`
+        const qcow2 = require(${JSON.stringify(library)}), fs = require('node:fs'), http = require('node:http')
+        const [, folder] = process.argv
+        const bytes = fs.readFileSync(folder + '/served.qcow2')
+        fs.writeFileSync(folder + '/target.raw', Buffer.alloc(4 << 20))
+        qcow2.open(folder + '/target.raw', { format: 'raw', flags: 'r+' })
+          .then(image => qcow2.serveNbd(image, { path: folder + '/target.sock' }))
+          .then(() => http.createServer((request, response) => {
+            const [, first, last] = /bytes=(\\\\d+)-(\\\\d+)/.exec(request.headers.range)
+            const part = bytes.subarray(Number(first), Number(last) + 1)
+            response.writeHead(206, { 'content-range': 'bytes ' + first + '-' + (Number(first) + part.length - 1) + '/' + bytes.length, connection: 'close' })
+            response.end(part)
+          }).listen(0, '127.0.0.1', function () { console.log(this.address().port) }))
+      \`, folder], { stdio: ['ignore', 'pipe', 'inherit'] })
+      const port = String((await once(server.stdout, 'data'))[0]).trim()
+      const image = await qcow2.open(at('served.qcow2'))
+      await image.read(Buffer.alloc(4096), { position: 0 })
+      const disk = fs.readFileSync(at('disk.raw'))
+      const object = () => ({ size: disk.length, read: async (buffer, position) => disk.copy(buffer, 0, position, position + buffer.length) })
+      const target = () => qcow2.nbdSource('nbd+unix:///?socket=' + at('target.sock'))
+      const drain = async stream => { for await (const chunk of stream) ; }
+      const calls = {
+        ingest: n => qcow2.ingest(Readable.from([bytes]), at('full-' + n), { from: 'qcow2', to: 'raw' }),
+        stream: async () => drain(await qcow2.createQcow2Stream(at('disk.qcow2'), { compress: true })),
+        'stream of an image': async () => drain(await qcow2.createQcow2Stream(image)),
+        object: n => qcow2.convert(object(), at('full-' + n), { from: 'raw', to: 'qcow2' }),
+        several: n => qcow2.convert([at('disk.qcow2'), at('disk.raw')], at('full-' + n), { from: ['qcow2', 'raw'], to: 'raw' }),
+        extents: n => qcow2.convert(at('disk.qcow2'), at('full-' + n), { to: 'vmdk', create: { subformat: 'twoGbMaxExtentFlat' } }),
+        serve: n => qcow2.serveNbd(image, { path: at('full-' + n) }).then(server => server.close()),
+        'serve by a port': () => qcow2.serveNbd(image, { port: 0 }).then(server => server.close()),
+        'an export': () => qcow2.open(target(), { format: 'raw' }).then(opened => opened.close()),
+        list: () => qcow2.listNbd('nbd+unix:///?socket=' + at('target.sock')),
+        'clone to an export': () => image.clone(target(), { to: 'raw', overwrite: true }),
+        'a web server': async n => qcow2.convert(await qcow2.httpSource('http://127.0.0.1:' + port, { retries: 0 }), at('full-' + n), { to: 'raw' }),
+      }
+      const bad = []
+      for (const [name, call] of Object.entries(calls)) {
+        const got = await code(call('first' + name.replaceAll(' ', '')))
+        if (got !== 'ok') bad.push(['before', name, got])
+      }
+      limit('nofile', descriptors() + 20)
+      const settled = async before => {
+        for (let n = 0; n < 100 && descriptors() !== before; n++) await new Promise(resolve => setTimeout(resolve, 10))
+        return descriptors()
+      }
+      let failed = 0
+      for (const spare of [0, 1, 2]) {
+        for (const [name, call] of Object.entries(calls)) {
+          const before = descriptors()
+          const held = []
+          while (true) try { held.push(fs.openSync('/dev/null')) } catch { break }
+          for (let n = 0; n < spare; n++) fs.closeSync(held.pop())
+          const own = spare + name.replaceAll(' ', '')
+          const got = await code(call(own))
+          held.forEach(fd => fs.closeSync(fd))
+          failed += got === 'EMFILE' ? 1 : 0
+          if (got !== 'EMFILE' && (got !== 'ok' || (spare === 0 && name !== 'stream of an image'))) bad.push([spare, name, got])
+          if (await settled(before) !== before) bad.push([spare, name, 'left open', descriptors() - before])
+          if (got !== 'ok') bad.push(...fs.readdirSync(folder).filter(entry => entry.startsWith('full-' + own)))
+        }
+      }
+      server.kill()
+      await image.close()
+      out([bad, failed > 15])
+    `)
+    expect(seen).toEqual([[], true])
   })
 })

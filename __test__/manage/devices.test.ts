@@ -6,7 +6,7 @@ import { join } from 'node:path'
 import { create, open } from 'qcow2'
 import { afterEach, describe, expect, it } from 'vitest'
 import { failure, temporaryFolder } from '../api/fixtures.js'
-import { qcow2 } from '../cli/run.js'
+import { asQemuImg, qcow2 } from '../cli/run.js'
 
 const folder = temporaryFolder()
 const MIB = 2 ** 20
@@ -57,12 +57,26 @@ describe.skipIf(!possible)('a block device', () => {
     expect(await failure(() => open(path, { format: 'raw', flags: 'r+' }))).toMatchObject({
       code: 'EACCES',
       syscall: 'open',
+      message: `EACCES: permission denied: the device is read-only, open '${path}'`,
       path,
     })
-    const refused = await qcow2(['resize', '-f', 'raw', path, '2M'], folder)
-    expect(refused.code).toBe(1)
-    expect(refused.stderr).toContain(`Could not open '${path}': Permission denied
-`)
+    await (await create(join(folder, 'source.qcow2'), { size: MIB })).close()
+    // As qemu-img says it, and the same for every command that writes.
+    const opening = `Could not open '${path}': The device is not writable: Permission denied`
+    const creating = `Could not create '${path}': The device is not writable: Permission denied`
+    for (const [line, said] of [
+      [`resize -f raw ${path} 2M`, opening],
+      [`snapshot -c s ${path}`, opening],
+      [`amend -f qcow2 -o lazy_refcounts=on ${path}`, opening],
+      [`bitmap --add ${path} b`, opening],
+      [`check -f qcow2 -r all ${path}`, opening],
+      [`convert -n -O raw source.qcow2 ${path}`, opening],
+      [`convert -O qcow2 source.qcow2 ${path}`, `${path}: error while converting qcow2: ${creating}`],
+      [`create -q -f qcow2 ${path} 1M`, `${path}: ${creating}`],
+    ] as const) {
+      const { code, stderr } = await asQemuImg(line.split(' '), folder)
+      expect({ line, code, stderr }).toEqual({ line, code: 1, stderr: `qemu-img: ${said}\n` })
+    }
     await (await open(path, { format: 'raw' })).close()
   })
 

@@ -48,6 +48,9 @@ export function strerror(code: string): string | undefined {
 
 const OPENING: ReadonlySet<string> = new Set(['open', 'openat', 'stat'])
 
+/** What the engine says of a device beside the system's words. */
+const READ_ONLY_DEVICE = 'the device is read-only'
+
 interface ErrorFields extends Error {
   readonly code?: unknown
   readonly path?: unknown
@@ -66,9 +69,10 @@ export function describeError(error: unknown, target?: string): string {
   const system = typeof code === 'string' ? strerror(code) : undefined
   if (system !== undefined) {
     if (syscall === 'connect' && path !== undefined) return `Failed to connect to '${serverOf(path)}': ${system}`
-    if (target !== undefined && path === target) return `Could not create '${path}': ${system}`
-    const opening = typeof path === 'string' && (syscall === undefined || OPENING.has(String(syscall)))
-    return opening ? `Could not open '${path}': ${system}` : system
+    const readOnly = error.message.includes(READ_ONLY_DEVICE)
+    const why = readOnly ? `The device is not writable: ${system}` : system
+    if (target !== undefined && path === target) return `Could not create '${path}': ${why}`
+    return failedOpening(error) && !readOnly ? `Could not open '${path}': ${why}` : why
   }
   if (!(error instanceof Qcow2Error)) return error.message
   const mismatch = mismatchOf(error)
@@ -115,6 +119,14 @@ const LOCKED = /(?:^|: )[Ff](ailed to get .* lock)/
 
 const withoutPath = (message: string, path: unknown): string =>
   typeof path === 'string' && message.startsWith(`${path}: `) ? message.slice(path.length + 2) : message
+
+/** Whether the system did not open a file. */
+export function failedOpening(error: unknown): boolean {
+  if (!(error instanceof Error)) return false
+  const { code, syscall } = error as ErrorFields
+  const system = typeof code === 'string' && strerror(code) !== undefined && pathOf(error) !== undefined
+  return system && (syscall === undefined || OPENING.has(String(syscall)))
+}
 
 const READING: ReadonlySet<string> = new Set(['pread', 'preadv', 'read', 'lseek', 'fstat'])
 

@@ -7,9 +7,12 @@ import type { Options, SingleBar } from 'cli-progress'
 import type { LongRunning, Progress } from '../index.js'
 import { fixed, humanSize } from './format/number.js'
 import type { Session } from './session.js'
-import { whenAsked } from './status-signals.js'
+import { endStrayDebugger, whenAsked } from './status-signals.js'
 
-export interface ProgressChoice {
+/** A job that takes longer can afford to load what it may need. */
+const LONG_MS = 100
+
+export interface ProgressChoice<T = unknown> {
   /** `-p`. */
   readonly progress: boolean
   /** `-q`. */
@@ -18,27 +21,32 @@ export interface ProgressChoice {
   readonly verb: string
   /** Percent between two lines without a terminal, as qemu-img has it for the command. */
   readonly step: number
-  /** Whether a job that went to its end by steps says once more that it is done, as most commands of qemu-img do. */
-  readonly saysDone?: boolean
+  /**
+   * Whether a job with this result went to its end: it says so once, where qemu-img's command does. Without it every job that succeeds says once
+   * more that it is done, as most commands do.
+   */
+  readonly whole?: (result: T) => boolean
 }
 
 interface Reporter {
   update(progress: Progress): void
   /** Somebody asks: see `status-signals.ts`. */
   answer(): void
-  /** `done` says whether the job succeeded. */
-  finish(done: boolean): void
+  /** `done` says whether the job succeeded, `whole` what is known of how far it went. */
+  finish(done: boolean, whole?: boolean): void
 }
 
 /** Runs a job with what it needs to report how far it is, and to be cancelled. */
 export async function withProgress<T>(
   session: Session,
-  choice: ProgressChoice,
+  choice: ProgressChoice<T>,
   job: (options: Pick<LongRunning, 'onProgress' | 'progressInterval' | 'signal'>) => Promise<T>,
 ): Promise<T> {
   const reporter = reporterFor(session, choice)
   const asked = whenAsked(() => reporter.answer())
+  const stray = setTimeout(endStrayDebugger, LONG_MS).unref()
   let done = false
+  let whole: boolean | undefined
   try {
     const result = await job({
       signal: session.signal,
@@ -46,14 +54,16 @@ export async function withProgress<T>(
       onProgress: progress => reporter.update(progress),
     })
     done = true
+    whole = choice.whole?.(result)
     return result
   } finally {
+    clearTimeout(stray)
     asked()
-    reporter.finish(done)
+    reporter.finish(done, whole)
   }
 }
 
-function reporterFor(session: Session, choice: ProgressChoice): Reporter {
+function reporterFor<T>(session: Session, choice: ProgressChoice<T>): Reporter {
   const { progress, quiet, verb } = choice
   if (quiet) return new Silent(session)
   const terminal = session.stderr.isTerminal && session.env['TERM'] !== 'dumb'
@@ -92,14 +102,14 @@ class Silent implements Reporter {
 class Lines implements Reporter {
   readonly #session: Session
   readonly #step: number
-  readonly #saysDone: boolean
+  readonly #judged: boolean
   #shown = 0
   #percent = 0
 
-  constructor(session: Session, { step, saysDone = true }: ProgressChoice) {
+  constructor(session: Session, { step, whole }: Pick<ProgressChoice<never>, 'step' | 'whole'>) {
     this.#session = session
     this.#step = step
-    this.#saysDone = saysDone
+    this.#judged = whole !== undefined
     this.#print(0)
   }
 
@@ -107,6 +117,8 @@ class Lines implements Reporter {
   update({ current, total, steps }: Progress): void {
     for (const done of [...steps, current]) {
       this.#percent = percentOf(done, total)
+      // Its result says whether that is so.
+      if (this.#judged && this.#percent === 100) return
       const further = this.#percent - this.#shown
       if (further > this.#step || further < 0 || (further > 0 && this.#percent === 100)) this.#print(this.#percent)
     }
@@ -116,8 +128,8 @@ class Lines implements Reporter {
     this.#print(this.#percent)
   }
 
-  finish(done: boolean): void {
-    if (done && (this.#saysDone || this.#shown < 100)) this.#print(100)
+  finish(done: boolean, whole = done): void {
+    if (whole) this.#print(100)
     this.#session.stdout.write('\n')
     this.#session.stdout.flush()
   }

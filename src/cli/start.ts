@@ -17,7 +17,6 @@ import {
   readdirSync,
   readFileSync,
   renameSync,
-  rmSync,
   statSync,
   unlinkSync,
   writeFileSync,
@@ -97,16 +96,29 @@ function keep(cache: string): void {
       if (entry.startsWith(PREFIX) && Date.now() - statSync(old).mtimeMs > MONTH) unlinkSync(old)
     }
   } catch {
-    // The folder cannot be written, or is full.
-    rmSync(own, { force: true })
+    // The folder cannot be written, or is full, or belongs to others: then there may be no looking for the file either.
+    try {
+      unlinkSync(own)
+    } catch {}
   }
 }
 
-/** One level: `recursive` never ends where the system makes no folders, as in /proc. */
+/**
+ * One level: `recursive` never ends where the system makes no folders, as in /proc. Root works in others' homes (`sudo` leaves `HOME` as it
+ * is), and makes nothing there that they could not write to afterwards.
+ */
 function makeFolder(path: string): void {
+  if (isOfOthers(dirname(path))) throw new Error('somebody else has a home here')
   try {
     mkdirSync(path, 0o700)
   } catch (error) {
     if ((error as NodeJS.ErrnoException).code !== 'EEXIST') throw error
   }
+  if (isOfOthers(path)) throw new Error('somebody else has a cache here')
+}
+
+function isOfOthers(folder: string): boolean {
+  const user = process.getuid?.()
+  const { uid } = statSync(folder)
+  return user !== undefined && uid !== user && uid !== 0
 }

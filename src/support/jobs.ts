@@ -102,6 +102,7 @@ class Watch {
   readonly #onProgress: LongRunning['onProgress']
   #failure: { readonly error: unknown } | undefined
   #ended = false
+  #warned = false
 
   constructor(phase: string, job: number, onProgress: LongRunning['onProgress']) {
     this.#phase = phase
@@ -156,6 +157,9 @@ class Watch {
 
   #fail(error: unknown): void {
     if (this.#ended) {
+      // Once: what is wrong with one call is wrong with all that are still under way.
+      if (this.#warned) return
+      this.#warned = true
       const reason = error instanceof Error ? error.message : String(error)
       const message = `onProgress failed when its job '${this.#phase}' had ended: ${reason}`
       process.emitWarning(message, { code: 'QCOW2_CALLBACK' })

@@ -5,6 +5,8 @@ const MEANT: Readonly<Record<string, Readonly<Record<string, string>>>> = {
   open: {
     mode: "flags: 'r' is for reading, 'r+' for reading and writing",
     readOnly: "flags: 'r' is for reading, 'r+' for reading and writing",
+    readonly: "flags: 'r' is for reading, 'r+' for reading and writing",
+    write: "flags: 'r' is for reading, 'r+' for reading and writing",
     writable: "flags: 'r' is for reading, 'r+' for reading and writing",
     from: "open takes 'format' for the image's format",
     size: 'create makes a disk of a size, Image.truncate changes it',

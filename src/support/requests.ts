@@ -203,7 +203,7 @@ function fromNative(failure: NativeFailure): Qcow2Error {
   if (code === 'ERR_QCOW2_IO' && errno !== undefined) {
     const name = systemName(-errno)
     if (name !== undefined) {
-      const reason = message.replace(/ \(os error \d+\)$/, '')
+      const reason = message.replace(/ \(os error \d+\)/, '')
       const call = syscall === undefined ? '' : `, ${syscall}`
       const file = path === undefined ? '' : ` '${path}'`
       const sentence = `${name}: ${reason.charAt(0).toLowerCase()}${reason.slice(1)}${call}${file}`

@@ -3,7 +3,7 @@ import { can, isFormat, isKnown } from '../../formats/table.js'
 import { type AmendOptions, amend, type Format, Qcow2Error } from '../../index.js'
 import { toName } from '../../text.js'
 import { isCreateOption, qcow2Options, toRefcountBits, toVersion } from '../create-options.js'
-import { describeError, openFailure, openHint } from '../errors.js'
+import { describeError, failedOpening, openFailure, openHint } from '../errors.js'
 import { CommandFailure, UsageFailure, unsupported } from '../failure.js'
 import { cacheMode, formatsThat, oneFile, takeDriverSyntax } from '../grammar.js'
 import { formatOf, lockingOf, type Request, withImage } from '../images.js'
@@ -192,7 +192,7 @@ const UNREADABLE: ReadonlySet<string> = new Set(['ERR_QCOW2_INVALID_HEADER', 'ER
 
 /** A refusal in qemu-img's words, where options have its names; anything else as for every command. */
 function worded(filename: string, error: unknown): CommandFailure {
-  if (!(error instanceof Qcow2Error)) return openFailure(filename, error)
+  if (!(error instanceof Qcow2Error) || failedOpening(error)) return openFailure(filename, error)
   if (UNREADABLE.has(error.code) || openHint(filename, error) !== undefined) return openFailure(filename, error)
   if (error.code !== 'ERR_QCOW2_INVALID_ARGUMENT') {
     const message = describeError(error).replace('say shrink: true if that is meant', 'use --shrink if that is meant')

@@ -61,7 +61,7 @@ async function compareFiles(files: readonly string[], options: CompareArguments,
     quiet: options.quiet ?? false,
     verb: 'Comparing',
     step: 2,
-    saysDone: false,
+    whole: (result: CompareResult<bigint>) => result.identical && Math.max(sizeA, sizeB) > 0,
   }
   const formatA = await formatOf(a, options.aFormat, session)
   const formatB = await formatOf(b, options.bFormat, session)

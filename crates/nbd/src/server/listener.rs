@@ -79,13 +79,26 @@ mod unix {
 
     enum Kind {
         Tcp(TcpListener),
-        Unix(UnixListener, Name),
+        /// The name goes first: one without a listener is what a dead server left behind.
+        Unix {
+            _name: Name,
+            listener: UnixListener,
+        },
     }
 
-    /// The name of a socket, which is ours as long as it is this file.
+    /// The name of a socket, which is ours as long as it is this file, and goes when nobody listens any more.
     struct Name {
         path: PathBuf,
         identity: (u64, u64),
+    }
+
+    impl Drop for Name {
+        fn drop(&mut self) {
+            if identity(&self.path).is_ok_and(|now| now == self.identity) {
+                // Nobody is left to hear of an error.
+                let _gone = fs::remove_file(&self.path);
+            }
+        }
     }
 
     /// The socket, until it is closed, and how to wake who waits for it.
@@ -109,7 +122,7 @@ mod unix {
             // Who waited may be gone when it is accepted: that must not block.
             match &kind {
                 Kind::Tcp(listener) => listener.set_nonblocking(true),
-                Kind::Unix(listener, _) => listener.set_nonblocking(true),
+                Kind::Unix { listener, .. } => listener.set_nonblocking(true),
             }
             .map_err(|error| Error::io(error, "ioctl"))?;
             let (wakes, woken) = UnixStream::pair().map_err(|error| Error::io(error, "socketpair"))?;
@@ -128,7 +141,7 @@ mod unix {
             if open {
                 let socket = match kind {
                     Kind::Tcp(listener) => listener.as_fd(),
-                    Kind::Unix(listener, _) => listener.as_fd(),
+                    Kind::Unix { listener, .. } => listener.as_fd(),
                 };
                 watched.push(PollFd::from_borrowed_fd(socket, PollFlags::IN));
             }
@@ -160,12 +173,7 @@ mod unix {
 
         /// Listens no more, and takes the name away. For who waits, or where nobody does.
         pub(in crate::server) fn close(&self) {
-            let Some(Kind::Unix(listener, name)) = self.kind.lock().take() else { return };
-            if identity(&name.path).is_ok_and(|now| now == name.identity) {
-                // Nobody is left to hear of an error.
-                let _gone = fs::remove_file(&name.path);
-            }
-            drop(listener);
+            drop(self.kind.lock().take());
         }
     }
 
@@ -177,7 +185,7 @@ mod unix {
                 stream.set_nonblocking(false)?;
                 Ok(adopt(stream))
             }
-            Kind::Unix(listener, _) => {
+            Kind::Unix { listener, .. } => {
                 let (stream, _) = listener.accept()?;
                 stream.set_nonblocking(false)?;
                 Ok(Socket::Unix(stream))
@@ -208,7 +216,7 @@ mod unix {
         };
         let listener = bound.map_err(failed)?;
         let identity = identity(path).map_err(|error| Error::io(error, "lstat").with_path(path))?;
-        Ok(Kind::Unix(listener, Name { path: path.to_owned(), identity }))
+        Ok(Kind::Unix { _name: Name { path: path.to_owned(), identity }, listener })
     }
 
     fn is_left_behind(path: &Path) -> bool {
