@@ -90,7 +90,10 @@ export interface Addon {
   /** The top layer is read only without `write`. */
   assemble(request: number, layers: readonly number[], write: NativeWriting | undefined): void
   release(request: number, number: number): void
-  /** True: `look` is to be called in the next round of the event loop. */
+  /**
+   * Null: the buffer is filled, and the number is free again. True: `look` is to be called in the next round of the event loop. Never null
+   * with `watch`.
+   */
   read(
     request: number,
     image: number,
@@ -99,7 +102,7 @@ export interface Addon {
     length: number,
     position: number,
     watch?: number,
-  ): boolean
+  ): boolean | null
   /** Of the state of a virtual machine, behind the disk. */
   readVmState(request: number, image: number, buffer: Uint8Array, position: number): void
   writeVmState(request: number, image: number, buffer: Uint8Array, position: number): void

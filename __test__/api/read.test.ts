@@ -80,6 +80,49 @@ describe.each(['raw', 'plain', 'zlib', 'zstd'])('%s', kind => {
   })
 })
 
+describe('bytes in memory', () => {
+  // What was inflated is read without the event loop, whose turn comes all the same.
+  it.each(['zlib', 'zstd'])('of %s clusters keep nobody else waiting', async kind => {
+    await using image = await openKind(kind)
+    const buffer = Buffer.alloc(512)
+    await image.read(buffer, { position: 65536 })
+    let [reads, turns] = [0, 0]
+    const used = new Set<number>()
+    const turn = (): void => {
+      turns++
+      if (reads < 1000) setImmediate(turn)
+    }
+    setImmediate(turn)
+    for (; reads < 1000; reads++) {
+      const position = (reads * 64) % 65024
+      buffer.fill(0xaa)
+      const { bytesRead } = await image.read(buffer, { position: 65536 + position })
+      used.add(turns)
+      expect(bytesRead).toBe(512)
+      expect(buffer.equals(expected.subarray(65536 + position, 65536 + position + 512))).toBe(true)
+    }
+    // 32 in a row, which may happen a few times in a turn.
+    expect(used.size).toBeGreaterThan(5)
+    expect(used.size).toBeLessThan(100)
+  })
+
+  it('are those that were written last', async () => {
+    const path = join(folder, 'written.qcow2')
+    await convert(files['raw'] ?? '', path, { from: 'raw', to: 'qcow2', compress: true })
+    await using image = await open(path, { flags: 'r+' })
+    const buffer = Buffer.alloc(512)
+    for (let round = 0; round < 20; round++) {
+      const compressed = round % 3 !== 0
+      const length = compressed ? 65536 : 512
+      await image.write(Buffer.alloc(length, round), { position: 65536, compressed })
+      for (const position of [65536, 65536 + 100]) {
+        await image.read(buffer, { position, length: 412 })
+        expect(buffer.subarray(0, 412).every(byte => byte === round)).toBe(true)
+      }
+    }
+  })
+})
+
 describe('buffers', () => {
   it.each<[string, () => NodeJS.ArrayBufferView]>([
     ['Buffer', () => Buffer.alloc(64)],

@@ -149,6 +149,21 @@ function job(bench, files, sizeMiB, { shape, kind, depth, cache }) {
   }
 }
 
+/** A compressed image from its start, in small requests and in those of a cluster: each cluster is inflated once. */
+function frontToBack(bench, files, sizeMiB) {
+  const side = block => {
+    const where = ['--by', 'image', '--image', files.compressed, '--format', 'qcow2', '--cache', 'writeback']
+    const what = ['--kind', 'read', '--depth', 1, '--size', sizeMiB * MIB, '--block', block, '--step', block]
+    const limit = ['--seconds', bench.quick ? 0.05 : 0.5, '--count', 1e9]
+    const argv = bench.worker('requests', ...where, ...what, ...limit)
+    return { argv, read: stdout => ({ throughput: JSON.parse(stdout).throughput }) }
+  }
+  return {
+    name: 'read, compressed, front to back, page cache, depth 1, JavaScript',
+    sides: { '4 KiB': side(BLOCK), '64 KiB': side(16 * BLOCK) },
+  }
+}
+
 /** What is measured: everything of an allocated image; of other shapes the page cache, and the depths that tell most. */
 function choose(bench) {
   const all = Object.entries(SHAPES).flatMap(([shape, { kinds, full }]) =>
@@ -169,6 +184,7 @@ export const line = {
     const sizeMiB = bench.quick ? 8 : 256
     const files = makeFiles(bench, sizeMiB)
     const rows = choose(bench).flatMap(each => race(bench, job(bench, files, sizeMiB, each)))
+    const whole = race(bench, frontToBack(bench, files, sizeMiB))
     const { path } = await bench.part()
     const delays = race(bench, {
       name: 'delay of the event loop, 99th percentile, while 4 converts run',
@@ -180,7 +196,7 @@ export const line = {
       },
     })
     return {
-      rows: [...rows, ...delays],
+      rows: [...rows, ...whole, ...delays],
       notes: [
         'At scattered places of a disk of 256 MiB; growing images and overlays: 64 KiB apart, each cluster once.',
       ],

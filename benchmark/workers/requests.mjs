@@ -1,5 +1,5 @@
 // Requests of 4 KiB from JavaScript for a while, and how many a second as JSON: the arguments of crates/engine/examples/requests.rs,
-// and `--by image|file` for `Image` or a `FileHandle` of Node.
+// `--by image|file` for `Image` or a `FileHandle` of Node, and `--block` for another size.
 
 import { open as openFile } from 'node:fs/promises'
 import { parseArgs } from 'node:util'
@@ -10,11 +10,11 @@ const flag = { type: 'boolean', default: false }
 const { values } = parseArgs({
   options: {
     ...{ by: text, image: text, format: text, kind: text, cache: text, depth: text, seconds: text, size: text },
-    ...{ step: text, count: text, backing: text, luks: flag },
+    ...{ step: text, count: text, block: { type: 'string', default: '4096' }, backing: text, luks: flag },
   },
 })
 const [depth, size, step, count] = [values.depth, values.size, values.step, values.count].map(Number)
-const BLOCK = 4096
+const BLOCK = Number(values.block)
 const writes = values.kind === 'write'
 
 async function requester() {
@@ -62,4 +62,4 @@ const begun = performance.now()
 await run(Number(values.seconds), count)
 const rate = (done * 1000) / (performance.now() - begun)
 await close()
-process.stdout.write(JSON.stringify({ rate }))
+process.stdout.write(JSON.stringify({ rate, throughput: (rate * BLOCK) / 1e6 }))

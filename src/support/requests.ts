@@ -49,8 +49,8 @@ function look(): void {
   if (again) setImmediate(look)
 }
 
-/** What `read` and `write` of the addon return: whether to look for completions. */
-export function watchLook(soon: boolean): void {
+/** What `read` and `write` of the addon return for a request that is under way: whether to look for completions. */
+export function watchLook(soon: boolean | null): void {
   if (soon) setImmediate(look)
 }
 
@@ -87,7 +87,9 @@ export function submitRead(
     const request = free.pop() ?? waiting.length
     waiting[request] = { resolve: resolve as (value: unknown) => void, reject, buffer }
     try {
-      watchLook(native.read(request, image, buffer, offset, length, position))
+      const soon = native.read(request, image, buffer, offset, length, position)
+      if (soon === null) take(request)?.resolve(undefined)
+      else watchLook(soon)
     } catch (error) {
       take(request)
       reject(error)

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use crate::extents;
-use crate::layer::{Below, Layer};
+use crate::layer::{AtHand, Below, Layer};
 use crate::source::{Extent, GuestSource};
 use crate::storage::{Arriving, Operation};
 use crate::{Error, ErrorKind, Job, MemMut, Result, Storage, StorageExt};
@@ -97,6 +97,30 @@ impl Chain {
 }
 
 impl Chain {
+    /// Fills `buf` with the guest bytes at `offset` if they are in memory as the guest sees them, which those of compressed clusters
+    /// are for a while; waits for nothing, neither a file nor a lock. Returns whether it did: otherwise, and for all errors, there is
+    /// [`Chain::read_at`].
+    pub fn read_at_hand(&self, mut buf: MemMut<'_>, offset: u64) -> bool {
+        if !self.layers.iter().any(|layer| layer.keeps_bytes()) {
+            return false;
+        }
+        let Some(end) = offset.checked_add(buf.len() as u64) else { return false };
+        for layer in &self.layers {
+            let answer = layer.at_hand(&mut buf, offset);
+            // What reaches behind the end of a layer is zeroes in part. Asked last: one that shrank meanwhile does not show what is
+            // below it either.
+            if end > layer.virtual_size() {
+                return false;
+            }
+            match answer {
+                AtHand::Filled => return true,
+                AtHand::Below => {}
+                AtHand::Unknown => return false,
+            }
+        }
+        false
+    }
+
     /// The files whose bytes are still coming.
     fn arriving(&self) -> impl Iterator<Item = &Arc<dyn Storage>> {
         self.layers.iter().flat_map(|layer| layer.files()).filter(|file| file.arriving().is_some())

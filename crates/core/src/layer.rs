@@ -174,6 +174,17 @@ impl<'a> Below<'a> {
     }
 }
 
+/// What a layer says at once about guest bytes that somebody wants who cannot wait: [`Layer::at_hand`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AtHand {
+    /// It has them in memory.
+    Filled,
+    /// What lies below shows through.
+    Below,
+    /// Only a read tells.
+    Unknown,
+}
+
 /// Kept by a request while it may still use places that it planned; they are not used for anything else meanwhile.
 pub type Pin = Arc<()>;
 
@@ -270,6 +281,18 @@ pub trait Layer: Any + Send + Sync + fmt::Debug {
             }
         }
         if several { self.read_segments(together) } else { Ok(()) }
+    }
+
+    /// Whether there is anything that [`Layer::at_hand`] could fill a buffer with: otherwise nobody need ask.
+    fn keeps_bytes(&self) -> bool {
+        false
+    }
+
+    /// Fills `buf` from `offset` on if all of these bytes, which lie inside the disk, are in memory; waits for nothing, neither a file
+    /// nor a lock.
+    fn at_hand(&self, buf: &mut MemMut<'_>, offset: u64) -> AtHand {
+        let _ = (buf, offset);
+        AtHand::Unknown
     }
 
     /// What images that are made on this one store to know it again, as the format writes it for itself.

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::RwLock;
 use qcow2_engine::storage::Spool;
-use qcow2_engine::{Error, ErrorKind, GuestSource, Image, Layer, Result, Storage};
+use qcow2_engine::{Error, ErrorKind, GuestSource, Image, Layer, MemMut, Result, Storage};
 
 use crate::clone::Begun;
 use crate::guard::guarded;
@@ -46,6 +46,12 @@ impl Handle {
     pub(crate) fn run<T>(&self, work: impl FnOnce(&Image) -> Result<T>) -> Result<T> {
         let image = self.image.read();
         self.guarded(|| work(&image))
+    }
+
+    /// Fills a buffer if its bytes are in memory; never waits. Returns whether it did.
+    pub(crate) fn read_at_hand(&self, buffer: MemMut<'_>, position: u64) -> bool {
+        let Some(image) = self.image.try_read() else { return false };
+        self.guarded(|| Ok(image.read_at_hand(buffer, position))).unwrap_or(false)
     }
 
     /// Size of the disk now, in bytes; `None` while an overlay is put on top: this never waits.

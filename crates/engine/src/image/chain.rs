@@ -69,6 +69,11 @@ impl Image {
         self.chain.read_at(buf, offset)
     }
 
+    /// Fills `buf` with the guest bytes at `offset` if they are in memory, without waiting: see [`Chain::read_at_hand`].
+    pub fn read_at_hand(&self, buf: MemMut<'_>, offset: u64) -> bool {
+        self.chain.read_at_hand(buf, offset)
+    }
+
     /// Copies what clones under way still need of `range`, which the caller is about to change. It holds the gate,
     /// shared or alone. Never fails: an error ends the clone.
     pub(crate) fn preserve(&self, range: &Range<u64>) {

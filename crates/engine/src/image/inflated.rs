@@ -1,8 +1,9 @@
 //! Inflating compressed clusters, and the cache of recently inflated ones: small sequential reads of a compressed
-//! image inflate each cluster once.
+//! image inflate each cluster once, and who cannot wait finds the rest of it here (`Layer::at_hand`).
 
 use std::cell::RefCell;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use qcow2_format::{CompressedDescriptor, CompressionType, Geometry};
 use qcow2_transform::{Codec, Decompressor};
@@ -15,6 +16,8 @@ const DEFAULT_BYTES: u64 = 16 << 20;
 #[derive(Debug)]
 pub(super) struct InflatedCache {
     clusters: Cache<CompressedDescriptor, Arc<[u8]>>,
+    /// Whether any cluster was ever kept. Most images have none, and need not be looked through.
+    used: AtomicBool,
 }
 
 /// Per thread: contexts cost more to make than a cluster to inflate, and the input buffer is reused.
@@ -32,7 +35,17 @@ thread_local! {
 impl InflatedCache {
     pub(super) fn new(geometry: &Geometry, limit: Option<u64>) -> Self {
         let clusters = (limit.unwrap_or(DEFAULT_BYTES) / geometry.cluster_size()).max(4);
-        Self { clusters: Cache::new(clusters as usize) }
+        Self { clusters: Cache::new(clusters as usize), used: AtomicBool::new(false) }
+    }
+
+    /// Whether there may be a cluster here.
+    pub(super) fn is_used(&self) -> bool {
+        self.used.load(Ordering::Relaxed)
+    }
+
+    /// The inflated cluster, where it is here.
+    pub(super) fn peek(&self, descriptor: &CompressedDescriptor) -> Option<Arc<[u8]>> {
+        self.clusters.get(descriptor)
     }
 
     /// Forgets a cluster: other data is now stored there.
@@ -47,6 +60,7 @@ impl InflatedCache {
             GuardResult::Guard(guard) => {
                 let cluster = inflate.run_to_new()?;
                 let _ = guard.insert(cluster.clone());
+                self.used.store(true, Ordering::Relaxed);
                 Ok(cluster)
             }
             GuardResult::Timeout => inflate.run_to_new(),

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use qcow2_core::Layer;
-use qcow2_core::layer::{Holes, Pin, References, Segment, SegmentKind};
+use qcow2_core::layer::{AtHand, Holes, Pin, References, Segment, SegmentKind};
 use qcow2_format::{CompressedDescriptor, CryptMethod};
 
 use super::plan::descriptor;
@@ -85,6 +85,27 @@ impl Layer for Qcow2 {
             }
         }
         data.read_padded_batch(&mut batch)
+    }
+
+    fn keeps_bytes(&self) -> bool {
+        self.inflated.is_used()
+    }
+
+    fn at_hand(&self, buf: &mut MemMut<'_>, offset: u64) -> AtHand {
+        // While the mapping is held nothing else gets into the place of what it names.
+        let Some(mapping) = self.mapping.try_read() else { return AtHand::Unknown };
+        match self.peek(&mapping, offset..offset + buf.len() as u64) {
+            Some(SegmentKind::Unallocated(_)) => AtHand::Below,
+            Some(SegmentKind::Opaque(token)) => {
+                let Some(cluster) = self.inflated.peek(&descriptor(token, self.geometry())) else {
+                    return AtHand::Unknown;
+                };
+                let from = self.geometry().in_cluster(offset) as usize;
+                buf.copy_from(cluster.get(from..).unwrap_or_default());
+                AtHand::Filled
+            }
+            _ => AtHand::Unknown,
+        }
     }
 
     fn reopen(&self) -> Result<Box<dyn Layer>> {

@@ -8,7 +8,7 @@ use qcow2_format::{
     SubclusterKind,
 };
 
-use super::mapping::{Loaded, Missing};
+use super::mapping::{Loaded, Mapping, Missing};
 use super::qcow2::Qcow2;
 use crate::{Error, ErrorKind, Result};
 
@@ -61,7 +61,8 @@ impl Qcow2 {
         let mut loaded = Loaded::default();
         let mut stopped = None;
         while at < range.end {
-            let missing = self.plan_from_memory(&mut at, range.end, &loaded, &mut plan)?;
+            let missing =
+                self.plan_from_memory(&self.mapping.read(), &mut at, range.end, &loaded, &mut plan)?;
             let Some(missing) = missing else { break };
             let pieces = self.pieces(at..range.end, missing.offset);
             loaded = match pieces {
@@ -72,6 +73,18 @@ impl Qcow2 {
             stopped = Some(at);
         }
         Ok(())
+    }
+
+    /// What the bytes of `range` are, where all of them are the same and memory says so.
+    pub(super) fn peek(&self, mapping: &Mapping, range: Range<u64>) -> Option<SegmentKind> {
+        let mut segments = Vec::new();
+        let mut plan = PlanBuilder::new(&mut segments);
+        let mut at = range.start;
+        let planned = self.plan_from_memory(mapping, &mut at, range.end, &Loaded::default(), &mut plan);
+        match (planned, segments.as_slice()) {
+            (Ok(None), [segment]) => Some(segment.kind),
+            _ => None,
+        }
     }
 
     /// How many slices from the one at `offset`, which maps the start of `guest`, are worth reading at once, past the cache:
@@ -104,13 +117,13 @@ impl Qcow2 {
     /// Plans from `at` as far as memory reaches, under the shared lock; returns the slice that stopped it.
     fn plan_from_memory(
         &self,
+        mapping: &Mapping,
         at: &mut u64,
         end: u64,
         loaded: &Loaded,
         plan: &mut PlanBuilder<'_>,
     ) -> Result<Option<Missing>> {
         let g = *self.geometry();
-        let mapping = self.mapping.read();
         while *at < end {
             let index = g.l1_index(GuestOffset(*at));
             let entry = L1Entry(mapping.l1.get(index as usize).copied().unwrap_or(0));

@@ -303,6 +303,50 @@ fn small_sequential_reads_inflate_each_cluster_once_at_every_cluster_size() {
     }
 }
 
+fn at_hand(image: &Image, offset: u64, len: usize) -> Option<Vec<u8>> {
+    let mut bytes = vec![0xa5; len];
+    image.read_at_hand(MemMut::from(&mut bytes[..]), offset).then_some(bytes)
+}
+
+/// Without a read of the file: all of a cluster that was inflated, through an overlay that does not have it, and nothing else.
+#[test]
+fn the_rest_of_an_inflated_cluster_is_at_hand() {
+    let c = 1u64 << 16;
+    let mut forge = Forge::new(3, 16, 4 * c);
+    let text = Rng::new(5).text(c as usize);
+    for cluster in [0, 1] {
+        let at = forge.alloc(2);
+        forge.compressed_at(cluster, at, &codec::deflate(&text));
+    }
+    forge.data(2, &text);
+    let mut above = Forge::new(3, 16, 4 * c - 512);
+    above.data(1, &text[..512]);
+    let base = Arc::new(CountingStorage::new(memory(&forge.build())));
+    let open =
+        |storage| -> Box<dyn Layer> { Box::new(Qcow2::open(storage, &OpenOptions::default()).unwrap()) };
+    let alone = Image::new(vec![open(base.clone())]).unwrap();
+    let over = Image::new(vec![open(memory(&above.build())), open(base.clone())]).unwrap();
+    for (image, second) in [(&alone, true), (&over, false)] {
+        assert_eq!(at_hand(image, 0, 512), None, "nothing was inflated");
+        for cluster in 0..4 {
+            chain::read(image, cluster * c, 1024).unwrap();
+        }
+        base.reset();
+        assert_same(&text[1024..5120], &at_hand(image, 1024, 4096).unwrap(), 1024, "the first cluster");
+        assert_eq!(at_hand(image, 2 * c - 512, 512).is_some(), second, "the overlay has the second one");
+        for (offset, len, what) in [
+            (c - 512, 1024, "two clusters"),
+            (2 * c, 512, "data"),
+            (3 * c, 512, "zeroes"),
+            (4 * c - 256, 512, "behind the end"),
+            (u64::MAX - 10, 512, "no offset"),
+        ] {
+            assert_eq!(at_hand(image, offset, len), None, "{what}");
+        }
+        assert_eq!(base.of(Op::Read).calls, 0);
+    }
+}
+
 #[test]
 fn snapshots_are_views_of_their_own_size_found_by_id_then_by_name() {
     let fixture = Fixture::new();

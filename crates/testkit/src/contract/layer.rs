@@ -133,6 +133,14 @@ impl LayerContract<'_> {
             chain.read_at(MemMut::from(&mut found[..]), range.start).unwrap();
             let expected = &self.expected[range.start as usize..range.end as usize];
             assert!(found == expected, "{} {how}: {range:?} has other bytes", self.name);
+            // What is in memory since then is the same.
+            let few = found.len().min(512);
+            let at_hand = chain.read_at_hand(MemMut::from(&mut found[..few]), range.start);
+            assert!(
+                !at_hand || found[..few] == expected[..few],
+                "{} {how}: {range:?} has other bytes at hand",
+                self.name
+            );
         }
     }
 
