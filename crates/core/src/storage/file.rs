@@ -175,10 +175,11 @@ impl FileStorage {
             waits: direct,
         };
         Ok(Self {
+            identity: platform::identity(&file, &metadata)
+                .map(|(device, inode)| Identity::of_file(device, inode)),
             file,
             path,
             traits,
-            identity: platform::identity(&metadata).map(|(device, inode)| Identity::of_file(device, inode)),
             own_cursor,
             allocates_ahead: OnceLock::new(),
             cache,
@@ -195,7 +196,8 @@ impl FileStorage {
 /// Whether two descriptors are of one file: what `/proc` says can be of another process, or nobody's.
 #[cfg(unix)]
 fn same_file(a: &File, b: &File) -> bool {
-    let identity = |file: &File| file.metadata().ok().and_then(|metadata| platform::identity(&metadata));
+    let identity =
+        |file: &File| file.metadata().ok().and_then(|metadata| platform::identity(file, &metadata));
     identity(a).is_some() && identity(a) == identity(b)
 }
 
@@ -238,11 +240,11 @@ impl ReadStorage for FileStorage {
             let data = offset < len;
             return Ok(Run::new(if data { len } else { u64::MAX }, data));
         }
-        platform::run_at(&self.file, offset, len)
+        platform::run_in(&self.file, range, len)
     }
 
     fn allocated_bytes(&self) -> io::Result<u64> {
-        Ok(platform::allocated_bytes(&self.file.metadata()?))
+        platform::allocated_bytes(&self.file)
     }
 
     fn identity(&self) -> Option<Identity> {
@@ -298,7 +300,7 @@ impl Storage for FileStorage {
         match self.traits.block_device {
             true if len > self.len()? => Err(platform::no_space()),
             true => Ok(()),
-            false => self.file.set_len(len),
+            false => platform::set_len(&self.file, len),
         }
     }
 
@@ -306,7 +308,7 @@ impl Storage for FileStorage {
         if self.cache.ignores_flush() {
             return Ok(());
         }
-        self.file.sync_data()
+        platform::sync_data(&self.file)
     }
 
     fn begin_sync(&self) {

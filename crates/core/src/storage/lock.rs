@@ -5,6 +5,8 @@
 //! whether another one holds the opposite byte of what it wants. Locking comes before testing, so of two
 //! that start together at least one sees the other.
 //!
+//! QEMU for Windows takes none of them: there they keep openers of this library apart, see `platform::byte_lock`.
+//!
 //! The locks belong to the open file description: two opens inside one process exclude each other as two
 //! processes do, and the kernel drops them with the last descriptor, however the process ends.
 
@@ -90,6 +92,10 @@ impl Claim {
         self.unshared == 0 && self.used & !Permission::ConsistentRead.bit() == 0
     }
 
+    fn plus(self, other: Self) -> Self {
+        Self { used: self.used | other.used, unshared: self.unshared | other.unshared }
+    }
+
     fn minus(self, other: Self) -> Self {
         Self { used: self.used & !other.used, unshared: self.unshared & !other.unshared }
     }
@@ -98,7 +104,7 @@ impl Claim {
 /// Whether to lock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Locking {
-    /// Where the system has locks that belong to an open file (Linux).
+    /// Where the system has locks that belong to an open file, and, elsewhere than on Linux, the file system too.
     #[default]
     Auto,
     /// Refuse to open where it has none.
@@ -144,18 +150,14 @@ impl ImageLock {
         let mut held = self.held.lock();
         let mut attempt = 1;
         loop {
-            let added = wanted.minus(held.claim);
-            let taken = take(file, added).and_then(|()| test(file, wanted));
-            let Err(error) = taken else {
+            let Err(error) = add(file, held.claim, wanted) else {
                 let dropped = held.claim.minus(wanted);
                 *held = Held { claim: wanted, noted: Holder::new(file, wanted) };
                 return give_back(file, dropped);
             };
-            // The first error is the one to report; bytes that could not be given back go with the file.
-            let _given_back = give_back(file, added);
             if error.kind() == ErrorKind::UnsupportedFeature
                 && locking == Locking::Auto
-                && wanted.needs_no_lock()
+                && (wanted.needs_no_lock() || !system::REQUIRED)
             {
                 return Ok(());
             }
@@ -204,6 +206,18 @@ fn bytes(claim: Claim) -> impl Iterator<Item = (i64, Permission, bool)> {
 const USED: i64 = 100;
 const UNSHARED: i64 = 200;
 
+/// Adds what `wanted` has and `held` has not; on an error `held` still holds.
+fn add(file: &File, held: Claim, wanted: Claim) -> Result<()> {
+    let _alone = system::alone(file).map_err(failed)?;
+    let added = wanted.minus(held);
+    let taken = take(file, added).and_then(|()| test(file, wanted, held.plus(added)));
+    if taken.is_err() {
+        // The first error is the one to report; bytes that could not be given back go with the file.
+        let _given_back = give_back(file, added);
+    }
+    taken
+}
+
 fn take(file: &File, claim: Claim) -> Result<()> {
     for (byte, permission, used) in bytes(claim) {
         match system::lock(file, byte) {
@@ -217,18 +231,20 @@ fn take(file: &File, claim: Claim) -> Result<()> {
 
 fn give_back(file: &File, claim: Claim) -> Result<()> {
     for (byte, ..) in bytes(claim) {
-        system::unlock(file, byte).map_err(|e| Error::io(e, "fcntl"))?;
+        system::unlock(file, byte).map_err(|e| Error::io(e, system::CALL))?;
     }
     Ok(())
 }
 
-/// Whether others live with `claim`: nobody refuses to share what it uses, nobody uses what it does not share.
-fn test(file: &File, claim: Claim) -> Result<()> {
+/// Whether others live with `claim`: nobody refuses to share what it uses, nobody uses what it does not share. `own` is all that
+/// this file holds.
+fn test(file: &File, claim: Claim, own: Claim) -> Result<()> {
     let opposite = Claim { used: claim.unshared, unshared: claim.used };
     // What it uses comes first, as in QEMU: the message then names the same permission.
     let (unshared, used): (Vec<_>, Vec<_>) = bytes(opposite).partition(|(_, _, used)| !used);
     for (byte, permission, taken_by_use) in unshared.into_iter().chain(used) {
-        if system::is_locked(file, byte).map_err(failed)? {
+        let of_use = if taken_by_use { own.used } else { own.unshared };
+        if system::is_locked(file, byte, of_use & permission.bit() != 0).map_err(failed)? {
             return Err(conflict(permission, !taken_by_use));
         }
     }
@@ -238,7 +254,7 @@ fn test(file: &File, claim: Claim) -> Result<()> {
 /// A lock that could not be asked for.
 fn failed(error: std::io::Error) -> Error {
     if !system::are_missing(&error) {
-        return Error::io(error, "fcntl");
+        return Error::io(error, system::CALL);
     }
     let message = format!(
         "the file system has no locks ({error}), so nobody can tell whether another process uses the image: with locking \
@@ -264,7 +280,7 @@ fn in_own_way(conflict: &Error, own: Claim) -> Error {
     Error::new(ErrorKind::Locked, conflict.message().replace(ANOTHER, &reason))
 }
 
-#[cfg(all(test, target_os = "linux"))]
+#[cfg(all(test, any(target_os = "linux", target_vendor = "apple", windows)))]
 #[allow(clippy::unwrap_used, reason = "tests")]
 mod tests {
     use super::*;

@@ -8,17 +8,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use parking_lot::Mutex;
 
 use super::lock::Claim;
-use super::platform;
+use super::platform::{self, FileId};
 
-/// Device and inode.
-type Identity = (u64, u64);
-
-static HOLDERS: Mutex<BTreeMap<(Identity, u64), Claim>> = Mutex::new(BTreeMap::new());
+static HOLDERS: Mutex<BTreeMap<(FileId, u64), Claim>> = Mutex::new(BTreeMap::new());
 static NEXT: AtomicU64 = AtomicU64::new(0);
 
 /// One claim that is held, until it is dropped.
 #[derive(Debug)]
-pub(super) struct Holder((Identity, u64));
+pub(super) struct Holder((FileId, u64));
 
 impl Holder {
     /// Notes a claim; nothing for no claim, and for a file without an identity.
@@ -48,6 +45,6 @@ pub(super) fn in_the_way(file: &File, wanted: Claim, own: Option<&Holder>) -> Op
         .map(|(_, claim)| *claim)
 }
 
-fn identity(file: &File) -> Option<Identity> {
-    platform::identity(&file.metadata().ok()?)
+fn identity(file: &File) -> Option<FileId> {
+    platform::identity(file, &file.metadata().ok()?)
 }

@@ -164,7 +164,7 @@ impl NewFile {
 
     /// Whether this is where `other` goes: two names of one file, or of none that is there yet.
     pub fn is_where(&self, other: &Self) -> bool {
-        let identity = |path: &Path| std::fs::metadata(path).ok().as_ref().and_then(platform::identity);
+        let identity = |path: &Path| platform::identity_at(path, &std::fs::metadata(path).ok()?);
         let same = |a: &Path, b: &Path| identity(a).is_some_and(|id| identity(b) == Some(id));
         let (a, b) = (self.path(), other.path());
         a == b || same(a, b) || (a.file_name() == b.file_name() && same(parent(a), parent(b)))
@@ -213,7 +213,7 @@ impl NewFile {
 /// `finish` always says what is left to undo.
 impl Steps for NewFile {
     fn sync_file(&mut self) -> io::Result<()> {
-        self.storage.file().sync_all()
+        platform::sync_all(self.storage.file())
     }
 
     fn close(&mut self) -> io::Result<()> {
@@ -265,7 +265,8 @@ fn check_existing(
     overwrite: Overwrite,
     in_use: &[Identity],
 ) -> Result<FileKind> {
-    let identity = platform::identity(metadata).map(|(device, inode)| Identity::of_file(device, inode));
+    let identity =
+        platform::identity_at(path, metadata).map(|(device, inode)| Identity::of_file(device, inode));
     if identity.is_some_and(|identity| in_use.contains(&identity)) {
         let message = "the target is also a source of this operation";
         return Err(Error::new(ErrorKind::InvalidArgument, message).with_path(path));

@@ -14,7 +14,7 @@ impl Alignment {
     /// Anything goes.
     pub(crate) const NONE: Self = Self { request: 1, memory: 1 };
     /// What every disk and file system takes: the fallback where nothing can be found out.
-    #[cfg(target_os = "linux")]
+    #[cfg(any(target_os = "linux", windows))]
     const SAFE: Self = Self { request: 4096, memory: 4096 };
 }
 
@@ -31,8 +31,21 @@ pub(crate) fn of_direct(file: &File, block_device: bool) -> io::Result<Alignment
     probe(file, request)
 }
 
+/// Offsets and lengths go by the sector that the volume counts in, addresses by that of the drive.
+#[cfg(windows)]
+pub(crate) fn of_direct(file: &File, _: bool) -> io::Result<Alignment> {
+    use windows_sys::Win32::Storage::FileSystem::{FILE_STORAGE_INFO, FileStorageInfo};
+    let sector = |size: u32| (size.is_power_of_two() && (512..=1 << 16).contains(&size)).then_some(size);
+    let Ok(told) = super::windows::information::<FILE_STORAGE_INFO>(file, FileStorageInfo) else {
+        return Ok(Alignment::SAFE);
+    };
+    let request = sector(told.LogicalBytesPerSector).unwrap_or(Alignment::SAFE.request);
+    let memory = sector(told.PhysicalBytesPerSectorForPerformance).unwrap_or(Alignment::SAFE.memory);
+    Ok(Alignment { request, memory: memory.max(request) })
+}
+
 /// Elsewhere direct I/O has no rule (macOS) or is not offered.
-#[cfg(not(target_os = "linux"))]
+#[cfg(not(any(target_os = "linux", windows)))]
 pub(crate) fn of_direct(_: &File, _: bool) -> io::Result<Alignment> {
     Ok(Alignment::NONE)
 }

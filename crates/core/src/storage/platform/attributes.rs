@@ -4,10 +4,10 @@ use std::fs::File;
 use std::io;
 use std::path::Path;
 
-#[cfg(not(unix))]
-pub(crate) use other::{copy_attributes, free_bytes, is_replaceable};
 #[cfg(unix)]
 pub(crate) use unix::{copy_attributes, free_bytes, is_replaceable};
+#[cfg(windows)]
+pub(crate) use windows::{copy_attributes, free_bytes, is_replaceable};
 
 #[cfg(unix)]
 mod unix {
@@ -201,19 +201,49 @@ mod apple {
     }
 }
 
-#[cfg(not(unix))]
-mod other {
+#[cfg(windows)]
+mod windows {
+    use std::os::windows::fs::MetadataExt;
+
+    use windows_sys::Wdk::Storage::FileSystem::{FileFsFullSizeInformation, NtQueryVolumeInformationFile};
+    use windows_sys::Wdk::System::SystemServices::FILE_FS_FULL_SIZE_INFORMATION;
+    use windows_sys::Win32::Storage::FileSystem::{
+        FILE_ATTRIBUTE_COMPRESSED, FILE_ATTRIBUTE_ENCRYPTED, FILE_ATTRIBUTE_INTEGRITY_STREAM,
+    };
+    use windows_sys::Win32::System::IO::IO_STATUS_BLOCK;
+
+    use super::super::windows::{by_handle, handle};
     use super::*;
 
-    pub(crate) fn is_replaceable(_: &File, _: &Path) -> io::Result<bool> {
-        Ok(true)
+    /// How the file system stores a file. A new one is stored as its folder says.
+    const STORED: u32 =
+        FILE_ATTRIBUTE_COMPRESSED | FILE_ATTRIBUTE_ENCRYPTED | FILE_ATTRIBUTE_INTEGRITY_STREAM;
+
+    /// Whether a rename over a file is the same to everybody who knows it: not for one with several names.
+    pub(crate) fn is_replaceable(file: &File, _: &Path) -> io::Result<bool> {
+        Ok(by_handle(file)?.nNumberOfLinks <= 1)
     }
 
+    /// Makes `to` what `from` is beside its bytes, times and streams. An error says that it cannot be all of that.
     pub(crate) fn copy_attributes(from: &File, to: &File) -> io::Result<()> {
-        to.set_permissions(from.metadata()?.permissions())
+        let (old, new) = (from.metadata()?, to.metadata()?);
+        if (old.file_attributes() ^ new.file_attributes()) & STORED != 0 {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        super::super::security::copy(from, to)
     }
 
-    pub(crate) fn free_bytes(_: &File) -> Option<u64> {
-        None
+    pub(crate) fn free_bytes(file: &File) -> Option<u64> {
+        let mut status = IO_STATUS_BLOCK::default();
+        let mut all = FILE_FS_FULL_SIZE_INFORMATION::default();
+        // SAFETY: the handle is open; the call writes both structures, which are plain integers, and is complete when it
+        // returns: questions to a volume are not overlapped.
+        let answer = unsafe {
+            let (into, size) = ((&raw mut all).cast(), size_of_val(&all) as u32);
+            NtQueryVolumeInformationFile(handle(file), &raw mut status, into, size, FileFsFullSizeInformation)
+        };
+        let units = u64::try_from(all.CallerAvailableAllocationUnits).ok().filter(|_| answer == 0)?;
+        let unit = u64::from(all.SectorsPerAllocationUnit).checked_mul(all.BytesPerSector.into())?;
+        (unit > 0).then(|| units.saturating_mul(unit))
     }
 }

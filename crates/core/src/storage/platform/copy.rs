@@ -38,6 +38,7 @@ mod linux {
     }
 }
 
+/// macOS clones whole files to new names, and no ranges.
 #[cfg(not(target_os = "linux"))]
 mod other {
     use super::*;

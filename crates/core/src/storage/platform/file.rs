@@ -21,22 +21,32 @@ pub(crate) enum FileKind {
 pub(crate) fn open(path: &Path, writable: bool, direct: bool) -> io::Result<File> {
     let mut options = OpenOptions::new();
     options.read(true).write(writable);
+    #[cfg(windows)]
+    {
+        use std::os::windows::fs::OpenOptionsExt;
+        use windows_sys::Win32::Storage::FileSystem::{FILE_FLAG_NO_BUFFERING, SECURITY_IDENTIFICATION};
+        // A path of others can be that of a pipe, whose server may then know who we are, and not act as we.
+        options.custom_flags(if direct { FILE_FLAG_NO_BUFFERING } else { 0 });
+        options.security_qos_flags(SECURITY_IDENTIFICATION);
+    }
     #[cfg(unix)]
     {
         let direct = if direct { DIRECT } else { 0 };
         let flags = libc::O_NONBLOCK | libc::O_NOCTTY | direct;
         std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, flags);
     }
-    let file = options.open(path).map_err(|e| {
-        // The open of a file system that has no direct I/O fails like this, and no other open does.
-        #[cfg(unix)]
-        if direct && e.raw_os_error() == Some(libc::EINVAL) {
-            return io::ErrorKind::Unsupported.into();
-        }
-        e
-    })?;
+    let opened = options.open(path);
+    // The open of a file system that has no direct I/O fails like this, and no other open does.
+    #[cfg(unix)]
+    let opened = opened.map_err(|e| match e.raw_os_error() {
+        Some(libc::EINVAL) if direct => io::ErrorKind::Unsupported.into(),
+        _ => e,
+    });
+    let file = opened?;
     #[cfg(unix)]
     blocking(&file)?;
+    #[cfg(windows)]
+    refuse_pipe(&file)?;
     if direct {
         bypass_cache(&file)?;
     }
@@ -48,8 +58,21 @@ const DIRECT: libc::c_int = libc::O_DIRECT;
 #[cfg(all(unix, not(target_os = "linux")))]
 const DIRECT: libc::c_int = 0;
 
+/// Whether it is a disk's: the system tells little of the others by way of their metadata.
+#[cfg(windows)]
+fn refuse_pipe(file: &File) -> io::Result<()> {
+    use windows_sys::Win32::Storage::FileSystem::{FILE_TYPE_DISK, GetFileType};
+    // SAFETY: takes a handle, which is open, and touches no memory.
+    match unsafe { GetFileType(super::windows::handle(file)) } {
+        FILE_TYPE_DISK => Ok(()),
+        _ => {
+            Err(io::Error::new(io::ErrorKind::InvalidInput, "a pipe or a character device is no disk image"))
+        }
+    }
+}
+
 /// What is left to do after the open, where the flag is not one of the open.
-#[cfg(target_os = "linux")]
+#[cfg(any(target_os = "linux", windows))]
 fn bypass_cache(_: &File) -> io::Result<()> {
     Ok(())
 }
@@ -61,7 +84,7 @@ fn bypass_cache(file: &File) -> io::Result<()> {
     super::transfer::retry(|| unsafe { libc::fcntl(file.as_raw_fd(), libc::F_NOCACHE, 1) as isize }).map(drop)
 }
 
-#[cfg(not(any(target_os = "linux", target_os = "macos")))]
+#[cfg(not(any(target_os = "linux", target_os = "macos", windows)))]
 fn bypass_cache(_: &File) -> io::Result<()> {
     Err(io::ErrorKind::Unsupported.into())
 }
@@ -75,9 +98,15 @@ fn blocking(file: &File) -> io::Result<()> {
 }
 
 /// Whether the descriptor bypasses the page cache, so that it takes aligned requests only.
-#[cfg(unix)]
+#[cfg(target_os = "linux")]
 pub(crate) fn is_direct(file: &File) -> io::Result<bool> {
-    Ok(DIRECT != 0 && rustix::fs::fcntl_getfl(file)?.bits().cast_signed() & DIRECT != 0)
+    Ok(rustix::fs::fcntl_getfl(file)?.bits().cast_signed() & DIRECT != 0)
+}
+
+/// Nobody can tell, and there is no such rule.
+#[cfg(all(unix, not(target_os = "linux")))]
+pub(crate) fn is_direct(_: &File) -> io::Result<bool> {
+    Ok(false)
 }
 
 /// Closes a duplicate of the descriptor, for the error: file systems that keep writes back (NFS, FUSE) write them whenever a
@@ -139,9 +168,10 @@ pub(crate) fn is_a_directory() -> io::Error {
 }
 
 /// Whether the error says that the call or the file system does not offer this, so that a fallback applies.
-#[cfg(target_os = "linux")]
+#[cfg(unix)]
 pub(crate) fn is_unsupported(error: &io::Error) -> bool {
     match error.raw_os_error() {
+        Some(libc::ENOTSUP) => true,
         Some(errno) => matches!(
             errno,
             libc::EOPNOTSUPP
@@ -190,16 +220,42 @@ pub(crate) fn too_many_links() -> io::Error {
     io::ErrorKind::InvalidInput.into()
 }
 
-/// Device and inode, where there are such.
+/// What tells a file apart from all others: device and inode, or, on Windows, volume and file id.
+pub(crate) type FileId = (u64, u128);
+
+/// That of an open file with its metadata; `None` where there is none.
 #[cfg(unix)]
-pub(crate) fn identity(metadata: &Metadata) -> Option<(u64, u64)> {
-    use std::os::unix::fs::MetadataExt;
-    Some((metadata.dev(), metadata.ino()))
+pub(crate) fn identity(_: &File, metadata: &Metadata) -> Option<FileId> {
+    identity_at(Path::new(""), metadata)
 }
 
-#[cfg(not(unix))]
-pub(crate) fn identity(_: &Metadata) -> Option<(u64, u64)> {
-    None
+/// That of the file at `path` with its metadata.
+#[cfg(unix)]
+pub(crate) fn identity_at(_: &Path, metadata: &Metadata) -> Option<FileId> {
+    use std::os::unix::fs::MetadataExt;
+    Some((metadata.dev(), metadata.ino().into()))
+}
+
+#[cfg(windows)]
+pub(crate) fn identity(file: &File, _: &Metadata) -> Option<FileId> {
+    use windows_sys::Win32::Storage::FileSystem::{FILE_ID_INFO, FileIdInfo};
+    // Numbers of 64 bits are not unique on ReFS.
+    if let Ok(id) = super::windows::information::<FILE_ID_INFO>(file, FileIdInfo) {
+        return Some((id.VolumeSerialNumber, u128::from_le_bytes(id.FileId.Identifier)));
+    }
+    let old = super::windows::by_handle(file).ok()?;
+    let index = u64::from(old.nFileIndexHigh) << 32 | u64::from(old.nFileIndexLow);
+    (index != 0 && index != u64::MAX).then(|| (old.dwVolumeSerialNumber.into(), index.into()))
+}
+
+#[cfg(windows)]
+pub(crate) fn identity_at(path: &Path, metadata: &Metadata) -> Option<FileId> {
+    use std::os::windows::fs::OpenOptionsExt;
+    use windows_sys::Win32::Storage::FileSystem::FILE_FLAG_BACKUP_SEMANTICS;
+    // Without access, and so that it opens folders, too.
+    let mut options = OpenOptions::new();
+    let file = options.access_mode(0).custom_flags(FILE_FLAG_BACKUP_SEMANTICS).open(path).ok()?;
+    identity(&file, metadata)
 }
 
 /// One kind for "not here": the caller falls back on it.

@@ -19,6 +19,7 @@ mod unix {
     use super::*;
 
     /// The most buffers that one `pwritev` takes on every system we know.
+    #[cfg(any(target_os = "linux", all(target_vendor = "apple", target_arch = "aarch64")))]
     const IOV_MAX: usize = 1024;
 
     fn off(offset: u64) -> io::Result<libc::off_t> {
@@ -50,7 +51,7 @@ mod unix {
         retry(|| unsafe { libc::pwrite(fd, buf.as_ptr().cast(), buf.len(), offset) })
     }
 
-    #[cfg(target_os = "linux")]
+    #[cfg(any(target_os = "linux", all(target_vendor = "apple", target_arch = "aarch64")))]
     pub(crate) fn write_vectored_at(file: &File, bufs: &[Mem<'_>], offset: u64) -> io::Result<usize> {
         let (fd, offset) = (file.as_raw_fd(), off(offset)?);
         let iov: Vec<libc::iovec> = bufs
@@ -66,10 +67,10 @@ mod unix {
         retry(|| unsafe { libc::pwritev(fd, iov.as_ptr(), count, offset) })
     }
 
-    /// `pwritev` is missing on older systems of this family: one buffer at a time.
-    #[cfg(not(target_os = "linux"))]
+    /// macOS has no `pwritev` before 11, where it first runs on arm64: one buffer at a time.
+    #[cfg(not(any(target_os = "linux", all(target_vendor = "apple", target_arch = "aarch64"))))]
     pub(crate) fn write_vectored_at(file: &File, bufs: &[Mem<'_>], offset: u64) -> io::Result<usize> {
-        match bufs.iter().find(|b| !b.is_empty()).filter(|_| IOV_MAX > 0) {
+        match bufs.iter().find(|b| !b.is_empty()) {
             Some(first) => write_at(file, *first, offset),
             None => Ok(0),
         }
@@ -78,28 +79,43 @@ mod unix {
 
 #[cfg(windows)]
 mod windows {
-    use std::os::windows::fs::FileExt;
+    use windows_sys::Win32::Foundation::ERROR_HANDLE_EOF;
+    use windows_sys::Win32::Storage::FileSystem::{ReadFile, WriteFile};
 
+    use super::super::windows::{finish, handle, is, place};
     use super::*;
 
-    /// Memory that JavaScript can reach is never lent as a slice: it goes through this much of our own.
-    const BOUNCE: usize = 256 << 10;
+    /// Most bytes of a request: a multiple of every alignment.
+    const MOST: usize = 1 << 30;
 
+    fn length(bytes: usize) -> u32 {
+        bytes.min(MOST) as u32
+    }
+
+    /// The cursor of the file is where the last request ended: nothing here looks at it.
     pub(crate) fn read_at(file: &File, mut buf: MemMut<'_>, offset: u64) -> io::Result<usize> {
-        if let Some(slice) = buf.exclusive() {
-            return file.seek_read(slice, offset);
+        let (mut place, mut done) = (place(offset)?, 0);
+        // SAFETY: the view is valid for writes of its length, and the other two live, until the request is complete.
+        let answer = unsafe {
+            let (into, length) = (buf.as_mut_ptr(), length(buf.len()));
+            ReadFile(handle(file), into, length, &raw mut done, &raw mut place)
+        };
+        match finish(file, answer, &mut place, &mut done) {
+            Err(e) if is(&e, ERROR_HANDLE_EOF) => Ok(0),
+            result => result.map(|()| done as usize),
         }
-        let mut bounce = vec![0; buf.len().min(BOUNCE)];
-        let n = file.seek_read(&mut bounce, offset)?;
-        Ok(buf.copy_from(bounce.get(..n).unwrap_or_default()))
     }
 
     pub(crate) fn write_at(file: &File, buf: Mem<'_>, offset: u64) -> io::Result<usize> {
-        let mut bounce = vec![0; buf.len().min(BOUNCE)];
-        let n = buf.copy_to(&mut bounce);
-        file.seek_write(bounce.get(..n).unwrap_or_default(), offset)
+        let (mut place, mut done) = (place(offset)?, 0);
+        // SAFETY: the view is valid for reads of its length, and the other two live, until the request is complete.
+        let answer = unsafe {
+            WriteFile(handle(file), buf.as_ptr(), length(buf.len()), &raw mut done, &raw mut place)
+        };
+        finish(file, answer, &mut place, &mut done).map(|()| done as usize)
     }
 
+    /// The system has such a call for whole pages alone: one buffer at a time.
     pub(crate) fn write_vectored_at(file: &File, bufs: &[Mem<'_>], offset: u64) -> io::Result<usize> {
         match bufs.iter().find(|b| !b.is_empty()) {
             Some(first) => write_at(file, *first, offset),

@@ -4,6 +4,9 @@ use std::fs::File;
 use std::io;
 use std::path::Path;
 
+#[cfg(unix)]
+use super::sync::sync_all;
+
 #[cfg(target_os = "linux")]
 pub(crate) use linux::{is_magic_link, link_unnamed, open_unnamed};
 #[cfg(not(target_os = "linux"))]
@@ -76,7 +79,7 @@ mod other {
 #[cfg(unix)]
 pub(crate) fn sync_folder(folder: &Path, file: &File) -> io::Result<()> {
     match File::open(folder) {
-        Ok(folder) => match folder.sync_all() {
+        Ok(folder) => match sync_all(&folder) {
             // File systems that have no such call for folders keep names in another way.
             Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP | libc::ENOSYS)) => {
                 Ok(())
@@ -87,12 +90,12 @@ pub(crate) fn sync_folder(folder: &Path, file: &File) -> io::Result<()> {
         #[cfg(target_os = "linux")]
         Err(e) if e.kind() == io::ErrorKind::PermissionDenied => Ok(rustix::fs::syncfs(file)?),
         #[cfg(not(target_os = "linux"))]
-        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => file.sync_all(),
+        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => sync_all(file),
         Err(e) => Err(e),
     }
 }
 
-/// There is no such call.
+/// There is no such call: the file system writes its journal when it sees fit.
 #[cfg(not(unix))]
 pub(crate) fn sync_folder(_: &Path, _: &File) -> io::Result<()> {
     Ok(())
