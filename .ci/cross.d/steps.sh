@@ -71,7 +71,7 @@ make_tree() {
 
 load() {
   make_tree || return
-  (cd "$work/tree" && timeout 120 "$work/node" load.cjs)
+  node_for load.cjs
 }
 
 # Runs one step unless the time is over; its last lines are shown where it fails. $1: column, $2: seconds at most
@@ -141,5 +141,14 @@ run_tests() {
 }
 
 vitest() {
-  (cd "$work/tree" && timeout "$step_limit" "$work/node" node_modules/vitest/vitest.mjs run --reporter=dot --no-color "$@")
+  node_for node_modules/vitest/vitest.mjs run --reporter=dot --no-color "$@"
+}
+
+# The target's Node in its tree. That of Windows wants files: under wine it opens no pipe that two of its streams share.
+node_for() {
+  local code
+  (cd "$work/tree" && timeout "$step_limit" "$work/node" "$@" </dev/null >"$work/stdout" 2>"$work/stderr")
+  code=$?
+  cat "$work/stdout" "$work/stderr"
+  return $code
 }
