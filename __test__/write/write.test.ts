@@ -287,7 +287,7 @@ describe.skipIf(!traced)('host calls', () => {
           await image.close()
         })`
       const trace = at(`trace-${cache}`)
-      const args = ['-f', '-e', 'trace=fdatasync,fsync,openat', '-o', trace, process.execPath, '-e', program]
+      const args = ['-f', '-e', 'trace=fdatasync,fsync,?open,openat', '-o', trace, process.execPath, '-e', program]
       expect(spawnSync('strace', args, { stdio: 'inherit' }).status).toBe(0)
       const calls = readFileSync(trace, 'utf8').split('\n')
       return {

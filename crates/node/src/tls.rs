@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 
-use napi::bindgen_prelude::{Env, ToNapiValue};
+use napi::bindgen_prelude::Env;
 use napi_derive::napi;
 use parking_lot::Mutex;
 use qcow2_nbd::{Encrypt, Socket};
@@ -88,6 +88,8 @@ impl Encrypting {
 #[cfg(unix)]
 fn into_js(Plain { outer, input, output }: Plain) -> IntoJs {
     use std::os::fd::IntoRawFd;
+
+    use napi::bindgen_prelude::ToNapiValue;
     Box::new(move |_, env| {
         let [outer, input, output] = [outer, input, output].map(IntoRawFd::into_raw_fd);
         let connection = TlsConnection { outer, input, output };
