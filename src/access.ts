@@ -14,13 +14,18 @@ import { flag, oneOf, type Read } from './options.js'
  * | `writethrough` | used | when its promise resolves |
  * | `directsync` | bypassed (`O_DIRECT`) | when its promise resolves |
  * | `unsafe` | used | never for sure: nothing is synced, on closing too |
+ *
+ * Other systems than Linux bypass the cache by a call of their own: the guide on platforms has it.
  */
 export type CacheMode = 'writeback' | 'none' | 'writethrough' | 'directsync' | 'unsafe'
 
-/** How an image is shared with other processes. The locks are QEMU's: a running QEMU and this library keep each other out. */
+/**
+ * How an image is shared with other processes. On Linux the locks are QEMU's: a running QEMU and this library keep each other out. On other
+ * systems they hold between processes of this library; the guide on platforms says what keeps QEMU out.
+ */
 export interface SharingOptions {
   /**
-   * `'auto'`, the default: files are locked where the system can (Linux). `'on'`: refuse where it cannot. `'off'`: lock nothing.
+   * `'auto'`, the default: files are locked where the system can. `'on'`: refuse where it cannot. `'off'`: lock nothing.
    * Reading excludes writers, writing excludes everybody else.
    */
   locking?: 'auto' | 'on' | 'off' | undefined

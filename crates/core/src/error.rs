@@ -126,7 +126,7 @@ impl Error {
             Err(error) => error,
         };
         let mut e = Self::new(ErrorKind::Io, error.to_string());
-        e.0.errno = error.raw_os_error();
+        e.0.errno = crate::storage::number(&error);
         e.0.syscall = Some(syscall);
         e.0.source = Some(Box::new(error));
         e
@@ -225,7 +225,7 @@ impl Error {
     pub fn field(&self) -> Option<&'static str> {
         self.0.field
     }
-    /// The system's error number for `ErrorKind::Io`.
+    /// The system's error number for `ErrorKind::Io`; on Windows that which Node has for it.
     pub fn errno(&self) -> Option<i32> {
         self.0.errno
     }

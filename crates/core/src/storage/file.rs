@@ -201,8 +201,12 @@ fn same_file(a: &File, b: &File) -> bool {
     identity(a).is_some() && identity(a) == identity(b)
 }
 
-/// The open error, with its path. A socket and a FIFO without reader have an error of their own.
+/// The open error, with its path; on Windows an opener that shares nothing is its own kind of lock (QEMU's). A socket and a FIFO without reader have an error of their own.
 fn refused(error: io::Error, path: &Path, cache: CacheMode) -> Error {
+    if platform::is_in_use(&error) {
+        let message = "another process has the file open and does not share it";
+        return Error::new(ErrorKind::Locked, message).with_source(error).with_path(path);
+    }
     no_direct(error, cache, "open").with_path(path)
 }
 

@@ -46,6 +46,7 @@ pub use memory::MemoryStorage;
 pub use new_file::{NewFile, Overwrite, Room};
 pub use part::Part;
 pub use platform::no_space;
+pub(crate) use platform::number;
 pub use range_lock::{HeldRange, RangeLock};
 pub use read_only::ReadOnly;
 pub use sectors::{SectorCodec, Sectors};

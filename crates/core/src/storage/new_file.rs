@@ -1,7 +1,8 @@
 //! A file that is being made: it has its name only when it is complete.
 //!
 //! Where the file system can, the file has no name until `commit` (`O_TMPFILE`), so that nothing is left of
-//! it however the process ends. Elsewhere it is created exclusively and removed on drop.
+//! it however the process ends. Elsewhere it is created exclusively and removed on drop: under its name on Linux, beside it on
+//! systems that know no files without a name.
 //!
 //! **A file that exists** is replaced by a rename at `commit` and untouched before, where that is the same to everybody who knows
 //! the file. The new one has its owner, group, permissions, access list, security label, other extended attributes and
@@ -74,6 +75,8 @@ enum Finish {
     Keep,
     /// The file was created under this name beside the target: rename.
     Rename(PathBuf),
+    /// As `Rename`, to a name that nothing has.
+    RenameNew(PathBuf),
     /// Written in place, or already finished: nothing to do or undo.
     Nothing,
 }
@@ -139,6 +142,11 @@ impl NewFile {
     fn create_absent(path: PathBuf) -> Result<Self> {
         match platform::open_unnamed(parent(&path)) {
             Ok(file) => Self::new(file, path, Finish::Link),
+            Err(e) if e.kind() == io::ErrorKind::Unsupported && platform::HIDES_NEW_FILES => {
+                let made = with_sibling(&path, create_exclusive);
+                let (file, beside) = made.map_err(|e| Error::io(e, "open").with_path(&path))?;
+                Self::new(file, path, Finish::RenameNew(beside))
+            }
             Err(e) if e.kind() == io::ErrorKind::Unsupported => {
                 let file = create_exclusive(&path).map_err(|e| Error::io(e, "open").with_path(&path))?;
                 Self::new(file, path, Finish::Keep)
@@ -179,7 +187,7 @@ impl NewFile {
         match self.finish {
             Finish::Link => Place::Unnamed,
             Finish::LinkOver => Place::UnnamedOver,
-            Finish::Rename(_) => Place::Beside,
+            Finish::Rename(_) | Finish::RenameNew(_) => Place::Beside,
             Finish::Keep => Place::Named,
             Finish::Nothing => Place::InPlace,
         }
@@ -234,10 +242,22 @@ impl Steps for NewFile {
     }
 
     fn rename(&mut self) -> io::Result<()> {
-        if let Finish::Rename(beside) = &self.finish {
-            std::fs::rename(beside, &self.path)?;
-            self.finish = Finish::Nothing;
+        match &self.finish {
+            Finish::Rename(beside) => {
+                let renamed = std::fs::rename(beside, &self.path);
+                // Windows replaces no file that is open, also by us, but on its newest file systems.
+                let in_own_way = |e: &io::Error| cfg!(windows) && e.kind() == io::ErrorKind::PermissionDenied;
+                match renamed {
+                    Err(e) if in_own_way(&e) && self.replaced.take().is_some() => {
+                        std::fs::rename(beside, &self.path)?;
+                    }
+                    renamed => renamed?,
+                }
+            }
+            Finish::RenameNew(beside) => platform::rename_new(beside, &self.path)?,
+            Finish::Link | Finish::LinkOver | Finish::Keep | Finish::Nothing => return Ok(()),
         }
+        self.finish = Finish::Nothing;
         Ok(())
     }
 
@@ -250,7 +270,7 @@ impl Drop for NewFile {
     fn drop(&mut self) {
         let unfinished = match &self.finish {
             Finish::Keep => &self.path,
-            Finish::Rename(beside) => beside,
+            Finish::Rename(beside) | Finish::RenameNew(beside) => beside,
             Finish::Link | Finish::LinkOver | Finish::Nothing => return,
         };
         // The error that led here is the one to report; the file may also be gone already.
@@ -382,8 +402,7 @@ pub(super) fn temporary(folder: &Path) -> io::Result<File> {
         Err(e) if e.kind() == io::ErrorKind::Unsupported => {}
         opened => return opened,
     }
-    let (file, name) = with_sibling(&folder.join("spool"), create_exclusive)?;
-    std::fs::remove_file(name)?;
+    let (file, _) = with_sibling(&folder.join("spool"), platform::create_vanishing)?;
     Ok(file)
 }
 

@@ -58,7 +58,7 @@ pub struct Identity(Arc<str>);
 
 impl Identity {
     /// Of a file of the system, by its device and inode. JavaScript makes the same text of a file that it may not open.
-    pub fn of_file(device: u64, inode: u128) -> Self {
+    pub fn of_file(device: u64, inode: impl fmt::Display) -> Self {
         Self::new("file", &format!("{device}:{inode}"))
     }
 

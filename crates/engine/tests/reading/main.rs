@@ -14,5 +14,4 @@ mod locks;
 mod measure;
 mod model_read;
 mod salvage;
-#[cfg(unix)]
 mod storage;

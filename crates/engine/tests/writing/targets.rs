@@ -207,7 +207,7 @@ fn without_room_for_both_the_file_is_written_in_place() {
             let room = Room { most, closer: &closer };
             let new = NewFile::create_with_room(&path, Overwrite::Replace, &[], &room).unwrap();
             let before = fs::metadata(&path).unwrap();
-            let own = Identity::of_file(before.dev(), inode.into());
+            let own = Identity::of_file(before.dev(), inode);
             before.ino() == inode && new.storage().identity() == Some(own)
         };
         // It fits beside the old one; it does without that; it does not even then.

@@ -159,6 +159,17 @@ pub(crate) fn kind(metadata: &Metadata) -> FileKind {
     FileKind::Other("not a regular file")
 }
 
+/// Whether the error says that somebody has the file open and does not share it.
+pub(crate) fn is_in_use(error: &io::Error) -> bool {
+    #[cfg(windows)]
+    return super::windows::is(error, windows_sys::Win32::Foundation::ERROR_SHARING_VIOLATION);
+    #[cfg(not(windows))]
+    {
+        let _ = error;
+        false
+    }
+}
+
 /// The system's "is a directory" error.
 pub(crate) fn is_a_directory() -> io::Error {
     #[cfg(unix)]
@@ -220,7 +231,11 @@ pub(crate) fn too_many_links() -> io::Error {
     io::ErrorKind::InvalidInput.into()
 }
 
-/// What tells a file apart from all others: device and inode, or, on Windows, volume and file id.
+/// What tells a file apart from all others: device and inode.
+#[cfg(unix)]
+pub(crate) type FileId = (u64, u64);
+/// What tells a file apart from all others: volume and file id.
+#[cfg(windows)]
 pub(crate) type FileId = (u64, u128);
 
 /// That of an open file with its metadata; `None` where there is none.
@@ -233,7 +248,7 @@ pub(crate) fn identity(_: &File, metadata: &Metadata) -> Option<FileId> {
 #[cfg(unix)]
 pub(crate) fn identity_at(_: &Path, metadata: &Metadata) -> Option<FileId> {
     use std::os::unix::fs::MetadataExt;
-    Some((metadata.dev(), metadata.ino().into()))
+    Some((metadata.dev(), metadata.ino()))
 }
 
 #[cfg(windows)]

@@ -1,6 +1,6 @@
 //! Files without a name, giving them one, and names that lead to open files.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::path::Path;
 
@@ -14,7 +14,6 @@ pub(crate) use other::{is_magic_link, link_unnamed, open_unnamed};
 
 #[cfg(target_os = "linux")]
 mod linux {
-    use std::fs::OpenOptions;
     use std::os::fd::AsRawFd;
     use std::os::unix::ffi::OsStrExt;
     use std::os::unix::fs::OpenOptionsExt;
@@ -73,6 +72,51 @@ mod other {
     pub(crate) fn is_magic_link(_: &Path) -> io::Result<bool> {
         Ok(false)
     }
+}
+
+/// Whether a new file has a hidden name until it is complete, where it cannot be without one. (On Linux most file systems can.)
+pub(crate) const HIDES_NEW_FILES: bool = cfg!(not(target_os = "linux"));
+
+/// A new file for reading and writing.
+fn create(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).create_new(true).open(path)
+}
+
+/// Gives the file at `from` the name `to`; `AlreadyExists` if something has it.
+pub(crate) fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
+    #[cfg(target_vendor = "apple")]
+    {
+        use super::file::is_unsupported;
+        use rustix::fs::{CWD, RenameFlags, renameat_with};
+        match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE).map_err(io::Error::from) {
+            Err(e) if is_unsupported(&e) => {}
+            result => return result,
+        }
+    }
+    // An empty file of our own holds the name, and is replaced.
+    create(to)?;
+    std::fs::rename(from, to).inspect_err(|_| {
+        // The error that led here is the one to report.
+        let _removed = std::fs::remove_file(to);
+    })
+}
+
+/// A new file that goes when it is closed, however the process ends; its name goes at once where the system allows that.
+#[cfg(windows)]
+pub(crate) fn create_vanishing(path: &Path) -> io::Result<File> {
+    use std::os::windows::fs::OpenOptionsExt;
+    use windows_sys::Win32::Storage::FileSystem::{FILE_ATTRIBUTE_TEMPORARY, FILE_FLAG_DELETE_ON_CLOSE};
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create_new(true);
+    options.custom_flags(FILE_FLAG_DELETE_ON_CLOSE).attributes(FILE_ATTRIBUTE_TEMPORARY).open(path)
+}
+
+/// A new file that goes when it is closed; nobody but who looks in between sees its name.
+#[cfg(not(windows))]
+pub(crate) fn create_vanishing(path: &Path) -> io::Result<File> {
+    let file = create(path)?;
+    std::fs::remove_file(path)?;
+    Ok(file)
 }
 
 /// Makes the names in `folder` durable, of which `file` has one.
