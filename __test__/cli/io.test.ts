@@ -105,6 +105,20 @@ test('requests go on together, and all are done when the program ends', async ()
   expect(await io(name, 'aio_read -P 7 0 512', 'aio_flush')).toMatchObject({ code: 0 })
 })
 
+test('what the command line has below an image is below it with -s, too', async () => {
+  const base = await create(join(folder, 'moved.qcow2'), { size: 1 << 20 })
+  await base.write(Buffer.alloc(512, 7), { position: 0 })
+  await base.close()
+  // What it names is not there.
+  const named = 'create -q -f qcow2 -u -b gone.qcow2 -F qcow2 child.qcow2 1M'
+  expect(await qcow2(named.split(' '), folder)).toMatchObject({ code: 0 })
+  const described = 'driver=qcow2,file.filename=child.qcow2,backing.driver=qcow2,backing.file.filename=moved.qcow2'
+  for (const way of [['-r'], ['-s'], ['-s', '-c', 'write -q -P 8 4k 512']]) {
+    const { code, stdout, stderr } = await asQemuIo(...way, '-c', 'read -q -P 7 0 512', '--image-opts', described)
+    expect({ way, code, stdout, stderr }).toEqual({ way, code: 0, stdout: '', stderr: '' })
+  }
+})
+
 test('-s leaves the image as it is, and nothing behind', async () => {
   const name = await make('snapshot.qcow2')
   const before = readFileSync(join(folder, name))

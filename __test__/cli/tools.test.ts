@@ -1,5 +1,6 @@
 /** Commands for those who use this program in place of QEMU's: `bench`, `shims`, `completion`. */
 
+import { spawnSync } from 'node:child_process'
 import { existsSync, readFileSync, symlinkSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { describe, expect, it } from 'vitest'
@@ -67,6 +68,17 @@ describe('shims', () => {
     expect(readFileSync(join(at, 'qemu-img'), 'utf8')).toBe('mine')
     expect(await run('shims', '--force', at)).toMatchObject({ code: 0 })
     expect(await execute(join(at, 'qemu-img'), ['--version'], folder)).toEqual(version)
+  })
+
+  it.skipIf(process.platform !== 'linux')('say what cannot be made, also where the system makes no folders', () => {
+    writeFileSync(join(folder, 'a file'), '')
+    for (const [at, said] of [
+      ['/proc/none/below', "Could not create '/proc/none': No such file or directory"],
+      [join(folder, 'a file'), `Could not create '${join(folder, 'a file/qemu-img')}': Not a directory`],
+    ] as const) {
+      const { status, stderr } = spawnSync(process.execPath, [CLI, 'shims', at], { encoding: 'utf8', timeout: 20_000 })
+      expect({ status, stderr }).toEqual({ status: 1, stderr: `qcow2: ${said}\n` })
+    }
   })
 })
 

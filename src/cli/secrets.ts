@@ -148,6 +148,12 @@ export class Objects {
     return this.#below.get(path)
   }
 
+  /** Whoever comes to an image by this path finds the same below it. */
+  alsoAt(filename: string, path: string): void {
+    const below = this.belowOf(localPath(filename))
+    if (below !== undefined) this.#below.set(path, below)
+  }
+
   /** Takes the files below an image by its name, the next one first. */
   putBelow(filename: string, parents: readonly string[]): void {
     if (isRemote(filename) || this.#below.has(localPath(filename))) {

@@ -20,7 +20,10 @@ import type { Plain } from './plain.js'
 export interface ConvertJob {
   /** The image, below a root of the worker. */
   source: string
-  /** Has its name when it is whole. A file that is replaced (`overwrite`) keeps its permissions. */
+  /**
+   * Has its name when it is whole. What replaces a file (`overwrite`) is another file, by a rename: it has the old one's permissions, and its owner where
+   * the worker may set that; extended attributes are not taken over, and other names of the old file (hard links) keep that.
+   */
   target: string
   /** Its format. Default: by its magic. */
   from?: SourceFormat | undefined

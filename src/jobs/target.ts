@@ -117,7 +117,9 @@ export class NewFile {
   /** Nobody may have the old file open for writing; the new one has its permissions, and its owner where that can be. */
   async #replace(): Promise<void> {
     const [from, to] = [toName(this.temporary), toName(this.#place.path)]
-    const old = await lstat(to).catch(() => undefined)
+    const old = await lstat(to).catch((error: unknown) => {
+      if (codeOf(error) !== 'ENOENT') throw error
+    })
     if (old === undefined) return rename(from, to)
     const held = await open(to, { format: 'raw', flags: 'r+' })
     try {

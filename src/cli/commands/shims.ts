@@ -1,6 +1,7 @@
-import { chmodSync, lstatSync, mkdirSync, realpathSync, rmSync, symlinkSync, writeFileSync } from 'node:fs'
-import { join, resolve } from 'node:path'
+import { chmodSync, lstatSync, mkdirSync, realpathSync, rmSync, statSync, symlinkSync, writeFileSync } from 'node:fs'
+import { dirname, join, resolve } from 'node:path'
 import type { Command } from 'commander'
+import { describeError, pathOf } from '../errors.js'
 import { CommandFailure, UsageFailure, unsupported } from '../failure.js'
 import type { Runner } from '../program.js'
 import type { Session } from '../session.js'
@@ -36,10 +37,21 @@ function writeShims(folders: readonly string[], { force = false }: ShimsArgument
   const script = process.argv[1]
   if (script === undefined) throw new CommandFailure('The program does not know its own file')
   const folder = resolve(given)
-  // All or none: what is there is looked for first.
-  if (!force) for (const name of NAMES) refuseExisting(join(folder, name))
-  mkdirSync(join(folder, LINKS), { recursive: true })
   const target = realpathSync(script)
+  try {
+    // All or none: what is there is looked for first.
+    if (!force) for (const name of NAMES) refuseExisting(join(folder, name))
+    makeFolders(join(folder, LINKS))
+    for (const shim of linkTo(target, folder)) session.stdout.write(`${shim}\n`)
+  } catch (error) {
+    if (error instanceof CommandFailure) throw error
+    throw new CommandFailure(describeError(error, pathOf(error)), { cause: error })
+  }
+  return 0
+}
+
+/** Makes a script for each tool; yields those that are there. */
+function* linkTo(target: string, folder: string): Generator<string> {
   for (const name of NAMES) {
     const link = join(folder, LINKS, name)
     const shim = join(folder, name)
@@ -47,9 +59,16 @@ function writeShims(folders: readonly string[], { force = false }: ShimsArgument
     symlinkSync(target, link)
     writeFileSync(shim, `#!/bin/sh\nexec ${quoted(process.execPath)} ${quoted(link)} "$@"\n`, { flag: 'wx' })
     chmodSync(shim, 0o755)
-    session.stdout.write(`${shim}\n`)
+    yield shim
   }
-  return 0
+}
+
+/** Level by level: Node's `recursive` never ends where the system makes no folders, as in /proc. */
+function makeFolders(path: string): void {
+  if (statSync(path, { throwIfNoEntry: false })?.isDirectory()) return
+  const above = dirname(path)
+  if (above !== path) makeFolders(above)
+  mkdirSync(path)
 }
 
 function refuseExisting(path: string): void {

@@ -104,8 +104,11 @@ async function openSnapshot(how: Opening, session: Session): Promise<OpenDisk> {
   const format = await formatOf(how.filename, how.format, session)
   const secret = session.objects.secretsOf(how.filename)
   const path = join(tmpdir(), `qcow2-io-${process.pid}-${process.hrtime.bigint()}.qcow2`)
+  const backing = resolve(localPath(how.filename))
+  // The command line may say what lies below the image: the overlay is what names the image now.
+  session.objects.alsoAt(how.filename, backing)
   const image = await create(path, {
-    backingFile: encodeText(resolve(localPath(how.filename))),
+    backingFile: encodeText(backing),
     backingFormat: format,
     references: session.objects.references,
     ...(typeof secret === 'function' && {
@@ -164,8 +167,7 @@ export function describedBy(
   const { values, others } = readDriverOptions(list)
   const exported = [others.get('driver'), others.get('file.driver')].includes(NBD_DRIVER)
   for (const name of exported ? [] : others.keys()) {
-    if (/^(?:backing\.)*(?:encrypt\.[a-z-]+|key-secret)$|^(?:driver|(?:file\.)?filename|file\.driver)$/.test(name))
-      continue
+    if (/^(?:backing\.)*(?:encrypt\.[a-z-]+|key-secret|driver|(?:file\.)?filename|file\.driver)$/.test(name)) continue
     throw new CommandFailure(`Block format '${others.get('driver') ?? 'qcow2'}' does not support the option '${name}'`)
   }
   if (filename !== undefined) others.set('file.filename', filename)

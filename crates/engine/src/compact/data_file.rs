@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use qcow2_format::L2Mapping;
 
+use super::survey::preallocated;
 use super::tables::{entry_at, guest_of, read_words, tables};
 use crate::image::Qcow2;
 use crate::maintenance::Session;
@@ -21,10 +22,11 @@ impl Session<'_> {
         self.barrier()?;
         self.end_reads()?;
         let data = &**self.image.data_host()?;
+        let all = preallocated(data)? > 0;
         // Reads that planned before it was given up may still be on their way to it: they find zeroes.
         let free = |offset, length| data.zero(offset, length, true);
         stale_data(self.image, job, &mut |range| {
-            self.free_run(data, range.start, range.end - range.start, &free)
+            self.free_run(data, range.start, range.end - range.start, all, &free)
         })
     }
 }

@@ -1,5 +1,6 @@
 //! Holes in the file for free host clusters.
 
+use super::survey::preallocated;
 use crate::maintenance::Session;
 use crate::{Job, Result, Storage, StorageExt};
 
@@ -12,6 +13,7 @@ impl Session<'_> {
         let g = self.geometry();
         let storage = &**self.image.storage();
         let length = storage.size()?;
+        let all = preallocated(storage)? > 0;
         let free = |offset, length| storage.free(offset, length);
         let clusters = length / g.cluster_size();
         let mut at = 0;
@@ -22,7 +24,7 @@ impl Session<'_> {
             while at < stop {
                 let (run, next) = self.writer.with_alloc(|alloc, _| alloc.find_free(at, stop))?;
                 if let Some((first, count)) = run {
-                    self.free_run(storage, first * g.cluster_size(), count * g.cluster_size(), &free)?;
+                    self.free_run(storage, first * g.cluster_size(), count * g.cluster_size(), all, &free)?;
                 }
                 at = next.max(at + 1);
             }
@@ -30,14 +32,19 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// Frees where there is something: a hole costs a change of the file system's own tables.
+    /// Frees where there is something: a hole costs a change of the file system's own tables. `all` of it, where space can be taken that
+    /// the file system calls a hole.
     pub(super) fn free_run(
         &self,
         storage: &dyn Storage,
         start: u64,
         length: u64,
+        all: bool,
         free: &dyn Fn(u64, u64) -> Result<()>,
     ) -> Result<()> {
+        if all {
+            return free(start, length);
+        }
         let end = start + length;
         let mut at = start;
         while at < end {

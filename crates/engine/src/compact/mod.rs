@@ -64,9 +64,10 @@ impl Image {
             });
         }
         let session = Session::begin(self)?;
+        // With what waits behind the last cluster to be used, which is given back next.
+        let mut result = measure(image)?;
         session.writer.restart_allocation(image)?;
         let references = references(image, job)?;
-        let mut result = measure(image)?;
         let compacted = session.compact(&references, options, job, &mut result);
         // Also after an error or a cancellation: what was freed is cut off.
         let finished = session.writer.restart_allocation(image);

@@ -162,6 +162,47 @@ pub(super) fn allocated(storage: &dyn Storage, start: u64, length: u64) -> Resul
     Ok(sum)
 }
 
+/// What a file system takes for its own tables of a file is below this, or below that part of the file's data.
+const OWN_BYTES: u64 = 64 << 10;
+const OWN_PART: u64 = 256;
+
+/// Bytes that a file takes and that its file system calls holes, because nothing was written to them.
+pub(super) fn preallocated(storage: &dyn Storage) -> Result<u64> {
+    let data = allocated(storage, 0, storage.size()?)?;
+    let more = storage.space_in_use()?.saturating_sub(data);
+    Ok(if more > OWN_BYTES.max(data / OWN_PART) { more } else { 0 })
+}
+
+/// Space of a file that would be given back.
+struct Freed<'a> {
+    storage: &'a dyn Storage,
+    /// Bytes with data.
+    data: u64,
+    /// Bytes that the file system calls holes.
+    holes: u64,
+}
+
+impl<'a> Freed<'a> {
+    fn of(storage: &'a dyn Storage) -> Self {
+        Self { storage, data: 0, holes: 0 }
+    }
+
+    fn add(&mut self, start: u64, length: u64) -> Result<()> {
+        let length = length.min(self.storage.size()?.saturating_sub(start));
+        let data = allocated(self.storage, start, length)?;
+        self.data += data;
+        self.holes += length - data;
+        Ok(())
+    }
+
+    /// At least so much: which of the holes take space is not known, so that those which stay are taken to have as much of it as they can.
+    fn bytes(&self) -> Result<u64> {
+        let length = self.storage.size()?;
+        let stay = length - allocated(self.storage, 0, length)? - self.holes;
+        Ok(self.data + preallocated(self.storage)?.saturating_sub(stay))
+    }
+}
+
 /// What a compaction would do.
 pub(super) fn estimate(
     image: &Qcow2,
@@ -176,7 +217,8 @@ pub(super) fn estimate(
     let clusters = g.clusters_for(result.length_before);
     job.set_total(result.length_before.saturating_mul(if options.zeroes { 2 } else { 1 }));
     result.leaked_clusters = references.leaks;
-    let (mut freed, mut used, mut highest) = (0, 0, 0);
+    let mut freed = Freed::of(storage);
+    let (mut used, mut highest) = (0, 0);
     let mut free_from = None;
     for cluster in 0..=clusters {
         if cluster.is_multiple_of(1 << 14) {
@@ -188,7 +230,7 @@ pub(super) fn estimate(
             (false, None) => free_from = Some(cluster),
             (true, Some(first)) => {
                 let start: u64 = first * g.cluster_size();
-                freed += allocated(storage, start, (cluster - first) * g.cluster_size())?;
+                freed.add(start, (cluster - first) * g.cluster_size())?;
                 free_from = None;
             }
             _ => {}
@@ -197,17 +239,19 @@ pub(super) fn estimate(
             (used, highest) = (used + 1, cluster);
         }
     }
-    if has_stale_data(image) {
-        let data = &**image.data_host()?;
-        stale_data(image, job, &mut |range| {
-            freed += allocated(data, range.start, range.end - range.start)?;
-            Ok(())
-        })?;
+    let mut freed_data = match image.header().has_data_file() {
+        true => Some(Freed::of(&**image.data_host()?)),
+        false => None,
+    };
+    if has_stale_data(image)
+        && let Some(freed) = &mut freed_data
+    {
+        stale_data(image, job, &mut |range| freed.add(range.start, range.end - range.start))?;
     }
     if options.zeroes {
-        let zeroes = zero_clusters(image, references, has_backing, job)?;
+        let space = freed_data.as_mut().unwrap_or(&mut freed);
+        let zeroes = zero_clusters(image, references, has_backing, space, job)?;
         result.zero_clusters = zeroes.entries;
-        freed += zeroes.space;
         used -= if image.header().has_data_file() { 0 } else { zeroes.hosts.min(used) };
     }
     let end = if options.rewrite { used } else { highest + 1 };
@@ -215,7 +259,9 @@ pub(super) fn estimate(
     if options.rewrite {
         result.moved_clusters = (end..=highest).map(|cluster| u64::from(references.get(cluster) > 0)).sum();
     }
-    result.allocated_after = result.allocated_before.saturating_sub(freed);
+    for freed in [Some(freed), freed_data].into_iter().flatten() {
+        result.allocated_after = result.allocated_after.saturating_sub(freed.bytes()?);
+    }
     Ok(result)
 }
 
@@ -226,12 +272,16 @@ struct Zeroes {
     entries: u64,
     /// Host clusters that nothing would refer to.
     hosts: u64,
-    /// Bytes that those take in the file.
-    space: u64,
 }
 
-/// Looks for clusters that hold nothing but zeroes.
-fn zero_clusters(image: &Qcow2, references: &References, has_backing: bool, job: &Job) -> Result<Zeroes> {
+/// Looks for clusters that hold nothing but zeroes; `freed` is told their space.
+fn zero_clusters(
+    image: &Qcow2,
+    references: &References,
+    has_backing: bool,
+    freed: &mut Freed<'_>,
+    job: &Job,
+) -> Result<Zeroes> {
     let g = *image.geometry();
     let external = image.header().has_data_file();
     let mut scan = ZeroScan::new(image, has_backing)?;
@@ -261,7 +311,7 @@ fn zero_clusters(image: &Qcow2, references: &References, has_backing: bool, job:
                     }
                 }
                 zeroes.hosts += 1;
-                zeroes.space += allocated(&**image.data_host()?, host * g.cluster_size(), g.cluster_size())?;
+                freed.add(host * g.cluster_size(), g.cluster_size())?;
             }
         }
     }
