@@ -4,8 +4,9 @@ use std::collections::BTreeSet;
 
 use crate::{Error, ErrorKind, Result};
 
-/// Counters in a page.
-pub(super) const PAGE: usize = 1 << 14;
+/// Counters in a page. The allocator asks the system for each that is behind all others: smaller ones are asked for more often, larger ones
+/// are mapped one by one.
+pub(super) const PAGE: usize = 1 << 16;
 
 /// Memory that one cluster with too many references takes.
 const OVERFLOWED_BYTES: usize = 16;
@@ -14,6 +15,8 @@ const OVERFLOWED_BYTES: usize = 16;
 /// outgrows it: an image without many snapshots costs one byte per cluster.
 pub(super) struct ReferenceCounts {
     pages: Vec<Page>,
+    /// For each page, from where on all of its counters are 0.
+    fresh: Vec<usize>,
     clusters: u64,
     /// Where a counter stops: the largest refcount of the image.
     max: u64,
@@ -37,7 +40,15 @@ pub(super) enum Page {
 impl ReferenceCounts {
     /// Counters for `clusters` clusters, all 0, that stop at `max` and take no more than `memory_limit` bytes.
     pub(super) fn new(clusters: u64, max: u64, memory_limit: u64) -> Self {
-        Self { pages: Vec::new(), clusters, max, overflowed: BTreeSet::new(), memory: 0, memory_limit }
+        Self {
+            pages: Vec::new(),
+            fresh: Vec::new(),
+            clusters,
+            max,
+            overflowed: BTreeSet::new(),
+            memory: 0,
+            memory_limit,
+        }
     }
 
     /// Clusters that have a counter: those of the file, and the one behind it where something refers to it.
@@ -90,9 +101,9 @@ impl ReferenceCounts {
         while cluster < end {
             let (page, index) = place(cluster);
             let count = (PAGE - index).min(usize::try_from(end - cluster).unwrap_or(PAGE));
-            // What is not written to first is looked at first: then the system gives each page of memory twice.
-            let is_new = self.prepare(page)?;
-            let counted = is_new && self.begin(page, index, count) || self.add_fast(page, index, count);
+            self.prepare(page)?;
+            // What is looked at before it is written to is given by the system twice.
+            let counted = self.begin(page, index, count) || self.add_fast(page, index, count);
             if !counted {
                 for i in 0..count {
                     if !self.add_one(page, index + i)? {
@@ -108,23 +119,26 @@ impl ReferenceCounts {
         Ok(())
     }
 
-    /// Makes sure that page `page` has counters; true if it had none.
-    fn prepare(&mut self, page: usize) -> Result<bool> {
+    /// Makes sure that page `page` has counters.
+    fn prepare(&mut self, page: usize) -> Result<()> {
         if page >= self.pages.len() {
-            self.charge((page + 1 - self.pages.len()) * size_of::<Page>())?;
+            self.charge((page + 1 - self.pages.len()) * (size_of::<Page>() + size_of::<usize>()))?;
             self.pages.resize_with(page + 1, Page::default);
+            self.fresh.resize(page + 1, 0);
         }
-        let is_new = matches!(self.pages.get(page), Some(Page::Empty));
-        if is_new {
+        if matches!(self.pages.get(page), Some(Page::Empty)) {
             self.charge(PAGE)?;
             self.set(page, Page::Byte(vec![0; PAGE].into_boxed_slice()));
         }
-        Ok(is_new)
+        Ok(())
     }
 
-    /// Counts the first reference to a run inside a new page: any refcount can be one.
+    /// Counts the first reference to a run behind all that were counted in a page: any refcount can be one.
     fn begin(&mut self, page: usize, index: usize, count: usize) -> bool {
-        let Some(Page::Byte(counts)) = self.pages.get_mut(page) else { return false };
+        let Some(fresh) = self.fresh.get_mut(page) else { return false };
+        let is_fresh = index >= *fresh;
+        *fresh = (*fresh).max(index + count);
+        let Some(Page::Byte(counts)) = self.pages.get_mut(page).filter(|_| is_fresh) else { return false };
         counts.get_mut(index..index + count).is_some_and(|run| {
             run.fill(1);
             true
@@ -242,6 +256,20 @@ mod tests {
             }
             assert!(add(&mut counts, 6, 2) == [6], "{bits}");
             assert_eq!([5, 6, 7].map(|c| counts.get(c)), [max, max, 1]);
+        }
+    }
+
+    #[test]
+    fn counts_in_any_order() {
+        let mut counts = ReferenceCounts::new(0, 65535, 1 << 30);
+        let mut expected = vec![0; 3 * PAGE];
+        for i in 0..400u64 {
+            let (first, length) = (i * 7919 % (3 * PAGE as u64 - 5000), 1 + i * 104_729 % 5000);
+            assert!(add(&mut counts, first, length).is_empty());
+            expected[first as usize..][..length as usize].iter_mut().for_each(|n| *n += 1);
+        }
+        for (cluster, expected) in (0u64..).zip(expected) {
+            assert_eq!(counts.get(cluster), expected, "{cluster}");
         }
     }
 

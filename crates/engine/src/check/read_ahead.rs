@@ -13,7 +13,7 @@ type Result<T, E = crate::Error> = std::result::Result<T, E>;
 const DEPTH: usize = 2;
 
 /// Bytes of tables in a batch: few enough to be waiting in memory, and enough to be worth waking a thread.
-const BATCH_BYTES: usize = 1 << 19;
+const BATCH_BYTES: usize = 1 << 20;
 
 /// Fewer tables than this are read where they are needed.
 const MIN_TABLES: usize = 16;

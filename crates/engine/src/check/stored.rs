@@ -9,7 +9,7 @@ use super::target::Target;
 use crate::{Error, ErrorKind, MemMut, Result, Storage, StorageExt};
 
 /// Clusters whose bits share an allocation.
-const PAGE: u64 = 1 << 15;
+const PAGE: u64 = 1 << 17;
 const PAGE_WORDS: usize = (PAGE / 64) as usize;
 
 /// The largest offset that a cluster of any size can be read at.

@@ -171,7 +171,10 @@ impl Walk<'_, '_> {
         if offset == 0 {
             return Ok(false);
         }
-        let Some(refcount) = self.stored.get(self.target.header.geometry.cluster_index(offset))? else {
+        let cluster = self.target.header.geometry.cluster_index(offset);
+        // What nearly every table has is known: its refcount block, one for each few tables, is not read again.
+        let known = self.stored.all(true, cluster, 1).then_some(1);
+        let Some(refcount) = known.map_or_else(|| self.stored.get(cluster), |one| Ok(Some(one)))? else {
             return Ok(false);
         };
         if (refcount == 1) != entry.copied() {
