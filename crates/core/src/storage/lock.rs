@@ -418,4 +418,44 @@ mod tests {
         claim(&ImageLock::default(), &b, Claim::WRITER).unwrap();
         ImageLock::default().change(&a, Claim::WRITER, Locking::Off).unwrap();
     }
+
+    /// Where no running QEMU shows it: another process is kept out, and what it holds goes with it.
+    #[cfg(windows)]
+    #[test]
+    fn another_process_is_kept_out_until_it_ends() {
+        use std::io::{BufRead, BufReader};
+        use std::process::{Command, Stdio};
+        const NAME: &str = "storage::lock::tests::another_process_is_kept_out_until_it_ends";
+        const PATH: &str = "QCOW2_TEST_LOCKED";
+        if let Some(path) = std::env::var_os(PATH) {
+            let file = File::options().read(true).write(true).open(path).unwrap();
+            let lock = ImageLock::default();
+            lock.change(&file, Claim::WRITER, Locking::On).unwrap();
+            println!("it is locked");
+            std::thread::sleep(std::time::Duration::from_secs(60));
+            return;
+        }
+        let (name, a, _) = two();
+        let mut other = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", NAME, "--nocapture"])
+            .env(PATH, name.path())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(other.stdout.take().unwrap()).lines();
+        assert!(lines.any(|line| line.unwrap().ends_with("it is locked")));
+        let lock = ImageLock::default();
+        let error = lock.change(&a, Claim::READER, Locking::Auto).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Locked);
+        assert!(error.message().ends_with("is another process using the image?"), "{error}");
+        lock.change(&a, Claim::SHARING_READER, Locking::Auto).unwrap();
+        other.kill().unwrap();
+        other.wait().unwrap();
+        // The system takes its time.
+        let free = || lock.change(&a, Claim::WRITER, Locking::Auto).is_ok();
+        assert!((0..100).any(|_| free() || {
+            std::thread::sleep(pause());
+            false
+        }));
+    }
 }

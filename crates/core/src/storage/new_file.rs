@@ -11,7 +11,7 @@
 //! attributes that the new file cannot have; a file system without room for both, but for the new one alone; and a name that leads to
 //! an open file (`/dev/fd/8`), whatever it is called. Devices are written in place, too, there is no other way.
 
-use std::fs::{File, Metadata, OpenOptions};
+use std::fs::{File, Metadata};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -143,12 +143,12 @@ impl NewFile {
         match platform::open_unnamed(parent(&path)) {
             Ok(file) => Self::new(file, path, Finish::Link),
             Err(e) if e.kind() == io::ErrorKind::Unsupported && platform::HIDES_NEW_FILES => {
-                let made = with_sibling(&path, create_exclusive);
+                let made = with_sibling(&path, platform::create);
                 let (file, beside) = made.map_err(|e| Error::io(e, "open").with_path(&path))?;
                 Self::new(file, path, Finish::RenameNew(beside))
             }
             Err(e) if e.kind() == io::ErrorKind::Unsupported => {
-                let file = create_exclusive(&path).map_err(|e| Error::io(e, "open").with_path(&path))?;
+                let file = platform::create(&path).map_err(|e| Error::io(e, "open").with_path(&path))?;
                 Self::new(file, path, Finish::Keep)
             }
             Err(e) => Err(Error::io(e, "open").with_path(path)),
@@ -315,7 +315,7 @@ fn start_over(path: &Path, old: &FileStorage, room: &Room<'_>) -> Result<Option<
     let started = match platform::open_unnamed(folder) {
         Ok(file) => Ok((file, Finish::LinkOver)),
         Err(e) if e.kind() == io::ErrorKind::Unsupported => {
-            with_sibling(path, create_exclusive).map(|(file, beside)| (file, Finish::Rename(beside)))
+            with_sibling(path, platform::create).map(|(file, beside)| (file, Finish::Rename(beside)))
         }
         Err(e) => Err(e),
     };
@@ -390,10 +390,6 @@ fn parent(path: &Path) -> &Path {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     }
-}
-
-fn create_exclusive(path: &Path) -> io::Result<File> {
-    OpenOptions::new().read(true).write(true).create_new(true).open(path)
 }
 
 /// A file in `folder` that never has a name, or has lost it: it goes with its last descriptor.

@@ -39,5 +39,6 @@ pub(super) use space::{
 pub(super) use sync::{sync_all, sync_data};
 pub(super) use transfer::{read_at, write_at, write_vectored_at};
 pub(super) use unnamed::{
-    HIDES_NEW_FILES, create_vanishing, is_magic_link, link_unnamed, open_unnamed, rename_new, sync_folder,
+    HIDES_NEW_FILES, create, create_vanishing, is_magic_link, link_unnamed, open_unnamed, rename_new,
+    sync_folder,
 };

@@ -11,7 +11,7 @@ use windows_sys::Win32::Security::{
     OBJECT_SECURITY_INFORMATION, OWNER_SECURITY_INFORMATION, SetKernelObjectSecurity,
 };
 
-use super::windows::{handle, is};
+use super::windows::{handle, is, is_unsupported};
 
 /// Owner, group and access list.
 const ALL: OBJECT_SECURITY_INFORMATION =
@@ -19,7 +19,12 @@ const ALL: OBJECT_SECURITY_INFORMATION =
 
 /// Gives `to` the access list of `from`, where it has another one. An error says that it cannot have that, or has another owner.
 pub(super) fn copy(from: &File, to: &File) -> io::Result<()> {
-    let (wanted, there) = (read(from)?, read(to)?);
+    let wanted = match read(from) {
+        // A file system on which everybody may do everything (FAT).
+        Err(e) if is_unsupported(&e) => return Ok(()),
+        wanted => wanted?,
+    };
+    let there = read(to)?;
     if wanted == there {
         return Ok(());
     }

@@ -77,9 +77,23 @@ mod other {
 /// Whether a new file has a hidden name until it is complete, where it cannot be without one. (On Linux most file systems can.)
 pub(crate) const HIDES_NEW_FILES: bool = cfg!(not(target_os = "linux"));
 
-/// A new file for reading and writing.
-fn create(path: &Path) -> io::Result<File> {
-    OpenOptions::new().read(true).write(true).create_new(true).open(path)
+/// A new file for reading and writing; `AlreadyExists` if something has the name. On Windows with the right to change who may do
+/// what with it, where the server of a share gives that.
+pub(crate) fn create(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create_new(true);
+    #[cfg(windows)]
+    {
+        use std::os::windows::fs::OpenOptionsExt;
+        use windows_sys::Win32::Foundation::{GENERIC_READ, GENERIC_WRITE};
+        use windows_sys::Win32::Storage::FileSystem::WRITE_DAC;
+        let mut all = options.clone();
+        match all.access_mode(GENERIC_READ | GENERIC_WRITE | WRITE_DAC).open(path) {
+            Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {}
+            opened => return opened,
+        }
+    }
+    options.open(path)
 }
 
 /// Gives the file at `from` the name `to`; `AlreadyExists` if something has it.
