@@ -1,22 +1,30 @@
 /** Signals and progress. */
 
 import { getEventListeners } from 'node:events'
-import { existsSync, readdirSync, rmSync } from 'node:fs'
+import { existsSync, readdirSync, readFileSync, rmSync } from 'node:fs'
 import { join } from 'node:path'
+import { Readable } from 'node:stream'
 import { buffer } from 'node:stream/consumers'
 import { finished } from 'node:stream/promises'
 import {
   AbortError,
+  amend,
   check,
+  commit,
+  compact,
   compare,
   convert,
   create,
+  createQcow2Stream,
+  ingest,
   inspect,
+  type LongRunning,
   measure,
   open,
   type Progress,
   probe,
   Qcow2Error,
+  rebase,
 } from 'qcow2'
 import { beforeAll, describe, expect, it, vi } from 'vitest'
 import { failure, openRaw, temporaryFolder, writeRaw } from './fixtures.js'
@@ -36,6 +44,10 @@ beforeAll(async () => {
   const tables = await create(at('tables.qcow2'), { size: 2 ** 28, clusterSize: 512, preallocation: 'metadata' })
   await tables.close()
 })
+
+const raise = (error: unknown): never => {
+  throw error
+}
 
 type Call = (signal: AbortSignal) => Promise<unknown>
 const source = (): string => at('disk.qcow2')
@@ -216,6 +228,46 @@ describe('functions of the caller that fail later', () => {
       progressInterval: 2 ** 31 - 1,
     })
     await expect(last).rejects.toBe(mine)
+    await turns()
+    expect(unhandled).not.toHaveBeenCalled()
+  })
+
+  it('onProgress: of every call that takes it', async () => {
+    const mine = new Error('mine')
+    const small = at('small.qcow2')
+    await (await create(small, { size: MIB })).close()
+    const names = { backingFile: small, backingFormat: 'qcow2', references: 'allow' } as const
+    await (await create(at('over.qcow2'), { size: MIB, ...names })).close()
+    await using image = await open(source(), { flags: 'r+' })
+    const bytes = readFileSync(small)
+    const drain = async (stream: AsyncIterable<unknown>): Promise<void> => {
+      for await (const _ of stream);
+    }
+    type Told = Pick<LongRunning, 'onProgress' | 'progressInterval'>
+    const telling: Readonly<Record<string, (told: Told) => Promise<unknown>>> = {
+      amend: told => amend(small, { lazyRefcounts: true, ...told }),
+      check: told => check(small, told),
+      commit: told => commit(at('over.qcow2'), { references: 'allow', ...told }),
+      compact: told => compact(small, told),
+      compare: told => compare(small, small, told),
+      convert: told => convert(small, at('new'), { to: 'raw', ...told }),
+      ingest: told => ingest(Readable.from([bytes]), at('new'), { to: 'raw', ...told }),
+      measure: told => measure(small, { to: 'qcow2', ...told }),
+      rebase: told => rebase(at('over.qcow2'), null, { references: 'allow', ...told }),
+      stream: async told => drain(await createQcow2Stream(small, told)),
+      'stream, compressed': async told => drain(await createQcow2Stream(small, { compress: true, ...told })),
+      'Image.check': told => image.check(told),
+      'Image.clone': told => image.clone(at('new'), { to: 'raw', ...told }),
+      'Image.compact': told => image.compact({ dryRun: true, ...told }),
+    }
+    for (const [name, call] of Object.entries(telling)) {
+      for (const onProgress of [() => Promise.reject(mine), () => raise(mine)]) {
+        const failed = await call({ onProgress, progressInterval: 1 }).catch((error: unknown) => error)
+        expect({ name, failed }).toEqual({ name, failed: mine })
+        // The last call comes when all is done.
+        rmSync(at('new'), { force: true })
+      }
+    }
     await turns()
     expect(unhandled).not.toHaveBeenCalled()
   })

@@ -95,6 +95,23 @@ onLinux('bytes that are not UTF-8', () => {
   })
 })
 
+it.skipIf(process.platform !== 'linux')(
+  'bytes that are not UTF-8 reach what is started, and what is made beside',
+  () => {
+    const folder = join(root, 'started')
+    mkdirSync(folder)
+    const { stdout, stderr } = shell(
+      folder,
+      `qcow2 create -q -f qcow2 'd\xefsk' 1M
+     qcow2 convert -O vmdk -o subformat=monolithicFlat 'd\xefsk' 'fl\xe4t.vmdk'; grep -a -o '"fl.*"' 'fl\xe4t.vmdk'; qcow2 check 'fl\xe4t.vmdk'
+     qcow2 nbd --fork --pid-file 'p\xefd' -k "$PWD/s\xf6cket" 'd\xefsk'; ls; kill "$(cat 'p\xefd')"; qcow2 shims 't\xf6ols'`,
+    )
+    const files = ['d\xefsk', 'fl\xe4t-flat.vmdk', 'fl\xe4t.vmdk', 'p\xefd', 's\xf6cket', '']
+    expect(latin(stdout).split('\n')).toEqual(['"fl\xe4t-flat.vmdk"', 'No errors were found on the image.', ...files])
+    expect(latin(stderr)).toBe(`qcow2: '${folder}/t\xf6ols': Node starts no program whose name is not UTF-8\n`)
+  },
+)
+
 it('arguments without their bytes are refused, not guessed', () => {
   expect(exactArguments(['info', 'plain'])).toEqual(['info', 'plain'])
   if (process.platform === 'linux') expect(() => exactArguments(['caf\uFFFD'])).toThrow(/not UTF-8/)

@@ -206,14 +206,25 @@ describeWithRedis('jobs of a queue', () => {
     await add(5)
     expect(await others.counts()).toMatchObject({ waiting: 4 })
     const order: string[] = []
-    const onEvent = (event: WorkerEvent): void => {
-      if (event.type === 'completed') order.push(event.id)
+    // What it does wrong is a warning, and the jobs go on.
+    const warned: string[] = []
+    const onWarning = (warning: Error & { code?: string }): void => {
+      if (warning.code === 'QCOW2_CALLBACK') warned.push(warning.message)
+    }
+    process.on('warning', onWarning)
+    const onEvent = (event: WorkerEvent): unknown => {
+      if (event.type !== 'completed') return undefined
+      order.push(event.id)
+      if (event.id === 'p0') throw new Error('thrown')
+      return event.id === 'p1' ? Promise.reject(new Error('rejected')) : undefined
     }
     await using one = await startWorker({ connection: redis.url, queue: 'ordered', roots: [root], onEvent })
     await (await others.job('p5'))?.finished()
     await one.close()
     await others.close()
+    process.off('warning', onWarning)
     expect(order).toEqual(['p0', 'p1', 'p3', 'p5'])
+    expect(warned).toEqual(['thrown', 'rejected'].map(reason => `onEvent of a worker failed: ${reason}`))
   })
 
   it('names no file any more once another attempt has taken over', async () => {

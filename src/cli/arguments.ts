@@ -1,10 +1,20 @@
 /** The arguments of the process with every byte that they have. */
 
 import { readFileSync } from 'node:fs'
-import { decodeText, shownText } from '../text.js'
+import { decodeText, encodeText, shownText } from '../text.js'
 import { CommandFailure } from './failure.js'
 
 const NUL = 0
+const END = Buffer.of(NUL)
+
+/** Where this program, when it starts itself again, finds the bytes of its arguments: Node gives text to a process alone. */
+const HANDED = 'QCOW2_ARGUMENTS'
+
+/** What a process that gets the same arguments has in its environment, so that it has all their bytes. */
+export function handedOver(): Record<string, string> {
+  const bytes = exactArguments(process.argv.slice(2)).map(argument => Buffer.concat([encodeText(argument), END]))
+  return { [HANDED]: Buffer.concat(bytes).toString('base64') }
+}
 
 /**
  * The last arguments of this process, `shown` as Node has them: it puts replacement characters where an argument is not UTF-8. There
@@ -20,9 +30,10 @@ export function exactArguments(shown: readonly string[]): string[] {
 
 /** What the process was started with. Each argument ends with a null byte. */
 function ofProcess(): string[] {
+  const handed = process.env[HANDED]
   let bytes: Buffer
   try {
-    bytes = readFileSync('/proc/self/cmdline')
+    bytes = handed === undefined ? readFileSync('/proc/self/cmdline') : Buffer.from(handed, 'base64')
   } catch {
     return []
   }

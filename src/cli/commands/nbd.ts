@@ -13,6 +13,7 @@ import {
   serveNbd,
 } from '../../index.js'
 import { decodeText, toName } from '../../text.js'
+import { handedOver } from '../arguments.js'
 import { describeError, openFailure, strerror } from '../errors.js'
 import { CommandFailure } from '../failure.js'
 import { localPath } from '../filename.js'
@@ -336,7 +337,7 @@ function fork({ verbose }: NbdArguments, session: Session): Promise<number> {
   const { spawn } = process.getBuiltinModule('node:child_process')
   const child = spawn(process.execPath, [...process.execArgv, ...process.argv.slice(1)], {
     detached: true,
-    env: { ...session.env, [FORKED]: '1' },
+    env: { ...session.env, ...handedOver(), [FORKED]: '1' },
     stdio: ['ignore', 'ignore', verbose ? 'inherit' : 'pipe', 'pipe'],
   })
   return new Promise((resolve, reject) => {

@@ -1,6 +1,7 @@
 import { chmodSync, lstatSync, mkdirSync, realpathSync, rmSync, statSync, symlinkSync, writeFileSync } from 'node:fs'
 import { dirname, join, resolve } from 'node:path'
 import type { Command } from 'commander'
+import { isText } from '../../text.js'
 import { describeError, pathOf } from '../errors.js'
 import { CommandFailure, UsageFailure, unsupported } from '../failure.js'
 import type { Runner } from '../program.js'
@@ -37,6 +38,7 @@ function writeShims(folders: readonly string[], { force = false }: ShimsArgument
   const script = process.argv[1]
   if (script === undefined) throw new CommandFailure('The program does not know its own file')
   const folder = resolve(given)
+  if (!isText(folder)) throw new CommandFailure(`'${folder}': Node starts no program whose name is not UTF-8`)
   const target = realpathSync(script)
   try {
     // All or none: what is there is looked for first.
