@@ -245,10 +245,8 @@ impl Steps for NewFile {
         match &self.finish {
             Finish::Rename(beside) => {
                 let renamed = std::fs::rename(beside, &self.path);
-                // Windows replaces no file that is open, also by us, but on its newest file systems.
-                let in_own_way = |e: &io::Error| cfg!(windows) && e.kind() == io::ErrorKind::PermissionDenied;
                 match renamed {
-                    Err(e) if in_own_way(&e) && self.replaced.take().is_some() => {
+                    Err(e) if platform::may_be_open(&e) && self.replaced.take().is_some() => {
                         std::fs::rename(beside, &self.path)?;
                     }
                     renamed => renamed?,

@@ -42,6 +42,12 @@ pub(crate) fn open(path: &Path, writable: bool, direct: bool) -> io::Result<File
         Some(libc::EINVAL) if direct => io::ErrorKind::Unsupported.into(),
         _ => e,
     });
+    // It says that the access is denied, to a folder too.
+    #[cfg(windows)]
+    let opened = opened.map_err(|e| match e.kind() {
+        io::ErrorKind::PermissionDenied if path.is_dir() => is_a_directory(),
+        _ => e,
+    });
     let file = opened?;
     #[cfg(unix)]
     blocking(&file)?;
@@ -168,6 +174,12 @@ pub(crate) fn is_in_use(error: &io::Error) -> bool {
         let _ = error;
         false
     }
+}
+
+/// Whether the error of a rename can mean that the file with that name is open, be it by us: Windows then replaces it on its newest
+/// file systems alone.
+pub(crate) fn may_be_open(error: &io::Error) -> bool {
+    cfg!(windows) && error.kind() == io::ErrorKind::PermissionDenied
 }
 
 /// The system's "is a directory" error.

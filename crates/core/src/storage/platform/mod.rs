@@ -27,7 +27,7 @@ pub(super) use file::is_direct;
 pub use file::no_space;
 pub(super) use file::{
     FileId, FileKind, already_exists, close_duplicate, identity, identity_at, is_a_directory, is_in_use,
-    kind, not_permitted, open, too_many_links,
+    kind, may_be_open, not_permitted, open, too_many_links,
 };
 pub(super) use hints::{begin_sync, forget};
 pub(super) use limits::{device_limits, page_size};
