@@ -1,11 +1,25 @@
 # What is done with a target, in order. Each step fills a column of the table; a step that cannot be done says why.
 
-# The crates whose Rust tests run: bytes, I/O and the engine's reading. Everywhere else the suite of vitest shows what the engine does.
+# The crates whose Rust tests run: bytes, codecs, and storages. What the engine does with them shows the suite of vitest.
 rust_tests=(-p qcow2-format -p qcow2-transform -p qcow2-core)
-# Reading, writing, converting, snapshots, checks, other formats, and what QEMU's tools say of it.
-vitest_tests=(api/read.test api/backing.test write/write.test write/lifecycle.test manage/snapshots.test formats/children.test
-  cli/convert.test cli/interop.test encryption/)
-vitest_sample=(api/read.test manage/snapshots.test)
+# Reading, writing, snapshots, chains, other formats; convert and check are in all of them, and qemu-img looks at what is written.
+vitest_tests=(api/read.test api/backing.test write/write.test write/lifecycle.test manage/snapshots.test formats/vmdk.test)
+vitest_wine=(api/read.test api/stream.test write/write.test manage/resize.test manage/compact.test formats/vdi.test formats/parallels.test)
+vitest_sample=(api/read.test)
+
+# What the one who runs the tests has not. QEMU's user mode says of every file that it has no direct I/O, and takes minutes for a thousand
+# snapshots; on Windows no descriptor is taken from Node, and wine has no direct I/O, and other errors for folders.
+left_out() {
+  case $runs in
+    qemu-*) echo 'detectZeroes":"unmap|cache modes|host calls|thousand' ;;
+    wine) echo 'FileHandle|a directory and a missing|cache modes' ;;
+  esac
+}
+rust_left_out() {
+  case $runs in
+    qemu-*) echo "--skip platform::alignment" ;;
+  esac
+}
 
 environment() {
   local upper
@@ -85,7 +99,7 @@ step() {
     return 1
   fi
   echo "── $name: $column"
-  "$@" 2>&1 | tee "$log" | grep -vE '^ +(Compiling|Checking|Downloaded|Fresh) '
+  "$@" 2>&1 | tee "$log" | grep -vE '^ +(Compiling|Checking|Downloaded|Fresh) |^ [✓↓] |^test .* ok$'
   code=${PIPESTATUS[0]}
   seconds[$column]=$((SECONDS - begun))
   if [ "$code" -eq 0 ]; then
@@ -135,13 +149,21 @@ run_tests() {
     step rust 300 cargo_for test "${jobs[@]}" -p qcow2-format --no-fail-fast
     step vitest 200 vitest "${vitest_sample[@]}"
   else
-    step rust 1500 cargo_for test "${jobs[@]}" "${rust_tests[@]}" --no-fail-fast
-    step vitest 900 vitest "${vitest_tests[@]}"
+    # shellcheck disable=SC2046 # words
+    step rust 1500 cargo_for test "${jobs[@]}" "${rust_tests[@]}" --no-fail-fast -- $(rust_left_out)
+    if [ "$runs" = wine ]; then
+      step vitest 1200 vitest "${vitest_wine[@]}"
+    else
+      step vitest 1200 vitest "${vitest_tests[@]}"
+    fi
   fi
+  [ -z "$(left_out)" ] || notes+="$name: left out of vitest, as $runs has it not: $(left_out)"$'\n'
 }
 
 vitest() {
-  node_for node_modules/vitest/vitest.mjs run --reporter=dot --no-color "$@"
+  local pattern
+  pattern=$(left_out)
+  node_for node_modules/vitest/vitest.mjs run --reporter=verbose --no-color ${pattern:+-t "^(?!.*($pattern))"} "$@"
 }
 
 # The target's Node in its tree. That of Windows wants files: under wine it opens no pipe that two of its streams share.

@@ -128,6 +128,7 @@ fn make(work: &Work<'_>, format: &str) {
         image.close().unwrap();
     }
     // The next one starts with nothing to write back.
+    #[cfg(unix)]
     rustix::fs::sync();
 }
 
