@@ -20,6 +20,10 @@ const MAX_WORKERS: usize = 256;
 /// Helpers that there may always be: as many as one job can ask for.
 const MIN_HELPERS: usize = 64;
 
+/// Tasks that wait for each worker. A helper that finds none sleeps, and on a busy machine comes back late: then the finder does nearly all by
+/// itself.
+const WAITING: usize = 8;
+
 /// Helpers of all jobs of the process.
 static HELPERS: AtomicUsize = AtomicUsize::new(0);
 
@@ -143,8 +147,9 @@ pub fn share<T: Send, C: Default, R>(
         }
     };
     let found = thread::scope(|scope| {
-        let (sender, receiver) = bounded(workers.max(1));
-        for n in 1..workers {
+        let helpers = workers.saturating_sub(1);
+        let (sender, receiver) = bounded(helpers * WAITING);
+        for n in 1..=helpers {
             let (receiver, each) = (receiver.clone(), &each);
             let work = move || {
                 let mut context = C::default();
@@ -154,11 +159,13 @@ pub fn share<T: Send, C: Default, R>(
                 break;
             }
         }
-        // Without helpers, nobody takes what is sent.
-        drop(receiver);
         let context = RefCell::new(C::default());
         let own = |task: T| each(&mut context.borrow_mut(), task);
-        find(&Tasks { sender, own: &own, outcome: &outcome, job })
+        // The end of the tasks, the sender's, is there when this returns.
+        let found = find(&Tasks { sender, own: &own, outcome: &outcome, job });
+        // Those that wait then are for all, and for this thread alone where it has no helpers.
+        receiver.into_iter().for_each(own);
+        found
     });
     match outcome.error.into_inner() {
         Some(error) => Err(error),
@@ -172,8 +179,9 @@ mod tests {
 
     use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
     use std::thread;
+    use std::time::{Duration, Instant};
 
-    use super::{HELPERS, MIN_HELPERS, Permit, cores, run_all, share};
+    use super::{HELPERS, MIN_HELPERS, Permit, WAITING, cores, run_all, share};
     use crate::{Error, ErrorKind, Job};
 
     #[test]
@@ -186,6 +194,24 @@ mod tests {
         };
         share(3, &Job::new(), find, work).unwrap();
         assert_eq!(sum.into_inner(), 500_500);
+    }
+
+    #[test]
+    fn what_waits_at_the_end_is_for_all() {
+        let others = AtomicUsize::new(0);
+        let find = |tasks: &super::Tasks<'_, usize>| (0..WAITING).try_for_each(|n| tasks.hand_out(n));
+        let work = |_: &mut (), n| {
+            let began = Instant::now();
+            // Whoever has the first one is not there for the rest.
+            while n == 0 && others.load(Ordering::SeqCst) < WAITING - 1 {
+                assert!(began.elapsed() < Duration::from_secs(20), "nobody does the rest");
+                thread::yield_now();
+            }
+            others.fetch_add(usize::from(n > 0), Ordering::SeqCst);
+            Ok(())
+        };
+        share(2, &Job::new(), find, work).unwrap();
+        assert_eq!(others.into_inner(), WAITING - 1);
     }
 
     #[test]
