@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use qcow2_format::L2Mapping;
 
-use super::survey::preallocated;
+use super::space::preallocated;
 use super::tables::{entry_at, guest_of, read_words, tables};
 use crate::image::Qcow2;
 use crate::maintenance::Session;

@@ -1,6 +1,6 @@
 //! Holes in the file for free host clusters.
 
-use super::survey::preallocated;
+use super::space::preallocated;
 use crate::maintenance::Session;
 use crate::{Job, Result, Storage, StorageExt};
 

@@ -24,6 +24,7 @@ mod l2_tables;
 mod options;
 mod packing;
 mod rewrite;
+mod space;
 mod structures;
 mod survey;
 mod sweep;
