@@ -33,8 +33,8 @@ environment() {
   case $runs-$cpu-$libc in
     qemu-s390x-*) echo "export CARGO_TARGET_${upper}_RUNNER='qemu-s390x -L /usr/s390x-linux-gnu'" ;;
     qemu-aarch64-*-glibc) echo "export CARGO_TARGET_${upper}_RUNNER='qemu-aarch64 -L /usr/aarch64-linux-gnu'" ;;
-    qemu-aarch64-*-musl) echo "export CARGO_TARGET_${upper}_RUNNER='qemu-aarch64 $work/root/usr/lib/ld-musl-aarch64.so.1'" ;;
-    musl-*) echo "export CARGO_TARGET_${upper}_RUNNER=$work/root/usr/lib/ld-musl-x86_64.so.1" ;;
+    # zig links programs for musl with nothing but themselves.
+    qemu-aarch64-*-musl) echo "export CARGO_TARGET_${upper}_RUNNER=qemu-aarch64" ;;
     wine-*)
       echo "export CARGO_TARGET_${upper}_LINKER=x86_64-w64-mingw32-gcc CARGO_TARGET_${upper}_RUNNER=wine"
       echo "export WINEPREFIX=$cross/wine WINEDEBUG=-all LIBNODE_PATH=$cross/libnode"
