@@ -30,12 +30,12 @@ packages() {
 # What is not here, in words; succeeds where all is.
 missing_tools() {
   local wanted
-  [ -d "$(rustc --print sysroot)/lib/rustlib/$triple" ] || { echo "rustup target add $triple"; return; }
-  [ -x "$zig/bin/cargo-zigbuild" ] || { echo "zig is not in the cache"; return; }
-  for wanted in $(packages); do [ -e "${wanted#*=}" ] || { echo "${wanted%%=*} is not installed"; return; }; done
-  [ -z "$runs" ] || [ -x "$work/node" ] || { echo "Node for it is not in the cache"; return; }
-  [ -z "$runs" ] || [ -e "$work/tree/node_modules/vitest" ] || { echo "vitest for it is not in the cache"; return; }
-  [ -d "$cross/target/$triple" ] || { echo "its dependencies were never compiled"; return; }
+  [ -d "$(rustc --print sysroot)/lib/rustlib/$triple" ] || { echo "rustup target add $triple"; return 1; }
+  [ -x "$zig/bin/cargo-zigbuild" ] || { echo "zig is not in the cache"; return 1; }
+  for wanted in $(packages); do [ -e "${wanted#*=}" ] || { echo "${wanted%%=*} is not installed"; return 1; }; done
+  [ -z "$runs" ] || [ -x "$work/node" ] || { echo "Node for it is not in the cache"; return 1; }
+  [ -z "$runs" ] || [ -e "$work/tree/node_modules/vitest" ] || { echo "vitest for it is not in the cache"; return 1; }
+  [ -d "$cross/target/$triple" ] || { echo "its dependencies were never compiled"; return 1; }
   return 0
 }
 
