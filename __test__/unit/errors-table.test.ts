@@ -42,11 +42,13 @@ const RUST: Known = {
   ],
   'core/src/storage/platform/hints.rs': ['fadvise sync_file_range', HINTS],
   'core/src/storage/platform/limits.rs': ['major minor read_to_string', 'BLKGETSIZE64, BLKROGET, sysfs'],
-  'core/src/storage/platform/space.rs': ['fallocate fstatfs ioctl seek', SPACE, 'lseek for holes', HINTS],
+  'core/src/storage/platform/space/apple.rs': ['fcntl fstatfs seek', 'F_PUNCHHOLE', 'lseek for holes', HINTS],
+  'core/src/storage/platform/space/linux.rs': ['fallocate fstatfs ioctl seek', SPACE, 'lseek for holes', HINTS],
+  'core/src/storage/platform/sync.rs': ['fsync', 'fsync of the file'],
   'core/src/storage/platform/transfer.rs': ['pread pwrite pwritev', 'pread', 'pwrite, fdatasync'],
   'core/src/storage/platform/unnamed.rs': [
-    'fstatfs linkat open symlink_metadata syncfs',
-    ...['open of an unnamed file', NAMING, 'fsync of the file', 'readlink, lstat'],
+    'fstatfs linkat open remove_file rename renameat_with symlink_metadata syncfs',
+    ...['open of an unnamed file', NAMING, 'fsync of the file', 'readlink, lstat', 'unlink of an unfinished file'],
   ],
   'engine/src/files/overlay.rs': ['remove_file', 'unlink of an unfinished file'],
   'nbd/src/client/connect.rs': [
