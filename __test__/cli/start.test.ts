@@ -4,6 +4,7 @@ import { spawnSync } from 'node:child_process'
 import {
   chmodSync,
   chownSync,
+  cpSync,
   existsSync,
   mkdirSync,
   mkdtempSync,
@@ -14,7 +15,7 @@ import {
   writeFileSync,
 } from 'node:fs'
 import { tmpdir } from 'node:os'
-import { join } from 'node:path'
+import { dirname, join } from 'node:path'
 import { create } from 'qcow2'
 import { afterAll, beforeAll, expect, test } from 'vitest'
 import { CLI } from './run.js'
@@ -116,11 +117,17 @@ test.skipIf(process.getuid?.() !== 0)('another user’s home is left as it is, a
       expect(run).toMatchObject({ stderr: '', status: 0 })
       expect(readdirSync(join(home, '.cache'), { recursive: true })).toEqual(cache === '.cache' ? [] : ['qcow2'])
     }
-    // A user with the HOME of root, into which nobody else looks.
+    // A user with the HOME of root, into which nobody else looks. The program lies where users can read it.
     const closed = join(shared, 'closed')
     mkdirSync(join(closed, '.cache'), { recursive: true, mode: 0o700 })
+    const program = join(shared, 'dist')
+    mkdirSync(program)
+    const needed = readdirSync(dirname(CLI)).filter(name => /^(?:cli|command-line|addon)\.js$|\.node$/.test(name))
+    for (const name of needed) cpSync(join(dirname(CLI), name), join(program, name))
+    cpSync(join(dirname(CLI), '..', 'package.json'), join(shared, 'package.json'))
     const line = 'setpriv --reuid 1234 --regid 1234 --clear-groups "$NODE" "$CLI" --version'
-    expect(piped(line, { HOME: closed, XDG_CACHE_HOME: undefined })).toMatchObject({ stderr: '', status: 0 })
+    const env = { HOME: closed, XDG_CACHE_HOME: undefined, CLI: join(program, 'cli.js') }
+    expect(piped(line, env)).toMatchObject({ stderr: '', status: 0 })
   } finally {
     rmSync(shared, { recursive: true })
   }

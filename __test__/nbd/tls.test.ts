@@ -176,7 +176,7 @@ describe.skipIf(process.platform === 'win32' || !haveOpenssl)('NBD over TLS', ()
       })
     const { cert, key } = serverTls as { cert: Buffer; key: Buffer }
     await refused({}, 'tls')
-    await refused('yes', 'options')
+    await refused('yes', 'tls')
     await refused({ cert }, 'tls')
     await refused({ cert, key: 'no key' }, 'tls')
     await refused({ cert, key: readFileSync(join(credentials.client, 'client-key.pem')) }, 'tls')
