@@ -4,6 +4,7 @@
 //! append: under load many completions share one call into JavaScript. A thread that watches the queue need not be woken.
 
 use std::ptr;
+use std::time::Instant;
 
 use napi::sys;
 use parking_lot::Mutex;
@@ -43,6 +44,8 @@ struct Queue {
     /// A wake-up is on its way and will take everything in the queue, or the thread watches.
     woken: bool,
     watched: bool,
+    /// When the thread was woken for what is here.
+    since: Option<Instant>,
 }
 
 /// The queue, and the way to wake its environment.
@@ -68,7 +71,11 @@ impl Delivery {
         let wake = {
             let mut queue = self.queue.lock();
             queue.done.push(completion);
-            !std::mem::replace(&mut queue.woken, true)
+            let wake = !std::mem::replace(&mut queue.woken, true);
+            if wake {
+                queue.since = Some(Instant::now());
+            }
+            wake
         };
         if wake {
             // SAFETY: the function is alive (see `Delivery`). The only failure is that the environment is
@@ -83,11 +90,12 @@ impl Delivery {
         }
     }
 
-    /// Takes everything that is done; `batch` is the empty vector that the queue goes on with.
-    pub(crate) fn take(&self, batch: Vec<Completion>) -> Vec<Completion> {
+    /// Takes everything that is done; `batch` is the empty vector that the queue goes on with. Also when the thread was woken for it, if it
+    /// was.
+    pub(crate) fn take(&self, batch: Vec<Completion>) -> (Vec<Completion>, Option<Instant>) {
         let mut queue = self.queue.lock();
         queue.woken = queue.watched;
-        std::mem::replace(&mut queue.done, batch)
+        (std::mem::replace(&mut queue.done, batch), queue.since.take())
     }
 
     /// The environment's thread is going to look by itself, or not any more. Returns whether something is done.

@@ -303,9 +303,9 @@ impl Runtime {
 
     /// Hands everything that is done to JavaScript.
     pub(crate) fn deliver(&self, env: &Env, callback: sys::napi_value) -> napi::Result<()> {
-        self.watch.delivered();
+        let (mut batch, woken) = self.delivery.take(self.spare.take());
+        self.watch.delivered(woken);
         self.answered.set(0);
-        let mut batch = self.delivery.take(self.spare.take());
         let delivered = u32::try_from(batch.len()).unwrap_or(u32::MAX);
         let result = self.hand_over(env, callback, &mut batch);
         batch.clear();

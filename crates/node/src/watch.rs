@@ -42,9 +42,11 @@ impl Watch {
         self.soon.get() && !self.watching.replace(true)
     }
 
-    /// Completions are delivered.
-    pub(crate) fn delivered(&self) {
-        self.soon.set(self.possible && self.requested.get().elapsed() < MOMENT);
+    /// Completions are delivered, for which the thread was woken at a time, or which it found itself. What waking takes does not count: where
+    /// that is about as long as a moment, nobody would ever begin to watch.
+    pub(crate) fn delivered(&self, woken: Option<Instant>) {
+        let took = woken.unwrap_or_else(Instant::now).saturating_duration_since(self.requested.get());
+        self.soon.set(self.possible && took < MOMENT);
     }
 
     /// Whether to look once more after this time.
