@@ -40,8 +40,15 @@ export function cargoMetadata(triple) {
   return JSON.parse(stdout)
 }
 
-/** The crates of others that are linked into the addon of a target: neither what builds it, nor what expands its macros. */
-export function linkedCrates(triple) {
+const linkedTo = new Map()
+
+/** The crates of others that are linked into the addon of a target: neither what builds it, nor what expands its macros. Asked of cargo once. */
+function linkedCrates(triple) {
+  if (!linkedTo.has(triple)) linkedTo.set(triple, askForLinked(triple))
+  return linkedTo.get(triple)
+}
+
+function askForLinked(triple) {
   const { packages, resolve } = cargoMetadata(triple)
   const byId = new Map(packages.map(crate => [crate.id, crate]))
   const nodes = new Map(resolve.nodes.map(node => [node.id, node]))

@@ -117,14 +117,6 @@ fn preallocate(file: &File, length: u64) -> io::Result<()> {
     retry(|| unsafe { libc::fcntl(file.as_raw_fd(), libc::F_PREALLOCATE, &raw mut space) as isize }).map(drop)
 }
 
-pub(crate) fn gains_by_allocating_ahead(_: &File) -> bool {
-    false
-}
-
-pub(crate) fn allocate_ahead(_: &File, _: u64, _: u64) -> io::Result<()> {
-    Err(io::ErrorKind::Unsupported.into())
-}
-
 pub(crate) fn run_in(file: &File, range: Range<u64>, len: u64) -> io::Result<Run> {
     let offset = range.start;
     if offset >= len {

@@ -25,7 +25,9 @@ use other as system;
 #[cfg(windows)]
 use windows as system;
 
-pub(crate) use system::{allocate, allocate_ahead, discard, gains_by_allocating_ahead, run_in, write_zeroes};
+#[cfg(target_os = "linux")]
+pub(crate) use linux::{allocate_ahead, gains_by_allocating_ahead};
+pub(crate) use system::{allocate, discard, run_in, write_zeroes};
 #[cfg(windows)]
 pub(crate) use windows::{allocated_bytes, set_len};
 
@@ -39,6 +41,17 @@ pub(crate) fn allocated_bytes(file: &File) -> io::Result<u64> {
 #[cfg(unix)]
 pub(crate) fn set_len(file: &File, len: u64) -> io::Result<()> {
     file.set_len(len)
+}
+
+/// Whether a file that grows is written faster into space that it has already: known of Linux alone.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn gains_by_allocating_ahead(_: &File) -> bool {
+    false
+}
+
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn allocate_ahead(_: &File, _: u64, _: u64) -> io::Result<()> {
+    Err(io::ErrorKind::Unsupported.into())
 }
 
 /// End of `offset..offset + length`, where it can exist.

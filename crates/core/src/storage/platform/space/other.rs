@@ -19,14 +19,6 @@ pub(crate) fn allocate(file: &File, offset: u64, length: u64, block_device: bool
     if block_device { Ok(()) } else { allocate_by_writing(file, offset, length) }
 }
 
-pub(crate) fn gains_by_allocating_ahead(_: &File) -> bool {
-    false
-}
-
-pub(crate) fn allocate_ahead(_: &File, _: u64, _: u64) -> io::Result<()> {
-    Err(io::ErrorKind::Unsupported.into())
-}
-
 pub(crate) fn run_in(_: &File, range: Range<u64>, len: u64) -> io::Result<Run> {
     Ok(all_data(range.start, len))
 }

@@ -105,14 +105,6 @@ pub(crate) fn allocate(file: &File, offset: u64, length: u64, _: bool) -> io::Re
     write_zero_bytes(file, start, end - start)
 }
 
-pub(crate) fn gains_by_allocating_ahead(_: &File) -> bool {
-    false
-}
-
-pub(crate) fn allocate_ahead(_: &File, _: u64, _: u64) -> io::Result<()> {
-    Err(io::ErrorKind::Unsupported.into())
-}
-
 /// The system says which ranges have space: of a file that is not sparse, all.
 pub(crate) fn run_in(file: &File, range: Range<u64>, len: u64) -> io::Result<Run> {
     let offset = range.start;
