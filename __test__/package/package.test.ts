@@ -90,7 +90,7 @@ describe('the packed package', () => {
     expect(sizeOf('qcow2')).toBeLessThan(1.5 * MIB)
     const addon = sizeOf(`qcow2-${PLATFORM}`)
     if (addon > 20 * MIB) process.stderr.write('SKIPPED the size of the addon: it is a debug build\n')
-    else expect(addon).toBeLessThan(8 * MIB)
+    else expect(addon).toBeLessThan(7 * MIB)
     const script = `const before = new Set(process.moduleLoadList)
       require('qcow2')
       const own = Object.keys(require.cache).filter(name => name.includes('qcow2'))
